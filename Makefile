@@ -1,0 +1,53 @@
+# `make check` does everything from a bare clone; `make help` lists the rest.
+.DEFAULT_GOAL := check
+# In the order given, also under make -j: the last words of a check are pytest's.
+.NOTPARALLEL:
+
+BASE_PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.samft-dev
+TYPED := samft $(wildcard benchmarks)
+# More for pytest, as in: make test ARGS="-k losses -x"
+ARGS ?=
+
+.PHONY: help install check format-check lint types test fmt smoke
+
+help:
+	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
+	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
+	@echo "make test     tests only; ARGS=... goes to pytest"
+	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@echo "installing into $(VENV), which takes a minute or more"
+	test -x $(BIN)/python || $(BASE_PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(INSTALLED)
+
+check: format-check lint types test
+
+format-check: $(INSTALLED)
+	$(BIN)/ruff format --check $(TYPED) tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(TYPED) tests
+
+types: $(INSTALLED)
+	$(BIN)/mypy $(TYPED)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+fmt: $(INSTALLED)
+	$(BIN)/ruff check --fix-only --quiet $(TYPED) tests
+	$(BIN)/ruff format $(TYPED) tests
+
+smoke: $(INSTALLED)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m samft.demo --output_dir "$$folder/data" && \
+	$(BIN)/python -m samft.train --config configs/demo.yaml --data_root "$$folder/data" \
+	    --output_dir "$$folder/run" --steps 20 --metrics_interval 10 && \
+	cat "$$folder/run/summary.json"

@@ -1,0 +1,1 @@
+"""Studies and the making of the packaged weights; `samft` never imports from here."""

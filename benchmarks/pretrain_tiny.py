@@ -1,0 +1,226 @@
+"""Pre-trains `vit_tiny` from nothing on procedural images; writes the weights that samft ships.
+
+    python -m benchmarks.pretrain_tiny --output_dir runs/tiny
+
+Every step draws fresh scenes (`benchmarks/procedural.py`), so nothing can be over-fitted. Most
+steps are taken at a small image size, where they are cheap, the last ones at the size that the
+model is meant for. The learning rate is constant and then falls linearly to zero over the last
+`--decay_steps`, so that a longer run can go on from the same checkpoint. Interrupted, the same
+command goes on. The recipe of the shipped file, its time and its scores: `docs/experiments.md`.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+import samft.torchvision_cure  # noqa: F401
+from benchmarks.procedural import make_scene
+from samft.losses import mask_losses
+from samft.prompted import PromptedSam
+from samft.sam import build_sam, freeze, load_state
+
+HELD_BACK_SEED = 1_000_000_000
+BOX_JITTER = 0.1
+
+
+@dataclass
+class SceneBatch:
+    """Scenes as PromptedSam takes them: all boxes of all images, each with its image's index."""
+
+    images: Tensor  # uint8 [N, 3, S, S]
+    boxes: Tensor  # float32 [M, 4]
+    image_index: Tensor  # int64 [M]
+    targets: Tensor  # uint8 [M, S/4, S/4], share of each cell in 0..255
+    masks: list[np.ndarray]  # uint8 [K, S, S] for each image
+
+
+def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
+    """Draws one scene for each seed; jitter moves each side of a box by up to that share of it."""
+    images, boxes, index, targets, masks = [], [], [], [], []
+    for position, seed in enumerate(seeds):
+        scene = make_scene(seed, size=size)
+        moves = np.random.default_rng(seed).uniform(-jitter, jitter, (len(scene.boxes), 4))
+        sides = np.tile(scene.boxes[:, 2:] - scene.boxes[:, :2], 2)
+        images.append(scene.image.transpose(2, 0, 1))
+        boxes.append(np.clip(scene.boxes + moves * sides, 0, size))
+        index += [position] * len(scene.boxes)
+        cells = scene.masks.reshape(len(scene.masks), size // 4, 4, size // 4, 4)
+        targets.append(cells.mean((2, 4), dtype=np.float32) * 255)
+        masks.append(scene.masks)
+    return SceneBatch(
+        images=torch.from_numpy(np.stack(images)),
+        boxes=torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
+        image_index=torch.tensor(index),
+        targets=torch.from_numpy(np.concatenate(targets).round().astype(np.uint8)),
+        masks=masks,
+    )
+
+
+class FreshScenes(IterableDataset):
+    """Batches of scenes nobody has seen, from `start_step` on; a pure function of the step."""
+
+    def __init__(self, *, size: int, batch_size: int, start_step: int, end_step: int) -> None:
+        """Takes the image size, images a step, and the range of steps."""
+        self.size, self.batch_size = size, batch_size
+        self.steps = range(start_step, end_step)
+
+    def __iter__(self) -> Iterator[SceneBatch]:
+        """Yields the steps of this worker; the loader asks its workers in turn, so in order."""
+        cv2.setNumThreads(0)
+        info = torch.utils.data.get_worker_info()
+        first, stride = (info.id, info.num_workers) if info else (0, 1)
+        for step in self.steps[first::stride]:
+            seeds = range(step * self.batch_size, (step + 1) * self.batch_size)
+            yield make_batch(seeds, size=self.size, jitter=BOX_JITTER)
+
+
+@torch.no_grad()
+def score(model: PromptedSam, *, size: int, num_scenes: int) -> dict[str, float]:
+    """Mean IoU over the objects of held-back scenes, and what filling each box would score."""
+    ious, fills = [], []
+    device = model.sam.device
+    for seed in range(HELD_BACK_SEED, HELD_BACK_SEED + num_scenes):
+        batch = make_batch(range(seed, seed + 1), size=size, jitter=0.0)
+        logits, _ = model(
+            batch.images.to(device), batch.boxes.to(device), batch.image_index.to(device)
+        )
+        masks = F.interpolate(logits[:, None].float(), (size, size), mode="bilinear")[:, 0] > 0
+        for mask, truth, box in zip(masks.cpu().numpy(), batch.masks[0], batch.boxes.numpy()):
+            x0, y0, x1, y1 = box.round().astype(int)
+            ious.append((mask & (truth > 0)).sum() / (mask | (truth > 0)).sum())
+            fills.append(truth.sum() / max(1, (x1 - x0) * (y1 - y0)))
+    return {"iou": float(np.mean(ious)), "box_fill_iou": float(np.mean(fills))}
+
+
+def learning_rate_share(step: int, *, warmup: int, decay: int, total: int) -> float:
+    """Linear warm-up, constant, linear decay to zero."""
+    return min(1.0, (step + 1) / warmup, (total - step) / decay)
+
+
+def train_stage(
+    model: PromptedSam, optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, size: int
+) -> None:
+    """Trains from `args.step` to `args.stage_end` at one image size, saving every 1000 steps."""
+    scenes = FreshScenes(
+        size=size, batch_size=args.batch_size, start_step=args.step, end_step=args.stage_end
+    )
+    loader = DataLoader(scenes, batch_size=None, num_workers=args.num_workers, prefetch_factor=4)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device, started, window = model.sam.device, time.monotonic(), []
+    input_sizes = torch.full((args.batch_size, 2), size, device=device)
+    for batch in loader:
+        share = learning_rate_share(
+            args.step, warmup=500, decay=args.decay_steps, total=args.total_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * share
+        image_index = batch.image_index.to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits, iou_predicted = model(
+                batch.images.to(device), batch.boxes.to(device), image_index
+            )
+        losses = mask_losses(
+            logits,
+            iou_predicted,
+            targets=batch.targets.to(device),
+            image_index=image_index,
+            input_sizes=input_sizes,
+            image_size=size,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        args.step += 1
+        window.append(losses.iou_actual.mean().item())
+        if args.step % 1000 == 0 or args.step == args.stage_end:
+            seconds = time.monotonic() - started
+            save(
+                model, optimizer, args, size=size, train_iou=float(np.mean(window)), seconds=seconds
+            )
+            started, window = time.monotonic(), []
+
+
+def save(
+    model: PromptedSam,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    *,
+    size: int,
+    train_iou: float,
+    seconds: float,
+) -> None:
+    """Writes weights and optimizer state, and one line of scores to `log.jsonl`."""
+    state = {
+        "step": args.step,
+        "image_size": size,
+        "model": model.sam.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    part = args.output_dir / "state.part"
+    torch.save(state, part)
+    part.replace(args.output_dir / "state.pth")
+    line = {"step": args.step, "image_size": size, "train_iou": round(train_iou, 4)}
+    line |= {"seconds": round(seconds, 1)}
+    last = args.step == args.total_steps
+    if last or args.step % 2000 == 0:
+        line |= score(model.eval(), size=size, num_scenes=1000 if last else 200)
+        model.train()
+    with (args.output_dir / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    print(line, flush=True)
+
+
+def main() -> None:
+    """Runs the stages that are left and writes `vit_tiny.pth`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--stages", default="128:20000,256:10000", help="SIZE:STEPS,...")
+    parser.add_argument("--decay_steps", type=int, default=5000)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--num_workers", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    stages = [tuple(map(int, stage.split(":"))) for stage in args.stages.split(",")]
+    args.total_steps, args.step, args.stage_end = sum(steps for _, steps in stages), 0, 0
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    saved = args.output_dir / "state.pth"
+    torch.manual_seed(0)
+    state = torch.load(saved, weights_only=True) if saved.exists() else None
+    model: PromptedSam | None = None
+    for size, steps in stages:
+        args.stage_end += steps
+        if state is not None and state["step"] >= args.stage_end:
+            continue
+        weights = model.sam.state_dict() if model else (state["model"] if state else None)
+        sam = build_sam("vit_tiny", size)
+        if weights is not None:
+            load_state(sam, weights)
+        freeze(sam, [])
+        model = PromptedSam(sam.to(args.device)).train()
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], fused=True, weight_decay=0.01
+        )
+        if state is not None:
+            args.step = state["step"]
+            if state["image_size"] == size:
+                optimizer.load_state_dict(state["optimizer"])
+            state = None
+        train_stage(model, optimizer, args, size=size)
+    if model is not None:
+        torch.save(model.sam.state_dict(), args.output_dir / "vit_tiny.pth")
+
+
+if __name__ == "__main__":
+    main()

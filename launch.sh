@@ -1,0 +1,300 @@
+#!/usr/bin/env bash
+# From a bare clone to a run of samft.train on all GPUs of this machine, or of many.
+set -euo pipefail
+
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+VENV=${SAMFT_VENV:-$REPO/.venv}
+
+usage() {
+    cat <<'USAGE'
+usage: bash launch.sh [argument of samft.train ...]
+
+Starts samft.train on every visible GPU (one process without a GPU). The first start makes a virtual
+environment in .venv and installs samft there. Without arguments: writes a small demo dataset to
+runs/demo-data and tunes vit_tiny on it.
+
+    bash launch.sh
+    bash launch.sh --data_root DATASET --model_type vit_b --checkpoint_path auto --output_dir RUN
+    srun --nodes=2 --ntasks-per-node=1 bash launch.sh --config FILE.yaml
+
+Environment:
+    CUDA_VISIBLE_DEVICES    which GPUs
+    NPROC_PER_NODE          number of processes on this machine, instead of one for each GPU
+    NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+                            several machines: start this on each; SLURM's variables are read if unset
+    SAMFT_VENV              the virtual environment, instead of .venv
+    SAMFT_PYTHON            a Python that has samft installed: nothing is made and nothing installed
+    LAUNCH_DRY_RUN=1        prints the command and stops
+An active virtual or conda environment is used if samft is installed in it, and never changed.
+
+Exit code: 0 done, 1 failed, 2 wrong usage, configuration, data or checkpoint, 75 stopped by a signal
+with everything saved (run it again to go on), 130 interrupted.
+USAGE
+}
+
+say() { echo "launch.sh: $*" >&2; }
+
+die() {
+    say "$*"
+    exit 2
+}
+
+# Whether this Python has samft and torch installed, and samft is this very copy of it.
+has_samft() {
+    (cd / && "$1" -c 'if True:
+        import importlib.metadata, os, sys, samft
+        importlib.metadata.version("torch")
+        sys.exit(not os.path.samefile(os.path.dirname(samft.__file__), sys.argv[1]))
+        ' "$REPO/samft") 2>/dev/null
+}
+
+base_python() {
+    local name
+    for name in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10 python; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "no Python 3.10 or newer found. Install one, or name it: PYTHON=/path/to/python3 bash launch.sh"
+}
+
+# Prints the Python to use; whether anything must be installed for it is install_once's business.
+choose_python() {
+    local active
+    if [[ -n ${SAMFT_PYTHON:-} ]]; then
+        echo "$SAMFT_PYTHON"
+        return
+    fi
+    for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
+        if [[ -n $active ]] && has_samft "$active/bin/python"; then
+            echo "$active/bin/python"
+            return
+        fi
+    done
+    echo "$VENV/bin/python"
+}
+
+wanted_stamp() {
+    (cd "$REPO" && echo "$REPO" | cat - setup.cfg pyproject.toml constraints.txt | cksum)
+}
+
+is_installed() {
+    [[ -f $VENV/.samft-installed && $(<"$VENV/.samft-installed") == "$(wanted_stamp)" ]]
+}
+
+# Installs samft into $VENV unless it holds this very version. Nodes and processes that share a disk
+# wait for the first one, as long as flock is there.
+install_once() {
+    is_installed && return
+    local base quiet=-qq
+    if [[ -t 2 ]]; then
+        quiet= # at a terminal, pip shows how its downloads go
+    fi
+    mkdir -p "$VENV"
+    exec 9>"$VENV/.samft-lock"
+    if command -v flock >/dev/null; then
+        flock 9
+    fi
+    if ! is_installed; then
+        say "installing samft into $VENV (once; a minute or more)"
+        if ! "$VENV/bin/python" -c '' 2>/dev/null; then
+            base=$(base_python)
+            "$base" -m venv "$VENV" || die "cannot make a virtual environment with $base (see above)"
+        fi
+        "$VENV/bin/python" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check \
+            -c "$REPO/constraints.txt" -e "$REPO" >&2 || die "the installation failed (see above)"
+        wanted_stamp >"$VENV/.samft-installed.$$"
+        mv "$VENV/.samft-installed.$$" "$VENV/.samft-installed"
+    fi
+    exec 9>&-
+}
+
+count_gpus() {
+    local present=0 id
+    if command -v nvidia-smi >/dev/null; then
+        present=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
+    fi
+    if ((present > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        present=0
+        for id in ${CUDA_VISIBLE_DEVICES//,/ }; do
+            # As CUDA reads it: nothing counts from the first invalid one on; empty hides all.
+            [[ $id == -1 || $id == NoDevFiles ]] && break
+            present=$((present + 1))
+        done
+    fi
+    echo "$present"
+}
+
+count_cores() {
+    nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
+}
+
+# Prints the number of processes on this node for the given arguments of samft.train.
+count_processes() {
+    local gpus
+    if [[ -n ${NPROC_PER_NODE:-} ]]; then
+        [[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] ||
+            die "NPROC_PER_NODE is '$NPROC_PER_NODE', but must be a number of at least 1"
+        echo "$NPROC_PER_NODE"
+        return
+    fi
+    case " $* " in *" --device cpu "* | *" --device=cpu "*)
+        echo 1
+        return
+        ;;
+    esac
+    gpus=$(count_gpus)
+    echo $((gpus > 0 ? gpus : 1))
+}
+
+first_slurm_host() {
+    local list=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-${SLURM_NODELIST:-}}}
+    if command -v scontrol >/dev/null; then
+        scontrol show hostnames "$list" | sed -n 1p
+    elif [[ $list =~ ^([^][,]+)(\[([0-9]+))? ]]; then # node[03-07,12],other -> node03
+        echo "${BASH_REMATCH[1]}${BASH_REMATCH[3]:-}"
+    fi
+}
+
+# Sets RENDEZVOUS, torchrun's arguments that say which nodes take part.
+choose_rendezvous() {
+    local nodes rank address port job=${SLURM_JOB_ID:-0}
+    nodes=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}
+    [[ $nodes =~ ^[1-9][0-9]*$ ]] || die "NNODES is '$nodes', but must be a number of at least 1"
+    if ((nodes == 1)); then
+        RENDEZVOUS=(--standalone --nnodes 1)
+        return
+    fi
+    if [[ -z ${NNODES:-} && ${SLURM_LOCALID:-0} != 0 ]]; then
+        die "SLURM started this more than once on a node. Start it with srun --ntasks-per-node=1"
+    fi
+    rank=${NODE_RANK:-${SLURM_NODEID:-}}
+    if ! [[ $rank =~ ^[0-9]+$ ]] || ((rank >= nodes)); then
+        die "with NNODES=$nodes, NODE_RANK must be one of 0 to $((nodes - 1)), on each node another;" \
+            "it is '$rank'"
+    fi
+    address=${MASTER_ADDR:-$(first_slurm_host)}
+    [[ -n $address ]] ||
+        die "with NNODES=$nodes, MASTER_ADDR must name the node of NODE_RANK 0, as the others see it"
+    # Jobs that share a node need ports of their own.
+    port=${MASTER_PORT:-$((job ? 10000 + job % 50000 : 29500))}
+    RENDEZVOUS=(--nnodes "$nodes" --node_rank "$rank"
+        --master_addr "$address" --master_port "$port")
+}
+
+# What a variable holds already wins.
+set_environment() {
+    local threads=$(($(count_cores) / $1))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
+    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+    # The number of masks changes from step to step; this keeps GPU memory from fragmenting.
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+    # Seconds from a signal to SIGKILL: enough to write a checkpoint of the largest model.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+}
+
+# Runs the command, passes signals on to it, waits until it has ended, and sets CODE. Job control
+# (set -m) gives it a process group of its own: Ctrl-C reaches it once, from here, and not ignored.
+run_and_wait() {
+    local child signal
+    set -m
+    "$@" &
+    child=$!
+    for signal in TERM INT USR1 USR2; do
+        # shellcheck disable=SC2064  # the child's number is meant as it is now
+        trap "kill -$signal $child 2>/dev/null || true" "$signal"
+    done
+    # A closed terminal is no reason to lose the work.
+    # shellcheck disable=SC2064
+    trap "kill -TERM $child 2>/dev/null || true" HUP QUIT
+    # A signal ends `wait` early, with the command still running.
+    while :; do
+        CODE=0
+        wait "$child" || CODE=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - TERM INT USR1 USR2 HUP QUIT
+    set +m
+}
+
+# A wrong flag or YAML key is told here, once and in a moment, not by every process of torchrun.
+check_arguments() {
+    local python=$1
+    shift
+    "$python" -c 'if True:
+        import sys
+        from samft.config import parse_config
+        from samft.errors import run_command
+        sys.exit(run_command(parse_config))
+        ' "$@"
+}
+
+# torchrun answers 1 whatever its workers say, so rank 0 leaves its exit code in a file.
+exit_code() {
+    local python=$1 status_file=$2 code=$3
+    [[ -s $status_file ]] || {
+        echo "$code"
+        return
+    }
+    "$python" - "$status_file" "$code" <<'PYTHON'
+import json, sys
+status, torchrun_code = json.load(open(sys.argv[1])), int(sys.argv[2])
+code = status.get("exit_code")
+if code is None or status.get("state") == "running":  # killed on the way
+    code = torchrun_code or 1
+elif torchrun_code and status.get("reason"):  # said before, but torchrun's own words hide it
+    print(f"launch.sh: {status['reason']}", file=sys.stderr)
+print(code or torchrun_code)
+PYTHON
+}
+
+main() {
+    local python demo=false processes command
+    python=$(choose_python)
+    case " $* " in *" --help "* | *" -h "*)
+        usage
+        if has_samft "$python"; then
+            printf '\nArguments of samft.train:\n\n'
+            exec "$python" -m samft.train --help
+        fi
+        printf '\nThe arguments of samft.train are in README.md, and here once samft is installed.\n'
+        return
+        ;;
+    esac
+    if (($# == 0)); then
+        demo=true
+        cd "$REPO"
+        set -- --config configs/demo.yaml --data_root runs/demo-data --output_dir runs/demo
+        # One process, so that the demo learns the same everywhere.
+        NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+    fi
+
+    processes=$(count_processes "$@")
+    choose_rendezvous
+    set_environment "$processes"
+    command=("$python" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$processes"
+        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" -m samft.train "$@")
+    if [[ ${LAUNCH_DRY_RUN:-0} == 1 ]]; then
+        printf '%q ' "${command[@]}" | sed 's/ $//'
+        echo
+        return
+    fi
+
+    if [[ $python == "$VENV/bin/python" && -z ${SAMFT_PYTHON:-} ]]; then
+        install_once
+    fi
+    if $demo; then
+        "$python" -m samft.demo --output_dir runs/demo-data
+    fi
+    check_arguments "$python" "$@"
+    SAMFT_STATUS_FILE=$(mktemp "${TMPDIR:-/tmp}/samft-status.XXXXXX")
+    export SAMFT_STATUS_FILE
+    trap 'rm -f "$SAMFT_STATUS_FILE"' EXIT
+    run_and_wait "${command[@]}"
+    CODE=$(exit_code "$python" "$SAMFT_STATUS_FILE" "$CODE")
+    exit "$CODE"
+}
+
+main "$@"

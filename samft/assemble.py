@@ -1,0 +1,239 @@
+"""From the configuration to the parts of a run: datasets, model, precision, state to resume."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from samft import distributed
+from samft.checkpoint import LAST_NAME, read_last
+from samft.coco import CocoIndex, find_split, read_coco, split_by_hash
+from samft.config import TrainConfig, differences
+from samft.data import Coco2MaskDataset
+from samft.errors import CheckpointError, ConfigError, DataError, SharedError, UserError
+from samft.logs import LOGGER
+from samft.prompted import PromptedSam
+from samft.sam import build_sam, freeze, identify, load_state, read_state
+from samft.weights import find_weights
+
+T = TypeVar("T")
+PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
+
+
+def together(build: Callable[[], T]) -> T:
+    """Runs a function on every rank; a user's error on any rank ends all. Collective.
+
+    Args:
+        build: May raise `UserError` on some ranks only.
+
+    Returns:
+        What it returned on this rank.
+
+    Raises:
+        UserError: As raised here, without a group; with one, the first rank's, on every rank.
+    """
+    try:
+        result, error = build(), None
+    except UserError as caught:
+        if distributed.get_world_size() == 1:
+            raise
+        error = caught
+    found = [text for text in distributed.all_gather(error and str(error)) if text]
+    if found:
+        raise SharedError(found[0])
+    return result
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two datasets, and what was counted while reading them.
+
+    Attributes:
+        train: Augmented, at random.
+        val: As it is, with truths at the original resolution.
+        counts: For each split: `images`, `masks`, `skipped` by reason.
+        fingerprint: Changes when the training images or objects do.
+    """
+
+    train: Coco2MaskDataset
+    val: Coco2MaskDataset
+    counts: dict[str, dict[str, Any]]
+    fingerprint: str
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """Reads and checks the annotation files and sets up both datasets.
+
+    Raises:
+        DataError: Files are missing or broken, or there is nothing to validate on.
+    """
+    train_index = _read_split(config, "train")
+    try:
+        val_index = _read_split(config, "val")
+        if config.val_fraction is not None:
+            LOGGER.warning("val_fraction is not used: there is a validation split")
+    except DataError as error:
+        if config.val_fraction is None or config.val_annotations is not None:
+            hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
+            raise DataError(f"{error}{hint}") from error
+        whole = train_index
+        train_index, val_index = split_by_hash(whole, config.val_fraction)
+        if not train_index.num_images or not val_index.num_images:
+            raise DataError(
+                f"val_fraction {config.val_fraction} of {whole.num_images} images leaves none for "
+                "training or for validation: choose another share."
+            ) from error
+        names = ", ".join(val_index.file_names[:5])
+        LOGGER.info(
+            "no validation split: %d of %d images are held out by the hash of their file name "
+            "(%s%s)",
+            val_index.num_images,
+            whole.num_images,
+            names,
+            ", ..." if val_index.num_images > 5 else "",
+        )
+    counts = {"train": _count(train_index), "val": _count(val_index)}
+    return Splits(
+        train=_dataset(train_index, config, training=True),
+        val=_dataset(val_index, config, training=False),
+        counts=counts,
+        fingerprint=_fingerprint(train_index),
+    )
+
+
+def _read_split(config: TrainConfig, split: str) -> CocoIndex:
+    annotations = getattr(config, f"{split}_annotations")
+    images = getattr(config, f"{split}_images")
+    if annotations is not None:
+        return read_coco(Path(annotations).expanduser(), Path(images).expanduser())
+    if config.data_root is None:
+        raise DataError(f"there is no {split} split: data_root and {split}_annotations are empty.")
+    name = getattr(config, f"{split}_split")
+    return read_coco(*find_split(Path(config.data_root).expanduser(), name))
+
+
+def _count(index: CocoIndex) -> dict[str, Any]:
+    return {
+        "images": index.num_images,
+        "masks": index.num_objects,
+        "skipped": dict(index.counts),
+    }
+
+
+def _dataset(index: CocoIndex, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
+    return Coco2MaskDataset(
+        index.image_folder,
+        None,
+        index=index,
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        training=training,
+        max_masks_per_image=config.max_masks_per_image,
+        box_jitter=config.box_jitter,
+        augment=config.augment,
+        loss_resolution=config.loss_resolution,
+        seed=config.seed,
+    )
+
+
+def _fingerprint(index: CocoIndex) -> str:
+    digest = hashlib.sha256("\n".join(index.file_names).encode())
+    for array in (index.image_ids, index.object_ids, index.boxes):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def load_weights(config: TrainConfig) -> dict[str, Tensor] | None:
+    """Finds, reads and identifies the weights to start from; None for random ones.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, or it is of another model type.
+    """
+    assert config.checkpoint_path is not None and config.model_type is not None
+    path = find_weights(config.checkpoint_path, config.model_type)
+    if path is None:
+        LOGGER.warning(
+            "checkpoint_path random: the weights of %s are RANDOM; without hundreds of thousands "
+            "of images the result will be worthless for anything but a test",
+            config.model_type,
+        )
+        return None
+    state = read_state(path)
+    model_type, image_size = identify(state, source=path)
+    if model_type != config.model_type:
+        raise CheckpointError(
+            f"checkpoint_path: {path} is a {model_type}, but model_type is {config.model_type}: "
+            f"set model_type to {model_type} or give another file."
+        )
+    LOGGER.info("weights: %s (%s at %d px)", path, model_type, image_size)
+    return state
+
+
+def build_model(
+    config: TrainConfig, weights: dict[str, Tensor] | None, device: torch.device
+) -> PromptedSam:
+    """Builds the model on its device, loads the weights, and freezes what is to be frozen."""
+    assert config.model_type is not None
+    torch.manual_seed(config.seed)
+    sam = build_sam(config.model_type, config.image_size)
+    if weights is not None:
+        load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
+    asked = [part for part in PARTS if getattr(config, f"freeze_{part}")]
+    unreachable = freeze(sam, asked)
+    model = PromptedSam(sam.to(device))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    LOGGER.info(
+        "%s: %.2f of %.2f M parameters train", config.model_type, trainable / 1e6, total / 1e6
+    )
+    if asked:
+        LOGGER.info("frozen as asked: %s", ", ".join(asked))
+    if unreachable:
+        LOGGER.info(
+            "frozen because box prompts cannot reach them, %d tensors: %s",
+            len(unreachable),
+            ", ".join(unreachable),
+        )
+    return model
+
+
+def pick_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type to autocast to; None for float32. `auto`: bf16 on GPUs that have it, else off."""
+    if amp == "auto":
+        good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if good else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The state to go on from, checked against the configuration; None for a fresh start.
+
+    Raises:
+        CheckpointError: It is damaged, or `resume` names a file that is not there.
+        ConfigError: The run in the folder differs in a way that matters; a table says how.
+    """
+    if config.resume == "never":
+        return None
+    path = output_dir / LAST_NAME if config.resume == "auto" else Path(config.resume).expanduser()
+    if config.resume == "auto" and not path.exists():
+        return None
+    state = read_last(path)
+    rows = differences(state["config"], config)
+    global_batch = config.batch_size * config.accumulate_steps * distributed.get_world_size()
+    if state["global_batch"] != global_batch:
+        name = "images per step"
+        rows.append(f"{name:24} {state['global_batch']!s:24} {global_batch}")
+    if state["fingerprint"] != fingerprint:
+        rows.append(f"{'training data':24} {state['fingerprint'][:12]:24} {fingerprint[:12]}")
+    if rows:
+        header = f"{'field':24} {'the run has':24} asked for"
+        table = "\n  ".join([header, *rows])
+        raise ConfigError(
+            f"{path} holds a run of another configuration:\n  {table}\nGive the run's own values "
+            "to go on with it, or another output_dir, or `--resume never` to start afresh."
+        )
+    return state

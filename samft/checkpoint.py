@@ -1,0 +1,141 @@
+"""The best k checkpoints with their sidecars, and the state to resume from."""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import samft
+from samft.errors import CheckpointError
+from samft.files import write_atomically, write_json
+from samft.weights import sha256_of
+
+FORMAT_VERSION = 1
+LAST_NAME = "last.ckpt"
+
+
+def save_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Saves tensors and plain Python values with `torch.save`, atomically.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; the old file is untouched.
+    """
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:
+        # torch reports a full disk as a failed write of its own archive.
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """One of the best k: its file name in the output folder, its step and its score."""
+
+    name: str
+    step: int
+    score: float
+
+
+class TopK:
+    """Keeps the best k checkpoints by validation score; ties keep the earlier.
+
+    A checkpoint is a flat state dict with SAM's own keys and nothing else; what is to be known
+    about it stands in its sidecar, the same name with `.json` for `.ckpt`.
+    """
+
+    def __init__(self, folder: Path, *, k: int, best: list[BestCheckpoint] | None = None) -> None:
+        """Starts from the list that an earlier run left, or empty.
+
+        Args:
+            folder: Where the files are.
+            k: How many to keep.
+            best: From `to_list` of the run that is resumed.
+        """
+        self.folder, self.k = folder, k
+        self.best = list(best or [])
+
+    def offer(self, state: dict[str, Tensor], *, score: float, sidecar: dict[str, Any]) -> bool:
+        """Saves a checkpoint if it is among the best, then deletes the one that it pushed out.
+
+        Args:
+            state: SAM's own keys to tensors.
+            score: Higher is better; nan is never good enough.
+            sidecar: What to write beside it; its file's SHA-256 is added.
+
+        Returns:
+            Whether it was saved.
+        """
+        step = int(sidecar["step"])
+        others = [entry for entry in self.best if entry.step != step]  # a step may be repeated
+        ranked = sorted(
+            [*others, BestCheckpoint(f"{step}-{score:.2f}.ckpt", step, score)],
+            key=lambda entry: (-entry.score, entry.step),
+        )
+        if not score == score or all(entry.step != step for entry in ranked[: self.k]):
+            return False
+        path = self.folder / f"{step}-{score:.2f}.ckpt"
+        save_tensors(path, {name: tensor.detach().cpu().clone() for name, tensor in state.items()})
+        write_json(path.with_suffix(".json"), {**sidecar, "sha256": sha256_of(path)})
+        before, self.best = self.best, ranked[: self.k]
+        for name in {entry.name for entry in before} - {entry.name for entry in self.best}:
+            (self.folder / name).unlink(missing_ok=True)
+            (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
+        return True
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The list as plain values, best first, for `last.ckpt`."""
+        return [vars(entry) for entry in self.best]
+
+    @staticmethod
+    def from_list(entries: list[dict[str, Any]]) -> list[BestCheckpoint]:
+        """The list that `to_list` gave."""
+        return [BestCheckpoint(**entry) for entry in entries]
+
+
+def read_last(path: Path) -> dict[str, Any]:
+    """Reads the state to resume from.
+
+    Args:
+        path: A `last.ckpt`; loaded with `weights_only=True`.
+
+    Returns:
+        What `save_tensors` was given.
+
+    Raises:
+        CheckpointError: It is absent, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"resume: there is no file {path}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a damaged or hostile file
+        raise CheckpointError(
+            f"resume: {path} cannot be read; it may be damaged. Move it away, or give "
+            "`--resume never` and another output_dir to start afresh."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"resume: {path} is not the training state of a run (a last.ckpt of format "
+            f"{FORMAT_VERSION}); weights alone go into checkpoint_path."
+        )
+    return state
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that samft runs from; None where there is none."""
+    folder = Path(samft.__file__).parent
+    try:
+        answer = subprocess.run(
+            # The second name fails where the folder merely lies inside someone else's repository.
+            ["git", "-C", str(folder), "rev-parse", "HEAD", "HEAD:./__init__.py"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.split()[0] if answer.returncode == 0 else None

@@ -1,0 +1,327 @@
+"""The configuration: one flat frozen dataclass; defaults < YAML < flags; every value checked.
+
+This module imports no torch, so that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from samft.errors import ConfigError
+
+# What may differ between a run and its resume, because it does not change what is learnt. Batch
+# size and accumulation are held to their product with the number of processes elsewhere.
+FREE_ON_RESUME = frozenset(
+    """data_root train_split val_split train_annotations train_images val_annotations val_images
+    batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
+    save_top_k resume device stop_after debug""".split()
+)
+
+MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
+
+
+def _setting(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: Any = None
+) -> Any:
+    metadata = {"help": help, "choices": choices, "at_least": at_least}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run is told; attribute, YAML key and flag are spelled alike."""
+
+    data_root: str | None = _setting(
+        None,
+        "dataset folder: SPLIT/_annotations.coco.json beside its images, or the official layout "
+        "annotations/instances_SPLIT.json + SPLIT/",
+    )
+    model_type: str | None = _setting(None, "which SAM", choices=MODEL_TYPES)
+    checkpoint_path: str | None = _setting(
+        None,
+        "SAM weights: Meta's .pth or any .ckpt/.pth of ours; auto: the packaged file for "
+        "vit_tiny, else a download; random: random weights",
+    )
+    freeze_image_encoder: bool = _setting(False, "keep the image encoder as it is")
+    freeze_prompt_encoder: bool = _setting(False, "keep the prompt encoder as it is")
+    freeze_mask_decoder: bool = _setting(False, "keep the mask decoder as it is")
+    batch_size: int = _setting(1, "images per process per micro-batch", at_least=1)
+    image_size: int = _setting(1024, "side of the model input in pixels, a multiple of 16")
+    steps: int = _setting(1500, "optimizer steps", at_least=1)
+    learning_rate: float = _setting(1e-4, "peak learning rate")
+    weight_decay: float = _setting(1e-2, "not on biases, norms, embeddings", at_least=0)
+    metrics_interval: int = _setting(
+        50, "validate, save and write a train line every so many steps", at_least=1
+    )
+    output_dir: str = _setting(".", "everything that a run writes")
+    train_split: str = _setting("train", "name of the training split")
+    val_split: str = _setting(
+        "val", "name of the validation split; valid and validation are tried where val is absent"
+    )
+    train_annotations: str | None = _setting(None, "COCO file for training, over data_root")
+    train_images: str | None = _setting(None, "folder of the training images, over data_root")
+    val_annotations: str | None = _setting(None, "COCO file for validation, over data_root")
+    val_images: str | None = _setting(None, "folder of the validation images, over data_root")
+    val_fraction: float | None = _setting(
+        None, "without a validation split: hold out this share of the images, by file name"
+    )
+    max_masks_per_image: int = _setting(
+        64, "random subset per epoch in training; validation takes all, in chunks", at_least=1
+    )
+    box_jitter: float = _setting(
+        0.1,
+        "training moves each side of a box by up to this share of the side, at most 20 px at "
+        "1024; 0: off",
+        at_least=0,
+    )
+    augment: str = _setting("flip", "training augmentation", choices=("none", "flip", "scale"))
+    resize_mode: str = _setting(
+        "pad", "pad: longest side, as SAM does; squash: to a square", choices=("pad", "squash")
+    )
+    num_workers: int = _setting(4, "loader workers per process", at_least=0)
+    amp: str = _setting(
+        "auto",
+        "mixed precision; auto: bf16 on GPUs that have it, else off",
+        choices=("auto", "off", "bf16", "fp16"),
+    )
+    accumulate_steps: int = _setting(1, "micro-batches per optimizer step", at_least=1)
+    clip_grad_norm: float = _setting(1.0, "largest gradient norm; 0: off", at_least=0)
+    lr_schedule: str = _setting(
+        "multistep",
+        "multistep: linear warm-up, x0.1 at 66.667 and 86.666 per cent, as SAM was trained",
+        choices=("multistep", "cosine", "constant"),
+    )
+    warmup_steps: int = _setting(250, "never more than a tenth of steps", at_least=0)
+    loss_focal_weight: float = _setting(20.0, "weight of the focal loss", at_least=0)
+    loss_dice_weight: float = _setting(1.0, "weight of the dice loss", at_least=0)
+    loss_iou_weight: float = _setting(1.0, "weight of the predicted IoU's loss", at_least=0)
+    loss_resolution: str = _setting(
+        "low",
+        "low: at the decoder's own resolution; input: upsampled to image_size",
+        choices=("low", "input"),
+    )
+    cache_embeddings: str = _setting(
+        "auto", "keep a frozen encoder's outputs", choices=("auto", "on", "off")
+    )
+    cache_dir: str | None = _setting(None, "where to keep them (default OUTPUT_DIR/embeddings)")
+    save_top_k: int = _setting(1, "checkpoints kept, best by val_per_mask_iou", at_least=1)
+    resume: str = _setting(
+        "auto",
+        "auto: go on from output_dir if it holds a run of the same configuration; never; or a "
+        "path to a last.ckpt",
+    )
+    seed: int = _setting(0, "seed of all randomness", at_least=0)
+    device: str = _setting("auto", "where to train", choices=("auto", "cuda", "cpu"))
+    stop_after: int | None = _setting(
+        None, "save and stop with exit code 75 after this step; run again to go on", at_least=1
+    )
+    debug: bool = _setting(False, "show tracebacks of errors in usage, data and checkpoints")
+
+    def check(self) -> list[str]:
+        """Checks every value.
+
+        Returns:
+            All problems, one sentence each, beginning with the name of the field.
+        """
+        problems = []
+        for setting in dataclasses.fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata["choices"]
+            at_least = setting.metadata["at_least"]
+            if choices and value is not None and value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                options = ", ".join(choices)
+                problems.append(f"{setting.name}: '{value}' is none of {options}.{hint}")
+            if isinstance(value, (int, float)) and at_least is not None:
+                if not at_least <= value < float("inf"):
+                    problems.append(f"{setting.name}: {value} must be at least {at_least}.")
+        return problems + self._check_required() + self._check_combinations()
+
+    def _check_required(self) -> list[str]:
+        problems = []
+        if self.model_type is None:
+            problems.append(f"model_type is missing: give one of {', '.join(MODEL_TYPES)}.")
+        if self.checkpoint_path is None:
+            problems.append(
+                "checkpoint_path is missing: give a SAM .pth or .ckpt file, 'auto' (the packaged "
+                "file for vit_tiny, else a download) or 'random' (random weights)."
+            )
+        if self.data_root is None and self.train_annotations is None:
+            problems.append(
+                "data_root is missing: give the dataset's folder, or train_annotations and "
+                "train_images."
+            )
+        for split in ("train", "val"):
+            given = [getattr(self, f"{split}_{part}") for part in ("annotations", "images")]
+            if any(given) and not all(given):
+                problems.append(f"{split}_annotations and {split}_images go together.")
+        return problems
+
+    def _check_combinations(self) -> list[str]:
+        problems = []
+        if self.freeze_image_encoder and self.freeze_prompt_encoder and self.freeze_mask_decoder:
+            problems.append("freeze_*: all three parts are frozen, so nothing would be trained.")
+        if self.image_size < 16 or self.image_size % 16:
+            near = max(16, round(self.image_size / 16) * 16)
+            problems.append(
+                f"image_size: {self.image_size} is no multiple of 16; the nearest is {near}."
+            )
+        if not 0 < self.learning_rate < float("inf"):
+            problems.append(f"learning_rate: {self.learning_rate} must be above 0.")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            problems.append(f"val_fraction: {self.val_fraction} must lie between 0 and 1.")
+        if self.box_jitter > 0.5:
+            problems.append(f"box_jitter: {self.box_jitter} must be at most 0.5.")
+        if self.augment == "scale":
+            problems.append("augment: 'scale' is not yet there; take 'flip' or 'none'.")
+        if self.cache_embeddings == "on":
+            problems.append("cache_embeddings: 'on' is not yet there; take 'auto' or 'off'.")
+        return problems
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML; `--config` of it gives the same configuration back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The fields in which a saved run differs from a configuration, where that matters.
+
+    Args:
+        saved: The run's configuration as plain values.
+        config: What it is asked to go on with.
+
+    Returns:
+        Lines of a table: field, the run's value, the value asked for.
+    """
+    rows = []
+    for name, value in dataclasses.asdict(config).items():
+        free = FREE_ON_RESUME | ({"steps"} if config.lr_schedule == "constant" else set())
+        if name not in free and name in saved and saved[name] != value:
+            rows.append(f"{name:24} {saved[name]!s:24} {value}")
+    return rows
+
+
+def parse_config(argv: list[str]) -> TrainConfig:
+    """Reads flags and the YAML file that they name; `--help` prints the flags and exits.
+
+    Args:
+        argv: The arguments after the program's name.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: Listing every unknown key, wrong type and wrong value at once.
+    """
+    problems: list[str] = []
+    known, unknown = _argument_parser().parse_known_args(argv)
+    flags = vars(known)
+    names = [setting.name for setting in dataclasses.fields(TrainConfig)]
+    options = [f"--{name}" for name in ("config", "help", *names)]
+    # A value that follows an unknown flag is reported with it, not as a problem of its own.
+    for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:
+        problems.append(f"{word}: no such flag.{_nearest(word.split('=')[0], options)}")
+    file = flags.pop("config", None)
+    merged = OmegaConf.structured(TrainConfig)
+    OmegaConf.set_readonly(merged, False)  # it inherits the dataclass's frozenness
+    if file is not None:
+        for key, value in _read_yaml(Path(file)).items():
+            if key not in names:
+                problems.append(f"{file}: {key}: no such key.{_nearest(str(key), names)}")
+                continue
+            problems += _assign(merged, str(key), value, source=f"{file}: ")
+    for key, value in flags.items():
+        problems += _assign(merged, key, value, source="--")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
+        text = str(error).splitlines()[0]
+        raise ConfigError(f"the configuration cannot be resolved: {text}.") from error
+    assert isinstance(config, TrainConfig)
+    problems += config.check()
+    if problems:
+        raise ConfigError(
+            "the configuration has "
+            + (f"{len(problems)} problems" if len(problems) > 1 else "a problem")
+            + "".join(f"\n  - {problem}" for problem in problems)
+            + "\n`python -m samft.train --help` lists every flag."
+        )
+    return config
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m samft.train",
+        description="Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.error = _raise_config_error  # type: ignore[method-assign, assignment]
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the fields below")
+    for setting in dataclasses.fields(TrainConfig):
+        choices, default = setting.metadata["choices"], setting.default
+        text = setting.metadata["help"].replace("%", "%%")
+        if choices:
+            text += f" ({', '.join(choices)})"
+        text += "" if default is None else f" [{default}]"
+        if isinstance(default, bool):
+            names = (f"--{setting.name}", f"--no-{setting.name}")
+            parser.add_argument(*names, action=_Switch, help=text)
+        else:
+            parser.add_argument(f"--{setting.name}", metavar="VALUE", help=text)
+    return parser
+
+
+class _Switch(argparse.Action):
+    """`--x` is true, `--no-x` is false."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no-"))
+
+
+def _raise_config_error(message: str) -> None:
+    raise ConfigError(f"{message}. `python -m samft.train --help` lists every flag.")
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {path}.")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # OmegaConf passes on what the YAML parser raises
+        text = " ".join(str(error).split())
+        raise ConfigError(f"--config: {path} is not readable as YAML: {text}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config: {path} must hold `key: value` lines.")
+    return loaded
+
+
+def _assign(merged: Any, key: str, value: Any, *, source: str) -> list[str]:
+    setting = TrainConfig.__dataclass_fields__[key]
+    annotation = str(setting.type)
+    if "None" in annotation and str(value).lower() in ("none", "null", ""):
+        value = None
+    if isinstance(value, bool) and "off" in setting.metadata["choices"]:
+        value = "on" if value else "off"  # YAML reads a bare off as false
+    try:
+        OmegaConf.update(merged, key, value)
+    except OmegaConfBaseException:
+        words = {"bool": "yes or no", "int": "a whole number", "float": "a number"}
+        wanted = next((word for kind, word in words.items() if kind in annotation), "text")
+        return [f"{source}{key}: '{value}' is not {wanted}."]
+    return []
+
+
+def _nearest(word: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(word, options, n=1)
+    return f" Did you mean {near[0]}?" if near else ""

@@ -1,0 +1,218 @@
+"""Writes a small COCO dataset to try the trainer on: `python -m samft.demo --output_dir D`.
+
+Painted butterflies and flowers (see `samft.plates`), in seconds and always the same for a seed,
+with every form of annotation that COCO knows: polygons of one part and of many, compressed and
+uncompressed run lengths, a crowd, an image without objects.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from samft.errors import ConfigError, DataError, run_command
+from samft.plates import CATEGORIES, Outlined, paint_plate
+
+DESCRIPTION = "samft demo: painted butterflies and flowers"
+ANNOTATIONS = "_annotations.coco.json"
+FORMS = ("polygons", "compressed", "polygons", "uncompressed", "polygons")
+MIN_IMAGES = 3  # of a split: one with objects, one with a crowd, one without objects
+MIN_SIZE, MAX_SIZE = 64, 4096
+
+
+def write_demo(
+    output_dir: Path, *, seed: int = 0, num_train: int = 30, num_val: int = 10, size: int = 320
+) -> Path:
+    """Writes the dataset as `<output_dir>/{train,val}/_annotations.coco.json` beside its images.
+
+    Args:
+        output_dir: A folder that is missing, empty, or holds nothing but an earlier demo dataset,
+            which is replaced.
+        seed: Any non-negative integer; the same seed gives the same files.
+        num_train: Images in `train`, at least 3.
+        num_val: Images in `val`, at least 3.
+        size: Side of the square images, in pixels.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ConfigError: A number is out of range.
+        DataError: The folder holds something else, or cannot be written.
+    """
+    _check_numbers(seed=seed, num_train=num_train, num_val=num_val, size=size)
+    try:
+        # First, since old annotations beside new images would be believed after an interruption.
+        for path in _earlier_files(output_dir):
+            path.unlink()
+        for number, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
+            _write_split(output_dir / split, seed=(seed, number), num_images=num_images, size=size)
+    except OSError as error:
+        raise DataError(f"The demo dataset cannot be written: {error}.") from error
+    return output_dir
+
+
+def main(argv: list[str]) -> Path:
+    """Parses the command line, writes the dataset and says what was written.
+
+    Args:
+        argv: The arguments after the program's name.
+
+    Returns:
+        The dataset's folder.
+
+    Raises:
+        UserError: As `write_demo`.
+    """
+    parser = argparse.ArgumentParser(prog="python -m samft.demo", description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--images", type=int, default=40, help="a quarter of them for validation; default 40"
+    )
+    parser.add_argument("--size", type=int, default=320, help="side in pixels; default 320")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    arguments = parser.parse_args(argv)
+    num_val = arguments.images // 4
+    folder = write_demo(
+        arguments.output_dir,
+        seed=arguments.seed,
+        num_train=arguments.images - num_val,
+        num_val=num_val,
+        size=arguments.size,
+    )
+    print(_summary(folder), flush=True)
+    return folder
+
+
+def _check_numbers(*, seed: int, num_train: int, num_val: int, size: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"The demo's seed is {seed}; it must be 0 or more.")
+    if min(num_train, num_val) < MIN_IMAGES:
+        raise ConfigError(
+            f"{num_train} training and {num_val} validation images are too few for the demo: "
+            f"each split needs {MIN_IMAGES} or more, so ask for at least {4 * MIN_IMAGES} images."
+        )
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise ConfigError(
+            f"The demo's size is {size} pixels; it must be between {MIN_SIZE} and {MAX_SIZE}."
+        )
+
+
+def _earlier_files(output_dir: Path) -> list[Path]:
+    """The files of an earlier demo dataset, also of one that was interrupted.
+
+    Raises:
+        DataError: There is a file that no demo dataset has; nothing may be overwritten.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise DataError(f"'{output_dir}' is a file; name a folder for the demo dataset.")
+    files = []
+    for path in output_dir.rglob("*"):
+        if path.is_dir():
+            continue
+        if not _is_ours(path, output_dir):
+            raise DataError(
+                f"'{output_dir}' holds '{path.relative_to(output_dir)}', which is not part of a "
+                "demo dataset, and nothing was written so as not to overwrite your data: name a "
+                "new or empty folder."
+            )
+        files.append(path)
+    return files
+
+
+def _is_ours(path: Path, output_dir: Path) -> bool:
+    if path.parent not in (output_dir / "train", output_dir / "val"):
+        return False
+    if path.name == ANNOTATIONS:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return bool(content["info"]["description"] == DESCRIPTION)
+        except (ValueError, KeyError, TypeError):
+            return False
+    return path.match("plate_[0-9]*.jpg") or path.name == f"{ANNOTATIONS}.part"
+
+
+def _image_name(index: int) -> str:
+    return f"plate_{index + 1:04d}.jpg"
+
+
+def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(num_images):
+        plate, objects = paint_plate(
+            np.random.default_rng([*seed, index]),
+            size,
+            empty=index == num_images - 1,
+            crowd=index % 4 == 1,
+        )
+        name = _image_name(index)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
+        (folder / name).write_bytes(cv2.imencode(".jpg", plate[..., ::-1], quality)[1].tobytes())
+        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        for item in objects:
+            ids = {"id": len(annotations) + 1, "image_id": index + 1}
+            form = "uncompressed" if item.crowd else FORMS[len(annotations) % len(FORMS)]
+            annotations.append(ids | _annotation(item, size, form=form))
+    content = {
+        "info": {"description": DESCRIPTION},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in CATEGORIES.items()],
+    }
+    partial = folder / f"{ANNOTATIONS}.part"
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, folder / ANNOTATIONS)
+
+
+def _annotation(item: Outlined, size: int, *, form: str) -> dict[str, Any]:
+    """A COCO annotation without its ids; `form` is one of `FORMS`."""
+    rle = mask_utils.merge(mask_utils.frPyObjects(item.polygons, size, size))
+    segmentation: Any = item.polygons
+    if form == "compressed":
+        segmentation = {"size": [size, size], "counts": rle["counts"].decode("ascii")}
+    elif form == "uncompressed":
+        segmentation = {"size": [size, size], "counts": _run_lengths(mask_utils.decode(rle))}
+    return {
+        "category_id": item.category,
+        "segmentation": segmentation,
+        "area": float(mask_utils.area(rle)),
+        "bbox": [float(value) for value in mask_utils.toBbox(rle)],
+        "iscrowd": int(item.crowd),
+    }
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed counts: column by column, zeros first."""
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    runs: list[int] = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
+def _summary(folder: Path) -> str:
+    counts = []
+    for split in ("train", "val"):
+        content = json.loads((folder / split / ANNOTATIONS).read_text(encoding="utf-8"))
+        crowds = sum(annotation["iscrowd"] for annotation in content["annotations"])
+        objects = len(content["annotations"]) - crowds
+        counts.append(
+            f"{split}: {len(content['images'])} images, {objects} objects, {crowds} crowds"
+        )
+    return (
+        f"Wrote a demo dataset of painted butterflies and flowers to {folder} "
+        f"({'; '.join(counts)}). Next, tune on it: "
+        f"python -m samft.train --config configs/demo.yaml --data_root {folder}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,164 @@
+"""The process group: ranks, gathers, sums and agreement; all right without a group, too."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from samft.errors import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def is_initialized() -> bool:
+    """Whether a process group has been started."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    """Number of processes; 1 without a group."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def get_rank() -> int:
+    """This process's number, from 0; 0 without a group."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files."""
+    return get_rank() == 0
+
+
+def start(device: str) -> torch.device:
+    """Starts the process group if `torchrun` launched this process, and picks the device.
+
+    Flags and counts travel over gloo on the CPU, so that agreeing on them never waits for a GPU;
+    gradients travel over NCCL where there are GPUs. Collective: every rank must call.
+
+    Args:
+        device: `auto`, `cuda` or `cpu`.
+
+    Returns:
+        This process's device.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none, or fewer GPUs than processes.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' was asked for, but PyTorch sees no GPU here.")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: process {local_rank} of this host has no GPU of its own (there are "
+            f"{torch.cuda.device_count()}): lower --nproc_per_node."
+        )
+    place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    if "RANK" in os.environ and not is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return place
+
+
+def shutdown() -> None:
+    """Ends the process group, if there is one."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Gathers any picklable object from all ranks. Collective: every rank must call.
+
+    Args:
+        value: This rank's object; sizes may differ between ranks.
+
+    Returns:
+        One object per rank, in the order of the ranks; `[value]` without a group.
+    """
+    if get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sums a tensor over all ranks, in place. Collective: every rank must call.
+
+    Args:
+        tensor: Any numeric tensor, of equal shape and dtype on all ranks.
+
+    Returns:
+        The same tensor, holding the sum.
+    """
+    if get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def agree(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective: every rank must call.
+
+    Args:
+        flag: This rank's view.
+
+    Returns:
+        The same answer on every rank.
+    """
+    return bool(all_reduce_sum(torch.tensor(int(flag))).item())
+
+
+def barrier() -> None:
+    """Waits until every rank is here. Collective: every rank must call."""
+    agree(False)
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's object, on every rank. Collective: every rank must call.
+
+    Args:
+        value: The object on rank 0; what other ranks pass is ignored.
+
+    Returns:
+        Rank 0's object.
+    """
+    if get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module:
+    """Wraps a module in DistributedDataParallel, if there is a group. Collective.
+
+    After its first backward, DDP puts gradients into other buckets, which changes the order of
+    summation. Two throw-away passes now, and a resumed run adds up like an undisturbed one.
+
+    Args:
+        model: On its device.
+        warm_up: Runs one forward and backward of the module it is given, and drops the gradients.
+
+    Returns:
+        The wrapped module; `model` itself without a group.
+    """
+    if get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    warm_up(wrapped)
+    warm_up(wrapped)
+    return wrapped

@@ -1,0 +1,342 @@
+"""The loop: `train`, `train_step`, `validate`. Read this page first.
+
+A step is one optimizer update over `accumulate_steps` micro-batches on every rank. Its losses are
+summed over masks and divided by the number of masks of the whole step, so that one process or
+many, accumulated or not, learn the same.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from samft.data import Batch
+from samft.distributed import agree, all_reduce_sum, get_world_size, wrap
+from samft.errors import TrainingError
+from samft.losses import MaskLosses
+from samft.metrics import (
+    MaskMean,
+    PerMaskIoU,
+    box_fill_ious,
+    original_masks_iou,
+    peak_memory_gib,
+)
+from samft.prompted import PromptedSam
+
+LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
+MAX_BAD_STEPS = 5
+MASK_CHUNK = 64
+
+
+@dataclass
+class Progress:
+    """How far a run has come; plain values, so that it goes into `last.ckpt` as it is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        position: Global batches consumed; more than `step` where a step was skipped.
+        bad_steps: Steps skipped in a row, up to now.
+        skipped_steps: Steps skipped in all.
+        window: Sums over the masks since the last train line: `LOSS_NAMES`, then masks, images.
+        window_seconds: Seconds of training in that window.
+        train_seconds: Seconds of training in all, without validation and saving.
+        train_images: Images trained on in all.
+        wall_seconds: Seconds since the start, without the time between a stop and its resume.
+        baseline: Validation of the untouched checkpoint.
+        box_fill_iou: What filling each box of the validation set would score.
+    """
+
+    step: int = 0
+    position: int = 0
+    bad_steps: int = 0
+    skipped_steps: int = 0
+    window: list[float] = field(default_factory=lambda: [0.0] * (len(LOSS_NAMES) + 2))
+    window_seconds: float = 0.0
+    train_seconds: float = 0.0
+    train_images: int = 0
+    wall_seconds: float = 0.0
+    baseline: dict[str, float] = field(default_factory=dict)
+    box_fill_iou: float = math.nan
+
+
+LossFunction = Callable[..., MaskLosses]
+
+
+class Trainer:
+    """A model, its optimizer, and how a step is taken with them."""
+
+    def __init__(
+        self,
+        model: PromptedSam,
+        optimizer: torch.optim.Optimizer,
+        *,
+        learning_rate_at: Callable[[int], float],
+        loss: LossFunction,
+        amp_dtype: torch.dtype | None = None,
+        clip_grad_norm: float = 1.0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Wraps the model for data-parallel training. Collective: every rank must call.
+
+        Args:
+            model: On its device, with what is to stay frozen frozen.
+            optimizer: Over the model's trainable parameters.
+            learning_rate_at: The learning rate of a step, a pure function of the step.
+            loss: `losses.mask_losses` with its weights and image size set.
+            amp_dtype: Autocast to this type; None: float32. float16 brings a gradient scaler.
+            clip_grad_norm: Largest gradient norm; 0: off.
+            progress: Where a resumed run goes on.
+        """
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.learning_rate_at = learning_rate_at
+        self.amp_dtype, self.clip_grad_norm = amp_dtype, clip_grad_norm
+        self.progress = progress or Progress()
+        self.device = model.sam.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=self.device)
+        self.wrapped = wrap(model, warm_up=self._throw_away_pass)
+
+    def _throw_away_pass(self, wrapped: nn.Module) -> None:
+        size = self.model.sam.image_encoder.img_size
+        images = torch.zeros(1, 3, size, size, device=self.device)
+        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
+        with self._autocast():
+            logits, iou = wrapped(images, boxes, boxes.new_zeros(1, dtype=torch.int64))
+        (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.amp_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled)
+
+    def train_step(self, micro_batches: list[Batch]) -> bool:
+        """Takes one optimizer step. Collective: every rank must call.
+
+        Args:
+            micro_batches: This rank's share of the step.
+
+        Returns:
+            Whether the step was taken; False where the gradient was not finite, on all ranks alike.
+        """
+        counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
+        num_masks = all_reduce_sum(counts).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate_at(self.progress.step)
+        window = torch.zeros_like(self.window)
+        for number, batch in enumerate(micro_batches):
+            with self._sync_gradients(number == len(micro_batches) - 1):
+                losses = self._forward(batch.to(self.device, non_blocking=True))
+                # DDP averages over ranks, hence the world size.
+                loss = losses.total.sum() * (get_world_size() / num_masks)
+                self.scaler.scale(loss).backward()
+            window += _sums(losses, num_images=len(batch.image_ids))
+        taken = self._update()
+        self.progress.position += 1
+        if taken:
+            self.window += window
+            self.progress.step += 1
+        return taken
+
+    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Both forward and backward must lie inside no_sync: a forward outside of it syncs.
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+    def _forward(self, batch: Batch) -> MaskLosses:
+        with self._autocast():
+            mask_logits, iou_predicted = self.wrapped(
+                batch.images, batch.boxes, batch.image_index, input_sizes=batch.input_sizes
+            )
+        return self.loss(
+            mask_logits,
+            iou_predicted,
+            targets=batch.targets,
+            image_index=batch.image_index,
+            input_sizes=batch.input_sizes,
+        )
+
+    def _update(self) -> bool:
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
+        finite = not agree(not bool(torch.isfinite(norm)))
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.progress.bad_steps = 0
+        else:
+            self.progress.skipped_steps += 1
+            # A scaler finds its scale by overflowing now and then: that is no bad step.
+            settled = not self.scaler.is_enabled() or self.scaler.get_scale() <= 1
+            self.progress.bad_steps += settled
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.progress.bad_steps >= MAX_BAD_STEPS:
+            raise TrainingError(
+                f"the gradient was not finite {MAX_BAD_STEPS} times in a row after step "
+                f"{self.progress.step}: lower learning_rate, or set amp to bf16 or off. "
+                "The checkpoints written so far are whole."
+            )
+        return finite
+
+    def take_window(self) -> dict[str, float]:
+        """Mean losses and IoU over the masks since the last call, and rates. Collective.
+
+        Returns:
+            `LOSS_NAMES`, `lr` of the last step, `images_per_second`, `masks_per_second`.
+        """
+        *sums, masks, images = all_reduce_sum(self.window.cpu()).tolist()
+        seconds = max(self.progress.window_seconds, 1e-9)
+        values = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["images_per_second"] = images / seconds
+        values["masks_per_second"] = masks / seconds
+        values["peak_memory_gib"] = peak_memory_gib(self.device)
+        self.progress.train_images += int(images)
+        self.window.zero_()
+        self.progress.window_seconds = 0.0
+        return values
+
+
+def train(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    accumulate_steps: int,
+    interval: int,
+    should_stop: Callable[[], bool],
+    on_step: Callable[[bool], None],
+    on_interval: Callable[[dict[str, float]], None],
+) -> bool:
+    """Trains until the last step, or until any rank is asked to stop. Collective.
+
+    Args:
+        trainer: Knows how to take a step; its progress says where to begin.
+        batches: This rank's endless micro-batches, from that position on.
+        steps: Optimizer steps of the whole run.
+        accumulate_steps: Micro-batches of a step.
+        interval: Call `on_interval` every so many steps, and after the last.
+        should_stop: Asked before each step on every rank; all stop if any says yes.
+        on_step: Called after each step with whether it was taken.
+        on_interval: Called with the window's metrics; validates, saves, logs.
+
+    Returns:
+        Whether the last step was reached.
+    """
+    progress, stream = trainer.progress, iter(batches)
+    while progress.step < steps:
+        if agree(should_stop()):
+            return False
+        started = time.monotonic()
+        taken = trainer.train_step(list(islice(stream, accumulate_steps)))
+        seconds = time.monotonic() - started
+        progress.window_seconds += seconds
+        progress.train_seconds += seconds
+        on_step(taken)
+        if taken and (progress.step % interval == 0 or progress.step == steps):
+            on_interval(trainer.take_window())
+    return True
+
+
+@dataclass
+class Validation:
+    """What a validation pass found.
+
+    Attributes:
+        metrics: `LOSS_NAMES` and `iou_predicted`, means over all masks of all ranks;
+            `per_mask_iou` is at the original resolution.
+        box_fill_iou: What filling each box would score.
+        shown: Rank 0's first images with their mask logits, for pictures.
+    """
+
+    metrics: dict[str, float]
+    box_fill_iou: float
+    shown: list[tuple[Batch, Tensor]]
+
+
+@torch.no_grad()
+def validate(
+    model: PromptedSam, batches: Iterable[Batch], *, loss: LossFunction, num_shown: int = 0
+) -> Validation:
+    """Scores the model on every mask of a split. Collective: every rank must call.
+
+    Always in float32, and at the resolution of the original image: the IoU is the one that stock
+    `SamPredictor` gets with the same weights.
+
+    Args:
+        model: Not wrapped; ranks may hold different numbers of images, or none.
+        batches: This rank's images, one a batch, with their truths.
+        loss: `losses.mask_losses` with its weights and image size set.
+        num_shown: Images to keep for pictures.
+
+    Returns:
+        Means over all ranks.
+    """
+    means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
+    means["per_mask_iou"] = PerMaskIoU()
+    shown: list[tuple[Batch, Tensor]] = []
+    for batch in batches:
+        moved = batch.to(model.sam.device, non_blocking=True)
+        embedding = model.embed(moved.images, moved.input_sizes)
+        chunks = []
+        for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
+            logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
+            for name, values in scores.items():
+                means[name].update(values.cpu())
+            chunks.append(logits)
+        means["box_fill_iou"].update(
+            box_fill_ious(
+                batch.boxes,
+                batch.truths,
+                input_size=_size(batch.input_sizes),
+                original_size=_size(batch.original_sizes),
+            )
+        )
+        if len(shown) < num_shown:
+            shown.append((batch, torch.cat(chunks).cpu()))
+    metrics = {name: mean.compute().item() for name, mean in means.items()}
+    return Validation(metrics, metrics.pop("box_fill_iou"), shown)
+
+
+def _score_masks(
+    model: PromptedSam, batch: Batch, embedding: Tensor, *, part: Tensor, loss: LossFunction
+) -> tuple[Tensor, dict[str, Tensor]]:
+    index = batch.image_index[part]
+    logits, iou_predicted = model.decode(embedding, batch.boxes[part], index)
+    losses = loss(
+        logits,
+        iou_predicted,
+        targets=batch.targets[part],
+        image_index=index,
+        input_sizes=batch.input_sizes,
+    )
+    iou = original_masks_iou(
+        logits,
+        [batch.truths[number] for number in part.tolist()],
+        input_size=_size(batch.input_sizes),
+        original_size=_size(batch.original_sizes),
+        image_size=model.sam.image_encoder.img_size,
+    )
+    values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
+    scores = dict(zip(LOSS_NAMES, values, strict=True))
+    return logits, {**scores, "iou_predicted": iou_predicted}
+
+
+def _size(sizes: Tensor) -> tuple[int, int]:
+    height, width = sizes[0].tolist()
+    return height, width
+
+
+def _sums(losses: MaskLosses, *, num_images: int) -> Tensor:
+    parts = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
+    sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in parts])
+    return torch.cat([sums, sums.new_tensor([len(losses.total), num_images])])

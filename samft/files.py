@@ -1,0 +1,129 @@
+"""Files that matter: written whole or not at all. Imports no torch."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from samft.errors import ConfigError
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Args:
+        path: The file; its folder must exist.
+        write: Given the open file, writes the content.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; the old file is untouched.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, see `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, indented, see `write_atomically`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_status(
+    folder: Path | None,
+    *,
+    state: str,
+    step: int = 0,
+    exit_code: int | None = None,
+    reason: str = "",
+    last_checkpoint: str | None = None,
+) -> None:
+    """Writes status.json, and the same to the file that `SAMFT_STATUS_FILE` names (launch.sh's).
+
+    Args:
+        folder: The run's output folder, if it is known and exists.
+        state: `running`, `done`, `failed` or `preempted`.
+        step: Optimizer steps done.
+        exit_code: What the process is about to exit with; None while it runs.
+        reason: One sentence.
+        last_checkpoint: The file to go on from.
+    """
+    status = {
+        "state": state,
+        "step": step,
+        "exit_code": exit_code,
+        "reason": reason,
+        "last_checkpoint": last_checkpoint,
+    }
+    if folder is not None and folder.is_dir():
+        write_json(folder / "status.json", status)
+    told = os.environ.get("SAMFT_STATUS_FILE")
+    if told and Path(told).parent.is_dir():
+        write_json(Path(told), status)
+
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard")
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder and makes sure that files can be written there.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written ({error.strerror}): choose another folder."
+        ) from error
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves an earlier run's files into a folder of their own, so that a fresh start loses none.
+
+    Args:
+        folder: The output folder.
+
+    Returns:
+        Where they are now, `previous-1` or the next free number; None if there were none.
+    """
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    found = [folder / name for name in RUN_FILES]
+    for checkpoint in folder.glob("*.ckpt"):
+        found += [checkpoint, checkpoint.with_suffix(".json")]
+    found += folder.glob("*.png")
+    number = 1
+    while (aside := folder / f"previous-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in found:
+        if path.exists():
+            path.rename(aside / path.name)
+    return aside

@@ -1,0 +1,137 @@
+"""What a run says: log lines, metrics.jsonl, TensorBoard, a progress bar; rank 0 only.
+
+`RunLog` of any other rank writes no file: it only warns and fails, with its rank in front.
+"""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from samft.files import write_text
+
+LOGGER = logging.getLogger("samft")
+
+
+def start_logging(rank: int) -> None:
+    """Sends log lines to standard error; ranks other than 0 only warn and fail, named.
+
+    Args:
+        rank: This process's rank.
+    """
+    logging.captureWarnings(True)
+    name = "" if rank == 0 else f"[rank {rank}] "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class RunLog:
+    """The files and the terminal of one run; on ranks other than 0 every method does nothing."""
+
+    def __init__(self, folder: Path, *, main: bool, steps: int, start_step: int = 0) -> None:
+        """Opens the logs; a resumed run forgets what was written after its checkpoint.
+
+        Args:
+            folder: The output folder, which must exist.
+            main: Whether this is rank 0.
+            steps: Optimizer steps of the whole run.
+            start_step: The step that the run goes on from.
+        """
+        self.folder, self.main, self.steps = folder, main, steps
+        self.writer: SummaryWriter | None = None
+        self.bar = tqdm(
+            total=steps,
+            initial=start_step,
+            disable=not (main and sys.stderr.isatty()),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        if not main:
+            return
+        self._redirect = logging_redirect_tqdm([logging.getLogger()])
+        self._redirect.__enter__()
+        self._file = logging.FileHandler(folder / "train.log")
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logging.getLogger().addHandler(self._file)
+        self._forget_after(start_step)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+
+    def _forget_after(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that a crash cut short
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        write_text(path, "".join(kept))
+
+    def metrics(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Writes one line to metrics.jsonl and the same scalars to TensorBoard.
+
+        Args:
+            step: Optimizer steps done.
+            split: `train` or `val`.
+            values: Names and numbers; what is not finite becomes null, as JSON has no word for it.
+        """
+        if self.writer is None:
+            return
+        record = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "split": split, **record}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(f"{split}/{name}", value, step)
+        self.writer.flush()
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Adds a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def text(self, name: str, text: str) -> None:
+        """Adds a text, shown as it is, to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(name, "    " + text.replace("\n", "\n    "), 0)
+
+    def hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
+        """Adds hyper-parameters and final results to TensorBoard, in the run's own folder."""
+        if self.writer is None:
+            return
+        plain = {name: value for name, value in hparams.items() if value is not None}
+        self.writer.add_hparams(plain, results, run_name=".")
+
+    def progress(self, **shown: str) -> None:
+        """Moves the progress bar by one step."""
+        self.bar.update(1)
+        if shown:
+            self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Closes the bar and the files."""
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+            logging.getLogger().removeHandler(self._file)
+            self._file.close()
+            self._redirect.__exit__(None, None, None)
+            self.writer = None

@@ -1,0 +1,88 @@
+"""Parameter groups, and learning-rate schedules as pure functions of the step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+import samft.torchvision_cure  # noqa: F401
+
+from segment_anything.modeling.common import LayerNorm2d
+
+# SAM was trained with the rate divided by ten at 60,000 and 86,666 of 90,000 steps; the shares
+# here are those of the design. Source: Kirillov et al., Segment Anything, 2023, appendix A.
+MULTISTEP_SHARES = (0.66667, 0.86666)
+MULTISTEP_FACTOR = 0.1
+
+
+def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: int) -> float:
+    """The share of the peak learning rate at a step.
+
+    Args:
+        step: The optimizer step about to be taken, from 0.
+        steps: Optimizer steps of the whole run.
+        schedule: `multistep`, `cosine` or `constant`; all begin with the linear warm-up.
+        warmup_steps: Steps until the peak.
+
+    Returns:
+        A factor in 0..1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "multistep":
+        return MULTISTEP_FACTOR ** sum(step >= share * steps for share in MULTISTEP_SHARES)
+    return 1.0
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with and without weight decay.
+
+    Without: biases, norms, embeddings (positions, tokens, prompts), and the last layer of the IoU
+    head, of which a box prompt reaches one row in four: decay alone would shrink the others.
+
+    Args:
+        model: A module that contains a SAM.
+        weight_decay: The decay of the first group.
+
+    Returns:
+        Groups for `torch.optim.AdamW`, in the order of the module's parameters.
+    """
+    undecayed_ids: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LayerNorm, LayerNorm2d, nn.Embedding)) or name.endswith(
+            "iou_prediction_head.layers.2"
+        ):
+            undecayed_ids |= {id(parameter) for parameter in module.parameters()}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        position = name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
+        decays = not (parameter.ndim <= 1 or position or id(parameter) in undecayed_ids)
+        groups[decays].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, fused where that runs.
+
+    Args:
+        model: A module that contains a SAM, already on its device.
+        learning_rate: Peak rate; the schedule scales it at each step.
+        weight_decay: See `parameter_groups`.
+
+    Returns:
+        The optimizer.
+    """
+    groups = [group for group in parameter_groups(model, weight_decay=weight_decay)]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)

@@ -1,0 +1,387 @@
+"""One training run from its first line to its summary."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import samft
+from samft import assemble, distributed, pictures
+from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, git_commit, save_tensors
+from samft.config import TrainConfig, to_yaml
+from samft.data import train_loader, val_loader
+from samft.engine import Progress, Trainer, Validation, train, validate
+from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
+from samft.files import make_writable, set_aside, write_json, write_status, write_text
+from samft.logs import LOGGER, RunLog, format_duration, start_logging
+from samft.losses import mask_losses
+from samft.optim import build_optimizer, learning_rate_factor
+from samft.report import AFTER, BEFORE, draw_masks, report
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+NUM_SHOWN = 4
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains as configured. Collective: every rank must call.
+
+    Args:
+        config: The checked configuration.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        UserError: The configuration, the data or the checkpoint cannot be used.
+        Stopped: A signal or `stop_after` ended the run, and everything is saved.
+        TrainingError: The run cannot go on.
+    """
+    folder = Path(config.output_dir).expanduser()
+    this_run: Run | None = None
+    device = distributed.start(config.device)
+    start_logging(distributed.get_rank())
+    try:
+        with _stop_on_signal() as stop:
+            this_run = assemble.together(lambda: Run(config, folder, device, stop))
+            return this_run.execute()
+    except BaseException as error:
+        if distributed.is_main() and not isinstance(error, Stopped):
+            step = this_run.progress.step if this_run else 0
+            last = folder / LAST_NAME
+            write_status(
+                folder,
+                state="failed",
+                step=step,
+                exit_code=exit_code(error),
+                reason=str(error) or type(error).__name__,
+                last_checkpoint=str(last) if last.exists() else None,
+            )
+        raise
+    finally:
+        if this_run is not None:
+            this_run.log.close()
+        distributed.shutdown()
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[str]]:
+    """Notes the first signal's name in a list; a second SIGINT interrupts at once."""
+    received: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    try:
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    except ValueError:  # not the main thread, where Python allows no handlers
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """The parts of one run, and what happens at its start, its intervals and its end."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, device: torch.device, stop: list[str]
+    ) -> None:
+        """Checks everything that a user can get wrong, cheapest first, then builds the parts.
+
+        Args:
+            config: The checked configuration.
+            folder: The output folder, made if absent.
+            device: This process's device.
+            stop: Names of the signals received so far.
+
+        Raises:
+            UserError: The folder, data, weights or state to resume cannot be used.
+        """
+        self.config, self.folder, self.device, self.stop = config, folder, device, stop
+        self.main = distributed.is_main()
+        self.world_size = distributed.get_world_size()
+        make_writable(folder)
+        self.splits = assemble.load_splits(config)
+        resumed = assemble.find_resume(config, folder, self.splits.fingerprint)
+        weights = resumed["model"] if resumed else assemble.load_weights(config)
+        if self.main and resumed is None:
+            aside = set_aside(folder)
+            if aside is not None:
+                LOGGER.warning("an earlier run's files were moved to %s", aside)
+        self.progress = Progress(**resumed["progress"]) if resumed else Progress()
+        if not self.main:
+            self.progress.window = Progress().window  # rank 0 goes on with the sums of all
+        self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=self.progress.step)
+        self.model = assemble.build_model(config, weights, device)
+        self.optimizer = build_optimizer(
+            self.model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.resumed = resumed
+        best = TopK.from_list(resumed["best"]) if resumed else []
+        self.top_k = TopK(folder, k=config.save_top_k, best=best)
+        self.loss = partial(
+            mask_losses,
+            image_size=config.image_size,
+            focal_weight=config.loss_focal_weight,
+            dice_weight=config.loss_dice_weight,
+            iou_weight=config.loss_iou_weight,
+        )
+        self.clock = time.monotonic() - self.progress.wall_seconds
+
+    def execute(self) -> dict[str, Any]:
+        """Trains from where the run stands to its end. Collective: every rank must call.
+
+        Returns:
+            What `summary.json` holds.
+
+        Raises:
+            Stopped: Before the last step; everything is saved.
+        """
+        config, progress = self.config, self.progress
+        if len(set(distributed.all_gather(progress.step))) > 1:
+            raise ConfigError(
+                "output_dir: the processes do not see the same last.ckpt; put output_dir on a disk "
+                "that all hosts share."
+            )
+        self._announce()
+        self._make_trainer()
+        self.val_batches = val_loader(
+            self.splits.val,
+            num_workers=config.num_workers,
+            rank=distributed.get_rank(),
+            world_size=self.world_size,
+        )
+        if self.resumed is None:
+            self._validate_untouched()
+        batches = train_loader(
+            self.splits.train,
+            batch_size=config.batch_size,
+            accumulate_steps=config.accumulate_steps,
+            start_step=progress.position,
+            num_workers=config.num_workers,
+            rank=distributed.get_rank(),
+            world_size=self.world_size,
+            seed=config.seed,
+        )
+        finished = train(
+            self.trainer,
+            batches,
+            steps=config.steps,
+            accumulate_steps=config.accumulate_steps,
+            interval=config.metrics_interval,
+            should_stop=self._should_stop,
+            on_step=self._on_step,
+            on_interval=self._on_interval,
+        )
+        if not finished:
+            self._save_last()
+            self._stopped()
+        return self._finish()
+
+    def _should_stop(self) -> bool:
+        limit = self.config.stop_after
+        return bool(self.stop) or (limit is not None and self.progress.step >= limit)
+
+    def _warmup_steps(self) -> int:
+        most = self.config.steps // 10
+        if self.config.warmup_steps > most:
+            LOGGER.info(
+                "warm-up: %d steps, a tenth of the run, not %d", most, self.config.warmup_steps
+            )
+        return min(self.config.warmup_steps, most)
+
+    def _make_trainer(self) -> None:
+        config, warmup_steps = self.config, self._warmup_steps()
+
+        def learning_rate_at(step: int) -> float:
+            return config.learning_rate * learning_rate_factor(
+                step, steps=config.steps, schedule=config.lr_schedule, warmup_steps=warmup_steps
+            )
+
+        self.trainer = Trainer(
+            self.model,
+            self.optimizer,
+            learning_rate_at=learning_rate_at,
+            loss=self.loss,
+            amp_dtype=assemble.pick_amp_dtype(config.amp, self.device),
+            clip_grad_norm=config.clip_grad_norm,
+            progress=self.progress,
+        )
+        if self.resumed is not None:
+            self.optimizer.load_state_dict(self.resumed["optimizer"])
+            self.trainer.scaler.load_state_dict(self.resumed["scaler"])
+
+    def _announce(self) -> None:
+        config = self.config
+        for split, counts in self.splits.counts.items():
+            skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
+            LOGGER.info(
+                "%s: %d images, %d masks%s",
+                split,
+                counts["images"],
+                counts["masks"],
+                f"; left out: {skipped}" if skipped else "",
+            )
+        LOGGER.info(
+            "device %s, %d process(es), %d images a step, amp %s",
+            self.device,
+            self.world_size,
+            self._global_batch(),
+            assemble.pick_amp_dtype(config.amp, self.device) or "off",
+        )
+        if self.main:
+            write_text(self.folder / "config.yaml", to_yaml(config))
+            self.log.text("config", to_yaml(config))
+            self._status("running")
+        if self.resumed is not None:
+            LOGGER.info("going on from step %d", self.progress.step)
+
+    def _global_batch(self) -> int:
+        return self.config.batch_size * self.config.accumulate_steps * self.world_size
+
+    def _validate(self) -> Validation:
+        num_shown = NUM_SHOWN if self.main else 0
+        started = time.monotonic()
+        found = validate(self.model, self.val_batches, loss=self.loss, num_shown=num_shown)
+        seconds = time.monotonic() - started
+        step, metrics = self.progress.step, found.metrics
+        self.log.metrics(step, "val", {**metrics, "seconds": seconds})
+        if self.main:
+            self.log.picture(step, "val/masks", draw_masks(found))
+        return found
+
+    def _validate_untouched(self) -> None:
+        found = self._validate()
+        self.progress.baseline = found.metrics
+        self.progress.box_fill_iou = found.box_fill_iou
+        LOGGER.info(
+            "step 0: val_per_mask_iou %.4f before training (filling each box: %.4f)",
+            found.metrics["per_mask_iou"],
+            found.box_fill_iou,
+        )
+        if self.main:
+            pictures.write_png(self.folder / BEFORE, draw_masks(found))
+        self._save_last()
+
+    def _on_step(self, taken: bool) -> None:
+        if taken:
+            self.log.progress()
+        else:
+            LOGGER.warning(
+                "after step %d: the gradient was not finite, so the step was skipped",
+                self.progress.step,
+            )
+
+    def _on_interval(self, window: dict[str, float]) -> None:
+        step, steps = self.progress.step, self.config.steps
+        self.log.metrics(step, "train", {**window, "skipped_steps": self.progress.skipped_steps})
+        found = self._validate()
+        score = found.metrics["per_mask_iou"]
+        if self.main and self.top_k.offer(
+            self.model.sam.state_dict(), score=score, sidecar=self._sidecar(found.metrics)
+        ):
+            if self.top_k.best[0].step == step:
+                pictures.write_png(self.folder / AFTER, draw_masks(found))
+        self._save_last()
+        left = (steps - step) * (time.monotonic() - self.clock) / max(step, 1)
+        LOGGER.info(
+            "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
+            "%.1f images/s, %s left",
+            step,
+            steps,
+            window["loss"],
+            window["per_mask_iou"],
+            score,
+            score - self.progress.baseline["per_mask_iou"],
+            window["images_per_second"],
+            format_duration(left),
+        )
+
+    def _sidecar(self, metrics: dict[str, float]) -> dict[str, Any]:
+        return {
+            "model_type": self.config.model_type,
+            "image_size": self.config.image_size,
+            "resize_mode": self.config.resize_mode,
+            "step": self.progress.step,
+            "metrics": {f"val_{name}": value for name, value in metrics.items()},
+            "config": asdict(self.config),
+            "samft_version": samft.__version__,
+            "torch_version": torch.__version__,
+            "git_commit": git_commit(),
+        }
+
+    def _save_last(self) -> None:
+        self.progress.wall_seconds = time.monotonic() - self.clock
+        sums = distributed.all_reduce_sum(self.trainer.window.cpu().clone()).tolist()
+        if not self.main:
+            return
+        state = {
+            "format": FORMAT_VERSION,
+            "config": asdict(self.config),
+            "global_batch": self._global_batch(),
+            "fingerprint": self.splits.fingerprint,
+            "model": self.model.sam.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.trainer.scaler.state_dict(),
+            "progress": {**asdict(self.progress), "window": sums},
+            "best": self.top_k.to_list(),
+        }
+        save_tensors(self.folder / LAST_NAME, state)
+        self._status("running")
+
+    def _status(self, state: str, *, code: int | None = None, reason: str = "") -> None:
+        if self.main:
+            last = self.folder / LAST_NAME
+            write_status(
+                self.folder,
+                state=state,
+                step=self.progress.step,
+                exit_code=code,
+                reason=reason,
+                last_checkpoint=str(last) if last.exists() else None,
+            )
+
+    def _stopped(self) -> None:
+        why = self.stop[0] if self.stop else f"stop_after {self.config.stop_after}"
+        if not self.stop and self.config.stop_after is None:
+            why = "another process was asked to stop"
+        reason = (
+            f"{why}: saved after step {self.progress.step} of {self.config.steps} in "
+            f"{self.folder}; the same command goes on from there."
+        )
+        self._status("preempted", code=EXIT_STOPPED, reason=reason)
+        raise Stopped(reason)
+
+    def _finish(self) -> dict[str, Any]:
+        progress, best = self.progress, self.top_k.best[0] if self.top_k.best else None
+        summary = {
+            "best_step": best.step if best else None,
+            "best_val_per_mask_iou": best.score if best else None,
+            "baseline_val_per_mask_iou": progress.baseline["per_mask_iou"],
+            "box_fill_iou": progress.box_fill_iou,
+            "best_checkpoint": str(self.folder / best.name) if best else None,
+            "steps": progress.step,
+            "wall_seconds": time.monotonic() - self.clock,
+            "train_seconds": progress.train_seconds,
+            "images_per_second": progress.train_images / max(progress.train_seconds, 1e-9),
+            "skipped_steps": progress.skipped_steps,
+            "data": self.splits.counts,
+        }
+        summary = distributed.broadcast(summary)
+        if self.main:
+            write_json(self.folder / "summary.json", summary)
+            scores = {name: v for name, v in summary.items() if isinstance(v, float)}
+            self.log.hparams(asdict(self.config), scores)
+            self._status("done", code=0, reason="finished")
+            report(summary, self.folder)
+        return summary

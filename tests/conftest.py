@@ -1,0 +1,51 @@
+"""What all tests share: the folder of real data, process groups, one thread and a fixed seed."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import samft.torchvision_cure  # noqa: F401  (before all that imports torchvision)
+from gloo_pool import GlooPool
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The commands that tests start, and the workers of loaders, share the cores with the tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("samft", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("samft")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real data sets: `SAMFT_DATA`, else `shared/data` beside the repository."""
+    folder = Path(os.environ.get("SAMFT_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (set SAMFT_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gloo2() -> Iterator[GlooPool]:
+    """Two processes in one gloo group: `gloo2.run(function, *args)` gives both results."""
+    pool = GlooPool(2)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def gloo3() -> Iterator[GlooPool]:
+    """Three processes in one gloo group, as `gloo2`."""
+    pool = GlooPool(3)
+    yield pool
+    pool.stop()

@@ -64,6 +64,18 @@ class Splits:
     counts: dict[str, dict[str, Any]]
     fingerprint: str
 
+    def announce(self) -> None:
+        """Says how many images and masks there are, and what was left out."""
+        for split, counts in self.counts.items():
+            skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
+            LOGGER.info(
+                "%s: %d images, %d masks%s",
+                split,
+                counts["images"],
+                counts["masks"],
+                f"; left out: {skipped}" if skipped else "",
+            )
+
 
 def load_splits(config: TrainConfig) -> Splits:
     """Reads and checks the annotation files and sets up both datasets.

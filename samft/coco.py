@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,23 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.errors import DataError
-from samft.images import MAX_PIXELS, header_size
-from samft.masks import (
-    MaskError,
-    Segmentations,
-    check_segmentation,
-    decode_cropped,
-    decode_segmentation,
-    has_pixels,
-)
-
-__all__ = [
-    "CocoIndex",
-    "decode_segmentation",
-    "find_split",
-    "read_coco",
-    "split_by_hash",
-]
+from samft.images import MAX_PIXELS, find_missing, header_size
+from samft.masks import MaskError, Segmentations, check_segmentation, decode_cropped, has_pixels
+from samft.masks import decode_segmentation as decode_segmentation
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +30,7 @@ class CocoIndex:
     image_folder: Path
     file_names: list[str]
     image_ids: NDArray[np.int64]  # [N]
-    sizes_json: NDArray[np.int32]  # [N, 2] H, W as the JSON says (the file's where it says nothing)
+    sizes_json: NDArray[np.int32]  # [N, 2] H, W as the JSON says (the file's where that cannot be)
     first_object: NDArray[np.int64]  # [N + 1]; image i has objects first_object[i:i + 2]
     object_ids: NDArray[np.int64]  # [K]
     boxes: NDArray[np.float64]  # [K, 4] x0 y0 x1 y1, original frame, px, as annotated
@@ -83,9 +68,15 @@ class CocoIndex:
 
 @dataclass
 class _ImageEntry:
+    path: Path
     file_name: str
     size: tuple[int, int]  # H, W
     row: int
+    size_is_real: bool = False  # from the file's header
+
+    def read_size(self) -> None:
+        if not self.size_is_real:
+            self.size, self.size_is_real = header_size(self.path), True
 
 
 def read_coco(annotations: Path, image_folder: Path) -> CocoIndex:
@@ -106,14 +97,20 @@ def read_coco(annotations: Path, image_folder: Path) -> CocoIndex:
             outside of the folder, or ids contradict each other.
     """
     document = _load_json(annotations)
-    images = _read_images(document, annotations)
+    images = _read_images(document, annotations, image_folder)
     entries = document["annotations"]
     wanted = {_to_id(entry.get("image_id")) for entry in entries if isinstance(entry, dict)}
-    used = {image_id: image for image_id, image in images.items() if image_id in wanted}
-    _check_files([image.file_name for image in used.values()], annotations, image_folder)
-    for image in used.values():
-        if not (min(image.size) > 0 and image.size[0] * image.size[1] <= MAX_PIXELS):
-            image.size = header_size(image_folder / image.file_name)
+    used = [image for image_id, image in images.items() if image_id in wanted]
+    missing = find_missing(image_folder, [image.file_name for image in used])
+    if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"{len(missing)} of {len(used)} images of {annotations} are not in {image_folder}: "
+            f"{first}; check the image folder, or remove them from the JSON."
+        )
+    for image in used:
+        if min(image.size) < 1 or image.size[0] * image.size[1] > MAX_PIXELS:
+            image.read_size()
     counts: Counter[str] = Counter()
     objects = _read_objects(entries, images, counts, annotations)
     if not objects:
@@ -180,7 +177,9 @@ def _to_size(entry: dict[str, Any]) -> tuple[int, int]:
     return (height, width) if height and width else (0, 0)
 
 
-def _read_images(document: dict[str, Any], annotations: Path) -> dict[int, _ImageEntry]:
+def _read_images(
+    document: dict[str, Any], annotations: Path, image_folder: Path
+) -> dict[int, _ImageEntry]:
     images: dict[int, _ImageEntry] = {}
     for position, entry in enumerate(document["images"]):
         image_id = _to_id(entry.get("id")) if isinstance(entry, dict) else None
@@ -204,29 +203,10 @@ def _read_images(document: dict[str, Any], annotations: Path) -> dict[int, _Imag
                 f"{name!r}: give each image its own id."
             )
         if known is None:
-            images[image_id] = _ImageEntry(file_name=name, size=_to_size(entry), row=len(images))
+            images[image_id] = _ImageEntry(
+                path=image_folder / name, file_name=name, size=_to_size(entry), row=len(images)
+            )
     return images
-
-
-def _check_files(file_names: Sequence[str], annotations: Path, image_folder: Path) -> None:
-    # One listing per folder: a question per file takes minutes on a network disk.
-    listings: dict[Path, set[str]] = {}
-    missing = []
-    for name in file_names:
-        path = image_folder / name
-        if path.parent not in listings:
-            try:
-                listings[path.parent] = set(os.listdir(path.parent))
-            except OSError:
-                listings[path.parent] = set()
-        if path.name not in listings[path.parent]:
-            missing.append(name)
-    if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise DataError(
-            f"{len(missing)} of {len(file_names)} images of {annotations} are not in "
-            f"{image_folder}: {first}; check the image folder, or remove them from the JSON."
-        )
 
 
 def _read_objects(
@@ -257,7 +237,7 @@ def _read_objects(
             seen[object_id] = entry
             image = images[image_id]
             try:
-                box, segmentation = _check_object(entry, image.size)
+                box, segmentation = _check_object(entry, image)
             except MaskError as error:
                 counts[error.reason] += 1
                 continue
@@ -270,23 +250,30 @@ def _is_crowd(entry: Any) -> bool:
     return isinstance(entry, dict) and _to_id(entry.get("iscrowd")) == 1
 
 
-def _check_object(entry: dict[str, Any], size: tuple[int, int]) -> tuple[list[float], Any]:
+def _check_object(entry: dict[str, Any], image: _ImageEntry) -> tuple[list[float], Any]:
     # Box (x0 y0 x1 y1) and checked segmentation.
     segmentation = check_segmentation(entry.get("segmentation"))
-    if not has_pixels(segmentation, *size):
-        raise MaskError("no_mask")
     try:
         x, y, width, height = (float(number) for number in entry["bbox"])
+        box = [x, y, x + width, y + height]
     except (KeyError, TypeError, ValueError, OverflowError):
-        x = y = width = height = 0.0
-    # Written so that NaN is refused. A box may leave the image, but not by more than its size.
-    is_usable = width > 0 and height > 0
-    for start, length, limit in ((x, width, size[1]), (y, height, size[0])):
-        is_usable &= -limit <= start < limit and 0 < start + length <= 2 * limit
-    if is_usable:
-        return [x, y, x + width, y + height], segmentation
-    top, left, crop = decode_cropped(segmentation, *size)
-    return [left, top, left + crop.shape[1], top + crop.shape[0]], segmentation
+        box = [0.0] * 4
+    # Only the file knows its size: what does not fit the JSON's may fit it.
+    if not (_fits(box, image.size) and has_pixels(segmentation, *image.size)):
+        image.read_size()
+        if not has_pixels(segmentation, *image.size):
+            raise MaskError("no_mask")
+    if not _fits(box, image.size):
+        top, left, crop = decode_cropped(segmentation, *image.size)
+        box = [left, top, left + crop.shape[1], top + crop.shape[0]]
+    return box, segmentation
+
+
+def _fits(box: list[float], size: tuple[int, int]) -> bool:
+    # A box may leave the image, but not by more than the image's size. NaN fits nowhere.
+    (x0, y0, x1, y1), (height, width) = box, size
+    across = -width <= x0 < min(x1, width) and 0 < x1 <= 2 * width
+    return across and -height <= y0 < min(y1, height) and 0 < y1 <= 2 * height
 
 
 def find_split(data_root: Path, split: str) -> tuple[Path, Path]:

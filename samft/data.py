@@ -4,10 +4,11 @@ What a sample looks like depends on (seed, epoch, image id) only, and what a ste
 seed and the number of images in a step: not on workers, processes, accumulation or restarts.
 """
 
+import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,15 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with all tensors on a device."""
-        return replace(
-            self,
-            **{
-                name: value.to(device, non_blocking=non_blocking)
-                for name, value in vars(self).items()
-                if isinstance(value, Tensor)
-            },
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory; the data loader calls this."""
-        tensors = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**{**vars(self), **tensors})
 
 
 def _generator(*words: int) -> np.random.Generator:
@@ -178,7 +175,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         if self.training:
             boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
         crops = [decode_cropped(self.index.segmentations[int(k)], *size) for k in objects]
-        # The index was checked at the JSON's size; the file may be smaller by the object's only row.
+        # The index was checked at the JSON's size: in a smaller file a small object may be outside.
         kept = np.array([crop.size > 0 for _, _, crop in crops], dtype=bool)
         truths = [CroppedMask(*crop[:2], crop[2].astype(bool)) for crop in crops if crop[2].size]
         return Sample(
@@ -193,13 +190,12 @@ class Coco2MaskDataset(Dataset[Sample]):
         )
 
     def _targets(self, truths: list[CroppedMask], frame: Frame) -> Tensor:
-        low = self.loss_resolution == "low"
-        side = self.image_size // 4 if low else self.image_size
-        to_target = mask_to_low if low else mask_to_input
-        targets = torch.zeros((len(truths), side, side), dtype=torch.uint8)
-        for target, truth in zip(targets.numpy(), truths, strict=True):
+        to_target = mask_to_low if self.loss_resolution == "low" else mask_to_input
+        side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
+        targets = np.zeros((len(truths), side, side), dtype=np.uint8)
+        for target, truth in zip(targets, truths, strict=True):
             target[:] = to_target(truth.mask, frame, top=truth.top, left=truth.left)
-        return targets
+        return torch.from_numpy(targets)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -218,44 +214,23 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+@dataclass(eq=False, kw_only=True)
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one process, as lists of (epoch, i), for a loader's `batch_sampler`.
 
     All processes read one endless stream: position p is the image permutation(seed, p // n)[p % n]
     of epoch p // n. A step takes the next world_size * batch_size * accumulate_steps positions, so
     it is made of the same images however that product comes about.
-
-    Args:
-        num_images: n.
-        batch_size: Images per process per micro-batch.
-        accumulate_steps: Micro-batches per step.
-        start_step: Steps that are done already.
-        steps: Where to end; None goes on for ever.
-        rank: Of this process.
-        world_size: Number of processes.
-        seed: Of the permutations.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        batch_size: int = 1,
-        accumulate_steps: int = 1,
-        start_step: int = 0,
-        steps: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.accumulate_steps = accumulate_steps
-        self.start_step = start_step
-        self.steps = steps
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
+    num_images: int  # n
+    batch_size: int = 1  # images per process per micro-batch
+    accumulate_steps: int = 1  # micro-batches per step
+    start_step: int = 0  # steps that are done already
+    steps: int | None = None  # the step to end before; None goes on for ever
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         ahead = itertools.count(self.start_step)
@@ -267,15 +242,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def _at(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.num_images)
-        return epoch, int(self._permutation(epoch)[place])
+        return epoch, int(_permutation(self.seed, epoch, self.num_images)[place])
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        # Positions only grow, so the last one is all that is ever asked for again.
-        last: tuple[int, NDArray[np.int64]] | None = getattr(self, "_last", None)
-        if last is None or last[0] != epoch:
-            order = _generator(_ORDER_STREAM, self.seed, epoch).permutation(self.num_images)
-            last = self._last = (epoch, order)
-        return last[1]
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    return _generator(_ORDER_STREAM, seed, epoch).permutation(num_images)
 
 
 class ShardSampler(Sampler[int]):
@@ -295,12 +267,9 @@ class ShardSampler(Sampler[int]):
 
 
 class _ErrorsAsItems(Dataset[Sample | DataError]):
-    # A loader wraps what a worker raises into the text of a traceback. What is returned stays whole.
+    # A loader makes a traceback's text of what a worker raises; what is returned stays whole.
     def __init__(self, dataset: Coco2MaskDataset) -> None:
         self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample | DataError:
         try:
@@ -315,7 +284,7 @@ def _collate_or_error(items: list[Sample | DataError]) -> Batch | DataError:
 
 
 class BatchLoader:
-    """Iterates over batches, loaded by worker processes, and raises their errors as they were."""
+    """Iterates over batches; a worker's `DataError` (an image is broken, say) is raised whole."""
 
     def __init__(self, dataset: Coco2MaskDataset, *, num_workers: int, **options: Any) -> None:
         self.loader = DataLoader(
@@ -359,12 +328,9 @@ def train_loader(
     world_size: int = 1,
     seed: int = 0,
 ) -> BatchLoader:
-    """Loads this process' micro-batches, step after step; see `StepSampler`.
-
-    Iterating raises `DataError` for an image that is missing or broken.
-    """
+    """Loads this process' micro-batches, step after step; see `StepSampler`."""
     sampler = StepSampler(
-        len(dataset),
+        num_images=len(dataset),
         batch_size=batch_size,
         accumulate_steps=accumulate_steps,
         start_step=start_step,
@@ -379,9 +345,6 @@ def train_loader(
 def val_loader(
     dataset: Coco2MaskDataset, *, num_workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> BatchLoader:
-    """Loads this process' share of the images, one per batch; see `ShardSampler`.
-
-    Iterating raises `DataError` for an image that is missing or broken.
-    """
+    """Loads this process' share of the images, one per batch; see `ShardSampler`."""
     sampler = ShardSampler(len(dataset), rank=rank, world_size=world_size)
     return BatchLoader(dataset, num_workers=num_workers, sampler=sampler, batch_size=1)

@@ -7,7 +7,6 @@ uncompressed run lengths, a crowd, an image without objects.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from samft.errors import ConfigError, DataError, run_command
+from samft.files import write_text
 from samft.plates import CATEGORIES, Outlined, paint_plate
 
 DESCRIPTION = "samft demo: painted butterflies and flowers"
@@ -136,7 +136,8 @@ def _is_ours(path: Path, output_dir: Path) -> bool:
             return bool(content["info"]["description"] == DESCRIPTION)
         except (ValueError, KeyError, TypeError):
             return False
-    return path.match("plate_[0-9]*.jpg") or path.name == f"{ANNOTATIONS}.part"
+    # The second is what `write_text` leaves behind where it is killed.
+    return path.match("plate_[0-9]*.jpg") or path.match(f".{ANNOTATIONS}.*.part")
 
 
 def _image_name(index: int) -> str:
@@ -168,9 +169,7 @@ def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: 
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in CATEGORIES.items()],
     }
-    partial = folder / f"{ANNOTATIONS}.part"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, folder / ANNOTATIONS)
+    write_text(folder / ANNOTATIONS, json.dumps(content))
 
 
 def _annotation(item: Outlined, size: int, *, form: str) -> dict[str, Any]:

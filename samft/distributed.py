@@ -1,5 +1,6 @@
 """The process group: ranks, gathers, sums and agreement; all right without a group, too."""
 
+import inspect
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -153,11 +154,14 @@ def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module
     if get_world_size() == 1:
         return model
     device = next(model.parameters()).device
+    # SAM's buffers are constants: no need to send them at every forward. Newer torch renamed this.
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{name: False},
     )
     warm_up(wrapped)
     warm_up(wrapped)

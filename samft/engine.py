@@ -128,8 +128,9 @@ class Trainer:
         """
         counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
         num_masks = all_reduce_sum(counts).item()
+        learning_rate = self.learning_rate_at(self.progress.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate_at(self.progress.step)
+            group["lr"] = learning_rate
         window = torch.zeros_like(self.window)
         for number, batch in enumerate(micro_batches):
             with self._sync_gradients(number == len(micro_batches) - 1):

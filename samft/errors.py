@@ -83,7 +83,7 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, (ConfigError, Stopped, SharedError)):
             name = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{name}{word}: {error or 'interrupted'}", file=sys.stderr, flush=True)
+            print(f"{name}{word}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
         return exit_code(error)
     except Exception as error:
         traceback.print_exc()

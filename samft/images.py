@@ -1,7 +1,9 @@
 """Image files: read as the annotator saw them, or refused by name. Imports no torch."""
 
 import io
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -38,6 +40,21 @@ def header_size(source: Path | io.BytesIO, *, name: str | None = None) -> tuple[
     if width * height > MAX_PIXELS:
         raise DataError(f"{name} has {width} x {height} pixels, too many: scale it down.")
     return height, width
+
+
+def find_missing(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those of the names, relative to a folder, under which there is no file."""
+    # One listing per folder: a question per file takes minutes on a network disk.
+    listings: dict[Path, set[str]] = {}
+    missing = []
+    for name in names:
+        path = folder / name
+        if path.parent not in listings:
+            exists = path.parent.is_dir()
+            listings[path.parent] = set(os.listdir(path.parent)) if exists else set()
+        if path.name not in listings[path.parent]:
+            missing.append(name)
+    return missing
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -1,6 +1,8 @@
 """Parameter groups, and learning-rate schedules as pure functions of the step."""
 
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from segment_anything.modeling.common import LayerNorm2d
 # here are those of the design. Source: Kirillov et al., Segment Anything, 2023, appendix A.
 MULTISTEP_SHARES = (0.66667, 0.86666)
 MULTISTEP_FACTOR = 0.1
+LOGGER = logging.getLogger(__name__)
 
 
 def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: int) -> float:
@@ -36,6 +39,32 @@ def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: 
     if schedule == "multistep":
         return MULTISTEP_FACTOR ** sum(step >= share * steps for share in MULTISTEP_SHARES)
     return 1.0
+
+
+def schedule_learning_rate(
+    *, peak: float, steps: int, schedule: str, warmup_steps: int
+) -> Callable[[int], float]:
+    """The learning rate as a function of the step; the warm-up is at most a tenth of the run.
+
+    Args:
+        peak: The highest rate.
+        steps: Optimizer steps of the whole run.
+        schedule: See `learning_rate_factor`.
+        warmup_steps: Steps until the peak; cut to a tenth of `steps`, which the log says.
+
+    Returns:
+        A function from a step, from 0, to its learning rate.
+    """
+    most = steps // 10
+    if warmup_steps > most:
+        LOGGER.info("warm-up: %d steps, a tenth of the run, not %d", most, warmup_steps)
+    warmup = min(warmup_steps, most)
+
+    def learning_rate_at(step: int) -> float:
+        factor = learning_rate_factor(step, steps=steps, schedule=schedule, warmup_steps=warmup)
+        return peak * factor
+
+    return learning_rate_at
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,9 +1,6 @@
 """One training run from its first line to its summary."""
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,10 +18,10 @@ from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
 from samft.files import make_writable, set_aside, write_json, write_status, write_text
 from samft.logs import LOGGER, RunLog, format_duration, start_logging
 from samft.losses import mask_losses
-from samft.optim import build_optimizer, learning_rate_factor
+from samft.optim import build_optimizer, schedule_learning_rate
 from samft.report import AFTER, BEFORE, draw_masks, report
+from samft.signals import stop_on_signal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 NUM_SHOWN = 4
 
 
@@ -47,7 +44,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     device = distributed.start(config.device)
     start_logging(distributed.get_rank())
     try:
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             this_run = assemble.together(lambda: Run(config, folder, device, stop))
             return this_run.execute()
     except BaseException as error:
@@ -67,27 +64,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if this_run is not None:
             this_run.log.close()
         distributed.shutdown()
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[str]]:
-    """Notes the first signal's name in a list; a second SIGINT interrupts at once."""
-    received: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-
-    try:
-        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    except ValueError:  # not the main thread, where Python allows no handlers
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Run:
@@ -154,6 +130,7 @@ class Run:
                 "that all hosts share."
             )
         self._announce()
+        fresh = self.resumed is None
         self._make_trainer()
         self.val_batches = val_loader(
             self.splits.val,
@@ -161,7 +138,7 @@ class Run:
             rank=distributed.get_rank(),
             world_size=self.world_size,
         )
-        if self.resumed is None:
+        if fresh:
             self._validate_untouched()
         batches = train_loader(
             self.splits.train,
@@ -192,26 +169,17 @@ class Run:
         limit = self.config.stop_after
         return bool(self.stop) or (limit is not None and self.progress.step >= limit)
 
-    def _warmup_steps(self) -> int:
-        most = self.config.steps // 10
-        if self.config.warmup_steps > most:
-            LOGGER.info(
-                "warm-up: %d steps, a tenth of the run, not %d", most, self.config.warmup_steps
-            )
-        return min(self.config.warmup_steps, most)
-
     def _make_trainer(self) -> None:
-        config, warmup_steps = self.config, self._warmup_steps()
-
-        def learning_rate_at(step: int) -> float:
-            return config.learning_rate * learning_rate_factor(
-                step, steps=config.steps, schedule=config.lr_schedule, warmup_steps=warmup_steps
-            )
-
+        config = self.config
         self.trainer = Trainer(
             self.model,
             self.optimizer,
-            learning_rate_at=learning_rate_at,
+            learning_rate_at=schedule_learning_rate(
+                peak=config.learning_rate,
+                steps=config.steps,
+                schedule=config.lr_schedule,
+                warmup_steps=config.warmup_steps,
+            ),
             loss=self.loss,
             amp_dtype=assemble.pick_amp_dtype(config.amp, self.device),
             clip_grad_norm=config.clip_grad_norm,
@@ -220,18 +188,11 @@ class Run:
         if self.resumed is not None:
             self.optimizer.load_state_dict(self.resumed["optimizer"])
             self.trainer.scaler.load_state_dict(self.resumed["scaler"])
+            self.resumed = None  # several times the size of the model
 
     def _announce(self) -> None:
         config = self.config
-        for split, counts in self.splits.counts.items():
-            skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
-            LOGGER.info(
-                "%s: %d images, %d masks%s",
-                split,
-                counts["images"],
-                counts["masks"],
-                f"; left out: {skipped}" if skipped else "",
-            )
+        self.splits.announce()
         LOGGER.info(
             "device %s, %d process(es), %d images a step, amp %s",
             self.device,

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+Mask = NDArray[np.uint8] | NDArray[np.bool_]
+
 _LOW_CELL = 4  # the decoder's masks have a quarter of the input's resolution
 _MAX_JITTER = 20 / 1024  # of image_size, as SAM was trained
 
@@ -120,9 +122,7 @@ def jitter_boxes(
     return np.where(too_small, corners, moved).reshape(-1, 4)
 
 
-def mask_to_low(
-    mask: NDArray[np.uint8], frame: Frame, *, top: int = 0, left: int = 0
-) -> NDArray[np.uint8]:
+def mask_to_low(mask: Mask, frame: Frame, *, top: int = 0, left: int = 0) -> NDArray[np.uint8]:
     """The share of each 4 x 4 px cell of the input frame that an object covers.
 
     Args:
@@ -140,9 +140,7 @@ def mask_to_low(
     return cover
 
 
-def mask_to_input(
-    mask: NDArray[np.uint8], frame: Frame, *, top: int = 0, left: int = 0
-) -> NDArray[np.uint8]:
+def mask_to_input(mask: Mask, frame: Frame, *, top: int = 0, left: int = 0) -> NDArray[np.uint8]:
     """The input frame's pixels of which an object covers half or more; see `mask_to_low`.
 
     Returns:
@@ -155,7 +153,7 @@ def mask_to_input(
 
 
 def _coverage(
-    mask: NDArray[np.uint8], frame: Frame, *, cell: int, top: int, left: int
+    mask: Mask, frame: Frame, *, cell: int, top: int, left: int
 ) -> tuple[slice, slice, NDArray[np.float64]]:
     # Rows and columns of the cells that the crop reaches, and the share of each that it covers.
     # This is what cv2.INTER_AREA and a mean over the cell come to, without the whole image: the
@@ -163,12 +161,11 @@ def _coverage(
     height, width = mask.shape
     if mask.size == 0:
         return slice(0), slice(0), np.zeros((0, 0))
-    mask = mask.astype(np.uint8, copy=False)
     if frame.flipped:
         mask, left = mask[:, ::-1], frame.original_size[1] - left - width
     rows, edges_y = _cell_edges(top, height, frame.scale_y / cell)
     columns, edges_x = _cell_edges(left, width, frame.scale_x / cell)
-    integral = cv2.integral(np.ascontiguousarray(mask))
+    integral = cv2.integral(np.ascontiguousarray(mask, dtype=np.uint8))
     sums = _between_rows(_between_rows(integral, edges_y).T, edges_x).T
     area = cell * cell / (frame.scale_x * frame.scale_y)
     return rows, columns, np.clip(np.diff(np.diff(sums, axis=0), axis=1) / area, 0, 1)

@@ -153,7 +153,7 @@ def test_outlines_lie_where_the_paint_is() -> None:
 
 def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
     write_demo(tmp_path, seed=4, num_train=5, num_val=3, size=64)
-    (tmp_path / "val" / f"{ANNOTATIONS}.part").write_text("{")  # as an interruption leaves it
+    (tmp_path / "val" / f".{ANNOTATIONS}.x1.part").write_text("{")  # as a killed process leaves it
     write_demo(tmp_path, seed=5, num_train=3, num_val=3, size=64)
     assert len(list((tmp_path / "train").glob("*.jpg"))) == 3
     fresh = write_demo(tmp_path / "fresh", seed=5, num_train=3, num_val=3, size=64)

@@ -23,6 +23,7 @@ LAYERS = (
     "errors",
     "torchvision_cure",
     "files",
+    "signals",
     "config",
     "distributed",
     "images",
@@ -43,6 +44,7 @@ LAYERS = (
     "pictures",
     "logs",
     "engine",
+    "report",
     "assemble",
     "run",
     "plates",
@@ -53,6 +55,7 @@ ENTRY_POINTS_THAT_TRAIN_USES = {"check", "demo"}
 WITHOUT_TORCH = (
     "errors",
     "files",
+    "signals",
     "config",
     "images",
     "masks",

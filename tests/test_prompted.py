@@ -1,0 +1,144 @@
+"""PromptedSam gives what stock `Sam.forward` gives, for many images and boxes in one call."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samft.prompted import PromptedSam, inside_image
+from samft.sam import build_sam
+
+from segment_anything.modeling import Sam
+
+slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
+
+
+def padded(images: list[Tensor], size: int, *, filler: int = 0) -> Tensor:
+    frames = torch.full((len(images), 3, size, size), filler, dtype=torch.uint8)
+    for frame, image in zip(frames, images, strict=True):
+        frame[:, : image.shape[1], : image.shape[2]] = image
+    return frames
+
+
+def boxes_in(sizes: list[tuple[int, int]], counts: list[int]) -> list[Tensor]:
+    boxes = []
+    for (height, width), count in zip(sizes, counts, strict=True):
+        corners = torch.rand(count, 2, 2) * torch.tensor([width, height])
+        boxes.append(torch.cat([corners.amin(1), corners.amax(1)], dim=1))
+    return boxes
+
+
+def compare_with_stock(sam: Sam, sizes: list[tuple[int, int]], counts: list[int]) -> None:
+    size = sam.image_encoder.img_size
+    images = [torch.randint(0, 256, (3, *hw), dtype=torch.uint8) for hw in sizes]
+    boxes = boxes_in(sizes, counts)
+    records: list[dict[str, Any]] = [
+        {"image": image, "original_size": image.shape[1:], "boxes": box}
+        for image, box in zip(images, boxes, strict=True)
+    ]
+    stock = sam(records, multimask_output=False)
+    stock_logits = torch.cat([answer["low_res_logits"][:, 0] for answer in stock])
+    stock_iou = torch.cat([answer["iou_predictions"][:, 0] for answer in stock])
+    with torch.no_grad():
+        logits, iou = PromptedSam(sam)(
+            padded(images, size),
+            torch.cat(boxes),
+            torch.arange(len(sizes)).repeat_interleave(torch.tensor(counts)),
+            input_sizes=torch.tensor(sizes),
+        )
+    assert logits.shape == (sum(counts), size // 4, size // 4)
+    torch.testing.assert_close(logits, stock_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(iou, stock_iou, atol=1e-4, rtol=1e-4)
+    assert stock_logits.std() > 1e-2  # or everything would be near everything
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Sam:
+    torch.manual_seed(3)
+    return build_sam("vit_tiny", 64)
+
+
+def test_same_as_stock_on_images_of_different_shapes(tiny: Sam) -> None:
+    compare_with_stock(tiny, [(64, 47), (30, 64), (64, 64)], [3, 1, 2])
+
+
+def test_vit_b_at_256_same_as_stock() -> None:
+    compare_with_stock(build_sam("vit_b", 256), [(256, 171), (200, 256)], [1, 3])
+
+
+@slow
+def test_vit_b_at_1024_same_as_stock() -> None:
+    compare_with_stock(build_sam("vit_b", 1024), [(1024, 683), (768, 1024)], [1, 3])
+
+
+def test_what_stands_in_the_padding_makes_no_difference(tiny: Sam) -> None:
+    images = [torch.randint(0, 256, (3, 40, 64), dtype=torch.uint8)]
+    boxes, index = torch.tensor([[3.0, 4.0, 30.0, 39.0]]), torch.zeros(1, dtype=torch.int64)
+    model = PromptedSam(tiny)
+    with torch.no_grad():
+        answers = [
+            model(padded(images, 64, filler=f), boxes, index, input_sizes=torch.tensor([[40, 64]]))
+            for f in (0, 201)
+        ]
+        unaware, _ = model(padded(images, 64, filler=0), boxes, index)
+    assert torch.equal(answers[0][0], answers[1][0])
+    # Black pixels are not the zeros that SAM pads with.
+    assert not torch.equal(answers[0][0], unaware)
+
+
+def test_preprocessing_is_sams_own(tiny: Sam) -> None:
+    images = [torch.randint(0, 256, (3, 17, 64), dtype=torch.uint8)]
+    model = PromptedSam(tiny)
+    ours = model.preprocess(padded(images, 64, filler=9), torch.tensor([[17, 64]]))
+    torch.testing.assert_close(ours[0], tiny.preprocess(images[0].float()), atol=1e-6, rtol=0)
+    assert (ours[0, :, 17:] == 0).all()
+    white = model.preprocess(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8), None)
+    expected = [(255 - 123.675) / 58.395, (255 - 116.28) / 57.12, (255 - 103.53) / 57.375]
+    torch.testing.assert_close(white[0, :, 0, 63], torch.tensor(expected))
+
+
+def test_floating_point_images_are_taken_as_preprocessed(tiny: Sam) -> None:
+    model = PromptedSam(tiny)
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    ready = model.preprocess(image, None)
+    assert model.preprocess(ready, torch.tensor([[5, 5]])) is ready
+    with torch.no_grad():
+        assert torch.equal(model.embed(ready), model.embed(image))
+
+
+def test_a_frozen_encoder_keeps_no_graph() -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64))
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert model.embed(image).requires_grad
+    with torch.no_grad():
+        assert not model.embed(image).requires_grad
+    model.sam.image_encoder.requires_grad_(False)
+    assert not model.embed(image).requires_grad
+    logits, _ = model(image, torch.tensor([[1.0, 1, 9, 9]]), torch.zeros(1, dtype=torch.int64))
+    assert logits.requires_grad
+    model.sam.image_encoder.pos_embed.requires_grad_(True)
+    assert model.embed(image).requires_grad
+
+
+def test_it_wraps_without_copying(tiny: Sam) -> None:
+    model = PromptedSam(tiny)
+    assert model.sam is tiny
+    assert list(model.state_dict()) == [f"sam.{name}" for name in tiny.state_dict()]
+
+
+def test_inside_image_is_the_share_of_each_cell() -> None:
+    shares = inside_image(torch.tensor([[6, 9], [16, 16], [1, 16]]), 4, cell=4)
+    rows, columns = torch.tensor([1, 0.5, 0, 0]), torch.tensor([1, 1, 0.25, 0])
+    assert torch.equal(shares[0], rows[:, None] * columns)
+    assert torch.equal(shares[1], torch.ones(4, 4))
+    assert torch.equal(shares[2], torch.tensor([0.25, 0, 0, 0])[:, None].expand(4, 4))
+    # The shares of all cells add up to the image's pixels.
+    assert shares.sum((1, 2)).tolist() == [6 * 9 / 16, 16.0, 1.0]
+
+
+def test_inside_image_at_pixels_is_one_or_zero() -> None:
+    inside = inside_image(torch.tensor([[2, 3]]), 4)
+    assert inside.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]
+    assert inside.dtype == torch.float32

@@ -1,0 +1,204 @@
+import cv2
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from samft.transforms import (
+    Frame,
+    boxes_to_input,
+    boxes_to_original,
+    jitter_boxes,
+    make_frame,
+    mask_to_input,
+    mask_to_low,
+    resize_image,
+)
+
+from segment_anything.utils.transforms import ResizeLongestSide
+
+SIDES = st.integers(1, 3000)
+
+
+def _noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@given(height=SIDES, width=SIDES, image_size=st.sampled_from([128, 256, 512, 768, 1024]))
+def test_pad_frame_is_the_stock_one_to_the_pixel(height: int, width: int, image_size: int) -> None:
+    frame = make_frame((height, width), image_size, resize_mode="pad")
+    stock = ResizeLongestSide.get_preprocess_shape(height, width, image_size)
+    assert frame.input_size == tuple(max(1, side) for side in stock)
+    assert max(frame.input_size) == image_size
+
+
+@pytest.mark.parametrize("size", [(48, 64), (301, 200), (7, 500), (256, 256), (600, 601)])
+def test_image_and_boxes_are_the_stock_ones(size: tuple[int, int]) -> None:
+    image, stock = _noise(*size), ResizeLongestSide(256)
+    frame = make_frame(size, 256, resize_mode="pad")
+    resized, (height, width) = resize_image(image, frame), frame.input_size
+    np.testing.assert_array_equal(resized[:height, :width], stock.apply_image(image))
+    assert resized.shape == (256, 256, 3)
+    assert resized[height:].sum() == 0 and resized[:, width:].sum() == 0
+    boxes = np.random.default_rng(1).uniform(0, 300, (9, 4))
+    np.testing.assert_array_equal(boxes_to_input(boxes, frame), stock.apply_boxes(boxes, size))
+
+
+def test_squash_fills_the_frame() -> None:
+    frame = make_frame((50, 100), 64, resize_mode="squash")
+    assert frame.input_size == (64, 64) and (frame.scale_x, frame.scale_y) == (0.64, 1.28)
+    assert resize_image(np.full((50, 100, 3), 9, np.uint8), frame).min() == 9
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("mode", ["pad", "squash"])
+@pytest.mark.parametrize("size", [(120, 160), (160, 120)])
+def test_a_box_drawn_on_the_original_lands_where_the_image_has_it(
+    size: tuple[int, int], mode: str, flipped: bool
+) -> None:
+    image = np.zeros((*size, 3), np.uint8)
+    image[20:80, 30:70] = 255
+    frame = make_frame(size, 512, resize_mode=mode, flipped=flipped)
+    bright = resize_image(image, frame)[..., 0] > 127
+    ys, xs = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
+    found = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+    box = boxes_to_input(np.array([[30, 20, 70, 80]]), frame)[0]
+    np.testing.assert_allclose(box, found, atol=0.51)
+    low = mask_to_low(image[..., 0] // 255, frame)
+    # Bilinear interpolation rounds the corners off.
+    assert np.count_nonzero(mask_to_input(image[..., 0] // 255, frame) != bright) <= 4
+    mean = bright.reshape(128, 4, 128, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(low / 255, mean, atol=0.26)
+
+
+@given(height=SIDES, width=SIDES, flipped=st.booleans(), mode=st.sampled_from(["pad", "squash"]))
+def test_boxes_come_back(height: int, width: int, flipped: bool, mode: str) -> None:
+    frame = make_frame((height, width), 512, resize_mode=mode, flipped=flipped)
+    boxes = np.array([[0, 0, width, height], [0.25 * width, 0, 0.5 * width, 0.125 * height]])
+    there = boxes_to_input(boxes, frame)
+    np.testing.assert_allclose(boxes_to_original(there, frame), boxes, atol=1e-9)
+    np.testing.assert_allclose(there[0], [0, 0, *frame.input_size[::-1]], atol=1e-9)
+    assert (there[:, 2:] > there[:, :2]).all()
+
+
+def test_a_flip_stays_left_of_the_padding() -> None:
+    image = _noise(100, 50)
+    plain, mirrored = (make_frame((100, 50), 128, resize_mode="pad", flipped=f) for f in (False, True))
+    width = plain.input_size[1]
+    expected = resize_image(image, plain)[:, :width][:, ::-1]
+    np.testing.assert_array_equal(resize_image(image, mirrored)[:, :width], expected)
+    assert resize_image(image, mirrored)[:, width:].sum() == 0
+    box = boxes_to_input(np.array([[5, 10, 20, 30]]), mirrored)[0]
+    np.testing.assert_allclose(box, [30 * 1.28, 12.8, 45 * 1.28, 38.4])
+
+
+def _reference(mask: np.ndarray, frame: Frame) -> np.ndarray:
+    # cv2.INTER_AREA to the input frame, zero-padded: the share of each input pixel.
+    height, width = frame.input_size
+    padded = np.zeros((frame.image_size,) * 2, dtype=np.float64)
+    area = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    padded[:height, :width] = area[:, :: -1 if frame.flipped else 1]
+    return padded
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("size", [(300, 400), (257, 131), (40, 64), (50, 33), (128, 128), (5, 300)])
+def test_targets_are_area_averages(size: tuple[int, int], flipped: bool) -> None:
+    generator = np.random.default_rng(0)
+    mask = (cv2.blur(generator.random(size), (9, 9)) > 0.5).astype(np.uint8)
+    frame = make_frame(size, 128, resize_mode="pad", flipped=flipped)
+    expected = _reference(mask, frame)
+    low = mask_to_low(mask, frame)
+    assert low.dtype == np.uint8 and low.shape == (32, 32)
+    mean = expected.reshape(32, 4, 32, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(low / 255, mean, atol=0.5 / 255 + 1e-4)
+    at_input = mask_to_input(mask, frame)
+    clear = np.abs(expected - 0.5) > 1e-4
+    np.testing.assert_array_equal(at_input[clear], (expected > 0.5)[clear])
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    flipped=st.booleans(),
+    image_size=st.sampled_from([64, 256]),
+    mode=st.sampled_from(["pad", "squash"]),
+)
+def test_a_crop_gives_what_the_whole_mask_gives(
+    seed: int, flipped: bool, image_size: int, mode: str
+) -> None:
+    generator = np.random.default_rng(seed)
+    height, width = generator.integers(1, 200, 2)
+    y, x = (
+        np.sort(generator.integers(0, height + 1, 2)),
+        np.sort(generator.integers(0, width + 1, 2)),
+    )
+    mask = np.zeros((height, width), np.uint8)
+    mask[y[0] : y[1], x[0] : x[1]] = generator.integers(0, 2, (y[1] - y[0], x[1] - x[0]))
+    frame = make_frame((int(height), int(width)), image_size, resize_mode=mode, flipped=flipped)
+    crop = mask[y[0] : y[1], x[0] : x[1]].astype(bool)
+    for transform in (mask_to_low, mask_to_input):
+        cropped = transform(crop, frame, top=int(y[0]), left=int(x[0]))
+        whole = transform(mask, frame).astype(int)
+        # A share on the very edge between two values may round either way.
+        assert np.abs(cropped - whole).max() <= 1 and np.mean(cropped != whole) < 0.01
+
+
+def test_targets_of_a_known_rectangle() -> None:
+    frame = make_frame((64, 64), 64, resize_mode="pad")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[8:16, 6:13] = 1
+    expected = np.zeros((16, 16))
+    expected[2:4, 1:4] = [0.5, 1, 0.25]
+    np.testing.assert_array_equal(mask_to_low(mask, frame), np.rint(expected * 255))
+    np.testing.assert_array_equal(mask_to_input(mask, frame), mask)
+    full = mask_to_low(np.ones((64, 32), np.uint8), make_frame((64, 32), 64, resize_mode="pad"))
+    assert (full[:, :8] == 255).all() and full[:, 8:].sum() == 0
+
+
+def test_one_pixel_of_a_large_image_still_leaves_its_share() -> None:
+    frame = make_frame((512, 512), 256, resize_mode="pad")
+    low = mask_to_low(np.ones((1, 1), np.uint8), frame, top=100, left=200)
+    assert low[12, 25] == round(255 / 64) and np.count_nonzero(low) == 1
+    assert mask_to_low(np.zeros((0, 0), np.uint8), frame).sum() == 0
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    share=st.sampled_from([0.05, 0.1, 0.5, 3.0]),
+    image_size=st.sampled_from([256, 1024]),
+)
+def test_jitter_keeps_its_bounds(seed: int, share: float, image_size: int) -> None:
+    generator = np.random.default_rng(seed)
+    frame = make_frame((300, 200), image_size, resize_mode="pad")
+    limit = np.array(frame.input_size[::-1] * 2)
+    start = generator.uniform(0, 0.9, (50, 2)) * limit[:2]
+    boxes = np.hstack([start, start + generator.uniform(0.001, 1, (50, 2)) * (limit[:2] - start)])
+    moved = jitter_boxes(boxes, share=share, frame=frame, generator=generator)
+    side = boxes[:, 2:] - boxes[:, :2]
+    furthest = np.minimum(share * np.tile(side, 2), 20 * image_size / 1024)
+    assert (np.abs(moved - boxes) <= furthest + 0.011).all()
+    assert (moved >= 0).all() and (moved <= limit).all()
+    assert (moved[:, 2:] - moved[:, :2] >= side / 2 - 1e-9).all()
+
+
+def test_jitter_is_uniform_and_reaches_its_bounds() -> None:
+    frame = make_frame((1000, 1000), 1024, resize_mode="pad")
+    boxes = np.tile([400.0, 400, 500, 600], (4000, 1))
+    moved = jitter_boxes(boxes, share=0.1, frame=frame, generator=np.random.default_rng(0)) - boxes
+    for side, bound in enumerate([10, 20, 10, 20]):
+        assert abs(moved[:, side].mean()) < 0.05 * bound
+        assert 0.99 * bound < np.abs(moved[:, side]).max() <= bound
+        assert abs(moved[:, side].std() - bound / 3**0.5) < 0.03 * bound
+    assert np.abs(np.corrcoef(moved.T) - np.eye(4)).max() < 0.06
+
+
+def test_no_jitter_leaves_boxes_alone_and_edge_slivers_stay_boxes() -> None:
+    frame = make_frame((100, 100), 128, resize_mode="pad")
+    outside = np.array([[-5.0, 3, 140, 20]])
+    generator = np.random.default_rng(0)
+    np.testing.assert_array_equal(
+        jitter_boxes(outside, share=0, frame=frame, generator=generator), outside
+    )
+    slivers = np.array([[128.0, 5, 129, 9], [-3, -2, 0, 0], [4, 4, 4, 4]])
+    moved = jitter_boxes(slivers, share=0.1, frame=frame, generator=generator)
+    assert (moved[:, 2:] > moved[:, :2]).all() and moved.min() >= 0 and moved.max() <= 128

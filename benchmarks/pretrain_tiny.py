@@ -95,7 +95,9 @@ def score(model: PromptedSam, *, size: int, num_scenes: int) -> dict[str, float]
             batch.images.to(device), batch.boxes.to(device), batch.image_index.to(device)
         )
         masks = F.interpolate(logits[:, None].float(), (size, size), mode="bilinear")[:, 0] > 0
-        for mask, truth, box in zip(masks.cpu().numpy(), batch.masks[0], batch.boxes.numpy()):
+        for mask, truth, box in zip(
+            masks.cpu().numpy(), batch.masks[0], batch.boxes.numpy(), strict=True
+        ):
             x0, y0, x1, y1 = box.round().astype(int)
             ious.append((mask & (truth > 0)).sum() / (mask | (truth > 0)).sum())
             fills.append(truth.sum() / max(1, (x1 - x0) * (y1 - y0)))

@@ -83,31 +83,18 @@ def load_splits(config: TrainConfig) -> Splits:
     Raises:
         DataError: Files are missing or broken, or there is nothing to validate on.
     """
-    train_index = _read_split(config, "train")
+    train_index = read_coco(*_find_files(config, "train"))
     try:
-        val_index = _read_split(config, "val")
-        if config.val_fraction is not None:
-            LOGGER.warning("val_fraction is not used: there is a validation split")
+        val_files = _find_files(config, "val")
     except DataError as error:
-        if config.val_fraction is None or config.val_annotations is not None:
+        if config.val_fraction is None:
             hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
             raise DataError(f"{error}{hint}") from error
-        whole = train_index
-        train_index, val_index = split_by_hash(whole, config.val_fraction)
-        if not train_index.num_images or not val_index.num_images:
-            raise DataError(
-                f"val_fraction {config.val_fraction} of {whole.num_images} images leaves none for "
-                "training or for validation: choose another share."
-            ) from error
-        names = ", ".join(val_index.file_names[:5])
-        LOGGER.info(
-            "no validation split: %d of %d images are held out by the hash of their file name "
-            "(%s%s)",
-            val_index.num_images,
-            whole.num_images,
-            names,
-            ", ..." if val_index.num_images > 5 else "",
-        )
+        train_index, val_index = _hold_out(train_index, config.val_fraction)
+    else:
+        val_index = read_coco(*val_files)
+        if config.val_fraction is not None:
+            LOGGER.warning("val_fraction is not used: there is a validation split")
     counts = {"train": _count(train_index), "val": _count(val_index)}
     return Splits(
         train=_dataset(train_index, config, training=True),
@@ -117,15 +104,25 @@ def load_splits(config: TrainConfig) -> Splits:
     )
 
 
-def _read_split(config: TrainConfig, split: str) -> CocoIndex:
+def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
     annotations = getattr(config, f"{split}_annotations")
-    images = getattr(config, f"{split}_images")
     if annotations is not None:
-        return read_coco(Path(annotations).expanduser(), Path(images).expanduser())
+        return Path(annotations).expanduser(), Path(getattr(config, f"{split}_images")).expanduser()
     if config.data_root is None:
         raise DataError(f"there is no {split} split: data_root and {split}_annotations are empty.")
-    name = getattr(config, f"{split}_split")
-    return read_coco(*find_split(Path(config.data_root).expanduser(), name))
+    return find_split(Path(config.data_root).expanduser(), getattr(config, f"{split}_split"))
+
+
+def _hold_out(whole: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
+    train_index, val_index = split_by_hash(whole, val_fraction)
+    LOGGER.info(
+        "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
+        val_index.num_images,
+        whole.num_images,
+        ", ".join(val_index.file_names[:5]),
+        ", ..." if val_index.num_images > 5 else "",
+    )
+    return train_index, val_index
 
 
 def _count(index: CocoIndex) -> dict[str, Any]:

@@ -157,11 +157,11 @@ def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module
     # SAM's buffers are constants: no need to send them at every forward. Newer torch renamed this.
     arguments = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{name: False},
+        **options,
     )
     warm_up(wrapped)
     warm_up(wrapped)

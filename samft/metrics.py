@@ -164,7 +164,8 @@ def box_fill_ious(
     (height, width), (input_height, input_width) = original_size, input_size
     scale = torch.tensor([width / input_width, height / input_height] * 2, dtype=torch.float64)
     largest = torch.tensor([width, height] * 2)
-    edges = (boxes.cpu().double() * scale).round().long().clamp(min=torch.zeros_like(largest), max=largest)
+    edges = (boxes.cpu().double() * scale).round().long()
+    edges = edges.clamp(min=torch.zeros_like(largest), max=largest)
     ious = []
     for (left, top, right, bottom), truth in zip(edges.tolist(), truths, strict=True):
         filled = np.ones((max(0, bottom - top), max(0, right - left)), dtype=bool)

@@ -12,8 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from coco_files import write_coco
 
+from coco_files import write_coco
 from samft.errors import run_command
 from samft.train import main
 

@@ -392,7 +392,7 @@ def test_real_masks_are_pycocotools_at_the_real_size(data_root: Path, name: str)
     ]
     # Of 71 such images, one has no objects.
     assert len(differing) == (70 if name == "hbn_flakes/train" else 0)
-    for row in (differing or range(index.num_images))[:20]:
+    for row in (differing or range(index.num_images))[:6]:
         size = header_size(folder / index.file_names[row])
         for k in range(*index.first_object[row : row + 2]):
             raw = entries[int(index.object_ids[k])]["segmentation"]

@@ -184,8 +184,7 @@ def test_logits_in_the_padding_change_nothing(side: int) -> None:
     }
     changes["targets"][:, : side // 4, : side // 4] = 255 if side == LOW else 1
     loud = logits.clone()
-    # Upsampling draws on the neighbouring cell as well.
-    first_row, first_column = (10, 12) if side == LOW else (11, 13)
+    first_row, first_column = 10, 12
     loud[:, first_row:] = 50
     loud[:, :, first_column:] = 50
     loud.requires_grad_()
@@ -310,5 +309,7 @@ def test_two_ranks_learn_what_one_process_learns(gloo2: GlooPool) -> None:
     for together in gloo2.run(gradients_of_rank):
         assert set(together) == set(alone)
         for name, gradient in alone.items():
-            scale = gradient.abs().max().item()
-            torch.testing.assert_close(together[name], gradient, atol=1e-5 * scale, rtol=1e-4)
+            # Some gradients are 0 but for rounding (a bias of keys cancels in the softmax).
+            tolerance = 1e-7 + 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(together[name], gradient, atol=tolerance, rtol=1e-4)
+    assert sum(gradient.abs().max() > 1e-3 for gradient in alone.values()) > 100

@@ -14,7 +14,7 @@ from samft.distributed import get_rank
 from samft.metrics import (
     MaskMean,
     PerMaskIoU,
-    box_fill_iou,
+    box_fill_ious,
     original_masks_iou,
     upsampling_matrix,
 )
@@ -170,15 +170,37 @@ def test_the_upsampling_matrix_averages() -> None:
     torch.testing.assert_close(upsampling_matrix(2, 8, 5, 5), expected)
 
 
-def test_filling_the_box_in_closed_form() -> None:
-    truth = CroppedMask(2, 3, np.ones((4, 5), bool))  # rows 2-5, columns 3-7
-    size = (10, 12)
-    assert box_fill_iou(np.array([3.0, 2, 8, 6]), truth, size) == 1
-    assert box_fill_iou(np.array([3.4, 1.6, 7.6, 6.4]), truth, size) == 1  # by pixel centres
-    assert box_fill_iou(np.array([3.0, 2, 8, 4]), truth, size) == 0.5
-    assert box_fill_iou(np.array([0.0, 0, 12, 10]), truth, size) == 20 / 120
-    assert box_fill_iou(np.array([-5.0, -5, 99, 99]), truth, size) == 20 / 120  # cut to the image
-    assert box_fill_iou(np.array([8.0, 2, 12, 6]), truth, size) == 0
-    assert box_fill_iou(np.array([3.0, 2, 3, 2]), truth, size) == 0
-    round_one = CroppedMask(0, 0, np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool))
-    assert box_fill_iou(np.array([0.0, 0, 3, 3]), round_one, size) == 5 / 9
+FULL = CroppedMask(2, 3, np.ones((4, 5), bool))  # rows 2-5, columns 3-7
+ROUND = CroppedMask(0, 0, np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool))
+
+
+@pytest.mark.parametrize(
+    "box, truth, iou",
+    [
+        ((3, 2, 8, 6), FULL, 1),
+        ((3.4, 1.6, 7.6, 6.4), FULL, 1),  # a pixel is inside where its centre is
+        ((3, 2, 8, 4), FULL, 1 / 2),
+        ((0, 0, 12, 10), FULL, 20 / 120),
+        ((-5, -5, 99, 99), FULL, 20 / 120),  # cut to the image
+        ((8, 2, 12, 6), FULL, 0),
+        ((3, 2, 3, 2), FULL, 0),
+        ((0, 0, 3, 3), ROUND, 5 / 9),
+    ],
+)
+@pytest.mark.parametrize("scale", [(1, 1), (4, 2)])
+def test_filling_the_box_in_closed_form(
+    box: tuple[float, ...], truth: CroppedMask, iou: float, scale: tuple[int, int]
+) -> None:
+    vertical, horizontal = scale
+    in_frame = torch.tensor([box]) * torch.tensor([horizontal, vertical] * 2)
+    found = box_fill_ious(
+        in_frame, [truth], input_size=(10 * vertical, 12 * horizontal), original_size=(10, 12)
+    )
+    assert found.tolist() == [pytest.approx(iou, rel=1e-12)]
+
+
+def test_filling_many_boxes_or_none() -> None:
+    boxes = torch.tensor([[3.0, 2, 8, 6], [0, 0, 3, 3]])
+    sizes = {"input_size": (10, 12), "original_size": (10, 12)}
+    assert box_fill_ious(boxes, [FULL, ROUND], **sizes).tolist() == [1, 5 / 9]
+    assert box_fill_ious(boxes[:0], [], **sizes).shape == (0,)

@@ -83,7 +83,9 @@ def test_boxes_come_back(height: int, width: int, flipped: bool, mode: str) -> N
 
 def test_a_flip_stays_left_of_the_padding() -> None:
     image = _noise(100, 50)
-    plain, mirrored = (make_frame((100, 50), 128, resize_mode="pad", flipped=f) for f in (False, True))
+    plain, mirrored = (
+        make_frame((100, 50), 128, resize_mode="pad", flipped=f) for f in (False, True)
+    )
     width = plain.input_size[1]
     expected = resize_image(image, plain)[:, :width][:, ::-1]
     np.testing.assert_array_equal(resize_image(image, mirrored)[:, :width], expected)

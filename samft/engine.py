@@ -136,7 +136,7 @@ class Trainer:
             with self._sync_gradients(number == len(micro_batches) - 1):
                 losses = self._forward(batch.to(self.device, non_blocking=True))
                 # DDP averages over ranks, hence the world size.
-                loss = losses.total.sum() * (get_world_size() / num_masks)
+                loss = losses.total.sum() * (get_world_size() / max(num_masks, 1))
                 self.scaler.scale(loss).backward()
             window += _sums(losses, num_images=len(batch.image_ids))
         taken = self._update()
@@ -284,6 +284,8 @@ def validate(
     """
     means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
     means["per_mask_iou"] = PerMaskIoU()
+    for mean in means.values():
+        mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
     shown: list[tuple[Batch, Tensor]] = []
     for batch in batches:
         moved = batch.to(model.sam.device, non_blocking=True)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from samft.files import write_text
 
 LOGGER = logging.getLogger("samft")
+# What is said before train.log can be opened, because the folder may hold an earlier run's.
+_EARLY = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=False)
 
 
 def start_logging(rank: int) -> None:
@@ -31,7 +34,8 @@ def start_logging(rank: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
     root = logging.getLogger()
-    root.handlers = [handler]
+    _EARLY.buffer.clear()
+    root.handlers = [handler, _EARLY]
     root.setLevel(logging.WARNING)
     LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
@@ -66,10 +70,13 @@ class RunLog:
         )
         if not main:
             return
-        self._redirect = logging_redirect_tqdm([logging.getLogger()])
-        self._redirect.__enter__()
         self._file = logging.FileHandler(folder / "train.log")
         self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        _EARLY.setTarget(self._file)
+        _EARLY.flush()
+        logging.getLogger().removeHandler(_EARLY)
+        self._redirect = logging_redirect_tqdm([logging.getLogger()])
+        self._redirect.__enter__()
         logging.getLogger().addHandler(self._file)
         self._forget_after(start_step)
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
@@ -131,7 +138,7 @@ class RunLog:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
+            self._redirect.__exit__(None, None, None)  # brings back the handlers of its beginning
             logging.getLogger().removeHandler(self._file)
             self._file.close()
-            self._redirect.__exit__(None, None, None)
             self.writer = None

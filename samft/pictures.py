@@ -44,7 +44,7 @@ def overlay(
 
 
 def row(pictures: list[np.ndarray]) -> np.ndarray:
-    """Sets pictures side by side, cut to the lowest, with a white gap between.
+    """Sets pictures side by side, tops aligned, with a white gap between.
 
     Args:
         pictures: uint8 [H, W, 3] each; at least one.

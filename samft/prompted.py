@@ -69,12 +69,15 @@ class PromptedSam(nn.Module):
             Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M].
         """
         prompt_encoder = self.sam.prompt_encoder
-        sparse, _ = prompt_encoder(points=None, boxes=boxes, masks=None)
+        # Positions are a matrix product: in bf16, a corner would be off by pixels.
+        with torch.autocast(boxes.device.type, enabled=False):
+            sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
+            image_pe = prompt_encoder.get_dense_pe()
         return decode_boxes(
             self.sam.mask_decoder,
             embeddings,
             image_index=image_index,
-            image_pe=prompt_encoder.get_dense_pe(),
+            image_pe=image_pe,
             sparse_embeddings=sparse,
             dense_embedding=prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1),
         )

@@ -1,4 +1,4 @@
-"""Runs of a second or two through the trainer's own command line, and readers of what they leave."""
+"""Runs of a second or two by the trainer's own command line, and readers of what they leave."""
 
 import json
 import logging

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+
 from coco_files import write_coco
 from gloo_pool import GlooPool
-from short_runs import arguments, write_data
-
 from samft import assemble
 from samft.checkpoint import LAST_NAME, save_tensors
 from samft.config import TrainConfig, parse_config
 from samft.errors import CheckpointError, ConfigError, DataError, SharedError
 from samft.sam import build_sam
+from short_runs import arguments, write_data
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

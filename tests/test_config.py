@@ -180,7 +180,9 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_an_optional_value_can_be_taken_back(tmp_path: Path) -> None:
-    assert parse_yaml(tmp_path, "val_fraction: 0.2\n", "--val_fraction", "none").val_fraction is None
+    assert (
+        parse_yaml(tmp_path, "val_fraction: 0.2\n", "--val_fraction", "none").val_fraction is None
+    )
 
 
 @pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
@@ -191,7 +193,9 @@ def test_yaml_of_a_configuration_repeats_it(tmp_path: Path, values: dict[str, An
 
 
 def test_an_unknown_flag_is_named_with_its_nearest() -> None:
-    assert "--stepz: no such flag. Did you mean --steps?" in problems_of([*REQUIRED, "--stepz", "5"])
+    assert "--stepz: no such flag. Did you mean --steps?" in problems_of(
+        [*REQUIRED, "--stepz", "5"]
+    )
     # An abbreviation would become ambiguous with the next field that is added.
     assert "--weight: no such flag." in problems_of([*REQUIRED, "--weight", "5"])
     assert "--seeds=3: no such flag. Did you mean --seed?" in problems_of([*REQUIRED, "--seeds=3"])
@@ -287,9 +291,7 @@ def test_a_wrong_file_is_refused_with_a_sentence(tmp_path: Path, text: str, prob
 
 
 def test_explicit_files_do_without_data_root() -> None:
-    config = parse_config(
-        "--model_type vit_tiny --checkpoint_path auto --train_annotations a --train_images b".split()
-    )
+    config = parse_config([*REQUIRED[2:], "--train_annotations", "a", "--train_images", "b"])
     assert config.data_root is None
 
 

@@ -142,3 +142,19 @@ def test_inside_image_at_pixels_is_one_or_zero() -> None:
     inside = inside_image(torch.tensor([[2, 3]]), 4)
     assert inside.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]
     assert inside.dtype == torch.float32
+
+
+def test_autocast_does_not_blur_where_a_box_is() -> None:
+    sam = build_sam("vit_tiny", 1024)
+    seen: list[torch.Tensor] = []
+    sam.mask_decoder.transformer.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[2][:, -2:].float())
+    )
+    model = PromptedSam(sam)
+    embeddings = torch.zeros(1, 128, 64, 64)
+    boxes, index = torch.tensor([[701.0, 703.0, 901.0, 903.0]]), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        model.decode(embeddings, boxes, index)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.decode(embeddings, boxes, index)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6)

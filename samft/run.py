@@ -321,6 +321,7 @@ class Run:
             f"{self.folder}; the same command goes on from there."
         )
         self._status("preempted", code=EXIT_STOPPED, reason=reason)
+        distributed.barrier()  # torchrun ends all that run when the first one has ended
         raise Stopped(reason)
 
     def _finish(self) -> dict[str, Any]:

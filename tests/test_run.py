@@ -9,9 +9,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import samft
 from coco_files import write_coco
 from gloo_pool import GlooPool
-from pycocotools.coco import COCO
+from samft.config import parse_config
+from samft.sam import build_sam
 from short_runs import (
     INTERVAL,
     STEPS,
@@ -24,14 +29,8 @@ from short_runs import (
     train_here,
     write_data,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import samft
-from samft.config import parse_config
-from samft.sam import build_sam
 
 from segment_anything import SamPredictor
-from segment_anything.build_sam import sam_model_registry
 
 VAL_STEPS = [0, 5, 10, 15, 20]
 TRAIN_STEPS = VAL_STEPS[1:]
@@ -57,6 +56,11 @@ def summary(straight) -> dict[str, Any]:
 
 def best_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.ckpt") if path.name != "last.ckpt")
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    everything = {"scalars": 0, "images": 0, "tensors": 0}  # no thinning out
+    return EventAccumulator(str(folder / "tensorboard"), everything).Reload()
 
 
 # The files of a run
@@ -209,7 +213,7 @@ def test_train_log_tells_the_whole_run(straight, summary):
 
 
 def test_tensorboard_has_the_same_scalars(straight):
-    events = EventAccumulator(str(straight / "tensorboard")).Reload()
+    events = read_events(straight)
     for split, steps in (("val", VAL_STEPS), ("train", TRAIN_STEPS)):
         lines = read_metrics(straight, split)
         for name in lines[0].keys() - {"step", "split"}:
@@ -243,8 +247,9 @@ def check_equal_metrics(folder: Path, other: Path, *, rel: float = 1e-6) -> None
     keys = [(line["step"], line["split"]) for line in ours]
     assert len(set(keys)) == len(keys) and keys == [(v["step"], v["split"]) for v in theirs]
     for line, expected in zip(ours, theirs, strict=True):
-        for name in ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou", "lr"):
-            assert line.get(name) == pytest.approx(expected.get(name), rel=rel), (keys, name)
+        for name in ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou"):
+            assert line[name] == pytest.approx(expected[name], rel=rel), (line["step"], name)
+        assert line.get("lr") == expected.get("lr")
 
 
 def test_stop_in_the_middle_of_an_epoch_changes_nothing(data, straight, tmp_path):
@@ -271,7 +276,7 @@ def test_crash_between_two_saves_changes_nothing(data, straight, tmp_path):
     assert command_here(argv) == 0
     assert largest_difference(straight, tmp_path) == 0.0
     check_equal_metrics(tmp_path, straight)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = read_events(tmp_path)
     assert [event.step for event in events.Scalars("val/loss")] == VAL_STEPS
     assert [event.step for event in events.Scalars("train/loss")] == TRAIN_STEPS
 
@@ -412,21 +417,6 @@ def test_validated_is_deployed_on_real_images(data_root, tmp_path):
     argv = arguments(None, tmp_path / "run", **files, **folders, **sizes)  # type: ignore[arg-type]
     train_here(argv)
     check_deployed(tmp_path / "run", annotations, root / "val2017")
-
-
-def test_best_checkpoint_of_vit_b_loads_in_metas_registry(tmp_path):
-    write_coco(tmp_path, 2)
-    write_coco(tmp_path, 1, split="val")
-    state = build_sam("vit_b", 1024).state_dict()
-    torch.save(state, tmp_path / "meta.pth")
-    changes = {"model_type": "vit_b", "checkpoint_path": tmp_path / "meta.pth", "steps": 1}
-    argv = arguments(tmp_path, tmp_path / "run", image_size=1024, batch_size=1, **changes)
-    summary = train_here([*argv, "--freeze_image_encoder"])
-    sam = sam_model_registry["vit_b"](checkpoint=summary["best_checkpoint"])
-    tuned = sam.state_dict()
-    assert torch.equal(tuned["image_encoder.pos_embed"], state["image_encoder.pos_embed"])
-    name = "mask_decoder.transformer.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(tuned[name], state[name])
 
 
 # One process or many

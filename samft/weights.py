@@ -66,9 +66,9 @@ def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
 
 def cache_folder() -> Path:
     """The folder of downloads: `SAMFT_CACHE`, else below `XDG_CACHE_HOME` or `~/.cache`."""
-    if "SAMFT_CACHE" in os.environ:
-        return Path(os.environ["SAMFT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "samft"
+    if os.environ.get("SAMFT_CACHE"):
+        return Path(os.environ["SAMFT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samft"
 
 
 def sha256_of(path: Path) -> str:

@@ -176,6 +176,24 @@ def test_a_damaged_or_absent_state_is_refused(tmp_path: Path) -> None:
             read_last(path)
 
 
+class Bomb:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, planted: Path) -> None:
+        self.planted = planted
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.planted),)
+
+
+def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path, planted = tmp_path / "last.ckpt", tmp_path / "planted"
+    torch.save({"format": FORMAT_VERSION, "extra": Bomb(planted)}, path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_last(path)
+    assert not planted.exists()
+
+
 @pytest.mark.parametrize(
     "content", [{"w": torch.ones(1)}, {"format": FORMAT_VERSION + 1}, [1, 2], torch.ones(2)]
 )

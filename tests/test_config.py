@@ -347,3 +347,21 @@ def test_more_steps_may_follow_only_where_the_schedule_is_constant() -> None:
 
 def test_a_field_that_the_saved_run_did_not_know_is_no_difference() -> None:
     assert differences({}, parse_config(REQUIRED)) == []
+
+
+def test_the_readme_has_a_row_for_every_flag_with_its_default() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for setting in dataclasses.fields(TrainConfig):
+        default = setting.default
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        cell = "" if default is None else f"`{shown}`"
+        assert f"| `{setting.name}` | {cell} |" in readme, setting.name
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")))
+def test_each_ready_made_configuration_is_valid_and_opens_with_its_command(file: Path) -> None:
+    config = parse_config(["--config", str(file), "--data_root", "anywhere"])
+    assert config.model_type is not None
+    head = file.read_text().split("model_type:")[0]
+    assert f"launch.sh --config configs/{file.name}" in head or file.name == "demo.yaml"
+    assert "Hardware:" in head

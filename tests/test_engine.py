@@ -1,4 +1,4 @@
-"""The loop: invariance to processes and accumulation, mixed precision, bad gradients, validation."""
+"""The loop: invariance to processes and accumulation, precision, bad gradients, validation."""
 
 import math
 from functools import partial

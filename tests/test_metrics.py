@@ -109,6 +109,8 @@ def test_same_as_the_stock_route_to_the_original_image(
     shape = ResizeLongestSide.get_preprocess_shape(*original_size, S)
     input_size = (S, S) if squash else shape
     logits = smooth_logits(6)
+    logits[3] = -1
+    logits[3, 2:9, 4:9] = 1  # only near the first corner
     logits[4] = -1  # an empty prediction
     logits[5] = 1  # all of the image
     stock = sam.postprocess_masks(logits[:, None], input_size, original_size)[:, 0] > 0

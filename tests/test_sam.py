@@ -107,7 +107,6 @@ def test_tiny_trains_at_every_image_size(state: State, image_size: int) -> None:
     forward_and_backward(sam)
 
 
-@slow
 def test_the_stock_registry_reads_what_is_saved(tmp_path: Path) -> None:
     sam = build_sam("vit_b")
     save_tensors(tmp_path / "ours.ckpt", sam.state_dict())

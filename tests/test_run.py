@@ -21,7 +21,6 @@ from short_runs import (
     INTERVAL,
     STEPS,
     arguments,
-    command,
     command_here,
     largest_difference,
     read_metrics,
@@ -302,10 +301,12 @@ def test_two_processes_stop_and_go_on_as_one_run(gloo2: GlooPool, data, tmp_path
 
 def test_fp16_run_goes_on_with_its_scaler(data, tmp_path):
     folders = tmp_path / "straight", tmp_path / "resumed"
-    argvs = [arguments(data, folder, amp="fp16", steps=9) for folder in folders]
+    argvs = [arguments(data, folder, amp="fp16", steps=4) for folder in folders]
     assert command_here(argvs[0]) == 0
-    assert run_in_two_parts(argvs[1], 4) == [75, 0]
+    assert run_in_two_parts(argvs[1], 2) == [75, 0]
     assert largest_difference(*folders) == 0.0
+    scalers = [torch.load(f / "last.ckpt", weights_only=True)["scaler"] for f in folders]
+    assert scalers[0] == scalers[1] and scalers[0]["_growth_tracker"] == 4
 
 
 def test_finished_run_started_again_does_nothing(data, straight, summary, tmp_path):
@@ -439,13 +440,11 @@ def test_validation_is_the_same_on_1_2_and_3_processes(
         assert values == pytest.approx([values[0]] * 3, rel=1e-7), name
 
 
-def test_two_processes_by_torchrun_leave_one_run(data, tmp_path):
-    argv = arguments(data, tmp_path / "two", batch_size=1, steps=6, metrics_interval=3)
-    ended = command(argv, processes=2)
-    assert ended.returncode == 0, ended.stderr
-    train_here(arguments(data, tmp_path / "one", batch_size=2, steps=6, metrics_interval=3))
-    check_equal_metrics(tmp_path / "two", tmp_path / "one", rel=1e-4)
-    assert "2 process(es)" in (tmp_path / "two" / "train.log").read_text()
+def test_two_processes_leave_the_files_of_one_run(gloo2: GlooPool, data, straight, tmp_path):
+    assert gloo2.run(command_here, arguments(data, tmp_path, batch_size=1, save_top_k=2)) == [0, 0]
+    check_equal_metrics(tmp_path, straight, rel=1e-3)  # Adam makes much of rounding
+    assert {path.name for path in best_files(tmp_path)} == {p.name for p in best_files(straight)}
+    assert (tmp_path / "train.log").read_text().count("2 process(es)") == 1
 
 
 def test_run_that_gets_worse_says_so(data, tmp_path):

@@ -14,7 +14,7 @@ from samft.checkpoint import LAST_NAME, read_last
 from samft.coco import CocoIndex, find_split, read_coco, split_by_hash
 from samft.config import TrainConfig, differences
 from samft.data import Coco2MaskDataset
-from samft.errors import CheckpointError, ConfigError, DataError, SharedError, UserError
+from samft.errors import CheckpointError, ConfigError, DataError, UserError
 from samft.logs import LOGGER
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze, identify, load_state, read_state
@@ -34,18 +34,15 @@ def together(build: Callable[[], T]) -> T:
         What it returned on this rank.
 
     Raises:
-        UserError: As raised here, without a group; with one, the first rank's, on every rank.
+        UserError: See `distributed.raise_together`.
     """
+    result, error = None, None
     try:
-        result, error = build(), None
+        result = build()
     except UserError as caught:
-        if distributed.get_world_size() == 1:
-            raise
         error = caught
-    found = [text for text in distributed.all_gather(error and str(error)) if text]
-    if found:
-        raise SharedError(found[0])
-    return result
+    distributed.raise_together(error)
+    return result  # type: ignore[return-value]  # it is None only where that was raised
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,10 @@ def pick_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The state to go on from, checked against the configuration; None for a fresh start.
+    """The state to go on from, with its `folder`, checked against the configuration.
+
+    Returns:
+        What `read_last` gave and `folder`, where it lies; None for a fresh start.
 
     Raises:
         CheckpointError: It is damaged, or `resume` names a file that is not there.
@@ -245,4 +245,4 @@ def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> dict
             f"{path} holds a run of another configuration:\n  {table}\nGive the run's own values "
             "to go on with it, or another output_dir, or `--resume never` to start afresh."
         )
-    return state
+    return {**state, "folder": path.parent}

@@ -1,5 +1,6 @@
 """The best k checkpoints with their sidecars, and the state to resume from."""
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,18 @@ class TopK:
             (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
         return True
 
+    def adopt(self, folder: Path) -> None:
+        """Copies the best checkpoints of a run in another folder; forgets those that are gone.
+
+        Args:
+            folder: Where the run that is resumed left them.
+        """
+        self.best = [entry for entry in self.best if (folder / entry.name).is_file()]
+        for entry in self.best:
+            for name in (entry.name, Path(entry.name).with_suffix(".json").name):
+                if (folder / name).is_file():
+                    shutil.copy2(folder / name, self.folder / name)
+
     def to_list(self) -> list[dict[str, Any]]:
         """The list as plain values, best first, for `last.ckpt`."""
         return [vars(entry) for entry in self.best]
@@ -122,6 +135,28 @@ def read_last(path: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}); weights alone go into checkpoint_path."
         )
     return state
+
+
+def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """What is to be known about a checkpoint, as plain values.
+
+    Args:
+        config: The run's configuration.
+        step: Optimizer steps done.
+        metrics: Of the validation at that step.
+
+    Returns:
+        The sidecar's content, without the SHA-256 that `TopK.offer` adds.
+    """
+    return {
+        **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},
+        "step": step,
+        "metrics": {f"val_{name}": value for name, value in metrics.items()},
+        "config": config,
+        "samft_version": samft.__version__,
+        "torch_version": torch.__version__,
+        "git_commit": git_commit(),
+    }
 
 
 def git_commit() -> str | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from samft.errors import ConfigError
+from samft.errors import ConfigError, SharedError, UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -115,6 +115,23 @@ def agree(flag: bool) -> bool:
         The same answer on every rank.
     """
     return bool(all_reduce_sum(torch.tensor(int(flag))).item())
+
+
+def raise_together(error: UserError | None) -> None:
+    """Ends all ranks with the user's error that any of them had. Collective.
+
+    Args:
+        error: This rank's error, if it had one.
+
+    Raises:
+        UserError: As it is, without a group; with one, a `SharedError` of the first rank's words,
+            on every rank.
+    """
+    if get_world_size() == 1 and error is not None:
+        raise error
+    found = [text for text in all_gather(error and str(error)) if text]
+    if found:
+        raise SharedError(found[0])
 
 
 def barrier() -> None:

@@ -8,7 +8,7 @@ many, accumulated or not, learn the same.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,16 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samft.data import Batch
-from samft.distributed import agree, all_reduce_sum, get_world_size, wrap
-from samft.errors import TrainingError
+from samft.distributed import agree, all_reduce_sum, get_world_size, raise_together, wrap
+from samft.errors import TrainingError, UserError
 from samft.losses import MaskLosses
-from samft.metrics import (
-    MaskMean,
-    PerMaskIoU,
-    box_fill_ious,
-    original_masks_iou,
-    peak_memory_gib,
-)
+from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_iou, peak_memory_gib
 from samft.prompted import PromptedSam
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
@@ -232,13 +226,19 @@ def train(
 
     Returns:
         Whether the last step was reached.
+
+    Raises:
+        UserError: An image cannot be read, on any rank.
+        TrainingError: The gradient was not finite too many times in a row.
     """
     progress, stream = trainer.progress, iter(batches)
     while progress.step < steps:
-        if agree(should_stop()):
-            return False
         started = time.monotonic()
-        taken = trainer.train_step(list(islice(stream, accumulate_steps)))
+        micro_batches, error = _fetch(stream, accumulate_steps)
+        if agree(should_stop() or error is not None):
+            raise_together(error)
+            return False
+        taken = trainer.train_step(micro_batches)
         seconds = time.monotonic() - started
         progress.window_seconds += seconds
         progress.train_seconds += seconds
@@ -246,6 +246,13 @@ def train(
         if taken and (progress.step % interval == 0 or progress.step == steps):
             on_interval(trainer.take_window())
     return True
+
+
+def _fetch(stream: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
+    try:
+        return list(islice(stream, count)), None
+    except UserError as error:  # say, a broken image: the other ranks must hear of it
+        return [], error
 
 
 @dataclass
@@ -281,13 +288,19 @@ def validate(
 
     Returns:
         Means over all ranks.
+
+    Raises:
+        UserError: An image cannot be read, on any rank.
     """
     means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
     means["per_mask_iou"] = PerMaskIoU()
     for mean in means.values():
         mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
     shown: list[tuple[Batch, Tensor]] = []
-    for batch in batches:
+    stream = iter(batches)
+    fetched, error = _fetch(stream, 1)
+    while fetched:
+        batch = fetched[0]
         moved = batch.to(model.sam.device, non_blocking=True)
         embedding = model.embed(moved.images, moved.input_sizes)
         chunks = []
@@ -296,16 +309,10 @@ def validate(
             for name, values in scores.items():
                 means[name].update(values.cpu())
             chunks.append(logits)
-        means["box_fill_iou"].update(
-            box_fill_ious(
-                batch.boxes,
-                batch.truths,
-                input_size=_size(batch.input_sizes),
-                original_size=_size(batch.original_sizes),
-            )
-        )
         if len(shown) < num_shown:
             shown.append((batch, torch.cat(chunks).cpu()))
+        fetched, error = _fetch(stream, 1)
+    raise_together(error)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
     return Validation(metrics, metrics.pop("box_fill_iou"), shown)
 
@@ -313,8 +320,8 @@ def validate(
 def _score_masks(
     model: PromptedSam, batch: Batch, embedding: Tensor, *, part: Tensor, loss: LossFunction
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    index = batch.image_index[part]
-    logits, iou_predicted = model.decode(embedding, batch.boxes[part], index)
+    boxes, index = batch.boxes[part], batch.image_index[part]
+    logits, iou_predicted = model.decode(embedding, boxes, index)
     losses = loss(
         logits,
         iou_predicted,
@@ -322,21 +329,18 @@ def _score_masks(
         image_index=index,
         input_sizes=batch.input_sizes,
     )
-    iou = original_masks_iou(
-        logits,
-        [batch.truths[number] for number in part.tolist()],
-        input_size=_size(batch.input_sizes),
-        original_size=_size(batch.original_sizes),
-        image_size=model.sam.image_encoder.img_size,
-    )
+    truths = [batch.truths[number] for number in part.tolist()]
+    height, width = batch.input_sizes[0].tolist()
+    original_height, original_width = batch.original_sizes[0].tolist()
+    original_size = (original_height, original_width)
+    sizes = {"input_size": (height, width), "original_size": original_size}
+    image_size = model.sam.image_encoder.img_size
+    iou = original_masks_iou(logits, truths, image_size=image_size, **sizes)
     values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
     scores = dict(zip(LOSS_NAMES, values, strict=True))
-    return logits, {**scores, "iou_predicted": iou_predicted}
-
-
-def _size(sizes: Tensor) -> tuple[int, int]:
-    height, width = sizes[0].tolist()
-    return height, width
+    scores["iou_predicted"] = iou_predicted
+    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **sizes)
+    return logits, scores
 
 
 def _sums(losses: MaskLosses, *, num_images: int) -> Tensor:

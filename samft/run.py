@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-import samft
 from samft import assemble, distributed, pictures
-from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, git_commit, save_tensors
+from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, make_sidecar, save_tensors
 from samft.config import TrainConfig, to_yaml
 from samft.data import train_loader, val_loader
 from samft.engine import Progress, Trainer, Validation, train, validate
@@ -18,6 +17,7 @@ from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
 from samft.files import make_writable, set_aside, write_json, write_status, write_text
 from samft.logs import LOGGER, RunLog, format_duration, start_logging
 from samft.losses import mask_losses
+from samft.metrics import peak_memory_gib
 from samft.optim import build_optimizer, schedule_learning_rate
 from samft.report import AFTER, BEFORE, draw_masks, report
 from samft.signals import stop_on_signal
@@ -51,8 +51,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if distributed.is_main() and not isinstance(error, Stopped):
             step = this_run.progress.step if this_run else 0
             last = folder / LAST_NAME
+            # A refused start says nothing about the run that the folder holds.
+            holds_other = this_run is None and last.exists()
             write_status(
-                folder,
+                None if holds_other else folder,
                 state="failed",
                 step=step,
                 exit_code=exit_code(error),
@@ -90,7 +92,8 @@ class Run:
         self.splits = assemble.load_splits(config)
         resumed = assemble.find_resume(config, folder, self.splits.fingerprint)
         weights = resumed["model"] if resumed else assemble.load_weights(config)
-        if self.main and resumed is None:
+        elsewhere = resumed is not None and resumed["folder"].resolve() != folder.resolve()
+        if self.main and (resumed is None or elsewhere):
             aside = set_aside(folder)
             if aside is not None:
                 LOGGER.warning("an earlier run's files were moved to %s", aside)
@@ -105,6 +108,8 @@ class Run:
         self.resumed = resumed
         best = TopK.from_list(resumed["best"]) if resumed else []
         self.top_k = TopK(folder, k=config.save_top_k, best=best)
+        if resumed is not None and elsewhere and self.main:
+            self.top_k.adopt(resumed["folder"])
         self.loss = partial(
             mask_losses,
             image_size=config.image_size,
@@ -215,8 +220,14 @@ class Run:
         started = time.monotonic()
         found = validate(self.model, self.val_batches, loss=self.loss, num_shown=num_shown)
         seconds = time.monotonic() - started
-        step, metrics = self.progress.step, found.metrics
-        self.log.metrics(step, "val", {**metrics, "seconds": seconds})
+        step, counts = self.progress.step, self.splits.counts["val"]
+        rates = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": counts["images"] / seconds,
+            "masks_per_second": counts["masks"] / seconds,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+        self.log.metrics(step, "val", {**found.metrics, **rates})
         if self.main:
             self.log.picture(step, "val/masks", draw_masks(found))
         return found
@@ -248,9 +259,9 @@ class Run:
         self.log.metrics(step, "train", {**window, "skipped_steps": self.progress.skipped_steps})
         found = self._validate()
         score = found.metrics["per_mask_iou"]
-        if self.main and self.top_k.offer(
-            self.model.sam.state_dict(), score=score, sidecar=self._sidecar(found.metrics)
-        ):
+        sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
+        weights = self.model.sam.state_dict()
+        if self.main and self.top_k.offer(weights, score=score, sidecar=sidecar):
             if self.top_k.best[0].step == step:
                 pictures.write_png(self.folder / AFTER, draw_masks(found))
         self._save_last()
@@ -267,19 +278,6 @@ class Run:
             window["images_per_second"],
             format_duration(left),
         )
-
-    def _sidecar(self, metrics: dict[str, float]) -> dict[str, Any]:
-        return {
-            "model_type": self.config.model_type,
-            "image_size": self.config.image_size,
-            "resize_mode": self.config.resize_mode,
-            "step": self.progress.step,
-            "metrics": {f"val_{name}": value for name, value in metrics.items()},
-            "config": asdict(self.config),
-            "samft_version": samft.__version__,
-            "torch_version": torch.__version__,
-            "git_commit": git_commit(),
-        }
 
     def _save_last(self) -> None:
         self.progress.wall_seconds = time.monotonic() - self.clock

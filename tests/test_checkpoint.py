@@ -229,3 +229,17 @@ def test_the_commit_is_that_of_the_source_tree(
     assert git_commit() == git(tmp_path, "rev-parse", "HEAD")
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None  # no git
+
+
+def test_a_run_taken_up_elsewhere_brings_its_best_along(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    first = TopK(old, k=2)
+    assert offer(first, 10, 0.5) and offer(first, 20, 0.6)
+    (old / "10-0.50.ckpt").unlink()
+    top_k = TopK(new, k=2, best=first.best)
+    top_k.adopt(old)
+    assert [entry.step for entry in top_k.best] == [20]
+    assert (new / "20-0.60.ckpt").read_bytes() == (old / "20-0.60.ckpt").read_bytes()
+    assert (new / "20-0.60.json").is_file()

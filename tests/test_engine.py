@@ -1,6 +1,7 @@
 """The loop: invariance to processes and accumulation, precision, bad gradients, validation."""
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import samft.torchvision_cure  # noqa: F401
 from samft.data import Batch, CroppedMask, Sample, StepSampler, collate
 from samft.distributed import get_rank, get_world_size
 from samft.engine import LOSS_NAMES, MAX_BAD_STEPS, Progress, Trainer, train, validate
-from samft.errors import TrainingError
+from samft.errors import DataError, TrainingError, UserError
 from samft.losses import mask_losses
 from samft.optim import build_optimizer
 from samft.prompted import PromptedSam
@@ -288,6 +289,43 @@ def test_validation_is_the_same_on_one_two_and_three_processes(
             assert metrics["per_mask_iou"] == pytest.approx(alone["per_mask_iou"], abs=1e-7)
             assert metrics == pytest.approx(alone, rel=1e-6)
             assert fill == pytest.approx(box_fill, abs=1e-12)
+
+
+def broken_on_the_last_rank(num_good: int) -> Iterator[Batch]:
+    """Good batches, then, on the last rank only, an image that cannot be read."""
+    for _ in range(num_good):
+        yield collate([make_sample(1)])
+    if get_rank() == get_world_size() - 1:
+        raise DataError("7.jpg is cut short.")
+    yield collate([make_sample(1)])
+
+
+def train_on_broken() -> str:
+    trainer = make_trainer()
+    with pytest.raises(UserError) as caught:
+        train(
+            trainer,
+            broken_on_the_last_rank(1),
+            steps=5,
+            accumulate_steps=1,
+            interval=10,
+            should_stop=lambda: False,
+            on_step=lambda taken: None,
+            on_interval=lambda window: None,
+        )
+    return f"{trainer.progress.step} {caught.value}"
+
+
+def validate_broken() -> str:
+    with pytest.raises(UserError) as caught:
+        validate(make_trainer().model, broken_on_the_last_rank(1), loss=LOSS)
+    return str(caught.value)
+
+
+def test_a_broken_image_on_one_rank_is_told_to_all(gloo2: Any) -> None:
+    assert gloo2.run(train_on_broken) == ["1 7.jpg is cut short."] * 2
+    assert gloo2.run(validate_broken) == ["7.jpg is cut short."] * 2
+    assert train_on_broken() == "1 7.jpg is cut short."
 
 
 def test_progress_survives_as_plain_values() -> None:

@@ -187,7 +187,7 @@ def main() -> None:
     """Runs the stages that are left and writes `vit_tiny.pth`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--stages", default="128:20000,256:10000", help="SIZE:STEPS,...")
+    parser.add_argument("--stages", default="128:6000,256:14000", help="SIZE:STEPS,...")
     parser.add_argument("--decay_steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

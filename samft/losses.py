@@ -56,13 +56,19 @@ def focal_loss(mask_logits: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
     return (per_pixel * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
 
 
-def dice_loss(mask_logits: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
-    """Dice loss of each mask, 1 - (2 |P T| + 1) / (|P| + |T| + 1).
+def dice_loss(
+    mask_logits: Tensor, targets: Tensor, inside: Tensor, *, pixel_area: float = 1.0
+) -> Tensor:
+    """Dice loss of each mask, 1 - (2 |P T| + 1) / (|P| + |T| + 1), areas in input pixels.
+
+    At a quarter of the resolution, a smoothing of one cell would be sixteen pixels: enough to make
+    an empty mask almost as good as the right one where an object is a few pixels wide.
 
     Args:
         mask_logits: float32 [M, h, w].
         targets: float32 [M, h, w] in 0..1.
         inside: float32 [M, h, w] in 0..1.
+        pixel_area: Pixels of the model input that one pixel of these covers.
 
     Returns:
         float32 [M].
@@ -70,8 +76,8 @@ def dice_loss(mask_logits: Tensor, targets: Tensor, inside: Tensor) -> Tensor:
     Source: Milletari et al., V-Net, 2016; smoothing as in MaskFormer.
     """
     probabilities = mask_logits.sigmoid() * inside
-    overlap = (probabilities * targets).sum((1, 2))
-    total = probabilities.sum((1, 2)) + (targets * inside).sum((1, 2))
+    overlap = pixel_area * (probabilities * targets).sum((1, 2))
+    total = pixel_area * (probabilities + targets * inside).sum((1, 2))
     return 1 - (2 * overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING)
 
 
@@ -134,9 +140,10 @@ def mask_losses(
         shares = targets.float() if size == image_size else targets.float() / 255
         if size != logits.shape[-1]:
             logits = F.interpolate(logits[:, None], (size, size), mode="bilinear")[:, 0]
-        inside = inside_image(input_sizes, size, cell=image_size // size)[image_index]
+        cell = image_size // size
+        inside = inside_image(input_sizes, size, cell=cell)[image_index]
         focal = focal_loss(logits, shares, inside)
-        dice = dice_loss(logits, shares, inside)
+        dice = dice_loss(logits, shares, inside, pixel_area=cell**2)
         iou_actual = mask_iou(logits, shares, inside)
         iou = (iou_predicted.float() - iou_actual).square()
         total = focal_weight * focal + dice_weight * dice + iou_weight * iou

@@ -20,6 +20,7 @@ S = 64  # the model frame; logits and low targets are 16 x 16
 LOW = S // 4
 PIXELS = LOW * LOW
 AREA = 5 * 8
+CELL = 16  # pixels of the input in one cell, the unit in which dice is smoothed
 
 
 def truth() -> Tensor:
@@ -57,7 +58,7 @@ def test_a_perfect_mask(size: float) -> None:
 def test_an_empty_mask(size: float) -> None:
     losses = losses_of(torch.full((1, LOW, LOW), -size), truth())
     assert losses.focal.item() == near(0.25 * size * AREA / PIXELS)
-    assert losses.dice.item() == near(1 - 1 / (AREA + 1))
+    assert losses.dice.item() == near(1 - 1 / (CELL * AREA + 1))
     assert losses.iou_actual.item() == 0
 
 
@@ -66,7 +67,7 @@ def test_an_inverted_mask(size: float) -> None:
     losses = losses_of(size * (1 - 2 * truth()), truth())
     expected = size * (0.25 * AREA + 0.75 * (PIXELS - AREA)) / PIXELS
     assert losses.focal.item() == near(expected)
-    assert losses.dice.item() == near(1 - 1 / (PIXELS + 1))
+    assert losses.dice.item() == near(1 - 1 / (CELL * PIXELS + 1))
     assert losses.iou_actual.item() == 0
 
 
@@ -74,7 +75,7 @@ def test_an_undecided_mask() -> None:
     losses = losses_of(torch.zeros(1, LOW, LOW), truth())
     alpha = (0.25 * AREA + 0.75 * (PIXELS - AREA)) / PIXELS
     assert losses.focal.item() == near(alpha * 0.5**2 * math.log(2))
-    assert losses.dice.item() == near(1 - (AREA + 1) / (PIXELS / 2 + AREA + 1))
+    assert losses.dice.item() == near(1 - (CELL * AREA + 1) / (CELL * (PIXELS / 2 + AREA) + 1))
     assert losses.iou_actual.item() == 0  # a logit of 0 is not above the threshold
 
 
@@ -82,7 +83,7 @@ def test_half_of_the_object_is_found() -> None:
     logits = torch.full((1, LOW, LOW), -1e4)
     logits[:, 2:7, 4:8] = 1e4
     losses = losses_of(logits, truth())
-    assert losses.dice.item() == near(1 - (2 * AREA / 2 + 1) / (1.5 * AREA + 1))
+    assert losses.dice.item() == near(1 - (CELL * AREA + 1) / (CELL * 1.5 * AREA + 1))
     assert losses.iou_actual.item() == 0.5
 
 
@@ -99,7 +100,7 @@ def test_soft_targets() -> None:
     alpha = 0.25 * share + 0.75 * (1 - share)
     assert undecided.focal.item() == near(alpha * 0.25 * math.log(2))
     assert undecided.dice.item() == near(
-        1 - (PIXELS * share + 1) / (0.5 * PIXELS + share * PIXELS + 1)
+        1 - (CELL * PIXELS * share + 1) / (CELL * PIXELS * (0.5 + share) + 1)
     )
     logit = 1.5
     p = 1 / (1 + math.exp(-logit))
@@ -202,7 +203,7 @@ def test_the_mean_is_over_the_image_not_the_padding() -> None:
     logits, target = torch.zeros(1, LOW, LOW), torch.zeros(1, LOW, LOW)
     losses = losses_of(logits, target, input_sizes=torch.tensor([[38, 46]]))
     assert losses.focal.item() == near(0.75 * 0.25 * math.log(2))
-    assert losses.dice.item() == near(1 - 1 / (0.5 * 38 * 46 / 16 + 1))
+    assert losses.dice.item() == near(1 - 1 / (0.5 * 38 * 46 + 1))
     one_wrong = logits.clone()
     one_wrong[0, 0, 0] = 1e4
     more = losses_of(one_wrong, target, input_sizes=torch.tensor([[38, 46]]))
@@ -313,3 +314,13 @@ def test_two_ranks_learn_what_one_process_learns(gloo2: GlooPool) -> None:
             tolerance = 1e-7 + 1e-5 * gradient.abs().max().item()
             torch.testing.assert_close(together[name], gradient, atol=tolerance, rtol=1e-4)
     assert sum(gradient.abs().max() > 1e-3 for gradient in alone.values()) > 100
+
+
+def test_dice_of_a_tiny_object_is_the_same_at_either_resolution() -> None:
+    # One cell: at a quarter of the resolution, an empty mask must not look almost right.
+    low, full = torch.zeros(1, LOW, LOW), torch.zeros(1, S, S)
+    low[0, 3, 5], full[0, 12:16, 20:24] = 1, 1
+    for logit in (-20.0, 0.0, 20.0):
+        at_low = dice_loss(torch.full_like(low, logit), low, torch.ones_like(low), pixel_area=CELL)
+        at_full = dice_loss(torch.full_like(full, logit), full, torch.ones_like(full))
+        torch.testing.assert_close(at_low, at_full)

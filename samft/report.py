@@ -83,7 +83,9 @@ def report(summary: dict[str, Any], folder: Path) -> None:
         folder,
     )
     LOGGER.info(
-        "load it: samft.load_sam(%r) gives a Sam for segment_anything.SamPredictor", checkpoint
+        "load it: `from samft import load_sam`, then load_sam(%r) gives a Sam for "
+        "segment_anything.SamPredictor",
+        checkpoint,
     )
     LOGGER.info(
         "your own data: bash launch.sh --data_root YOUR_COCO_FOLDER --model_type vit_b "

@@ -11,8 +11,7 @@ from torch import Tensor
 
 import samft
 from samft.errors import CheckpointError
-from samft.files import write_atomically, write_json
-from samft.weights import sha256_of
+from samft.files import sha256_of, write_atomically, write_json
 
 FORMAT_VERSION = 1
 LAST_NAME = "last.ckpt"

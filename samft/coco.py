@@ -1,321 +1,221 @@
-"""A COCO file, checked entry by entry, as a compact index in arrays. Imports no torch."""
+"""What a run uses of a COCO file: images, each with some of its objects. Imports no torch."""
 
+import difflib
 import hashlib
-import json
-import logging
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.coco_index import CocoFile, index_file
+from samft.coco_objects import CROWD
 from samft.errors import DataError
-from samft.images import MAX_PIXELS, find_missing, header_size
-from samft.masks import MaskError, Segmentations, check_segmentation, decode_cropped, has_pixels
-from samft.masks import decode_segmentation as decode_segmentation
-
-logger = logging.getLogger(__name__)
-
-_SPLIT_NAMES = {"val": ("val", "valid", "validation")}
+from samft.problems import BAD_IMAGES, ERROR, KINDS, WARNING, Problems
 
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """The usable objects of a COCO file, grouped by image, for N images and K objects."""
+    """What is trained or validated on: n images of a `CocoFile`, each with some of its objects."""
 
-    image_folder: Path
-    file_names: list[str]
-    image_ids: NDArray[np.int64]  # [N]
-    sizes_json: NDArray[np.int32]  # [N, 2] H, W as the JSON says (the file's where that cannot be)
-    first_object: NDArray[np.int64]  # [N + 1]; image i has objects first_object[i:i + 2]
-    object_ids: NDArray[np.int64]  # [K]
-    boxes: NDArray[np.float64]  # [K, 4] x0 y0 x1 y1, original frame, px, as annotated
-    categories: NDArray[np.int64]  # [K]
-    segmentations: Segmentations  # [K]
-    counts: dict[str, int]  # what was left out, by reason
+    file: CocoFile
+    rows: NDArray[np.int64]  # [n] of the file's images
+    first_object: NDArray[np.int64]  # [n + 1]; image i has objects[first_object[i:i + 2]]
+    objects: NDArray[np.int64]  # [k] of the file's objects
+    counts: dict[str, int]  # what was left out, by code
 
     @property
     def num_images(self) -> int:
-        """Images with at least one usable object."""
-        return len(self.file_names)
+        """n, images with at least one object."""
+        return len(self.rows)
 
     @property
     def num_objects(self) -> int:
-        """Usable objects."""
-        return len(self.object_ids)
+        """Objects of these images, k."""
+        return len(self.objects)
 
-    def select(self, rows: Sequence[int]) -> "CocoIndex":
+    def file_name(self, i: int) -> str:
+        """Of image i, relative to the image folder."""
+        return self.file.file_name(int(self.rows[i]))
+
+    def path(self, i: int) -> Path:
+        """Of the file of image i."""
+        return self.file.image_folder / self.file_name(i)
+
+    def image_id(self, i: int) -> int:
+        """Of image i, as annotated."""
+        return int(self.file.image_ids[self.rows[i]])
+
+    def size(self, i: int) -> tuple[int, int]:
+        """H, W of the file of image i, px."""
+        height, width = self.file.sizes[self.rows[i]].tolist()
+        return height, width
+
+    def objects_of(self, i: int) -> NDArray[np.int64]:
+        """The objects of image i, as indices into the arrays of `file`."""
+        return self.objects[self.first_object[i] : self.first_object[i + 1]]
+
+    def select(self, images: Iterable[int]) -> "CocoIndex":
         """The index of some of the images, in the order given; `counts` stays behind, empty."""
-        ranges = [np.arange(*self.first_object[i : i + 2]) for i in rows]
-        objects = np.concatenate([*ranges, np.zeros(0, dtype=np.int64)])
-        return CocoIndex(
-            image_folder=self.image_folder,
-            file_names=[self.file_names[i] for i in rows],
-            image_ids=self.image_ids[list(rows)],
-            sizes_json=self.sizes_json[list(rows)],
-            first_object=np.cumsum([0, *map(len, ranges)], dtype=np.int64),
-            object_ids=self.object_ids[objects],
-            boxes=self.boxes[objects],
-            categories=self.categories[objects],
-            segmentations=Segmentations.pack([self.segmentations[int(k)] for k in objects]),
-            counts={},
-        )
+        chosen = np.fromiter(images, dtype=np.int64)
+        lengths = np.diff(self.first_object)[chosen]
+        first = np.cumsum([0, *lengths])
+        within = np.arange(first[-1]) - np.repeat(first[:-1], lengths)
+        objects = self.objects[np.repeat(self.first_object[chosen], lengths) + within]
+        return CocoIndex(self.file, self.rows[chosen], first, objects, {})
 
 
-@dataclass
-class _ImageEntry:
-    path: Path
-    file_name: str
-    size: tuple[int, int]  # H, W
-    row: int
-    size_is_real: bool = False  # from the file's header
-
-    def read_size(self) -> None:
-        if not self.size_is_real:
-            self.size, self.size_is_real = header_size(self.path), True
-
-
-def read_coco(annotations: Path, image_folder: Path) -> CocoIndex:
-    """Reads and checks a COCO file.
-
-    Left out and counted in `CocoIndex.counts`: `crowd` objects (unless there is nothing else: then
-    they are used, with a warning), objects with `no_mask` (empty, or without a pixel in the image),
-    a `bad_mask` (malformed), an `unknown_image`, a `bad_annotation` (not an object of JSON, or
-    without an image id), a `duplicate_object` (the same entry again), and an
-    `image_without_objects` (none left). A box that is missing or unusable is taken from the mask.
+def read_coco(
+    annotations: Path,
+    image_folder: Path,
+    *,
+    root: Path | None = None,
+    cache: Path | None = None,
+    on_bad_image: str = "error",
+    category_names: Iterable[str] = (),
+    min_mask_area: float = 0,
+) -> CocoIndex:
+    """Reads and checks a COCO file; what was left out is counted, by code, in `counts`.
 
     Args:
         annotations: The JSON file.
         image_folder: What its file names are relative to.
+        root: See `index_file`.
+        cache: See `index_file`.
+        on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
+        category_names: Use objects of these classes only; all where none is named.
+        min_mask_area: Use masks of at least so many pixels only.
 
     Raises:
-        DataError: If the file cannot be read or holds no usable object, an image is missing or lies
-            outside of the folder, or ids contradict each other.
+        DataError: The file cannot be read or holds no usable object, images are missing or broken,
+            or ids contradict each other.
     """
-    document = _load_json(annotations)
-    images = _read_images(document, annotations, image_folder)
-    entries = document["annotations"]
-    wanted = {_to_id(entry.get("image_id")) for entry in entries if isinstance(entry, dict)}
-    used = [image for image_id, image in images.items() if image_id in wanted]
-    missing = find_missing(image_folder, [image.file_name for image in used])
-    if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise DataError(
-            f"{len(missing)} of {len(used)} images of {annotations} are not in {image_folder}: "
-            f"{first}; check the image folder, or remove them from the JSON."
-        )
-    for image in used:
-        if min(image.size) < 1 or image.size[0] * image.size[1] > MAX_PIXELS:
-            image.read_size()
-    counts: Counter[str] = Counter()
-    objects = _read_objects(entries, images, counts, annotations)
-    if not objects:
-        left_out = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()))
-        raise DataError(
-            f"{annotations} holds no usable object ({left_out or 'it has no annotations'}): samft "
-            "needs objects with a polygon or RLE segmentation."
-        )
-    objects.sort(key=lambda fields: fields[0])
-    image_rows, first_object = np.unique([fields[0] for fields in objects], return_index=True)
-    counts["image_without_objects"] += len(images) - len(image_rows)
-    by_row = list(images.items())
-    kept = [by_row[row] for row in image_rows]
-    return CocoIndex(
-        image_folder=image_folder,
-        file_names=[image.file_name for _, image in kept],
-        image_ids=np.asarray([image_id for image_id, _ in kept], dtype=np.int64),
-        sizes_json=np.asarray([image.size for _, image in kept], dtype=np.int32),
-        first_object=np.append(first_object, len(objects)).astype(np.int64),
-        object_ids=np.asarray([fields[1] for fields in objects], dtype=np.int64),
-        boxes=np.asarray([fields[2] for fields in objects], dtype=np.float64),
-        categories=np.asarray([fields[3] for fields in objects], dtype=np.int64),
-        segmentations=Segmentations.pack([fields[4] for fields in objects]),
-        counts={reason: n for reason, n in sorted(counts.items()) if n},
+    file = index_file(annotations, image_folder, root=root, cache=cache)
+    refuse_errors(file.problems, annotations, on_bad_image=on_bad_image)
+    index = choose(
+        file, categories=find_categories(file, category_names), min_mask_area=min_mask_area
     )
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"There is no annotation file {path}: check the path.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check the path.") from error
-    except json.JSONDecodeError as error:
+    if not index.num_objects:
         raise DataError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            "it may be cut short, so export or copy it again."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): export it again.") from error
-    for key in ("images", "annotations"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
-            raise DataError(
-                f"{path} has no list '{key}': samft needs a COCO instances file, an object with "
-                "'images' and 'annotations'."
-            )
-    return document
+            f"{annotations}: no object is left with category_names "
+            f"{', '.join(category_names) or 'empty'} and min_mask_area {min_mask_area}: choose "
+            "others."
+        )
+    return index
 
 
-def _to_id(raw: Any) -> int | None:
-    # Whole numbers, also as text or 5.0, as some exporters write them.
-    try:
-        number = int(raw)
-        whole = number == float(raw) if isinstance(raw, float) else True
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if whole and -(2**63) <= number < 2**63 else None
-
-
-def _to_size(entry: dict[str, Any]) -> tuple[int, int]:
-    # (0, 0): the JSON does not say.
-    height, width = _to_id(entry.get("height")), _to_id(entry.get("width"))
-    return (height, width) if height and width else (0, 0)
-
-
-def _read_images(
-    document: dict[str, Any], annotations: Path, image_folder: Path
-) -> dict[int, _ImageEntry]:
-    images: dict[int, _ImageEntry] = {}
-    for position, entry in enumerate(document["images"]):
-        image_id = _to_id(entry.get("id")) if isinstance(entry, dict) else None
-        name = entry.get("file_name") if isinstance(entry, dict) else None
-        if image_id is None or not isinstance(name, str) or not name.strip():
-            raise DataError(
-                f"{annotations}: entry {position} of 'images' needs a whole number 'id' and a "
-                "'file_name': mend or remove it."
-            )
-        posix, windows = PurePosixPath(name), PureWindowsPath(name)
-        outside = ".." in posix.parts + windows.parts or posix.is_absolute() or windows.anchor
-        if outside or "\0" in name:
-            raise DataError(
-                f"{annotations}: the file name {name!r} leaves the image folder: use names "
-                "relative to it, without '..'."
-            )
-        known = images.get(image_id)
-        if known is not None and known.file_name != name:
-            raise DataError(
-                f"{annotations}: image id {image_id} stands for both {known.file_name!r} and "
-                f"{name!r}: give each image its own id."
-            )
-        if known is None:
-            images[image_id] = _ImageEntry(
-                path=image_folder / name, file_name=name, size=_to_size(entry), row=len(images)
-            )
-    return images
-
-
-def _read_objects(
-    entries: list[Any],
-    images: dict[int, _ImageEntry],
-    counts: Counter[str],
-    annotations: Path,
-) -> list[tuple[int, int, list[float], int, Any]]:
-    # Tuples of image row, object id, box, category, checked segmentation.
-    only_crowds = bool(entries) and all(_is_crowd(entry) for entry in entries)
-    if only_crowds:
-        logger.warning("%s holds only crowds (iscrowd 1): they are used as objects.", annotations)
-    seen: dict[int, Any] = {}
-    objects = []
-    for position, entry in enumerate(entries):
-        image_id = _to_id(entry.get("image_id")) if isinstance(entry, dict) else None
-        object_id = _to_id(entry.get("id")) if isinstance(entry, dict) else None
-        if image_id is None:
-            counts["bad_annotation"] += 1
-        elif image_id not in images:
-            counts["unknown_image"] += 1
-        elif _is_crowd(entry) and not only_crowds:
-            counts["crowd"] += 1
-        elif object_id in seen and seen[object_id] == entry:
-            counts["duplicate_object"] += 1
-        else:
-            object_id = position if object_id is None else object_id
-            seen[object_id] = entry
-            image = images[image_id]
-            try:
-                box, segmentation = _check_object(entry, image)
-            except MaskError as error:
-                counts[error.reason] += 1
-                continue
-            category = _to_id(entry.get("category_id")) or 0
-            objects.append((image.row, object_id, box, category, segmentation))
-    return objects
-
-
-def _is_crowd(entry: Any) -> bool:
-    return isinstance(entry, dict) and _to_id(entry.get("iscrowd")) == 1
-
-
-def _check_object(entry: dict[str, Any], image: _ImageEntry) -> tuple[list[float], Any]:
-    # Box (x0 y0 x1 y1) and checked segmentation.
-    segmentation = check_segmentation(entry.get("segmentation"))
-    try:
-        x, y, width, height = (float(number) for number in entry["bbox"])
-        box = [x, y, x + width, y + height]
-    except (KeyError, TypeError, ValueError, OverflowError):
-        box = [0.0] * 4
-    # Only the file knows its size: what does not fit the JSON's may fit it.
-    if not (_fits(box, image.size) and has_pixels(segmentation, *image.size)):
-        image.read_size()
-        if not has_pixels(segmentation, *image.size):
-            raise MaskError("no_mask")
-    if not _fits(box, image.size):
-        top, left, crop = decode_cropped(segmentation, *image.size)
-        box = [left, top, left + crop.shape[1], top + crop.shape[0]]
-    return box, segmentation
-
-
-def _fits(box: list[float], size: tuple[int, int]) -> bool:
-    # A box may leave the image, but not by more than the image's size. NaN fits nowhere.
-    (x0, y0, x1, y1), (height, width) = box, size
-    across = -width <= x0 < min(x1, width) and 0 < x1 <= 2 * width
-    return across and -height <= y0 < min(y1, height) and 0 < y1 <= 2 * height
-
-
-def find_split(data_root: Path, split: str) -> tuple[Path, Path]:
-    """Finds a split's annotation file and image folder under a dataset's root.
-
-    Two layouts: `SPLIT/_annotations.coco.json` beside its images, and the official
-    `annotations/instances_SPLIT.json` with `SPLIT/`. For `val`, `valid` and `validation` are tried
-    as well; a year at the end (`train2017`) may be left out where there is only one.
+def refuse_errors(problems: Problems, annotations: Path, *, on_bad_image: str = "error") -> None:
+    """Ends with all that makes training on a file impossible.
 
     Raises:
-        DataError: If there is no such folder, no such split, or more than one that fits.
+        DataError: There is an error; missing and broken images are none with `skip`.
     """
-    if not data_root.is_dir():
-        raise DataError(f"There is no dataset folder {data_root}: check --data_root.")
-    for name in _SPLIT_NAMES.get(split, (split,)):
-        beside = data_root / name / "_annotations.coco.json"
-        if beside.is_file():
-            return beside, beside.parent
-        fitting = _official_names(data_root, name)
-        if len(fitting) > 1:
-            raise DataError(
-                f"{data_root} has more than one split for {split!r}: name one of "
-                f"{', '.join(fitting)}."
-            )
-        if fitting:
-            file = data_root / "annotations" / f"instances_{fitting[0]}.json"
-            folders = [data_root / fitting[0], data_root / "images" / fitting[0]]
-            return file, next((folder for folder in folders if folder.is_dir()), folders[0])
-    tried = " or ".join(_SPLIT_NAMES.get(split, (split,)))
-    raise DataError(
-        f"{data_root} has no split {tried}: neither {split}/_annotations.coco.json nor "
-        f"annotations/instances_{split}.json; name the split, or give the annotation file and the "
-        "image folder."
-    )
+    passed = BAD_IMAGES if on_bad_image == "skip" else frozenset()
+    errors = [
+        (code, found)
+        for code, severity, found in problems
+        if severity == ERROR
+        if code not in passed
+    ]
+    if not errors:
+        return
+    # Without objects for want of images: the images are the matter.
+    errors = [pair for pair in errors if pair[0] != "no-objects" or len(errors) == 1]
+    lines = [f"{annotations} cannot be used:"]
+    for code, found in errors:
+        shown = ", ".join(found.examples[:3]) + (", ..." if found.count > 3 else "")
+        lines.append(f"  - {code}, {found.count}: {KINDS[code][1]} ({shown})")
+    if errors[0][0] == "no-objects":
+        left = ", ".join(f"{code} {n}" for code, n in left_out(problems).items())
+        lines.append(f"  - left out: {left or 'nothing; it has no annotations'}")
+    if any(code in BAD_IMAGES for code, _ in errors):
+        lines.append("`--on_bad_image skip` leaves such images out.")
+    lines.append("`python -m samft.check` names everything, and mends what it can with `--fix`.")
+    raise DataError("\n".join(lines))
 
 
-def _official_names(data_root: Path, name: str) -> list[str]:
-    if (data_root / "annotations" / f"instances_{name}.json").is_file():
-        return [name]
-    pattern = re.compile(rf"instances_({re.escape(name)}\d{{4}})\.json")
-    files = sorted((data_root / "annotations").glob("instances_*.json"))
-    return [match[1] for match in map(pattern.fullmatch, (file.name for file in files)) if match]
+def left_out(problems: Problems) -> dict[str, int]:
+    """What of a file is not used, by code."""
+    return {
+        code: found.count
+        for code, severity, found in problems
+        if severity == WARNING or code == "crowd" or code in BAD_IMAGES
+    }
+
+
+def choose(
+    file: CocoFile, *, categories: set[int] | None = None, min_mask_area: float = 0
+) -> CocoIndex:
+    """The objects of a file that are no crowds, and the images that have any.
+
+    Args:
+        file: The checked file.
+        categories: Of these only.
+        min_mask_area: In pixels; of at least this only.
+    """
+    plain = (file.flags & CROWD) == 0
+    chosen = plain & (file.areas >= min_mask_area)
+    if categories is not None:
+        chosen &= np.isin(file.categories, list(categories))
+    objects = np.flatnonzero(chosen)
+    image_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
+    per_image = np.bincount(image_of[objects], minlength=file.num_images)
+    rows = np.flatnonzero(per_image)
+    counts = left_out(file.problems)
+    counts["image-without-objects"] = int((~file.bad).sum()) - len(rows)
+    counts["objects-not-chosen"] = int(plain.sum()) - len(objects)
+    counts = {code: number for code, number in counts.items() if number}
+    return CocoIndex(file, rows, np.cumsum([0, *per_image[rows]]), objects, counts)
+
+
+def find_categories(file: CocoFile, names: Iterable[str]) -> set[int] | None:
+    """The ids of classes; None where none is named.
+
+    Raises:
+        DataError: There is no class of that name.
+    """
+    names = list(names)
+    known = set(file.category_names.values())
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            some = ", ".join(sorted(known)[:20])
+            raise DataError(f"category_names: there is no class {name!r} among {some}.{hint}")
+    return {key for key, name in file.category_names.items() if name in names} if names else None
+
+
+def find_shared(train: CocoIndex, val: CocoIndex) -> NDArray[np.int64]:
+    """Training images that are also in the validation split, whatever their names.
+
+    Two files are the same image where sizes in pixels and bytes and the first 64 KiB are equal.
+
+    Args:
+        train: The training images.
+        val: The validation images.
+
+    Returns:
+        int64, the positions of those images in `train`.
+    """
+    keys = [_size_keys(index) for index in (train, val)]
+    suspects = [np.flatnonzero(np.isin(mine, other)) for mine, other in (keys, keys[::-1])]
+    known = {_begin(val.path(i)) for i in suspects[1].tolist()}
+    shared = [i for i in suspects[0].tolist() if _begin(train.path(i)) in known]
+    return np.array(shared, dtype=np.int64)
+
+
+def _size_keys(index: CocoIndex) -> NDArray[np.int64]:
+    height, width = index.file.sizes[index.rows].astype(np.int64).T
+    return np.asarray((height * 1_000_003 + width) * 1_000_003 + index.file.num_bytes[index.rows])
+
+
+def _begin(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(1 << 16)).digest()
+    except OSError:  # it will be named when it is read
+        return b""
 
 
 def split_by_hash(index: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
@@ -333,14 +233,17 @@ def split_by_hash(index: CocoIndex, val_fraction: float) -> tuple[CocoIndex, Coc
     Raises:
         DataError: If there are fewer than two images to share out.
     """
-    names = sorted(set(index.file_names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    names = sorted(
+        {index.file_name(i) for i in range(index.num_images)},
+        key=lambda name: hashlib.sha256(name.encode()).digest(),
+    )
     if len(names) < 2:
         raise DataError(
-            f"{index.image_folder} has {len(names)} image with objects: holding out a share for "
-            "validation takes at least two."
+            f"{index.file.image_folder} has {len(names)} image with objects: holding out a share "
+            "for validation takes at least two."
         )
     held_out = set(names[: min(max(round(val_fraction * len(names)), 1), len(names) - 1)])
     rows = range(index.num_images)
-    train = index.select([i for i in rows if index.file_names[i] not in held_out])
-    val = index.select([i for i in rows if index.file_names[i] in held_out])
+    train = index.select([i for i in rows if index.file_name(i) not in held_out])
+    val = index.select([i for i in rows if index.file_name(i) in held_out])
     return replace(train, counts=index.counts), val

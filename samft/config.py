@@ -20,7 +20,7 @@ from samft.errors import ConfigError
 FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
-    save_top_k resume device stop_after debug""".split()
+    save_top_k resume device stop_after debug on_bad_image""".split()
 )
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
@@ -80,7 +80,27 @@ class TrainConfig:
         "1024; 0: off",
         at_least=0,
     )
-    augment: str = _setting("flip", "training augmentation", choices=("none", "flip", "scale"))
+    augment: str = _setting(
+        "flip",
+        "training augmentation; scale: resize by 0.5 to 2 with crop, flip and colour",
+        choices=("none", "flip", "scale"),
+    )
+    category_names: str | None = _setting(
+        None, "train and validate on these classes only, separated by commas"
+    )
+    min_mask_area: float = _setting(
+        0.0, "leave out masks of fewer pixels than this, in the original image", at_least=0
+    )
+    repeat_threshold: float | None = _setting(
+        None,
+        "show images of rare classes more often: those in a smaller share of the images than this "
+        "(LVIS takes 0.001)",
+    )
+    on_bad_image: str = _setting(
+        "error",
+        "missing or broken images: refuse to train, or leave them out and name them",
+        choices=("error", "skip"),
+    )
     resize_mode: str = _setting(
         "pad", "pad: longest side, as SAM does; squash: to a square", choices=("pad", "squash")
     )
@@ -178,8 +198,8 @@ class TrainConfig:
             problems.append(f"val_fraction: {self.val_fraction} must lie between 0 and 1.")
         if self.box_jitter > 0.5:
             problems.append(f"box_jitter: {self.box_jitter} must be at most 0.5.")
-        if self.augment == "scale":
-            problems.append("augment: 'scale' is not yet there; take 'flip' or 'none'.")
+        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
+            problems.append(f"repeat_threshold: {self.repeat_threshold} must lie between 0 and 1.")
         if self.cache_embeddings == "on":
             problems.append("cache_embeddings: 'on' is not yet there; take 'auto' or 'off'.")
         return problems

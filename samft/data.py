@@ -1,14 +1,11 @@
 """The dataset, its batches, and loaders that any number of processes can share and resume.
 
-What a sample looks like depends on (seed, epoch, image id) only, and what a step consists of on the
-seed and the number of images in a step: not on workers, processes, accumulation or restarts.
+What a sample looks like depends on (seed, epoch, image id, copy) only: not on workers, processes,
+accumulation or restarts.
 """
 
-import functools
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,85 +13,22 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from samft.augment import change_colour, cut_objects, draw_colour, draw_frame, touching
+from samft.batch import Batch, Sample, collate
 from samft.coco import CocoIndex, read_coco
 from samft.errors import DataError
-from samft.images import read_image
+from samft.images import ImageError, open_image
 from samft.masks import decode_cropped
-from samft.transforms import (
-    Frame,
-    boxes_to_input,
-    jitter_boxes,
-    make_frame,
-    mask_to_input,
-    mask_to_low,
-    resize_image,
-)
+from samft.samplers import SAMPLE_STREAM, Key, ShardSampler, StepSampler, generator_of
+from samft.targets import CroppedMask, draw_targets, draw_truths
+from samft.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 
-_ORDER_STREAM, _SAMPLE_STREAM = 1, 2  # first word of a seed, so that no two streams are the same
-_WORD = 2**64 - 1
+_MAX_DRAWS = 8  # of a crop that shows an object
 
-
-@dataclass(frozen=True)
-class CroppedMask:
-    """A true mask at the original resolution, cropped tightly."""
-
-    top: int  # px, original frame
-    left: int
-    mask: NDArray[np.bool_]  # [h, w]
-
-
-@dataclass
-class Sample:
-    """One image with its K objects."""
-
-    image: Tensor  # uint8 [3, S, S], RGB, input frame
-    boxes: Tensor  # float32 [K, 4], input frame
-    targets: Tensor  # uint8 [K, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
-    input_size: tuple[int, int]  # h, w of the image inside of the input frame
-    original_size: tuple[int, int]  # H, W of the file
-    image_id: int
-    object_ids: Tensor  # int64 [K]
-    truths: list[CroppedMask]  # K of them in validation, none in training
-
-
-@dataclass
-class Batch:
-    """N images, and the M objects of all of them one after the other."""
-
-    images: Tensor  # uint8 [N, 3, S, S], RGB, input frame
-    boxes: Tensor  # float32 [M, 4], input frame
-    image_index: Tensor  # int64 [M], which of the N images an object is in
-    targets: Tensor  # uint8 [M, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
-    input_sizes: Tensor  # int64 [N, 2], h, w inside of the input frame
-    original_sizes: Tensor  # int64 [N, 2], H, W of the file
-    image_ids: list[int]
-    object_ids: Tensor  # int64 [M]
-    truths: list[CroppedMask]  # M of them in validation, none in training
-
-    @property
-    def num_masks(self) -> int:
-        """M."""
-        return len(self.boxes)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with all tensors on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; the data loader calls this."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Batch(**{**vars(self), **tensors})
-
-
-def _generator(*words: int) -> np.random.Generator:
-    seed = np.random.SeedSequence([word & _WORD for word in words])
-    return np.random.Generator(np.random.Philox(seed))
+# The frame, the objects to use, and their boxes [K, 4] in the original frame.
+_Placement = tuple[Frame, NDArray[np.int64], NDArray[np.float64]]
 
 
 class Coco2MaskDataset(Dataset[Sample]):
@@ -111,8 +45,10 @@ class Coco2MaskDataset(Dataset[Sample]):
         training: Whether to draw at random.
         max_masks_per_image: Size of the subset; 0 takes all.
         box_jitter: See `jitter_boxes`.
-        augment: `flip` or `none`.
+        augment: `none`, `flip` or `scale`, see `augment.draw_frame`; `scale` changes colours too.
         loss_resolution: Targets at `low` (S/4) or `input` (S).
+        on_bad_image: `error` raises where an image cannot be read. `skip` takes the next that can
+            in training, and gives a sample without objects in validation.
         seed: Of everything random.
         index: The checked file, if it has been read.
 
@@ -132,6 +68,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         box_jitter: float = 0.1,
         augment: str = "flip",
         loss_resolution: str = "low",
+        on_bad_image: str = "error",
         seed: int = 0,
         index: CocoIndex | None = None,
     ) -> None:
@@ -140,7 +77,6 @@ class Coco2MaskDataset(Dataset[Sample]):
                 raise ValueError("Coco2MaskDataset needs annotations, or an index.")
             index = read_coco(Path(annotations), Path(image_folder))
         self.index = index
-        self.image_folder = Path(image_folder)
         self.image_size = image_size
         self.resize_mode = resize_mode
         self.training = training
@@ -148,122 +84,116 @@ class Coco2MaskDataset(Dataset[Sample]):
         self.box_jitter = box_jitter
         self.augment = augment
         self.loss_resolution = loss_resolution
+        self.on_bad_image = on_bad_image
         self.seed = seed
 
     def __len__(self) -> int:
         return self.index.num_images
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """Loads an image by i, or by (epoch, i), which decides what is drawn.
+    def __getitem__(self, key: int | tuple[int, int] | Key) -> Sample:
+        """Loads an image by i, (epoch, i) or (epoch, i, copy), which decide what is drawn.
 
         Raises:
-            DataError: If the image is missing or broken.
+            DataError: If the image is missing or broken; with `skip`, if all are.
         """
-        epoch, i = key if isinstance(key, tuple) else (0, key)
+        epoch, i, copy = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
         i = range(len(self))[i]  # an IndexError past the end, so that the dataset can be iterated
-        image = read_image(self.image_folder / self.index.file_names[i])
-        size = (image.shape[0], image.shape[1])
-        image_id = int(self.index.image_ids[i])
-        generator = _generator(_SAMPLE_STREAM, self.seed, epoch, image_id)
-        objects = np.arange(*self.index.first_object[i : i + 2])
+        words = (SAMPLE_STREAM, self.seed, epoch, self.index.image_id(i), copy)
+        bad_images: dict[str, str] = {}
+        for number in range(i, i + len(self)):
+            row = number % len(self)
+            try:
+                # With the draws of the image that was asked for: no twin of the row's own sample.
+                sample = self._load(row, generator_of(*words))
+            except ImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                bad_images[self.index.file_name(row)] = str(error)
+                if self.training:
+                    continue
+                sample = self._without_objects(row)
+            sample.bad_images = bad_images
+            return sample
+        first = next(iter(bad_images.values()))
+        raise DataError(f"none of the {len(self)} images can be read; the first: {first}")
+
+    def _load(self, row: int, generator: np.random.Generator) -> Sample:
+        file = self.index.file
+        encoded = open_image(self.index.path(row))
+        frame, objects, boxes = self._place(row, encoded.size, generator)
+        # Validation sees what SamPredictor would be given, to the level.
+        image = encoded.decode(at_least=frame.resized_size if self.training else None)
+        image = resize_image(image, frame, exact=not self.training)
+        boxes = boxes_to_input(boxes, frame)
+        if self.training:
+            boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
+        if self.training and self.augment == "scale":
+            visible = image[: frame.input_size[0], : frame.input_size[1]]
+            visible[:] = change_colour(visible, draw_colour(generator))
+        segmentations = [file.segmentations[k] for k in objects.tolist()]
+        truths: list[CroppedMask] = []
+        if self.training:
+            kept, targets = draw_targets(segmentations, frame, resolution=self.loss_resolution)
+        else:
+            find = draw_truths(segmentations, frame, resolution=self.loss_resolution)
+            kept, targets, truths = find
+        return Sample(
+            image=torch.from_numpy(image).permute(2, 0, 1),
+            boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
+            targets=torch.from_numpy(targets),
+            input_size=frame.input_size,
+            original_size=encoded.size,
+            image_id=self.index.image_id(row),
+            object_ids=torch.from_numpy(file.object_ids[objects[kept]]),
+            truths=truths,
+        )
+
+    def _without_objects(self, row: int) -> Sample:
+        frame = make_frame(self.index.size(row), self.image_size, resize_mode=self.resize_mode)
+        side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
+        return Sample(
+            image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
+            boxes=torch.zeros(0, 4),
+            targets=torch.zeros(0, side, side, dtype=torch.uint8),
+            input_size=frame.input_size,
+            original_size=frame.original_size,
+            image_id=self.index.image_id(row),
+            object_ids=torch.zeros(0, dtype=torch.int64),
+            truths=[],
+        )
+
+    def _place(self, row: int, size: tuple[int, int], generator: np.random.Generator) -> _Placement:
+        if not self.training:
+            return self._draw_place(row, size, "none", generator=generator)
+        for _ in range(_MAX_DRAWS):
+            place = self._draw_place(row, size, self.augment, generator=generator)
+            if len(place[1]) or not place[0].is_cropped:
+                return place
+        # A crop never empties a sample.
+        return self._draw_place(row, size, "flip", generator=generator)
+
+    def _draw_place(
+        self, row: int, size: tuple[int, int], augment: str, *, generator: np.random.Generator
+    ) -> _Placement:
+        file, objects = self.index.file, self.index.objects_of(row)
+        frame = draw_frame(
+            size,
+            self.image_size,
+            resize_mode=self.resize_mode,
+            augment=augment,
+            generator=generator,
+        )
+        if frame.is_cropped:
+            objects = objects[touching(file.boxes[objects], frame)]
         if self.training and 0 < self.max_masks_per_image < len(objects):
             chosen = generator.choice(objects, self.max_masks_per_image, replace=False)
             objects = np.sort(chosen)
-        flipped = self.training and self.augment == "flip" and bool(generator.integers(2))
-        frame = make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
-        boxes = boxes_to_input(self.index.boxes[objects], frame)
-        if self.training:
-            boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
-        crops = [decode_cropped(self.index.segmentations[int(k)], *size) for k in objects]
-        # The index was checked at the JSON's size: in a smaller file a small object may be outside.
-        kept = np.array([crop.size > 0 for _, _, crop in crops], dtype=bool)
-        truths = [CroppedMask(*crop[:2], crop[2].astype(bool)) for crop in crops if crop[2].size]
-        return Sample(
-            image=torch.from_numpy(resize_image(image, frame).transpose(2, 0, 1).copy()),
-            boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
-            targets=self._targets(truths, frame),
-            input_size=frame.input_size,
-            original_size=size,
-            image_id=image_id,
-            object_ids=torch.from_numpy(self.index.object_ids[objects[kept]]),
-            truths=[] if self.training else truths,
+        kept, boxes = cut_objects(
+            file.boxes[objects],
+            frame,
+            draw=lambda k: decode_cropped(file.segmentations[int(objects[k])], *size),
         )
-
-    def _targets(self, truths: list[CroppedMask], frame: Frame) -> Tensor:
-        to_target = mask_to_low if self.loss_resolution == "low" else mask_to_input
-        side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
-        targets = np.zeros((len(truths), side, side), dtype=np.uint8)
-        for target, truth in zip(targets, truths, strict=True):
-            target[:] = to_target(truth.mask, frame, top=truth.top, left=truth.left)
-        return torch.from_numpy(targets)
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Puts samples one after the other into one batch."""
-    num_objects = torch.tensor([len(sample.boxes) for sample in samples])
-    return Batch(
-        images=torch.stack([sample.image for sample in samples]),
-        boxes=torch.cat([sample.boxes for sample in samples]),
-        image_index=torch.repeat_interleave(torch.arange(len(samples)), num_objects),
-        targets=torch.cat([sample.targets for sample in samples]),
-        input_sizes=torch.tensor([sample.input_size for sample in samples]),
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-        image_ids=[sample.image_id for sample in samples],
-        object_ids=torch.cat([sample.object_ids for sample in samples]),
-        truths=[truth for sample in samples for truth in sample.truths],
-    )
-
-
-@dataclass(eq=False, kw_only=True)
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The micro-batches of one process, as lists of (epoch, i), for a loader's `batch_sampler`.
-
-    All processes read one endless stream: position p is the image permutation(seed, p // n)[p % n]
-    of epoch p // n. A step takes the next world_size * batch_size * accumulate_steps positions, so
-    it is made of the same images however that product comes about.
-    """
-
-    num_images: int  # n
-    batch_size: int = 1  # images per process per micro-batch
-    accumulate_steps: int = 1  # micro-batches per step
-    start_step: int = 0  # steps that are done already
-    steps: int | None = None  # the step to end before; None goes on for ever
-    rank: int = 0
-    world_size: int = 1
-    seed: int = 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        ahead = itertools.count(self.start_step)
-        for step in ahead if self.steps is None else range(self.start_step, self.steps):
-            for micro in range(self.accumulate_steps):
-                shard = (step * self.accumulate_steps + micro) * self.world_size + self.rank
-                first = shard * self.batch_size
-                yield [self._at(position) for position in range(first, first + self.batch_size)]
-
-    def _at(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.num_images)
-        return epoch, int(_permutation(self.seed, epoch, self.num_images)[place])
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    return _generator(_ORDER_STREAM, seed, epoch).permutation(num_images)
-
-
-class ShardSampler(Sampler[int]):
-    """Every image exactly once over all processes: rank r takes r, r + world_size, ...
-
-    Processes get unequal numbers where n does not divide, some of them none: nothing is padded.
-    """
-
-    def __init__(self, num_images: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.rows = range(rank, num_images, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        return frame, objects[kept], boxes
 
 
 class _ErrorsAsItems(Dataset[Sample | DataError]):
@@ -271,7 +201,7 @@ class _ErrorsAsItems(Dataset[Sample | DataError]):
     def __init__(self, dataset: Coco2MaskDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample | DataError:
+    def __getitem__(self, key: int | Key) -> Sample | DataError:
         try:
             return self.dataset[key]
         except DataError as error:
@@ -327,6 +257,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
+    repeats: NDArray[np.floating] | None = None,
 ) -> BatchLoader:
     """Loads this process' micro-batches, step after step; see `StepSampler`."""
     sampler = StepSampler(
@@ -338,6 +269,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
+        repeats=repeats,
     )
     return BatchLoader(dataset, num_workers=num_workers, batch_sampler=sampler)
 

@@ -17,47 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from samft.data import Batch
+from samft.batch import Batch
 from samft.distributed import agree, all_reduce_sum, get_world_size, raise_together, wrap
 from samft.errors import TrainingError, UserError
 from samft.losses import MaskLosses
 from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_iou, peak_memory_gib
+from samft.progress import LOSS_NAMES, Progress
 from samft.prompted import PromptedSam
 
-LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
 MAX_BAD_STEPS = 5
 MASK_CHUNK = 64
-
-
-@dataclass
-class Progress:
-    """How far a run has come; plain values, so that it goes into `last.ckpt` as it is.
-
-    Attributes:
-        step: Optimizer steps taken.
-        position: Global batches consumed; more than `step` where a step was skipped.
-        bad_steps: Steps skipped in a row, up to now.
-        skipped_steps: Steps skipped in all.
-        window: Sums over the masks since the last train line: `LOSS_NAMES`, then masks, images.
-        window_seconds: Seconds of training in that window.
-        train_seconds: Seconds of training in all, without validation and saving.
-        train_images: Images trained on in all.
-        wall_seconds: Seconds since the start, without the time between a stop and its resume.
-        baseline: Validation of the untouched checkpoint.
-        box_fill_iou: What filling each box of the validation set would score.
-    """
-
-    step: int = 0
-    position: int = 0
-    bad_steps: int = 0
-    skipped_steps: int = 0
-    window: list[float] = field(default_factory=lambda: [0.0] * (len(LOSS_NAMES) + 2))
-    window_seconds: float = 0.0
-    train_seconds: float = 0.0
-    train_images: int = 0
-    wall_seconds: float = 0.0
-    baseline: dict[str, float] = field(default_factory=dict)
-    box_fill_iou: float = math.nan
 
 
 LossFunction = Callable[..., MaskLosses]
@@ -95,6 +64,7 @@ class Trainer:
         self.device = model.sam.device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        self.bad_images: dict[str, str] = {}  # that this rank's batches met: name, what is wrong
         self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=self.device)
         self.wrapped = wrap(model, warm_up=self._throw_away_pass)
 
@@ -127,6 +97,7 @@ class Trainer:
             group["lr"] = learning_rate
         window = torch.zeros_like(self.window)
         for number, batch in enumerate(micro_batches):
+            self.bad_images.update(batch.bad_images)
             with self._sync_gradients(number == len(micro_batches) - 1):
                 losses = self._forward(batch.to(self.device, non_blocking=True))
                 # DDP averages over ranks, hence the world size.
@@ -264,11 +235,13 @@ class Validation:
             `per_mask_iou` is at the original resolution.
         box_fill_iou: What filling each box would score.
         shown: Rank 0's first images with their mask logits, for pictures.
+        bad_images: This rank's images that could not be read: name, what is wrong.
     """
 
     metrics: dict[str, float]
     box_fill_iou: float
     shown: list[tuple[Batch, Tensor]]
+    bad_images: dict[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -297,24 +270,34 @@ def validate(
     for mean in means.values():
         mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
     shown: list[tuple[Batch, Tensor]] = []
+    bad_images: dict[str, str] = {}
     stream = iter(batches)
     fetched, error = _fetch(stream, 1)
     while fetched:
         batch = fetched[0]
-        moved = batch.to(model.sam.device, non_blocking=True)
-        embedding = model.embed(moved.images, moved.input_sizes)
-        chunks = []
-        for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-            logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
-            for name, values in scores.items():
-                means[name].update(values.cpu())
-            chunks.append(logits)
-        if len(shown) < num_shown:
-            shown.append((batch, torch.cat(chunks).cpu()))
+        bad_images.update(batch.bad_images)
+        if batch.num_masks:  # none if the image cannot be read
+            logits = _score_image(model, batch, loss=loss, means=means)
+            if len(shown) < num_shown:
+                shown.append((batch, logits.cpu()))
         fetched, error = _fetch(stream, 1)
     raise_together(error)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
-    return Validation(metrics, metrics.pop("box_fill_iou"), shown)
+    return Validation(metrics, metrics.pop("box_fill_iou"), shown, bad_images)
+
+
+def _score_image(
+    model: PromptedSam, batch: Batch, *, loss: LossFunction, means: dict[str, MaskMean]
+) -> Tensor:
+    moved = batch.to(model.sam.device, non_blocking=True)
+    embedding = model.embed(moved.images, moved.input_sizes)
+    chunks = []
+    for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
+        logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
+        for name, values in scores.items():
+            means[name].update(values.cpu())
+        chunks.append(logits)
+    return torch.cat(chunks)
 
 
 def _score_masks(

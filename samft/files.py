@@ -1,13 +1,18 @@
 """Files that matter: written whole or not at all. Imports no torch."""
 
+import fcntl
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from samft.errors import ConfigError
+
+CHUNK_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -83,6 +88,30 @@ def write_status(
     told = os.environ.get("SAMFT_STATUS_FILE")
     if told and Path(told).parent.is_dir():
         write_json(Path(told), status)
+
+
+def cache_folder() -> Path:
+    """Where downloads and indexes are kept: `SAMFT_CACHE`, else below `XDG_CACHE_HOME`."""
+    if os.environ.get("SAMFT_CACHE"):
+        return Path(os.environ["SAMFT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samft"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock that only one process of this node can hold at a time, by a file."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import samft.torchvision_cure  # noqa: F401  (before torchmetrics, which imports torchvision)
-from samft.data import CroppedMask
+from samft.targets import CroppedMask
 
 from torchmetrics import Metric
 

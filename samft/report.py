@@ -7,8 +7,10 @@ import numpy as np
 from torch.nn import functional as F
 
 from samft import pictures
+from samft.checkpoint import BestCheckpoint
 from samft.engine import Validation
 from samft.logs import LOGGER, format_duration
+from samft.progress import Progress
 
 BEFORE, AFTER, BOTH = "before.png", "after.png", "before_after.png"
 
@@ -48,6 +50,41 @@ def draw_before_and_after(folder: Path, *, before: float, after: float) -> None:
         pictures.write_png(folder / BOTH, pictures.stack(rows))
 
 
+def summarise(
+    progress: Progress,
+    best: BestCheckpoint | None,
+    *,
+    folder: Path,
+    counts: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """What `summary.json` holds.
+
+    Args:
+        progress: At the end of the run.
+        best: The best checkpoint, if there is one.
+        folder: The output folder.
+        counts: Of images and masks, by split.
+    """
+    met = progress.bad_images
+    data = {
+        split: {**found, "bad_images": {**found["bad_images"], **met.get(split, {})}}
+        for split, found in counts.items()
+    }
+    return {
+        "best_step": best.step if best else None,
+        "best_val_per_mask_iou": best.score if best else None,
+        "baseline_val_per_mask_iou": progress.baseline["per_mask_iou"],
+        "box_fill_iou": progress.box_fill_iou,
+        "best_checkpoint": str(folder / best.name) if best else None,
+        "steps": progress.step,
+        "wall_seconds": progress.wall_seconds,
+        "train_seconds": progress.train_seconds,
+        "images_per_second": progress.train_images / max(progress.train_seconds, 1e-9),
+        "skipped_steps": progress.skipped_steps,
+        "data": data,
+    }
+
+
 def report(summary: dict[str, Any], folder: Path) -> None:
     """Says how the run went, loudly if it got worse, where everything is, and what comes next.
 
@@ -73,6 +110,9 @@ def report(summary: dict[str, Any], folder: Path) -> None:
             "IT GOT WORSE: no checkpoint of this run beats the one it started from. Try a "
             "learning_rate ten times lower, freeze_image_encoder, or more images."
         )
+    bad = sum(len(found["bad_images"]) for found in summary["data"].values())
+    if bad:
+        LOGGER.warning("%d images could not be used; summary.json names them all", bad)
     checkpoint = summary["best_checkpoint"]
     LOGGER.info(
         "everything is in %s: %s (the best checkpoint), summary.json, metrics.jsonl, %s, "

@@ -12,14 +12,15 @@ from samft import assemble, distributed, pictures
 from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, make_sidecar, save_tensors
 from samft.config import TrainConfig, to_yaml
 from samft.data import train_loader, val_loader
-from samft.engine import Progress, Trainer, Validation, train, validate
+from samft.engine import Trainer, Validation, train, validate
 from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
 from samft.files import make_writable, set_aside, write_json, write_status, write_text
 from samft.logs import LOGGER, RunLog, format_duration, start_logging
 from samft.losses import mask_losses
 from samft.metrics import peak_memory_gib
 from samft.optim import build_optimizer, schedule_learning_rate
-from samft.report import AFTER, BEFORE, draw_masks, report
+from samft.progress import Progress
+from samft.report import AFTER, BEFORE, draw_masks, report, summarise
 from samft.signals import stop_on_signal
 
 NUM_SHOWN = 4
@@ -154,6 +155,7 @@ class Run:
             rank=distributed.get_rank(),
             world_size=self.world_size,
             seed=config.seed,
+            repeats=assemble.count_repeats(self.splits.train.index, config.repeat_threshold),
         )
         finished = train(
             self.trainer,
@@ -228,6 +230,7 @@ class Run:
             "peak_memory_gib": peak_memory_gib(self.device),
         }
         self.log.metrics(step, "val", {**found.metrics, **rates})
+        self._note_bad_images("val", found.bad_images)
         if self.main:
             self.log.picture(step, "val/masks", draw_masks(found))
         return found
@@ -254,9 +257,17 @@ class Run:
                 self.progress.step,
             )
 
+    def _note_bad_images(self, split: str, met: dict[str, str]) -> None:
+        # Every image that any rank could not read, once.
+        if self.config.on_bad_image == "skip":
+            for found in distributed.all_gather(met):
+                for why in self.progress.note_bad_images(split, found).values():
+                    LOGGER.info("%s, left out: %s", split, why)
+
     def _on_interval(self, window: dict[str, float]) -> None:
         step, steps = self.progress.step, self.config.steps
         self.log.metrics(step, "train", {**window, "skipped_steps": self.progress.skipped_steps})
+        self._note_bad_images("train", self.trainer.bad_images)
         found = self._validate()
         score = found.metrics["per_mask_iou"]
         sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
@@ -324,19 +335,9 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         progress, best = self.progress, self.top_k.best[0] if self.top_k.best else None
-        summary = {
-            "best_step": best.step if best else None,
-            "best_val_per_mask_iou": best.score if best else None,
-            "baseline_val_per_mask_iou": progress.baseline["per_mask_iou"],
-            "box_fill_iou": progress.box_fill_iou,
-            "best_checkpoint": str(self.folder / best.name) if best else None,
-            "steps": progress.step,
-            "wall_seconds": time.monotonic() - self.clock,
-            "train_seconds": progress.train_seconds,
-            "images_per_second": progress.train_images / max(progress.train_seconds, 1e-9),
-            "skipped_steps": progress.skipped_steps,
-            "data": self.splits.counts,
-        }
+        progress.wall_seconds = time.monotonic() - self.clock
+        counts = self.splits.counts
+        summary = summarise(progress, best, folder=self.folder, counts=counts)
         summary = distributed.broadcast(summary)
         if self.main:
             write_json(self.folder / "summary.json", summary)

@@ -1,17 +1,14 @@
 """Where weights come from: a file, Meta's download (checked, cached), or the packaged tiny SAM."""
 
-import fcntl
-import hashlib
 import http.client
 import os
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from samft.errors import CheckpointError
+from samft.files import CHUNK_BYTES, cache_folder, locked, sha256_of
 
 # The place and names that Meta publishes; SAMFT_SAM_URL points to a mirror.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -30,7 +27,6 @@ SAM_FILES = {
     ),
 }
 PACKAGED_TINY = Path(__file__).parent / "pretrained" / "vit_tiny.pth"
-CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
 
 
@@ -64,22 +60,6 @@ def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
     return download(f"{base.rstrip('/')}/{name}", cache_folder() / name, sha256=sha256)
 
 
-def cache_folder() -> Path:
-    """The folder of downloads: `SAMFT_CACHE`, else below `XDG_CACHE_HOME` or `~/.cache`."""
-    if os.environ.get("SAMFT_CACHE"):
-        return Path(os.environ["SAMFT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samft"
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def download(url: str, target: Path, *, sha256: str) -> Path:
     """Fetches a file once per node, however many processes ask for it at once.
 
@@ -96,7 +76,7 @@ def download(url: str, target: Path, *, sha256: str) -> Path:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock")):
+        with locked(target.with_suffix(".lock")):
             if target.is_file() and sha256_of(target) == sha256:
                 return target
             part = target.with_suffix(".part")
@@ -130,10 +110,3 @@ def _fetch(url: str, part: Path) -> None:
                 bar.update(len(chunk))
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -21,6 +21,12 @@ hypothesis.settings.register_profile("samft", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("samft")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    # Of this process and of all that it starts; a person's own cache stays as it is.
+    os.environ["SAMFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

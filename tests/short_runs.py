@@ -96,7 +96,8 @@ def command_line(argv: list[str], *, processes: int = 1) -> list[str]:
 
 def clean_environment(**changes: str) -> dict[str, str]:
     """The environment of a command that a test starts."""
-    ours = {name: v for name, v in os.environ.items() if not name.startswith("SAMFT_")}
+    kept = ("SAMFT_CACHE",)  # the tests' own
+    ours = {n: v for n, v in os.environ.items() if n in kept or not n.startswith("SAMFT_")}
     return {**ours, "OMP_NUM_THREADS": "1", **changes}
 
 

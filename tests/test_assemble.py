@@ -95,11 +95,17 @@ def test_splits_are_counted_with_what_was_left_out(data):
     splits = assemble.load_splits(a_config(data))
     objects = (1, 4, 2, 7, 3)
     assert splits.counts == {
-        "train": {"images": 13, "masks": 2 * sum(objects) + sum(objects[:3]), "skipped": {}},
+        "train": {
+            "images": 13,
+            "masks": 2 * sum(objects) + sum(objects[:3]),
+            "skipped": {},
+            "bad_images": {},
+        },
         "val": {
             "images": 5,
             "masks": sum(objects),
-            "skipped": {"crowd": 1, "image_without_objects": 1, "no_mask": 1, "unknown_image": 1},
+            "skipped": {"annotation-orphan": 1, "crowd": 1, "mask-missing": 1},
+            "bad_images": {},
         },
     }
     assert splits.train.training and not splits.val.training
@@ -108,28 +114,90 @@ def test_splits_are_counted_with_what_was_left_out(data):
 def test_skipped_objects_of_real_data(data_root):
     coco = assemble.load_splits(a_config(data_root / "coco_open104")).counts
     assert sum(split["skipped"]["crowd"] for split in coco.values()) == 13
-    assert coco["val"]["images"] + coco["val"]["skipped"]["image_without_objects"] == 57
+    assert coco["val"]["images"] + coco["val"]["skipped"]["image-without-objects"] == 57
     flakes = assemble.load_splits(a_config(data_root / "hbn_flakes", val_split="test")).counts
-    assert flakes["val"]["skipped"] == {"no_mask": 1}
+    assert flakes["val"]["skipped"] == {"mask-missing": 1}
 
 
 def test_valid_is_found_for_val(data_root):
     splits = assemble.load_splits(a_config(data_root / "hbn_flakes"))
-    assert splits.val.image_folder.name == "valid"
+    assert splits.val.index.file.image_folder.name == "valid"
 
 
 def test_announcement_names_what_was_left_out(data, caplog):
+    splits = assemble.load_splits(a_config(data))
     with caplog.at_level(logging.INFO, logger="samft"):
-        assemble.load_splits(a_config(data)).announce()
-    assert caplog.messages == [
-        "train: 13 images, 41 masks",
-        "val: 5 images, 17 masks; left out: crowd 1, image_without_objects 1, no_mask 1, "
-        "unknown_image 1",
+        splits.announce()
+    words = [" ".join(message.split()) for message in caplog.messages]
+    assert words[0] == "train: 13 images, 41 masks"
+    val = words.index(
+        "val: 5 images, 17 masks; left out: annotation-orphan 1, mask-missing 1, crowd 1"
+    )
+    assert [line.split()[:3] for line in words[val + 1 : val + 4]] == [
+        ["warning", "annotation-orphan", "1"],
+        ["warning", "mask-missing", "1"],
+        ["note", "image-unused-bad", "1"],
     ]
+    assert "images left out" not in caplog.text
+
+
+def test_broken_images_are_named_one_by_one(tmp_path, caplog):
+    for split in ("train", "val"):
+        annotations = write_coco(tmp_path, 4, split=split)
+        (annotations.parent / "image_1.png").unlink()
+        (annotations.parent / "image_2.png").write_bytes(b"")
+    with pytest.raises(DataError, match="image-missing, 1"):
+        assemble.load_splits(a_config(tmp_path))
+    splits = assemble.load_splits(a_config(tmp_path, on_bad_image="skip", val_split="train"))
+    assert splits.counts["train"]["images"] == 2
+    bad = {"image_1.png": "image-missing", "image_2.png": "image-empty"}
+    assert splits.counts["train"]["bad_images"] == bad
+    with caplog.at_level(logging.INFO, logger="samft"):
+        splits.announce()
+    assert "images left out: image_1.png (image-missing), image_2.png (image-empty)" in caplog.text
+
+
+def test_images_of_the_validation_split_are_not_trained_on(tmp_path, caplog):
+    write_coco(tmp_path, 6)
+    write_coco(tmp_path, 3, split="val")  # the first three
+    splits = assemble.load_splits(a_config(tmp_path))
+    assert names(splits.train) == {"image_3.png", "image_4.png", "image_5.png"}
+    assert splits.counts["train"]["skipped"] == {"image-in-train-and-val": 3}
+    assert splits.counts["val"]["images"] == 3
+    assert "3 training images are also in the validation split" in caplog.text
+
+
+def test_one_split_for_both_is_said_loudly(data, caplog):
+    splits = assemble.load_splits(a_config(data, val_split="train"))
+    assert len(splits.train) == len(splits.val) == 13
+    assert "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT" in caplog.text
+
+
+def test_classes_and_small_masks_are_chosen(data_root):
+    config = a_config(data_root / "coco_open104", category_names="person, dog", min_mask_area=100)
+    splits = assemble.load_splits(config)
+    for dataset in (splits.train, splits.val):
+        file, objects = dataset.index.file, dataset.index.objects
+        chosen = {file.category_names[k] for k in file.categories[objects].tolist()}
+        assert chosen <= {"person", "dog"} and file.areas[objects].min() >= 100
+    assert splits.counts["train"]["skipped"]["objects-not-chosen"] > 100
+    with pytest.raises(DataError, match=r"no class 'persons'.*Did you mean 'person'"):
+        assemble.load_splits(a_config(data_root / "coco_open104", category_names="persons"))
+
+
+def test_rare_classes_are_repeated(data_root, caplog):
+    caplog.set_level(logging.INFO, logger="samft")
+    index = assemble.load_splits(a_config(data_root / "coco_open104")).train.index
+    assert assemble.count_repeats(index, None) is None
+    repeats = assemble.count_repeats(index, 0.1)
+    assert repeats is not None and len(repeats) == 47
+    # A class in one of 47 images asks for sqrt(0.1 * 47) of them.
+    assert repeats.max() == pytest.approx((0.1 * 47) ** 0.5)
+    assert "come more than once" in caplog.text
 
 
 def names(dataset: Any) -> set[str]:
-    return set(dataset.index.file_names)
+    return {dataset.index.file_name(i) for i in range(dataset.index.num_images)}
 
 
 def test_held_out_images_are_a_share_by_file_name_and_are_said(one_split, tmp_path, caplog):

@@ -1,7 +1,4 @@
-import io
 import json
-import zlib
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,25 +7,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from coco_files import SIZES, annotation, write_coco, write_json
-from samft.coco import find_split, read_coco
-from samft.data import (
-    Batch,
-    Coco2MaskDataset,
-    Sample,
-    ShardSampler,
-    StepSampler,
-    collate,
-    train_loader,
-    val_loader,
-)
+from samft.batch import Batch, Sample, collate
+from samft.coco import read_coco
+from samft.data import Coco2MaskDataset, train_loader, val_loader
 from samft.errors import DataError
-from samft.images import MAX_PIXELS, header_size, read_image
+from samft.images import header_size
+from samft.layout import find_split
 from samft.transforms import make_frame
-
-LAYOUTS = [(1, 4, 1), (2, 2, 1), (1, 1, 4), (2, 1, 2)]  # world size, batch size, accumulation
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +133,21 @@ def test_collate_counts_objects_image_by_image(annotations: Path) -> None:
 
 
 @pytest.mark.parametrize("resize_mode", ["pad", "squash"])
-def test_an_image_whose_masks_vanish_in_the_smaller_file(tmp_path: Path, resize_mode: str) -> None:
-    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((19, 30, 3), np.uint8))
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_that_shrank_after_it_was_indexed(
+    tmp_path: Path, resize_mode: str, training: bool
+) -> None:
     image = {"id": 1, "file_name": "a.png", "height": 20, "width": 30}
     last_row = annotation(1, 1, [2.0, 19, 9, 19, 9, 20, 2, 20])
     # Kept at a tiny resolution, as long as one original pixel is there.
     pixel = annotation(2, 1, [4.0, 4, 5, 4, 5, 5, 4, 5])
     for entries, expected in (([last_row, pixel], [2]), ([last_row], [])):
+        cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 30, 3), np.uint8))
         path = write_json(tmp_path / "a.json", [image], entries)
-        dataset = Coco2MaskDataset(tmp_path, path, image_size=16, resize_mode=resize_mode)
+        options: dict[str, Any] = {"image_size": 16, "resize_mode": resize_mode}
+        dataset = Coco2MaskDataset(tmp_path, path, training=training, **options)
+        assert len(dataset[0].boxes) == len(entries)
+        cv2.imwrite(str(tmp_path / "a.png"), np.zeros((19, 30, 3), np.uint8))
         sample = dataset[0]
         assert sample.object_ids.tolist() == expected and sample.original_size == (19, 30)
         batch = collate([sample, dataset[0]])
@@ -162,84 +155,23 @@ def test_an_image_whose_masks_vanish_in_the_smaller_file(tmp_path: Path, resize_
         assert batch.targets.shape == (batch.num_masks, 4, 4)
 
 
-def _steps(sampler: StepSampler, accumulate: int) -> list[list[tuple[int, int]]]:
-    lists = list(sampler)
-    return [
-        [key for keys in lists[start : start + accumulate] for key in keys]
-        for start in range(0, len(lists), accumulate)
-    ]
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_workers_and_resuming_change_nothing(tmp_path: Path, num_workers: int) -> None:
+    # With all that is random: crops, colours, subsets, repeats, and an image that is replaced.
+    annotations = write_coco(tmp_path, 13)
+    dataset = _dataset(annotations, max_masks_per_image=3, augment="scale", on_bad_image="skip")
+    (annotations.parent / "image_4.png").write_bytes(b"broken")
+    options: dict[str, Any] = {"batch_size": 2, "accumulate_steps": 2, "steps": 8, "seed": 1}
+    options["repeats"] = np.linspace(1, 2, 13)
+    alone = list(train_loader(dataset, **options))
+    assert len(alone) == 16 and any(batch.bad_images for batch in alone)
+    theirs = list(train_loader(dataset, **options, num_workers=num_workers))
+    resumed = list(train_loader(dataset, **options, start_step=3, num_workers=num_workers))
+    for mine, other in zip(alone * 2, [*theirs, *alone[:6], *resumed], strict=True):
+        _assert_equal(mine, other)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_has_the_same_images_in_any_layout(layout: tuple[int, int, int]) -> None:
-    world, batch, accumulate = layout
-    expected = [sorted(keys) for keys in StepSampler(num_images=13, batch_size=4, steps=9, seed=3)]
-    ranks = [
-        StepSampler(
-            num_images=13,
-            batch_size=batch,
-            accumulate_steps=accumulate,
-            steps=9,
-            rank=rank,
-            world_size=world,
-            seed=3,
-        )
-        for rank in range(world)
-    ]
-    by_rank = [_steps(sampler, accumulate) for sampler in ranks]
-    assert all(len(steps) == 9 for steps in by_rank)
-    assert [sorted(sum(parts, [])) for parts in zip(*by_rank, strict=True)] == expected
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_resuming_gives_the_same_tail(layout: tuple[int, int, int]) -> None:
-    world, batch, accumulate = layout
-    for rank in range(world):
-        options: dict[str, Any] = {
-            "num_images": 13,
-            "batch_size": batch,
-            "accumulate_steps": accumulate,
-            "steps": 20,
-            "rank": rank,
-            "world_size": world,
-        }
-        straight = list(StepSampler(**options))
-        assert list(StepSampler(**options, start_step=7)) == straight[7 * accumulate :]
-
-
-def test_an_epoch_has_every_image_once_in_an_order_of_its_own() -> None:
-    stream = (key for keys in StepSampler(num_images=13, batch_size=4, seed=1) for key in keys)
-    keys = [next(stream) for _ in range(3 * 13)]
-    orders = [[i for epoch, i in keys if epoch == e] for e in range(3)]
-    assert [epoch for epoch, _ in keys] == [0] * 13 + [1] * 13 + [2] * 13
-    assert all(sorted(order) == list(range(13)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 3
-    other = next(iter(StepSampler(num_images=13, batch_size=13, seed=2)))
-    assert [i for _, i in other] != orders[0]
-
-
-def test_more_images_in_a_step_than_there_are() -> None:
-    first = next(iter(StepSampler(num_images=3, batch_size=8)))
-    assert [epoch for epoch, _ in first] == [0, 0, 0, 1, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("num_images", [1, 2, 57])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_shards_hold_each_image_once(num_images: int, world_size: int) -> None:
-    shards = [
-        ShardSampler(num_images, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
-    assert sorted(i for shard in shards for i in shard) == list(range(num_images))
-    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
-
-
-def test_workers_change_nothing(annotations: Path) -> None:
-    dataset = _dataset(annotations, max_masks_per_image=3)
-    options: dict[str, Any] = {"batch_size": 2, "accumulate_steps": 2, "start_step": 3, "steps": 8}
-    alone = list(train_loader(dataset, **options, num_workers=0))
-    assert len(alone) == 10
-    for mine, theirs in zip(alone, train_loader(dataset, **options, num_workers=2), strict=True):
-        _assert_equal(mine, theirs)
+def test_workers_change_nothing_in_validation(annotations: Path) -> None:
     check = _dataset(annotations, training=False)
     loader = val_loader(check, num_workers=2, rank=1, world_size=2)
     for _ in range(2):
@@ -286,89 +218,115 @@ def test_a_broken_image_is_named_by_the_loader(tmp_path: Path, num_workers: int)
     assert "\n" not in str(error.value)
 
 
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
+def test_skipping_takes_the_next_image_that_can_be_read(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, 5)
+    dataset = _dataset(path, on_bad_image="skip")
+    whole = [dataset[2, i] for i in range(5)]
+    (path.parent / "image_4.png").write_bytes(b"not an image")
+    (path.parent / "image_0.png").unlink()
+    samples = [dataset[2, i] for i in range(5)]
+    assert [sample.image_id for sample in samples] == [11, 11, 12, 13, 11]
+    names = [list(sample.bad_images) for sample in samples]
+    assert names == [["image_0.png"], [], [], [], ["image_4.png", "image_0.png"]]
+    assert "image_4.png" in samples[4].bad_images["image_4.png"]
+    for i in (1, 2, 3):
+        _assert_equal(samples[i], whole[i])
+    # Not a twin of what the other sample of that image shows.
+    assert not torch.equal(samples[0].boxes, samples[1].boxes)
+    assert not torch.equal(samples[0].boxes, samples[4].boxes)
+    batch = collate(samples)
+    assert list(batch.bad_images) == ["image_0.png", "image_4.png"]
 
 
-def _photo() -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    return Image.fromarray(cv2.blur(noise, (9, 9)))
+def test_skipping_in_validation_replaces_nothing(tmp_path: Path) -> None:
+    path = write_coco(tmp_path, 3)
+    dataset = _dataset(path, on_bad_image="skip", training=False)
+    (path.parent / "image_1.png").write_bytes(b"")
+    batches = list(val_loader(dataset))
+    assert [batch.image_ids for batch in batches] == [[10], [11], [12]]
+    assert [batch.num_masks for batch in batches] == [1, 0, 2]
+    assert [list(batch.bad_images) for batch in batches] == [[], ["image_1.png"], []]
+    assert batches[1].images.shape == (1, 3, 64, 64) and batches[1].targets.shape == (0, 16, 16)
+    assert batches[1].original_sizes.tolist() == [list(SIZES[1])]
 
 
-def _broken() -> Iterator[tuple[str, bytes]]:
-    for kind in ("JPEG", "PNG", "WEBP"):
-        content = _encode(_photo(), kind)
-        yield f"{kind} cut", content[: len(content) * 2 // 3]
-        yield f"{kind} stub", content[:30]
-    yield "progressive cut", _encode(_photo(), "JPEG", progressive=True)[:-200]
-    yield "empty", b""
-    yield "text", b"hello"
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_skipping_ends_where_nothing_can_be_read(tmp_path: Path, num_workers: int) -> None:
+    path = write_coco(tmp_path, 3)
+    dataset = _dataset(path, on_bad_image="skip")
+    for i in range(3):
+        (path.parent / f"image_{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 3 images .*image_\d\.png"):
+        next(iter(train_loader(dataset, batch_size=1, num_workers=num_workers)))
 
 
-BROKEN = dict(_broken())
+def test_copies_of_an_image_in_an_epoch_differ(annotations: Path) -> None:
+    dataset = _dataset(annotations)
+    _assert_equal(dataset[5, 3], dataset[5, 3, 0])
+    assert not torch.equal(dataset[5, 3, 0].boxes, dataset[5, 3, 1].boxes)
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_broken_images_are_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "broken.jpg"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"broken\.jpg"):
-        read_image(path)
+def test_scale_crops_image_boxes_and_targets_alike(annotations: Path) -> None:
+    options: dict[str, Any] = {"augment": "scale", "box_jitter": 0.0, "loss_resolution": "input"}
+    dataset = _dataset(annotations, **options)
+    zooms, cut = [], 0
+    for epoch in range(60):
+        sample = dataset[epoch, 3]
+        height, width = sample.input_size
+        assert len(sample.boxes) > 0 and max(height, width) <= 64
+        zooms.append((height * width) / 64**2)
+        assert sample.image[:, height:].sum() == sample.image[:, :, width:].sum() == 0
+        assert sample.targets[:, height:].sum() == sample.targets[:, :, width:].sum() == 0
+        cut += len(sample.boxes) < 7
+        for box, target in zip(sample.boxes, sample.targets, strict=True):
+            xs, ys = target.any(dim=0).nonzero(), target.any(dim=1).nonzero()
+            found = torch.tensor([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+            # An original pixel is up to two wide.
+            torch.testing.assert_close(box, found.float(), atol=2.6, rtol=0)
+            inside = target.bool()
+            bright = sample.image.float().mean(0)
+            assert bright[inside].mean() > 90  # objects are brighter than 120, the rest than 0..80
+    assert min(zooms) < 0.3 and max(zooms) == 1 and 5 < cut < 55
 
 
-def test_missing_images_and_bombs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.png"):
-        read_image(tmp_path / "gone.png")
-    side = int((2 * MAX_PIXELS) ** 0.5) + 9
-    for name, height in (("bomb.png", side), ("large.png", side // 2 + 9)):
-        _encode_header_only(tmp_path / name, side, height)
-        with pytest.raises(DataError, match="scale it down"):
-            read_image(tmp_path / name)
+def test_a_crop_never_empties_a_sample(tmp_path: Path) -> None:
+    # One object of 3 px in a corner of 400 x 400: most crops of a quarter miss it.
+    folder = tmp_path / "images"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), np.zeros((400, 400, 3), np.uint8))
+    image = {"id": 1, "file_name": "a.png", "height": 400, "width": 400}
+    corner = annotation(1, 1, [396.0, 396, 399, 396, 399, 399, 396, 399])
+    path = write_json(tmp_path / "a.json", [image], [corner])
+    dataset = Coco2MaskDataset(folder, path, image_size=64, training=True, augment="scale")
+    samples = [dataset[epoch, 0] for epoch in range(80)]
+    assert all(sample.object_ids.tolist() == [1] and sample.targets.any() for sample in samples)
+    sizes = {round(float(s.boxes[0, 2] - s.boxes[0, 0]), 3) for s in samples}
+    assert len(sizes) > 10  # drawn again and again, not always whole
 
 
-def _encode_header_only(path: Path, width: int, height: int) -> None:
-    content = bytearray(_encode(Image.new("L", (1, 1)), "PNG"))
-    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    path.write_bytes(bytes(content))
+def test_batches_lie_in_memory_as_images_are_decoded(annotations: Path) -> None:
+    batch = next(iter(train_loader(_dataset(annotations), batch_size=3, num_workers=1)))
+    assert batch.images.shape == (3, 3, 64, 64)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16", "1"])
-def test_png_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    grey = np.full((9, 7), 255, np.uint8)
-    grey[:, 3:] = 0
-    image = Image.fromarray(grey)
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
-    (tmp_path / "a.png").write_bytes(_encode(image, "PNG"))
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.stack([grey] * 3, axis=-1))
-
-
-def test_colours_come_as_rgb_and_cmyk_is_close(tmp_path: Path) -> None:
-    red = Image.new("RGB", (16, 16), (250, 10, 20))
-    (tmp_path / "a.jpg").write_bytes(_encode(red, "JPEG", quality=95))
-    np.testing.assert_allclose(read_image(tmp_path / "a.jpg")[3, 3], [250, 10, 20], atol=4)
-    (tmp_path / "b.jpg").write_bytes(_encode(red.convert("CMYK"), "JPEG", quality=95))
-    np.testing.assert_allclose(read_image(tmp_path / "b.jpg")[3, 3], [250, 10, 20], atol=12)
-
-
-def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (tmp_path / "a.jpg").write_bytes(_encode(_photo(), "JPEG", exif=exif))
-    assert read_image(tmp_path / "a.jpg").shape == (90, 120, 3)
-    assert header_size(tmp_path / "a.jpg") == (90, 120)
-
-
-def test_a_thumbnails_end_does_not_stand_for_the_images(tmp_path: Path) -> None:
-    thumbnail = _encode(_photo().resize((12, 9)), "JPEG")
-    content = _encode(_photo(), "JPEG", exif=b"Exif\0\0" + thumbnail)
-    (tmp_path / "a.jpg").write_bytes(content + b"trailing")
-    assert read_image(tmp_path / "a.jpg").shape == (90, 120, 3)
-    (tmp_path / "a.jpg").write_bytes(content[:-300])
-    with pytest.raises(DataError, match="cut short"):
-        read_image(tmp_path / "a.jpg")
+def test_training_shows_large_jpegs_as_validation_does(tmp_path: Path) -> None:
+    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8), (833, 577))
+    cv2.imwrite(str(tmp_path / "a.jpg"), smooth)
+    image = {"id": 1, "file_name": "a.jpg", "height": 577, "width": 833}
+    quad = annotation(1, 1, [100.0, 100, 700, 130, 650, 500, 90, 420])
+    path = write_json(tmp_path / "a.json", [image], [quad])
+    for size in (128, 192, 64):
+        train, val = (
+            Coco2MaskDataset(
+                tmp_path, path, image_size=size, training=t, augment="none", box_jitter=0.0
+            )[0]
+            for t in (True, False)
+        )
+        assert (train.input_size, train.original_size) == (val.input_size, (577, 833))
+        torch.testing.assert_close(train.boxes, val.boxes)
+        assert (train.image.int() - val.image.int()).abs().float().mean() < 2
+        assert (train.targets.int() - val.targets.int()).abs().max() <= 20
 
 
 def test_the_dataset_needs_annotations_or_an_index(tmp_path: Path) -> None:
@@ -385,7 +343,7 @@ def test_real_samples_are_whole(data_root: Path, name: str) -> None:
         sample = dataset[i]
         count = int(index.first_object[i + 1] - index.first_object[i])
         assert len(sample.boxes) == len(sample.truths) == len(sample.targets) == count
-        assert sample.original_size == header_size(folder / index.file_names[i])
+        assert sample.original_size == header_size(index.path(i))
         # What the target holds is the truth's area, but for rounding to 1/255 of a cell.
         scale = sample.input_size[0] / sample.original_size[0]
         for target, truth in zip(sample.targets, sample.truths, strict=True):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import samft.torchvision_cure  # noqa: F401
-from samft.data import Batch, CroppedMask, Sample, StepSampler, collate
+from samft.batch import Batch, Sample, collate
 from samft.distributed import get_rank, get_world_size
 from samft.engine import LOSS_NAMES, MAX_BAD_STEPS, Progress, Trainer, train, validate
 from samft.errors import DataError, TrainingError, UserError
@@ -18,6 +19,8 @@ from samft.losses import mask_losses
 from samft.optim import build_optimizer
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze
+from samft.samplers import StepSampler
+from samft.targets import CroppedMask
 
 SIZE = 64
 NUM_IMAGES = 13
@@ -72,7 +75,7 @@ def run_steps(
         world_size=get_world_size(),
     )
     losses: list[float] = []
-    batches = (collate([make_sample(i) for _, i in rows]) for rows in sampler)
+    batches = (collate([make_sample(i) for _, i, _ in rows]) for rows in sampler)
     finished = train(
         trainer,
         batches,
@@ -277,6 +280,50 @@ def test_validation_of_full_masks_has_closed_form() -> None:
     assert found.metrics["iou_predicted"] == 0.5
     assert found.box_fill_iou == 1.0  # the objects are rectangles
     assert [len(logits) for _, logits in found.shown] == [len(s.boxes) for s in samples[:2]]
+
+
+def unreadable(number: int) -> Batch:
+    """What a loader gives for an image that it skipped in validation."""
+    whole = make_sample(number)
+    return collate(
+        [
+            replace(
+                whole,
+                image=torch.zeros_like(whole.image),
+                boxes=whole.boxes[:0],
+                targets=whole.targets[:0],
+                object_ids=whole.object_ids[:0],
+                truths=[],
+                bad_images={f"{number}.jpg": "cut short"},
+            )
+        ]
+    )
+
+
+def validate_with_gaps(with_gaps: bool) -> tuple[dict[str, float], dict[str, str]]:
+    # The second rank has nothing but an image that cannot be read.
+    batches = [unreadable(7)] if with_gaps else []
+    batches += [] if get_rank() else [*val_batches(1), *batches]
+    model = make_trainer().model.eval()
+    encoded = []
+    model.sam.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    found = validate(model, batches, loss=LOSS, num_shown=9)
+    assert len(encoded) == len(found.shown) == (0 if get_rank() else 1)
+    return found.metrics, found.bad_images
+
+
+def test_validation_counts_nothing_for_an_image_that_cannot_be_read(gloo2: Any) -> None:
+    gaps, whole = (gloo2.run(validate_with_gaps, with_gaps) for with_gaps in (True, False))
+    assert [bad for _, bad in gaps] == [{"7.jpg": "cut short"}] * 2
+    assert [bad for _, bad in whole] == [{}, {}]
+    assert [metrics for metrics, _ in gaps] == [metrics for metrics, _ in whole]
+
+
+def test_training_remembers_the_bad_images_that_it_met() -> None:
+    trainer = make_trainer()
+    for number, bad in ((1, {}), (2, {"a.jpg": "empty"}), (3, {"b.jpg": "empty"})):
+        trainer.train_step([collate([replace(make_sample(number), bad_images=bad)])])
+    assert trainer.bad_images == {"a.jpg": "empty", "b.jpg": "empty"}
 
 
 @pytest.mark.parametrize("num_images", [1, 2, NUM_IMAGES])

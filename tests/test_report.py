@@ -20,6 +20,7 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
         "box_fill_iou": 0.6,
         "best_checkpoint": str(folder / "40-0.75.ckpt"),
         "wall_seconds": 83.0,
+        "data": {"train": {"bad_images": {}}, "val": {"bad_images": {}}},
         **changes,
     }
 
@@ -49,6 +50,12 @@ def test_report_says_the_scores_the_places_and_what_comes_next(tmp_path, caplog)
     assert str(tmp_path) in places and "40-0.75.ckpt" in places and BOTH in places
     assert str(tmp_path / "40-0.75.ckpt") in load
     assert "--data_root" in own_data
+
+
+def test_report_counts_the_images_that_could_not_be_used(tmp_path, caplog):
+    data = {"train": {"bad_images": {"a": "x", "b": "y"}}, "val": {"bad_images": {"a": "x"}}}
+    report(a_summary(tmp_path, data=data), tmp_path)
+    assert "3 images could not be used; summary.json names them all" in caplog.messages
 
 
 def a_validation(logits: torch.Tensor, *, input_size: tuple[int, int]) -> Validation:

@@ -16,6 +16,7 @@ import samft
 from coco_files import write_coco
 from gloo_pool import GlooPool
 from samft.config import parse_config
+from samft.errors import DataError
 from samft.sam import build_sam
 from short_runs import (
     INTERVAL,
@@ -159,10 +160,10 @@ def test_summary_has_what_is_promised(straight, summary, data):
     assert summary["steps"] == STEPS
     assert summary["wall_seconds"] > summary["train_seconds"] > 0
     assert summary["images_per_second"] == pytest.approx(2 * STEPS / summary["train_seconds"])
-    left_out = {"crowd": 1, "image_without_objects": 1, "no_mask": 1, "unknown_image": 1}
+    left_out = {"annotation-orphan": 1, "crowd": 1, "mask-missing": 1}
     assert summary["data"] == {
-        "train": {"images": 13, "masks": 41, "skipped": {}},
-        "val": {"images": 5, "masks": 17, "skipped": left_out},
+        "train": {"images": 13, "masks": 41, "skipped": {}, "bad_images": {}},
+        "val": {"images": 5, "masks": 17, "skipped": left_out, "bad_images": {}},
     }
     assert summary["skipped_steps"] == 0
     assert summary["box_fill_iou"] == pytest.approx(filled_boxes(data / "val"), abs=1e-6)
@@ -202,7 +203,7 @@ def test_train_log_tells_the_whole_run(straight, summary):
     for said in (
         "weights: ",  # before the folder is known to be free
         "train: 13 images, 41 masks",
-        "left out: crowd 1",
+        "left out: annotation-orphan 1, mask-missing 1, crowd 1",
         "step 0: val_per_mask_iou",
         "step 20/20: loss",
         summary["best_checkpoint"],
@@ -464,3 +465,71 @@ def test_held_out_images_are_said_in_the_train_log(tmp_path):
     assert found["data"]["val"]["images"] == 3
     assert "3 of 10 images are held out" in (tmp_path / "run" / "train.log").read_text()
     assert read_weights(tmp_path / "run")
+
+
+# Broken images
+
+
+def break_images(root: Path, *, split: str, broken: dict[int, str]) -> dict[str, str]:
+    """Breaks images of a split: by what is seen at the start, or only when they are decoded."""
+    names = {}
+    for number, how in broken.items():
+        path = root / split / f"image_{number}.png"
+        names[path.name] = how
+        content = path.read_bytes()
+        if how == "missing":
+            path.unlink()
+        elif how == "empty":
+            path.write_bytes(b"")
+        elif how == "html":
+            path.write_bytes(b"<html>not found</html>")
+        elif how == "cut":
+            path.write_bytes(content[:-40])
+        else:  # whole at both ends, and nonsense in between
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes(200) + content[middle + 200 :])
+    return names
+
+
+BROKEN_TRAIN = {3: "missing", 17: "empty", 41: "html", 58: "cut", 77: "corrupt"}
+BROKEN_VAL = {2: "corrupt", 5: "cut"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_set_with_broken_images_is_trained_on_and_all_are_named(
+    gloo2: GlooPool, tmp_path, processes
+):
+    data, folder = tmp_path / "data", tmp_path / "run"
+    write_coco(data, 100, objects=(1, 2))
+    write_coco(data, 10, objects=(1, 2), split="val", seed=1)
+    bad = {
+        "train": break_images(data, split="train", broken=BROKEN_TRAIN),
+        "val": break_images(data, split="val", broken=BROKEN_VAL),
+    }
+    argv = arguments(
+        data, folder, on_bad_image="skip", steps=14, metrics_interval=7, batch_size=8 // processes
+    )
+    if processes == 1:
+        train_here(argv)
+    else:
+        assert gloo2.run(command_here, argv) == [0, 0]
+    summary = json.loads((folder / "summary.json").read_text())
+    log = (folder / "train.log").read_text()
+    for split, names in bad.items():
+        assert summary["data"][split]["bad_images"].keys() == names.keys()
+        for name in names:
+            assert log.count(name) == 1, name
+    assert summary["data"]["train"]["images"] == 96 and summary["data"]["val"]["images"] == 9
+    assert summary["steps"] == 14 and summary["best_val_per_mask_iou"] > 0
+
+
+def test_broken_images_are_refused_unless_they_may_be_skipped(tmp_path):
+    data = tmp_path / "data"
+    write_coco(data, 8)
+    write_coco(data, 3, split="val", seed=1)
+    break_images(data, split="train", broken={1: "corrupt", 2: "cut"})
+    with pytest.raises(DataError, match="image-truncated, 1: .*image_2.png"):
+        train_here(arguments(data, tmp_path / "run"))
+    (data / "train" / "image_2.png").write_bytes((data / "train" / "image_0.png").read_bytes())
+    with pytest.raises(DataError, match=r"image_1.png is broken"):
+        train_here(arguments(data, tmp_path / "run"))

@@ -179,7 +179,7 @@ BAD_INPUT: list[tuple[Callable[[Path, Path], dict[str, Any]], tuple[str, ...]]] 
     (missing_annotation_file, ("gone.json",)),
     (broken_json, ("broken.json", "not valid JSON")),
     (no_validation_split, ("no split val", "val_fraction")),
-    (missing_images, ("13 of 13 images", "image_0.png")),
+    (missing_images, ("image-missing, 13", "image_0.png", "--on_bad_image skip")),
     (unknown_flag, ("--learning_rat", "Did you mean --learning_rate?")),
     (wrong_type, ("--steps: 'many'", "a whole number")),
     (all_frozen, ("freeze_", "nothing would be trained")),

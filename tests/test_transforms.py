@@ -1,9 +1,14 @@
+from typing import Any
+
 import cv2
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
+from PIL import Image
 
+import samft.torchvision_cure  # noqa: F401  (before all that imports torchvision)
 from samft.transforms import (
     Frame,
     boxes_to_input,
@@ -13,9 +18,12 @@ from samft.transforms import (
     mask_to_input,
     mask_to_low,
     resize_image,
+    visible_box,
 )
 
 from segment_anything.utils.transforms import ResizeLongestSide
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 SIDES = st.integers(1, 3000)
 
@@ -204,3 +212,117 @@ def test_no_jitter_leaves_boxes_alone_and_edge_slivers_stay_boxes() -> None:
     slivers = np.array([[128.0, 5, 129, 9], [-3, -2, 0, 0], [4, 4, 4, 4]])
     moved = jitter_boxes(slivers, share=0.1, frame=frame, generator=generator)
     assert (moved[:, 2:] > moved[:, :2]).all() and moved.min() >= 0 and moved.max() <= 128
+
+
+CROPS = {
+    "top left": {"zoom": 1.6, "crop_at": (0.0, 0.0)},
+    "middle": {"zoom": 1.6, "crop_at": (0.4, 0.7)},
+    "end": {"zoom": 2.0, "crop_at": (0.999, 0.999)},
+    "one side": {"zoom": 1.2, "crop_at": (0.5, 0.5)},
+    "small": {"zoom": 0.5, "crop_at": (0.9, 0.9)},
+}
+EACH_CROP = pytest.mark.parametrize("options", CROPS.values(), ids=CROPS)
+
+
+@EACH_CROP
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("mode", ["pad", "squash"])
+def test_a_crop_is_a_part_of_the_resized_image(options: Any, flipped: bool, mode: str) -> None:
+    image = cv2.blur(_noise(90, 150), (5, 5))
+    frame = make_frame((90, 150), 128, resize_mode=mode, flipped=flipped, **options)
+    (height, width), (top, left) = frame.input_size, frame.offset
+    size = frame.resized_size[::-1]
+    whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    part = whole[top : top + height, left : left + width][:, :: -1 if flipped else 1]
+    assert part.shape[:2] == (height, width) and max(height, width) <= 128
+    assert frame.is_cropped == (frame.resized_size != (height, width))
+    for exact in (True, False):
+        found = resize_image(image, frame, exact=exact)
+        assert np.abs(found[:height, :width] - part.astype(int)).max() <= 1
+        assert found[height:].sum() == found[:, width:].sum() == 0
+    # Whatever of the frame could show image does.
+    assert height == min(128, size[1]) and width == min(128, size[0])
+
+
+def test_crops_reach_both_ends() -> None:
+    tops = {
+        make_frame((100, 50), 64, resize_mode="pad", zoom=1.5, crop_at=(at, at)).offset
+        for at in np.arange(0, 1, 0.001)
+    }
+    assert tops == {(top, 0) for top in range(33)}  # 96 px high, 48 wide
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("size", [(48, 64), (301, 200), (1023, 1024), (256, 256)])
+def test_fast_enlarging_is_within_a_level_of_stock(size: tuple[int, int], flipped: bool) -> None:
+    frame = make_frame(size, 1024, resize_mode="pad", flipped=flipped)
+    exact, fast = (resize_image(_noise(*size), frame, exact=e) for e in (True, False))
+    assert np.abs(exact.astype(int) - fast).max() <= 1
+
+
+def test_fast_shrinking_is_stock_and_a_reduced_image_lands_where_the_whole_one_does() -> None:
+    image = cv2.blur(_noise(400, 600), (31, 31))
+    frame = make_frame((400, 600), 256, resize_mode="pad", zoom=1.3, crop_at=(0.5, 0.8))
+    exact = resize_image(image, frame)
+    np.testing.assert_array_equal(resize_image(image, frame, exact=False), exact)
+    reduced = cv2.resize(image, (300, 200), interpolation=cv2.INTER_AREA)
+    assert np.abs(resize_image(reduced, frame, exact=False) - exact.astype(int)).max() <= 3
+
+
+@EACH_CROP
+@pytest.mark.parametrize("flipped", [False, True])
+def test_frames_map_boxes_as_torchvision_does(options: Any, flipped: bool) -> None:
+    size = (96, 160)
+    frame = make_frame(size, 128, resize_mode="pad", flipped=flipped, **options)
+    corners = np.random.default_rng(0).uniform(0, 96, (20, 2, 2))
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    theirs = tv_tensors.BoundingBoxes(
+        torch.from_numpy(boxes),
+        format=tv_tensors.BoundingBoxFormat.XYXY,
+        canvas_size=size,
+        clamping_mode=None,
+    )
+    theirs = F.resize(theirs, list(frame.resized_size))
+    theirs = F.crop(theirs, *frame.offset, *frame.input_size)
+    theirs = F.horizontal_flip(theirs) if flipped else theirs
+    # torchvision's scales are float32.
+    np.testing.assert_allclose(boxes_to_input(boxes, frame), theirs.numpy(), atol=2e-5)
+    np.testing.assert_allclose(boxes_to_original(theirs.numpy(), frame), boxes, atol=2e-5)
+    image = tv_tensors.Image(torch.from_numpy(cv2.blur(_noise(*size), (9, 9))).permute(2, 0, 1))
+    image = F.crop(F.resize(image, list(frame.resized_size)), *frame.offset, *frame.input_size)
+    image = F.horizontal_flip(image) if flipped else image
+    height, width = frame.input_size
+    ours = resize_image(cv2.blur(_noise(*size), (9, 9)), frame)[:height, :width]
+    assert np.abs(ours - image.permute(1, 2, 0).numpy().astype(int)).max() <= 1
+
+
+@EACH_CROP
+@pytest.mark.parametrize("flipped", [False, True])
+def test_masks_are_cropped_with_the_image(options: Any, flipped: bool) -> None:
+    mask = np.zeros((90, 150), np.uint8)
+    mask[20:70, 40:130] = cv2.blur(_noise(50, 90), (9, 9))[..., 0] > 127
+    frame = make_frame((90, 150), 128, resize_mode="pad", flipped=flipped, **options)
+    (height, width), (top, left) = frame.input_size, frame.offset
+    size = frame.resized_size[::-1]
+    # Enlarged, each input pixel takes what it overlaps: by INTER_AREA from a multiple of the size.
+    fine = np.kron(mask, np.ones((8, 8)))
+    whole = cv2.resize(fine, size, interpolation=cv2.INTER_AREA)
+    part = np.zeros((128, 128))
+    shown = whole[top : top + height, left : left + width]
+    part[:height, :width] = shown[:, :: -1 if flipped else 1]
+    low = mask_to_low(mask, frame) / 255
+    np.testing.assert_allclose(low, part.reshape(32, 4, 32, 4).mean(axis=(1, 3)), atol=0.004)
+    crop = mask_to_low(mask[20:70, 40:130], frame, top=20, left=40) / 255
+    np.testing.assert_allclose(crop, low, atol=0.005)
+    clear = np.abs(part - 0.5) > 1e-3
+    np.testing.assert_array_equal(mask_to_input(mask, frame)[clear], (part > 0.5)[clear])
+
+
+def test_a_mask_outside_of_the_crop_leaves_nothing() -> None:
+    frame = make_frame((100, 100), 64, resize_mode="pad", zoom=2.0, crop_at=(0.0, 0.99))
+    np.testing.assert_allclose(visible_box(frame), [50, 0, 100, 50])
+    for top, left in ((60, 60), (10, 10), (60, 10)):
+        assert mask_to_low(np.ones((30, 30), np.uint8), frame, top=top, left=left).sum() == 0
+    # 12.8 rows and 25.6 columns are visible; of the pixel at the corner 0.8 * 0.6, under a half.
+    shown = mask_to_input(np.ones((30, 30), np.uint8), frame, top=40, left=40)
+    assert shown.sum() == 13 * 26 - 1 and shown[51:, :26].sum() == 13 * 26 - 1

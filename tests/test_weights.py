@@ -13,7 +13,8 @@ import pytest
 
 from samft import weights
 from samft.errors import CheckpointError
-from samft.weights import cache_folder, download, find_weights, sha256_of
+from samft.files import cache_folder, sha256_of
+from samft.weights import download, find_weights
 
 CONTENT = bytes(range(256)) * 8 * 1024  # two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -1,0 +1,155 @@
+"""Where a dataset's files are: splits under a root, images under a folder. Imports no torch."""
+
+import hashlib
+import os
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from samft.errors import DataError
+
+_SPLIT_NAMES = {"val": ("val", "valid", "validation")}
+
+
+def find_split(data_root: Path, split: str) -> tuple[Path, Path]:
+    """Finds a split's annotation file and image folder under a dataset's root.
+
+    Two layouts: `SPLIT/_annotations.coco.json` beside its images, and the official
+    `annotations/instances_SPLIT.json` with `SPLIT/`. For `val`, `valid` and `validation` are tried
+    as well; a year at the end (`train2017`) may be left out where there is only one.
+
+    Raises:
+        DataError: If there is no such folder, no such split, or more than one that fits.
+    """
+    if not data_root.is_dir():
+        raise DataError(f"There is no dataset folder {data_root}: check --data_root.")
+    for name in _SPLIT_NAMES.get(split, (split,)):
+        beside = data_root / name / "_annotations.coco.json"
+        if beside.is_file():
+            return beside, beside.parent
+        fitting = _official_names(data_root, name)
+        if len(fitting) > 1:
+            raise DataError(
+                f"{data_root} has more than one split for {split!r}: name one of "
+                f"{', '.join(fitting)}."
+            )
+        if fitting:
+            file = data_root / "annotations" / f"instances_{fitting[0]}.json"
+            folders = [data_root / fitting[0], data_root / "images" / fitting[0]]
+            return file, next((folder for folder in folders if folder.is_dir()), folders[0])
+    tried = " or ".join(_SPLIT_NAMES.get(split, (split,)))
+    raise DataError(
+        f"{data_root} has no split {tried}: neither {split}/_annotations.coco.json nor "
+        f"annotations/instances_{split}.json; name the split, or give the annotation file and the "
+        "image folder."
+    )
+
+
+def _official_names(data_root: Path, name: str) -> list[str]:
+    if (data_root / "annotations" / f"instances_{name}.json").is_file():
+        return [name]
+    pattern = re.compile(rf"instances_({re.escape(name)}\d{{4}})\.json")
+    files = sorted((data_root / "annotations").glob("instances_*.json"))
+    return [match[1] for match in map(pattern.fullmatch, (file.name for file in files)) if match]
+
+
+class ImageFolder:
+    """The files of an image folder, found under the names that annotation files give them.
+
+    Each folder is listed once: a question per file takes minutes on a network disk.
+    """
+
+    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+        """Lists nothing yet.
+
+        Args:
+            folder: What file names are relative to.
+            root: The dataset's folder; symbolic links may lead to anywhere below it or `folder`.
+        """
+        self.folder = folder
+        self._allowed = [path.resolve() for path in (folder, root) if path is not None]
+        self._listings: dict[str, dict[str, bool]] = {}  # name -> whether it is a symbolic link
+        self._by_lower: dict[str, dict[str, str]] = {}
+
+    def find(self, name: str) -> tuple[str, str]:
+        """Finds a file, also where the name is spelled in another way.
+
+        Windows separators, a leading split name, a folder `images` in between and other letter
+        case are mended.
+
+        Args:
+            name: As the annotation file has it.
+
+        Returns:
+            The name relative to the folder, and a code: '' where it is there as given,
+            `image-name-mended`, `image-missing`, or `image-outside` for one that leaves the data
+            folder by `..`, an absolute path or a symbolic link.
+        """
+        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        parts = (*posix.parts, *windows.parts)
+        if ".." in parts or posix.is_absolute() or windows.anchor or "\0" in name:
+            return name, "image-outside"
+        plain = windows.as_posix()
+        candidates = [str(posix), plain, f"images/{plain}"]
+        head, _, rest = plain.partition("/")
+        if rest and head == self.folder.name:
+            candidates += [rest, f"images/{rest}"]
+        for candidate in candidates:
+            if self._has(candidate):
+                return self._inside(candidate, code="" if candidate == name else _MENDED)
+        for candidate in candidates:
+            near = self._other_case(candidate)
+            if near is not None:
+                return self._inside(near, code=_MENDED)
+        return name, "image-missing"
+
+    def _has(self, name: str) -> bool:
+        parent, _, last = name.rpartition("/")
+        return last in self._list(parent)
+
+    def _other_case(self, name: str) -> str | None:
+        parent, _, last = name.rpartition("/")
+        if parent not in self._by_lower:
+            self._by_lower[parent] = {one.casefold(): one for one in self._list(parent)}
+        near = self._by_lower[parent].get(last.casefold())
+        return near and f"{parent}/{near}".lstrip("/")
+
+    def _inside(self, name: str, *, code: str) -> tuple[str, str]:
+        parent, _, last = name.rpartition("/")
+        if self._list(parent)[last] and not self._leads_inside(self.folder / name):
+            return name, "image-outside"
+        return name, code
+
+    def _leads_inside(self, path: Path) -> bool:
+        try:
+            target = path.resolve(strict=False)
+        except (OSError, RuntimeError):  # a loop of links
+            return False
+        return any(target.is_relative_to(folder) for folder in self._allowed)
+
+    def _list(self, parent: str) -> dict[str, bool]:
+        if parent not in self._listings:
+            path = self.folder / parent
+            listing = {}
+            if path.is_dir():
+                # In a folder that a link brings in from elsewhere, every file is suspicious.
+                outside = not self._leads_inside(path)
+                with os.scandir(path) as entries:
+                    listing = {one.name: outside or one.is_symlink() for one in entries}
+            self._listings[parent] = listing
+        return self._listings[parent]
+
+    def digests(self) -> dict[str, str]:
+        """A hash of the names in each folder that was looked at; see `changed`."""
+        return {parent: _digest(listing) for parent, listing in self._listings.items()}
+
+    def changed(self, digests: dict[str, str]) -> bool:
+        """Whether files have come or gone since `digests` was called."""
+        return any(_digest(self._list(parent)) != digest for parent, digest in digests.items())
+
+
+_MENDED = "image-name-mended"
+
+
+def _digest(listing: dict[str, bool]) -> str:
+    lines = (f"{name}\0{link}" for name, link in sorted(listing.items()))
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

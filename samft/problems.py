@@ -1,0 +1,190 @@
+"""What can be wrong with a dataset: every kind has a code that never changes. Imports no torch."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+ERROR, WARNING, NOTE, FACT = "error", "warning", "note", "fact"
+SEVERITIES = {
+    ERROR: "training is refused",
+    WARNING: "left out",
+    NOTE: "mended, or used as it is",
+    FACT: "nothing wrong",
+}
+MAX_EXAMPLES = 20
+
+# code: severity, what was found and what is done about it.
+KINDS = {
+    # the file
+    "json-missing": (ERROR, "there is no such annotation file"),
+    "json-unreadable": (ERROR, "the annotation file cannot be read"),
+    "json-invalid": (ERROR, "not valid JSON, or cut short"),
+    "json-not-coco": (ERROR, "not an object with lists 'images' and 'annotations'"),
+    "json-bom": (NOTE, "the file begins with a byte-order mark, which is skipped"),
+    "json-not-standard": (NOTE, "holds what standard JSON has no word for (NaN, Infinity)"),
+    "no-objects": (ERROR, "no usable object"),
+    # images
+    "image-malformed": (WARNING, "entry of 'images' without an id or a file_name"),
+    "image-id-ambiguous": (ERROR, "one image id stands for several files"),
+    "image-listed-twice": (NOTE, "the same file is listed again; the entries are merged"),
+    "image-outside": (ERROR, "the file lies outside of the data folder; it is never opened"),
+    "image-missing": (ERROR, "there is no such image file"),
+    "image-empty": (ERROR, "the image file is empty"),
+    "image-not-an-image": (ERROR, "the file is no image (HTML, text, ...)"),
+    "image-truncated": (ERROR, "the image file is cut short"),
+    "image-too-large": (ERROR, "the image has more pixels than a picture should"),
+    "image-unreadable": (ERROR, "the image file cannot be read"),
+    "image-unused-bad": (NOTE, "file of an image without objects is missing or broken"),
+    "image-name-mended": (NOTE, "found under another spelling of its name"),
+    "image-size-missing": (NOTE, "no usable width and height; the file's are used"),
+    "image-size-differs": (NOTE, "width and height are not the file's; the file's are used"),
+    "image-in-train-and-val": (WARNING, "also in the validation split, so not trained on"),
+    "image-exif-rotated": (FACT, "EXIF asks for a rotation, which COCO's annotations do not know"),
+    "image-without-objects": (FACT, "no usable object; not trained on"),
+    # categories
+    "categories-missing": (NOTE, "no list 'categories'; classes are called by their numbers"),
+    "category-malformed": (NOTE, "entry of 'categories' without an id or a name"),
+    "category-id-twice": (NOTE, "one category id is listed again; the first counts"),
+    "category-name-twice": (NOTE, "several category ids have one name; they count as one class"),
+    "category-placeholder": (FACT, "category id 0 has no objects: an exporter's placeholder"),
+    "category-ids-not-contiguous": (FACT, "category ids have gaps"),
+    # annotations
+    "annotation-malformed": (WARNING, "entry of 'annotations' that is no object of JSON"),
+    "annotation-image-missing": (WARNING, "no image_id that is a whole number"),
+    "annotation-orphan": (WARNING, "its image_id is not among the images"),
+    "annotation-duplicate": (WARNING, "the same entry with the same id again"),
+    "annotation-id-missing": (NOTE, "no id; a new one is given"),
+    "annotation-id-twice": (NOTE, "different objects share an id; a new one is given"),
+    "annotation-id-zero": (NOTE, "object id 0, which COCOeval takes for 'no match'"),
+    "id-not-integer": (NOTE, "an id written as text or as 5.0, read as a whole number"),
+    "category-missing": (NOTE, "no category_id; the object is used without a class"),
+    "category-unknown": (NOTE, "its category_id is not among the categories"),
+    "iscrowd-missing": (NOTE, "no iscrowd; taken as 0"),
+    "iscrowd-malformed": (NOTE, "iscrowd is neither 0 nor 1; read as the nearer of them"),
+    "all-crowd": (NOTE, "every object is marked as a crowd; they are used as objects"),
+    "crowd": (FACT, "crowd region; not trained on"),
+    # boxes
+    "box-missing": (NOTE, "no bbox; taken from the mask"),
+    "box-malformed": (NOTE, "bbox is not four numbers; taken from the mask"),
+    "box-not-finite": (NOTE, "bbox holds NaN or infinity; taken from the mask"),
+    "box-empty": (NOTE, "bbox of zero or negative size; taken from the mask"),
+    "box-outside": (NOTE, "bbox far outside of the image; taken from the mask"),
+    "box-unlike-mask": (NOTE, "bbox is not where the mask is; taken from the mask"),
+    "box-leaves-image": (NOTE, "bbox reaches beyond the image; used as it is"),
+    "box-thin": (FACT, "bbox less than 2 px wide or high"),
+    "area-is-box": (NOTE, "'area' is width x height of the box; the mask's is used"),
+    # masks
+    "mask-missing": (WARNING, "no segmentation, or an empty one"),
+    "mask-malformed": (WARNING, "segmentation is neither polygons nor RLE"),
+    "mask-outside": (WARNING, "the mask lies outside of the image"),
+    "mask-without-pixels": (WARNING, "the mask covers no pixel"),
+    "mask-tiny": (FACT, "mask under 16 px"),
+    "polygon-malformed": (WARNING, "polygon that is no list of numbers"),
+    "polygon-too-short": (WARNING, "polygon of fewer than three points"),
+    "polygon-odd": (WARNING, "polygon with an odd count of numbers"),
+    "polygon-not-finite": (WARNING, "polygon with NaN or infinity"),
+    "polygon-far-outside": (WARNING, "polygon with coordinates beyond 100,000 px"),
+    "polygon-too-long": (WARNING, "polygons of more than 4 million px of outline"),
+    "polygon-part-left-out": (NOTE, "a part of the mask is unusable; the others are used"),
+    "polygon-flat": (NOTE, "one flat list of numbers, read as one polygon"),
+    "polygon-leaves-image": (FACT, "polygon reaches beyond the image by more than 1 px"),
+    "polygon-parts": (FACT, "mask of several polygons"),
+    "rle-malformed": (WARNING, "RLE that cannot be decoded, or does not fill its size"),
+    "rle-empty": (WARNING, "RLE without a pixel"),
+    "rle-too-large": (WARNING, "RLE of more pixels than a picture should have"),
+    "rle-size-differs": (NOTE, "RLE of another size than the image; cut or padded"),
+    # the set
+    "split-name": (FACT, "the validation split is not called 'val'"),
+    "objects-not-chosen": (FACT, "left out by category_names or min_mask_area"),
+}
+# Errors that may be let pass image by image, with `on_bad_image skip`.
+BAD_IMAGES = frozenset(
+    """image-outside image-missing image-empty image-not-an-image image-truncated image-too-large
+    image-unreadable""".split()
+)
+
+
+@dataclass
+class Found:
+    """How often a kind of problem occurs, and where."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)  # the first MAX_EXAMPLES of them
+
+
+class Problems:
+    """The problems of one annotation file, by code."""
+
+    def __init__(self, found: dict[str, Found] | None = None) -> None:
+        """Begins with what was found before, if anything was."""
+        self.found: dict[str, Found] = found or {}
+
+    def add(self, code: str, *examples: Any, count: int | None = None) -> None:
+        """Notes occurrences of a kind.
+
+        Args:
+            code: A key of `KINDS`.
+            examples: Ids or names, one for each occurrence unless `count` says otherwise.
+            count: Occurrences, where that is more than there are examples.
+        """
+        assert code in KINDS, code
+        number = len(examples) if count is None else count
+        if number:
+            found = self.found.setdefault(code, Found())
+            found.count += number
+            room = MAX_EXAMPLES - len(found.examples)
+            found.examples += [str(example) for example in examples[: max(room, 0)]]
+
+    def add_many(self, code: str, ids: Iterable[Any], *, word: str) -> None:
+        """Notes one occurrence for each id, shown as `word id`."""
+        ids = list(ids)
+        self.add(code, *(f"{word} {one}" for one in ids[:MAX_EXAMPLES]), count=len(ids))
+
+    def __getitem__(self, code: str) -> int:
+        return self.found[code].count if code in self.found else 0
+
+    def __iter__(self) -> Iterator[tuple[str, str, Found]]:
+        # Code, severity, what was found: worst first, then in the order of KINDS.
+        order = list(SEVERITIES)
+        codes = list(KINDS)
+        for code in sorted(self.found, key=lambda c: (order.index(KINDS[c][0]), codes.index(c))):
+            yield code, KINDS[code][0], self.found[code]
+
+    def count(self, severity: str) -> int:
+        """Occurrences of a severity."""
+        return sum(found.count for _, kind, found in self if kind == severity)
+
+    def lines(self, *severities: str, num_examples: int = 3) -> list[str]:
+        """One line for each kind: severity, code, count, what it is, examples.
+
+        Args:
+            severities: Of these only; all where none is given.
+            num_examples: Shown at most.
+        """
+        lines = []
+        for code, severity, found in self:
+            if severities and severity not in severities:
+                continue
+            shown = ", ".join(found.examples[:num_examples])
+            more = ", ..." if shown and found.count > num_examples else ""
+            where = f" ({shown}{more})" if shown else ""
+            lines.append(f"{severity:8}{code:28}{found.count:>7,}  {KINDS[code][1]}{where}")
+        return lines
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values, for reports and for `from_json`."""
+        return [
+            {
+                "code": code,
+                "severity": severity,
+                "count": found.count,
+                "meaning": KINDS[code][1],
+                "examples": found.examples,
+            }
+            for code, severity, found in self
+        ]
+
+    @classmethod
+    def from_json(cls, items: list[dict[str, Any]]) -> "Problems":
+        """What `to_json` wrote."""
+        return cls({item["code"]: Found(item["count"], item["examples"]) for item in items})

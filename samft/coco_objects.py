@@ -61,6 +61,14 @@ class Objects:
         return Objects(segmentations=self.segmentations.take(which), **arrays)
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    masks: CheckedMasks
+    sizes: NDArray[np.float64]  # [n, 2] H, W of the image of each object
+    boxes: NDArray[np.float64]  # [n, 4] x y w h, as annotated
+    good: NDArray[np.bool_]  # [n] whether the mask can be used
+
+
 class ObjectChunk:
     """Some entries: their fields, type by type, then all their numbers at once."""
 
@@ -158,8 +166,9 @@ class ObjectChunk:
         self._find_empty(masks, sizes)
         raw_boxes = np.frombuffer(self.boxes).reshape(-1, 4) if self.boxes else np.zeros((0, 4))
         good = np.asarray(masks.codes == "", dtype=bool)
-        boxes = self._check_boxes(masks, sizes, raw_boxes, good, problems)
-        self._note_masks(masks, sizes, raw_boxes, good, problems)
+        found = _Numbers(masks, sizes, raw_boxes, good)
+        boxes = self._check_boxes(found, problems)
+        self._note_masks(found, problems)
         kept = np.flatnonzero(good)
         return Objects(
             rows=rows[kept],
@@ -189,14 +198,8 @@ class ObjectChunk:
             if masks.areas[k] == 0:
                 masks.codes[k] = "mask-outside" if outside[k] else "mask-without-pixels"
 
-    def _check_boxes(
-        self,
-        masks: CheckedMasks,
-        sizes: NDArray[np.float64],
-        raw: NDArray[np.float64],
-        good: NDArray[np.bool_],
-        problems: Problems,
-    ) -> NDArray[np.float64]:
+    def _check_boxes(self, found: "_Numbers", problems: Problems) -> NDArray[np.float64]:
+        masks, sizes, raw, good = found.masks, found.sizes, found.boxes, found.good
         with np.errstate(all="ignore"):
             boxes = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
             codes = np.where(~np.isfinite(boxes).all(1), 3, 0)
@@ -220,14 +223,8 @@ class ObjectChunk:
         self._note(problems, "box-thin", good & (codes == 0) & (raw[:, 2:] < 2).any(1))
         return boxes
 
-    def _note_masks(
-        self,
-        masks: CheckedMasks,
-        sizes: NDArray[np.float64],
-        raw_boxes: NDArray[np.float64],
-        good: NDArray[np.bool_],
-        problems: Problems,
-    ) -> None:
+    def _note_masks(self, found: "_Numbers", problems: Problems) -> None:
+        masks, sizes, good = found.masks, found.sizes, found.good
         for code in sorted(set(masks.codes.tolist()) - {""}):
             self._note(problems, code, np.asarray(masks.codes == code, dtype=bool))
         flat = np.zeros(len(good), dtype=bool)
@@ -235,7 +232,7 @@ class ObjectChunk:
         other = np.zeros(len(good), dtype=bool)
         for k, size in masks.rle_sizes.items():
             other[k] = size != tuple(sizes[k].astype(int).tolist())
-        box_areas = raw_boxes[:, 2] * raw_boxes[:, 3]
+        box_areas = found.boxes[:, 2] * found.boxes[:, 3]
         areas_json = np.array(self.areas_json, dtype=np.float64)
         is_box = np.abs(areas_json - box_areas) <= 1e-3 * np.maximum(box_areas, 1)
         self._note(problems, "polygon-part-left-out", good & masks.part_left_out)

@@ -1,0 +1,269 @@
+"""Sheets of many objects, cut out, that show at a glance what a dataset holds. Imports no torch."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from samft.coco_fix import class_names
+from samft.coco_index import CocoFile
+from samft.coco_objects import CROWD
+from samft.images import ImageError, read_image
+from samft.masks import decode_cropped
+from samft.pictures import row, write_png
+from samft.problems import Problems
+
+TILE = 192  # px
+COLUMNS, NUM_TILES = 6, 24
+MAX_CLASSES = 100  # sheets of the most frequent ones
+_NUM_ODD = 4  # of each kind
+_LEAST_SIDE = 40  # px of the image that a tile shows at least
+_MARGIN = 1.3
+_THIN, _SPARSE = 6, 0.25  # longer side / shorter side; area of mask / area of box
+_MASK_COLOUR, _BOX_COLOUR = (255, 40, 220), (0, 220, 255)
+_RIM = (30, 30, 30)
+_BEYOND, _PAPER, _INK = 128, (255, 255, 255), (40, 40, 40)
+_ODD_CODES = re.compile("(box|mask|rle|polygon)-(?!parts|flat)")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An object to show, as an index into a `CocoFile`, and what to say of it."""
+
+    object: int
+    remark: str
+
+
+def write_sheets(file: CocoFile, problems: Problems, folder: Path, *, name: str) -> list[Path]:
+    """Writes contact sheets: per class, smallest, largest, odd.
+
+    Args:
+        file: The checked file; crowds are not shown.
+        problems: Objects that are examples of a problem with their box or mask are odd ones.
+        folder: Must exist.
+        name: What the files' names begin with: the split.
+
+    Returns:
+        The PNG files, `NAME-class-CLASS.png`, `NAME-smallest.png`, `NAME-largest.png`,
+        `NAME-odd.png`; the choice is the same each time.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    paths: list[Path] = []
+    sheets = _choose(file, problems)
+    for kind, (title, picks) in tqdm(sheets.items(), desc=f"drawing {name}", disable=None):
+        path = folder / f"{name}-{kind}.png"
+        write_png(path, draw_sheet(file, picks, title=f"{name}: {title}"))
+        paths.append(path)
+    return paths
+
+
+def _choose(file: CocoFile, problems: Problems) -> dict[str, tuple[str, list[Pick]]]:
+    plain = np.flatnonzero(file.flags & CROWD == 0)
+    sheets: dict[str, tuple[str, list[Pick]]] = {}
+    for class_name, objects in _by_class(file, plain):
+        generator = np.random.default_rng(0)
+        some = np.sort(generator.permutation(objects)[:NUM_TILES])
+        kind = "class-" + re.sub(r"[^\w.-]+", "_", class_name)[:60]
+        while kind in sheets:
+            kind += "_"
+        title = f"{class_name}, {len(some)} of {len(objects):,} objects"
+        sheets[kind] = title, _with_sizes(file, some)
+    by_area = plain[np.argsort(file.areas[plain], kind="stable")]
+    if len(plain):
+        sheets["smallest"] = "smallest objects", _with_sizes(file, by_area[:NUM_TILES])
+        sheets["largest"] = "largest objects", _with_sizes(file, by_area[::-1][:NUM_TILES])
+    odd = odd_objects(file, problems)
+    if odd:
+        sheets["odd"] = "objects worth a second look", odd
+    return sheets
+
+
+def _by_class(file: CocoFile, plain: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
+    ids = defaultdict(list)
+    for category_id, name in class_names(file).items():
+        ids[name].append(category_id)
+    members = {name: plain[np.isin(file.categories[plain], own)] for name, own in ids.items()}
+    ordered = sorted(members.items(), key=lambda item: -len(item[1]))
+    return [(name, objects) for name, objects in ordered[:MAX_CLASSES] if len(objects)]
+
+
+def _with_sizes(file: CocoFile, objects: NDArray[np.int64]) -> list[Pick]:
+    return [Pick(k, f"area {file.areas[k]:,.0f} px") for k in objects.tolist()]
+
+
+def odd_objects(file: CocoFile, problems: Problems) -> list[Pick]:
+    """Objects that a person should look at, and why.
+
+    Args:
+        file: The checked file.
+        problems: Its problems.
+
+    Returns:
+        Those named as examples of problems of boxes and masks; those that touch three or four sides
+        of the image, are long and thin, or fill little of their box, the most extreme first.
+    """
+    remarks: dict[int, str] = {}
+
+    def add(objects: NDArray[np.int64], words: list[str]) -> None:
+        for k, text in zip(objects[:_NUM_ODD].tolist(), words, strict=False):
+            remarks[k] = f"{remarks[k]}, {text}" if k in remarks else text
+
+    for code, _, found in problems:
+        if _ODD_CODES.match(code):
+            named = [re.match(r"object (-?\d+)", example) for example in found.examples]
+            ids = [int(match[1]) for match in named if match]
+            known = np.flatnonzero(np.isin(file.object_ids, ids))
+            add(known, [code] * len(known))
+    plain = np.flatnonzero(file.flags & CROWD == 0)
+    boxes = file.boxes[plain]
+    width, height = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-9).T
+    sides = _sides_touched(file, plain)
+    enclosing = np.flatnonzero(sides >= 3)
+    enclosing = enclosing[np.argsort(-sides[enclosing], kind="stable")]
+    add(plain[enclosing], [f"touches {sides[i]} sides" for i in enclosing])
+    ratio = np.maximum(width / height, height / width)
+    order = np.argsort(-ratio, kind="stable")
+    thin = order[ratio[order] >= _THIN]
+    add(plain[thin], [f"sides 1 : {ratio[i]:.0f}" for i in thin])
+    fill = file.areas[plain] / (width * height)
+    order = np.argsort(fill, kind="stable")
+    sparse = order[fill[order] <= _SPARSE]
+    add(plain[sparse], [f"fills {fill[i]:.0%} of box" for i in sparse])
+    return [Pick(k, text) for k, text in remarks.items()]
+
+
+def _sides_touched(file: CocoFile, objects: NDArray[np.int64]) -> NDArray[np.int64]:
+    rows = np.searchsorted(file.first_object, objects, side="right") - 1
+    boxes, corner = file.boxes[objects], file.sizes[rows][:, ::-1]
+    near = np.concatenate([boxes[:, :2] < 1, boxes[:, 2:] > corner - 1], axis=1)
+    return np.asarray(near.sum(axis=1))
+
+
+def draw_sheet(file: CocoFile, picks: list[Pick], *, title: str) -> NDArray[np.uint8]:
+    """Draws objects in rows of six, each under its image's name, id, class and remark.
+
+    Args:
+        file: The checked file.
+        picks: At least one.
+        title: Stands above.
+
+    Returns:
+        uint8 [H, W, 3] RGB.
+    """
+    names = class_names(file)
+    tiles: dict[int, NDArray[np.uint8]] = {}
+    image_row, image = -1, None
+    for place in sorted(range(len(picks)), key=lambda place: picks[place].object):
+        k = picks[place].object
+        owner = int(np.searchsorted(file.first_object, k, side="right")) - 1
+        if owner != image_row:  # each image is decoded once
+            image_row, image = owner, _read(file, owner)
+        x0, y0, x1, y1 = file.boxes[k].tolist()
+        caption = [
+            file.file_name(owner),
+            f"#{file.object_ids[k]}  {names[int(file.categories[k])]}",
+            f"{_round(x1 - x0)} x {_round(y1 - y0)} px   {picks[place].remark}",
+        ]
+        tile = _blank() if image is None else cut_out(file, k, image)
+        tiles[place] = np.concatenate([tile, _write_lines(caption, width=TILE, size=12)])
+    # Filled up with white ones, so that all rows have one width.
+    num_blank = -len(tiles) % COLUMNS
+    ordered = [tiles[place] for place in range(len(picks))]
+    ordered += [np.full_like(ordered[0], 255)] * num_blank
+    rows = [row(ordered[first : first + COLUMNS]) for first in range(0, len(ordered), COLUMNS)]
+    head = _write_lines(
+        [title, "outline: mask   rectangle: box   grey: beyond the image"],
+        width=rows[0].shape[1],
+        size=15,
+    )
+    return np.concatenate([head, *rows])
+
+
+def _round(side: float) -> str:
+    return f"{side:.0f}" if side >= 10 else f"{side:.1f}"
+
+
+def _read(file: CocoFile, owner: int) -> NDArray[np.uint8] | None:
+    try:
+        return read_image(file.image_folder / file.file_name(owner))
+    except ImageError:
+        return None
+
+
+def _blank() -> NDArray[np.uint8]:
+    text = _write_lines(["the image cannot be read"], width=TILE, size=12)
+    return np.pad(text, ((0, TILE - len(text)), (0, 0), (0, 0)), constant_values=_BEYOND)
+
+
+def cut_out(file: CocoFile, k: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Cuts an object out of its image, with a margin, its mask's outline and its box.
+
+    Args:
+        file: The checked file.
+        k: The object.
+        image: uint8 [H, W, 3], its image.
+
+    Returns:
+        uint8 [TILE, TILE, 3]; what is beyond of the image is grey.
+    """
+    x0, y0, x1, y1 = file.boxes[k].tolist()
+    side = int(np.ceil(max(x1 - x0, y1 - y0) * _MARGIN))
+    side = max(side, _LEAST_SIDE)
+    left, top = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
+    scale = TILE / side
+    window = _window(image, top, left, side, fill=_BEYOND)
+    shrinks = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    tile = cv2.resize(window, (TILE, TILE), interpolation=shrinks)
+    mask_top, mask_left, crop = decode_cropped(file.segmentations[k], *image.shape[:2])
+    mask = _window(crop, top - mask_top, left - mask_left, side, fill=0) * 255
+    shrinks = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    covered = (cv2.resize(mask, (TILE, TILE), interpolation=shrinks) > 64).astype(np.uint8)
+    outline, _ = cv2.findContours(covered, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    corners = (np.array([[x0, y0], [x1, y1]]) - (left, top)) * scale
+    (x0, y0), (x1, y1) = np.rint(corners).astype(int).tolist()
+    cv2.rectangle(tile, (x0, y0), (x1 - 1, y1 - 1), _BOX_COLOUR, 1)
+    # A dark rim: there is no colour that shows on every object.
+    cv2.drawContours(tile, outline, -1, _RIM, 3)
+    cv2.drawContours(tile, outline, -1, _MASK_COLOUR, 1)
+    return np.asarray(tile, dtype=np.uint8)
+
+
+def _window(
+    picture: NDArray[np.uint8], top: int, left: int, side: int, *, fill: int
+) -> NDArray[np.uint8]:
+    # A square of a picture, which may reach beyond it.
+    height, width = picture.shape[:2]
+    window = np.full((side, side, *picture.shape[2:]), fill, dtype=np.uint8)
+    y0, x0 = max(top, 0), max(left, 0)
+    y1, x1 = max(min(top + side, height), y0), max(min(left + side, width), x0)
+    part = picture[y0:y1, x0:x1]
+    window[y0 - top : y0 - top + part.shape[0], x0 - left : x0 - left + part.shape[1]] = part
+    return window
+
+
+def _write_lines(lines: list[str], *, width: int, size: int) -> NDArray[np.uint8]:
+    font = ImageFont.load_default(size)
+    height = size + 4
+    paper = Image.new("RGB", (width, height * len(lines) + 6), _PAPER)
+    draw = ImageDraw.Draw(paper)
+    for number, line in enumerate(lines):
+        text = _fit(line, font, width - 4)
+        draw.text((2, 2 + number * height), text, fill=_INK, font=font)
+    return np.asarray(paper, dtype=np.uint8)
+
+
+def _fit(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    # The end of a long file name tells it from others, so what is cut is the middle.
+    text, kept = line, len(line)
+    while font.getlength(text) > width and kept > 2:
+        kept -= 1
+        text = f"{line[: kept // 2]}...{line[len(line) - (kept - kept // 2) :]}"
+    return text

@@ -15,6 +15,7 @@ from samft.layout import ImageFolder
 from samft.problems import Problems
 
 _THREADS = 8  # a network disk answers many questions at once
+_PART = 64  # files a thread looks at in one go: handing over a single one costs as much as the look
 
 
 @dataclass
@@ -97,10 +98,11 @@ def _read_entries(entries: list[Raw], folder: ImageFolder, problems: Problems) -
 
 def _inspect(paths: list[Path]) -> Iterator[ImageFacts]:
     bar = tqdm(total=len(paths), desc="looking at images", unit="image", disable=None, delay=2)
+    parts = [paths[first : first + _PART] for first in range(0, len(paths), _PART)]
     with bar, ThreadPoolExecutor(_THREADS) as pool:
-        for facts in pool.map(inspect_image, paths):
-            bar.update()
-            yield facts
+        for facts in pool.map(lambda part: [inspect_image(path) for path in part], parts):
+            bar.update(len(facts))
+            yield from facts
 
 
 def _compare(name: str, facts: ImageFacts, size_json: tuple[int, int], problems: Problems) -> None:

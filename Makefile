@@ -10,14 +10,17 @@ INSTALLED := $(VENV)/.samft-dev
 TYPED := samft $(wildcard benchmarks)
 # More for pytest, as in: make test ARGS="-k losses -x"
 ARGS ?=
+# Real data sets, for `make bench`.
+DATA ?= ../shared/data
 
-.PHONY: help install check format-check lint types test fmt smoke
+.PHONY: help install check format-check lint types test fmt smoke bench
 
 help:
 	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
 	@echo "make test     tests only; ARGS=... goes to pytest"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
+	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes a minute or more"
@@ -51,3 +54,10 @@ smoke: $(INSTALLED)
 	$(BIN)/python -m samft.train --config configs/demo.yaml --data_root "$$folder/data" \
 	    --output_dir "$$folder/run" --steps 20 --metrics_interval 10 && \
 	cat "$$folder/run/summary.json"
+
+bench: $(INSTALLED)
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m benchmarks.coco_like --output_dir "$$folder" && \
+	$(BIN)/python -m benchmarks.index --data_root "$$folder"
+	$(BIN)/python -m benchmarks.loader --data_root $(DATA)/hbn_flakes --image_size 1024 256
+	$(BIN)/python -m benchmarks.loader --data_root $(DATA)/coco_open104 --split train2017 --image_size 1024 256

@@ -3,7 +3,6 @@
 This module imports no torch, so that `--help` and a wrong flag answer at once.
 """
 
-import argparse
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from samft.errors import ConfigError
+from samft.flags import argument_parser, nearest, read_yaml
 
 # What may differ between a run and its resume, because it does not change what is learnt. Batch
 # size and accumulation are held to their product with the number of processes elsewhere.
@@ -241,20 +241,25 @@ def parse_config(argv: list[str]) -> TrainConfig:
         ConfigError: Listing every unknown key, wrong type and wrong value at once.
     """
     problems: list[str] = []
-    known, unknown = _argument_parser().parse_known_args(argv)
+    parser = argument_parser(
+        dataclasses.fields(TrainConfig),
+        prog="python -m samft.train",
+        description="Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags.",
+    )
+    known, unknown = parser.parse_known_args(argv)
     flags = vars(known)
     names = [setting.name for setting in dataclasses.fields(TrainConfig)]
     options = [f"--{name}" for name in ("config", "help", *names)]
     # A value that follows an unknown flag is reported with it, not as a problem of its own.
     for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:
-        problems.append(f"{word}: no such flag.{_nearest(word.split('=')[0], options)}")
+        problems.append(f"{word}: no such flag.{nearest(word.split('=')[0], options)}")
     file = flags.pop("config", None)
     merged = OmegaConf.structured(TrainConfig)
     OmegaConf.set_readonly(merged, False)  # it inherits the dataclass's frozenness
     if file is not None:
-        for key, value in _read_yaml(Path(file)).items():
+        for key, value in read_yaml(Path(file)).items():
             if key not in names:
-                problems.append(f"{file}: {key}: no such key.{_nearest(str(key), names)}")
+                problems.append(f"{file}: {key}: no such key.{nearest(str(key), names)}")
                 continue
             problems += _assign(merged, str(key), value, source=f"{file}: ")
     for key, value in flags.items():
@@ -276,56 +281,6 @@ def parse_config(argv: list[str]) -> TrainConfig:
     return config
 
 
-def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m samft.train",
-        description="Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.error = _raise_config_error  # type: ignore[method-assign, assignment]
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the fields below")
-    for setting in dataclasses.fields(TrainConfig):
-        choices, default = setting.metadata["choices"], setting.default
-        text = setting.metadata["help"].replace("%", "%%")
-        if choices:
-            text += f" ({', '.join(choices)})"
-        text += "" if default is None else f" [{default}]"
-        if isinstance(default, bool):
-            names = (f"--{setting.name}", f"--no-{setting.name}")
-            parser.add_argument(*names, action=_Switch, help=text)
-        else:
-            parser.add_argument(f"--{setting.name}", metavar="VALUE", help=text)
-    return parser
-
-
-class _Switch(argparse.Action):
-    """`--x` is true, `--no-x` is false."""
-
-    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, not option_string.startswith("--no-"))
-
-
-def _raise_config_error(message: str) -> None:
-    raise ConfigError(f"{message}. `python -m samft.train --help` lists every flag.")
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ConfigError(f"--config: there is no file {path}.")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # OmegaConf passes on what the YAML parser raises
-        text = " ".join(str(error).split())
-        raise ConfigError(f"--config: {path} is not readable as YAML: {text}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--config: {path} must hold `key: value` lines.")
-    return loaded
-
-
 def _assign(merged: Any, key: str, value: Any, *, source: str) -> list[str]:
     setting = TrainConfig.__dataclass_fields__[key]
     annotation = str(setting.type)
@@ -340,8 +295,3 @@ def _assign(merged: Any, key: str, value: Any, *, source: str) -> list[str]:
         wanted = next((word for kind, word in words.items() if kind in annotation), "text")
         return [f"{source}{key}: '{value}' is not {wanted}."]
     return []
-
-
-def _nearest(word: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(word, options, n=1)
-    return f" Did you mean {near[0]}?" if near else ""

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from samft.data import Coco2MaskDataset
 from samft.errors import CheckpointError, ConfigError, DataError, UserError
 from samft.layout import find_split
 from samft.logs import LOGGER
+from samft.losses import MaskLosses, mask_losses
 from samft.problems import NOTE, WARNING
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze, identify, load_state, read_state
@@ -279,6 +281,17 @@ def build_model(
             ", ".join(unreachable),
         )
     return model
+
+
+def build_loss(config: TrainConfig) -> Callable[..., MaskLosses]:
+    """The losses of masks, weighted as configured."""
+    return partial(
+        mask_losses,
+        image_size=config.image_size,
+        focal_weight=config.loss_focal_weight,
+        dice_weight=config.loss_dice_weight,
+        iou_weight=config.loss_iou_weight,
+    )
 
 
 def pick_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from samft.targets import CroppedMask
 
+NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
+
 
 @dataclass
 class Sample:
     """One image with its K objects."""
 
-    image: Tensor  # uint8 [3, S, S], RGB, input frame; channels last in memory
+    image: Tensor  # uint8 [3, S, S], RGB, input frame, channels last; `NO_PIXELS` with an embedding
     boxes: Tensor  # float32 [K, 4], input frame
     targets: Tensor  # uint8 [K, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
     input_size: tuple[int, int]  # h, w of the image inside of the input frame
@@ -22,13 +24,14 @@ class Sample:
     object_ids: Tensor  # int64 [K]
     truths: list[CroppedMask]  # K of them in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # met on the way: name, reason
+    embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], where it is cached
 
 
 @dataclass
 class Batch:
     """N images, and the M objects of all of them one after the other."""
 
-    images: Tensor  # uint8 [N, 3, S, S], RGB, input frame; channels last in memory
+    images: Tensor  # uint8 [N, 3, S, S], RGB, input frame, channels last; [N, 3, 0, 0] if cached
     boxes: Tensor  # float32 [M, 4], input frame
     image_index: Tensor  # int64 [M], which of the N images an object is in
     targets: Tensor  # uint8 [M, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
@@ -38,6 +41,7 @@ class Batch:
     object_ids: Tensor  # int64 [M]
     truths: list[CroppedMask]  # M of them in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # met on the way: name, reason
+    embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], where they are cached
 
     @property
     def num_masks(self) -> int:
@@ -58,7 +62,8 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Puts samples one after the other into one batch."""
+    """Puts samples one after the other into one batch; all have an embedding, or none."""
+    embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
     num_objects = torch.tensor([len(sample.boxes) for sample in samples])
     return Batch(
         # Stacked as they lie in memory: a change of layout would cost more than all else here.
@@ -72,4 +77,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         object_ids=torch.cat([sample.object_ids for sample in samples]),
         truths=[truth for sample in samples for truth in sample.truths],
         bad_images={name: why for s in samples for name, why in s.bad_images.items()},
+        embeddings=torch.stack(embeddings) if embeddings else None,
     )

@@ -20,7 +20,7 @@ from samft.flags import argument_parser, nearest, read_yaml
 FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
-    save_top_k resume device stop_after debug on_bad_image""".split()
+    cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image""".split()
 )
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
@@ -127,9 +127,20 @@ class TrainConfig:
         choices=("low", "input"),
     )
     cache_embeddings: str = _setting(
-        "auto", "keep a frozen encoder's outputs", choices=("auto", "on", "off")
+        "auto",
+        "encode each image once and keep the result; auto: where the image encoder is frozen, "
+        "augment is not scale, and it pays",
+        choices=("auto", "on", "off"),
     )
-    cache_dir: str | None = _setting(None, "where to keep them (default OUTPUT_DIR/embeddings)")
+    cache_dir: str | None = _setting(
+        None, "where to keep embeddings; runs may share it (default OUTPUT_DIR/embeddings)"
+    )
+    cache_dtype: str = _setting(
+        "float16", "type to keep embeddings in", choices=("float16", "float32")
+    )
+    cache_max_gib: float = _setting(
+        100.0, "what cache_dir may hold; what has not been used longest goes first", at_least=0
+    )
     save_top_k: int = _setting(1, "checkpoints kept, best by val_per_mask_iou", at_least=1)
     resume: str = _setting(
         "auto",
@@ -200,8 +211,20 @@ class TrainConfig:
             problems.append(f"box_jitter: {self.box_jitter} must be at most 0.5.")
         if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
             problems.append(f"repeat_threshold: {self.repeat_threshold} must lie between 0 and 1.")
-        if self.cache_embeddings == "on":
-            problems.append("cache_embeddings: 'on' is not yet there; take 'auto' or 'off'.")
+        return problems + self._check_cache()
+
+    def _check_cache(self) -> list[str]:
+        problems = []
+        if self.cache_embeddings == "on" and not self.freeze_image_encoder:
+            problems.append(
+                "cache_embeddings: 'on' needs freeze_image_encoder: an encoder that is trained "
+                "gives other embeddings after every step."
+            )
+        if self.cache_embeddings == "on" and self.augment == "scale":
+            problems.append(
+                "cache_embeddings: 'on' does not go with augment 'scale', which changes the "
+                "pixels, and with them the embedding, every time: take augment 'flip' or 'none'."
+            )
         return problems
 
 

@@ -4,8 +4,10 @@ What a sample looks like depends on (seed, epoch, image id, copy) only: not on w
 accumulation or restarts.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from samft.augment import change_colour, cut_objects, draw_colour, draw_frame, touching
-from samft.batch import Batch, Sample, collate
+from samft.batch import NO_PIXELS, Batch, Sample, collate
 from samft.coco import CocoIndex, read_coco
+from samft.embedding_store import CachedEmbeddings
 from samft.errors import DataError
-from samft.images import ImageError, open_image
+from samft.images import EncodedImage, ImageError, open_image
 from samft.masks import decode_cropped
 from samft.samplers import SAMPLE_STREAM, Key, ShardSampler, StepSampler, generator_of
 from samft.targets import CroppedMask, draw_targets, draw_truths
@@ -86,6 +89,9 @@ class Coco2MaskDataset(Dataset[Sample]):
         self.loss_resolution = loss_resolution
         self.on_bad_image = on_bad_image
         self.seed = seed
+        self.embeddings: CachedEmbeddings | None = (
+            None  # in the place of pixels, once there are any
+        )
 
     def __len__(self) -> int:
         return self.index.num_images
@@ -119,16 +125,14 @@ class Coco2MaskDataset(Dataset[Sample]):
 
     def _load(self, row: int, generator: np.random.Generator) -> Sample:
         file = self.index.file
-        encoded = open_image(self.index.path(row))
-        frame, objects, boxes = self._place(row, encoded.size, generator)
-        # Validation sees what SamPredictor would be given, to the level.
-        image = encoded.decode(at_least=frame.resized_size if self.training else None)
-        image = resize_image(image, frame, exact=not self.training)
+        encoded, size = self._open(row)
+        frame, objects, boxes = self._place(row, size, generator)
+        pixels = self.pixels(encoded, frame) if encoded else None
         boxes = boxes_to_input(boxes, frame)
         if self.training:
             boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
-        if self.training and self.augment == "scale":
-            visible = image[: frame.input_size[0], : frame.input_size[1]]
+        if pixels is not None and self.training and self.augment == "scale":
+            visible = pixels[: frame.input_size[0], : frame.input_size[1]]
             visible[:] = change_colour(visible, draw_colour(generator))
         segmentations = [file.segmentations[k] for k in objects.tolist()]
         truths: list[CroppedMask] = []
@@ -138,18 +142,59 @@ class Coco2MaskDataset(Dataset[Sample]):
             find = draw_truths(segmentations, frame, resolution=self.loss_resolution)
             kept, targets, truths = find
         return Sample(
-            image=torch.from_numpy(image).permute(2, 0, 1),
+            image=NO_PIXELS if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1),
             boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
             targets=torch.from_numpy(targets),
             input_size=frame.input_size,
-            original_size=encoded.size,
+            original_size=size,
             image_id=self.index.image_id(row),
             object_ids=torch.from_numpy(file.object_ids[objects[kept]]),
             truths=truths,
+            embedding=self._embedding(row, frame),
         )
 
+    def _open(self, row: int) -> tuple[EncodedImage | None, tuple[int, int]]:
+        if self.embeddings is not None:
+            return None, self.embeddings.size(row)
+        encoded = open_image(self.index.path(row))
+        return encoded, encoded.size
+
+    def _embedding(self, row: int, frame: Frame) -> torch.Tensor | None:
+        if self.embeddings is None:
+            return None
+        return torch.from_numpy(self.embeddings.read(row, flipped=frame.flipped))
+
+    def pixels(self, encoded: EncodedImage, frame: Frame) -> NDArray[np.uint8]:
+        """Decodes an image into the input frame, uint8 [S, S, 3].
+
+        Raises:
+            ImageError: It is broken.
+        """
+        # Validation sees what SamPredictor would be given, to the level.
+        image = encoded.decode(at_least=frame.resized_size if self.training else None)
+        return resize_image(image, frame, exact=not self.training)
+
+    def frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
+        """The frame of a whole image of size H, W, as all but `scale` see it."""
+        return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
+
+    def with_pixels(self, batch: Batch) -> Batch:
+        """A batch of one validation image for a picture of it; a cached one comes without pixels.
+
+        What cannot be read any more is black: a picture is not worth the end of a run.
+        """
+        if batch.images.numel():
+            return batch
+        pixels = np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
+        ids = self.index.file.image_ids[self.index.rows]
+        row = int(np.flatnonzero(ids == batch.image_ids[0])[0])
+        with contextlib.suppress(ImageError):
+            encoded = open_image(self.index.path(row))
+            pixels = self.pixels(encoded, self.frame(encoded.size))
+        return replace(batch, images=torch.from_numpy(pixels).permute(2, 0, 1)[None])
+
     def _without_objects(self, row: int) -> Sample:
-        frame = make_frame(self.index.size(row), self.image_size, resize_mode=self.resize_mode)
+        frame = self.frame(self.index.size(row))
         side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
         return Sample(
             image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
@@ -221,7 +266,7 @@ class BatchLoader:
             _ErrorsAsItems(dataset),
             num_workers=num_workers,
             collate_fn=_collate_or_error,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator
@@ -238,7 +283,8 @@ class BatchLoader:
         return len(self.loader)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Sets up a loader's worker process: one thread, and not a member of the run's group."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     # In a group of its own, a signal to the run's group (Ctrl-C, a scheduler's warning) reaches the

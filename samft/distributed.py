@@ -162,7 +162,7 @@ def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module
     summation. Two throw-away passes now, and a resumed run adds up like an undisturbed one.
 
     Args:
-        model: On its device.
+        model: What is trained of it on one device; what is frozen may be on another.
         warm_up: Runs one forward and backward of the module it is given, and drops the gradients.
 
     Returns:
@@ -170,7 +170,11 @@ def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module
     """
     if get_world_size() == 1:
         return model
-    device = next(model.parameters()).device
+    device = next(p for p in model.parameters() if p.requires_grad).device
+    # A frozen encoder whose outputs are cached stays on the CPU; all ranks have the same file's.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, p in model.named_parameters() if p.device != device]
+    )
     # SAM's buffers are constants: no need to send them at every forward. Newer torch renamed this.
     arguments = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"

@@ -72,8 +72,14 @@ class Trainer:
         size = self.model.sam.image_encoder.img_size
         images = torch.zeros(1, 3, size, size, device=self.device)
         boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
+        embeddings = None
+        if self.model.encoder_is_frozen:  # it may be on another device, for good
+            prompt_encoder = self.model.sam.prompt_encoder
+            grid = prompt_encoder.image_embedding_size
+            embeddings = images.new_zeros(1, prompt_encoder.embed_dim, *grid)
         with self._autocast():
-            logits, iou = wrapped(images, boxes, boxes.new_zeros(1, dtype=torch.int64))
+            index = boxes.new_zeros(1, dtype=torch.int64)
+            logits, iou = wrapped(images, boxes, index, embeddings=embeddings)
         (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -120,7 +126,11 @@ class Trainer:
     def _forward(self, batch: Batch) -> MaskLosses:
         with self._autocast():
             mask_logits, iou_predicted = self.wrapped(
-                batch.images, batch.boxes, batch.image_index, input_sizes=batch.input_sizes
+                batch.images,
+                batch.boxes,
+                batch.image_index,
+                input_sizes=batch.input_sizes,
+                embeddings=batch.embeddings,
             )
         return self.loss(
             mask_logits,
@@ -290,7 +300,7 @@ def _score_image(
     model: PromptedSam, batch: Batch, *, loss: LossFunction, means: dict[str, MaskMean]
 ) -> Tensor:
     moved = batch.to(model.sam.device, non_blocking=True)
-    embedding = model.embed(moved.images, moved.input_sizes)
+    embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
     chunks = []
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
         logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)

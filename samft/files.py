@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from samft.errors import ConfigError
 
@@ -114,11 +114,30 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def try_lock(path: Path) -> TextIO | None:
+    """Takes a lock that one process can hold at a time, for as long as the file stays open.
+
+    Returns:
+        The open file; None if another has the lock.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard")
 
 
-def make_writable(folder: Path) -> None:
+def make_writable(folder: Path, *, field: str = "output_dir") -> None:
     """Makes a folder and makes sure that files can be written there.
+
+    Args:
+        folder: The folder.
+        field: What the configuration calls it.
 
     Raises:
         ConfigError: They cannot.
@@ -129,7 +148,7 @@ def make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"output_dir: {folder} cannot be written ({error.strerror}): choose another folder."
+            f"{field}: {folder} cannot be written ({error.strerror}): choose another folder."
         ) from error
 
 
@@ -140,9 +159,11 @@ def set_aside(folder: Path) -> Path | None:
         folder: The output folder.
 
     Returns:
-        Where they are now, `previous-1` or the next free number; None if there were none.
+        Where they are now, `previous-1` or the next free number; None if there were none, or that
+        run was stopped before it had measured anything.
     """
-    if not (folder / "metrics.jsonl").exists():
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists() or not metrics.stat().st_size:
         return None
     found = [folder / name for name in RUN_FILES]
     for checkpoint in folder.glob("*.ckpt"):

@@ -40,20 +40,28 @@ class PromptedSam(nn.Module):
             return normalised
         return normalised * inside_image(input_sizes, images.shape[-1])[:, None]
 
-    def embed(self, images: Tensor, input_sizes: Tensor | None = None) -> Tensor:
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether no parameter of the image encoder is trained."""
+        return not any(p.requires_grad for p in self.sam.image_encoder.parameters())
+
+    def embed(
+        self, images: Tensor, input_sizes: Tensor | None = None, *, cached: Tensor | None = None
+    ) -> Tensor:
         """Encodes images; without a gradient where the whole encoder is frozen.
 
         Args:
             images: See `preprocess`.
             input_sizes: See `preprocess`.
+            cached: float [N, C, S/16, S/16], what this gave before: then nothing is encoded.
 
         Returns:
             float [N, C, S/16, S/16].
         """
-        encoder = self.sam.image_encoder
-        trainable = any(parameter.requires_grad for parameter in encoder.parameters())
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
-            return encoder(self.preprocess(images, input_sizes))
+        if cached is not None:
+            return cached.float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
+            return self.sam.image_encoder(self.preprocess(images, input_sizes))
 
     def decode(
         self, embeddings: Tensor, boxes: Tensor, image_index: Tensor
@@ -89,6 +97,7 @@ class PromptedSam(nn.Module):
         image_index: Tensor,
         *,
         input_sizes: Tensor | None = None,
+        embeddings: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts the mask of each box; see `preprocess` and `decode` for shapes and frames.
 
@@ -97,11 +106,13 @@ class PromptedSam(nn.Module):
             boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
             image_index: int64 [M].
             input_sizes: int [N, 2], or None where the images fill the frame.
+            embeddings: float [N, C, S/16, S/16], to be used in the place of images.
 
         Returns:
             Mask logits [M, S/4, S/4] and predicted IoU [M].
         """
-        return self.decode(self.embed(images, input_sizes), boxes, image_index)
+        embeddings = self.embed(images, input_sizes, cached=embeddings)
+        return self.decode(embeddings, boxes, image_index)
 
 
 def inside_image(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:

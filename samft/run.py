@@ -2,13 +2,13 @@
 
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from samft import assemble, distributed, pictures
+from samft.caching import prepare_cache
 from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, make_sidecar, save_tensors
 from samft.config import TrainConfig, to_yaml
 from samft.data import train_loader, val_loader
@@ -16,7 +16,6 @@ from samft.engine import Trainer, Validation, train, validate
 from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
 from samft.files import make_writable, set_aside, write_json, write_status, write_text
 from samft.logs import LOGGER, RunLog, format_duration, start_logging
-from samft.losses import mask_losses
 from samft.metrics import peak_memory_gib
 from samft.optim import build_optimizer, schedule_learning_rate
 from samft.progress import Progress
@@ -111,13 +110,7 @@ class Run:
         self.top_k = TopK(folder, k=config.save_top_k, best=best)
         if resumed is not None and elsewhere and self.main:
             self.top_k.adopt(resumed["folder"])
-        self.loss = partial(
-            mask_losses,
-            image_size=config.image_size,
-            focal_weight=config.loss_focal_weight,
-            dice_weight=config.loss_dice_weight,
-            iou_weight=config.loss_iou_weight,
-        )
+        self.loss = assemble.build_loss(config)
         self.clock = time.monotonic() - self.progress.wall_seconds
 
     def execute(self) -> dict[str, Any]:
@@ -137,6 +130,14 @@ class Run:
             )
         self._announce()
         fresh = self.resumed is None
+        if not prepare_cache(
+            config,
+            self.model,
+            self.splits,
+            progress=progress,
+            should_stop=lambda: bool(self.stop),
+        ):
+            self._stopped("embeddings encoded so far are kept")
         self._make_trainer()
         self.val_batches = val_loader(
             self.splits.val,
@@ -169,7 +170,7 @@ class Run:
         )
         if not finished:
             self._save_last()
-            self._stopped()
+            self._stopped(f"saved after step {progress.step} of {config.steps}")
         return self._finish()
 
     def _should_stop(self) -> bool:
@@ -222,6 +223,9 @@ class Run:
         started = time.monotonic()
         found = validate(self.model, self.val_batches, loss=self.loss, num_shown=num_shown)
         seconds = time.monotonic() - started
+        found.shown = [
+            (self.splits.val.with_pixels(batch), logits) for batch, logits in found.shown
+        ]
         step, counts = self.progress.step, self.splits.counts["val"]
         rates = {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -321,14 +325,11 @@ class Run:
                 last_checkpoint=str(last) if last.exists() else None,
             )
 
-    def _stopped(self) -> None:
+    def _stopped(self, done: str) -> NoReturn:
         why = self.stop[0] if self.stop else f"stop_after {self.config.stop_after}"
         if not self.stop and self.config.stop_after is None:
             why = "another process was asked to stop"
-        reason = (
-            f"{why}: saved after step {self.progress.step} of {self.config.steps} in "
-            f"{self.folder}; the same command goes on from there."
-        )
+        reason = f"{why}: {done} in {self.folder}; the same command goes on from there."
         self._status("preempted", code=EXIT_STOPPED, reason=reason)
         distributed.barrier()  # torchrun ends all that run when the first one has ended
         raise Stopped(reason)

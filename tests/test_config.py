@@ -99,6 +99,8 @@ OTHER: dict[str, Any] = {
     "loss_resolution": "input",
     "cache_embeddings": "off",
     "cache_dir": "cache",
+    "cache_dtype": "float32",
+    "cache_max_gib": 2.5,
     "save_top_k": 3,
     "resume": "never",
     "seed": 12,
@@ -260,7 +262,13 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ("--repeat_threshold 0", "repeat_threshold: 0.0 must lie between 0 and 1."),
         ("--min_mask_area -1", "min_mask_area: -1.0 must be at least 0."),
         ("--on_bad_image ignore", "on_bad_image: 'ignore' is none of error, skip."),
-        ("--cache_embeddings on", "cache_embeddings: 'on' is not yet there"),
+        ("--cache_embeddings on", "cache_embeddings: 'on' needs freeze_image_encoder"),
+        (
+            "--cache_embeddings on --freeze_image_encoder --augment scale",
+            "'on' does not go with augment 'scale', which changes the pixels",
+        ),
+        ("--cache_dtype half", "cache_dtype: 'half' is none of float16, float32."),
+        ("--cache_max_gib -1", "cache_max_gib: -1.0 must be at least 0."),
         (
             "--freeze_image_encoder --freeze_prompt_encoder --freeze_mask_decoder",
             "freeze_*: all three parts are frozen",

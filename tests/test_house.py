@@ -47,6 +47,7 @@ LAYERS = (
     "augment",
     "samplers",
     "batch",
+    "embedding_store",
     "data",
     "attention",
     "decoder",
@@ -54,6 +55,7 @@ LAYERS = (
     "sam",
     "prompted",
     "embeddings",
+    "precompute",
     "losses",
     "metrics",
     "optim",
@@ -65,11 +67,12 @@ LAYERS = (
     "engine",
     "report",
     "assemble",
+    "caching",
     "run",
     "plates",
 )
 ENTRY_POINTS = ("train", "evaluate", "predict", "export", "check", "demo")
-KNOW_THE_CONFIG = {"config", "assemble", "run", *ENTRY_POINTS}
+KNOW_THE_CONFIG = {"config", "assemble", "caching", "run", *ENTRY_POINTS}
 ENTRY_POINTS_THAT_TRAIN_USES = {"check", "demo"}
 WITHOUT_TORCH = (
     "errors",
@@ -95,6 +98,7 @@ WITHOUT_TORCH = (
     "checked_split",
     "transforms",
     "targets",
+    "embedding_store",
     "pictures",
     "contact_sheets",
     "plates",

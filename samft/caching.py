@@ -1,0 +1,254 @@
+"""Whether a run takes its embeddings from a cache, and which: the configuration's side of it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from samft import distributed
+from samft.assemble import Splits, pick_amp_dtype, together
+from samft.config import TrainConfig
+from samft.data import Coco2MaskDataset
+from samft.embedding_store import GIB, Store, gib, make_room
+from samft.embeddings import (
+    Recipe,
+    ShouldStop,
+    SplitCache,
+    describe,
+    digest_of_encoder,
+    precision_of,
+    read_digests,
+)
+from samft.errors import ConfigError
+from samft.files import make_writable, try_lock
+from samft.logs import LOGGER
+from samft.precompute import Precompute, unwritable
+from samft.progress import Progress
+from samft.prompted import PromptedSam
+from samft.sam import PATCH_SIZE
+
+
+def cache_folder_of(config: TrainConfig) -> Path:
+    """Where a run keeps embeddings."""
+    if config.cache_dir is None:
+        return Path(config.output_dir).expanduser() / "embeddings"
+    return Path(config.cache_dir).expanduser()
+
+
+def prepare_cache(
+    config: TrainConfig,
+    model: PromptedSam,
+    splits: Splits,
+    *,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> bool:
+    """Gives both splits the embeddings of their images, encoded now if need be. Collective.
+
+    Nothing is done where the configuration does not want it or, with `auto`, where it would not
+    help or has no room, which is said. Afterwards the image encoder is on the CPU, for good.
+
+    Args:
+        config: The configuration.
+        model: On its device, with what is to stay frozen frozen.
+        splits: Get their embeddings.
+        progress: How far the run has come.
+        should_stop: Asked between images; all ranks stop if any says yes.
+
+    Returns:
+        Whether training may go on; False if stopped, with what was encoded recorded.
+
+    Raises:
+        UserError: An image cannot be used, or the cache cannot be written or, with `on`, has no
+            room.
+    """
+    if not _is_wanted(config, model, progress):
+        return True
+    folder = cache_folder_of(config)
+    together(lambda: _make(folder))
+    with _alone(folder, should_stop=should_stop) as entered:
+        if not entered:
+            return False
+        caches = [
+            (dataset, amp_dtype, _stores(recipes, folder, model))
+            for dataset, amp_dtype, recipes in _recipes(config, model, splits)
+        ]
+        if config.cache_embeddings == "auto" and not _pays(config, caches, progress):
+            return True
+        found = _look_up(caches, on_bad_image=config.on_bad_image, should_stop=should_stop)
+        if found is None:
+            return False
+        if not _has_room(found, folder, config):
+            return True
+        if not _fill(found, model, config, should_stop=should_stop):
+            return False
+        for cache in found:
+            cache.attach()
+        distributed.barrier()  # rank 0 has the lock until all have mapped what they read
+    model.sam.image_encoder.cpu()
+    if model.sam.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return True
+
+
+_Caches = list[tuple[Coco2MaskDataset, torch.dtype | None, tuple[Store, ...]]]
+
+
+def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> bool:
+    if config.cache_embeddings == "off" or progress.step >= config.steps:
+        return False
+    if not model.encoder_is_frozen:  # the configuration refuses `on`
+        return False
+    if config.augment == "scale":
+        LOGGER.info(
+            "cache_embeddings auto: off, because augment scale changes the pixels, and with them "
+            "the embeddings, every time"
+        )
+        return False
+    return True
+
+
+def _make(folder: Path) -> None:
+    try:
+        make_writable(folder, field="cache_dir")
+    except ConfigError as error:
+        raise ConfigError(f"{error} `--cache_embeddings off` does without.") from error
+
+
+@contextmanager
+def _alone(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
+    # One run at a time looks up, makes room and fills; False if asked to stop while waiting.
+    said = False
+    while True:
+        lock = try_lock(folder / "lock") if distributed.is_main() else None
+        if distributed.agree(lock is not None):
+            break
+        if distributed.agree(should_stop()):
+            yield False
+            return
+        if not said:
+            LOGGER.info("waiting for another run, which is filling %s", folder)
+            said = True
+        time.sleep(1)
+    try:
+        yield True
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _recipes(
+    config: TrainConfig, model: PromptedSam, splits: Splits
+) -> list[tuple[Coco2MaskDataset, torch.dtype | None, list[Recipe]]]:
+    device = model.sam.device
+    digest = distributed.broadcast(digest_of_encoder(model.sam) if distributed.is_main() else "")
+    train_dtype = pick_amp_dtype(config.amp, device)
+
+    def recipe(amp_dtype: torch.dtype | None, *, exact: bool, flipped: bool = False) -> Recipe:
+        return Recipe(
+            encoder=digest,
+            image_size=config.image_size,
+            resize_mode=config.resize_mode,
+            exact=exact,
+            flipped=flipped,
+            precision=precision_of(amp_dtype, device),
+            dtype=config.cache_dtype,
+        )
+
+    sides = [False] if config.augment == "none" else [False, True]
+    train = [recipe(train_dtype, exact=False, flipped=flipped) for flipped in sides]
+    return [(splits.train, train_dtype, train), (splits.val, None, [recipe(None, exact=True)])]
+
+
+def _stores(recipes: list[Recipe], folder: Path, model: PromptedSam) -> tuple[Store, ...]:
+    side = recipes[0].image_size // PATCH_SIZE
+    shape = (model.sam.prompt_encoder.embed_dim, side, side)
+    stores = tuple(Store(folder / r.key, shape=shape, dtype=r.dtype) for r in recipes)
+
+    def create() -> None:
+        for recipe, store in zip(recipes, stores, strict=True):
+            try:
+                store.create(describe(recipe))
+            except OSError as error:
+                raise unwritable(folder, error) from error
+
+    together(lambda: create() if distributed.is_main() else None)
+    return stores
+
+
+def _pays(config: TrainConfig, caches: _Caches, progress: Progress) -> bool:
+    # Decided before any image is read: hashing a million to learn that it is pointless is no help.
+    batch = config.batch_size * config.accumulate_steps * distributed.get_world_size()
+    steps = config.steps - progress.step
+    validations = -(-steps // config.metrics_interval) + (not progress.baseline)
+    num_val = len(caches[1][0])
+    without = steps * batch + validations * num_val
+    with_it = sum(
+        max(0, len(dataset) - store.num_records)
+        for dataset, _, stores in caches
+        for store in stores
+    )
+    pays: bool = distributed.broadcast(with_it <= without)
+    if not pays:
+        LOGGER.info(
+            "cache_embeddings auto: off, because %d images (each side of them) would be encoded "
+            "ahead, and this run encodes %d as it goes",
+            with_it,
+            without,
+        )
+    return pays
+
+
+def _look_up(
+    caches: _Caches, *, on_bad_image: str, should_stop: ShouldStop
+) -> list[SplitCache] | None:
+    found = []
+    for dataset, amp_dtype, stores in caches:
+        files = read_digests(dataset.index, on_bad_image=on_bad_image, should_stop=should_stop)
+        if files is None:
+            return None
+        found.append(SplitCache(dataset, amp_dtype, stores, files))
+        found[-1].look_up()
+    return found
+
+
+def _has_room(found: list[SplitCache], folder: Path, config: TrainConfig) -> bool:
+    needed = sum(cache.missing_bytes for cache in found)
+    why = None
+    if distributed.is_main():
+        own = {store.folder.name for cache in found for store in cache.stores}
+        why = make_room(folder, own=own, needed=needed, limit=int(config.cache_max_gib * GIB))
+    why = distributed.broadcast(why)
+    if why is None:
+        missing = sum(len(cache.missing) for cache in found)
+        images = sum(len(cache.files.digests) for cache in found)
+        more = f"; {gib(needed)} to come" if missing else ""
+        LOGGER.info("embeddings of %d of %d images are in %s%s", images - missing, images, folder, more)
+        return True
+    if config.cache_embeddings == "auto":
+        LOGGER.warning("cache_embeddings auto: off, because %s has no room: %s", folder, why)
+        return False
+    raise ConfigError(
+        f"cache_dir: {folder} has no room for the embeddings: {why}. Make room, name another "
+        "folder, raise cache_max_gib, or take `--cache_embeddings off`."
+    )
+
+
+def _fill(
+    found: list[SplitCache], model: PromptedSam, config: TrainConfig, *, should_stop: ShouldStop
+) -> bool:
+    for cache in found:
+        if not cache.missing:
+            continue
+        finished = Precompute(
+            cache,
+            model,
+            on_bad_image=config.on_bad_image,
+            num_workers=config.num_workers,
+            should_stop=should_stop,
+        ).run()
+        if not finished:
+            return False
+    return True

@@ -225,7 +225,9 @@ def _has_room(found: list[SplitCache], folder: Path, config: TrainConfig) -> boo
         missing = sum(len(cache.missing) for cache in found)
         images = sum(len(cache.files.digests) for cache in found)
         more = f"; {gib(needed)} to come" if missing else ""
-        LOGGER.info("embeddings of %d of %d images are in %s%s", images - missing, images, folder, more)
+        LOGGER.info(
+            "embeddings of %d of %d images are in %s%s", images - missing, images, folder, more
+        )
         return True
     if config.cache_embeddings == "auto":
         LOGGER.warning("cache_embeddings auto: off, because %s has no room: %s", folder, why)

@@ -140,7 +140,8 @@ class Precompute:
             while True:
                 made, error = self._round(items)
                 rounds = distributed.all_gather(made)
-                error = error or self._record(rounds)
+                failure = self._record(rounds)  # also where the round ended in an error
+                error = error or failure
                 advance(sum(each.num_images for each in rounds))
                 distributed.raise_together(error)
                 for each in rounds:

@@ -137,7 +137,7 @@ class Run:
             progress=progress,
             should_stop=lambda: bool(self.stop),
         ):
-            self._stopped("embeddings encoded so far are kept")
+            self._stopped("the embeddings encoded so far are kept")
         self._make_trainer()
         self.val_batches = val_loader(
             self.splits.val,

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -67,24 +68,25 @@ def prepare_cache(
     if not _is_wanted(config, model, progress):
         return True
     folder = cache_folder_of(config)
+    plans = _plans(config, model, splits)
+    if config.cache_embeddings == "auto" and not _pays(config, plans, progress):
+        return True
     together(lambda: _make(folder))
+    caches = _read(plans, on_bad_image=config.on_bad_image, should_stop=should_stop)
+    if caches is None:
+        return False
     with _alone(folder, should_stop=should_stop) as entered:
         if not entered:
             return False
-        caches = [
-            (dataset, amp_dtype, _stores(recipes, folder, model))
-            for dataset, amp_dtype, recipes in _recipes(config, model, splits)
-        ]
-        if config.cache_embeddings == "auto" and not _pays(config, caches, progress):
+        together(lambda: _create(plans))
+        together(lambda: _check_seen(plans))
+        for cache in caches:
+            cache.look_up()
+        if not _has_room(caches, folder, config):
             return True
-        found = _look_up(caches, on_bad_image=config.on_bad_image, should_stop=should_stop)
-        if found is None:
+        if not _fill(caches, model, config, should_stop=should_stop):
             return False
-        if not _has_room(found, folder, config):
-            return True
-        if not _fill(found, model, config, should_stop=should_stop):
-            return False
-        for cache in found:
+        for cache in caches:
             cache.attach()
         distributed.barrier()  # rank 0 has the lock until all have mapped what they read
     model.sam.image_encoder.cpu()
@@ -93,7 +95,11 @@ def prepare_cache(
     return True
 
 
-_Caches = list[tuple[Coco2MaskDataset, torch.dtype | None, tuple[Store, ...]]]
+class _Plan(NamedTuple):
+    dataset: Coco2MaskDataset
+    amp_dtype: torch.dtype | None
+    recipes: list[Recipe]
+    stores: tuple[Store, ...]
 
 
 def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> bool:
@@ -119,7 +125,7 @@ def _make(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
-    # One run at a time looks up, makes room and fills; False if asked to stop while waiting.
+    # One run at a time makes room and fills; False if asked to stop while waiting.
     said = False
     while True:
         lock = try_lock(folder / "lock") if distributed.is_main() else None
@@ -139,91 +145,98 @@ def _alone(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
             lock.close()
 
 
-def _recipes(
-    config: TrainConfig, model: PromptedSam, splits: Splits
-) -> list[tuple[Coco2MaskDataset, torch.dtype | None, list[Recipe]]]:
-    device = model.sam.device
+def _plans(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_Plan]:
+    device, side = model.sam.device, config.image_size // PATCH_SIZE
     digest = distributed.broadcast(digest_of_encoder(model.sam) if distributed.is_main() else "")
-    train_dtype = pick_amp_dtype(config.amp, device)
+    folder, shape = cache_folder_of(config), (model.sam.prompt_encoder.embed_dim, side, side)
 
-    def recipe(amp_dtype: torch.dtype | None, *, exact: bool, flipped: bool = False) -> Recipe:
-        return Recipe(
-            encoder=digest,
-            image_size=config.image_size,
-            resize_mode=config.resize_mode,
-            exact=exact,
-            flipped=flipped,
-            precision=precision_of(amp_dtype, device),
-            dtype=config.cache_dtype,
-        )
+    def plan(
+        dataset: Coco2MaskDataset, amp_dtype: torch.dtype | None, sides: tuple[bool, ...]
+    ) -> _Plan:
+        recipes = [
+            Recipe(
+                encoder=digest,
+                image_size=config.image_size,
+                resize_mode=config.resize_mode,
+                exact=not dataset.training,
+                flipped=flipped,
+                precision=precision_of(amp_dtype, device),
+                dtype=config.cache_dtype,
+            )
+            for flipped in sides
+        ]
+        stores = tuple(Store(folder / r.key, shape=shape, dtype=r.dtype) for r in recipes)
+        return _Plan(dataset, amp_dtype, recipes, stores)
 
-    sides = [False] if config.augment == "none" else [False, True]
-    train = [recipe(train_dtype, exact=False, flipped=flipped) for flipped in sides]
-    return [(splits.train, train_dtype, train), (splits.val, None, [recipe(None, exact=True)])]
-
-
-def _stores(recipes: list[Recipe], folder: Path, model: PromptedSam) -> tuple[Store, ...]:
-    side = recipes[0].image_size // PATCH_SIZE
-    shape = (model.sam.prompt_encoder.embed_dim, side, side)
-    stores = tuple(Store(folder / r.key, shape=shape, dtype=r.dtype) for r in recipes)
-
-    def create() -> None:
-        for recipe, store in zip(recipes, stores, strict=True):
-            try:
-                store.create(describe(recipe))
-            except OSError as error:
-                raise unwritable(folder, error) from error
-
-    together(lambda: create() if distributed.is_main() else None)
-    return stores
+    sides = (False,) if config.augment == "none" else (False, True)
+    return [
+        plan(splits.train, pick_amp_dtype(config.amp, device), sides),
+        plan(splits.val, None, (False,)),  # in float32, as all validation
+    ]
 
 
-def _pays(config: TrainConfig, caches: _Caches, progress: Progress) -> bool:
+def _pays(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
     # Decided before any image is read: hashing a million to learn that it is pointless is no help.
     batch = config.batch_size * config.accumulate_steps * distributed.get_world_size()
     steps = config.steps - progress.step
     validations = -(-steps // config.metrics_interval) + (not progress.baseline)
-    num_val = len(caches[1][0])
-    without = steps * batch + validations * num_val
-    with_it = sum(
-        max(0, len(dataset) - store.num_records)
-        for dataset, _, stores in caches
-        for store in stores
+    without = steps * batch + validations * len(plans[-1].dataset)
+    ahead = sum(
+        max(0, len(plan.dataset) - store.num_records) for plan in plans for store in plan.stores
     )
-    pays: bool = distributed.broadcast(with_it <= without)
+    pays: bool = distributed.broadcast(ahead <= without)
     if not pays:
         LOGGER.info(
             "cache_embeddings auto: off, because %d images (each side of them) would be encoded "
             "ahead, and this run encodes %d as it goes",
-            with_it,
+            ahead,
             without,
         )
     return pays
 
 
-def _look_up(
-    caches: _Caches, *, on_bad_image: str, should_stop: ShouldStop
+def _read(
+    plans: list[_Plan], *, on_bad_image: str, should_stop: ShouldStop
 ) -> list[SplitCache] | None:
     found = []
-    for dataset, amp_dtype, stores in caches:
-        files = read_digests(dataset.index, on_bad_image=on_bad_image, should_stop=should_stop)
+    for plan in plans:
+        index = plan.dataset.index
+        files = read_digests(index, on_bad_image=on_bad_image, should_stop=should_stop)
         if files is None:
             return None
-        found.append(SplitCache(dataset, amp_dtype, stores, files))
-        found[-1].look_up()
+        found.append(SplitCache(plan.dataset, plan.amp_dtype, plan.stores, files))
     return found
 
 
-def _has_room(found: list[SplitCache], folder: Path, config: TrainConfig) -> bool:
-    needed = sum(cache.missing_bytes for cache in found)
+def _create(plans: list[_Plan]) -> None:
+    for plan in plans:
+        for recipe, store in zip(plan.recipes, plan.stores, strict=True):
+            try:
+                if distributed.is_main():
+                    store.create(describe(recipe))
+            except OSError as error:
+                raise unwritable(store.folder.parent, error) from error
+
+
+def _check_seen(plans: list[_Plan]) -> None:
+    for store in (store for plan in plans for store in plan.stores):
+        if not store.folder.is_dir():
+            raise ConfigError(
+                f"cache_dir: {store.folder.parent} is not the same folder for all processes: name "
+                "one on a disk that all hosts share, or take `--cache_embeddings off`."
+            )
+
+
+def _has_room(caches: list[SplitCache], folder: Path, config: TrainConfig) -> bool:
+    needed = sum(cache.missing_bytes for cache in caches)
     why = None
     if distributed.is_main():
-        own = {store.folder.name for cache in found for store in cache.stores}
+        own = {store.folder.name for cache in caches for store in cache.stores}
         why = make_room(folder, own=own, needed=needed, limit=int(config.cache_max_gib * GIB))
     why = distributed.broadcast(why)
     if why is None:
-        missing = sum(len(cache.missing) for cache in found)
-        images = sum(len(cache.files.digests) for cache in found)
+        missing = sum(len(cache.missing) for cache in caches)
+        images = sum(len(cache.files.digests) for cache in caches)
         more = f"; {gib(needed)} to come" if missing else ""
         LOGGER.info(
             "embeddings of %d of %d images are in %s%s", images - missing, images, folder, more
@@ -239,9 +252,9 @@ def _has_room(found: list[SplitCache], folder: Path, config: TrainConfig) -> boo
 
 
 def _fill(
-    found: list[SplitCache], model: PromptedSam, config: TrainConfig, *, should_stop: ShouldStop
+    caches: list[SplitCache], model: PromptedSam, config: TrainConfig, *, should_stop: ShouldStop
 ) -> bool:
-    for cache in found:
+    for cache in caches:
         if not cache.missing:
             continue
         finished = Precompute(

@@ -166,8 +166,7 @@ class Precompute:
                     made.bad_images[item.row] = str(item.error)
                 else:
                     error = item.error
-                made.stopped = self.should_stop()
-                if error or made.stopped or time.monotonic() >= until:
+                if error or self.should_stop() or time.monotonic() >= until:
                     break
             else:
                 made.finished = True
@@ -180,6 +179,7 @@ class Precompute:
                 store.sync()
         except OSError as caught:
             made.entries, error = [], error or unwritable(self.folder, caught)
+        made.stopped = self.should_stop()  # also of a rank that only waits for the others
         return made, error
 
     def _encode(self, item: _Item, made: _Round) -> None:

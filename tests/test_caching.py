@@ -149,36 +149,35 @@ def test_a_resumed_run_finds_the_cache(data: Path, cached: Path, tmp_path: Path)
     assert largest_difference(cached, tmp_path) == 0.0
 
 
-def one_step(data: Path, folder: Path, **changes: Any) -> int:
-    """Runs one step with a shared cache; how many images were encoded."""
-    shared = {"cache_dir": folder / "cache", "steps": 1, "resume": "never", **changes}
-    code, encodings = encodings_of(cached_arguments(data, folder / "run", **shared))
-    assert code == 0
-    return encodings
+def encoded_anew(data: Path, folder: Path, **changes: Any) -> int:
+    """Prepares a run with a shared cache; how many images were encoded."""
+    with counted_encodings() as counts:
+        prepared(data, folder / "run", cache_dir=folder / "cache", **changes)
+    return sum(counts)
 
 
 def test_only_what_changed_is_encoded_anew(data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    assert one_step(copy, tmp_path) == ALL
-    assert one_step(copy, tmp_path, learning_rate=3e-4, seed=3) == 0
+    assert encoded_anew(copy, tmp_path) == ALL
+    assert encoded_anew(copy, tmp_path, learning_rate=3e-4, seed=3) == 0
     path = copy / "train" / "image_5.png"
     stat = path.stat()
     image = cv2.imread(str(path))
     image[0, 0] += 1
     cv2.imwrite(str(path), image)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # by content, not by date
-    assert one_step(copy, tmp_path) == 2
+    assert encoded_anew(copy, tmp_path) == 2
     cv2.imwrite(str(copy / "val" / "image_2.png"), image)
-    assert one_step(copy, tmp_path) == 1
+    assert encoded_anew(copy, tmp_path) == 1
     (copy / "val" / "image_2.png").write_bytes((data / "val" / "image_2.png").read_bytes())
-    assert one_step(copy, tmp_path) == 0
+    assert encoded_anew(copy, tmp_path) == 0
     # As it is at one size in pixels: another image size, resize mode, precision, type.
-    assert one_step(copy, tmp_path, image_size=80) == ALL
-    assert one_step(copy, tmp_path, resize_mode="squash") == ALL
-    assert one_step(copy, tmp_path, cache_dtype="float32") == ALL
-    assert one_step(copy, tmp_path, amp="bf16") == 2 * NUM_TRAIN  # validation is in float32
-    assert one_step(copy, tmp_path, augment="none") == 0
+    assert encoded_anew(copy, tmp_path, image_size=80) == ALL
+    assert encoded_anew(copy, tmp_path, resize_mode="squash") == ALL
+    assert encoded_anew(copy, tmp_path, cache_dtype="float32") == ALL
+    assert encoded_anew(copy, tmp_path, amp="bf16") == 2 * NUM_TRAIN  # validation is in float32
+    assert encoded_anew(copy, tmp_path, augment="none") == 0
 
 
 def test_other_weights_are_noticed(data: Path, tmp_path: Path) -> None:
@@ -189,13 +188,13 @@ def test_other_weights_are_noticed(data: Path, tmp_path: Path) -> None:
         torch.save(sam.state_dict(), weights)
         return {"checkpoint_path": weights}
 
-    assert one_step(data, tmp_path, **save()) == ALL
+    assert encoded_anew(data, tmp_path, **save()) == ALL
     with torch.no_grad():
         sam.mask_decoder.iou_token.weight += 1e-3
-    assert one_step(data, tmp_path, **save()) == 0
+    assert encoded_anew(data, tmp_path, **save()) == 0
     with torch.no_grad():
         sam.image_encoder.blocks[2].norm1.bias[3] += 1e-3
-    assert one_step(data, tmp_path, **save()) == ALL
+    assert encoded_anew(data, tmp_path, **save()) == ALL
 
 
 # Interrupted
@@ -233,8 +232,11 @@ def test_a_run_waits_for_another_that_fills_the_cache(
     model = build_model(config, load_weights(config), torch.device("cpu"))
     (tmp_path / "embeddings").mkdir()
     other = files.try_lock(tmp_path / "embeddings" / "lock")
-    answers = iter([False, True])
-    options: dict[str, Any] = {"progress": Progress(), "should_stop": lambda: next(answers)}
+    waits = [False, False]  # before it looks at the lock once more, it waits a second
+    options: dict[str, Any] = {
+        "progress": Progress(),
+        "should_stop": lambda: "waiting" in caplog.text and (not waits or waits.pop()),
+    }
     assert other is not None
     with caplog.at_level("INFO", logger="samft"), counted_encodings() as counts:
         assert not prepare_cache(config, model, splits, **options)

@@ -134,6 +134,13 @@ class Precompute:
         Raises:
             UserError: An image is broken, the disk is full, or float16 cannot hold an embedding.
         """
+        try:
+            return self._run()
+        finally:
+            for store in self.split.stores:
+                store.close()
+
+    def _run(self) -> bool:
         items = iter(self.loader)
         bad_images: dict[int, str] = {}
         with _progress(len(self.split.missing)) as advance:
@@ -148,8 +155,6 @@ class Precompute:
                     bad_images.update(each.bad_images)
                 if any(each.stopped for each in rounds) or all(each.finished for each in rounds):
                     break
-        for store in self.split.stores:
-            store.close()
         self.split.note_bad_images(bad_images)
         return all(each.finished for each in rounds)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import samft.torchvision_cure  # noqa: F401  (before all that imports torchvision)
+from samft.attention import use_fast_attention
 from samft.errors import CheckpointError
 
 from segment_anything.modeling import (
@@ -55,16 +56,23 @@ MODEL_SHAPES = {
 }
 
 
-def build_sam(model_type: str, image_size: int = 1024) -> Sam:
+def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stock") -> Sam:
     """Builds a SAM with freshly initialised weights, in eval mode.
 
     Args:
         model_type: A key of `MODEL_SHAPES`.
         image_size: Side of the square model input in pixels, a multiple of 16.
+        attention: `fast` for the image encoder's attention of `samft.attention`, with the same
+            keys and numbers, or `stock`.
 
     Returns:
         A `segment_anything` Sam whose position embeddings fit `image_size`.
+
+    Raises:
+        ValueError: `attention` is neither.
     """
+    if attention not in ("fast", "stock"):
+        raise ValueError(f"attention must be 'fast' or 'stock', not {attention!r}.")
     shape = MODEL_SHAPES[model_type]
     grid = image_size // PATCH_SIZE
     sam = Sam(
@@ -103,6 +111,8 @@ def build_sam(model_type: str, image_size: int = 1024) -> Sam:
         pixel_mean=PIXEL_MEAN,
         pixel_std=PIXEL_STD,
     )
+    if attention == "fast":
+        use_fast_attention(sam.image_encoder)
     return sam.eval()
 
 

@@ -261,7 +261,7 @@ def build_model(
     """Builds the model on its device, loads the weights, and freezes what is to be frozen."""
     assert config.model_type is not None
     torch.manual_seed(config.seed)
-    sam = build_sam(config.model_type, config.image_size, attention="fast")
+    sam = build_sam(config.model_type, config.image_size, attention=config.attention)
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
     asked = [part for part in PARTS if getattr(config, f"freeze_{part}")]

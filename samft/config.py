@@ -20,7 +20,8 @@ from samft.flags import argument_parser, nearest, read_yaml
 FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
-    cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image""".split()
+    cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image
+    attention""".split()
 )
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
@@ -121,6 +122,12 @@ class TrainConfig:
     loss_focal_weight: float = _setting(20.0, "weight of the focal loss", at_least=0)
     loss_dice_weight: float = _setting(1.0, "weight of the dice loss", at_least=0)
     loss_iou_weight: float = _setting(1.0, "weight of the predicted IoU's loss", at_least=0)
+    attention: str = _setting(
+        "fast",
+        "the image encoder's attention, the same numbers: fast: without N x N tensors; stock: "
+        "segment_anything's own",
+        choices=("fast", "stock"),
+    )
     loss_resolution: str = _setting(
         "low",
         "low: at the decoder's own resolution; input: upsampled to image_size",

@@ -9,6 +9,7 @@ import torch
 from coco_files import write_coco
 from gloo_pool import GlooPool
 from samft import assemble
+from samft.attention import FastBlock
 from samft.checkpoint import LAST_NAME, save_tensors
 from samft.config import TrainConfig, parse_config
 from samft.errors import CheckpointError, ConfigError, DataError, SharedError
@@ -263,6 +264,13 @@ def test_fingerprint_changes_with_the_training_objects_only(data, tmp_path):
 
 
 # Weights and model
+
+
+@pytest.mark.parametrize("attention", ["fast", "stock"])
+def test_the_encoder_has_the_attention_that_was_asked_for(data, attention):
+    config = a_config(data, checkpoint_path="random", attention=attention)
+    blocks = assemble.build_model(config, None, CPU).sam.image_encoder.blocks
+    assert {isinstance(block, FastBlock) for block in blocks} == {attention == "fast"}
 
 
 def test_random_weights_are_said_loudly(data, caplog):

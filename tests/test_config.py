@@ -82,6 +82,7 @@ OTHER: dict[str, Any] = {
     "max_masks_per_image": 8,
     "box_jitter": 0.0,
     "augment": "scale",
+    "attention": "stock",
     "category_names": "cat,dog",
     "min_mask_area": 16.0,
     "repeat_threshold": 0.001,

@@ -11,13 +11,15 @@ TYPED := samft $(wildcard benchmarks)
 # More for pytest, as in: make test ARGS="-k losses -x"
 ARGS ?=
 
-.PHONY: help install check format-check lint types test fmt smoke
+.PHONY: help install check format-check lint types test fmt smoke bench-step bench-scale
 
 help:
 	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
 	@echo "make test     tests only; ARGS=... goes to pytest"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
+	@echo "make bench-step   measures the training step beside the plain recipe (15 minutes, 16 GB)"
+	@echo "make bench-scale  measures the constants of docs/scale.md and prints its tables"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes a minute or more"
@@ -51,3 +53,15 @@ smoke: $(INSTALLED)
 	$(BIN)/python -m samft.train --config configs/demo.yaml --data_root "$$folder/data" \
 	    --output_dir "$$folder/run" --steps 20 --metrics_interval 10 && \
 	cat "$$folder/run/summary.json"
+
+# vit_b at 1024 px. What takes minutes a step has few rounds; memory has processes of its own.
+STEP := $(BIN)/python -m benchmarks.train_step
+bench-step: $(INSTALLED)
+	$(STEP) --scopes step --modes frozen cached --rounds 2 --warm_up 0
+	$(STEP) --scopes step --modes full --rounds 1 --warm_up 0
+	$(STEP) --scopes step --modes full --rounds 3 --image_size 256
+	$(STEP) --scopes decoder encoder --rounds 2
+	$(STEP) --scopes boxes end-to-end --modes frozen --rounds 2 --image_size 256
+
+bench-scale: $(INSTALLED)
+	$(BIN)/python -m benchmarks.scale

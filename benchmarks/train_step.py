@@ -39,7 +39,7 @@ from benchmarks.scopes import (
 MODES = ("frozen", "full", "cached")
 SCOPES = ("step", "end-to-end", "decoder", "encoder", "boxes")
 _QUICK = ["--model_type", "vit_tiny", "--image_size", "64", "--boxes", "2", "--rounds", "1"]
-_QUICK += ["--epoch_images", "2", "--memory_gib", "4", "--threads", "1"]
+_QUICK += ["--epoch_images", "2", "--memory_gib", "4", "--threads", "1", "--warm_up", "0"]
 _DECODER_IMAGES = 4
 _SMALL_SIZE = 256  # px, where windows are mostly padding
 

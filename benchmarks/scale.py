@@ -169,7 +169,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data_root", type=Path, help="whose loading is measured; the demo dataset by default")
     add("--steps", type=int, default=8, help="of the runs of the check")
     add("--rounds", type=int, default=3)
-    add("--json", type=Path, help="writes all figures into this file")
+    add("--costs", type=Path, help="a file of an earlier run: measures nothing, tables only")
+    add("--json", type=Path, help="writes what was measured into this file")
     return parser.parse_args(argv)
 
 
@@ -184,10 +185,7 @@ def _jobs(args: argparse.Namespace, scratch: Path) -> tuple[Job, Job]:
     return replace(small, data_root=str(root), image_size=args.image_size), small
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, checks, and prints the tables."""
-    args = parse(argv)
-    torch.set_num_threads(1)
+def _measure_and_check(args: argparse.Namespace) -> Costs:
     where = machine(CPU)
     print(f"{where}\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -202,6 +200,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         flush=True,
     )
     assert found.loss_difference <= LOSS_TOLERANCE, "one process and two learn differently"
+    if args.json:
+        figures = {"machine": where, "costs": asdict(costs), "check": asdict(found)}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return costs
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, checks, and prints the tables."""
+    args = parse(argv)
+    torch.set_num_threads(1)
+    if args.costs:
+        costs = Costs(**json.loads(args.costs.read_text())["costs"])
+        print(costs_table(costs))
+    else:
+        costs = _measure_and_check(args)
     cluster = Cluster(
         args.tflops,
         args.gpus_per_host,
@@ -221,12 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.metrics_interval,
             args.val_share,
         )
-        print(f"\n{run}\n\n{forecast_table(run, costs, cluster)}", flush=True)
+        print(f"\n{run}: {run.state_gb:.2f} GB of a GPU for weights, gradients and optimizer.\n")
+        print(forecast_table(run, costs, cluster), flush=True)
     remedies = [f"| {name} | {remedy} |" for name, remedy in REMEDIES.items()]
     print("\n" + table("| gives way first | remedy |", remedies))
-    if args.json:
-        figures = {"machine": where, "costs": asdict(costs), "check": asdict(found)}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,12 @@ class Run:
         return trained, sum(p.numel() for p in sam.parameters())
 
     @property
+    def state_gb(self) -> float:
+        """Of a GPU: weights, gradients, AdamW's two moments, float32; activations come on top."""
+        trained, total = self.parameters
+        return 4 * (total + 3 * trained) / 1e9
+
+    @property
     def embedding_mb(self) -> float:
         """Of an image, float16."""
         grid = self.image_size // PATCH_SIZE

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch.multiprocessing
 from torch import Tensor, distributed
 
 from benchmarks.dresses import (
+    SAMFT,
     Setting,
     Wardrobe,
     random_sam,
@@ -120,7 +121,10 @@ def checkpoint_rate(model_type: str, *, rounds: int) -> float:
 
 def step_seconds(job: Job, num_images: int, *, rounds: int) -> float:
     """Seconds of one core for a step on so many images that are in memory already."""
-    step = Wardrobe(job.setting(num_images)).step("samft")
+    index = job.dataset().index
+    masks = [min(len(index.objects_of(i)), MAX_MASKS) for i in range(index.num_images)]
+    setting = replace(job.setting(num_images), boxes=round(statistics.mean(masks)))
+    step = Wardrobe(setting).step(SAMFT)
     return _core_seconds(step, rounds=rounds)
 
 

@@ -1,0 +1,172 @@
+"""Epochs on a dataset, loader included: the plain recipe beside samft."""
+
+import contextlib
+import itertools
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from pycocotools.coco import COCO
+
+from benchmarks.dresses import PLAIN, PLAIN_AMP, SAMFT, Wardrobe
+from benchmarks.measure import AGAIN, Effort, PhaseClock, now, ratios, table
+from benchmarks.plain import PlainDataset, PlainTrainer, plain_loader
+from benchmarks.scopes import Result, make_ready, phase_table
+from samft.coco import read_coco
+from samft.data import Coco2MaskDataset, train_loader
+from samft.demo import write_demo
+from samft.layout import find_split
+
+# Starts a loader; the batches, and what takes a step with one.
+Run: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]
+
+_PHASE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Material:
+    """A dataset as both kinds of loaders see it."""
+
+    name: str
+    own: Coco2MaskDataset
+    plain: PlainDataset
+
+
+def open_material(
+    data_root: Path, split: str, *, image_size: int, num_images: int, max_masks: int, cache: Path
+) -> Material:
+    """The first images of a split; each loader draws at most `max_masks` objects of an image."""
+    annotations, folder = find_split(data_root, split)
+    index = read_coco(annotations, folder, cache=cache)
+    index = index.select(range(min(num_images, index.num_images)))
+    objects = [
+        (index.image_id(i), index.file.object_ids[index.objects_of(i)].tolist())
+        for i in range(index.num_images)
+    ]
+    with contextlib.redirect_stdout(sys.stderr):  # its chatter would spoil the tables
+        coco = COCO(annotations)
+    own = Coco2MaskDataset(
+        folder,
+        index=index,
+        image_size=image_size,
+        training=True,
+        max_masks_per_image=max_masks,
+    )
+    plain = PlainDataset(coco, folder, objects=objects, image_size=image_size, max_masks=max_masks)
+    return Material(data_root.name, own, plain)
+
+
+def measure_epochs(
+    wardrobe: Wardrobe,
+    *,
+    data_root: Path | None,
+    split: str,
+    num_images: int,
+    epochs: int,
+    num_workers: int,
+    effort: Effort,
+) -> Result:
+    """Seconds of each epoch; every round starts both loaders afresh."""
+    setting = wardrobe.setting
+    with tempfile.TemporaryDirectory() as scratch:
+        if data_root is None:
+            data_root = Path(scratch, "demo")
+            write_demo(data_root, num_train=num_images + 2, num_val=3, size=_demo_size(wardrobe))
+        material = open_material(
+            data_root,
+            split,
+            image_size=setting.image_size,
+            num_images=num_images,
+            max_masks=setting.boxes,
+            cache=Path(scratch, "cache"),
+        )
+        shape = {"epochs": epochs, "steps": _steps_in_epoch(material, setting.num_images)}
+        runs = _runs(wardrobe, material, num_workers=num_workers, **shape)
+        for name in runs:
+            make_ready(wardrobe, name)
+        seconds: dict[str, list[list[float]]] = {name: [] for name in [*runs, AGAIN]}
+        for _ in range(effort.rounds):
+            for name in seconds:
+                run = runs[PLAIN if name == AGAIN else name]
+                seconds[name].append(_time_epochs(run, device=setting.device, **shape))
+        phases = {name: _time_phases(wardrobe, name, run=run) for name, run in runs.items()}
+    images = _steps_in_epoch(material, setting.num_images) * setting.num_images
+    mode = "frozen" if setting.frozen else "full"
+    head = (
+        f"| end to end, {mode}, {material.name}, {images} images, {setting.image_size} px "
+        "| first epoch, s | later, s | images/s | faster, first | faster, later |"
+    )
+    rows = [_row(name, seconds, images=images) for name in seconds]
+    text = f"{table(head, rows)}\n\n{phase_table(phases)}"
+    return Result(text, {"mode": mode, "seconds": seconds, "phases": phases, "images": images})
+
+
+def _demo_size(wardrobe: Wardrobe) -> int:
+    # As large as the model's input, so that decoding and resizing have their usual share.
+    return max(64, min(wardrobe.setting.image_size, 1024))
+
+
+def _steps_in_epoch(material: Material, batch_size: int) -> int:
+    return len(material.plain) // batch_size
+
+
+def _runs(
+    wardrobe: Wardrobe, material: Material, *, epochs: int, steps: int, num_workers: int
+) -> dict[str, Run]:
+    batch_size = wardrobe.setting.num_images
+
+    def plain(trainer: PlainTrainer) -> Run:
+        return lambda: (
+            itertools.chain.from_iterable(
+                plain_loader(material.plain, batch_size=batch_size) for _ in range(epochs)
+            ),
+            trainer.train_step,
+        )
+
+    def own() -> tuple[Iterator[Any], Callable[[Any], Any]]:
+        loader = train_loader(
+            material.own, batch_size=batch_size, steps=epochs * steps, num_workers=num_workers
+        )
+        return iter(loader), lambda batch: wardrobe.samft.train_step([batch])
+
+    runs = {PLAIN: plain(wardrobe.plain)}
+    if wardrobe.setting.device.type == "cuda":
+        runs[PLAIN_AMP] = plain(wardrobe.plain_amp)
+    return {**runs, SAMFT: own}
+
+
+def _time_epochs(run: Run, *, epochs: int, steps: int, device: torch.device) -> list[float]:
+    times = [now(device)]
+    batches, take = run()
+    for _ in range(epochs):
+        for _ in range(steps):
+            take(next(batches))
+        times.append(now(device))
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def _time_phases(wardrobe: Wardrobe, name: str, *, run: Run) -> dict[str, float]:
+    # Of a few steps more: on a GPU, waiting after each phase would have slowed those above.
+    clock = PhaseClock(wardrobe.setting.device)
+    batches, take = run()
+    take(next(batches))  # starts the workers
+    fetch = clock.wrap(next, "data")
+    with clock.watch(wardrobe.spans(name)):
+        for _ in range(_PHASE_STEPS):
+            take(fetch(batches))
+    return {phase: spent / _PHASE_STEPS for phase, spent in clock.seconds.items()}
+
+
+def _row(name: str, seconds: Mapping[str, list[list[float]]], *, images: int) -> str:
+    own, plain = ([(e[0], statistics.mean(e[1:])) for e in seconds[n]] for n in (name, PLAIN))
+    first, later = (statistics.median(column) for column in zip(*own, strict=True))
+    faster = [
+        ratios(reference, column)
+        for reference, column in zip(zip(*plain, strict=True), zip(*own, strict=True), strict=True)
+    ]
+    return f"| {name} | {first:.2f} | {later:.2f} | {images / later:.3g} | {' | '.join(faster)} |"

@@ -55,15 +55,17 @@ class Setting:
 class CachedSam(PromptedSam):
     """Takes image embeddings where images are expected, as a step does whose encoder is cached."""
 
-    def embed(self, images: Tensor, input_sizes: Tensor | None = None) -> Tensor:
+    def embed(
+        self, images: Tensor, input_sizes: Tensor | None = None, *, cached: Tensor | None = None
+    ) -> Tensor:
         """The embeddings that were given."""
         return images
 
 
-def random_sam(setting: Setting) -> Sam:
+def random_sam(setting: Setting, *, attention: str) -> Sam:
     """The same random weights at each call, also where a fresh model has zeros."""
     torch.manual_seed(0)
-    sam = build_sam(setting.model_type, setting.image_size)
+    sam = build_sam(setting.model_type, setting.image_size, attention=attention)
     with torch.no_grad():
         for parameter in sam.parameters():
             if not parameter.any():
@@ -152,7 +154,7 @@ class Wardrobe:
     @cached_property
     def plain(self) -> PlainTrainer:
         """The plain recipe, as it was before anyone knew which weights boxes do not reach."""
-        sam = random_sam(self.setting)
+        sam = random_sam(self.setting, attention="stock")
         for name, parameter in sam.named_parameters():
             frozen = self.setting.frozen and name.startswith("image_encoder.")
             parameter.requires_grad_(not frozen)
@@ -168,7 +170,7 @@ class Wardrobe:
     @cached_property
     def samft(self) -> Trainer:
         """From images."""
-        return samft_trainer(PromptedSam(random_sam(self.setting)))
+        return samft_trainer(PromptedSam(random_sam(self.setting, attention="fast")))
 
     @cached_property
     def cached(self) -> Trainer:

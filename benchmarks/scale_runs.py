@@ -225,7 +225,8 @@ def _train(
     marks: _Marks | None = None,
 ) -> float:
     rank, world_size = get_rank(), get_world_size()
-    trainer = samft_trainer(PromptedSam(random_sam(job.setting(job.global_batch))))
+    sam = random_sam(job.setting(job.global_batch), attention="fast")
+    trainer = samft_trainer(PromptedSam(sam))
     if marks is not None and world_size > 1:
         trainer.wrapped.register_comm_hook(None, marks.hook)  # type: ignore[operator]
     batch_size = job.global_batch // world_size

@@ -35,11 +35,24 @@ _PEAK_FLOPS = {
 }
 
 
+_clock = time.perf_counter
+
+
+def count_core_seconds() -> None:
+    """From now on, time is what this process has had cores for.
+
+    Ratios hold on a machine where other work comes and goes, but for what that does to caches and
+    memory. Of no use where other processes work for this one, as a loader's workers do.
+    """
+    global _clock
+    _clock = time.process_time
+
+
 def now(device: torch.device) -> float:
     """Seconds, after all that the device has been given is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return _clock()
 
 
 @dataclass(frozen=True)

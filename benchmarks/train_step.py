@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.dresses import Setting, Wardrobe, assert_equal
 from benchmarks.end_to_end import measure_epochs
-from benchmarks.measure import Effort, machine, peak_flops
+from benchmarks.measure import Effort, count_core_seconds, machine, peak_flops
 from benchmarks.scopes import (
     Result,
     dresses_of,
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=16,
         help="limit of a process measured on the CPU; 0: skip",
     )
+    add("--core_seconds", action="store_true", help="of a busy CPU; not for end-to-end")
     add("--data_root", type=Path, help="of the end-to-end scope; the demo dataset by default")
     add("--split", default="train")
     add("--epochs", type=int, default=2)
@@ -80,6 +81,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args = parser.parse_args(words, parser.parse_args(_QUICK))
     if args.warm_up is None:
         args.warm_up = 3 if args.device == "cuda" else 1
+    if args.core_seconds and (args.device == "cuda" or "end-to-end" in args.scopes):
+        parser.error("--core_seconds: neither for a GPU nor for the end-to-end scope.")
     return args
 
 
@@ -139,8 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"scope": args.scopes[0], "memory_gib": args.memory_gib}
         print(json.dumps(measure_peak(setting, args.peak_of, **options)))
         return
+    if args.core_seconds:
+        count_core_seconds()
     where = machine(torch.device(args.device))
-    print(f"{where}; {args.rounds} round(s).", flush=True)
+    clock = "seconds of cores" if args.core_seconds else "wall clock"
+    print(f"{where}; {args.rounds} round(s), {clock}.", flush=True)
     figures: list[dict[str, object]] = []
     for scope, result in measure(args):
         print(f"\n{result.text}", flush=True)

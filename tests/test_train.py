@@ -207,7 +207,7 @@ def the_paragraph(stderr: str) -> str:
 def test_bad_input_is_one_paragraph_before_any_model(
     prepare, said, data, tmp_path, monkeypatch, capsys
 ):
-    def build(*_: Any) -> None:
+    def build(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
 
     monkeypatch.setattr(assemble, "build_sam", build)
@@ -223,7 +223,7 @@ def test_bad_input_is_one_paragraph_before_any_model(
 
 
 def test_no_model_is_built_is_a_test_that_can_fail(data, tmp_path, monkeypatch, capsys):
-    def build(*_: Any) -> None:
+    def build(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
 
     monkeypatch.setattr(assemble, "build_sam", build)
@@ -278,7 +278,7 @@ def test_run_that_is_not_finite_fails_with_1(data, tmp_path, capsys):
 
 
 def test_bug_fails_with_1_and_its_traceback(data, tmp_path, monkeypatch, capsys):
-    def build(*_: Any) -> None:
+    def build(*_: Any, **__: Any) -> None:
         raise IndexError("a bug")
 
     monkeypatch.setattr(assemble, "build_sam", build)

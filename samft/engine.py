@@ -102,13 +102,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         window = torch.zeros_like(self.window)
+        # DDP averages over ranks, hence the world size.
+        weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
         for number, batch in enumerate(micro_batches):
             self.bad_images.update(batch.bad_images)
             with self._sync_gradients(number == len(micro_batches) - 1):
-                losses = self._forward(batch.to(self.device, non_blocking=True))
-                # DDP averages over ranks, hence the world size.
-                loss = losses.total.sum() * (get_world_size() / max(num_masks, 1))
-                self.scaler.scale(loss).backward()
+                total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
+                self.scaler.scale(total * weight).backward()
             window += _sums(losses, num_images=len(batch.image_ids))
         taken = self._update()
         self.progress.position += 1
@@ -123,22 +123,19 @@ class Trainer:
             return contextlib.nullcontext()
         return self.wrapped.no_sync()
 
-    def _forward(self, batch: Batch) -> MaskLosses:
+    def _forward(self, batch: Batch, weight: Tensor) -> tuple[Tensor, MaskLosses]:
         with self._autocast():
-            mask_logits, iou_predicted = self.wrapped(
+            total, losses = self.wrapped(
                 batch.images,
                 batch.boxes,
                 batch.image_index,
                 input_sizes=batch.input_sizes,
                 embeddings=batch.embeddings,
+                loss=self.loss,
+                targets=batch.targets,
+                gradient=self.scaler.scale(weight),
             )
-        return self.loss(
-            mask_logits,
-            iou_predicted,
-            targets=batch.targets,
-            image_index=batch.image_index,
-            input_sizes=batch.input_sizes,
-        )
+        return total, MaskLosses(*losses)
 
     def _update(self) -> bool:
         self.scaler.unscale_(self.optimizer)

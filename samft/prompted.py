@@ -1,10 +1,15 @@
 """PromptedSam: the module that is trained, and that DistributedDataParallel wraps."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import samft.torchvision_cure  # noqa: F401  (before all that imports torchvision)
-from samft.decoder import decode_boxes
+from samft.box_chunks import BoxDecoder, Inputs, auto_mask_chunk, free_memory
+from samft.decoder import Tensors, choose_decoder
 
 from segment_anything.modeling import Sam
 
@@ -14,12 +19,14 @@ class PromptedSam(nn.Module):
 
     Attributes:
         sam: The wrapped `segment_anything` model; its state dict is what is saved.
+        decoder: `fast`, or `stock` for the package's own modules.
+        mask_chunk: Boxes decoded at once; None: as memory allows.
     """
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam, *, decoder: str = "fast", mask_chunk: int | None = None) -> None:
         """Wraps a SAM without copying it."""
         super().__init__()
-        self.sam = sam
+        self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
 
     def preprocess(self, images: Tensor, input_sizes: Tensor | None) -> Tensor:
         """Normalises images on the device; the padding becomes zero, as in `Sam.preprocess`.
@@ -76,19 +83,27 @@ class PromptedSam(nn.Module):
         Returns:
             Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M].
         """
+        return self._box_decoder(image_index).decode(self._prompted(embeddings, boxes))
+
+    def _box_decoder(self, image_index: Tensor) -> BoxDecoder:
+        if self.mask_chunk is None:  # once, so that steps add up in one order
+            encoder, device = self.sam.prompt_encoder, self.sam.device
+            num_values = math.prod(encoder.image_embedding_size) * encoder.embed_dim
+            free = free_memory(device)
+            self.mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
+        module = self.sam.mask_decoder
+        return BoxDecoder(
+            module, choose_decoder(module, self.decoder), image_index, self.mask_chunk
+        )
+
+    def _prompted(self, embeddings: Tensor, boxes: Tensor) -> Inputs:
         prompt_encoder = self.sam.prompt_encoder
         # Positions are a matrix product: in bf16, a corner would be off by pixels.
         with torch.autocast(boxes.device.type, enabled=False):
             sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
             image_pe = prompt_encoder.get_dense_pe()
-        return decode_boxes(
-            self.sam.mask_decoder,
-            embeddings,
-            image_index=image_index,
-            image_pe=image_pe,
-            sparse_embeddings=sparse,
-            dense_embedding=prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1),
-        )
+        dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return Inputs(embeddings, image_pe, dense, sparse)
 
     def forward(
         self,
@@ -98,8 +113,14 @@ class PromptedSam(nn.Module):
         *,
         input_sizes: Tensor | None = None,
         embeddings: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Predicts the mask of each box; see `preprocess` and `decode` for shapes and frames.
+        loss: Callable[..., Tensors] | None = None,
+        targets: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Predicts the mask of each box; with a loss, only says how good they are.
+
+        See `preprocess` and `decode` for shapes and frames. With a loss, no more than `mask_chunk`
+        masks are in memory at a time (`box_chunks`).
 
         Args:
             images: uint8 [N, 3, S, S], or float already preprocessed.
@@ -107,16 +128,32 @@ class PromptedSam(nn.Module):
             image_index: int64 [M].
             input_sizes: int [N, 2], or None where the images fill the frame.
             embeddings: float [N, C, S/16, S/16], to be used in the place of images.
+            loss: `losses.mask_losses` with its weights and image size set, or alike.
+            targets: uint8 [M, s, s], for the loss.
+            gradient: float32 scalar, what the sum of the loss is going to be multiplied by before
+                backward; None: 1. Any is right, but in float16 small gradients could be lost.
 
         Returns:
-            Mask logits [M, S/4, S/4] and predicted IoU [M].
+            Mask logits [M, S/4, S/4] and predicted IoU [M]; or, with a loss, the sum of its first
+            tensor, and the tensors that it returns, [M] each, without a gradient.
         """
         embeddings = self.embed(images, input_sizes, cached=embeddings)
-        return self.decode(embeddings, boxes, image_index)
+        if loss is None:
+            return self.decode(embeddings, boxes, image_index)
+        assert targets is not None and input_sizes is not None
+
+        def loss_of(mask_logits: Tensor, iou_predicted: Tensor, part: slice) -> Tensors:
+            index, wanted = image_index[part], targets[part]
+            sizes = {"image_index": index, "input_sizes": input_sizes}
+            return loss(mask_logits, iou_predicted, targets=wanted, **sizes)
+
+        gradient = boxes.new_ones(()) if gradient is None else gradient
+        inputs, decoder = self._prompted(embeddings, boxes), self._box_decoder(image_index)
+        return decoder.sum_losses(inputs, loss=loss_of, gradient=gradient)
 
 
-def inside_image(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:
-    """The share of each cell of the model frame that lies inside the image, not in the padding.
+def inside_sides(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:
+    """The share of each row and column of the model frame inside the image, not in the padding.
 
     Args:
         input_sizes: int [N, 2], height and width of the image in the frame, in pixels.
@@ -124,8 +161,14 @@ def inside_image(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:
         cell: Side of a cell in pixels of the model frame.
 
     Returns:
-        float32 [N, size, size], 1 inside, 0 in the padding, between on cells that straddle.
+        float32 [N, 2, size], rows then columns: 1 inside, 0 in the padding, between where the
+        image ends in a cell. The share of a cell is the product of its row's and its column's.
     """
     starts = torch.arange(size, device=input_sizes.device, dtype=torch.float32) * cell
-    shares = ((input_sizes[..., None] - starts) / cell).clamp(0, 1)
-    return shares[:, 0, :, None] * shares[:, 1, None, :]
+    return ((input_sizes[..., None] - starts) / cell).clamp(0, 1)
+
+
+def inside_image(input_sizes: Tensor, size: int) -> Tensor:
+    """Which pixels of the model frame lie inside the image: float32 [N, size, size], 1 or 0."""
+    rows, columns = inside_sides(input_sizes, size).unbind(1)
+    return rows[:, :, None] * columns[:, None, :]

@@ -11,10 +11,13 @@ from torch.nn.functional import interpolate
 from torch.nn.parallel import DistributedDataParallel
 
 from gloo_pool import GlooPool
+from samft import pixel_sums
 from samft.distributed import all_reduce_sum, get_rank, get_world_size
-from samft.losses import MaskLosses, dice_loss, focal_loss, mask_iou, mask_losses
+from samft.losses import MaskLosses, mask_losses
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze
+
+from torchvision.ops import sigmoid_focal_loss
 
 S = 64  # the model frame; logits and low targets are 16 x 16
 LOW = S // 4
@@ -40,6 +43,32 @@ def losses_of(mask_logits: Tensor, target: Tensor, **changes: Any) -> MaskLosses
     }
     iou_predicted = arguments.pop("iou_predicted", torch.zeros(count))
     return mask_losses(mask_logits, iou_predicted, **arguments)
+
+
+def plain_losses(
+    mask_logits: Tensor,
+    iou_predicted: Tensor,
+    *,
+    targets: Tensor,
+    inside: Tensor,
+    pixel_area: float = 1.0,
+) -> MaskLosses:
+    """The recipe, written out for autograd, at the resolution of the targets.
+
+    Logits, targets (shares of 1) and `inside` are float [M, s, s].
+    """
+    focal = sigmoid_focal_loss(mask_logits, targets, alpha=0.25, gamma=2.0)
+    focal = (focal * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    probabilities = mask_logits.sigmoid() * inside
+    overlap = pixel_area * (probabilities * targets).sum((1, 2))
+    total = pixel_area * (probabilities + targets * inside).sum((1, 2))
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    truth = targets >= targets.amax((1, 2), keepdim=True).clamp(min=1e-6, max=0.5)
+    masks = (mask_logits > 0) & (inside > 0)
+    common, union = (masks & truth).sum((1, 2)).float(), (masks | truth).sum((1, 2)).float()
+    iou_actual = torch.where(union > 0, common / union.clamp(min=1), 1.0)
+    iou = (iou_predicted - iou_actual).square()
+    return MaskLosses(20 * focal + dice + iou, focal, dice, iou, iou_actual)
 
 
 def near(value: float, **tolerance: float) -> Any:
@@ -222,22 +251,78 @@ def test_every_mask_is_cut_to_its_own_image() -> None:
         torch.testing.assert_close(together.total[number], alone.total[0])
 
 
-def test_at_the_inputs_resolution_logits_are_upsampled() -> None:
-    logits, sizes = torch.randn(2, LOW, LOW), torch.tensor([[40, S]])
-    target = torch.zeros(2, S, S)
-    target[:, 3:30, 10:50] = 1
-    losses = losses_of(logits, target, targets=target.to(torch.uint8), input_sizes=sizes)
-    large = interpolate(logits[:, None], (S, S), mode="bilinear", align_corners=False)[:, 0]
-    inside = torch.zeros(2, S, S)
-    inside[:, :40] = 1
-    torch.testing.assert_close(losses.focal, focal_loss(large, target, inside))
-    torch.testing.assert_close(losses.dice, dice_loss(large, target, inside))
-    found, wanted = (large > 0) & (inside > 0), target > 0
-    iou = (found & wanted).sum((1, 2)) / (found | wanted).sum((1, 2))
-    torch.testing.assert_close(losses.iou_actual, iou)
-    # Far from any edge both resolutions tell the same story.
-    flat = losses_of(torch.zeros(1, LOW, LOW), truth(), targets=torch.zeros(1, S, S).byte())
-    assert flat.focal.item() == near(0.75 * 0.25 * math.log(2))
+@pytest.mark.parametrize("side", [LOW, S])
+@pytest.mark.parametrize("at_once", [1, 2 * S * S, 2**20])
+def test_the_same_as_written_out_with_autograd(
+    side: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pixel_sums.PIXELS_AT_ONCE, "cpu", at_once)
+    cell, full = S // side, 255 if side == LOW else 1
+    sizes, index = torch.tensor([[38, S], [S, S], [S, 46]]), torch.tensor([2, 0, 1, 0, 0])
+    targets = torch.randint(0, full + 1, (5, side, side)).to(torch.uint8)
+    targets[2] = 0
+    rows, columns = (
+        ((sizes[:, k, None] - torch.arange(side) * cell) / cell).clamp(0, 1) for k in (0, 1)
+    )
+    inside = (rows[:, :, None] * columns[:, None, :])[index]
+    found: list[tuple[MaskLosses, Tensor, Tensor]] = []
+    start, predicted = 4 * torch.randn(5, LOW, LOW), torch.rand(5)
+    for ours in (True, False):
+        logits, iou = start.clone().requires_grad_(), predicted.clone().requires_grad_()
+        if ours:
+            places = {"image_index": index, "input_sizes": sizes, "image_size": S}
+            losses = mask_losses(logits, iou, targets=targets, **places)
+        else:
+            large = interpolate(logits[:, None], (side, side), mode="bilinear")[:, 0]
+            shares = targets / full
+            losses = plain_losses(large, iou, targets=shares, inside=inside, pixel_area=cell**2)
+        (losses.total * torch.arange(1, 6)).sum().backward()
+        assert logits.grad is not None and iou.grad is not None
+        found.append((losses, logits.grad, iou.grad))
+    (ours_, gradient, iou_gradient), (plain, plain_gradient, plain_iou_gradient) = found
+    for mine, theirs in zip(ours_, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    scale = plain_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, plain_gradient, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(iou_gradient, plain_iou_gradient)
+
+
+def test_gradients_in_float64_are_those_of_finite_differences() -> None:
+    logits = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    sides = torch.rand(2, 2, 12)
+    targets = torch.randint(0, 256, (2, 12, 12)).to(torch.uint8)
+    small = targets[:, :3, :3]
+
+    def sums(values: Tensor, wanted: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
+        return pixel_sums.pixel_sums(values, wanted, shares, full=255.0)[:3]
+
+    assert torch.autograd.gradcheck(lambda z: sums(z, targets, sides), logits)
+    assert torch.autograd.gradcheck(lambda z: sums(z, small, sides[..., :3]), logits)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_shrinking_is_the_transpose_of_upsampling(length: int) -> None:
+    small = torch.randn(2, length, length, dtype=torch.float64, requires_grad=True)
+    large = interpolate(small[:, None], scale_factor=4, mode="bilinear")[:, 0]
+    weights = torch.randn_like(large)
+    (expected,) = torch.autograd.grad(large, small, weights)
+    found = pixel_sums.shrink(pixel_sums.shrink(weights, 1), 2)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("side", [LOW, S])
+def test_what_is_kept_for_backward_does_not_grow_with_the_resolution(side: int) -> None:
+    logits = torch.randn(6, LOW, LOW, requires_grad=True)
+    targets = torch.ones(6, side, side, dtype=torch.uint8)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = 0 if tensor.dtype == torch.uint8 else tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses_of(logits, truth(), targets=targets)
+    assert logits.nbytes <= sum(kept.values()) < 2 * logits.nbytes
 
 
 def test_losses_are_float32_under_autocast() -> None:
@@ -259,7 +344,6 @@ def test_losses_are_float32_under_autocast() -> None:
 def test_no_masks_cost_nothing() -> None:
     losses = losses_of(torch.zeros(0, LOW, LOW), truth())
     assert losses.total.shape == (0,) and losses.total.sum().item() == 0
-    assert mask_iou(*[torch.zeros(0, 4, 4)] * 3).shape == (0,)
 
 
 # One step over three images with 3, 1 and 2 masks: rank 0 has the first, rank 1 the others.
@@ -321,6 +405,6 @@ def test_dice_of_a_tiny_object_is_the_same_at_either_resolution() -> None:
     low, full = torch.zeros(1, LOW, LOW), torch.zeros(1, S, S)
     low[0, 3, 5], full[0, 12:16, 20:24] = 1, 1
     for logit in (-20.0, 0.0, 20.0):
-        at_low = dice_loss(torch.full_like(low, logit), low, torch.ones_like(low), pixel_area=CELL)
-        at_full = dice_loss(torch.full_like(full, logit), full, torch.ones_like(full))
-        torch.testing.assert_close(at_low, at_full)
+        logits = torch.full_like(low, logit)
+        at_full = losses_of(logits, full, targets=full.byte())
+        torch.testing.assert_close(losses_of(logits, low).dice, at_full.dice)

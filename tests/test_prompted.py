@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samft.prompted import PromptedSam, inside_image
+from samft.prompted import PromptedSam, inside_image, inside_sides
 from samft.sam import build_sam
 
 from segment_anything.modeling import Sam
@@ -128,14 +128,13 @@ def test_it_wraps_without_copying(tiny: Sam) -> None:
     assert list(model.state_dict()) == [f"sam.{name}" for name in tiny.state_dict()]
 
 
-def test_inside_image_is_the_share_of_each_cell() -> None:
-    shares = inside_image(torch.tensor([[6, 9], [16, 16], [1, 16]]), 4, cell=4)
-    rows, columns = torch.tensor([1, 0.5, 0, 0]), torch.tensor([1, 1, 0.25, 0])
-    assert torch.equal(shares[0], rows[:, None] * columns)
-    assert torch.equal(shares[1], torch.ones(4, 4))
-    assert torch.equal(shares[2], torch.tensor([0.25, 0, 0, 0])[:, None].expand(4, 4))
+def test_inside_sides_are_the_shares_of_rows_and_columns() -> None:
+    shares = inside_sides(torch.tensor([[6, 9], [16, 16], [1, 16]]), 4, cell=4)
+    assert torch.equal(shares[0], torch.tensor([[1, 0.5, 0, 0], [1, 1, 0.25, 0]]))
+    assert torch.equal(shares[1], torch.ones(2, 4))
+    assert torch.equal(shares[2, 0], torch.tensor([0.25, 0, 0, 0]))
     # The shares of all cells add up to the image's pixels.
-    assert shares.sum((1, 2)).tolist() == [6 * 9 / 16, 16.0, 1.0]
+    assert shares.sum(2).prod(1).tolist() == [6 * 9 / 16, 16.0, 1.0]
 
 
 def test_inside_image_at_pixels_is_one_or_zero() -> None:
@@ -147,8 +146,8 @@ def test_inside_image_at_pixels_is_one_or_zero() -> None:
 def test_autocast_does_not_blur_where_a_box_is() -> None:
     sam = build_sam("vit_tiny", 1024)
     seen: list[torch.Tensor] = []
-    sam.mask_decoder.transformer.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[2][:, -2:].float())
+    sam.mask_decoder.transformer.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0][:, -2:].float())
     )
     model = PromptedSam(sam)
     embeddings = torch.zeros(1, 128, 64, 64)

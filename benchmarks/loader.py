@@ -20,29 +20,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import samft.torchvision_cure  # noqa: F401
 from benchmarks.index import open_pycocotools
+from benchmarks.plain import PlainDataset, PlainSample
 from samft.coco import read_coco
 from samft.data import Coco2MaskDataset, train_loader
 from samft.layout import find_split
-from samft.samplers import Key, StepSampler
+from samft.samplers import StepSampler
 
 from segment_anything.utils.transforms import ResizeLongestSide
 
-PlainSample: TypeAlias = tuple[Tensor, Tensor, Tensor]  # image, boxes [K, 4], masks [K, S, S]
 Rounds: TypeAlias = dict[str, list[float]]  # seconds for each image, by loader
 Agreement: TypeAlias = tuple[float, float, float]  # IoU of samft's mask with each of _REFERENCES
 
-_MEAN = np.array([123.675, 116.28, 103.53], dtype=np.float32)
-_STD = np.array([58.395, 57.12, 57.375], dtype=np.float32)
 _WARM_UP = 4  # batches: the worker starts, and its queue fills
 _SAMFT_EPOCHS = 4  # of the timed images, to one of the plain loaders, which take long enough
 _SMALLEST = 32  # px at the loss resolution, longest side of the box
@@ -56,59 +51,6 @@ _LOADERS = {
     "uint8": "plain, uint8 masks",
     "float32": "plain, float32 masks",
 }
-
-
-class PlainDataset(Dataset[PlainSample]):
-    """Samples as a loader gives them that was written without thought of what they cost.
-
-    Args:
-        coco: The annotation file.
-        image_folder: What its file names are relative to.
-        objects: For each image its id and the ids of its objects.
-        image_size: Side S of the input frame.
-        mask_type: What masks are handed on as: uint8, or the float32 that the loss wants.
-    """
-
-    def __init__(
-        self,
-        coco: COCO,
-        image_folder: Path,
-        *,
-        objects: Sequence[tuple[int, list[int]]],
-        image_size: int,
-        mask_type: torch.dtype,
-    ) -> None:
-        self.coco = coco
-        self.image_folder = image_folder
-        self.objects = objects
-        self.image_size = image_size
-        self.mask_type = mask_type
-        self.transform = ResizeLongestSide(image_size)
-
-    def __len__(self) -> int:
-        return len(self.objects)
-
-    def __getitem__(self, key: Key | int) -> PlainSample:
-        image_id, object_ids = self.objects[key[1] if isinstance(key, tuple) else key]
-        path = self.image_folder / self.coco.loadImgs(image_id)[0]["file_name"]
-        image: Any = cv2.imread(str(path))
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        entries = self.coco.loadAnns(object_ids)
-        masks = [self.transform.apply_image(self.coco.annToMask(entry)) for entry in entries]
-        corners = np.array([entry["bbox"] for entry in entries])
-        corners[:, 2:] += corners[:, :2]
-        boxes = self.transform.apply_boxes(corners, image.shape[:2])
-        pixels = (self.transform.apply_image(image).astype(np.float32) - _MEAN) / _STD
-        return (
-            torch.from_numpy(self._pad(pixels).transpose(2, 0, 1).copy()),
-            torch.from_numpy(boxes).float(),
-            torch.from_numpy(np.stack([self._pad(mask) for mask in masks])).to(self.mask_type),
-        )
-
-    def _pad(self, array: NDArray[Any]) -> NDArray[Any]:
-        bottom, right = self.image_size - array.shape[0], self.image_size - array.shape[1]
-        padding = ((0, bottom), (0, right), (0, 0))
-        return np.pad(array, padding[: array.ndim])
 
 
 def _only(samples: list[PlainSample]) -> PlainSample:
@@ -172,7 +114,7 @@ def _compare(plain: PlainDataset, targets: NDArray[np.bool_]) -> Iterable[Agreem
     side = plain.image_size // 4
     scale = side / max(image["height"], image["width"])
     compared = [k for k, e in enumerate(entries) if max(e["bbox"][2:]) * scale >= _SMALLEST]
-    masks = plain[0][2].numpy() if compared else np.zeros(0)
+    masks = plain[0].masks.numpy() if compared else np.zeros(0)
     for k in compared:
         averaged = _average(plain.coco.annToMask(entries[k]), side)
         cells = masks[k].reshape(side, 4, side, 4).sum(axis=(1, 3))

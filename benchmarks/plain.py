@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import samft.torchvision_cure  # noqa: F401
 from samft.sam import PIXEL_MEAN, PIXEL_STD
+from samft.samplers import Key
 
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
@@ -39,7 +40,7 @@ class PlainSample:
 
     image: Tensor  # float32 [3, S, S], normalised, padded with zeros
     boxes: Tensor  # float32 [K, 4], input frame
-    masks: Tensor  # float32 [K, S, S]
+    masks: Tensor  # float32 or uint8 [K, S, S], 0 and 1
     input_size: tuple[int, int]  # h, w of the image inside of the frame
 
     def to(self, device: torch.device) -> "PlainSample":
@@ -130,7 +131,8 @@ class PlainDataset(Dataset[PlainSample]):
         image_folder: What its file names are relative to.
         objects: For each image its id and the ids of its objects.
         image_size: Side S of the input frame.
-        max_masks: Objects of an image, drawn at random where there are more.
+        max_masks: Objects of an image, drawn at random where there are more; None: all, in order.
+        mask_type: What masks are handed on as: the float32 that the loss wants, or uint8.
     """
 
     def __init__(
@@ -140,25 +142,29 @@ class PlainDataset(Dataset[PlainSample]):
         *,
         objects: Sequence[tuple[int, list[int]]],
         image_size: int,
-        max_masks: int,
+        max_masks: int | None = None,
+        mask_type: torch.dtype = torch.float32,
     ) -> None:
         self.coco = coco
         self.image_folder = image_folder
         self.objects = objects
         self.image_size = image_size
         self.max_masks = max_masks
+        self.mask_type = mask_type
         self.transform = ResizeLongestSide(image_size)
 
     def __len__(self) -> int:
         return len(self.objects)
 
-    def __getitem__(self, i: int) -> PlainSample:
-        image_id, object_ids = self.objects[i]
+    def __getitem__(self, key: int | Key) -> PlainSample:
+        image_id, object_ids = self.objects[key[1] if isinstance(key, tuple) else key]
         path = self.image_folder / self.coco.loadImgs(image_id)[0]["file_name"]
         image: Any = cv2.imread(str(path))
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        chosen = torch.randperm(len(object_ids))[: self.max_masks].tolist()
-        entries = self.coco.loadAnns([object_ids[k] for k in chosen])
+        if self.max_masks is not None:
+            chosen = torch.randperm(len(object_ids))[: self.max_masks].tolist()
+            object_ids = [object_ids[k] for k in chosen]
+        entries = self.coco.loadAnns(object_ids)
         masks = [self.transform.apply_image(self.coco.annToMask(entry)) for entry in entries]
         corners = np.array([entry["bbox"] for entry in entries])
         corners[:, 2:] += corners[:, :2]
@@ -168,7 +174,7 @@ class PlainDataset(Dataset[PlainSample]):
         return PlainSample(
             torch.from_numpy(self._pad(pixels).transpose(2, 0, 1).copy()),
             torch.from_numpy(boxes).float(),
-            torch.from_numpy(np.stack([self._pad(mask) for mask in masks])).float(),
+            torch.from_numpy(np.stack([self._pad(mask) for mask in masks])).to(self.mask_type),
             (resized.shape[0], resized.shape[1]),
         )
 

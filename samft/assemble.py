@@ -266,7 +266,7 @@ def build_model(
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
     asked = [part for part in PARTS if getattr(config, f"freeze_{part}")]
     unreachable = freeze(sam, asked)
-    model = PromptedSam(sam.to(device))
+    model = PromptedSam(sam.to(device), decoder=config.decoder, mask_chunk=config.mask_chunk)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     LOGGER.info(

@@ -21,7 +21,7 @@ FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image
-    attention""".split()
+    attention decoder mask_chunk""".split()
 )
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
@@ -127,6 +127,15 @@ class TrainConfig:
         "the image encoder's attention, the same numbers: fast: without N x N tensors; stock: "
         "segment_anything's own",
         choices=("fast", "stock"),
+    )
+    decoder: str = _setting(
+        "fast",
+        "the mask decoder, the same numbers: fast: image tokens not projected where prompts can "
+        "be; stock: segment_anything's own modules",
+        choices=("fast", "stock"),
+    )
+    mask_chunk: int | None = _setting(
+        None, "boxes decoded at once, which bounds memory; empty: as memory allows", at_least=1
     )
     loss_resolution: str = _setting(
         "low",

@@ -273,6 +273,12 @@ def test_the_encoder_has_the_attention_that_was_asked_for(data, attention):
     assert {isinstance(block, FastBlock) for block in blocks} == {attention == "fast"}
 
 
+def test_the_decoder_is_the_one_that_was_asked_for(data):
+    config = a_config(data, checkpoint_path="random", decoder="stock", mask_chunk=3)
+    model = assemble.build_model(config, None, CPU)
+    assert (model.decoder, model.mask_chunk) == ("stock", 3)
+
+
 def test_random_weights_are_said_loudly(data, caplog):
     assert assemble.load_weights(a_config(data, checkpoint_path="random")) is None
     assert [r.levelno for r in caplog.records if "RANDOM" in r.getMessage()] == [logging.WARNING]

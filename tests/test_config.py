@@ -83,6 +83,8 @@ OTHER: dict[str, Any] = {
     "box_jitter": 0.0,
     "augment": "scale",
     "attention": "stock",
+    "decoder": "stock",
+    "mask_chunk": 3,
     "category_names": "cat,dog",
     "min_mask_area": 16.0,
     "repeat_threshold": 0.001,

@@ -28,7 +28,7 @@ from segment_anything.modeling import MaskDecoder
 BYTES_PER_VALUE = 81
 SHARE_OF_FREE_MEMORY = 0.25
 # On a CPU more at once gains nothing: larger tensors are fetched anew from the system each time.
-MOST_BOXES = {"cpu": 4}
+MOST_BOXES = {"cpu": 8}
 OTHERWISE_MOST = 64
 
 

@@ -232,4 +232,4 @@ def test_a_chunk_is_what_a_quarter_of_the_memory_holds() -> None:
     assert auto_mask_chunk(at_1024, "cuda", free_memory=4 * 10 * box) == 10
     assert auto_mask_chunk(at_1024, "cuda", free_memory=80e9) == 64
     assert auto_mask_chunk(at_1024, "cuda", free_memory=0) == 1
-    assert auto_mask_chunk(at_1024, "cpu", free_memory=float("inf")) == 4
+    assert auto_mask_chunk(at_1024, "cpu", free_memory=float("inf")) == 8

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from benchmarks.measure import Span
 from benchmarks.plain import LEARNING_RATE, PlainSample, PlainTrainer
 from samft.assemble import pick_amp_dtype
-from samft.batch import Batch
+from samft.batch import NO_PIXELS, Batch
+from samft.box_chunks import BoxDecoder
 from samft.engine import Trainer
 from samft.losses import mask_losses
 from samft.optim import build_optimizer
@@ -50,16 +51,6 @@ class Setting:
     def num_masks(self) -> int:
         """Of a step."""
         return self.num_images * self.boxes
-
-
-class CachedSam(PromptedSam):
-    """Takes image embeddings where images are expected, as a step does whose encoder is cached."""
-
-    def embed(
-        self, images: Tensor, input_sizes: Tensor | None = None, *, cached: Tensor | None = None
-    ) -> Tensor:
-        """The embeddings that were given."""
-        return images
 
 
 def random_sam(setting: Setting, *, attention: str) -> Sam:
@@ -122,12 +113,12 @@ class Scene:
             samples.append(PlainSample(pixels, own, masks, self.input_size))
         return samples
 
-    def batch(self, *, exact: bool, images: Tensor | None = None) -> Batch:
-        """On the device, as samft's loader gives it; `images` may be embeddings instead."""
+    def batch(self, *, exact: bool, embeddings: Tensor | None = None) -> Batch:
+        """On the device, as samft's loader gives it; embeddings stand in for images."""
         count, masks = self.setting.num_images, self.setting.num_masks
         sizes = torch.tensor([self.input_size] * count)
         batch = Batch(
-            images=self.images if images is None else images,
+            images=self.images if embeddings is None else NO_PIXELS.expand(count, -1, -1, -1),
             boxes=self.boxes,
             image_index=torch.arange(count).repeat_interleave(self.setting.boxes),
             targets=torch.stack([self._target(k, exact=exact) for k in range(masks)]),
@@ -136,6 +127,7 @@ class Scene:
             image_ids=list(range(count)),
             object_ids=torch.arange(masks),
             truths=[],
+            embeddings=embeddings,
         )
         return batch.to(self.setting.device)
 
@@ -169,13 +161,8 @@ class Wardrobe:
 
     @cached_property
     def samft(self) -> Trainer:
-        """From images."""
+        """From images, or from embeddings."""
         return samft_trainer(PromptedSam(random_sam(self.setting, attention="fast")))
-
-    @cached_property
-    def cached(self) -> Trainer:
-        """From embeddings; with the weights of `samft`."""
-        return samft_trainer(CachedSam(self.samft.model.sam))
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -202,24 +189,23 @@ class Wardrobe:
             trainer = self.plain if name == PLAIN else self.plain_amp
             return partial(trainer.train_step, self.samples)
         cached, exact = name.startswith(CACHED), name.endswith("exact loss")
-        batch = self.scene.batch(exact=exact, images=self.embeddings if cached else None)
-        return partial((self.cached if cached else self.samft).train_step, [batch])
+        batch = self.scene.batch(exact=exact, embeddings=self.embeddings if cached else None)
+        return partial(self.samft.train_step, [batch])
 
     def spans(self, name: str) -> list[Span]:
         """Where the phases of the dress's step begin and end."""
         if name in (PLAIN, PLAIN_AMP):
             trainer = self.plain if name == PLAIN else self.plain_amp
             return plain_spans(trainer)
-        return samft_spans(self.cached if name.startswith(CACHED) else self.samft)
+        return samft_spans(self.samft)
 
     def decoder_step(self, name: str) -> Callable[[], Any]:
         """Decoder and loss, forward and backward, from the embeddings."""
         if name == PLAIN:
             embeddings, samples = self.embeddings, self.samples
             return lambda: backward(self.plain.sam, self.plain.decoder_loss(embeddings, samples))
-        trainer = self.cached
-        batch = self.scene.batch(exact=name == SAMFT_EXACT, images=self.embeddings)
-        return lambda: backward(trainer.model, samft_loss(trainer, batch))
+        batch = self.scene.batch(exact=name == SAMFT_EXACT, embeddings=self.embeddings)
+        return lambda: backward(self.samft.model, samft_loss(self.samft, batch))
 
 
 def plain_spans(trainer: PlainTrainer) -> list[Span]:
@@ -233,11 +219,13 @@ def plain_spans(trainer: PlainTrainer) -> list[Span]:
 
 
 def samft_spans(trainer: Trainer) -> list[Span]:
-    """The phases of samft's step."""
+    """The phases of samft's step, which takes the decoder's gradients together with its losses."""
+    prompt_encoder = trainer.model.sam.prompt_encoder
     return [
         (trainer.model, "embed", "encoder"),
-        (trainer.model, "decode", "decoder + loss"),
-        (trainer, "loss", "decoder + loss"),
+        (prompt_encoder, "forward", "decoder + loss"),
+        (prompt_encoder, "get_dense_pe", "decoder + loss"),
+        (BoxDecoder, "sum_losses", "decoder + loss"),
         *_update_spans(trainer.optimizer),
     ]
 
@@ -253,17 +241,18 @@ def _update_spans(optimizer: torch.optim.Optimizer) -> list[Span]:
 
 def samft_loss(trainer: Trainer, batch: Batch) -> Tensor:
     """Mean loss over all masks of a batch, in float32."""
-    mask_logits, iou_predicted = trainer.model(
-        batch.images, batch.boxes, batch.image_index, input_sizes=batch.input_sizes
-    )
-    losses = trainer.loss(
-        mask_logits,
-        iou_predicted,
-        targets=batch.targets,
-        image_index=batch.image_index,
+    weight = torch.tensor(1 / batch.num_masks, device=batch.boxes.device)
+    total, _ = trainer.model(
+        batch.images,
+        batch.boxes,
+        batch.image_index,
         input_sizes=batch.input_sizes,
+        embeddings=batch.embeddings,
+        loss=trainer.loss,
+        targets=batch.targets,
+        gradient=weight,
     )
-    return losses.total.mean()
+    return total * weight
 
 
 def backward(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -289,15 +278,15 @@ def assert_equal(wardrobe: Wardrobe, *, start: str) -> tuple[float, float]:
     Raises:
         AssertionError: Weights, loss or gradients differ.
     """
-    plain, trainer = wardrobe.plain, wardrobe.samft if start == "images" else wardrobe.cached
+    plain, trainer = wardrobe.plain, wardrobe.samft
     _assert_equal_weights(plain.sam, trainer.model.sam)
     if start == "embeddings":
         loss = plain.decoder_loss(wardrobe.embeddings, wardrobe.samples)
     else:
         loss = plain.loss(wardrobe.samples)
     expected, gradients = loss.item(), backward(plain.sam, loss)
-    images = None if start == "images" else wardrobe.embeddings
-    loss = samft_loss(trainer, wardrobe.scene.batch(exact=True, images=images))
+    embeddings = None if start == "images" else wardrobe.embeddings
+    loss = samft_loss(trainer, wardrobe.scene.batch(exact=True, embeddings=embeddings))
     off = abs(loss.item() - expected) / abs(expected)
     assert off <= LOSS_TOLERANCE, f"the losses differ by {off:.1e} of {expected:.6f}"
     worst = gradient_difference(backward(trainer.model, loss), gradients)

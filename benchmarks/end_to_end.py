@@ -1,11 +1,12 @@
 """Epochs on a dataset, loader included: the plain recipe beside samft."""
 
 import contextlib
+import copy
 import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,14 +14,18 @@ from typing import Any, TypeAlias
 import torch
 from pycocotools.coco import COCO
 
-from benchmarks.dresses import PLAIN, PLAIN_AMP, SAMFT, Wardrobe
+from benchmarks.dresses import CACHED, PLAIN, PLAIN_AMP, SAMFT, Wardrobe
 from benchmarks.measure import AGAIN, Effort, PhaseClock, now, ratios, table
 from benchmarks.plain import PlainDataset, PlainTrainer, plain_loader
 from benchmarks.scopes import Result, make_ready, phase_table
 from samft.coco import read_coco
 from samft.data import Coco2MaskDataset, train_loader
 from samft.demo import write_demo
+from samft.embedding_store import Store
+from samft.embeddings import SplitCache, read_digests
 from samft.layout import find_split
+from samft.precompute import Precompute
+from samft.sam import PATCH_SIZE
 
 # Starts a loader; the batches, and what takes a step with one.
 Run: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]
@@ -38,7 +43,14 @@ class Material:
 
 
 def open_material(
-    data_root: Path, split: str, *, image_size: int, num_images: int, max_masks: int, cache: Path
+    data_root: Path,
+    split: str,
+    *,
+    image_size: int,
+    num_images: int,
+    max_masks: int,
+    augment: str,
+    cache: Path,
 ) -> Material:
     """The first images of a split; each loader draws at most `max_masks` objects of an image."""
     annotations, folder = find_split(data_root, split)
@@ -56,6 +68,7 @@ def open_material(
         image_size=image_size,
         training=True,
         max_masks_per_image=max_masks,
+        augment=augment,
     )
     plain = PlainDataset(coco, folder, objects=objects, image_size=image_size, max_masks=max_masks)
     return Material(data_root.name, own, plain)
@@ -69,9 +82,11 @@ def measure_epochs(
     num_images: int,
     epochs: int,
     num_workers: int,
+    augment: str,
+    names: Sequence[str],
     effort: Effort,
 ) -> Result:
-    """Seconds of each epoch; every round starts both loaders afresh."""
+    """Seconds of each epoch; every round starts the loaders, and the cache, afresh."""
     setting = wardrobe.setting
     with tempfile.TemporaryDirectory() as scratch:
         if data_root is None:
@@ -83,13 +98,16 @@ def measure_epochs(
             image_size=setting.image_size,
             num_images=num_images,
             max_masks=setting.boxes,
+            augment=augment,
             cache=Path(scratch, "cache"),
         )
         shape = {"epochs": epochs, "steps": _steps_in_epoch(material, setting.num_images)}
-        runs = _runs(wardrobe, material, num_workers=num_workers, **shape)
+        runs = _runs(wardrobe, material, num_workers=num_workers, folder=Path(scratch), **shape)
+        runs = {name: runs[name] for name in names if name in runs}
         for name in runs:
             make_ready(wardrobe, name)
-        seconds: dict[str, list[list[float]]] = {name: [] for name in [*runs, AGAIN]}
+        again = [AGAIN] if AGAIN in names else []
+        seconds: dict[str, list[list[float]]] = {name: [] for name in [*runs, *again]}
         for _ in range(effort.rounds):
             for name in seconds:
                 run = runs[PLAIN if name == AGAIN else name]
@@ -99,7 +117,7 @@ def measure_epochs(
     mode = "frozen" if setting.frozen else "full"
     head = (
         f"| end to end, {mode}, {material.name}, {images} images, {setting.image_size} px "
-        "| first epoch, s | later, s | images/s | faster, first | faster, later |"
+        "| first epoch, s | later, s | images/s | faster, first | faster, later | in all |"
     )
     rows = [_row(name, seconds, images=images) for name in seconds]
     text = f"{table(head, rows)}\n\n{phase_table(phases)}"
@@ -116,7 +134,13 @@ def _steps_in_epoch(material: Material, batch_size: int) -> int:
 
 
 def _runs(
-    wardrobe: Wardrobe, material: Material, *, epochs: int, steps: int, num_workers: int
+    wardrobe: Wardrobe,
+    material: Material,
+    *,
+    epochs: int,
+    steps: int,
+    num_workers: int,
+    folder: Path,
 ) -> dict[str, Run]:
     batch_size = wardrobe.setting.num_images
 
@@ -128,16 +152,42 @@ def _runs(
             trainer.train_step,
         )
 
-    def own() -> tuple[Iterator[Any], Callable[[Any], Any]]:
+    def own(dataset: Coco2MaskDataset) -> tuple[Iterator[Any], Callable[[Any], Any]]:
         loader = train_loader(
-            material.own, batch_size=batch_size, steps=epochs * steps, num_workers=num_workers
+            dataset, batch_size=batch_size, steps=epochs * steps, num_workers=num_workers
         )
         return iter(loader), lambda batch: wardrobe.samft.train_step([batch])
+
+    def cached() -> tuple[Iterator[Any], Callable[[Any], Any]]:
+        fresh = Path(tempfile.mkdtemp(dir=folder))
+        return own(with_embeddings(material.own, wardrobe, fresh, num_workers=num_workers))
 
     runs = {PLAIN: plain(wardrobe.plain)}
     if wardrobe.setting.device.type == "cuda":
         runs[PLAIN_AMP] = plain(wardrobe.plain_amp)
-    return {**runs, SAMFT: own}
+    runs[SAMFT] = lambda: own(material.own)
+    return {**runs, CACHED: cached} if wardrobe.setting.frozen else runs
+
+
+def with_embeddings(
+    dataset: Coco2MaskDataset, wardrobe: Wardrobe, folder: Path, *, num_workers: int
+) -> Coco2MaskDataset:
+    """A copy of the dataset that reads embeddings, which are encoded now, as `samft.train` does."""
+    model, trainer = wardrobe.samft.model, wardrobe.samft
+    side = wardrobe.setting.image_size // PATCH_SIZE
+    shape = (model.sam.prompt_encoder.embed_dim, side, side)
+    sides = ("as it is",) if dataset.augment == "none" else ("as it is", "flipped")
+    stores = tuple(Store(folder / name, shape=shape, dtype="float16") for name in sides)
+    for store in stores:
+        store.create({})
+    options: dict[str, Any] = {"on_bad_image": "error", "should_stop": lambda: False}
+    files = read_digests(dataset.index, **options)
+    assert files is not None
+    split = SplitCache(copy.copy(dataset), trainer.amp_dtype, stores, files)
+    split.look_up()
+    Precompute(split, model, num_workers=num_workers, **options).run()
+    split.attach()
+    return split.dataset
 
 
 def _time_epochs(run: Run, *, epochs: int, steps: int, device: torch.device) -> list[float]:
@@ -163,8 +213,10 @@ def _time_phases(wardrobe: Wardrobe, name: str, *, run: Run) -> dict[str, float]
 
 
 def _row(name: str, seconds: Mapping[str, list[list[float]]], *, images: int) -> str:
-    own, plain = ([(e[0], statistics.mean(e[1:])) for e in seconds[n]] for n in (name, PLAIN))
-    first, later = (statistics.median(column) for column in zip(*own, strict=True))
+    own, plain = (
+        [(e[0], statistics.mean(e[1:]), sum(e)) for e in seconds[n]] for n in (name, PLAIN)
+    )
+    first, later, _ = (statistics.median(column) for column in zip(*own, strict=True))
     faster = [
         ratios(reference, column)
         for reference, column in zip(zip(*plain, strict=True), zip(*own, strict=True), strict=True)

@@ -120,8 +120,7 @@ def make_ready(wardrobe: Wardrobe, name: str) -> None:
     """Gives the optimizer its state, which it would otherwise make in the first step."""
     if name == PLAIN_AMP:  # has that of the plain recipe
         return
-    cached = name.startswith(CACHED)
-    trainer = wardrobe.plain if name == PLAIN else wardrobe.cached if cached else wardrobe.samft
+    trainer = wardrobe.plain if name == PLAIN else wardrobe.samft
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -195,6 +194,7 @@ def measure_peak(setting: Setting, name: str, *, scope: str, memory_gib: float) 
     if scope == "decoder" or name.startswith(CACHED):
         # Encoding would be the peak.
         wardrobe.draw_embeddings()
+        wardrobe.samft.model.sam.image_encoder.cpu()
     step = wardrobe.decoder_step(name) if scope == "decoder" else wardrobe.step(name)
     if scope == "step":
         make_ready(wardrobe, name)

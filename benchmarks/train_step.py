@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.dresses import Setting, Wardrobe, assert_equal
 from benchmarks.end_to_end import measure_epochs
-from benchmarks.measure import Effort, count_core_seconds, machine, peak_flops
+from benchmarks.measure import AGAIN, Effort, count_core_seconds, machine, peak_flops
 from benchmarks.scopes import (
     Result,
     dresses_of,
@@ -72,6 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=2)
     add("--epoch_images", type=int, default=8)
     add("--num_workers", type=int, default=1, help="of samft's loader; the plain one has none")
+    add("--augment", default="none", help="of samft's end-to-end runs; the plain recipe has none")
+    add("--no_again", action="store_true", help="end-to-end without the row that shows the noise")
     add("--quick", action="store_true", help="vit_tiny, 64 px, a few seconds: does it run?")
     add("--json", type=Path, help="writes all figures into this file")
     add("--peak_of", help=argparse.SUPPRESS)  # how a fresh process is asked for its memory
@@ -120,6 +122,7 @@ def _setting(args: argparse.Namespace, *, frozen: bool) -> Setting:
 
 def _end_to_end(args: argparse.Namespace, setting: Setting, *, effort: Effort) -> Result:
     wardrobe = Wardrobe(setting)
+    names = [*dresses_of(setting, args.modes), *([] if args.no_again else [AGAIN])]
     assert_equal(wardrobe, start="images")
     return measure_epochs(
         wardrobe,
@@ -128,6 +131,8 @@ def _end_to_end(args: argparse.Namespace, setting: Setting, *, effort: Effort) -
         num_images=args.epoch_images,
         epochs=args.epochs,
         num_workers=args.num_workers,
+        augment=args.augment,
+        names=names,
         effort=effort,
     )
 

@@ -1,31 +1,27 @@
-"""From the configuration to the parts of a run: datasets, model, precision, state to resume."""
+"""From the configuration to the parts of a run: model, precision, trainer, state to resume."""
 
-import hashlib
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from samft import distributed
+from samft.activation_checkpointing import checkpoint_activations
 from samft.checkpoint import LAST_NAME, read_last
-from samft.coco import CocoIndex, find_shared, read_coco, split_by_hash
 from samft.config import TrainConfig, differences
-from samft.data import Coco2MaskDataset
-from samft.errors import CheckpointError, ConfigError, DataError, UserError
-from samft.layout import find_split
+from samft.data import BatchLoader, train_loader, val_loader
+from samft.engine import Trainer
+from samft.errors import CheckpointError, ConfigError, UserError
 from samft.logs import LOGGER
 from samft.losses import MaskLosses, mask_losses
-from samft.problems import NOTE, WARNING
+from samft.optim import build_optimizer, schedule_learning_rate
+from samft.progress import Progress
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze, identify, load_state, read_state
-from samft.samplers import repeat_factors
+from samft.splits import Splits, count_repeats
 from samft.weights import find_weights
 
 T = TypeVar("T")
@@ -51,182 +47,6 @@ def together(build: Callable[[], T]) -> T:
         error = caught
     distributed.raise_together(error)
     return result  # type: ignore[return-value]  # it is None only where that was raised
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The two datasets, and what was counted while reading them.
-
-    Attributes:
-        train: Augmented, at random.
-        val: As it is, with truths at the original resolution.
-        counts: For each split: `images`, `masks`, `skipped` by reason.
-        fingerprint: Changes when the training images or objects do.
-    """
-
-    train: Coco2MaskDataset
-    val: Coco2MaskDataset
-    counts: dict[str, dict[str, Any]]
-    fingerprint: str
-
-    def announce(self) -> None:
-        """Says how many images and masks there are, what was left out, and what was mended."""
-        for dataset, (split, counts) in zip(
-            (self.train, self.val), self.counts.items(), strict=True
-        ):
-            skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
-            LOGGER.info(
-                "%s: %d images, %d masks%s",
-                split,
-                counts["images"],
-                counts["masks"],
-                f"; left out: {skipped}" if skipped else "",
-            )
-            for line in dataset.index.file.problems.lines(WARNING, NOTE, num_examples=1):
-                LOGGER.info("  %s", line)
-            _announce_bad_images(counts["bad_images"])
-
-
-def _announce_bad_images(bad_images: dict[str, str]) -> None:
-    if bad_images:
-        named = [f"{name} ({code})" for name, code in itertools.islice(bad_images.items(), 100)]
-        more = len(bad_images) - len(named)
-        words = f", and {more} more in summary.json" if more else ""
-        LOGGER.info("  images left out: %s%s", ", ".join(named), words)
-
-
-def load_splits(config: TrainConfig) -> Splits:
-    """Reads and checks the annotation files and sets up both datasets.
-
-    Raises:
-        DataError: Files are missing or broken, or there is nothing to validate on.
-    """
-    train_index = _read(config, _find_files(config, "train"))
-    try:
-        val_files = _find_files(config, "val")
-    except DataError as error:
-        if config.val_fraction is None:
-            hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
-            raise DataError(f"{error}{hint}") from error
-        train_index, val_index = _hold_out(train_index, config.val_fraction)
-    else:
-        val_index = _read(config, val_files)
-        if config.val_fraction is not None:
-            LOGGER.warning("val_fraction is not used: there is a validation split")
-    train_index = _without_shared(train_index, val_index)
-    counts = {"train": _count(train_index), "val": _count(val_index)}
-    return Splits(
-        train=_dataset(train_index, config, training=True),
-        val=_dataset(val_index, config, training=False),
-        counts=counts,
-        fingerprint=_fingerprint(train_index),
-    )
-
-
-def _read(config: TrainConfig, files: tuple[Path, Path]) -> CocoIndex:
-    names = [name.strip() for name in (config.category_names or "").split(",")]
-    return read_coco(
-        *files,
-        root=None if config.data_root is None else Path(config.data_root).expanduser(),
-        on_bad_image=config.on_bad_image,
-        category_names=[name for name in names if name],
-        min_mask_area=config.min_mask_area,
-    )
-
-
-def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
-    annotations = getattr(config, f"{split}_annotations")
-    if annotations is not None:
-        return Path(annotations).expanduser(), Path(getattr(config, f"{split}_images")).expanduser()
-    if config.data_root is None:
-        raise DataError(f"there is no {split} split: data_root and {split}_annotations are empty.")
-    return find_split(Path(config.data_root).expanduser(), getattr(config, f"{split}_split"))
-
-
-def _hold_out(whole: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
-    train_index, val_index = split_by_hash(whole, val_fraction)
-    LOGGER.info(
-        "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
-        val_index.num_images,
-        whole.num_images,
-        ", ".join(val_index.file_name(i) for i in range(min(val_index.num_images, 5))),
-        ", ..." if val_index.num_images > 5 else "",
-    )
-    return train_index, val_index
-
-
-def _without_shared(train: CocoIndex, val: CocoIndex) -> CocoIndex:
-    shared = find_shared(train, val)
-    if len(shared) in (0, train.num_images):
-        if len(shared):
-            LOGGER.warning(
-                "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT: its scores say how well the "
-                "images are remembered, and nothing about new ones"
-            )
-        return train
-    code = "image-in-train-and-val"
-    names = ", ".join(train.file_name(i) for i in shared[:5])
-    LOGGER.warning(
-        "%d training images are also in the validation split, so they are not trained on (%s%s)",
-        len(shared),
-        names,
-        ", ..." if len(shared) > 5 else "",
-    )
-    kept = train.select(np.setdiff1d(np.arange(train.num_images), shared))
-    return replace(kept, counts={**train.counts, code: len(shared)})
-
-
-def _count(index: CocoIndex) -> dict[str, Any]:
-    return {
-        "images": index.num_images,
-        "masks": index.num_objects,
-        "skipped": dict(index.counts),
-        "bad_images": dict(index.file.bad_images),
-    }
-
-
-def count_repeats(index: CocoIndex, threshold: float | None) -> NDArray[np.float64] | None:
-    """How often each training image comes in an epoch; None: once each."""
-    if threshold is None:
-        return None
-    image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
-    categories = index.file.categories[index.objects]
-    repeats = repeat_factors(image_of, categories, num_images=index.num_images, threshold=threshold)
-    LOGGER.info(
-        "repeat_threshold %g: %d of %d images come more than once in an epoch, up to %.1f times",
-        threshold,
-        (repeats > 1).sum(),
-        len(repeats),
-        repeats.max(),
-    )
-    return repeats
-
-
-def _dataset(index: CocoIndex, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
-    return Coco2MaskDataset(
-        index.file.image_folder,
-        None,
-        index=index,
-        image_size=config.image_size,
-        resize_mode=config.resize_mode,
-        training=training,
-        max_masks_per_image=config.max_masks_per_image,
-        box_jitter=config.box_jitter,
-        augment=config.augment,
-        loss_resolution=config.loss_resolution,
-        on_bad_image=config.on_bad_image,
-        seed=config.seed,
-    )
-
-
-def _fingerprint(index: CocoIndex) -> str:
-    file = index.file
-    names = "\n".join(index.file_name(i) for i in range(index.num_images))
-    digest = hashlib.sha256(names.encode(errors="surrogateescape"))
-    for array in (file.image_ids[index.rows], file.object_ids[index.objects]):
-        digest.update(array.tobytes())
-    digest.update(file.boxes[index.objects].tobytes())
-    return digest.hexdigest()
 
 
 def load_weights(config: TrainConfig) -> dict[str, Tensor] | None:
@@ -266,6 +86,10 @@ def build_model(
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
     asked = [part for part in PARTS if getattr(config, f"freeze_{part}")]
     unreachable = freeze(sam, asked)
+    checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
+    if config.compile:
+        for block in sam.image_encoder.blocks:
+            block.compile(dynamic=False)
     model = PromptedSam(sam.to(device), decoder=config.decoder, mask_chunk=config.mask_chunk)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -302,6 +126,67 @@ def pick_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
+def build_trainer(
+    config: TrainConfig, model: PromptedSam, *, progress: Progress, state: dict[str, Any] | None
+) -> Trainer:
+    """The optimizer and what takes steps with it. Collective: every rank must call.
+
+    Args:
+        config: The configuration.
+        model: On its device, with what is to stay frozen frozen.
+        progress: Where the run stands.
+        state: Of a run that is resumed; None for a fresh one.
+    """
+    optimizer = build_optimizer(
+        model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        sharded=config.optimizer_sharding,
+    )
+    trainer = Trainer(
+        model,
+        optimizer,
+        learning_rate_at=schedule_learning_rate(
+            peak=config.learning_rate,
+            steps=config.steps,
+            schedule=config.lr_schedule,
+            warmup_steps=config.warmup_steps,
+        ),
+        loss=build_loss(config),
+        amp_dtype=pick_amp_dtype(config.amp, model.sam.device),
+        clip_grad_norm=config.clip_grad_norm,
+        bf16_compress=config.bf16_compress,
+        progress=progress,
+    )
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        trainer.scaler.load_state_dict(state["scaler"])
+    return trainer
+
+
+def build_loaders(
+    config: TrainConfig, splits: Splits, *, start_step: int
+) -> tuple[BatchLoader, BatchLoader]:
+    """This rank's endless training batches from a step on, and its share of the validation's."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    shared = {"num_workers": config.num_workers, "rank": rank, "world_size": world_size}
+    batches = train_loader(
+        splits.train,
+        batch_size=config.batch_size,
+        accumulate_steps=config.accumulate_steps,
+        start_step=start_step,
+        seed=config.seed,
+        repeats=count_repeats(splits.train.index, config.repeat_threshold),
+        **shared,
+    )
+    return batches, val_loader(splits.val, **shared)
+
+
+def images_per_step(config: TrainConfig) -> int:
+    """Images of an optimizer step, of all processes."""
+    return config.batch_size * config.accumulate_steps * distributed.get_world_size()
+
+
 def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
     """The state to go on from, with its `folder`, checked against the configuration.
 
@@ -319,7 +204,7 @@ def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> dict
         return None
     state = read_last(path)
     rows = differences(state["config"], config)
-    global_batch = config.batch_size * config.accumulate_steps * distributed.get_world_size()
+    global_batch = images_per_step(config)
     if state["global_batch"] != global_batch:
         name = "images per step"
         rows.append(f"{name:24} {state['global_batch']!s:24} {global_batch}")

@@ -56,6 +56,12 @@ class Batch:
         """The batch in page-locked memory; the data loader calls this."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of all tensors until the stream is done with them."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(stream)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**{**vars(self), **tensors})

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from samft import distributed
-from samft.assemble import Splits, pick_amp_dtype, together
+from samft.assemble import pick_amp_dtype, together
 from samft.config import TrainConfig
 from samft.data import Coco2MaskDataset
 from samft.embedding_store import GIB, Store, gib, make_room
@@ -29,6 +29,7 @@ from samft.precompute import Precompute, unwritable
 from samft.progress import Progress
 from samft.prompted import PromptedSam
 from samft.sam import PATCH_SIZE
+from samft.splits import Splits
 
 
 def cache_folder_of(config: TrainConfig) -> Path:
@@ -93,6 +94,35 @@ def prepare_cache(
     if model.sam.device.type == "cuda":
         torch.cuda.empty_cache()
     return True
+
+
+class Foreseen(NamedTuple):
+    """What a run is going to add to its cache: images (each side of them), and bytes."""
+
+    num_images: int
+    num_bytes: int
+
+
+def foresee_cache(
+    config: TrainConfig, model: PromptedSam, splits: Splits, *, progress: Progress
+) -> Foreseen | None:
+    """What `prepare_cache` would do, as far as that is known without hashing images. Collective.
+
+    Args:
+        config: The configuration.
+        model: On its device, with what is to stay frozen frozen.
+        splits: The images.
+        progress: How far the run has come.
+
+    Returns:
+        What is to come; None where the run does without a cache.
+    """
+    if not _is_wanted(config, model, progress):
+        return None
+    plans = _plans(config, model, splits)
+    if config.cache_embeddings == "auto" and not _pays(config, plans, progress):
+        return None
+    return Foreseen(*distributed.broadcast(_ahead(plans)))
 
 
 class _Plan(NamedTuple):
@@ -181,9 +211,7 @@ def _pays(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
     steps = config.steps - progress.step
     validations = -(-steps // config.metrics_interval) + (not progress.baseline)
     without = steps * batch + validations * len(plans[-1].dataset)
-    ahead = sum(
-        max(0, len(plan.dataset) - store.num_records) for plan in plans for store in plan.stores
-    )
+    ahead = _ahead(plans).num_images
     pays: bool = distributed.broadcast(ahead <= without)
     if not pays:
         LOGGER.info(
@@ -193,6 +221,12 @@ def _pays(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
             without,
         )
     return pays
+
+
+def _ahead(plans: list[_Plan]) -> Foreseen:
+    stores = [(len(plan.dataset), store) for plan in plans for store in plan.stores]
+    missing = [(max(0, images - store.num_records), store.slot_bytes) for images, store in stores]
+    return Foreseen(sum(count for count, _ in missing), sum(n * size for n, size in missing))
 
 
 def _read(

@@ -4,16 +4,12 @@ This module imports no torch, so that `--help` and a wrong flag answer at once.
 """
 
 import dataclasses
-import difflib
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from samft.errors import ConfigError
-from samft.flags import argument_parser, nearest, read_yaml
+from samft.flags import check_fields, parse, setting
 
 # What may differ between a run and its resume, because it does not change what is learnt. Batch
 # size and accumulation are held to their product with the number of processes elsewhere.
@@ -21,154 +17,168 @@ FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image
-    attention decoder mask_chunk""".split()
+    attention decoder mask_chunk compile activation_checkpointing optimizer_sharding
+    dry_run""".split()
 )
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
-
-
-def _setting(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: Any = None
-) -> Any:
-    metadata = {"help": help, "choices": choices, "at_least": at_least}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a run is told; attribute, YAML key and flag are spelled alike."""
 
-    data_root: str | None = _setting(
+    data_root: str | None = setting(
         None,
         "dataset folder: SPLIT/_annotations.coco.json beside its images, or the official layout "
         "annotations/instances_SPLIT.json + SPLIT/",
     )
-    model_type: str | None = _setting(None, "which SAM", choices=MODEL_TYPES)
-    checkpoint_path: str | None = _setting(
+    model_type: str | None = setting(None, "which SAM", choices=MODEL_TYPES)
+    checkpoint_path: str | None = setting(
         None,
         "SAM weights: Meta's .pth or any .ckpt/.pth of ours; auto: the packaged file for "
         "vit_tiny, else a download; random: random weights",
     )
-    freeze_image_encoder: bool = _setting(False, "keep the image encoder as it is")
-    freeze_prompt_encoder: bool = _setting(False, "keep the prompt encoder as it is")
-    freeze_mask_decoder: bool = _setting(False, "keep the mask decoder as it is")
-    batch_size: int = _setting(1, "images per process per micro-batch", at_least=1)
-    image_size: int = _setting(1024, "side of the model input in pixels, a multiple of 16")
-    steps: int = _setting(1500, "optimizer steps", at_least=1)
-    learning_rate: float = _setting(1e-4, "peak learning rate")
-    weight_decay: float = _setting(1e-2, "not on biases, norms, embeddings", at_least=0)
-    metrics_interval: int = _setting(
+    freeze_image_encoder: bool = setting(False, "keep the image encoder as it is")
+    freeze_prompt_encoder: bool = setting(False, "keep the prompt encoder as it is")
+    freeze_mask_decoder: bool = setting(False, "keep the mask decoder as it is")
+    batch_size: int = setting(1, "images per process per micro-batch", at_least=1)
+    image_size: int = setting(1024, "side of the model input in pixels, a multiple of 16")
+    steps: int = setting(1500, "optimizer steps", at_least=1)
+    learning_rate: float = setting(1e-4, "peak learning rate")
+    weight_decay: float = setting(1e-2, "not on biases, norms, embeddings", at_least=0)
+    metrics_interval: int = setting(
         50, "validate, save and write a train line every so many steps", at_least=1
     )
-    output_dir: str = _setting(".", "everything that a run writes")
-    train_split: str = _setting("train", "name of the training split")
-    val_split: str = _setting(
+    output_dir: str = setting(".", "everything that a run writes")
+    train_split: str = setting("train", "name of the training split")
+    val_split: str = setting(
         "val", "name of the validation split; valid and validation are tried where val is absent"
     )
-    train_annotations: str | None = _setting(None, "COCO file for training, over data_root")
-    train_images: str | None = _setting(None, "folder of the training images, over data_root")
-    val_annotations: str | None = _setting(None, "COCO file for validation, over data_root")
-    val_images: str | None = _setting(None, "folder of the validation images, over data_root")
-    val_fraction: float | None = _setting(
+    train_annotations: str | None = setting(None, "COCO file for training, over data_root")
+    train_images: str | None = setting(None, "folder of the training images, over data_root")
+    val_annotations: str | None = setting(None, "COCO file for validation, over data_root")
+    val_images: str | None = setting(None, "folder of the validation images, over data_root")
+    val_fraction: float | None = setting(
         None, "without a validation split: hold out this share of the images, by file name"
     )
-    max_masks_per_image: int = _setting(
+    max_masks_per_image: int = setting(
         64, "random subset per epoch in training; validation takes all, in chunks", at_least=1
     )
-    box_jitter: float = _setting(
+    box_jitter: float = setting(
         0.1,
         "training moves each side of a box by up to this share of the side, at most 20 px at "
         "1024; 0: off",
         at_least=0,
     )
-    augment: str = _setting(
+    augment: str = setting(
         "flip",
         "training augmentation; scale: resize by 0.5 to 2 with crop, flip and colour",
         choices=("none", "flip", "scale"),
     )
-    category_names: str | None = _setting(
+    category_names: str | None = setting(
         None, "train and validate on these classes only, separated by commas"
     )
-    min_mask_area: float = _setting(
+    min_mask_area: float = setting(
         0.0, "leave out masks of fewer pixels than this, in the original image", at_least=0
     )
-    repeat_threshold: float | None = _setting(
+    repeat_threshold: float | None = setting(
         None,
         "show images of rare classes more often: those in a smaller share of the images than this "
         "(LVIS takes 0.001)",
     )
-    on_bad_image: str = _setting(
+    on_bad_image: str = setting(
         "error",
         "missing or broken images: refuse to train, or leave them out and name them",
         choices=("error", "skip"),
     )
-    resize_mode: str = _setting(
+    resize_mode: str = setting(
         "pad", "pad: longest side, as SAM does; squash: to a square", choices=("pad", "squash")
     )
-    num_workers: int = _setting(4, "loader workers per process", at_least=0)
-    amp: str = _setting(
+    num_workers: int = setting(4, "loader workers per process", at_least=0)
+    amp: str = setting(
         "auto",
         "mixed precision; auto: bf16 on GPUs that have it, else off",
         choices=("auto", "off", "bf16", "fp16"),
     )
-    accumulate_steps: int = _setting(1, "micro-batches per optimizer step", at_least=1)
-    clip_grad_norm: float = _setting(1.0, "largest gradient norm; 0: off", at_least=0)
-    lr_schedule: str = _setting(
+    accumulate_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
+    clip_grad_norm: float = setting(1.0, "largest gradient norm; 0: off", at_least=0)
+    lr_schedule: str = setting(
         "multistep",
         "multistep: linear warm-up, x0.1 at 66.667 and 86.666 per cent, as SAM was trained",
         choices=("multistep", "cosine", "constant"),
     )
-    warmup_steps: int = _setting(250, "never more than a tenth of steps", at_least=0)
-    loss_focal_weight: float = _setting(20.0, "weight of the focal loss", at_least=0)
-    loss_dice_weight: float = _setting(1.0, "weight of the dice loss", at_least=0)
-    loss_iou_weight: float = _setting(1.0, "weight of the predicted IoU's loss", at_least=0)
-    attention: str = _setting(
+    warmup_steps: int = setting(250, "never more than a tenth of steps", at_least=0)
+    loss_focal_weight: float = setting(20.0, "weight of the focal loss", at_least=0)
+    loss_dice_weight: float = setting(1.0, "weight of the dice loss", at_least=0)
+    loss_iou_weight: float = setting(1.0, "weight of the predicted IoU's loss", at_least=0)
+    attention: str = setting(
         "fast",
         "the image encoder's attention, the same numbers: fast: without N x N tensors; stock: "
         "segment_anything's own",
         choices=("fast", "stock"),
     )
-    decoder: str = _setting(
+    decoder: str = setting(
         "fast",
         "the mask decoder, the same numbers: fast: image tokens not projected where prompts can "
         "be; stock: segment_anything's own modules",
         choices=("fast", "stock"),
     )
-    mask_chunk: int | None = _setting(
+    compile: bool = setting(
+        False, "compile the image encoder's blocks with torch.compile: slow to start, faster then"
+    )
+    activation_checkpointing: str = setting(
+        "none",
+        "image encoder's activations made again in backward, to save memory; blocks: inside of "
+        "each block, for a third more time; full: inside of groups of blocks, too, for two thirds",
+        choices=("none", "blocks", "full"),
+    )
+    optimizer_sharding: bool = setting(
+        False, "each process keeps the optimizer's state of its share of the parameters only"
+    )
+    bf16_compress: bool = setting(
+        False, "send gradients between processes in bfloat16: half the bytes, fewer digits"
+    )
+    mask_chunk: int | None = setting(
         None, "boxes decoded at once, which bounds memory; empty: as memory allows", at_least=1
     )
-    loss_resolution: str = _setting(
+    loss_resolution: str = setting(
         "low",
         "low: at the decoder's own resolution; input: upsampled to image_size",
         choices=("low", "input"),
     )
-    cache_embeddings: str = _setting(
+    cache_embeddings: str = setting(
         "auto",
         "encode each image once and keep the result; auto: where the image encoder is frozen, "
         "augment is not scale, and it pays",
         choices=("auto", "on", "off"),
     )
-    cache_dir: str | None = _setting(
+    cache_dir: str | None = setting(
         None, "where to keep embeddings; runs may share it (default OUTPUT_DIR/embeddings)"
     )
-    cache_dtype: str = _setting(
+    cache_dtype: str = setting(
         "float16", "type to keep embeddings in", choices=("float16", "float32")
     )
-    cache_max_gib: float = _setting(
+    cache_max_gib: float = setting(
         100.0, "what cache_dir may hold; what has not been used longest goes first", at_least=0
     )
-    save_top_k: int = _setting(1, "checkpoints kept, best by val_per_mask_iou", at_least=1)
-    resume: str = _setting(
+    save_top_k: int = setting(1, "checkpoints kept, best by val_per_mask_iou", at_least=1)
+    resume: str = setting(
         "auto",
         "auto: go on from output_dir if it holds a run of the same configuration; never; or a "
         "path to a last.ckpt",
     )
-    seed: int = _setting(0, "seed of all randomness", at_least=0)
-    device: str = _setting("auto", "where to train", choices=("auto", "cuda", "cpu"))
-    stop_after: int | None = _setting(
+    seed: int = setting(0, "seed of all randomness", at_least=0)
+    device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu"))
+    stop_after: int | None = setting(
         None, "save and stop with exit code 75 after this step; run again to go on", at_least=1
     )
-    debug: bool = _setting(False, "show tracebacks of errors in usage, data and checkpoints")
+    dry_run: bool = setting(
+        False,
+        "train nothing: take two steps on the largest batch, and say what memory, time and disk "
+        "the run takes",
+    )
+    debug: bool = setting(False, "show tracebacks of errors in usage, data and checkpoints")
 
     def check(self) -> list[str]:
         """Checks every value.
@@ -176,19 +186,7 @@ class TrainConfig:
         Returns:
             All problems, one sentence each, beginning with the name of the field.
         """
-        problems = []
-        for setting in dataclasses.fields(self):
-            value, choices = getattr(self, setting.name), setting.metadata["choices"]
-            at_least = setting.metadata["at_least"]
-            if choices and value is not None and value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                options = ", ".join(choices)
-                problems.append(f"{setting.name}: '{value}' is none of {options}.{hint}")
-            if isinstance(value, (int, float)) and at_least is not None:
-                if not at_least <= value < float("inf"):
-                    problems.append(f"{setting.name}: {value} must be at least {at_least}.")
-        return problems + self._check_required() + self._check_combinations()
+        return check_fields(self) + self._check_required() + self._check_combinations()
 
     def _check_required(self) -> list[str]:
         problems = []
@@ -279,58 +277,5 @@ def parse_config(argv: list[str]) -> TrainConfig:
     Raises:
         ConfigError: Listing every unknown key, wrong type and wrong value at once.
     """
-    problems: list[str] = []
-    parser = argument_parser(
-        dataclasses.fields(TrainConfig),
-        prog="python -m samft.train",
-        description="Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags.",
-    )
-    known, unknown = parser.parse_known_args(argv)
-    flags = vars(known)
-    names = [setting.name for setting in dataclasses.fields(TrainConfig)]
-    options = [f"--{name}" for name in ("config", "help", *names)]
-    # A value that follows an unknown flag is reported with it, not as a problem of its own.
-    for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:
-        problems.append(f"{word}: no such flag.{nearest(word.split('=')[0], options)}")
-    file = flags.pop("config", None)
-    merged = OmegaConf.structured(TrainConfig)
-    OmegaConf.set_readonly(merged, False)  # it inherits the dataclass's frozenness
-    if file is not None:
-        for key, value in read_yaml(Path(file)).items():
-            if key not in names:
-                problems.append(f"{file}: {key}: no such key.{nearest(str(key), names)}")
-                continue
-            problems += _assign(merged, str(key), value, source=f"{file}: ")
-    for key, value in flags.items():
-        problems += _assign(merged, key, value, source="--")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
-        text = str(error).splitlines()[0]
-        raise ConfigError(f"the configuration cannot be resolved: {text}.") from error
-    assert isinstance(config, TrainConfig)
-    problems += config.check()
-    if problems:
-        raise ConfigError(
-            "the configuration has "
-            + (f"{len(problems)} problems" if len(problems) > 1 else "a problem")
-            + "".join(f"\n  - {problem}" for problem in problems)
-            + "\n`python -m samft.train --help` lists every flag."
-        )
-    return config
-
-
-def _assign(merged: Any, key: str, value: Any, *, source: str) -> list[str]:
-    setting = TrainConfig.__dataclass_fields__[key]
-    annotation = str(setting.type)
-    if "None" in annotation and str(value).lower() in ("none", "null", ""):
-        value = None
-    if isinstance(value, bool) and "off" in setting.metadata["choices"]:
-        value = "on" if value else "off"  # YAML reads a bare off as false
-    try:
-        OmegaConf.update(merged, key, value)
-    except OmegaConfBaseException:
-        words = {"bool": "yes or no", "int": "a whole number", "float": "a number"}
-        wanted = next((word for kind, word in words.items() if kind in annotation), "text")
-        return [f"{source}{key}: '{value}' is not {wanted}."]
-    return []
+    description = "Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags."
+    return parse(TrainConfig, argv, prog="python -m samft.train", description=description)

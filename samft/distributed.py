@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from samft.errors import ConfigError, SharedError, UserError
@@ -63,6 +64,7 @@ def start(device: str) -> torch.device:
     place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if "RANK" in os.environ and not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
@@ -155,7 +157,9 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module:
+def wrap(
+    model: nn.Module, *, warm_up: Callable[[nn.Module], None], bf16_compress: bool = False
+) -> nn.Module:
     """Wraps a module in DistributedDataParallel, if there is a group. Collective.
 
     After its first backward, DDP puts gradients into other buckets, which changes the order of
@@ -164,6 +168,7 @@ def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module
     Args:
         model: What is trained of it on one device; what is frozen may be on another.
         warm_up: Runs one forward and backward of the module it is given, and drops the gradients.
+        bf16_compress: Whether gradients travel, and are summed up, in bfloat16.
 
     Returns:
         The wrapped module; `model` itself without a group.
@@ -184,6 +189,9 @@ def wrap(model: nn.Module, *, warm_up: Callable[[nn.Module], None]) -> nn.Module
         device_ids=[device] if device.type == "cuda" else None,
         **options,
     )
+    if bf16_compress:
+        # Under another name than its own, for which DDP asks for NCCL: gloo can do it, too.
+        wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     warm_up(wrapped)
     warm_up(wrapped)
     return wrapped

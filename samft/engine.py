@@ -44,6 +44,7 @@ class Trainer:
         loss: LossFunction,
         amp_dtype: torch.dtype | None = None,
         clip_grad_norm: float = 1.0,
+        bf16_compress: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Wraps the model for data-parallel training. Collective: every rank must call.
@@ -55,6 +56,7 @@ class Trainer:
             loss: `losses.mask_losses` with its weights and image size set.
             amp_dtype: Autocast to this type; None: float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
+            bf16_compress: Whether gradients travel between processes in bfloat16.
             progress: Where a resumed run goes on.
         """
         self.model, self.optimizer, self.loss = model, optimizer, loss
@@ -66,7 +68,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.bad_images: dict[str, str] = {}  # that this rank's batches met: name, what is wrong
         self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=self.device)
-        self.wrapped = wrap(model, warm_up=self._throw_away_pass)
+        self.wrapped = wrap(model, warm_up=self._throw_away_pass, bf16_compress=bf16_compress)
 
     def _throw_away_pass(self, wrapped: nn.Module) -> None:
         size = self.model.sam.image_encoder.img_size

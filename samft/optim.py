@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import samft.torchvision_cure  # noqa: F401
+from samft import distributed
 
 from segment_anything.modeling.common import LayerNorm2d
 
@@ -100,18 +101,46 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
+    model: nn.Module, *, learning_rate: float, weight_decay: float, sharded: bool = False
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, fused where that runs.
+
+    Sharded, each process keeps the two moments of its share of the parameters, updates those and
+    sends them to the others: the same numbers, 8 bytes a parameter divided by the processes, and
+    as much to send again as the gradients. Collective then: every rank must call.
 
     Args:
         model: A module that contains a SAM, already on its device.
         learning_rate: Peak rate; the schedule scales it at each step.
         weight_decay: See `parameter_groups`.
+        sharded: Whether to share the state out among processes, if there are more than one.
 
     Returns:
-        The optimizer.
+        The optimizer. What `gather_state` gives can be loaded sharded or not.
     """
     groups = [group for group in parameter_groups(model, weight_decay=weight_decay)]
     groups = [group for group in groups if group["params"]]
+    if sharded and distributed.get_world_size() > 1:
+        # Only now: its import takes a while, and warns.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(
+            groups, optimizer_class=torch.optim.AdamW, lr=learning_rate, fused=True
+        )
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state, of all parameters, on rank 0. Collective: every rank must call.
+
+    Args:
+        optimizer: From `build_optimizer`.
+
+    Returns:
+        Its state dict; on other ranks empty where the state is shared out.
+    """
+    consolidate = getattr(optimizer, "consolidate_state_dict", None)
+    if consolidate is None:
+        return optimizer.state_dict()
+    consolidate(to=0)
+    return optimizer.state_dict() if distributed.is_main() else {}

@@ -1,7 +1,9 @@
 """PromptedSam: the module that is trained, and that DistributedDataParallel wraps."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from samft.box_chunks import BoxDecoder, Inputs, auto_mask_chunk, free_memory
 from samft.decoder import Tensors, choose_decoder
 
 from segment_anything.modeling import Sam
+
+LOGGER = logging.getLogger(__name__)
 
 
 class PromptedSam(nn.Module):
@@ -27,6 +31,7 @@ class PromptedSam(nn.Module):
         """Wraps a SAM without copying it."""
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
+        self._known_pe: tuple[Tensor, int, Tensor] | None = None
 
     def preprocess(self, images: Tensor, input_sizes: Tensor | None) -> Tensor:
         """Normalises images on the device; the padding becomes zero, as in `Sam.preprocess`.
@@ -91,6 +96,7 @@ class PromptedSam(nn.Module):
             num_values = math.prod(encoder.image_embedding_size) * encoder.embed_dim
             free = free_memory(device)
             self.mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
+            LOGGER.info("mask_chunk auto: %d boxes decoded at once", self.mask_chunk)
         module = self.sam.mask_decoder
         return BoxDecoder(
             module, choose_decoder(module, self.decoder), image_index, self.mask_chunk
@@ -98,12 +104,21 @@ class PromptedSam(nn.Module):
 
     def _prompted(self, embeddings: Tensor, boxes: Tensor) -> Inputs:
         prompt_encoder = self.sam.prompt_encoder
-        # Positions are a matrix product: in bf16, a corner would be off by pixels.
-        with torch.autocast(boxes.device.type, enabled=False):
+        with _exact(boxes.device):
             sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
-            image_pe = prompt_encoder.get_dense_pe()
+            image_pe = self._dense_pe()
         dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         return Inputs(embeddings, image_pe, dense, sparse)
+
+    def _dense_pe(self) -> Tensor:
+        # A constant, computed once: again only where the matrix it is made of was moved or loaded.
+        matrix = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+        known = self._known_pe
+        if known is None or known[0] is not matrix or known[1] != matrix._version:
+            with torch.inference_mode(False):
+                known = (matrix, matrix._version, self.sam.prompt_encoder.get_dense_pe())
+            self._known_pe = known
+        return known[2]
 
     def forward(
         self,
@@ -150,6 +165,18 @@ class PromptedSam(nn.Module):
         gradient = boxes.new_ones(()) if gradient is None else gradient
         inputs, decoder = self._prompted(embeddings, boxes), self._box_decoder(image_index)
         return decoder.sum_losses(inputs, loss=loss_of, gradient=gradient)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    # Positions are a matrix product: in bf16 or TF32, a corner would be off by pixels.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def inside_sides(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:

@@ -11,16 +11,18 @@ from samft import assemble, distributed, pictures
 from samft.caching import prepare_cache
 from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, make_sidecar, save_tensors
 from samft.config import TrainConfig, to_yaml
-from samft.data import train_loader, val_loader
-from samft.engine import Trainer, Validation, train, validate
+from samft.dry_run import dry_run
+from samft.engine import Validation, train, validate
 from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
 from samft.files import make_writable, set_aside, write_json, write_status, write_text
 from samft.logs import LOGGER, RunLog, format_duration, start_logging
 from samft.metrics import peak_memory_gib
-from samft.optim import build_optimizer, schedule_learning_rate
+from samft.optim import gather_state
+from samft.prefetch import on_device
 from samft.progress import Progress
 from samft.report import AFTER, BEFORE, draw_masks, report, summarise
 from samft.signals import stop_on_signal
+from samft.splits import load_splits
 
 NUM_SHOWN = 4
 
@@ -32,7 +34,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         config: The checked configuration.
 
     Returns:
-        What `summary.json` holds.
+        What `summary.json` holds; of a dry run, see `dry_run`.
 
     Raises:
         UserError: The configuration, the data or the checkpoint cannot be used.
@@ -44,6 +46,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     device = distributed.start(config.device)
     start_logging(distributed.get_rank())
     try:
+        if config.dry_run:
+            return dry_run(config, device)
         with stop_on_signal() as stop:
             this_run = assemble.together(lambda: Run(config, folder, device, stop))
             return this_run.execute()
@@ -89,7 +93,7 @@ class Run:
         self.main = distributed.is_main()
         self.world_size = distributed.get_world_size()
         make_writable(folder)
-        self.splits = assemble.load_splits(config)
+        self.splits = load_splits(config)
         resumed = assemble.find_resume(config, folder, self.splits.fingerprint)
         weights = resumed["model"] if resumed else assemble.load_weights(config)
         elsewhere = resumed is not None and resumed["folder"].resolve() != folder.resolve()
@@ -102,15 +106,11 @@ class Run:
             self.progress.window = Progress().window  # rank 0 goes on with the sums of all
         self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=self.progress.step)
         self.model = assemble.build_model(config, weights, device)
-        self.optimizer = build_optimizer(
-            self.model, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-        )
         self.resumed = resumed
         best = TopK.from_list(resumed["best"]) if resumed else []
         self.top_k = TopK(folder, k=config.save_top_k, best=best)
         if resumed is not None and elsewhere and self.main:
             self.top_k.adopt(resumed["folder"])
-        self.loss = assemble.build_loss(config)
         self.clock = time.monotonic() - self.progress.wall_seconds
 
     def execute(self) -> dict[str, Any]:
@@ -138,29 +138,18 @@ class Run:
             should_stop=lambda: bool(self.stop),
         ):
             self._stopped("the embeddings encoded so far are kept")
-        self._make_trainer()
-        self.val_batches = val_loader(
-            self.splits.val,
-            num_workers=config.num_workers,
-            rank=distributed.get_rank(),
-            world_size=self.world_size,
+        self.trainer = assemble.build_trainer(
+            config, self.model, progress=progress, state=self.resumed
+        )
+        self.resumed = None  # several times the size of the model
+        batches, self.val_batches = assemble.build_loaders(
+            config, self.splits, start_step=progress.position
         )
         if fresh:
             self._validate_untouched()
-        batches = train_loader(
-            self.splits.train,
-            batch_size=config.batch_size,
-            accumulate_steps=config.accumulate_steps,
-            start_step=progress.position,
-            num_workers=config.num_workers,
-            rank=distributed.get_rank(),
-            world_size=self.world_size,
-            seed=config.seed,
-            repeats=assemble.count_repeats(self.splits.train.index, config.repeat_threshold),
-        )
         finished = train(
             self.trainer,
-            batches,
+            on_device(batches, self.device),
             steps=config.steps,
             accumulate_steps=config.accumulate_steps,
             interval=config.metrics_interval,
@@ -177,27 +166,6 @@ class Run:
         limit = self.config.stop_after
         return bool(self.stop) or (limit is not None and self.progress.step >= limit)
 
-    def _make_trainer(self) -> None:
-        config = self.config
-        self.trainer = Trainer(
-            self.model,
-            self.optimizer,
-            learning_rate_at=schedule_learning_rate(
-                peak=config.learning_rate,
-                steps=config.steps,
-                schedule=config.lr_schedule,
-                warmup_steps=config.warmup_steps,
-            ),
-            loss=self.loss,
-            amp_dtype=assemble.pick_amp_dtype(config.amp, self.device),
-            clip_grad_norm=config.clip_grad_norm,
-            progress=self.progress,
-        )
-        if self.resumed is not None:
-            self.optimizer.load_state_dict(self.resumed["optimizer"])
-            self.trainer.scaler.load_state_dict(self.resumed["scaler"])
-            self.resumed = None  # several times the size of the model
-
     def _announce(self) -> None:
         config = self.config
         self.splits.announce()
@@ -205,7 +173,7 @@ class Run:
             "device %s, %d process(es), %d images a step, amp %s",
             self.device,
             self.world_size,
-            self._global_batch(),
+            assemble.images_per_step(config),
             assemble.pick_amp_dtype(config.amp, self.device) or "off",
         )
         if self.main:
@@ -215,20 +183,17 @@ class Run:
         if self.resumed is not None:
             LOGGER.info("going on from step %d", self.progress.step)
 
-    def _global_batch(self) -> int:
-        return self.config.batch_size * self.config.accumulate_steps * self.world_size
-
     def _validate(self) -> Validation:
         num_shown = NUM_SHOWN if self.main else 0
         started = time.monotonic()
-        found = validate(self.model, self.val_batches, loss=self.loss, num_shown=num_shown)
+        found = validate(self.model, self.val_batches, loss=self.trainer.loss, num_shown=num_shown)
         seconds = time.monotonic() - started
         found.shown = [
             (self.splits.val.with_pixels(batch), logits) for batch, logits in found.shown
         ]
         step, counts = self.progress.step, self.splits.counts["val"]
         rates = {
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
             "images_per_second": counts["images"] / seconds,
             "masks_per_second": counts["masks"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
@@ -297,15 +262,16 @@ class Run:
     def _save_last(self) -> None:
         self.progress.wall_seconds = time.monotonic() - self.clock
         sums = distributed.all_reduce_sum(self.trainer.window.cpu().clone()).tolist()
+        optimizer = gather_state(self.trainer.optimizer)
         if not self.main:
             return
         state = {
             "format": FORMAT_VERSION,
             "config": asdict(self.config),
-            "global_batch": self._global_batch(),
+            "global_batch": assemble.images_per_step(self.config),
             "fingerprint": self.splits.fingerprint,
             "model": self.model.sam.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self.trainer.scaler.state_dict(),
             "progress": {**asdict(self.progress), "window": sums},
             "best": self.top_k.to_list(),

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from coco_files import write_coco
+from samft.config import TrainConfig, parse_config
 from samft.errors import run_command
 from samft.train import main
 
@@ -60,6 +61,11 @@ def arguments(data_root: Path, output_dir: Path, **changes: Any) -> list[str]:
         elif value is not None:
             words += [f"--{name}", str(value)]
     return words
+
+
+def a_config(data_root: Path, output_dir: Path = Path("nowhere"), **changes: Any) -> TrainConfig:
+    """The configuration of such a run."""
+    return parse_config(arguments(data_root, output_dir, **changes))
 
 
 @contextmanager

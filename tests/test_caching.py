@@ -17,12 +17,13 @@ import samft
 from cached_runs import cached_arguments, counted_encodings, encodings_of
 from gloo_pool import GlooPool
 from samft import files
-from samft.assemble import build_model, load_splits, load_weights
+from samft.assemble import build_model, load_weights
 from samft.caching import prepare_cache
 from samft.config import parse_config
 from samft.data import train_loader
 from samft.errors import ConfigError
 from samft.progress import Progress
+from samft.splits import load_splits
 from short_runs import (
     command_here,
     largest_difference,

@@ -85,6 +85,10 @@ OTHER: dict[str, Any] = {
     "attention": "stock",
     "decoder": "stock",
     "mask_chunk": 3,
+    "compile": True,
+    "activation_checkpointing": "blocks",
+    "optimizer_sharding": True,
+    "bf16_compress": True,
     "category_names": "cat,dog",
     "min_mask_area": 16.0,
     "repeat_threshold": 0.001,
@@ -109,6 +113,7 @@ OTHER: dict[str, Any] = {
     "seed": 12,
     "device": "cpu",
     "stop_after": 3,
+    "dry_run": True,
     "debug": True,
 }
 

@@ -47,9 +47,11 @@ LAYERS = (
     "augment",
     "samplers",
     "batch",
+    "prefetch",
     "embedding_store",
     "data",
     "attention",
+    "activation_checkpointing",
     "cross_attention",
     "decoder",
     "box_chunks",
@@ -69,13 +71,15 @@ LAYERS = (
     "logs",
     "engine",
     "report",
+    "splits",
     "assemble",
     "caching",
+    "dry_run",
     "run",
     "plates",
 )
 ENTRY_POINTS = ("train", "evaluate", "predict", "export", "check", "demo")
-KNOW_THE_CONFIG = {"config", "assemble", "caching", "run", *ENTRY_POINTS}
+KNOW_THE_CONFIG = {"config", "splits", "assemble", "caching", "dry_run", "run", *ENTRY_POINTS}
 ENTRY_POINTS_THAT_TRAIN_USES = {"check", "demo"}
 WITHOUT_TORCH = (
     "errors",

@@ -6,8 +6,14 @@ import re
 import pytest
 import torch
 
+from gloo_pool import GlooPool
 from samft.losses import mask_losses
-from samft.optim import build_optimizer, learning_rate_factor, parameter_groups
+from samft.optim import (
+    build_optimizer,
+    gather_state,
+    learning_rate_factor,
+    parameter_groups,
+)
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze
 
@@ -130,3 +136,30 @@ def test_boxes_move_only_what_they_reach(model: PromptedSam) -> None:
         name = f"sam.mask_decoder.iou_prediction_head.layers.2.{kind}"
         assert torch.equal(start[name][1:], end[name][1:])
         assert not torch.equal(start[name][0], end[name][0])
+
+
+def held_bytes(sharded: bool) -> int:
+    torch.manual_seed(6)
+    model = PromptedSam(build_sam("vit_tiny", S))
+    freeze(model.sam, [])
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=sharded)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = getattr(optimizer, "optim", optimizer)
+    state = [value for own in held.state.values() for value in own.values()]
+    return sum(tensor.nbytes for tensor in state if isinstance(tensor, torch.Tensor))
+
+
+def test_sharded_each_process_holds_its_share(gloo2: GlooPool) -> None:
+    whole = held_bytes(False)
+    first, second = gloo2.run(held_bytes, True)
+    assert 0.4 * whole < first < 0.6 * whole
+    assert first + second == pytest.approx(whole, rel=1e-3)
+
+
+def test_alone_there_is_nothing_to_share_out(model: PromptedSam) -> None:
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=True)
+    assert type(optimizer) is torch.optim.AdamW
+    assert gather_state(optimizer)["param_groups"] == optimizer.state_dict()["param_groups"]

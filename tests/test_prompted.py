@@ -157,3 +157,23 @@ def test_autocast_does_not_blur_where_a_box_is() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model.decode(embeddings, boxes, index)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6)
+
+
+def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64))
+    encoder, calls = model.sam.prompt_encoder, []
+    stock = encoder.get_dense_pe
+    monkeypatch.setattr(encoder, "get_dense_pe", lambda: calls.append(1) or stock())
+    embeddings, boxes = torch.randn(1, 128, 4, 4), torch.tensor([[8.0, 8, 40, 40]])
+    index = torch.zeros(1, dtype=torch.int64)
+    with torch.inference_mode():
+        first = model.decode(embeddings, boxes, index)[0]
+    model.decode(embeddings, boxes, index)[0].sum().backward()
+    assert len(calls) == 1
+    state = model.sam.state_dict()
+    name = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+    model.sam.load_state_dict({**state, name: state[name] * 1.5})
+    assert not torch.allclose(model.decode(embeddings, boxes, index)[0], first)
+    assert len(calls) == 2

@@ -300,6 +300,42 @@ def test_two_processes_stop_and_go_on_as_one_run(gloo2: GlooPool, data, tmp_path
     check_equal_metrics(folders[1], folders[0])
 
 
+def test_optimizer_sharding_changes_nothing_and_may_change_on_resume(
+    gloo2: GlooPool, data, tmp_path
+):
+    names = ("plain", "sharded", "first", "later")
+    folders = {name: tmp_path / name for name in names}
+    plain, sharded = (
+        {
+            name: arguments(data, folders[name], batch_size=1, steps=10, optimizer_sharding=yes)
+            for name in names
+        }
+        for yes in (False, True)
+    )
+    assert gloo2.run(command_here, plain["plain"]) == [0, 0]
+    assert gloo2.run(command_here, sharded["sharded"]) == [0, 0]
+    stop = ["--stop_after", "7"]
+    assert gloo2.run(command_here, [*sharded["first"], *stop]) == [75, 75]
+    assert gloo2.run(command_here, plain["first"]) == [0, 0]
+    assert gloo2.run(command_here, [*plain["later"], *stop]) == [75, 75]
+    assert gloo2.run(command_here, sharded["later"]) == [0, 0]
+    for name in names[1:]:
+        assert largest_difference(folders["plain"], folders[name]) == 0.0
+    # All of the state is in the file, whoever held it.
+    states = [torch.load(f / "last.ckpt", weights_only=True) for f in folders.values()]
+    counts = [len(state["optimizer"]["state"]) for state in states]
+    assert counts[0] > 0 and len(set(counts)) == 1
+
+
+def test_bf16_compress_rounds_gradients_and_no_more(gloo2: GlooPool, data, tmp_path):
+    folders = tmp_path / "whole", tmp_path / "halves"
+    for folder, halves in zip(folders, (False, True), strict=True):
+        argv = arguments(data, folder, batch_size=1, steps=10, bf16_compress=halves)
+        assert gloo2.run(command_here, argv) == [0, 0]
+    assert largest_difference(*folders) > 0.0
+    check_equal_metrics(folders[1], folders[0], rel=0.02)
+
+
 def test_fp16_run_goes_on_with_its_scaler(data, tmp_path):
     folders = tmp_path / "straight", tmp_path / "resumed"
     argvs = [arguments(data, folder, amp="fp16", steps=4) for folder in folders]

@@ -13,13 +13,14 @@ ARGS ?=
 # Real data sets, for `make bench`.
 DATA ?= ../shared/data
 
-.PHONY: help install check format-check lint types test fmt smoke bench bench-step bench-scale
+.PHONY: help install check format-check lint types test fmt smoke soak bench bench-step bench-scale
 
 help:
 	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
 	@echo "make test     tests only; ARGS=... goes to pytest"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
+	@echo "make soak     half an hour of faults beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
 	@echo "make bench-step   measures the training step beside the plain recipe (15 minutes, 16 GB)"
 	@echo "make bench-scale  measures the constants of docs/scale.md and prints its tables"
@@ -56,6 +57,9 @@ smoke: $(INSTALLED)
 	$(BIN)/python -m samft.train --config configs/demo.yaml --data_root "$$folder/data" \
 	    --output_dir "$$folder/run" --steps 20 --metrics_interval 10 && \
 	cat "$$folder/run/summary.json"
+
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak.py --minutes 30
 
 bench: $(INSTALLED)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \

@@ -22,6 +22,7 @@ Environment:
     NPROC_PER_NODE          number of processes on this machine, instead of one for each GPU
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
                             several machines: start this on each; SLURM's variables are read if unset
+    MAX_RESTARTS            how often a run whose process is lost goes on from its last checkpoint (3)
     SAMFT_VENV              the virtual environment, instead of .venv
     SAMFT_PYTHON            a Python that has samft installed: nothing is made and nothing installed
     LAUNCH_DRY_RUN=1        prints the command and stops
@@ -275,6 +276,7 @@ main() {
     choose_rendezvous
     set_environment "$processes"
     command=("$python" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$processes"
+        --max-restarts "${MAX_RESTARTS:-3}"
         --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" -m samft.train "$@")
     if [[ ${LAUNCH_DRY_RUN:-0} == 1 ]]; then
         printf '%q ' "${command[@]}" | sed 's/ $//'

@@ -19,11 +19,12 @@ from benchmarks.measure import AGAIN, Effort, PhaseClock, now, ratios, table
 from benchmarks.plain import PlainDataset, PlainTrainer, plain_loader
 from benchmarks.scopes import Result, make_ready, phase_table
 from samft.coco import read_coco
-from samft.data import Coco2MaskDataset, train_loader
+from samft.data import Coco2MaskDataset
 from samft.demo import write_demo
 from samft.embedding_store import Store
 from samft.embeddings import SplitCache, read_digests
 from samft.layout import find_split
+from samft.loaders import train_loader
 from samft.precompute import Precompute
 from samft.sam import PATCH_SIZE
 

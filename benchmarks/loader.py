@@ -29,8 +29,9 @@ import samft.torchvision_cure  # noqa: F401
 from benchmarks.index import open_pycocotools
 from benchmarks.plain import PlainDataset, PlainSample
 from samft.coco import read_coco
-from samft.data import Coco2MaskDataset, train_loader
+from samft.data import Coco2MaskDataset
 from samft.layout import find_split
+from samft.loaders import train_loader
 from samft.samplers import StepSampler
 
 from segment_anything.utils.transforms import ResizeLongestSide

@@ -29,10 +29,11 @@ from benchmarks.measure import Effort, PhaseClock, Span, interleave
 from samft import engine
 from samft.checkpoint import save_tensors
 from samft.coco import read_coco
-from samft.data import Coco2MaskDataset, train_loader, val_loader
+from samft.data import Coco2MaskDataset
 from samft.distributed import get_rank, get_world_size
 from samft.engine import train
 from samft.layout import find_split
+from samft.loaders import train_loader, val_loader
 from samft.prompted import PromptedSam
 from samft.sam import build_sam
 
@@ -237,7 +238,7 @@ def _train(
         iter(loader),
         accumulate_steps=1,
         should_stop=lambda: False,
-        on_step=lambda taken: None,
+        on_step=lambda taken, image_ids: None,
         on_interval=on_interval,
     )
     if clock is None:

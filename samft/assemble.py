@@ -1,8 +1,7 @@
-"""From the configuration to the parts of a run: model, precision, trainer, state to resume."""
+"""From the configuration to the parts of a run: model, precision, trainer, loaders."""
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,13 +9,12 @@ from torch import Tensor
 
 from samft import distributed
 from samft.activation_checkpointing import checkpoint_activations
-from samft.checkpoint import LAST_NAME, read_last
-from samft.config import TrainConfig, differences
-from samft.data import BatchLoader, train_loader, val_loader
+from samft.config import TrainConfig
 from samft.engine import Trainer
-from samft.errors import CheckpointError, ConfigError, UserError
+from samft.errors import CheckpointError, UserError
+from samft.loaders import BatchLoader, train_loader, val_loader
 from samft.logs import LOGGER
-from samft.losses import MaskLosses, mask_losses
+from samft.losses import LossFunction, mask_losses
 from samft.optim import build_optimizer, schedule_learning_rate
 from samft.progress import Progress
 from samft.prompted import PromptedSam
@@ -107,7 +105,7 @@ def build_model(
     return model
 
 
-def build_loss(config: TrainConfig) -> Callable[..., MaskLosses]:
+def build_loss(config: TrainConfig) -> LossFunction:
     """The losses of masks, weighted as configured."""
     return partial(
         mask_losses,
@@ -169,7 +167,12 @@ def build_loaders(
 ) -> tuple[BatchLoader, BatchLoader]:
     """This rank's endless training batches from a step on, and its share of the validation's."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    shared = {"num_workers": config.num_workers, "rank": rank, "world_size": world_size}
+    shared: dict[str, Any] = {
+        "num_workers": config.num_workers,
+        "timeout": config.hang_timeout,
+        "rank": rank,
+        "world_size": world_size,
+    }
     batches = train_loader(
         splits.train,
         batch_size=config.batch_size,
@@ -182,39 +185,16 @@ def build_loaders(
     return batches, val_loader(splits.val, **shared)
 
 
+def disk_bytes(model: PromptedSam, *, save_top_k: int) -> int:
+    """What a run's checkpoints take up: the states to resume from, and the best weights.
+
+    Of each there is one more than is kept, while it is written.
+    """
+    weights = sum(tensor.nbytes for tensor in model.sam.state_dict().values())
+    moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
+    return 3 * (weights + moments) + (save_top_k + 1) * weights
+
+
 def images_per_step(config: TrainConfig) -> int:
     """Images of an optimizer step, of all processes."""
     return config.batch_size * config.accumulate_steps * distributed.get_world_size()
-
-
-def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The state to go on from, with its `folder`, checked against the configuration.
-
-    Returns:
-        What `read_last` gave and `folder`, where it lies; None for a fresh start.
-
-    Raises:
-        CheckpointError: It is damaged, or `resume` names a file that is not there.
-        ConfigError: The run in the folder differs in a way that matters; a table says how.
-    """
-    if config.resume == "never":
-        return None
-    path = output_dir / LAST_NAME if config.resume == "auto" else Path(config.resume).expanduser()
-    if config.resume == "auto" and not path.exists():
-        return None
-    state = read_last(path)
-    rows = differences(state["config"], config)
-    global_batch = images_per_step(config)
-    if state["global_batch"] != global_batch:
-        name = "images per step"
-        rows.append(f"{name:24} {state['global_batch']!s:24} {global_batch}")
-    if state["fingerprint"] != fingerprint:
-        rows.append(f"{'training data':24} {state['fingerprint'][:12]:24} {fingerprint[:12]}")
-    if rows:
-        header = f"{'field':24} {'the run has':24} asked for"
-        table = "\n  ".join([header, *rows])
-        raise ConfigError(
-            f"{path} holds a run of another configuration:\n  {table}\nGive the run's own values "
-            "to go on with it, or another output_dir, or `--resume never` to start afresh."
-        )
-    return {**state, "folder": path.parent}

@@ -1,20 +1,17 @@
-"""The best k checkpoints with their sidecars, and the state to resume from."""
+"""The best k checkpoints with their sidecars."""
 
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 import samft
-from samft.errors import CheckpointError
 from samft.files import sha256_of, write_atomically, write_json
-
-FORMAT_VERSION = 1
-LAST_NAME = "last.ckpt"
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
@@ -23,11 +20,20 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
     """
+    write_atomically(path, partial(write_tensors, state))
+
+
+def write_tensors(state: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, with a full disk as an `OSError`.
+
+    Raises:
+        OSError: The disk is full, say.
+    """
     try:
-        write_atomically(path, lambda file: torch.save(state, file))
+        torch.save(state, file)
     except RuntimeError as error:
-        # torch reports a full disk as a failed write of its own archive.
-        raise OSError(f"could not write {path}: {error}") from error
+        # torch reports a full disk as a failed write of its own archive, and says no more.
+        raise OSError(f"the disk may be full ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -105,35 +111,6 @@ class TopK:
     def from_list(entries: list[dict[str, Any]]) -> list[BestCheckpoint]:
         """The list that `to_list` gave."""
         return [BestCheckpoint(**entry) for entry in entries]
-
-
-def read_last(path: Path) -> dict[str, Any]:
-    """Reads the state to resume from.
-
-    Args:
-        path: A `last.ckpt`; loaded with `weights_only=True`.
-
-    Returns:
-        What `save_tensors` was given.
-
-    Raises:
-        CheckpointError: It is absent, damaged, or of another format.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"resume: there is no file {path}.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a damaged or hostile file
-        raise CheckpointError(
-            f"resume: {path} cannot be read; it may be damaged. Move it away, or give "
-            "`--resume never` and another output_dir to start afresh."
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"resume: {path} is not the training state of a run (a last.ckpt of format "
-            f"{FORMAT_VERSION}); weights alone go into checkpoint_path."
-        )
-    return state
 
 
 def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]) -> dict[str, Any]:

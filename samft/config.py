@@ -18,7 +18,7 @@ FREE_ON_RESUME = frozenset(
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image
     attention decoder mask_chunk compile activation_checkpointing optimizer_sharding
-    dry_run""".split()
+    dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit probe_memory""".split()
 )
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
@@ -102,6 +102,12 @@ class TrainConfig:
         choices=("auto", "off", "bf16", "fp16"),
     )
     accumulate_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
+    max_bad_steps: int = setting(
+        5, "steps in a row that may be skipped because the gradient is not finite", at_least=0
+    )
+    detect_anomaly: bool = setting(
+        False, "have PyTorch name the operation whose gradient is not finite; slow"
+    )
     clip_grad_norm: float = setting(1.0, "largest gradient norm; 0: off", at_least=0)
     lr_schedule: str = setting(
         "multistep",
@@ -170,6 +176,20 @@ class TrainConfig:
     )
     seed: int = setting(0, "seed of all randomness", at_least=0)
     device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu"))
+    hang_timeout: float = setting(
+        600.0,
+        "seconds after which a process or a loader worker that does not answer is named and given "
+        "up",
+        at_least=1,
+    )
+    save_before_limit: float | None = setting(
+        None,
+        "save and stop with exit code 75 this many seconds before the time limit of the SLURM job",
+        at_least=0,
+    )
+    probe_memory: bool = setting(
+        False, "before the first step, try the largest batch, so that memory gives out now or never"
+    )
     stop_after: int | None = setting(
         None, "save and stop with exit code 75 after this step; run again to go on", at_least=1
     )

@@ -1,30 +1,26 @@
-"""The dataset, its batches, and loaders that any number of processes can share and resume.
+"""The dataset: images with boxes and masks, drawn at random or as they are.
 
 What a sample looks like depends on (seed, epoch, image id, copy) only: not on workers, processes,
 accumulation or restarts.
 """
 
 import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from samft.augment import change_colour, cut_objects, draw_colour, draw_frame, touching
-from samft.batch import NO_PIXELS, Batch, Sample, collate
+from samft.batch import NO_PIXELS, Batch, Sample
 from samft.coco import CocoIndex, read_coco
 from samft.embedding_store import CachedEmbeddings
 from samft.errors import DataError
 from samft.images import EncodedImage, ImageError, open_image
 from samft.masks import decode_cropped
-from samft.samplers import SAMPLE_STREAM, Key, ShardSampler, StepSampler, generator_of
+from samft.samplers import SAMPLE_STREAM, Key, generator_of
 from samft.targets import CroppedMask, draw_targets, draw_truths
 from samft.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 
@@ -239,90 +235,3 @@ class Coco2MaskDataset(Dataset[Sample]):
             draw=lambda k: decode_cropped(file.segmentations[int(objects[k])], *size),
         )
         return frame, objects[kept], boxes
-
-
-class _ErrorsAsItems(Dataset[Sample | DataError]):
-    # A loader makes a traceback's text of what a worker raises; what is returned stays whole.
-    def __init__(self, dataset: Coco2MaskDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: int | Key) -> Sample | DataError:
-        try:
-            return self.dataset[key]
-        except DataError as error:
-            return error
-
-
-def _collate_or_error(items: list[Sample | DataError]) -> Batch | DataError:
-    errors = [item for item in items if isinstance(item, DataError)]
-    return errors[0] if errors else collate([item for item in items if isinstance(item, Sample)])
-
-
-class BatchLoader:
-    """Iterates over batches; a worker's `DataError` (an image is broken, say) is raised whole."""
-
-    def __init__(self, dataset: Coco2MaskDataset, *, num_workers: int, **options: Any) -> None:
-        self.loader = DataLoader(
-            _ErrorsAsItems(dataset),
-            num_workers=num_workers,
-            collate_fn=_collate_or_error,
-            worker_init_fn=start_worker,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator
-            **options,
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
-def start_worker(worker: int) -> None:
-    """Sets up a loader's worker process: one thread, and not a member of the run's group."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    # In a group of its own, a signal to the run's group (Ctrl-C, a scheduler's warning) reaches the
-    # main process only, which finishes its step with the workers alive and then stops them.
-    os.setpgid(0, 0)
-
-
-def train_loader(
-    dataset: Coco2MaskDataset,
-    *,
-    batch_size: int,
-    accumulate_steps: int = 1,
-    start_step: int = 0,
-    steps: int | None = None,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    repeats: NDArray[np.floating] | None = None,
-) -> BatchLoader:
-    """Loads this process' micro-batches, step after step; see `StepSampler`."""
-    sampler = StepSampler(
-        num_images=len(dataset),
-        batch_size=batch_size,
-        accumulate_steps=accumulate_steps,
-        start_step=start_step,
-        steps=steps,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        repeats=repeats,
-    )
-    return BatchLoader(dataset, num_workers=num_workers, batch_sampler=sampler)
-
-
-def val_loader(
-    dataset: Coco2MaskDataset, *, num_workers: int = 0, rank: int = 0, world_size: int = 1
-) -> BatchLoader:
-    """Loads this process' share of the images, one per batch; see `ShardSampler`."""
-    sampler = ShardSampler(len(dataset), rank=rank, world_size=world_size)
-    return BatchLoader(dataset, num_workers=num_workers, sampler=sampler, batch_size=1)

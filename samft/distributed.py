@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,11 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from samft.errors import ConfigError, SharedError, UserError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# At the start, and around what only rank 0 does: reading a large dataset, saving a large model.
+LONG_TIMEOUT = timedelta(minutes=30)
+_START_NAMES: list[str] = []  # see `_meet`
+_STEP_GROUPS: list[Any] = []  # the group of training steps, with the shorter timeout
 
 
 def is_initialized() -> bool:
@@ -37,7 +43,7 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
-def start(device: str) -> torch.device:
+def start(device: str, *, step_seconds: float | None = None) -> torch.device:
     """Starts the process group if `torchrun` launched this process, and picks the device.
 
     Flags and counts travel over gloo on the CPU, so that agreeing on them never waits for a GPU;
@@ -45,6 +51,8 @@ def start(device: str) -> torch.device:
 
     Args:
         device: `auto`, `cuda` or `cpu`.
+        step_seconds: In training steps and validation, a process that does not answer for so long
+            is given up; None: as elsewhere, half an hour.
 
     Returns:
         This process's device.
@@ -67,14 +75,54 @@ def start(device: str) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if "RANK" in os.environ and not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store, rank, world_size = next(rendezvous("env://", timeout=LONG_TIMEOUT))
+        name = _meet(store, rank, world_size)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(name, store),
+            rank=rank,
+            world_size=world_size,
+            timeout=LONG_TIMEOUT,
+        )
+        _START_NAMES.append(name)
+        if step_seconds is not None and get_world_size() > 1:
+            _STEP_GROUPS.append(dist.new_group(timeout=timedelta(seconds=step_seconds)))
     return place
+
+
+def _meet(store: dist.Store, rank: int, world_size: int) -> str:
+    # A name for this start of all processes. torchrun keeps its store when it starts them again,
+    # with the addresses of those that are gone; not even the number of restarts is the same on all
+    # hosts. So rank 0 makes a name up, and the others take it once it answers them by their token.
+    token = uuid.uuid4().hex
+    if rank == 0:
+        store.set("invitation", token)
+        answers = [store.get(f"{token}/{other}").decode() for other in range(1, world_size)]
+        store.set(f"{token}/all", " ".join(answers))
+        return token
+    while True:
+        name = store.get("invitation").decode()
+        store.set(f"{name}/{rank}", token)
+        if store.check([f"{name}/all"]) and token in store.get(f"{name}/all").decode():
+            return name
+        time.sleep(0.05)
+
+
+def start_name() -> str:
+    """A name that all processes of this start share, and no other start has; empty without one."""
+    return _START_NAMES[0] if _START_NAMES else ""
 
 
 def shutdown() -> None:
     """Ends the process group, if there is one."""
     if is_initialized():
         dist.destroy_process_group()
+        _STEP_GROUPS.clear()
+        _START_NAMES.clear()
+
+
+def _step_group() -> Any:
+    return _STEP_GROUPS[0] if _STEP_GROUPS else None
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -93,30 +141,33 @@ def all_gather(value: Any) -> list[Any]:
     return gathered
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor, *, in_step: bool = False) -> Tensor:
     """Sums a tensor over all ranks, in place. Collective: every rank must call.
 
     Args:
         tensor: Any numeric tensor, of equal shape and dtype on all ranks.
+        in_step: Whether to give up after the shorter time of training steps; all ranks alike.
 
     Returns:
         The same tensor, holding the sum.
     """
     if get_world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        group = _step_group() if in_step else None
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
 
 
-def agree(flag: bool) -> bool:
+def agree(flag: bool, *, in_step: bool = False) -> bool:
     """Whether the flag is set on any rank. Collective: every rank must call.
 
     Args:
         flag: This rank's view.
+        in_step: See `all_reduce_sum`.
 
     Returns:
         The same answer on every rank.
     """
-    return bool(all_reduce_sum(torch.tensor(int(flag))).item())
+    return bool(all_reduce_sum(torch.tensor(int(flag)), in_step=in_step).item())
 
 
 def raise_together(error: UserError | None) -> None:
@@ -187,6 +238,7 @@ def wrap(
     wrapped = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
+        process_group=_step_group(),
         **options,
     )
     if bf16_compress:

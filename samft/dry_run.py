@@ -14,28 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from samft import distributed
 from samft.assemble import (
     build_model,
     build_trainer,
+    disk_bytes,
     images_per_step,
     load_weights,
     pick_amp_dtype,
     together,
 )
-from samft.batch import Batch, collate
+from samft.batch import Batch
 from samft.caching import Foreseen, cache_folder_of, foresee_cache
 from samft.checkpoint import save_tensors
 from samft.config import TrainConfig
-from samft.data import Coco2MaskDataset
 from samft.embedding_store import gib
-from samft.engine import Trainer, validate
+from samft.engine import SAVE_MEMORY, Trainer
 from samft.errors import ConfigError
 from samft.files import make_writable, write_status
+from samft.loaders import batch_by_objects, masks_per_image
 from samft.logs import LOGGER, format_duration
 from samft.metrics import peak_memory_gib
 from samft.optim import gather_state
@@ -43,12 +42,9 @@ from samft.progress import Progress
 from samft.prompted import PromptedSam
 from samft.sam import PATCH_SIZE
 from samft.splits import Splits, load_splits
+from samft.validation import validate
 
 T = TypeVar("T")
-SAVE_MEMORY = (
-    "Lower batch_size (and raise accumulate_steps), image_size or mask_chunk, or take "
-    "`--activation_checkpointing blocks`."
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,8 @@ class Forecast:
         validation_seconds: For all validations.
         saving_seconds: For all writing of checkpoints.
         embedding_bytes: To come on the disk of the cache.
-        checkpoint_bytes: Of last.ckpt, twice while it is replaced, and the best ones.
+        checkpoint_bytes: Of last.ckpt, the one before it and the one that replaces it, and the
+            best ones.
         free_bytes: Of the disk of output_dir.
     """
 
@@ -127,7 +124,7 @@ def _forecast(config: TrainConfig, splits: Splits, trial: "_Trial") -> Forecast:
     in_step = found.step_seconds
     step = max(in_step, loading / workers) if workers else in_step + loading
     validations = -(-steps // config.metrics_interval) + 1
-    masks = _masks_per_image(splits.train, config.max_masks_per_image).mean()
+    masks = masks_per_image(splits.train).mean()
     images = images_per_step(config)
     cache = found.cache
     return Forecast(
@@ -141,7 +138,7 @@ def _forecast(config: TrainConfig, splits: Splits, trial: "_Trial") -> Forecast:
         validation_seconds=validations * -(-len(splits.val) // world_size) * found.val_seconds,
         saving_seconds=validations * found.save_seconds,
         embedding_bytes=cache.num_bytes if cache else 0,
-        checkpoint_bytes=2 * found.state_bytes + (config.save_top_k + 1) * found.model_bytes,
+        checkpoint_bytes=disk_bytes(trial.model, save_top_k=config.save_top_k),
         free_bytes=shutil.disk_usage(trial.folder).free,
     )
 
@@ -174,8 +171,6 @@ class _Found:
     step_seconds: float
     val_seconds: float  # an image
     save_seconds: float
-    model_bytes: int
-    state_bytes: int  # of last.ckpt
 
 
 class _Trial:
@@ -188,14 +183,10 @@ class _Trial:
     def run(self, splits: Splits) -> _Found:
         config = self.config
         cache = foresee_cache(config, self.model, splits, progress=Progress())
-        masks = _masks_per_image(splits.train, config.max_masks_per_image)
-        rows = np.argsort(masks, kind="stable")
-        load = partial(self._load, splits.train, rows)
-        load_seconds, usual = self._time(lambda: together(lambda: load(around=len(rows) // 2)))
-        largest = together(lambda: load(around=len(rows)))
-        val_rows = np.argsort(_masks_per_image(splits.val), kind="stable")
-        row = int(val_rows[len(val_rows) // 2])
-        seen = together(lambda: collate([splits.val[row]]))
+        load = partial(batch_by_objects, splits.train, config.batch_size)
+        load_seconds, usual = self._time(lambda: together(lambda: load(share=0.5)))
+        largest = together(lambda: load(share=1.0))
+        seen = together(lambda: batch_by_objects(splits.val, 1, share=0.5))
         encode_seconds = 0.0
         if cache:
             encode_seconds = self._time_encoding(usual)
@@ -213,7 +204,7 @@ class _Trial:
             encode_seconds=encode_seconds,
             step_seconds=step_seconds,
             val_seconds=self._time(validating)[0],
-            **self._time_saving(trainer),
+            save_seconds=self._time_saving(trainer),
         )
 
     def _time(self, work: Callable[[], T]) -> tuple[float, T]:
@@ -221,20 +212,8 @@ class _Trial:
         result = work()
         return now(self.device) - start, result
 
-    def _load(self, dataset: Coco2MaskDataset, rows: NDArray[np.int64], *, around: int) -> Batch:
-        size = self.config.batch_size
-        first = min(max(around - size // 2, 0), max(len(rows) - size, 0))
-        chosen = np.resize(rows[first : first + size], size)  # again, where there are fewer
-        return collate([dataset[0, int(row), copy] for copy, row in enumerate(chosen)])
-
     def _step(self, trainer: Trainer, batch: Batch) -> None:
-        try:
-            trainer.train_step([batch] * self.config.accumulate_steps)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"batch_size: {self.config.batch_size} images with {batch.num_masks} objects do "
-                f"not fit into {_memory_gib(self.device):.1f} GiB of memory. {SAVE_MEMORY}"
-            ) from error
+        trainer.train_step([batch] * self.config.accumulate_steps)
 
     @torch.no_grad()
     def _time_encoding(self, batch: Batch) -> float:
@@ -250,21 +229,18 @@ class _Trial:
         embeddings = torch.zeros(len(batch.image_ids), width, side, side, dtype=dtype)
         return replace(batch, embeddings=embeddings)
 
-    def _time_saving(self, trainer: Trainer) -> dict[str, Any]:
-        weights = self.model.sam.state_dict()
-        state = {"model": weights, "optimizer": gather_state(trainer.optimizer)}
-        seconds, num_bytes = together(lambda: self._save(state))
-        model_bytes = sum(tensor.nbytes for tensor in weights.values())
-        found = {"save_seconds": seconds, "model_bytes": model_bytes, "state_bytes": num_bytes}
-        return dict(distributed.broadcast(found))
+    def _time_saving(self, trainer: Trainer) -> float:
+        optimizer = gather_state(trainer.optimizer)
+        state = {"model": self.model.sam.state_dict(), "optimizer": optimizer}
+        seconds = together(lambda: self._save(state))
+        return float(distributed.broadcast(seconds))
 
-    def _save(self, state: dict[str, Any]) -> tuple[float, int]:
+    def _save(self, state: dict[str, Any]) -> float:
         if not distributed.is_main():
-            return 0.0, 0
+            return 0.0
         path = self.folder / f"dry_run-{os.getpid()}.ckpt"
         try:
-            seconds, _ = self._time(lambda: save_tensors(path, state))
-            return seconds, path.stat().st_size
+            return self._time(lambda: save_tensors(path, state))[0]
         except OSError as error:
             raise ConfigError(f"output_dir: a checkpoint cannot be written: {error}.") from error
         finally:
@@ -276,11 +252,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
-
-
-def _masks_per_image(dataset: Coco2MaskDataset, most: int | None = None) -> NDArray[np.int64]:
-    counts = np.diff(dataset.index.first_object).astype(np.int64)
-    return np.minimum(counts, most) if most else counts
 
 
 def announce(forecast: Forecast, config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""The loop: `train`, `train_step`, `validate`. Read this page first.
+"""The loop: `train` and `train_step`. Read this page first, then `validation`.
 
 A step is one optimizer update over `accumulate_steps` micro-batches on every rank. Its losses are
 summed over masks and divided by the number of masks of the whole step, so that one process or
@@ -9,27 +9,27 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from samft import whereabouts
 from samft.batch import Batch
 from samft.distributed import agree, all_reduce_sum, get_world_size, raise_together, wrap
-from samft.errors import TrainingError, UserError
-from samft.losses import MaskLosses
-from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_iou, peak_memory_gib
+from samft.errors import TrainingError
+from samft.losses import LossFunction, MaskLosses
+from samft.metrics import peak_memory_gib
+from samft.prefetch import Waiting, fetch
 from samft.progress import LOSS_NAMES, Progress
 from samft.prompted import PromptedSam
 
-MAX_BAD_STEPS = 5
-MASK_CHUNK = 64
-
-
-LossFunction = Callable[..., MaskLosses]
+SAVE_MEMORY = (
+    "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
+    "or take `--activation_checkpointing blocks`."
+)
 
 
 class Trainer:
@@ -99,7 +99,7 @@ class Trainer:
             Whether the step was taken; False where the gradient was not finite, on all ranks alike.
         """
         counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
-        num_masks = all_reduce_sum(counts).item()
+        num_masks = all_reduce_sum(counts, in_step=True).item()
         learning_rate = self.learning_rate_at(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -107,8 +107,12 @@ class Trainer:
         # DDP averages over ranks, hence the world size.
         weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
         for number, batch in enumerate(micro_batches):
+            whereabouts.doing("training on images", partial(list, batch.image_ids))
             self.bad_images.update(batch.bad_images)
-            with self._sync_gradients(number == len(micro_batches) - 1):
+            with (
+                self._sync_gradients(number == len(micro_batches) - 1),
+                naming_what_is_too_large(batch),
+            ):
                 total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
                 self.scaler.scale(total * weight).backward()
             window += _sums(losses, num_images=len(batch.image_ids))
@@ -142,7 +146,7 @@ class Trainer:
     def _update(self) -> bool:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
-        finite = not agree(not bool(torch.isfinite(norm)))
+        finite = not agree(not bool(torch.isfinite(norm)), in_step=True)
         if finite:
             self.scaler.step(self.optimizer)
             self.progress.bad_steps = 0
@@ -154,13 +158,24 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.progress.bad_steps >= MAX_BAD_STEPS:
-            raise TrainingError(
-                f"the gradient was not finite {MAX_BAD_STEPS} times in a row after step "
-                f"{self.progress.step}: lower learning_rate, or set amp to bf16 or off. "
-                "The checkpoints written so far are whole."
-            )
         return finite
+
+    def probe_memory(self, batch: Batch) -> None:
+        """One forward and backward pass that leaves nothing behind but the peak of memory.
+
+        Collective: every rank must call.
+
+        Args:
+            batch: As large as any of the run.
+
+        Raises:
+            TrainingError: It does not fit.
+        """
+        weight = torch.tensor(1 / max(batch.num_masks, 1), device=self.device)
+        with naming_what_is_too_large(batch):
+            total, _ = self._forward(batch.to(self.device), weight)
+            (total * weight).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def take_window(self) -> dict[str, float]:
         """Mean losses and IoU over the masks since the last call, and rates. Collective.
@@ -181,6 +196,23 @@ class Trainer:
         return values
 
 
+@contextlib.contextmanager
+def naming_what_is_too_large(batch: Batch) -> Iterator[None]:
+    """Turns running out of memory into an error that names the batch and the way out.
+
+    Raises:
+        TrainingError: Memory was not enough.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        named = ", ".join(str(image_id) for image_id in batch.image_ids)
+        raise TrainingError(
+            f"not enough memory for a batch of {len(batch.image_ids)} images with "
+            f"{batch.num_masks} objects (image ids {named}). {SAVE_MEMORY}"
+        ) from error
+
+
 def train(
     trainer: Trainer,
     batches: Iterable[Batch],
@@ -188,8 +220,10 @@ def train(
     steps: int,
     accumulate_steps: int,
     interval: int,
+    max_bad_steps: int = 5,
     should_stop: Callable[[], bool],
-    on_step: Callable[[bool], None],
+    waiting: Waiting = contextlib.nullcontext,
+    on_step: Callable[[bool, list[int]], None],
     on_interval: Callable[[dict[str, float]], None],
 ) -> bool:
     """Trains until the last step, or until any rank is asked to stop. Collective.
@@ -200,8 +234,10 @@ def train(
         steps: Optimizer steps of the whole run.
         accumulate_steps: Micro-batches of a step.
         interval: Call `on_interval` every so many steps, and after the last.
+        max_bad_steps: Skip no more steps in a row whose gradient is not finite.
         should_stop: Asked before each step on every rank; all stop if any says yes.
-        on_step: Called after each step with whether it was taken.
+        waiting: Entered to wait for batches; raises `Interrupted` to end the wait.
+        on_step: Called after each step with whether it was taken, and this rank's image ids.
         on_interval: Called with the window's metrics; validates, saves, logs.
 
     Returns:
@@ -214,125 +250,24 @@ def train(
     progress, stream = trainer.progress, iter(batches)
     while progress.step < steps:
         started = time.monotonic()
-        micro_batches, error = _fetch(stream, accumulate_steps)
-        if agree(should_stop() or error is not None):
+        whereabouts.at_step(progress.step)
+        micro_batches, error = fetch(stream, accumulate_steps, waiting)
+        if agree(should_stop() or error is not None, in_step=True):
             raise_together(error)
             return False
         taken = trainer.train_step(micro_batches)
         seconds = time.monotonic() - started
         progress.window_seconds += seconds
         progress.train_seconds += seconds
-        on_step(taken)
+        on_step(taken, [id for batch in micro_batches for id in batch.image_ids])
+        if progress.bad_steps > max_bad_steps:
+            raise TrainingError(
+                f"the gradient was not finite {progress.bad_steps} times in a row after step "
+                f"{progress.step}: lower learning_rate, or set amp to bf16 or off."
+            )
         if taken and (progress.step % interval == 0 or progress.step == steps):
             on_interval(trainer.take_window())
     return True
-
-
-def _fetch(stream: Iterator[Batch], count: int) -> tuple[list[Batch], UserError | None]:
-    try:
-        return list(islice(stream, count)), None
-    except UserError as error:  # say, a broken image: the other ranks must hear of it
-        return [], error
-
-
-@dataclass
-class Validation:
-    """What a validation pass found.
-
-    Attributes:
-        metrics: `LOSS_NAMES` and `iou_predicted`, means over all masks of all ranks;
-            `per_mask_iou` is at the original resolution.
-        box_fill_iou: What filling each box would score.
-        shown: Rank 0's first images with their mask logits, for pictures.
-        bad_images: This rank's images that could not be read: name, what is wrong.
-    """
-
-    metrics: dict[str, float]
-    box_fill_iou: float
-    shown: list[tuple[Batch, Tensor]]
-    bad_images: dict[str, str] = field(default_factory=dict)
-
-
-@torch.no_grad()
-def validate(
-    model: PromptedSam, batches: Iterable[Batch], *, loss: LossFunction, num_shown: int = 0
-) -> Validation:
-    """Scores the model on every mask of a split. Collective: every rank must call.
-
-    Always in float32, and at the resolution of the original image: the IoU is the one that stock
-    `SamPredictor` gets with the same weights.
-
-    Args:
-        model: Not wrapped; ranks may hold different numbers of images, or none.
-        batches: This rank's images, one a batch, with their truths.
-        loss: `losses.mask_losses` with its weights and image size set.
-        num_shown: Images to keep for pictures.
-
-    Returns:
-        Means over all ranks.
-
-    Raises:
-        UserError: An image cannot be read, on any rank.
-    """
-    means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
-    means["per_mask_iou"] = PerMaskIoU()
-    for mean in means.values():
-        mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
-    shown: list[tuple[Batch, Tensor]] = []
-    bad_images: dict[str, str] = {}
-    stream = iter(batches)
-    fetched, error = _fetch(stream, 1)
-    while fetched:
-        batch = fetched[0]
-        bad_images.update(batch.bad_images)
-        if batch.num_masks:  # none if the image cannot be read
-            logits = _score_image(model, batch, loss=loss, means=means)
-            if len(shown) < num_shown:
-                shown.append((batch, logits.cpu()))
-        fetched, error = _fetch(stream, 1)
-    raise_together(error)
-    metrics = {name: mean.compute().item() for name, mean in means.items()}
-    return Validation(metrics, metrics.pop("box_fill_iou"), shown, bad_images)
-
-
-def _score_image(
-    model: PromptedSam, batch: Batch, *, loss: LossFunction, means: dict[str, MaskMean]
-) -> Tensor:
-    moved = batch.to(model.sam.device, non_blocking=True)
-    embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
-    chunks = []
-    for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
-        for name, values in scores.items():
-            means[name].update(values.cpu())
-        chunks.append(logits)
-    return torch.cat(chunks)
-
-
-def _score_masks(
-    model: PromptedSam, batch: Batch, embedding: Tensor, *, part: Tensor, loss: LossFunction
-) -> tuple[Tensor, dict[str, Tensor]]:
-    boxes, index = batch.boxes[part], batch.image_index[part]
-    logits, iou_predicted = model.decode(embedding, boxes, index)
-    losses = loss(
-        logits,
-        iou_predicted,
-        targets=batch.targets[part],
-        image_index=index,
-        input_sizes=batch.input_sizes,
-    )
-    truths = [batch.truths[number] for number in part.tolist()]
-    height, width = batch.input_sizes[0].tolist()
-    original_height, original_width = batch.original_sizes[0].tolist()
-    original_size = (original_height, original_width)
-    sizes = {"input_size": (height, width), "original_size": original_size}
-    image_size = model.sam.image_encoder.img_size
-    iou = original_masks_iou(logits, truths, image_size=image_size, **sizes)
-    values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
-    scores = dict(zip(LOSS_NAMES, values, strict=True))
-    scores["iou_predicted"] = iou_predicted
-    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **sizes)
-    return logits, scores
 
 
 def _sums(losses: MaskLosses, *, num_images: int) -> Tensor:

@@ -12,7 +12,27 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
 
-class UserError(ValueError):
+def printable(text: str) -> str:
+    """Text that may hold a name from outside, with escapes for what could steer a terminal.
+
+    Args:
+        text: Of any characters; line ends and tabs stay.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def paragraph(text: str) -> str:
+    """Text of which only the first line begins at the margin, so that it cannot forge others."""
+    return printable(text).replace("\n", "\n  ")
+
+
+class _Told(Exception):
+    # Its words are printed and written to status.json, and may hold a file's name.
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class UserError(_Told, ValueError):
     """Wrong usage, configuration, data or checkpoint: what, where, what to do, in a sentence."""
 
 
@@ -32,7 +52,7 @@ class SharedError(UserError):
     """A user's error that one rank found and all were told, so that all end and one speaks."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_Told, RuntimeError):
     """The run cannot go on (say, the loss is not finite); a sentence, shown without a traceback."""
 
 
@@ -83,7 +103,8 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, (ConfigError, Stopped, SharedError)):
             name = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{name}{word}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+            words = paragraph(str(error) or "interrupted")
+            print(f"{name}{word}: {words}", file=sys.stderr, flush=True)
         return exit_code(error)
     except Exception as error:
         traceback.print_exc()

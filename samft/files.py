@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,24 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
     """
+    with replacing(path, write):
+        pass
+
+
+@contextmanager
+def replacing(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """As `write_atomically`, with something to do when the new content is safe, but not in place.
+
+    Args:
+        path: The file; its folder must exist.
+        write: Given the open file, writes the content.
+
+    Yields:
+        A file with the new content, on the disk; it takes the place of the old when the block ends.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; the old file is untouched.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     part = Path(name)
     try:
@@ -33,10 +52,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.chmod(0o644)
+        yield part
         os.replace(part, path)
         _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def clear_parts(folder: Path) -> None:
+    """Deletes what a killed process left of files that it was writing. One process at a time."""
+    for pattern in (".*.part", "*/.*.part"):
+        for part in folder.glob(pattern):
+            part.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -106,6 +133,24 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def known_digests(sidecar: Path) -> list[str]:
+    """The SHA-256 that a checkpoint may have, as the JSON file beside it says; none if unreadable.
+
+    A list under `sha256` names several, of which the file has one.
+    """
+    try:
+        found = json.loads(sidecar.read_text())["sha256"]
+        return [found] if isinstance(found, str) else [str(digest) for digest in found]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def is_known(path: Path, sidecar: Path) -> bool:
+    """Whether a checkpoint is what its sidecar says; a sidecar without a hash says nothing."""
+    known = known_digests(sidecar)
+    return not known or sha256_of(path) in known
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock that only one process of this node can hold at a time, by a file."""
@@ -126,10 +171,15 @@ def try_lock(path: Path) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
+    except OSError:  # a file system without locks: nobody can be kept out
+        pass
     return file
 
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "train.log", "tensorboard")
+RUN_FILES = (
+    "config.yaml metrics.jsonl bad_steps.jsonl summary.json train.log tensorboard previous".split()
+)
+_LOCK_SECONDS = 10.0  # a killed run's last processes may take some to be gone
 
 
 def make_writable(folder: Path, *, field: str = "output_dir") -> None:
@@ -150,6 +200,26 @@ def make_writable(folder: Path, *, field: str = "output_dir") -> None:
         raise ConfigError(
             f"{field}: {folder} cannot be written ({error.strerror}): choose another folder."
         ) from error
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keeps an output folder to this process, and clears what a killed one left half written.
+
+    Raises:
+        ConfigError: Another run writes into it.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while (lock := try_lock(folder / ".lock")) is None:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"output_dir: another run is writing into {folder}: wait for its end, or name "
+                "another folder."
+            )
+        time.sleep(0.5)
+    with lock:
+        clear_parts(folder)
+        yield
 
 
 def set_aside(folder: Path) -> Path | None:

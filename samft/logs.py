@@ -3,10 +3,13 @@
 `RunLog` of any other rank writes no file: it only warns and fails, with its rank in front.
 """
 
+import contextlib
 import json
 import logging
 import math
+import os
 import sys
+from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,18 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from samft.errors import paragraph
 from samft.files import write_text
 
 LOGGER = logging.getLogger("samft")
 # What is said before train.log can be opened, because the folder may hold an earlier run's.
 _EARLY = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=False)
+
+
+class _Formatter(logging.Formatter):
+    # File names come from outside: none can forge a line of the log, or steer a terminal.
+    def format(self, record: logging.LogRecord) -> str:
+        return paragraph(super().format(record))
 
 
 def start_logging(rank: int) -> None:
@@ -32,7 +42,7 @@ def start_logging(rank: int) -> None:
     logging.captureWarnings(True)
     name = "" if rank == 0 else f"[rank {rank}] "
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     _EARLY.buffer.clear()
     root.handlers = [handler, _EARLY]
@@ -45,6 +55,15 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextlib.contextmanager
+def _as_far_as_the_disk_goes() -> Iterator[None]:
+    # TensorBoard's files are a view of metrics.jsonl: no reason to end a run.
+    try:
+        yield
+    except OSError as error:
+        LOGGER.error("tensorboard/ cannot be written: %s", error.strerror)
 
 
 class RunLog:
@@ -61,6 +80,7 @@ class RunLog:
         """
         self.folder, self.main, self.steps = folder, main, steps
         self.writer: SummaryWriter | None = None
+        self._unwritten: dict[str, list[str]] = {}
         self.bar = tqdm(
             total=steps,
             initial=start_step,
@@ -71,7 +91,7 @@ class RunLog:
         if not main:
             return
         self._file = logging.FileHandler(folder / "train.log")
-        self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
         _EARLY.setTarget(self._file)
         _EARLY.flush()
         logging.getLogger().removeHandler(_EARLY)
@@ -93,6 +113,29 @@ class RunLog:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
 
+    def bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
+        """Notes the images of a step that was skipped, by process, in bad_steps.jsonl."""
+        if self.writer is not None:
+            record = {"after_step": step, "position": position, "image_ids": image_ids}
+            self._append("bad_steps.jsonl", record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        # What a full disk does not take is kept until it does.
+        self._unwritten.setdefault(name, []).append(json.dumps(record) + "\n")
+        try:
+            # Unbuffered, or closing would write the rest of a line that was cut short.
+            with (self.folder / name).open("ab", buffering=0) as file:
+                start, left = file.tell(), "".join(self._unwritten[name]).encode()
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                except OSError:
+                    os.ftruncate(file.fileno(), start)  # no half a line for the next to follow
+                    raise
+            del self._unwritten[name]
+        except OSError as error:
+            LOGGER.error("%s cannot be written: %s", self.folder / name, error.strerror)
+
     def metrics(self, step: int, split: str, values: dict[str, float]) -> None:
         """Writes one line to metrics.jsonl and the same scalars to TensorBoard.
 
@@ -104,16 +147,17 @@ class RunLog:
         if self.writer is None:
             return
         record = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "split": split, **record}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{split}/{name}", value, step)
-        self.writer.flush()
+        self._append("metrics.jsonl", {"step": step, "split": split, **record})
+        with _as_far_as_the_disk_goes():
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+            self.writer.flush()
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Adds a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
         if self.writer is not None:
-            self.writer.add_image(name, picture, step, dataformats="HWC")
+            with _as_far_as_the_disk_goes():
+                self.writer.add_image(name, picture, step, dataformats="HWC")
 
     def text(self, name: str, text: str) -> None:
         """Adds a text, shown as it is, to TensorBoard."""
@@ -137,7 +181,8 @@ class RunLog:
         """Closes the bar and the files."""
         self.bar.close()
         if self.writer is not None:
-            self.writer.close()
+            with _as_far_as_the_disk_goes():
+                self.writer.close()
             self._redirect.__exit__(None, None, None)  # brings back the handlers of its beginning
             logging.getLogger().removeHandler(self._file)
             self._file.close()

@@ -4,6 +4,7 @@ The sum over masks is divided by the number of masks of the whole optimizer step
 and micro-batches, so that neither the number of processes nor accumulation changes what is learnt.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ class MaskLosses(NamedTuple):
     dice: Tensor
     iou: Tensor
     iou_actual: Tensor
+
+
+LossFunction = Callable[..., MaskLosses]  # `mask_losses` with its weights and image size set
 
 
 def mask_losses(

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from samft import distributed
-from samft.data import start_worker
 from samft.embedding_store import Entry
 from samft.embeddings import ShouldStop, SplitCache, sha256
 from samft.errors import ConfigError, DataError, UserError
 from samft.images import ImageError, open_image
+from samft.loaders import start_worker
 from samft.prompted import PromptedSam
 from samft.transforms import Frame
 

@@ -1,19 +1,23 @@
-"""Batches on the device before they are asked for."""
+"""Batches on the device before they are asked for, and waiting for them."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 
 from samft.batch import Batch
 from samft.errors import UserError
+from samft.signals import Interrupted
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Moves batches over one ahead: a GPU copies the next while it computes with this one.
 
     The copy is on a stream of its own. It needs page-locked memory to run beside the computation,
-    which `data.BatchLoader` gives.
+    which `loaders.BatchLoader` gives.
 
     Args:
         batches: From a loader.
@@ -46,3 +50,22 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         if moved is None:
             return
         ahead = moved
+
+
+def fetch(
+    stream: Iterator[Batch], count: int, waiting: Waiting
+) -> tuple[list[Batch], UserError | None]:
+    """The next batches, or the user's error that came in their place, for other ranks to hear of.
+
+    Args:
+        stream: Of a loader.
+        count: How many.
+        waiting: Entered for the wait; raises `Interrupted` to end it, and then there are none.
+    """
+    try:
+        with waiting():
+            return list(islice(stream, count)), None
+    except Interrupted:  # whoever asked for the batches is about to ask whether to stop
+        return [], None
+    except UserError as error:  # say, a broken image: the other ranks must hear of it
+        return [], error

@@ -23,6 +23,7 @@ class Progress:
         baseline: Validation of the untouched checkpoint.
         box_fill_iou: What filling each box of the validation set would score.
         bad_images: By split, images that could not be read on the way: name, what is wrong.
+        pending: The train line of an interval whose validation was broken off; else empty.
     """
 
     step: int = 0
@@ -37,6 +38,7 @@ class Progress:
     baseline: dict[str, float] = field(default_factory=dict)
     box_fill_iou: float = math.nan
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
+    pending: dict[str, float] = field(default_factory=dict)
 
     def note_bad_images(self, split: str, found: dict[str, str]) -> dict[str, str]:
         """Adds images that could not be read; gives those back that were not known yet."""

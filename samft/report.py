@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from samft import pictures
 from samft.checkpoint import BestCheckpoint
-from samft.engine import Validation
 from samft.logs import LOGGER, format_duration
 from samft.progress import Progress
+from samft.validation import Validation
 
 BEFORE, AFTER, BOTH = "before.png", "after.png", "before_after.png"
 

@@ -1,4 +1,4 @@
-"""One training run from its first line to its summary."""
+"""The parts of a run, and what happens at its start, its steps, its intervals and its end."""
 
 import time
 from dataclasses import asdict
@@ -7,110 +7,75 @@ from typing import Any, NoReturn
 
 import torch
 
-from samft import assemble, distributed, pictures
+from samft import assemble, distributed, host_checks, pictures, whereabouts
 from samft.caching import prepare_cache
-from samft.checkpoint import FORMAT_VERSION, LAST_NAME, TopK, make_sidecar, save_tensors
+from samft.checkpoint import TopK, make_sidecar
 from samft.config import TrainConfig, to_yaml
-from samft.dry_run import dry_run
-from samft.engine import Validation, train, validate
-from samft.errors import EXIT_STOPPED, ConfigError, Stopped, exit_code
-from samft.files import make_writable, set_aside, write_json, write_status, write_text
-from samft.logs import LOGGER, RunLog, format_duration, start_logging
+from samft.engine import train
+from samft.errors import EXIT_STOPPED, ConfigError, Stopped, TrainingError
+from samft.files import set_aside, write_json, write_status, write_text
+from samft.loaders import batch_by_objects
+from samft.logs import LOGGER, RunLog, format_duration
 from samft.metrics import peak_memory_gib
 from samft.optim import gather_state
 from samft.prefetch import on_device
 from samft.progress import Progress
 from samft.report import AFTER, BEFORE, draw_masks, report, summarise
-from samft.signals import stop_on_signal
+from samft.resume import find_resume, keep_images_per_step
+from samft.signals import Interrupted, StopRequest, end_of_job
 from samft.splits import load_splits
+from samft.training_state import LAST_NAME, put_damaged_aside, save_last
+from samft.validation import Validation, validate
 
 NUM_SHOWN = 4
-
-
-def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains as configured. Collective: every rank must call.
-
-    Args:
-        config: The checked configuration.
-
-    Returns:
-        What `summary.json` holds; of a dry run, see `dry_run`.
-
-    Raises:
-        UserError: The configuration, the data or the checkpoint cannot be used.
-        Stopped: A signal or `stop_after` ended the run, and everything is saved.
-        TrainingError: The run cannot go on.
-    """
-    folder = Path(config.output_dir).expanduser()
-    this_run: Run | None = None
-    device = distributed.start(config.device)
-    start_logging(distributed.get_rank())
-    try:
-        if config.dry_run:
-            return dry_run(config, device)
-        with stop_on_signal() as stop:
-            this_run = assemble.together(lambda: Run(config, folder, device, stop))
-            return this_run.execute()
-    except BaseException as error:
-        if distributed.is_main() and not isinstance(error, Stopped):
-            step = this_run.progress.step if this_run else 0
-            last = folder / LAST_NAME
-            # A refused start says nothing about the run that the folder holds.
-            holds_other = this_run is None and last.exists()
-            write_status(
-                None if holds_other else folder,
-                state="failed",
-                step=step,
-                exit_code=exit_code(error),
-                reason=str(error) or type(error).__name__,
-                last_checkpoint=str(last) if last.exists() else None,
-            )
-        raise
-    finally:
-        if this_run is not None:
-            this_run.log.close()
-        distributed.shutdown()
 
 
 class Run:
     """The parts of one run, and what happens at its start, its intervals and its end."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, device: torch.device, stop: list[str]
+        self, config: TrainConfig, folder: Path, device: torch.device, stop: StopRequest
     ) -> None:
         """Checks everything that a user can get wrong, cheapest first, then builds the parts.
 
         Args:
             config: The checked configuration.
-            folder: The output folder, made if absent.
+            folder: The output folder, which is this run's alone.
             device: This process's device.
-            stop: Names of the signals received so far.
+            stop: Says whether a signal has asked to stop.
 
         Raises:
             UserError: The folder, data, weights or state to resume cannot be used.
         """
-        self.config, self.folder, self.device, self.stop = config, folder, device, stop
+        self.folder, self.device, self.stop = folder, device, stop
         self.main = distributed.is_main()
-        self.world_size = distributed.get_world_size()
-        make_writable(folder)
+        self.ends_at = end_of_job(config.save_before_limit)
         self.splits = load_splits(config)
-        resumed = assemble.find_resume(config, folder, self.splits.fingerprint)
+        found = find_resume(config, folder, self.splits.fingerprint)
+        self.asked = config  # what is saved, to tell the same command on yet other processes
+        self.config = config = keep_images_per_step(config, found) if found else config
+        resumed = found.state if found else None
+        self.found = found  # until the optimizer has its state: it is as large as the model
+        for problem in found.passed_over if found else ():
+            LOGGER.warning("resume: %s", problem)
         weights = resumed["model"] if resumed else assemble.load_weights(config)
-        elsewhere = resumed is not None and resumed["folder"].resolve() != folder.resolve()
-        if self.main and (resumed is None or elsewhere):
+        elsewhere = found is not None and found.folder.resolve() != folder.resolve()
+        if self.main and (found is None or elsewhere):
             aside = set_aside(folder)
             if aside is not None:
                 LOGGER.warning("an earlier run's files were moved to %s", aside)
         self.progress = Progress(**resumed["progress"]) if resumed else Progress()
         if not self.main:
             self.progress.window = Progress().window  # rank 0 goes on with the sums of all
-        self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=self.progress.step)
+        # A step whose validation was broken off has no lines yet.
+        start_step = self.progress.step - bool(self.progress.pending)
+        self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=start_step)
         self.model = assemble.build_model(config, weights, device)
-        self.resumed = resumed
         best = TopK.from_list(resumed["best"]) if resumed else []
         self.top_k = TopK(folder, k=config.save_top_k, best=best)
-        if resumed is not None and elsewhere and self.main:
-            self.top_k.adopt(resumed["folder"])
+        if found is not None and elsewhere and self.main:
+            self.top_k.adopt(found.folder)
+        self.unsaved = ""
         self.clock = time.monotonic() - self.progress.wall_seconds
 
     def execute(self) -> dict[str, Any]:
@@ -128,42 +93,67 @@ class Run:
                 "output_dir: the processes do not see the same last.ckpt; put output_dir on a disk "
                 "that all hosts share."
             )
+        if self.main and self.found is not None and self.found.passed_over:
+            put_damaged_aside(self.folder, used=self.found.path)
         self._announce()
-        fresh = self.resumed is None
-        if not prepare_cache(
-            config,
-            self.model,
-            self.splits,
-            progress=progress,
-            should_stop=lambda: bool(self.stop),
-        ):
+        assemble.together(self._check_host)
+        stops = {"should_stop": lambda: bool(self.stop)}
+        if not prepare_cache(config, self.model, self.splits, progress=progress, **stops):
             self._stopped("the embeddings encoded so far are kept")
         self.trainer = assemble.build_trainer(
-            config, self.model, progress=progress, state=self.resumed
+            config, self.model, progress=progress, state=self.found.state if self.found else None
         )
-        self.resumed = None  # several times the size of the model
+        self.found = None
         batches, self.val_batches = assemble.build_loaders(
             config, self.splits, start_step=progress.position
         )
-        if fresh:
-            self._validate_untouched()
-        finished = train(
-            self.trainer,
-            on_device(batches, self.device),
-            steps=config.steps,
-            accumulate_steps=config.accumulate_steps,
-            interval=config.metrics_interval,
-            should_stop=self._should_stop,
-            on_step=self._on_step,
-            on_interval=self._on_interval,
-        )
+        if config.probe_memory:
+            largest = batch_by_objects(self.splits.train, config.batch_size, share=1.0)
+            self.trainer.probe_memory(largest)
+        try:
+            if not progress.baseline:
+                self._validate_untouched()
+            if progress.pending:
+                self._finish_interval()
+            finished = train(
+                self.trainer,
+                on_device(batches, self.device),
+                steps=config.steps,
+                accumulate_steps=config.accumulate_steps,
+                interval=config.metrics_interval,
+                max_bad_steps=config.max_bad_steps,
+                should_stop=self._should_stop,
+                waiting=self.stop.waiting,
+                on_step=self._on_step,
+                on_interval=self._on_interval,
+            )
+        except Interrupted:
+            finished = False
         if not finished:
             self._save_last()
+            if self.unsaved:
+                raise TrainingError(f"stopped, and steps are lost: {self.unsaved}")
             self._stopped(f"saved after step {progress.step} of {config.steps}")
         return self._finish()
 
+    def _check_host(self) -> None:
+        if not self.main:
+            host_checks.raise_open_files()
+            return
+        config, side = self.config, self.config.image_size
+        cells = side**2 // (16 if config.loss_resolution == "low" else 1)
+        host_checks.check_host(
+            self.device,
+            self.folder,
+            needed=assemble.disk_bytes(self.model, save_top_k=config.save_top_k),
+            num_workers=config.num_workers,
+            batch_bytes=config.batch_size * (3 * side**2 + config.max_masks_per_image * cells),
+        )
+
     def _should_stop(self) -> bool:
         limit = self.config.stop_after
+        if time.time() >= self.ends_at and not self.stop:
+            self.stop.received.append("the job's time limit")
         return bool(self.stop) or (limit is not None and self.progress.step >= limit)
 
     def _announce(self) -> None:
@@ -172,7 +162,7 @@ class Run:
         LOGGER.info(
             "device %s, %d process(es), %d images a step, amp %s",
             self.device,
-            self.world_size,
+            distributed.get_world_size(),
             assemble.images_per_step(config),
             assemble.pick_amp_dtype(config.amp, self.device) or "off",
         )
@@ -180,32 +170,42 @@ class Run:
             write_text(self.folder / "config.yaml", to_yaml(config))
             self.log.text("config", to_yaml(config))
             self._status("running")
-        if self.resumed is not None:
+        if self.found is not None:
             LOGGER.info("going on from step %d", self.progress.step)
 
     def _validate(self) -> Validation:
         num_shown = NUM_SHOWN if self.main else 0
         started = time.monotonic()
-        found = validate(self.model, self.val_batches, loss=self.trainer.loss, num_shown=num_shown)
+        found = validate(
+            self.model,
+            self.val_batches,
+            loss=self.trainer.loss,
+            num_shown=num_shown,
+            should_stop=lambda: bool(self.stop),
+            waiting=self.stop.waiting,
+        )
         seconds = time.monotonic() - started
         found.shown = [
             (self.splits.val.with_pixels(batch), logits) for batch, logits in found.shown
         ]
-        step, counts = self.progress.step, self.splits.counts["val"]
-        rates = {
+        counts = self.splits.counts["val"]
+        found.rates = {
             "lr": self.trainer.optimizer.param_groups[0]["lr"],
             "images_per_second": counts["images"] / seconds,
             "masks_per_second": counts["masks"] / seconds,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
-        self.log.metrics(step, "val", {**found.metrics, **rates})
         self._note_bad_images("val", found.bad_images)
-        if self.main:
-            self.log.picture(step, "val/masks", draw_masks(found))
         return found
+
+    def _log_validation(self, found: Validation) -> None:
+        self.log.metrics(self.progress.step, "val", {**found.metrics, **found.rates})
+        if self.main:
+            self.log.picture(self.progress.step, "val/masks", draw_masks(found))
 
     def _validate_untouched(self) -> None:
         found = self._validate()
+        self._log_validation(found)
         self.progress.baseline = found.metrics
         self.progress.box_fill_iou = found.box_fill_iou
         LOGGER.info(
@@ -217,14 +217,15 @@ class Run:
             pictures.write_png(self.folder / BEFORE, draw_masks(found))
         self._save_last()
 
-    def _on_step(self, taken: bool) -> None:
+    def _on_step(self, taken: bool, image_ids: list[int]) -> None:
         if taken:
             self.log.progress()
-        else:
-            LOGGER.warning(
-                "after step %d: the gradient was not finite, so the step was skipped",
-                self.progress.step,
-            )
+            return
+        progress = self.progress
+        words = "the gradient was not finite, so the step was skipped: see bad_steps.jsonl"
+        LOGGER.warning("after step %d: %s", progress.step, words)
+        ids = distributed.all_gather(image_ids)
+        self.log.bad_step(progress.step, position=progress.position, image_ids=ids)
 
     def _note_bad_images(self, split: str, met: dict[str, str]) -> None:
         # Every image that any rank could not read, once.
@@ -234,16 +235,20 @@ class Run:
                     LOGGER.info("%s, left out: %s", split, why)
 
     def _on_interval(self, window: dict[str, float]) -> None:
-        step, steps = self.progress.step, self.config.steps
-        self.log.metrics(step, "train", {**window, "skipped_steps": self.progress.skipped_steps})
+        self.progress.pending = {**window, "skipped_steps": self.progress.skipped_steps}
+        self._finish_interval()
+
+    def _finish_interval(self) -> None:
+        step, steps, window = self.progress.step, self.config.steps, self.progress.pending
         self._note_bad_images("train", self.trainer.bad_images)
         found = self._validate()
+        self.log.metrics(step, "train", window)
+        self._log_validation(found)
         score = found.metrics["per_mask_iou"]
         sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
-        weights = self.model.sam.state_dict()
-        if self.main and self.top_k.offer(weights, score=score, sidecar=sidecar):
-            if self.top_k.best[0].step == step:
-                pictures.write_png(self.folder / AFTER, draw_masks(found))
+        if self.main and self._offer(score, sidecar) and self.top_k.best[0].step == step:
+            pictures.write_png(self.folder / AFTER, draw_masks(found))
+        self.progress.pending = {}
         self._save_last()
         left = (steps - step) * (time.monotonic() - self.clock) / max(step, 1)
         LOGGER.info(
@@ -259,25 +264,47 @@ class Run:
             format_duration(left),
         )
 
+    def _offer(self, score: float, sidecar: dict[str, Any]) -> bool:
+        try:
+            return self.top_k.offer(self.model.sam.state_dict(), score=score, sidecar=sidecar)
+        except OSError as error:
+            self._could_not_save("a checkpoint", error)
+            return False
+
+    def _could_not_save(self, what: str, error: OSError) -> None:
+        self.unsaved = f"{what} could not be written into {self.folder}: {error}."
+        LOGGER.error(
+            "%s Files written before are whole; the run goes on and tries again at its next "
+            "interval. Make room until then",
+            self.unsaved,
+        )
+
     def _save_last(self) -> None:
         self.progress.wall_seconds = time.monotonic() - self.clock
         sums = distributed.all_reduce_sum(self.trainer.window.cpu().clone()).tolist()
         optimizer = gather_state(self.trainer.optimizer)
-        if not self.main:
-            return
+        if self.main:
+            self._write_last(optimizer, sums)
+        distributed.barrier()  # with the long timeout, or the others would give up on rank 0
+
+    def _write_last(self, optimizer: dict[str, Any], window: list[float]) -> None:
+        whereabouts.doing("saving")
         state = {
-            "format": FORMAT_VERSION,
-            "config": asdict(self.config),
+            "config": asdict(self.asked),
             "global_batch": assemble.images_per_step(self.config),
             "fingerprint": self.splits.fingerprint,
             "model": self.model.sam.state_dict(),
             "optimizer": optimizer,
             "scaler": self.trainer.scaler.state_dict(),
-            "progress": {**asdict(self.progress), "window": sums},
+            "progress": {**asdict(self.progress), "window": window},
             "best": self.top_k.to_list(),
         }
-        save_tensors(self.folder / LAST_NAME, state)
-        self._status("running")
+        try:
+            save_last(self.folder, state)
+            self._status("running")
+            self.unsaved = ""
+        except OSError as error:
+            self._could_not_save(LAST_NAME, error)
 
     def _status(self, state: str, *, code: int | None = None, reason: str = "") -> None:
         if self.main:
@@ -292,7 +319,7 @@ class Run:
             )
 
     def _stopped(self, done: str) -> NoReturn:
-        why = self.stop[0] if self.stop else f"stop_after {self.config.stop_after}"
+        why = self.stop.received[0] if self.stop else f"stop_after {self.config.stop_after}"
         if not self.stop and self.config.stop_after is None:
             why = "another process was asked to stop"
         reason = f"{why}: {done} in {self.folder}; the same command goes on from there."
@@ -301,6 +328,8 @@ class Run:
         raise Stopped(reason)
 
     def _finish(self) -> dict[str, Any]:
+        if self.unsaved:
+            raise TrainingError(f"all steps are done, but {self.unsaved} Make room, and run again.")
         progress, best = self.progress, self.top_k.best[0] if self.top_k.best else None
         progress.wall_seconds = time.monotonic() - self.clock
         counts = self.splits.counts

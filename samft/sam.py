@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import samft.torchvision_cure  # noqa: F401  (before all that imports torchvision)
 from samft.attention import use_fast_attention
 from samft.errors import CheckpointError
+from samft.files import is_known
 
 from segment_anything.modeling import (
     ImageEncoderViT,
@@ -132,6 +133,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"checkpoint_path: there is no file {path}. Give a SAM .pth or .ckpt file, 'auto' "
             "(download, or the packaged file for vit_tiny) or 'random'."
+        )
+    sidecar = path.with_suffix(".json")
+    if path.suffix == ".ckpt" and sidecar.is_file() and not is_known(path, sidecar):
+        raise CheckpointError(
+            f"checkpoint_path: {path} is damaged: its SHA-256 is not the one in {sidecar.name}. "
+            "Copy it again, or take another checkpoint."
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

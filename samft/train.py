@@ -1,12 +1,20 @@
-"""Trains: `python -m samft.train`, or under `torchrun`. Parses, then calls `samft.run`."""
+"""Trains: `python -m samft.train`, or under `torchrun`. Parses, then calls `samft.guard`."""
 
 import os
 import sys
 from typing import Any
 
 from samft.config import parse_config
-from samft.errors import EXIT_USAGE, ConfigError, run_command
+from samft.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    ConfigError,
+    run_command,
+)
 from samft.files import write_status
+from samft.signals import die_with_parent
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -23,6 +31,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         Stopped: A signal or `stop_after` ended the run, and everything is saved.
         TrainingError: The run cannot go on.
     """
+    if "RANK" in os.environ:  # before the seconds that importing torch takes
+        die_with_parent()
     try:
         config = parse_config(argv)
     except ConfigError as error:
@@ -30,10 +40,29 @@ def main(argv: list[str]) -> dict[str, Any]:
             write_status(None, state="failed", exit_code=EXIT_USAGE, reason=str(error))
         raise
     # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-    from samft.run import run
+    from samft.guard import run
 
     return run(config)
 
 
+def exit_code_for_launcher(code: int) -> int:
+    """What this process exits with: under `launch.sh`, 0 where starting again is no use.
+
+    torchrun starts all processes again after any failure. A wrong configuration would fail again,
+    and what was stopped is to stay so; `launch.sh` exits with the code in its status file.
+
+    Args:
+        code: What stands for how the run ended.
+    """
+    is_final = code in (EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)
+    if not is_final or not os.environ.get("SAMFT_STATUS_FILE"):
+        return code
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
+        # Of another host than rank 0's, whose own launch.sh looks at its own file.
+        state = "preempted" if code == EXIT_STOPPED else "failed"
+        write_status(None, state=state, exit_code=code, reason="see the host of process 0")
+    return EXIT_DONE
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(exit_code_for_launcher(run_command(main)))

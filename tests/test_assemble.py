@@ -10,9 +10,7 @@ from gloo_pool import GlooPool
 from samft import assemble
 from samft.activation_checkpointing import CheckpointedEncoder
 from samft.attention import FastBlock
-from samft.checkpoint import LAST_NAME, save_tensors
-from samft.config import TrainConfig
-from samft.errors import CheckpointError, ConfigError, DataError, SharedError
+from samft.errors import CheckpointError, DataError, SharedError
 from samft.sam import build_sam
 from short_runs import a_config, write_data
 
@@ -154,64 +152,3 @@ def test_weights_are_loaded_and_parts_frozen_as_asked(data, tmp_path, caplog):
     frozen = next(text for text in caplog.messages if "box prompts cannot reach" in text)
     assert "prompt_encoder.not_a_point_embed.weight" in frozen
     assert "mask_decoder.output_hypernetworks_mlps.3.layers.2.bias" in frozen
-
-
-# Resume
-
-
-def a_state(config: TrainConfig, **changes: Any) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "config": vars(config),
-        "global_batch": 2,
-        "fingerprint": "abc",
-        **changes,
-    }
-
-
-def find(config: TrainConfig, folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
-    save_tensors(folder / LAST_NAME, state)
-    return assemble.find_resume(config, folder, "abc")
-
-
-def test_resume_takes_up_a_run_of_the_same_configuration(data, tmp_path):
-    config = a_config(data)
-    assert find(config, tmp_path, a_state(config)) == {**a_state(config), "folder": tmp_path}
-
-
-def test_resume_never_and_an_empty_folder_start_afresh(data, tmp_path):
-    assert assemble.find_resume(a_config(data), tmp_path, "abc") is None
-    config = a_config(data, resume="never")
-    assert find(config, tmp_path, a_state(config)) is None
-
-
-def test_resume_of_a_path_that_is_not_there_is_an_error(data, tmp_path):
-    config = a_config(data, resume=tmp_path / "gone.ckpt")
-    with pytest.raises(CheckpointError, match="gone.ckpt"):
-        assemble.find_resume(config, tmp_path, "abc")
-
-
-@pytest.mark.parametrize(
-    ("asked", "saved", "shown"),
-    [
-        ({"learning_rate": 2e-3}, {}, ("learning_rate", "0.001", "0.002")),
-        ({"image_size": 128}, {}, ("image_size", "64", "128")),
-        ({"batch_size": 4}, {}, ("images per step", "2", "4")),
-        ({}, {"fingerprint": "xyz"}, ("training data", "xyz", "abc")),
-    ],
-    ids=lambda value: ",".join(value),
-)
-def test_resume_is_refused_with_a_table(asked, saved, shown, data, tmp_path):
-    state = a_state(a_config(data), **saved)
-    with pytest.raises(ConfigError, match="--resume never") as caught:
-        find(a_config(data, **asked), tmp_path, state)
-    header, row = str(caught.value).splitlines()[1:3]
-    assert header.split() == ["field", "the", "run", "has", "asked", "for"]
-    name, before, after = shown
-    assert row.strip().startswith(name)
-    assert row.removeprefix(f"  {name}").split() == [before, after]
-
-
-def test_resume_allows_the_same_step_divided_otherwise(data, tmp_path):
-    config = a_config(data, batch_size=1, accumulate_steps=2, num_workers=3, metrics_interval=7)
-    assert find(config, tmp_path, a_state(a_config(data))) is not None

@@ -20,8 +20,8 @@ from samft import files
 from samft.assemble import build_model, load_weights
 from samft.caching import prepare_cache
 from samft.config import parse_config
-from samft.data import train_loader
 from samft.errors import ConfigError
+from samft.loaders import train_loader
 from samft.progress import Progress
 from samft.splits import load_splits
 from short_runs import (

@@ -114,6 +114,11 @@ OTHER: dict[str, Any] = {
     "device": "cpu",
     "stop_after": 3,
     "dry_run": True,
+    "max_bad_steps": 2,
+    "detect_anomaly": True,
+    "hang_timeout": 60.0,
+    "save_before_limit": 120.0,
+    "probe_memory": True,
     "debug": True,
 }
 

@@ -11,10 +11,11 @@ import torch
 from coco_files import SIZES, annotation, write_coco, write_json
 from samft.batch import Batch, Sample, collate
 from samft.coco import read_coco
-from samft.data import Coco2MaskDataset, train_loader, val_loader
+from samft.data import Coco2MaskDataset
 from samft.errors import DataError
 from samft.images import header_size
 from samft.layout import find_split
+from samft.loaders import train_loader, val_loader
 from samft.transforms import make_frame
 
 

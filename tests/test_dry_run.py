@@ -145,10 +145,10 @@ def test_too_little_memory_names_the_batch_and_the_way_out(data, tmp_path, monke
     def give_out(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(dry_run.Trainer, "train_step", give_out)
-    assert command_here(arguments(data, tmp_path, dry_run=True)) == 2
+    monkeypatch.setattr(dry_run.Trainer, "_forward", give_out)
+    assert command_here(arguments(data, tmp_path, dry_run=True)) == 1
     said = capsys.readouterr().err
-    assert "batch_size: 2 images with" in said and "activation_checkpointing blocks" in said
+    assert "a batch of 2 images with" in said and "activation_checkpointing blocks" in said
 
 
 def test_short_memory_is_said_loudly(tmp_path, caplog):

@@ -13,14 +13,16 @@ import torch
 import samft.torchvision_cure  # noqa: F401
 from samft.batch import Batch, Sample, collate
 from samft.distributed import get_rank, get_world_size
-from samft.engine import LOSS_NAMES, MAX_BAD_STEPS, Progress, Trainer, train, validate
+from samft.engine import Trainer, train
 from samft.errors import DataError, TrainingError, UserError
 from samft.losses import mask_losses
 from samft.optim import build_optimizer
+from samft.progress import LOSS_NAMES, Progress
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, freeze
 from samft.samplers import StepSampler
 from samft.targets import CroppedMask
+from samft.validation import validate
 
 SIZE = 64
 NUM_IMAGES = 13
@@ -83,7 +85,7 @@ def run_steps(
         accumulate_steps=accumulate_steps,
         interval=1,
         should_stop=lambda: False,
-        on_step=lambda taken: None,
+        on_step=lambda taken, image_ids: None,
         on_interval=lambda window: losses.append(window["loss"]),
     )
     assert finished
@@ -169,13 +171,27 @@ def test_fp16_with_its_scaler_skips_and_halves_the_scale(gloo2: Any) -> None:
 
 def test_bad_steps_in_a_row_end_the_run() -> None:
     trainer = make_trainer()
-    batch = collate([make_sample(1)])
-    for _ in range(MAX_BAD_STEPS - 1):
-        plant(trainer, math.nan)
-        assert not trainer.train_step([batch])
-    plant(trainer, math.nan)
-    with pytest.raises(TrainingError, match="not finite 5 times in a row after step 0"):
-        trainer.train_step([batch])
+    batch = collate([make_sample(1), make_sample(2)])
+    noted: list[tuple[bool, list[int]]] = []
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            plant(trainer, math.nan)
+            yield batch
+
+    with pytest.raises(TrainingError, match="not finite 4 times in a row after step 0"):
+        train(
+            trainer,
+            batches(),
+            steps=5,
+            accumulate_steps=1,
+            interval=10,
+            max_bad_steps=3,
+            should_stop=lambda: False,
+            on_step=lambda taken, image_ids: noted.append((taken, image_ids)),
+            on_interval=lambda window: None,
+        )
+    assert noted == [(False, [1, 2])] * 4  # three may be skipped
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
@@ -235,7 +251,7 @@ def test_train_stops_when_asked_and_goes_on_from_progress() -> None:
         steps=5,
         accumulate_steps=1,
         interval=2,
-        on_step=lambda taken: None,
+        on_step=lambda taken, image_ids: None,
         on_interval=lambda window: calls.append(trainer.progress.step),
     )
     assert not run(trainer, should_stop=lambda: trainer.progress.step >= 3)
@@ -357,7 +373,7 @@ def train_on_broken() -> str:
             accumulate_steps=1,
             interval=10,
             should_stop=lambda: False,
-            on_step=lambda taken: None,
+            on_step=lambda taken, image_ids: None,
             on_interval=lambda window: None,
         )
     return f"{trainer.progress.step} {caught.value}"

@@ -47,9 +47,11 @@ LAYERS = (
     "augment",
     "samplers",
     "batch",
+    "whereabouts",
     "prefetch",
     "embedding_store",
     "data",
+    "loaders",
     "attention",
     "activation_checkpointing",
     "cross_attention",
@@ -66,20 +68,35 @@ LAYERS = (
     "optim",
     "progress",
     "checkpoint",
+    "training_state",
     "pictures",
     "contact_sheets",
     "logs",
+    "validation",
     "engine",
     "report",
     "splits",
     "assemble",
+    "resume",
     "caching",
     "dry_run",
+    "host_checks",
     "run",
+    "guard",
     "plates",
 )
 ENTRY_POINTS = ("train", "evaluate", "predict", "export", "check", "demo")
-KNOW_THE_CONFIG = {"config", "splits", "assemble", "caching", "dry_run", "run", *ENTRY_POINTS}
+KNOW_THE_CONFIG = {
+    "config",
+    "splits",
+    "assemble",
+    "resume",
+    "caching",
+    "dry_run",
+    "run",
+    "guard",
+    *ENTRY_POINTS,
+}
 ENTRY_POINTS_THAT_TRAIN_USES = {"check", "demo"}
 WITHOUT_TORCH = (
     "errors",

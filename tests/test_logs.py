@@ -4,9 +4,11 @@ import json
 import logging
 import math
 import os
+import resource
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,68 @@ def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
     assert format_duration(100 * 3600 + 62) == "100:01:02"
+
+
+def test_a_bad_step_is_noted_with_its_images(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.bad_step(3, position=4, image_ids=[[1, 2], [3]])
+        log.bad_step(3, position=5, image_ids=[[7], []])
+    lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"after_step": 3, "position": 4, "image_ids": [[1, 2], [3]]},
+        {"after_step": 3, "position": 5, "image_ids": [[7], []]},
+    ]
+
+
+def test_other_ranks_note_no_bad_step(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=False, steps=9)) as log:
+        log.bad_step(3, position=4, image_ids=[[1]])
+    assert os.listdir(tmp_path) == []
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can grow beyond this; Python gets an OSError after a part is written."""
+    before, hook = resource.getrlimit(resource.RLIMIT_FSIZE), threading.excepthook
+    threading.excepthook = lambda _: None  # TensorBoard's thread dies of it, loudly
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        threading.excepthook = hook
+
+
+# More and less than half of the line fits: what is left of it would fit, too, or would not.
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.9])
+def test_what_a_full_disk_does_not_take_is_written_later_and_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.bad_step(1, position=1, image_ids=[[1]])
+        path = tmp_path / "bad_steps.jsonl"
+        before = path.read_text()
+        with room_for(len(before) + int(share * len(before))):
+            log.bad_step(2, position=2, image_ids=[[2]])
+            assert path.read_text() == before
+            log.bad_step(3, position=3, image_ids=[[3]])
+            assert path.read_text() == before
+        log.bad_step(4, position=4, image_ids=[[4]])
+        log.bad_step(5, position=5, image_ids=[[5]])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["position"] for line in lines] == [1, 2, 3, 4, 5]
+    said = [text for text in caplog.messages if "bad_steps.jsonl cannot be written" in text]
+    assert len(said) == 2
+
+
+def test_a_full_disk_ends_no_run_that_only_logs(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        with room_for(0):
+            log.metrics(1, "train", {"loss": 0.5})
+            log.metrics(1, "val", {"per_mask_iou": 0.25})
+        log.metrics(2, "train", {"loss": 0.25})
+    assert [(line["step"], line["split"]) for line in lines_of(tmp_path)] == [
+        (1, "train"),
+        (1, "val"),
+        (2, "train"),
+    ]

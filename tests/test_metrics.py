@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from gloo_pool import GlooPool
-from samft.data import CroppedMask
 from samft.distributed import get_rank
 from samft.metrics import (
     MaskMean,
@@ -19,6 +18,7 @@ from samft.metrics import (
     upsampling_matrix,
 )
 from samft.sam import build_sam
+from samft.targets import CroppedMask
 
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from samft import pictures
-from samft.data import Batch
-from samft.engine import Validation
+from samft.batch import Batch
 from samft.report import AFTER, BEFORE, BOTH, draw_before_and_after, draw_masks, report
+from samft.validation import Validation
 
 
 def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import samft
 from samft.checkpoint import save_tensors
 from samft.errors import CheckpointError
+from samft.files import sha256_of
 from samft.prompted import PromptedSam
 from samft.sam import (
     MODEL_SHAPES,
@@ -271,6 +272,37 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, state: State) -> None:
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         check_refused(path, "not a readable checkpoint", "cut short")
+
+
+def test_a_file_that_is_not_what_its_sidecar_says_is_refused(tmp_path: Path, state: State) -> None:
+    path, sidecar = tmp_path / "a.ckpt", tmp_path / "a.json"
+    save_tensors(path, state)
+    digest = sha256_of(path)
+    whole = path.read_bytes()
+    at = len(whole) // 2
+    for told in (digest, ["0", digest]):
+        sidecar.write_text(json.dumps({"sha256": told}))
+        path.write_bytes(whole)
+        torch.testing.assert_close(read_state(path), state, rtol=0, atol=0)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        check_refused(path, "is damaged: its SHA-256 is not the one in a.json", "Copy it again")
+
+
+@pytest.mark.parametrize("told", [None, {"resize_mode": "pad"}, {"sha256": []}])
+def test_without_a_digest_to_compare_a_file_is_taken(
+    tmp_path: Path, state: State, told: dict[str, Any] | None
+) -> None:
+    path = tmp_path / "a.ckpt"
+    save_tensors(path, state)
+    if told is not None:
+        (tmp_path / "a.json").write_text(json.dumps(told))
+    torch.testing.assert_close(read_state(path), state, rtol=0, atol=0)
+
+
+def test_what_lies_beside_a_file_of_metas_is_no_sidecar(tmp_path: Path, state: State) -> None:
+    save_tensors(tmp_path / "a.pth", state)
+    (tmp_path / "a.json").write_text(json.dumps({"sha256": "0"}))
+    torch.testing.assert_close(read_state(tmp_path / "a.pth"), state, rtol=0, atol=0)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

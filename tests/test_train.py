@@ -13,7 +13,7 @@ from coco_files import write_coco
 from gloo_pool import GlooPool
 from samft import assemble
 from samft.errors import DataError
-from samft.train import main
+from samft.train import exit_code_for_launcher, main
 from short_runs import (
     COMMAND_SECONDS,
     arguments,
@@ -297,3 +297,37 @@ def test_debug_shows_the_traceback_of_a_users_error(debug, tmp_path, capsys):
 def test_main_raises_what_the_command_reports(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         main(arguments(tmp_path / "nowhere", tmp_path / "run"))
+
+
+# Exit codes under launch.sh
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 130])
+def test_without_the_launcher_the_exit_code_is_that_of_the_run(code, monkeypatch):
+    monkeypatch.delenv("SAMFT_STATUS_FILE", raising=False)
+    assert exit_code_for_launcher(code) == code
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (2, 0), (75, 0), (130, 0)])
+def test_torchrun_starts_again_only_what_may_go_well(code, told, tmp_path, monkeypatch):
+    status = tmp_path / "told.json"
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(status))
+    for rank, local_rank in (("0", "0"), ("1", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert exit_code_for_launcher(code) == told
+    assert not status.exists()  # process 0 has written it, in more detail
+
+
+@pytest.mark.parametrize(
+    ("code", "state"), [(2, "failed"), (75, "preempted"), (130, "failed"), (1, None), (0, None)]
+)
+def test_the_launcher_of_another_host_hears_of_it_too(code, state, tmp_path, monkeypatch):
+    status = tmp_path / "told.json"
+    for name, value in {"SAMFT_STATUS_FILE": str(status), "RANK": "8", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert exit_code_for_launcher(code) == (code if state is None else 0)
+    found = json.loads(status.read_text()) if status.exists() else {"state": None}
+    assert found["state"] == state
+    if state is not None:
+        assert (found["exit_code"], found["reason"]) == (code, "see the host of process 0")

@@ -1,0 +1,140 @@
+"""Scores on every mask of a split: `validate`, the number that is deployed."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from samft import whereabouts
+from samft.batch import Batch
+from samft.distributed import all_reduce_sum, raise_together
+from samft.losses import LossFunction
+from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_iou
+from samft.prefetch import Waiting, fetch
+from samft.progress import LOSS_NAMES
+from samft.prompted import PromptedSam
+from samft.signals import Interrupted
+
+MASK_CHUNK = 64
+
+
+@dataclass
+class Validation:
+    """What a validation pass found.
+
+    Attributes:
+        metrics: `LOSS_NAMES` and `iou_predicted`, means over all masks of all ranks;
+            `per_mask_iou` is at the original resolution.
+        box_fill_iou: What filling each box would score.
+        shown: Rank 0's first images with their mask logits, for pictures.
+        bad_images: This rank's images that could not be read: name, what is wrong.
+        rates: How fast it went, for the log.
+    """
+
+    metrics: dict[str, float]
+    box_fill_iou: float
+    shown: list[tuple[Batch, Tensor]]
+    bad_images: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def validate(
+    model: PromptedSam,
+    batches: Iterable[Batch],
+    *,
+    loss: LossFunction,
+    num_shown: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    waiting: Waiting = contextlib.nullcontext,
+) -> Validation:
+    """Scores the model on every mask of a split. Collective: every rank must call.
+
+    Always in float32, and at the resolution of the original image: the IoU is the one that stock
+    `SamPredictor` gets with the same weights.
+
+    Args:
+        model: Not wrapped; ranks may hold different numbers of images, or none.
+        batches: This rank's images, one a batch, with their truths.
+        loss: `losses.mask_losses` with its weights and image size set.
+        num_shown: Images to keep for pictures.
+        should_stop: Asked before each image on every rank; all stop if any says yes.
+        waiting: Entered to wait for batches; raises `Interrupted` to end the wait.
+
+    Returns:
+        Means over all ranks.
+
+    Raises:
+        Interrupted: Any rank was asked to stop.
+        UserError: An image cannot be read, on any rank.
+    """
+    means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
+    means["per_mask_iou"] = PerMaskIoU()
+    for mean in means.values():
+        mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
+    shown: list[tuple[Batch, Tensor]] = []
+    bad_images: dict[str, str] = {}
+    stream = iter(batches)
+    while True:
+        fetched, error = fetch(stream, 1, waiting)
+        # Ranks have different numbers of images: they go on together until none has any left.
+        flags = torch.tensor([len(fetched), int(should_stop()), int(error is not None)])
+        more, stopped, failed = all_reduce_sum(flags, in_step=True).tolist()
+        if failed:
+            raise_together(error)
+        if stopped:
+            raise Interrupted
+        if not more:
+            break
+        for batch in fetched:
+            whereabouts.doing("validating on image", partial(list, batch.image_ids))
+            bad_images.update(batch.bad_images)
+            if batch.num_masks:  # none if the image cannot be read
+                logits = _score_image(model, batch, loss=loss, means=means)
+                if len(shown) < num_shown:
+                    shown.append((batch, logits.cpu()))
+    metrics = {name: mean.compute().item() for name, mean in means.items()}
+    return Validation(metrics, metrics.pop("box_fill_iou"), shown, bad_images)
+
+
+def _score_image(
+    model: PromptedSam, batch: Batch, *, loss: LossFunction, means: dict[str, MaskMean]
+) -> Tensor:
+    moved = batch.to(model.sam.device, non_blocking=True)
+    embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
+    chunks = []
+    for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
+        logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
+        for name, values in scores.items():
+            means[name].update(values.cpu())
+        chunks.append(logits)
+    return torch.cat(chunks)
+
+
+def _score_masks(
+    model: PromptedSam, batch: Batch, embedding: Tensor, *, part: Tensor, loss: LossFunction
+) -> tuple[Tensor, dict[str, Tensor]]:
+    boxes, index = batch.boxes[part], batch.image_index[part]
+    logits, iou_predicted = model.decode(embedding, boxes, index)
+    losses = loss(
+        logits,
+        iou_predicted,
+        targets=batch.targets[part],
+        image_index=index,
+        input_sizes=batch.input_sizes,
+    )
+    truths = [batch.truths[number] for number in part.tolist()]
+    height, width = batch.input_sizes[0].tolist()
+    original_height, original_width = batch.original_sizes[0].tolist()
+    original_size = (original_height, original_width)
+    sizes = {"input_size": (height, width), "original_size": original_size}
+    image_size = model.sam.image_encoder.img_size
+    iou = original_masks_iou(logits, truths, image_size=image_size, **sizes)
+    values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
+    scores = dict(zip(LOSS_NAMES, values, strict=True))
+    scores["iou_predicted"] = iou_predicted
+    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **sizes)
+    return logits, scores

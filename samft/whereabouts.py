@@ -1,0 +1,176 @@
+"""What each process is doing, told to all, so that one that fails or hangs can be named.
+
+A process only notes what it is about to do. A thread posts the last note to the store through
+which the processes found each other, which outlives them under `torchrun`. When a collective fails,
+each process that is still there posts that it gave up; who has not is the one to be named.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from samft import distributed
+
+_POST_SECONDS = 1.0
+_GIVE_UP_SECONDS = 3.0  # all whose collective fails find that out within this
+_MOST_NAMED = 8
+
+
+class _Board:
+    # The notes of all processes; without a store, only this one's.
+    def __init__(self) -> None:
+        self.store: dist.Store | None = None
+        self.step, self.since = 0, time.time()
+        self.doing: Callable[[], str] = lambda: "starting"
+        self.loading: Callable[[], list[Any]] = list
+        self.gave_up = False
+        self._stop = threading.Event()
+
+    def open(self) -> None:
+        """Connects to the store and begins to post."""
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if distributed.get_world_size() == 1 or not address or not port:
+            return
+        with contextlib.suppress(RuntimeError):  # no store of this kind: nobody is named then
+            server = dist.TCPStore(
+                address, int(port), is_master=False, timeout=timedelta(seconds=10)
+            )
+            self.store = dist.PrefixStore(f"whereabouts/{distributed.start_name()}", server)
+            self.gave_up = False
+            self._stop.clear()
+            threading.Thread(target=self._post_now_and_then, daemon=True).start()
+
+    def close(self) -> None:
+        """Posts no more."""
+        self._stop.set()
+        self.store = None
+
+    def _post_now_and_then(self) -> None:
+        while not self._stop.wait(_POST_SECONDS):
+            self.post()
+
+    def post(self, **more: Any) -> None:
+        """Tells what this process is doing."""
+        store = self.store
+        if store is None:
+            return
+        note = {"step": self.step, "doing": self.doing(), "since": self.since, **more}
+        with contextlib.suppress(RuntimeError):
+            if more:
+                store.set(f"end/{distributed.get_rank()}", json.dumps(note))
+            else:
+                store.set(f"at/{distributed.get_rank()}", json.dumps(note))
+
+    def read(self, kind: str, rank: int) -> dict[str, Any] | None:
+        """The last note of a process, if there is one."""
+        assert self.store is not None
+        with contextlib.suppress(RuntimeError):
+            key = f"{kind}/{rank}"
+            if self.store.check([key]):
+                found: dict[str, Any] = json.loads(self.store.get(key))
+                return found
+        return None
+
+
+_BOARD = _Board()
+
+
+def start() -> None:
+    """Begins to tell the other processes what this one is doing. After `distributed.start`."""
+    _BOARD.open()
+
+
+def stop() -> None:
+    """Ends telling."""
+    _BOARD.close()
+
+
+def at_step(step: int) -> None:
+    """Notes the optimizer step that this process is at."""
+    _BOARD.step = step
+
+
+def doing(what: str, samples: Callable[[], list[Any]] | None = None) -> None:
+    """Notes what this process begins to do.
+
+    Args:
+        what: As in "loading".
+        samples: Gives the images, if it comes to be told.
+    """
+
+    def describe() -> str:
+        named = samples() if samples is not None else []
+        shown = ", ".join(str(sample) for sample in named[:_MOST_NAMED])
+        more = ", ..." if len(named) > _MOST_NAMED else ""
+        return f"{what} {shown}{more}" if named else what
+
+    _BOARD.doing, _BOARD.since = describe, time.time()
+
+
+def loading(samples: Callable[[], list[Any]]) -> None:
+    """Notes that this process waits for its loader, and what the workers are at from now on."""
+    doing("loading images", samples)
+    _BOARD.loading = samples
+
+
+def being_loaded() -> str:
+    """The images that loader workers are at, whatever this process does itself."""
+    return ", ".join(str(sample) for sample in _BOARD.loading()[:_MOST_NAMED])
+
+
+def here() -> str:
+    """This process' note, for its own errors."""
+    return f"step {_BOARD.step}, {_BOARD.doing()}"
+
+
+def tell_failure(reason: str) -> None:
+    """Tells the others why this process is about to end, unless it was for one of them."""
+    if _BOARD.gave_up:
+        return
+    _BOARD.post(failed=reason.splitlines()[0][:500] if reason else "unknown")
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether an error says that another process did not answer, or is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def who_is_missing() -> str:
+    """After a collective has failed: which process failed or does not answer, and where it was.
+
+    Returns:
+        A sentence.
+    """
+    _BOARD.gave_up = True
+    _BOARD.post(gave_up=True)
+    if _BOARD.store is None:
+        return "another process failed, or does not answer."
+    time.sleep(_GIVE_UP_SECONDS)
+    sentences: list[str] = []
+    for rank in range(distributed.get_world_size()):
+        if rank == distributed.get_rank():
+            continue
+        end, at = _BOARD.read("end", rank), _BOARD.read("at", rank)
+        if end is not None and "failed" in end:
+            sentences.insert(
+                0, f"process {rank} failed at step {end['step']}, {end['doing']}: {end['failed']}"
+            )
+        elif end is None and at is not None:
+            ago = time.time() - at["since"]
+            sentences.append(
+                f"process {rank} does not answer; {ago:.0f} s ago, at step {at['step']}, it was "
+                f"{at['doing']}"
+            )
+        elif end is None:
+            sentences.append(f"process {rank} does not answer")
+    return "; ".join(sentences) + "." if sentences else "a connection between processes broke."

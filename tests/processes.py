@@ -1,0 +1,42 @@
+"""Processes of this machine, from /proc."""
+
+from pathlib import Path
+
+
+def _parents() -> dict[int, int]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # gone meanwhile
+                continue
+            if fields[0] != "Z":
+                found[int(entry.name)] = int(fields[1])
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    """The living children of a process, in order of their numbers."""
+    return sorted(child for child, parent in _parents().items() if parent == pid)
+
+
+def descendants_of(pid: int) -> list[int]:
+    """All living processes that a process started, directly or not."""
+    parents, found = _parents(), [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def processes_with(word: str) -> list[int]:
+    """Living processes that have a word in their command line."""
+    found = []
+    for pid in _parents():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if word.encode() in command:
+            found.append(pid)
+    return sorted(found)

@@ -13,12 +13,13 @@ and e_col(j). So the sum is one inner product of extended vectors of d + H + W c
 
     logit[i, j] = (s q_i, u_i, w_i) . (k_j, e_row(j), e_col(j)),
 
-exactly, and plain `scaled_dot_product_attention` without a mask serves it: its fused kernels keep
-no logits, neither forward nor backward, and the gradients of R_h and R_w come through those of
-u_i and w_i. The fused kernels want queries, keys and values of one width, a multiple of 8, so all
-three are filled up with zeros, which add nothing to any product. (Flash kernels of GPUs go up to a
-width of 256: 1536 px with 64 channels a head, 1408 px with the 80 of vit_h. Beyond, PyTorch takes
-another of its kernels.)
+exactly (s stands before the whole product, with u_i / s and w_i / s in it), and plain
+`scaled_dot_product_attention` without a mask serves it: its fused kernels keep no logits, neither
+forward nor backward, and the gradients of R_h and R_w come through those of u_i and w_i. The fused
+kernels want queries, keys and values of one width, a multiple of 8, so all three are filled up with
+zeros, which add nothing to any product. (Flash kernels of GPUs go up to a width of 256: 1536 px
+with 64 channels a head, 1408 px with the 80 of vit_h. Beyond, PyTorch takes another of its
+kernels.)
 
 In window blocks the stock module pads the normalised tokens with zeros to whole windows, and takes
 the padding along through the projections. The padding is part of the softmax: its keys and values
@@ -99,7 +100,12 @@ def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
     height, width = x.shape[1:3]
     window = (window_size, window_size) if window_size else (height, width)
     q, k, v = _windows(attn, x, window)
-    vectors = (_by_position(attn.rel_pos_h, window[0]), _by_position(attn.rel_pos_w, window[1]))
+    # Divided by s, which the kernel multiplies all by: one product less of the size of q.
+    vectors = (
+        _by_position(attn.rel_pos_h, window[0]) / attn.scale,
+        _by_position(attn.rel_pos_w, window[1]) / attn.scale,
+    )
+    k, v = _extended_keys(k, v)
 
     # Where most of a map is padding, queries are made of its tokens only, which takes one call for
     # each shape of their part of a window. Otherwise those calls cost more than they save.
@@ -109,7 +115,8 @@ def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
         pieces = []
         for columns, w in _spans(width, window[1], apart=apart):
             queries, keys = q[:, rows, columns, :, :h, :w], k[:, rows, columns]
-            y = _attend(queries, keys, v[:, rows, columns], vectors=vectors, scale=attn.scale)
+            values = v[:, rows, columns]
+            y = _attend(queries, keys, values, vectors=vectors, scale=attn.scale)
             pieces.append(y.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2))
         bands.append(torch.cat(pieces, dim=2))
     return attn.proj(torch.cat(bands, dim=1)[:, :height, :width].contiguous())
@@ -149,36 +156,42 @@ def _attend(
     Args:
         q: float [B, rows, columns, heads, h', w', d]: the queries of the first h' rows and w'
             columns of each window.
-        k: float [B, rows, columns, heads, h, w, d].
+        k: float [B, rows, columns, heads, h w, d + h + w, and zeros].
         v: As `k`.
-        vectors: R_h and R_w, see `_by_position`.
+        vectors: R_h / s and R_w / s, see `_by_position`.
         scale: s, the factor of q . k.
 
     Returns:
         As `q`.
     """
-    height, width, channels = k.shape[-3:]
     # With the rows in front, both products below are batches of matrices that need no other copy.
     q_by_row = q.movedim(-3, 0).contiguous()
     to_rows = torch.einsum("h...wd,hdr->h...wr", q_by_row, vectors[0][: q.shape[-3]])
     to_columns = torch.einsum("h...wd,wdc->h...wc", q_by_row, vectors[1][: q.shape[-2]])
+    y = F.scaled_dot_product_attention(
+        _extended(q, to_rows.movedim(0, -3), to_columns.movedim(0, -3)).flatten(0, 2),
+        k.flatten(0, 2),
+        v.flatten(0, 2),
+        scale=scale,
+    )
+    return y[..., : q.shape[-1]].reshape(q.shape)
+
+
+def _extended_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys with the unit vectors of their row and column, values with as many zeros."""
+    height, width = k.shape[-3:-1]
     rows = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
     columns = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
-    y = F.scaled_dot_product_attention(
-        _extended(q * scale, to_rows.movedim(0, -3), to_columns.movedim(0, -3)),
-        _extended(k, rows, columns),
-        _extended(v, torch.zeros_like(rows), torch.zeros_like(columns)),
-        scale=1.0,
-    )
-    return y[..., :channels].reshape(q.shape)
+    zeros = v.new_zeros(height + width)
+    return _extended(k, rows, columns), _extended(v, zeros)
 
 
 def _extended(x: Tensor, *more: Tensor) -> Tensor:
-    """[..., heads, h, w, d] with more components, then zeros, as [windows, heads, h w, d + ...]."""
+    """[..., h, w, d] with more components, then zeros, as [..., h w, d + ...]."""
     num_components = x.shape[-1] + sum(part.shape[-1] for part in more)
     zeros = x.new_zeros(-num_components % _WIDTH_MULTIPLE)
     parts = [part.expand(*x.shape[:-1], -1) for part in (*more, zeros)]
-    return torch.cat([x, *parts], -1).flatten(-3, -2).flatten(0, -4)
+    return torch.cat([x, *parts], -1).flatten(-3, -2)
 
 
 def _by_position(table: Tensor, size: int) -> Tensor:

@@ -250,7 +250,13 @@ raise SystemExit(1)
 '"""
     python = fake_python(tmp_path / "python", waits)
     command = launcher.command(*RUN, SAMFT_PYTHON=python)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Tests that were started with nohup ignore it, and a shell cannot take that back.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(sent)

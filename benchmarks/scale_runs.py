@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 MAX_MASKS = 8  # of an image
 _TIMEOUT = timedelta(seconds=300)
 _LOOP_SPANS: list[Span] = [
-    (engine, "_fetch", "data"),
+    (engine, "fetch", "data"),
     (engine, "agree", "waiting"),
     (engine, "all_reduce_sum", "waiting"),
 ]

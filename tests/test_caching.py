@@ -21,7 +21,7 @@ from samft.assemble import build_model, load_weights
 from samft.caching import prepare_cache
 from samft.config import parse_config
 from samft.errors import ConfigError
-from samft.loaders import train_loader
+from samft.loaders import train_loader, val_loader
 from samft.progress import Progress
 from samft.splits import load_splits
 from short_runs import (
@@ -129,9 +129,7 @@ def test_training_needs_neither_images_nor_the_encoder(data: Path, tmp_path: Pat
     batch = next(iter(train_loader(splits.train, batch_size=4)))
     logits, _ = model(batch.images, batch.boxes, batch.image_index, embeddings=batch.embeddings)
     assert logits.device.type == "cpu" and bool(torch.isfinite(logits).all())
-    black = splits.val.with_pixels(
-        next(iter(samft.data.val_loader(splits.val)))  # type: ignore[attr-defined]
-    )
+    black = splits.val.with_pixels(next(iter(val_loader(splits.val))))
     assert black.images.shape == (1, 3, 64, 64) and black.images.sum() == 0
 
 

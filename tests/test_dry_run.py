@@ -92,7 +92,7 @@ def test_a_cache_is_foreseen(data, tmp_path, augment, sides):
 def test_what_it_says_of_the_disk_is_what_the_run_writes(data, tmp_path):
     found = train_here(arguments(data, tmp_path, dry_run=True, save_top_k=2))
     train_here(arguments(data, tmp_path, save_top_k=2))
-    written = sum(file.stat().st_size for file in tmp_path.glob("*.ckpt"))
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*.ckpt"))
     last = (tmp_path / "last.ckpt").stat().st_size
     best = max(f.stat().st_size for f in tmp_path.glob("*.ckpt") if f.name != "last.ckpt")
     # While they are replaced, there is one more of each.

@@ -115,18 +115,19 @@ class Run:
                 self._validate_untouched()
             if progress.pending:
                 self._finish_interval()
-            finished = train(
-                self.trainer,
-                on_device(batches, self.device),
-                steps=config.steps,
-                accumulate_steps=config.accumulate_steps,
-                interval=config.metrics_interval,
-                max_bad_steps=config.max_bad_steps,
-                should_stop=self._should_stop,
-                waiting=self.stop.waiting,
-                on_step=self._on_step,
-                on_interval=self._on_interval,
-            )
+            with torch.autograd.set_detect_anomaly(config.detect_anomaly):
+                finished = train(
+                    self.trainer,
+                    on_device(batches, self.device),
+                    steps=config.steps,
+                    accumulate_steps=config.accumulate_steps,
+                    interval=config.metrics_interval,
+                    max_bad_steps=config.max_bad_steps,
+                    should_stop=self._should_stop,
+                    waiting=self.stop.waiting,
+                    on_step=self._on_step,
+                    on_interval=self._on_interval,
+                )
         except Interrupted:
             finished = False
         if not finished:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import samft
 from coco_files import write_coco
 from gloo_pool import GlooPool
 from samft.config import parse_config
+from samft.engine import Trainer
 from samft.errors import DataError
 from samft.sam import build_sam
 from short_runs import (
@@ -334,6 +336,36 @@ def test_bf16_compress_rounds_gradients_and_no_more(gloo2: GlooPool, data, tmp_p
         assert gloo2.run(command_here, argv) == [0, 0]
     assert largest_difference(*folders) > 0.0
     check_equal_metrics(folders[1], folders[0], rel=0.02)
+
+
+def test_probing_memory_leaves_nothing_behind(data, tmp_path):
+    folders = tmp_path / "plain", tmp_path / "probed"
+    for folder, probed in zip(folders, (False, True), strict=True):
+        assert command_here(arguments(data, folder, steps=3, probe_memory=probed)) == 0
+    assert largest_difference(*folders) == 0.0
+
+
+def test_the_time_limit_of_a_job_stops_the_run_before_it(data, tmp_path, monkeypatch):
+    argv = arguments(data, tmp_path, save_before_limit=60)
+    assert command_here(argv) == 2  # there is no job
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))
+    assert command_here(argv) == 75
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert "the job's time limit" in status["reason"] and status["step"] == 0
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    assert command_here(argv) == 0
+
+
+def test_detect_anomaly_names_the_operation(data, tmp_path, monkeypatch, capsys):
+    stock = Trainer._forward
+
+    def not_finite(trainer: Trainer, *arguments: Any) -> Any:
+        total, losses = stock(trainer, *arguments)
+        return (total - total.detach()).sqrt(), losses  # whose gradient is infinite at zero
+
+    monkeypatch.setattr(Trainer, "_forward", not_finite)
+    assert command_here(arguments(data, tmp_path, steps=2, detect_anomaly=True)) == 1
+    assert "returned nan values" in capsys.readouterr().err
 
 
 def test_fp16_run_goes_on_with_its_scaler(data, tmp_path):

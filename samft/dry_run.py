@@ -181,6 +181,7 @@ class _Trial:
         self.device = model.sam.device
 
     def run(self, splits: Splits) -> _Found:
+        """Tries every part once or twice. Collective: every rank must call."""
         config = self.config
         cache = foresee_cache(config, self.model, splits, progress=Progress())
         load = partial(batch_by_objects, splits.train, config.batch_size)

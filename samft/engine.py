@@ -173,8 +173,12 @@ class Trainer:
         """
         weight = torch.tensor(1 / max(batch.num_masks, 1), device=self.device)
         with naming_what_is_too_large(batch):
+            # In the place of the optimizer's two moments, which the first step makes.
+            fresh = [] if self.optimizer.state else self.parameters * 2
+            moments = [torch.empty_like(parameter) for parameter in fresh]
             total, _ = self._forward(batch.to(self.device), weight)
             (total * weight).backward()
+            del moments
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_window(self) -> dict[str, float]:

@@ -173,4 +173,6 @@ def who_is_missing() -> str:
             )
         elif end is None:
             sentences.append(f"process {rank} does not answer")
-    return "; ".join(sentences) + "." if sentences else "a connection between processes broke."
+    if not sentences:
+        return "a connection between processes broke."
+    return "; ".join(sentences).rstrip(".") + "."

@@ -241,6 +241,27 @@ def test_window_is_a_mean_over_masks() -> None:
     assert trainer.window.sum() == 0
 
 
+def test_the_memory_probe_counts_what_the_optimizer_will_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, batch = make_trainer(), collate([make_sample(1)])
+    stock, held = torch.empty_like, []
+
+    def noting(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        if isinstance(tensor, torch.nn.Parameter):
+            held.append(tensor.numel())
+        return stock(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", noting)
+    trainer.probe_memory(batch)
+    assert sum(held) == 2 * sum(parameter.numel() for parameter in trainer.parameters)
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+    assert trainer.train_step([batch])
+    held.clear()
+    trainer.probe_memory(batch)  # which has its moments now
+    assert held == []
+
+
 def test_train_stops_when_asked_and_goes_on_from_progress() -> None:
     trainer = make_trainer()
     batch = collate([make_sample(1)])

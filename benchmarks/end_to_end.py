@@ -26,7 +26,6 @@ from samft.embeddings import SplitCache, read_digests
 from samft.layout import find_split
 from samft.loaders import train_loader
 from samft.precompute import Precompute
-from samft.sam import PATCH_SIZE
 
 # Starts a loader; the batches, and what takes a step with one.
 Run: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]
@@ -175,10 +174,10 @@ def with_embeddings(
 ) -> Coco2MaskDataset:
     """A copy of the dataset that reads embeddings, which are encoded now, as `samft.train` does."""
     model, trainer = wardrobe.samft.model, wardrobe.samft
-    side = wardrobe.setting.image_size // PATCH_SIZE
-    shape = (model.sam.prompt_encoder.embed_dim, side, side)
     sides = ("as it is",) if dataset.augment == "none" else ("as it is", "flipped")
-    stores = tuple(Store(folder / name, shape=shape, dtype="float16") for name in sides)
+    stores = tuple(
+        Store(folder / name, shape=model.embedding_shape, dtype="float16") for name in sides
+    )
     for store in stores:
         store.create({})
     options: dict[str, Any] = {"on_bad_image": "error", "should_stop": lambda: False}

@@ -28,7 +28,6 @@ from samft.logs import LOGGER
 from samft.precompute import Precompute, unwritable
 from samft.progress import Progress
 from samft.prompted import PromptedSam
-from samft.sam import PATCH_SIZE
 from samft.splits import Splits
 
 
@@ -176,9 +175,9 @@ def _alone(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
 
 
 def _plans(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_Plan]:
-    device, side = model.sam.device, config.image_size // PATCH_SIZE
+    device = model.sam.device
     digest = distributed.broadcast(digest_of_encoder(model.sam) if distributed.is_main() else "")
-    folder, shape = cache_folder_of(config), (model.sam.prompt_encoder.embed_dim, side, side)
+    folder, shape = cache_folder_of(config), model.embedding_shape
 
     def plan(
         dataset: Coco2MaskDataset, amp_dtype: torch.dtype | None, sides: tuple[bool, ...]

@@ -40,7 +40,6 @@ from samft.metrics import peak_memory_gib
 from samft.optim import gather_state
 from samft.progress import Progress
 from samft.prompted import PromptedSam
-from samft.sam import PATCH_SIZE
 from samft.splits import Splits, load_splits
 from samft.validation import validate
 
@@ -225,9 +224,8 @@ class _Trial:
             return self._time(lambda: self.model.embed(*one))[0]
 
     def _with_embeddings(self, batch: Batch) -> Batch:
-        side, width = self.config.image_size // PATCH_SIZE, self.model.sam.prompt_encoder.embed_dim
-        dtype = getattr(torch, self.config.cache_dtype)
-        embeddings = torch.zeros(len(batch.image_ids), width, side, side, dtype=dtype)
+        shape = (len(batch.image_ids), *self.model.embedding_shape)
+        embeddings = torch.zeros(shape, dtype=getattr(torch, self.config.cache_dtype))
         return replace(batch, embeddings=embeddings)
 
     def _time_saving(self, trainer: Trainer) -> float:

@@ -76,9 +76,7 @@ class Trainer:
         boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
         embeddings = None
         if self.model.encoder_is_frozen:  # it may be on another device, for good
-            prompt_encoder = self.model.sam.prompt_encoder
-            grid = prompt_encoder.image_embedding_size
-            embeddings = images.new_zeros(1, prompt_encoder.embed_dim, *grid)
+            embeddings = images.new_zeros(1, *self.model.embedding_shape)
         with self._autocast():
             index = boxes.new_zeros(1, dtype=torch.int64)
             logits, iou = wrapped(images, boxes, index, embeddings=embeddings)

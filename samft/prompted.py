@@ -53,6 +53,12 @@ class PromptedSam(nn.Module):
         return normalised * inside_image(input_sizes, images.shape[-1])[:, None]
 
     @property
+    def embedding_shape(self) -> tuple[int, int, int]:
+        """C, S/16, S/16 of the embedding of an image."""
+        encoder = self.sam.prompt_encoder
+        return (encoder.embed_dim, *encoder.image_embedding_size)
+
+    @property
     def encoder_is_frozen(self) -> bool:
         """Whether no parameter of the image encoder is trained."""
         return not any(p.requires_grad for p in self.sam.image_encoder.parameters())
@@ -92,8 +98,7 @@ class PromptedSam(nn.Module):
 
     def _box_decoder(self, image_index: Tensor) -> BoxDecoder:
         if self.mask_chunk is None:  # once, so that steps add up in one order
-            encoder, device = self.sam.prompt_encoder, self.sam.device
-            num_values = math.prod(encoder.image_embedding_size) * encoder.embed_dim
+            device, num_values = self.sam.device, math.prod(self.embedding_shape)
             free = free_memory(device)
             self.mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
             LOGGER.info("mask_chunk auto: %d boxes decoded at once", self.mask_chunk)

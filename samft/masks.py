@@ -161,6 +161,35 @@ def decode_cropped(
     return _tight(mask, left)
 
 
+def encode_cropped(
+    top: int, left: int, mask: NDArray[np.bool_], *, height: int, width: int
+) -> dict[str, Any]:
+    """A mask as COCO's compressed RLE, as pycocotools would encode the whole image.
+
+    Args:
+        top: Of the crop, px.
+        left: Of the crop, px.
+        mask: bool [h, w], the crop, inside of the image.
+        height: Of the image, px.
+        width: Of the image, px.
+
+    Returns:
+        `size` [H, W], and `counts` as text, which JSON can hold.
+    """
+    edges = np.diff(np.pad(mask, ((1, 1), (0, 0))).astype(np.int8), axis=0).T
+    columns, rows = np.nonzero(edges)
+    positions = (left + columns) * height + top + rows
+    # A run that goes on at the top of the next column is one run.
+    joins = np.flatnonzero((positions[1:] == positions[:-1]) & (columns[1:] != columns[:-1]))
+    positions = np.delete(positions, np.concatenate([joins, joins + 1]))
+    counts = np.diff(positions, prepend=0, append=height * width)
+    if len(counts) % 2 == 1 and len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    size = [height, width]
+    rle = mask_utils.frPyObjects({"size": size, "counts": counts.tolist()}, height, width)
+    return {"size": size, "counts": rle["counts"].decode("ascii")}
+
+
 def _tight(mask: NDArray[np.uint8], left: int) -> tuple[int, int, NDArray[np.uint8]]:
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(ys) == 0:

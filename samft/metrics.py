@@ -1,6 +1,7 @@
 """Per-mask IoU, at the resolution of the original image, as `SamPredictor` would give it."""
 
 import resource
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -80,6 +81,41 @@ def upsampling_matrix(low: int, frame: int, inside: int, original: int) -> Tenso
     return to_original.T.contiguous()
 
 
+def original_masks(
+    mask_logits: Tensor,
+    *,
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    image_size: int,
+) -> Iterator[CroppedMask]:
+    """The masks of one image at its original resolution.
+
+    Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can hold
+    positive logits is computed: bilinear resizing makes no positive value out of negative ones.
+
+    Args:
+        mask_logits: float [M, S/4, S/4], masks of one image.
+        input_size: Height and width of the image in the model frame.
+        original_size: Height and width of the original image.
+        image_size: S.
+
+    Yields:
+        M masks, cropped, if not tightly; [0, 0] where the mask is empty.
+    """
+    low = mask_logits.shape[-1]
+    device = mask_logits.device
+    rows, columns = (
+        upsampling_matrix(low, image_size, input_size[axis], original_size[axis]).to(device)
+        for axis in (0, 1)
+    )
+    positive = mask_logits > 0
+    spans = torch.stack([_span(positive.any(2), rows), _span(positive.any(1), columns)], dim=1)
+    for logits, span in zip(mask_logits.float(), spans.tolist(), strict=True):
+        (top, bottom), (left, right) = span
+        mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
+        yield CroppedMask(top, left, mask)
+
+
 def original_masks_iou(
     mask_logits: Tensor,
     truths: list[CroppedMask],
@@ -89,9 +125,6 @@ def original_masks_iou(
     image_size: int,
 ) -> Tensor:
     """IoU of each mask of one image with its truth, at the original resolution.
-
-    Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can hold
-    positive logits is computed: bilinear resizing makes no positive value out of negative ones.
 
     Args:
         mask_logits: float [M, S/4, S/4], masks of one image.
@@ -103,19 +136,10 @@ def original_masks_iou(
     Returns:
         float64 [M] on the CPU.
     """
-    low = mask_logits.shape[-1]
-    device = mask_logits.device
-    rows, columns = (
-        upsampling_matrix(low, image_size, input_size[axis], original_size[axis]).to(device)
-        for axis in (0, 1)
+    masks = original_masks(
+        mask_logits, input_size=input_size, original_size=original_size, image_size=image_size
     )
-    positive = mask_logits > 0
-    spans = torch.stack([_span(positive.any(2), rows), _span(positive.any(1), columns)], dim=1)
-    ious = []
-    for logits, span, truth in zip(mask_logits.float(), spans.tolist(), truths, strict=True):
-        (top, bottom), (left, right) = span
-        mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
-        ious.append(_cropped_iou(CroppedMask(top, left, mask), truth))
+    ious = [cropped_iou(mask, truth) for mask, truth in zip(masks, truths, strict=True)]
     return torch.tensor(ious, dtype=torch.float64)
 
 
@@ -128,7 +152,8 @@ def _span(positive: Tensor, matrix: Tensor) -> Tensor:
     return torch.stack([torch.where(last > 0, touched.shape[1] - first, 0), last], dim=1)
 
 
-def _cropped_iou(mask: CroppedMask, truth: CroppedMask) -> float:
+def cropped_iou(mask: CroppedMask, truth: CroppedMask) -> float:
+    """IoU of two masks of one image; 1 where both are empty."""
     top, left = max(mask.top, truth.top), max(mask.left, truth.left)
     bottom = min(mask.top + mask.mask.shape[0], truth.top + truth.mask.shape[0])
     right = min(mask.left + mask.mask.shape[1], truth.left + truth.mask.shape[1])
@@ -169,7 +194,7 @@ def box_fill_ious(
     ious = []
     for (left, top, right, bottom), truth in zip(edges.tolist(), truths, strict=True):
         filled = np.ones((max(0, bottom - top), max(0, right - left)), dtype=bool)
-        ious.append(_cropped_iou(CroppedMask(top, left, filled), truth))
+        ious.append(cropped_iou(CroppedMask(top, left, filled), truth))
     return torch.tensor(ious, dtype=torch.float64)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_io
 from samft.prefetch import Waiting, fetch
 from samft.progress import LOSS_NAMES
 from samft.prompted import PromptedSam
+from samft.scores import ObjectScores, gather_scores
 from samft.signals import Interrupted
 
 MASK_CHUNK = 64
@@ -30,6 +32,7 @@ class Validation:
             `per_mask_iou` is at the original resolution.
         box_fill_iou: What filling each box would score.
         shown: Rank 0's first images with their mask logits, for pictures.
+        objects: One row for each mask of all ranks.
         bad_images: This rank's images that could not be read: name, what is wrong.
         rates: How fast it went, for the log.
     """
@@ -37,6 +40,7 @@ class Validation:
     metrics: dict[str, float]
     box_fill_iou: float
     shown: list[tuple[Batch, Tensor]]
+    objects: ObjectScores = field(default_factory=lambda: ObjectScores.join([]))
     bad_images: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
@@ -76,6 +80,7 @@ def validate(
     for mean in means.values():
         mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
     shown: list[tuple[Batch, Tensor]] = []
+    objects: list[ObjectScores] = []
     bad_images: dict[str, str] = {}
     stream = iter(batches)
     while True:
@@ -93,15 +98,21 @@ def validate(
             whereabouts.doing("validating on image", partial(list, batch.image_ids))
             bad_images.update(batch.bad_images)
             if batch.num_masks:  # none if the image cannot be read
-                logits = _score_image(model, batch, loss=loss, means=means)
+                logits = _score_image(model, batch, loss=loss, means=means, objects=objects)
                 if len(shown) < num_shown:
                     shown.append((batch, logits.cpu()))
     metrics = {name: mean.compute().item() for name, mean in means.items()}
-    return Validation(metrics, metrics.pop("box_fill_iou"), shown, bad_images)
+    table = gather_scores(ObjectScores.join(objects))
+    return Validation(metrics, metrics.pop("box_fill_iou"), shown, table, bad_images)
 
 
 def _score_image(
-    model: PromptedSam, batch: Batch, *, loss: LossFunction, means: dict[str, MaskMean]
+    model: PromptedSam,
+    batch: Batch,
+    *,
+    loss: LossFunction,
+    means: dict[str, MaskMean],
+    objects: list[ObjectScores],
 ) -> Tensor:
     moved = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
@@ -110,8 +121,20 @@ def _score_image(
         logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
         for name, values in scores.items():
             means[name].update(values.cpu())
+        objects.append(_rows(batch, part, scores))
         chunks.append(logits)
     return torch.cat(chunks)
+
+
+def _rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> ObjectScores:
+    (image_id,) = batch.image_ids
+    return ObjectScores(
+        image_ids=np.full(len(part), image_id),
+        object_ids=batch.object_ids[part].numpy(),
+        areas=np.array([float(batch.truths[k].mask.sum()) for k in part.tolist()]),
+        iou_actual=scores["per_mask_iou"].double().cpu().numpy(),
+        iou_predicted=scores["iou_predicted"].double().cpu().numpy(),
+    )
 
 
 def _score_masks(

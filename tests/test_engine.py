@@ -302,6 +302,12 @@ def val_batches(num_images: int) -> list[Batch]:
 
 def validate_share(num_images: int) -> tuple[dict[str, float], float]:
     found = validate(make_trainer().model.eval(), val_batches(num_images), loss=LOSS)
+    rows = found.objects
+    assert rows.iou_actual.mean() == pytest.approx(found.metrics["per_mask_iou"], abs=1e-12)
+    samples = [make_sample(i) for i in range(num_images)]
+    assert rows.image_ids.tolist() == [s.image_id for s in samples for _ in s.truths]
+    assert rows.object_ids.tolist() == [id for s in samples for id in s.object_ids.tolist()]
+    assert rows.areas.tolist() == [t.mask.sum() for s in samples for t in s.truths]
     return found.metrics, found.box_fill_iou
 
 

@@ -65,6 +65,7 @@ LAYERS = (
     "pixel_sums",
     "losses",
     "metrics",
+    "scores",
     "optim",
     "progress",
     "checkpoint",

@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from samft.mask_checks import check_segmentation, decode_segmentation
-from samft.masks import MaskError, count_pixels, decode_cropped
+from samft.masks import MaskError, count_pixels, decode_cropped, encode_cropped
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
 
@@ -76,3 +76,27 @@ def test_pixels_are_counted_as_drawn() -> None:
         assert count_pixels(check_segmentation(raw), 20, 30) == drawn.sum()
     assert count_pixels(check_segmentation(far), 20, 30) == 0
     assert decode_cropped(check_segmentation(far), 20, 30)[2].shape == (0, 0)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("edge", ["inside", "top", "bottom", "all of it"])
+def test_a_crop_is_encoded_as_pycocotools_encodes_the_whole(density: float, edge: str) -> None:
+    height, width = 41, 53
+    top, left, bottom, right = {
+        "inside": (3, 5, 20, 30),
+        "top": (0, 5, 20, 30),
+        "bottom": (3, 0, height, 30),
+        "all of it": (0, 0, height, width),
+    }[edge]
+    generator = np.random.default_rng(0)
+    whole = np.zeros((height, width), dtype=np.uint8)
+    whole[top:bottom, left:right] = generator.random((bottom - top, right - left)) < density
+    crop = whole[top:bottom, left:right].astype(bool)
+    found = encode_cropped(top, left, crop, height=height, width=width)
+    assert found == _rle(whole, compressed=True)
+
+
+def test_an_empty_crop_is_encoded_as_an_empty_mask() -> None:
+    nothing = np.zeros((0, 0), dtype=bool)
+    found = encode_cropped(0, 0, nothing, height=7, width=5)
+    assert found == _rle(np.zeros((7, 5), dtype=np.uint8), compressed=True)

@@ -1,0 +1,54 @@
+"""How good each mask is: one row for each, of all ranks, to be sorted and grouped."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samft.distributed import all_gather
+
+
+@dataclass(frozen=True)
+class ObjectScores:
+    """One row for each of K masks.
+
+    Attributes:
+        image_ids: int64 [K].
+        object_ids: int64 [K], of the annotation.
+        areas: float64 [K], of the true mask in pixels of the original image.
+        iou_actual: float64 [K], with the true mask, at the original resolution.
+        iou_predicted: float64 [K], what the model says that its IoU is.
+    """
+
+    image_ids: NDArray[np.int64]
+    object_ids: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    iou_actual: NDArray[np.float64]
+    iou_predicted: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.object_ids)
+
+    def take(self, which: NDArray[np.int64]) -> "ObjectScores":
+        """Some of the rows, in the order given."""
+        return ObjectScores(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    @staticmethod
+    def join(parts: "list[ObjectScores]") -> "ObjectScores":
+        """The rows of several tables in one, in the order of image, then object."""
+        names = [field.name for field in fields(ObjectScores)]
+        columns = [
+            np.concatenate([np.zeros(0, dtype=_dtype(name)), *(getattr(p, name) for p in parts)])
+            for name in names
+        ]
+        joined = ObjectScores(*columns)
+        return joined.take(np.lexsort((joined.object_ids, joined.image_ids)))
+
+
+def _dtype(name: str) -> type:
+    return np.int64 if name.endswith("_ids") else np.float64
+
+
+def gather_scores(scores: ObjectScores) -> ObjectScores:
+    """The rows of all ranks, the same on each. Collective: every rank must call."""
+    return ObjectScores.join(all_gather(scores))

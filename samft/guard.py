@@ -10,7 +10,7 @@ from samft.config import TrainConfig
 from samft.dry_run import dry_run
 from samft.errors import Stopped, TrainingError, exit_code
 from samft.files import make_writable, sole_use, write_status
-from samft.logs import start_logging
+from samft.logs import LOGGER, start_logging
 from samft.run import Run
 from samft.signals import stop_on_signal
 from samft.training_state import LAST_NAME
@@ -45,6 +45,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 return this_run.execute()
     except BaseException as error:
         whereabouts.tell_failure(f"{type(error).__name__}: {error}")
+        if this_run is not None and not isinstance(error, KeyboardInterrupt):
+            _end_saving(this_run)
         if distributed.is_main() and not isinstance(error, Stopped):
             step = this_run.progress.step if this_run else 0
             last = folder / LAST_NAME
@@ -65,6 +67,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
             this_run.log.close()
         whereabouts.stop()
         distributed.shutdown()
+
+
+def _end_saving(this_run: Run) -> None:
+    try:
+        this_run.checkpointer.wait()
+    except Exception:  # the run ends of something else already
+        LOGGER.exception("the last state was not saved")
 
 
 def _take(folder: Path, held: contextlib.ExitStack) -> None:

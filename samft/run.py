@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +23,11 @@ from samft.prefetch import on_device
 from samft.progress import Progress
 from samft.report import AFTER, BEFORE, draw_masks, report, summarise
 from samft.resume import find_resume, keep_images_per_step
+from samft.sam import constant_names
+from samft.saving import Candidate, Checkpointer
 from samft.signals import Interrupted, StopRequest, end_of_job
 from samft.splits import load_splits
-from samft.training_state import LAST_NAME, put_damaged_aside, save_last
+from samft.training_state import LAST_NAME, put_damaged_aside
 from samft.validation import Validation, validate
 
 NUM_SHOWN = 4
@@ -72,10 +75,15 @@ class Run:
         self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=start_step)
         self.model = assemble.build_model(config, weights, device)
         best = TopK.from_list(resumed["best"]) if resumed else []
-        self.top_k = TopK(folder, k=config.save_top_k, best=best)
+        top_k = TopK(folder, k=config.save_top_k, best=best)
         if found is not None and elsewhere and self.main:
-            self.top_k.adopt(found.folder)
-        self.unsaved = ""
+            top_k.adopt(found.folder)
+        self.checkpointer = Checkpointer(
+            folder,
+            top_k=top_k,
+            constant=constant_names(self.model.sam),
+            on_saved=lambda step: self._status("running", step=step),
+        )
         self.clock = time.monotonic() - self.progress.wall_seconds
 
     def execute(self) -> dict[str, Any]:
@@ -115,6 +123,7 @@ class Run:
                 self._validate_untouched()
             if progress.pending:
                 self._finish_interval()
+            self.checkpointer.wait()  # workers are forked next, which threads do not survive
             with torch.autograd.set_detect_anomaly(config.detect_anomaly):
                 finished = train(
                     self.trainer,
@@ -131,9 +140,10 @@ class Run:
         except Interrupted:
             finished = False
         if not finished:
-            self._save_last()
-            if self.unsaved:
-                raise TrainingError(f"stopped, and steps are lost: {self.unsaved}")
+            self._save()
+            self.checkpointer.wait()
+            if self.checkpointer.unsaved:
+                raise TrainingError(f"stopped, and steps are lost: {self.checkpointer.unsaved}")
             self._stopped(f"saved after step {progress.step} of {config.steps}")
         return self._finish()
 
@@ -215,8 +225,11 @@ class Run:
             found.box_fill_iou,
         )
         if self.main:
-            pictures.write_png(self.folder / BEFORE, draw_masks(found))
-        self._save_last()
+            self._draw(found, BEFORE)
+        self._save()
+
+    def _draw(self, found: Validation, name: str) -> None:
+        pictures.write_png(self.folder / name, draw_masks(found))
 
     def _on_step(self, taken: bool, image_ids: list[int]) -> None:
         if taken:
@@ -247,10 +260,8 @@ class Run:
         self._log_validation(found)
         score = found.metrics["per_mask_iou"]
         sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
-        if self.main and self._offer(score, sidecar) and self.top_k.best[0].step == step:
-            pictures.write_png(self.folder / AFTER, draw_masks(found))
         self.progress.pending = {}
-        self._save_last()
+        self._save(Candidate(score, sidecar, if_best=partial(self._draw, found, AFTER)))
         left = (steps - step) * (time.monotonic() - self.clock) / max(step, 1)
         LOGGER.info(
             "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
@@ -265,55 +276,33 @@ class Run:
             format_duration(left),
         )
 
-    def _offer(self, score: float, sidecar: dict[str, Any]) -> bool:
-        try:
-            return self.top_k.offer(self.model.sam.state_dict(), score=score, sidecar=sidecar)
-        except OSError as error:
-            self._could_not_save("a checkpoint", error)
-            return False
-
-    def _could_not_save(self, what: str, error: OSError) -> None:
-        self.unsaved = f"{what} could not be written into {self.folder}: {error}."
-        LOGGER.error(
-            "%s Files written before are whole; the run goes on and tries again at its next "
-            "interval. Make room until then",
-            self.unsaved,
-        )
-
-    def _save_last(self) -> None:
+    def _save(self, candidate: Candidate | None = None) -> None:
         self.progress.wall_seconds = time.monotonic() - self.clock
         sums = distributed.all_reduce_sum(self.trainer.window.cpu().clone()).tolist()
         optimizer = gather_state(self.trainer.optimizer)
         if self.main:
-            self._write_last(optimizer, sums)
+            whereabouts.doing("saving")
+            state = {
+                "config": asdict(self.asked),
+                "global_batch": assemble.images_per_step(self.config),
+                "fingerprint": self.splits.fingerprint,
+                "model": self.model.sam.state_dict(),
+                "optimizer": optimizer,
+                "scaler": self.trainer.scaler.state_dict(),
+                "progress": {**asdict(self.progress), "window": sums},
+            }
+            self.checkpointer.save(state, candidate=candidate)
         distributed.barrier()  # with the long timeout, or the others would give up on rank 0
 
-    def _write_last(self, optimizer: dict[str, Any], window: list[float]) -> None:
-        whereabouts.doing("saving")
-        state = {
-            "config": asdict(self.asked),
-            "global_batch": assemble.images_per_step(self.config),
-            "fingerprint": self.splits.fingerprint,
-            "model": self.model.sam.state_dict(),
-            "optimizer": optimizer,
-            "scaler": self.trainer.scaler.state_dict(),
-            "progress": {**asdict(self.progress), "window": window},
-            "best": self.top_k.to_list(),
-        }
-        try:
-            save_last(self.folder, state)
-            self._status("running")
-            self.unsaved = ""
-        except OSError as error:
-            self._could_not_save(LAST_NAME, error)
-
-    def _status(self, state: str, *, code: int | None = None, reason: str = "") -> None:
+    def _status(
+        self, state: str, *, step: int | None = None, code: int | None = None, reason: str = ""
+    ) -> None:
         if self.main:
             last = self.folder / LAST_NAME
             write_status(
                 self.folder,
                 state=state,
-                step=self.progress.step,
+                step=self.progress.step if step is None else step,
                 exit_code=code,
                 reason=reason,
                 last_checkpoint=str(last) if last.exists() else None,
@@ -329,9 +318,11 @@ class Run:
         raise Stopped(reason)
 
     def _finish(self) -> dict[str, Any]:
-        if self.unsaved:
-            raise TrainingError(f"all steps are done, but {self.unsaved} Make room, and run again.")
-        progress, best = self.progress, self.top_k.best[0] if self.top_k.best else None
+        self.checkpointer.wait()
+        if unsaved := self.checkpointer.unsaved:
+            raise TrainingError(f"all steps are done, but {unsaved} Make room, and run again.")
+        ranked = self.checkpointer.top_k.best
+        progress, best = self.progress, ranked[0] if ranked else None
         progress.wall_seconds = time.monotonic() - self.clock
         counts = self.splits.counts
         summary = summarise(progress, best, folder=self.folder, counts=counts)

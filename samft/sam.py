@@ -317,3 +317,9 @@ def freeze(sam: Sam, parts: Iterable[str]) -> list[str]:
         if out_of_reach and not frozen:
             unreachable.append(name)
     return unreachable
+
+
+def constant_names(sam: Sam) -> list[str]:
+    """The keys of a SAM's state dict whose tensors training does not change; after `freeze`."""
+    trained = {name for name, parameter in sam.named_parameters() if parameter.requires_grad}
+    return [name for name in sam.state_dict() if name not in trained]

@@ -73,6 +73,7 @@ LAYERS = (
     "pictures",
     "contact_sheets",
     "logs",
+    "saving",
     "validation",
     "engine",
     "report",

@@ -20,6 +20,7 @@ from samft.prompted import PromptedSam
 from samft.sam import (
     MODEL_SHAPES,
     build_sam,
+    constant_names,
     fit_positions,
     freeze,
     identify,
@@ -374,3 +375,15 @@ def test_a_part_is_frozen_as_a_whole(part: str) -> None:
     assert frozen == whole | set(unreachable)
     freeze(sam, [])  # and it thaws what the last call froze
     assert {n for n, p in sam.named_parameters() if not p.requires_grad} == set(everything)
+
+
+@pytest.mark.parametrize("parts", [[], ["image_encoder"], ["image_encoder", "prompt_encoder"]])
+def test_what_is_constant_is_all_but_what_trains(parts: list[str]) -> None:
+    sam = build_sam("vit_tiny", 64)
+    freeze(sam, parts)
+    constant = constant_names(sam)
+    trained = [name for name, p in sam.named_parameters() if p.requires_grad]
+    assert sorted([*constant, *trained]) == sorted(sam.state_dict())
+    assert any(name.startswith("image_encoder.") for name in constant) == ("image_encoder" in parts)
+    # A buffer, which no optimizer ever sees.
+    assert "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix" in constant

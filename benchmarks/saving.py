@@ -1,0 +1,146 @@
+"""Measures what a save costs the loop: written at once, or in the background.
+
+    python -m benchmarks.saving --models vit_tiny:full vit_b:frozen vit_b:full
+
+Each round takes the same steps three times: without a save; with one that is waited for; with one
+that is written while the steps are taken. What the last two take longer is what the save costs.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Effort, interleave, now
+from samft.checkpoint import TopK
+from samft.optim import build_optimizer
+from samft.prompted import PromptedSam
+from samft.sam import build_sam, constant_names, freeze
+from samft.saving import Candidate, Checkpointer
+
+IMAGE_SIZE = 256  # of the steps; what is saved is as large at any
+
+
+class Trial:
+    """A model that trains on one image of noise, and what saves it."""
+
+    def __init__(
+        self, model_type: str, trained: str, *, folder: Path, device: torch.device
+    ) -> None:
+        sam = build_sam(model_type, IMAGE_SIZE, attention="fast").to(device)
+        freeze(sam, ["image_encoder"] if trained == "frozen" else [])
+        self.model = PromptedSam(sam)
+        self.optimizer = build_optimizer(self.model, learning_rate=1e-5, weight_decay=0.0)
+        self.images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+        self.boxes = torch.tensor([[0.0, 0.0, 128.0, 128.0]] * 8, device=device)
+        names = constant_names(sam)
+        top_k = TopK(folder, k=1)
+        self.checkpointer = Checkpointer(
+            folder, top_k=top_k, constant=names, on_saved=lambda step: None
+        )
+        self.folder, self.device, self.saves = folder, device, 0
+
+    def step(self) -> None:
+        """One training step."""
+        index = torch.zeros(len(self.boxes), dtype=torch.int64, device=self.device)
+        logits, iou = self.model(self.images, self.boxes, index)
+        (logits.mean() + iou.mean()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self) -> float:
+        """One save, of a state that is the best so far; the seconds until it is copied."""
+        self.saves += 1
+        state: dict[str, Any] = {
+            "model": self.model.sam.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {"step": self.saves},
+        }
+        sidecar = {"step": self.saves, "metrics": {}}
+        start = now(self.device)
+        best = Candidate(float(self.saves), sidecar, if_best=lambda: None)
+        self.checkpointer.save(state, candidate=best)
+        return now(self.device) - start
+
+    def steps(self, number: int, *, save: str) -> None:
+        """Some steps, with a save before them: `none`, `waited for`, or `background`."""
+        if save != "none":
+            self.save()
+        if save == "waited for":
+            self.checkpointer.wait()
+        for _ in range(number):
+            self.step()
+        now(self.device)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(trial: Trial, *, rounds: int) -> list[str]:
+    """A row of the table."""
+    trial.step()
+    trial.save()
+    trial.checkpointer.wait()
+    copying, writing = [], []
+    for _ in range(rounds):
+        copying.append(trial.save())
+        writing.append(copying[-1] + seconds_of(trial.checkpointer.wait))
+    # Enough steps to write in, as between two intervals of a run.
+    number = round(1.5 * max(writing) / seconds_of(trial.step)) + 2
+    kinds = ("none", "waited for", "background")
+    work = {kind: partial(trial.steps, number, save=kind) for kind in kinds}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        found = interleave(work, effort=Effort(rounds=1, warm_up=0), device=trial.device)
+        trial.checkpointer.wait()
+        for kind in kinds:
+            seconds[kind] += found[kind]
+    costs = [
+        [one - alone for one, alone in zip(seconds[kind], seconds["none"], strict=True)]
+        for kind in kinds[1:]
+    ]
+    size = sum(path.stat().st_size for path in trial.folder.glob("*.ckpt")) / 1e9
+    cells = [spread(copying), spread(writing), *(spread(cost) for cost in costs)]
+    return [f"{size:.2f}", *cells]
+
+
+def spread(values: list[float]) -> str:
+    """Median (lowest to highest)."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--models", nargs="+", default=["vit_tiny:full", "vit_b:frozen"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", help="on the disk to be measured (default: a temporary one)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(
+        "| | GB written | until copied, s | until written, s | costs the loop, waited for, s "
+        "| costs the loop, in the background, s |\n|---|---|---|---|---|---|"
+    )
+    for name in args.models:
+        model_type, _, trained = name.partition(":")
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            trial = Trial(
+                model_type, trained, folder=Path(folder), device=torch.device(args.device)
+            )
+            row = measure(trial, rounds=args.rounds)
+        print(f"| {model_type}, {trained} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

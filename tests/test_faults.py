@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -355,19 +357,32 @@ def test_a_file_limit_loses_nothing_and_the_same_command_goes_on(undisturbed, da
     check_equal(tmp_path, undisturbed(1))
 
 
-def test_a_small_disk_is_refused_before_the_start(data, tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a small disk")
-    folder = tmp_path / "small"
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small file system of its own; skips the test where nobody may mount one."""
     folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system")
+    mounting = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
+        pytest.skip("this machine lets nobody mount a file system")
     try:
-        ended = run(alone(run_arguments(data, folder)))
+        yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_small_disk_is_refused_before_the_start(data, tmp_path):
+    with mounted(tmp_path / "small", "size=2m"):
+        ended = run(alone(run_arguments(data, tmp_path / "small")))
     assert ended.code == 2 and "make room" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_a_read_only_folder_is_refused(data, tmp_path):
+    with mounted(tmp_path / "fixed", "ro,size=64m"):
+        ended = run(alone(run_arguments(data, tmp_path / "fixed")))
+    assert ended.code == 2 and "cannot be written (Read-only file system)" in ended.output
     assert "Traceback" not in ended.output
 
 

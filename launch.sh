@@ -198,18 +198,20 @@ set_environment() {
 
 # Runs the command, passes signals on to it, waits until it has ended, and sets CODE. Job control
 # (set -m) gives it a process group of its own: Ctrl-C reaches it once, from here, and not ignored.
+# STOPPED says whether there was a signal.
 run_and_wait() {
     local child signal
+    STOPPED=false
     set -m
     "$@" &
     child=$!
     for signal in TERM INT USR1 USR2; do
         # shellcheck disable=SC2064  # the child's number is meant as it is now
-        trap "kill -$signal $child 2>/dev/null || true" "$signal"
+        trap "STOPPED=true; kill -$signal $child 2>/dev/null || true" "$signal"
     done
     # A closed terminal is no reason to lose the work.
     # shellcheck disable=SC2064
-    trap "kill -TERM $child 2>/dev/null || true" HUP QUIT
+    trap "STOPPED=true; kill -TERM $child 2>/dev/null || true" HUP QUIT
     # A signal ends `wait` early, with the command still running.
     while :; do
         CODE=0
@@ -236,7 +238,8 @@ check_arguments() {
 exit_code() {
     local python=$1 status_file=$2 code=$3
     [[ -s $status_file ]] || {
-        echo "$code"
+        # Stopped before the run had begun: there is nothing to save.
+        if $STOPPED; then echo 75; else echo "$code"; fi
         return
     }
     "$python" - "$status_file" "$code" <<'PYTHON'

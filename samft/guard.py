@@ -12,15 +12,16 @@ from samft.errors import Stopped, TrainingError, exit_code
 from samft.files import make_writable, sole_use, write_status
 from samft.logs import LOGGER, start_logging
 from samft.run import Run
-from samft.signals import stop_on_signal
+from samft.signals import StopRequest
 from samft.training_state import LAST_NAME
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
     """Trains as configured. Collective: every rank must call.
 
     Args:
         config: The checked configuration.
+        stop: Says whether a signal has asked to stop.
 
     Returns:
         What `summary.json` holds; of a dry run, see `dry_run`.
@@ -38,7 +39,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     try:
         if config.dry_run:
             return dry_run(config, device)
-        with stop_on_signal() as stop, contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held:
             assemble.together(lambda: _take(folder, held))
             this_run = assemble.together(lambda: Run(config, folder, device, stop))
             with naming_the_cause():

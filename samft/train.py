@@ -1,5 +1,6 @@
 """Trains: `python -m samft.train`, or under `torchrun`. Parses, then calls `samft.guard`."""
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ from samft.errors import (
     run_command,
 )
 from samft.files import write_status
-from samft.signals import die_with_parent
+from samft.signals import StopRequest, die_with_parent, stop_on_signal
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -39,10 +40,12 @@ def main(argv: list[str]) -> dict[str, Any]:
         if os.environ.get("RANK", "0") == "0":
             write_status(None, state="failed", exit_code=EXIT_USAGE, reason=str(error))
         raise
-    # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-    from samft.guard import run
+    # From here on, a signal ends the run in good order; but of a dry run there is nothing to save.
+    with contextlib.nullcontext(StopRequest()) if config.dry_run else stop_on_signal() as stop:
+        # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
+        from samft.guard import run
 
-    return run(config)
+        return run(config, stop)
 
 
 def exit_code_for_launcher(code: int) -> int:

@@ -40,3 +40,10 @@ def processes_with(word: str) -> list[int]:
         if word.encode() in command:
             found.append(pid)
     return sorted(found)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

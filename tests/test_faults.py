@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from fault_runs import (
     status_of,
     torchrun,
 )
-from processes import descendants_of
+from processes import catches, descendants_of
 from samft.files import sole_use
 from samft.training_state import read_newest, save_last
 from short_runs import command_here, largest_difference, read_metrics, write_data
@@ -195,6 +196,20 @@ def wait_for_line(folder: Path, words: str, *, seconds: float = 90) -> None:
     while not (log.is_file() and words in log.read_text()):
         assert time.monotonic() < deadline, f"no {words!r} in {log}"
         time.sleep(0.05)
+
+
+def test_a_stop_while_torch_is_imported_is_75(undisturbed, data, tmp_path):
+    argv = run_arguments(data, tmp_path)
+    with started([sys.executable, "-m", "samft.train", *argv]) as process:
+        while not catches(process.pid, signal.SIGTERM):
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert not (tmp_path / "train.log").exists()
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output
+    assert run(alone(argv)).code == 0
+    check_equal(tmp_path, undisturbed(1))
 
 
 def test_a_stop_in_validation_without_torchrun_is_75(undisturbed, data, tmp_path):

@@ -220,6 +220,12 @@ def test_exit_code(launcher: Launcher, tmp_path: Path, torchrun: str, code: int)
     assert not list(temporary.iterdir())
 
 
+def test_stopped_before_the_run_begins_is_75(launcher: Launcher, tmp_path: Path) -> None:
+    python = fake_python(tmp_path / "python", 'kill -TERM "$PPID"; sleep 60')
+    ended = launcher.run(*RUN, SAMFT_PYTHON=python)
+    assert ended.returncode == 75, ended.stderr
+
+
 def test_reason_is_the_last_word(launcher: Launcher, tmp_path: Path) -> None:
     status = write_status(state="failed", exit_code=2, reason="there is no such folder")
     python = fake_python(tmp_path / "python", status + "echo noise >&2; exit 1")

@@ -65,6 +65,7 @@ LAYERS = (
     "pixel_sums",
     "losses",
     "metrics",
+    "boundary",
     "scores",
     "optim",
     "progress",
@@ -74,6 +75,12 @@ LAYERS = (
     "contact_sheets",
     "logs",
     "validation",
+    "prompts",
+    "evaluation",
+    "score_tables",
+    "coco_ap",
+    "comparison",
+    "score_sheet",
     "engine",
     "report",
     "splits",
@@ -84,6 +91,7 @@ LAYERS = (
     "host_checks",
     "run",
     "guard",
+    "evaluation_run",
     "plates",
 )
 ENTRY_POINTS = ("train", "evaluate", "predict", "export", "check", "demo")

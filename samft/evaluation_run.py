@@ -142,14 +142,14 @@ def objects_file(output: Path) -> Path:
 def _check_output(output: Path, sources: list[Path]) -> None:
     taken = {path.resolve() for path in sources}
     taken |= {path.with_suffix(".json").resolve() for path in sources}
+    if output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder: name a file in it.")
     for target in (output, objects_file(output)):
         if target.resolve() in taken:
             raise ConfigError(
                 f"--output: {target} is an annotation file, a checkpoint or its sidecar: choose "
                 "another name."
             )
-        if target.is_dir():
-            raise ConfigError(f"--output: {target} is a folder: name a file in it.")
     make_writable(output.parent, field="--output")
 
 

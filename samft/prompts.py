@@ -1,4 +1,4 @@
-"""What a model is asked in evaluation beside the annotated boxes: boxes that are off, and points."""
+"""What a model is asked beside the annotated boxes: boxes that are off, and single points."""
 
 import math
 

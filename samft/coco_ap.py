@@ -19,7 +19,7 @@ from samft.masks import decode_cropped, encode_cropped
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 USUAL_MAX_DETS = 100  # of a class in an image; COCOeval's default
-_SIZES = ("", "_small", "_medium", "_large")  # in the order of COCOeval's area ranges
+_SIZES = ("small", "medium", "large")  # in the order of COCOeval's area ranges, after all
 
 
 def categories_of(index: CocoIndex, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -133,10 +133,12 @@ def average_precision(
         evaluation.accumulate()
     precision = np.asarray(evaluation.eval["precision"])[..., -1]  # [T, R, K, A]
     thresholds = np.asarray(evaluation.params.iouThrs)
-    scores = {f"ap{name}": _mean(precision[..., area]) for area, name in enumerate(_SIZES)}
+    scores = {"ap": _mean(precision[..., 0])}
     for percent in (50, 75):
         at = np.isclose(thresholds, percent / 100)
         scores[f"ap{percent}"] = _mean(precision[at][..., 0])
+    for area, name in enumerate(_SIZES, start=1):
+        scores[f"ap_{name}"] = _mean(precision[..., area])
     return {**scores, "max_dets": evaluation.params.maxDets[-1], "backend": backend}
 
 

@@ -137,6 +137,7 @@ WITHOUT_TORCH = (
     "plates",
     "check",
     "demo",
+    "evaluate",
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

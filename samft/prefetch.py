@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 
 from samft.batch import Batch
+from samft.distributed import all_reduce_sum, raise_together
 from samft.errors import UserError
 from samft.signals import Interrupted
 
@@ -69,3 +70,39 @@ def fetch(
         return [], None
     except UserError as error:  # say, a broken image: the other ranks must hear of it
         return [], error
+
+
+def side_by_side(
+    batches: Iterable[Batch],
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    waiting: Waiting = contextlib.nullcontext,
+) -> Iterator[Batch]:
+    """This rank's batches, all ranks going on together. Collective: every rank must call.
+
+    Ranks may have different numbers of batches: whoever has none left waits for the others.
+
+    Args:
+        batches: Of a loader.
+        should_stop: Asked before each batch on every rank; all stop if any says yes.
+        waiting: See `fetch`.
+
+    Yields:
+        The batches of this rank.
+
+    Raises:
+        Interrupted: Any rank was asked to stop.
+        UserError: An image cannot be read, on any rank.
+    """
+    stream = iter(batches)
+    while True:
+        fetched, error = fetch(stream, 1, waiting)
+        flags = torch.tensor([len(fetched), int(should_stop()), int(error is not None)])
+        more, stopped, failed = all_reduce_sum(flags, in_step=True).tolist()
+        if failed:
+            raise_together(error)
+        if stopped:
+            raise Interrupted
+        if not more:
+            return
+        yield from fetched

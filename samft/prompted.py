@@ -82,19 +82,27 @@ class PromptedSam(nn.Module):
             return self.sam.image_encoder(self.preprocess(images, input_sizes))
 
     def decode(
-        self, embeddings: Tensor, boxes: Tensor, image_index: Tensor
+        self,
+        embeddings: Tensor,
+        boxes: Tensor,
+        image_index: Tensor,
+        *,
+        points: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicts the mask of each box from image embeddings.
+        """Predicts the mask of each box, then of each single point, from image embeddings.
 
         Args:
             embeddings: float [N, C, S/16, S/16].
             boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
-            image_index: int64 [M], the image of each box.
+            image_index: int64 [M + P], the image of each box and then of each point.
+            points: float32 [P, 2], x y in pixels of the model frame, each inside of an object of
+                its own; the mask is the one that `multimask_output=False` gives.
 
         Returns:
-            Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M].
+            Mask logits [M + P, S/4, S/4] (positive inside the object) and predicted IoU [M + P].
         """
-        return self._box_decoder(image_index).decode(self._prompted(embeddings, boxes))
+        prompted = self._prompted(embeddings, boxes, points)
+        return self._box_decoder(image_index).decode(prompted)
 
     def _box_decoder(self, image_index: Tensor) -> BoxDecoder:
         if self.mask_chunk is None:  # once, so that steps add up in one order
@@ -107,10 +115,15 @@ class PromptedSam(nn.Module):
             module, choose_decoder(module, self.decoder), image_index, self.mask_chunk
         )
 
-    def _prompted(self, embeddings: Tensor, boxes: Tensor) -> Inputs:
+    def _prompted(self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None) -> Inputs:
         prompt_encoder = self.sam.prompt_encoder
         with _exact(boxes.device):
             sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
+            if points is not None:  # two tokens, as a box: the point, and "not a point"
+                labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
+                asked = (points.float()[:, None], labels)
+                of_points, _ = prompt_encoder(points=asked, boxes=None, masks=None)
+                sparse = torch.cat([sparse, of_points])
             image_pe = self._dense_pe()
         dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         return Inputs(embeddings, image_pe, dense, sparse)

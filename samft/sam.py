@@ -253,6 +253,23 @@ def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the chec
     sam.load_state_dict(fitted)
 
 
+def saved_resize_mode(path: Path) -> str:
+    """How images were brought into the frame in training; `pad`, as SAM does, if nothing says so.
+
+    Args:
+        path: A checkpoint: a sidecar says it, or a `last.ckpt` itself.
+    """
+    try:
+        sidecar = path.with_suffix(".json")
+        about = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        if "resize_mode" not in about and path.suffix == ".ckpt":
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            about = state.get("config", {})
+        return "squash" if about.get("resize_mode") == "squash" else "pad"
+    except Exception:  # not ours: a sidecar of something else, a format that cannot be mapped
+        return "pad"
+
+
 def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     """Loads a SAM checkpoint of any type and image size, ready for `SamPredictor`.
 
@@ -274,8 +291,7 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     model_type, image_size = identify(state, source=path)
     sam = build_sam(model_type, image_size)
     load_state(sam, state, source=path)
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file() and json.loads(sidecar.read_text()).get("resize_mode") == "squash":
+    if saved_resize_mode(path) == "squash":
         warnings.warn(
             f"{path} was tuned with resize_mode 'squash'; SamPredictor pads, so its masks will "
             "differ from the validated ones.",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 # First word of a seed, so that no two streams of random numbers are the same.
-_ORDER_STREAM, _REPEAT_STREAM, SAMPLE_STREAM = 1, 3, 2
+_ORDER_STREAM, _REPEAT_STREAM, SAMPLE_STREAM, PROMPT_STREAM, RESAMPLE_STREAM = 1, 3, 2, 4, 5
 _WORD = 2**64 - 1
 
 Key = tuple[int, int, int]  # epoch, image (its row in the index), which copy of it in that epoch

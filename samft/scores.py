@@ -1,11 +1,14 @@
 """How good each mask is: one row for each, of all ranks, to be sorted and grouped."""
 
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from samft.distributed import all_gather
+
+Table = TypeVar("Table", bound="ObjectScores")
 
 
 @dataclass(frozen=True)
@@ -29,26 +32,28 @@ class ObjectScores:
     def __len__(self) -> int:
         return len(self.object_ids)
 
-    def take(self, which: NDArray[np.int64]) -> "ObjectScores":
+    def take(self: Table, which: NDArray[np.int64]) -> Table:
         """Some of the rows, in the order given."""
-        return ObjectScores(*(getattr(self, field.name)[which] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[which] for field in fields(self)))
 
-    @staticmethod
-    def join(parts: "list[ObjectScores]") -> "ObjectScores":
+    @classmethod
+    def join(cls: type[Table], parts: list[Table]) -> Table:
         """The rows of several tables in one, in the order of image, then object."""
-        names = [field.name for field in fields(ObjectScores)]
+        names = [field.name for field in fields(cls)]
         columns = [
             np.concatenate([np.zeros(0, dtype=_dtype(name)), *(getattr(p, name) for p in parts)])
             for name in names
         ]
-        joined = ObjectScores(*columns)
+        joined = cls(*columns)
         return joined.take(np.lexsort((joined.object_ids, joined.image_ids)))
 
 
 def _dtype(name: str) -> type:
+    if name.startswith("rle_"):
+        return object
     return np.int64 if name.endswith("_ids") else np.float64
 
 
-def gather_scores(scores: ObjectScores) -> ObjectScores:
+def gather_scores(scores: Table) -> Table:
     """The rows of all ranks, the same on each. Collective: every rank must call."""
-    return ObjectScores.join(all_gather(scores))
+    return type(scores).join(all_gather(scores))

@@ -175,16 +175,22 @@ def _mirror_boxes(boxes: NDArray[np.float64], frame: Frame) -> NDArray[np.float6
 
 
 def jitter_boxes(
-    boxes: NDArray[np.floating], *, share: float, frame: Frame, generator: np.random.Generator
+    boxes: NDArray[np.floating],
+    *,
+    share: float,
+    frame: Frame,
+    generator: np.random.Generator,
+    most: float = _MAX_JITTER,
 ) -> NDArray[np.float64]:
     """Moves each side of each box uniformly, as an annotator's hand would.
 
     Args:
         boxes: [K, 4] in the input frame.
-        share: Furthest that a side moves, as a share of the box's width or height; at most 20 px at
-            an `image_size` of 1024. 0 leaves the boxes as they are.
+        share: Furthest that a side moves, as a share of the box's width or height. 0 leaves the
+            boxes as they are.
         frame: Of the image, which no side leaves.
         generator: Where the randomness comes from.
+        most: Furthest that a side moves, as a share of `image_size`: 20 px at 1024.
 
     Returns:
         Boxes [K, 4] in the input frame, each at least half as wide and high as it was.
@@ -198,7 +204,7 @@ def jitter_boxes(
     corners[:, 0] = np.minimum(corners[:, 0], limit - 1e-2)
     corners[:, 1] = np.maximum(corners[:, 1], corners[:, 0] + 1e-2)
     side = corners[:, 1:] - corners[:, :1]
-    furthest = np.minimum(share * side, _MAX_JITTER * frame.image_size)
+    furthest = np.minimum(share * side, most * frame.image_size)
     moved = np.clip(corners + furthest * generator.uniform(-1, 1, corners.shape), 0, limit)
     too_small = moved[:, 1:] - moved[:, :1] < side / 2
     return np.where(too_small, corners, moved).reshape(-1, 4)

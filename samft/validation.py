@@ -11,14 +11,12 @@ from torch import Tensor
 
 from samft import whereabouts
 from samft.batch import Batch
-from samft.distributed import all_reduce_sum, raise_together
 from samft.losses import LossFunction
 from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_iou
-from samft.prefetch import Waiting, fetch
+from samft.prefetch import Waiting, side_by_side
 from samft.progress import LOSS_NAMES
 from samft.prompted import PromptedSam
 from samft.scores import ObjectScores, gather_scores
-from samft.signals import Interrupted
 
 MASK_CHUNK = 64
 
@@ -82,25 +80,13 @@ def validate(
     shown: list[tuple[Batch, Tensor]] = []
     objects: list[ObjectScores] = []
     bad_images: dict[str, str] = {}
-    stream = iter(batches)
-    while True:
-        fetched, error = fetch(stream, 1, waiting)
-        # Ranks have different numbers of images: they go on together until none has any left.
-        flags = torch.tensor([len(fetched), int(should_stop()), int(error is not None)])
-        more, stopped, failed = all_reduce_sum(flags, in_step=True).tolist()
-        if failed:
-            raise_together(error)
-        if stopped:
-            raise Interrupted
-        if not more:
-            break
-        for batch in fetched:
-            whereabouts.doing("validating on image", partial(list, batch.image_ids))
-            bad_images.update(batch.bad_images)
-            if batch.num_masks:  # none if the image cannot be read
-                logits = _score_image(model, batch, loss=loss, means=means, objects=objects)
-                if len(shown) < num_shown:
-                    shown.append((batch, logits.cpu()))
+    for batch in side_by_side(batches, should_stop=should_stop, waiting=waiting):
+        whereabouts.doing("validating on image", partial(list, batch.image_ids))
+        bad_images.update(batch.bad_images)
+        if batch.num_masks:  # none if the image cannot be read
+            logits = _score_image(model, batch, loss=loss, means=means, objects=objects)
+            if len(shown) < num_shown:
+                shown.append((batch, logits.cpu()))
     metrics = {name: mean.compute().item() for name, mean in means.items()}
     table = gather_scores(ObjectScores.join(objects))
     return Validation(metrics, metrics.pop("box_fill_iou"), shown, table, bad_images)

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from coco_files import write_coco
+from samft import evaluate
 from samft.config import TrainConfig, parse_config
 from samft.errors import run_command
 from samft.train import main
@@ -86,6 +87,12 @@ def train_here(argv: list[str]) -> dict[str, Any]:
     """`samft.train.main` in this process."""
     with _own_logging():
         return main(argv)
+
+
+def evaluate_here(argv: list[str]) -> dict[str, Any]:
+    """`samft.evaluate.main` in this process."""
+    with _own_logging():
+        return evaluate.main(argv)
 
 
 def command_here(argv: list[str]) -> int:

@@ -65,6 +65,7 @@ LAYERS = (
     "pixel_sums",
     "losses",
     "metrics",
+    "boundary",
     "scores",
     "optim",
     "progress",
@@ -75,6 +76,12 @@ LAYERS = (
     "logs",
     "saving",
     "validation",
+    "prompts",
+    "evaluation",
+    "score_tables",
+    "coco_ap",
+    "comparison",
+    "score_sheet",
     "engine",
     "report",
     "splits",
@@ -85,6 +92,7 @@ LAYERS = (
     "host_checks",
     "run",
     "guard",
+    "evaluation_run",
     "plates",
 )
 ENTRY_POINTS = ("train", "evaluate", "predict", "export", "check", "demo")
@@ -130,6 +138,7 @@ WITHOUT_TORCH = (
     "plates",
     "check",
     "demo",
+    "evaluate",
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

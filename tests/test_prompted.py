@@ -64,6 +64,34 @@ def test_same_as_stock_on_images_of_different_shapes(tiny: Sam) -> None:
     compare_with_stock(tiny, [(64, 47), (30, 64), (64, 64)], [3, 1, 2])
 
 
+def test_points_beside_boxes_same_as_stock(tiny: Sam) -> None:
+    sizes = [(64, 47), (30, 64)]
+    images = [torch.randint(0, 256, (3, *hw), dtype=torch.uint8) for hw in sizes]
+    boxes = boxes_in(sizes, [2, 1])
+    points = [torch.tensor([[10.0, 20.5]]), torch.tensor([[3.0, 4.0], [60.25, 29.0]])]
+    records: list[list[dict[str, Any]]] = []
+    for image, own, clicked in zip(images, boxes, points, strict=True):
+        frame = {"image": image, "original_size": image.shape[1:]}
+        labels = torch.ones(len(clicked), 1)
+        of_points = {"point_coords": clicked[:, None], "point_labels": labels}
+        records.append([{**frame, "boxes": own}, {**frame, **of_points}])
+    stock = [tiny(pair, multimask_output=False) for pair in zip(*records, strict=True)]
+    logits, iou = (
+        torch.cat([answer[name][:, 0] for answers in stock for answer in answers])
+        for name in ("low_res_logits", "iou_predictions")
+    )
+    model = PromptedSam(tiny, mask_chunk=2)  # a chunk has boxes and points
+    with torch.no_grad():
+        embeddings = model.embed(padded(images, 64), torch.tensor(sizes))
+        index = torch.tensor([0, 0, 1, 0, 1, 1])
+        found = model.decode(embeddings, torch.cat(boxes), index, points=torch.cat(points))
+        without = model.decode(embeddings, torch.zeros(0, 4), index[3:], points=torch.cat(points))
+    torch.testing.assert_close(found[0], logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1], iou, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(without[0], logits[3:], atol=1e-4, rtol=1e-4)
+    assert (logits[:3] - logits[3:]).abs().max() > 1e-2
+
+
 def test_vit_b_at_256_same_as_stock() -> None:
     compare_with_stock(build_sam("vit_b", 256), [(256, 171), (200, 256)], [1, 3])
 

@@ -10,6 +10,8 @@ INSTALLED := $(VENV)/.samft-dev
 TYPED := samft $(wildcard benchmarks)
 # More for pytest, as in: make test ARGS="-k losses -x"
 ARGS ?=
+# Tests at a time; each takes a core, or two of them for moments.
+JOBS ?= 2
 # Real data sets, for `make bench`.
 DATA ?= ../shared/data
 
@@ -18,7 +20,7 @@ DATA ?= ../shared/data
 help:
 	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
-	@echo "make test     tests only; ARGS=... goes to pytest"
+	@echo "make test     tests only; ARGS=... goes to pytest, JOBS=2 is how many at a time"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
 	@echo "make soak     half an hour of faults beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
@@ -45,7 +47,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy $(TYPED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --quiet $(TYPED) tests

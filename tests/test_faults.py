@@ -166,6 +166,8 @@ def test_a_stop_under_torchrun_saves_and_resumes_exactly(undisturbed, data, tmp_
     assert {int(file.read_text()) for file in codes.iterdir()} == {75}, ended.output
     status = status_of(folder)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    found = read_newest(folder)
+    assert found is not None and found.state["progress"]["step"] == status["step"]
     assert not left_after(folder)
     ended = run(torchrun(argv, processes=2))
     assert ended.code == 0, ended.output

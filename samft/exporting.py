@@ -1,7 +1,6 @@
 """From a checkpoint to a file of another format that has been read again and compared."""
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from samft.reference import (
     compare,
     is_equal_to_the_bit,
 )
-from samft.sam import build_sam, identify, load_sam, load_state, read_state
+from samft.sam import build_sam, identify, load_state, read_state
 from samft.weight_files import META_SIZE, read_pth, read_safetensors, write_pth, write_safetensors
 from samft.weights import find_local_weights
 
@@ -78,10 +77,10 @@ def open_tuned(path: Path) -> Tuned:
     Raises:
         CheckpointError: It cannot be read or is no SAM.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of resize_mode, which `samft.export` says
-        sam = load_sam(path)
-    model_type, image_size = identify(sam.state_dict())
+    state = read_state(path)
+    model_type, image_size = identify(state, source=path)
+    sam = build_sam(model_type, image_size)
+    load_state(sam, state, source=path)
     sidecar = {}
     if path.suffix == ".ckpt":
         try:

@@ -28,7 +28,7 @@ FOLDERS = {
     "onnx": ("encoder.onnx", "decoder.onnx"),
     "huggingface": ("config.json", "model.safetensors", "preprocessor_config.json"),
 }
-OPSET = 17
+OPSETS, OPSET = range(12, 21), 17  # what einsum needs at least, what the exporter knows for sure
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="the checkpoint before tuning, for automatic masks; default: what the sidecar names",
     )
-    add("--opset", type=int, default=OPSET, metavar="N", help=f"of ONNX; default {OPSET}")
+    opsets = f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]}; default {OPSET}"
+    add("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N", help=opsets)
     add("--debug", action="store_true", help="show tracebacks of user errors too")
     return parser.parse_args(argv)
 
@@ -195,8 +196,8 @@ def _tell_of_new_size(tuned: "Tuned", expected: "list[tuple[Sample, Answer]]") -
     _warn(
         "Meta's format is for 1024 px, so position embeddings are resized from those for "
         f"{tuned.image_size}. On the pictures here, {share:.2f} % of the mask pixels stay as they "
-        f"were. Scores at {tuned.image_size} say nothing of 1024: validate the file anew, or use "
-        "the checkpoint itself (samft.load_sam)."
+        f"were. Scores at {tuned.image_size} say nothing of 1024: validate the file anew (python -m "
+        "samft.evaluate), or use the checkpoint itself (samft.load_sam)."
     )
 
 

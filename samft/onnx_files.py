@@ -1,7 +1,7 @@
 """SAM as two ONNX files: the image encoder with its preprocessing, and the decoder for prompts.
 
-They are made by PyTorch's TorchScript exporter (`dynamo=False`): the newer one cannot take
-`SamOnnxModel`, whose output size is a number that is only known when it runs.
+They are made by PyTorch's TorchScript exporter (`dynamo=False`), which needs no package but `onnx`;
+the newer one needs another, and refuses `SamOnnxModel`, whose crop depends on the data.
 """
 
 import warnings

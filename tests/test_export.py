@@ -206,6 +206,8 @@ def test_a_damaged_checkpoint(damage: str, tmp_path, capsys):
 def test_an_unknown_format_and_missing_flags(checkpoint, tmp_path, capsys):
     said = refused(words(checkpoint, "onx", tmp_path / "a"), capsys)
     assert "invalid choice: 'onx'" in said and "safetensors" in said and "--help" in said
+    said = refused(words(checkpoint, "pth", tmp_path / "a", "--opset", "11"), capsys)
+    assert "--opset: invalid choice: 11" in said
     assert "required: --checkpoint, --format, --output" in refused([], capsys)
     assert "unrecognized arguments: --fast" in refused(
         words(checkpoint, "pth", tmp_path / "a", "--fast"), capsys

@@ -193,11 +193,12 @@ def _tell_of_new_size(tuned: "Tuned", expected: "list[tuple[Sample, Answer]]") -
 
     before = [ask(tuned.sam, sample) for sample, _ in expected]
     share = 100 * compare(before, [answer for _, answer in expected]).equal_pixels
+    size = tuned.image_size
     _warn(
         "Meta's format is for 1024 px, so position embeddings are resized from those for "
-        f"{tuned.image_size}. On the pictures here, {share:.2f} % of the mask pixels stay as they "
-        f"were. Scores at {tuned.image_size} say nothing of 1024: validate the file anew (python -m "
-        "samft.evaluate), or use the checkpoint itself (samft.load_sam)."
+        f"{size}. On the pictures here, {share:.2f} % of the mask pixels stay as they were. Scores "
+        f"at {size} say nothing of 1024: validate the file anew (python -m samft.evaluate), or use "
+        "the checkpoint itself (samft.load_sam)."
     )
 
 

@@ -56,6 +56,10 @@ class TrainingError(_Told, RuntimeError):
     """The run cannot go on (say, the loss is not finite); a sentence, shown without a traceback."""
 
 
+class ExportError(_Told, RuntimeError):
+    """A file that was written does not do what it should; a sentence, without a traceback."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved everything; running it again goes on from there."""
 
@@ -96,7 +100,7 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
     arguments = sys.argv[1:] if argv is None else argv
     try:
         main(arguments)
-    except (UserError, TrainingError, Stopped, KeyboardInterrupt) as error:
+    except (UserError, TrainingError, ExportError, Stopped, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         word = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "error"

@@ -54,9 +54,43 @@ def replacing(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]
         part.chmod(0o644)
         yield part
         os.replace(part, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A place to write a file or a whole folder, which becomes `target` when the block ends well.
+
+    Args:
+        target: Where it is to be; its parent must exist. A file or folder there is replaced.
+
+    Yields:
+        A path of the same name on the same disk, where nothing is yet.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; what was there is untouched.
+    """
+    place = tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f".{target.name}.", suffix=".part", ignore_cleanup_errors=True
+    )
+    with place as folder:
+        part, earlier = Path(folder) / target.name, Path(folder) / "earlier"
+        yield part
+        for path in (part, *part.rglob("*")):
+            if path.is_file():
+                path.chmod(0o644)
+            _sync(path)
+        if target.is_dir():  # a folder that holds something cannot be replaced in one go
+            target.rename(earlier)
+        try:
+            os.replace(part, target)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+        _sync(target.parent)
 
 
 def clear_parts(folder: Path) -> None:
@@ -66,8 +100,8 @@ def clear_parts(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

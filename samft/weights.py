@@ -60,6 +60,15 @@ def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
     return download(f"{base.rstrip('/')}/{name}", cache_folder() / name, sha256=sha256)
 
 
+def find_local_weights(checkpoint_path: str, model_type: str) -> Path | None:
+    """As `find_weights`, but what is not on this machine is not fetched, and None."""
+    path = Path(checkpoint_path).expanduser()
+    if checkpoint_path == "auto":
+        packaged = model_type == "vit_tiny"
+        path = PACKAGED_TINY if packaged else cache_folder() / SAM_FILES[model_type][0]
+    return path if path.is_file() else None
+
+
 def download(url: str, target: Path, *, sha256: str) -> Path:
     """Fetches a file once per node, however many processes ask for it at once.
 

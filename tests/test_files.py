@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest import mock
 
 import pytest
 
@@ -17,6 +18,7 @@ from samft.files import (
     replacing,
     set_aside,
     sole_use,
+    staged,
     try_lock,
     write_atomically,
     write_json,
@@ -255,3 +257,58 @@ def test_an_earlier_run_is_set_aside_with_its_state_before_the_last(tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == ["mine.txt", "previous-1"]
     assert all((aside / name).read_text() == name for name in names)
     assert set_aside(tmp_path) is None
+
+
+def test_what_is_staged_takes_its_place_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    with staged(target) as part:
+        assert part.name == "a.bin" and not part.exists() and not target.exists()
+        part.touch(mode=0o600)
+        part.write_bytes(b"new")
+        assert not target.exists()
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_staged_folder_replaces_a_folder_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with staged(target) as part:
+        part.mkdir()
+        (part / "new").write_text("new")
+        assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == ["new"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_block_that_fails_leaves_what_was_there(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    old = target / "old" if kind == "folder" else target
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("old")
+    with pytest.raises(RuntimeError, match="no good"), staged(target) as part:
+        part.write_text("new")
+        raise RuntimeError("no good")
+    assert old.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace = os.replace
+
+    def fail(source: Path, place: Path) -> None:
+        if Path(place) == target:
+            raise OSError(28, "No space left on device")
+        replace(source, place)
+
+    with mock.patch("os.replace", fail), pytest.raises(OSError, match="No space"):
+        with staged(target) as part:
+            part.mkdir()
+    assert (target / "old").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]

@@ -14,7 +14,7 @@ import pytest
 from samft import weights
 from samft.errors import CheckpointError
 from samft.files import cache_folder, sha256_of
-from samft.weights import download, find_weights
+from samft.weights import PACKAGED_TINY, download, find_local_weights, find_weights
 
 CONTENT = bytes(range(256)) * 8 * 1024  # two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -226,3 +226,14 @@ def test_sha256_is_the_standards(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_of(tmp_path / "abc") == expected
+
+
+def test_local_weights_are_found_and_nothing_is_fetched(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "download", None)  # a call would fail
+    assert find_local_weights("auto", "vit_tiny") == PACKAGED_TINY
+    assert find_local_weights("auto", "vit_b") is None
+    assert find_local_weights("random", "vit_b") is None
+    (tmp_path / FILE_NAME).touch()
+    assert find_local_weights("auto", "vit_b") == tmp_path / FILE_NAME
+    assert find_local_weights(str(tmp_path / FILE_NAME), "vit_b") == tmp_path / FILE_NAME

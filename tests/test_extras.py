@@ -1,0 +1,33 @@
+"""Missing packages are named with the command that installs them."""
+
+import configparser
+from pathlib import Path
+
+import pytest
+
+from samft import extras
+from samft.errors import ConfigError
+from samft.extras import EXTRAS, require_extra
+
+
+def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
+    monkeypatch.setitem(EXTRAS, "onnx", ("json", "no_such_package_a", "no_such_package_b"))
+    with pytest.raises(ConfigError) as caught:
+        require_extra("onnx", what="--format onnx")
+    words = str(caught.value)
+    assert words.startswith("--format onnx needs no_such_package_a and no_such_package_b,")
+    assert "pip install 'samft[onnx]'" in words
+
+
+def test_what_is_there_is_no_error(monkeypatch) -> None:
+    monkeypatch.setitem(EXTRAS, "onnx", ("json", "numpy"))
+    require_extra("onnx", what="--format onnx")
+
+
+def test_the_extras_are_those_of_setup_cfg_and_all_are_for_developers() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(Path(extras.__file__).parent.parent / "setup.cfg")
+    declared = {k: set(v.split()) for k, v in parser["options.extras_require"].items()}
+    for extra, packages in EXTRAS.items():
+        assert declared[extra] == set(packages)
+        assert declared[extra] <= declared["dev"]

@@ -7,27 +7,26 @@ from typing import Any, NoReturn
 
 import torch
 
-from samft import assemble, distributed, host_checks, pictures, whereabouts
+from samft import assemble, distributed, host_checks, whereabouts
 from samft.caching import prepare_cache
 from samft.checkpoint import TopK, make_sidecar
 from samft.config import TrainConfig, to_yaml
+from samft.ending import Ending
 from samft.engine import train
 from samft.errors import EXIT_STOPPED, ConfigError, Stopped, TrainingError
 from samft.files import set_aside, write_json, write_status, write_text
+from samft.gallery import Gallery
 from samft.loaders import batch_by_objects
 from samft.logs import LOGGER, RunLog, format_duration
 from samft.metrics import peak_memory_gib
 from samft.optim import gather_state
 from samft.prefetch import on_device
 from samft.progress import Progress
-from samft.report import AFTER, BEFORE, draw_masks, report, summarise
 from samft.resume import find_resume, keep_images_per_step
 from samft.signals import Interrupted, StopRequest, end_of_job
 from samft.splits import load_splits
 from samft.training_state import LAST_NAME, put_damaged_aside, save_last
 from samft.validation import Validation, validate
-
-NUM_SHOWN = 4
 
 
 class Run:
@@ -70,6 +69,10 @@ class Run:
         # A step whose validation was broken off has no lines yet.
         start_step = self.progress.step - bool(self.progress.pending)
         self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=start_step)
+        source = found.folder if found else folder
+        self.gallery = Gallery(
+            folder, self.splits.val.index, self.log, found=source, start_step=start_step
+        )
         self.model = assemble.build_model(config, weights, device)
         best = TopK.from_list(resumed["best"]) if resumed else []
         self.top_k = TopK(folder, k=config.save_top_k, best=best)
@@ -175,20 +178,16 @@ class Run:
             LOGGER.info("going on from step %d", self.progress.step)
 
     def _validate(self) -> Validation:
-        num_shown = NUM_SHOWN if self.main else 0
         started = time.monotonic()
         found = validate(
             self.model,
             self.val_batches,
             loss=self.trainer.loss,
-            num_shown=num_shown,
+            keep=self.gallery.keeper(),
             should_stop=lambda: bool(self.stop),
             waiting=self.stop.waiting,
         )
         seconds = time.monotonic() - started
-        found.shown = [
-            (self.splits.val.with_pixels(batch), logits) for batch, logits in found.shown
-        ]
         counts = self.splits.counts["val"]
         found.rates = {
             "lr": self.trainer.optimizer.param_groups[0]["lr"],
@@ -201,8 +200,7 @@ class Run:
 
     def _log_validation(self, found: Validation) -> None:
         self.log.metrics(self.progress.step, "val", {**found.metrics, **found.rates})
-        if self.main:
-            self.log.picture(self.progress.step, "val/masks", draw_masks(found))
+        self.gallery.show(self.progress.step, found)
 
     def _validate_untouched(self) -> None:
         found = self._validate()
@@ -214,8 +212,6 @@ class Run:
             found.metrics["per_mask_iou"],
             found.box_fill_iou,
         )
-        if self.main:
-            pictures.write_png(self.folder / BEFORE, draw_masks(found))
         self._save_last()
 
     def _on_step(self, taken: bool, image_ids: list[int]) -> None:
@@ -247,8 +243,8 @@ class Run:
         self._log_validation(found)
         score = found.metrics["per_mask_iou"]
         sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
-        if self.main and self._offer(score, sidecar) and self.top_k.best[0].step == step:
-            pictures.write_png(self.folder / AFTER, draw_masks(found))
+        if self.main:
+            self._offer(score, sidecar)
         self.progress.pending = {}
         self._save_last()
         left = (steps - step) * (time.monotonic() - self.clock) / max(step, 1)
@@ -265,12 +261,11 @@ class Run:
             format_duration(left),
         )
 
-    def _offer(self, score: float, sidecar: dict[str, Any]) -> bool:
+    def _offer(self, score: float, sidecar: dict[str, Any]) -> None:
         try:
-            return self.top_k.offer(self.model.sam.state_dict(), score=score, sidecar=sidecar)
+            self.top_k.offer(self.model.sam.state_dict(), score=score, sidecar=sidecar)
         except OSError as error:
             self._could_not_save("a checkpoint", error)
-            return False
 
     def _could_not_save(self, what: str, error: OSError) -> None:
         self.unsaved = f"{what} could not be written into {self.folder}: {error}."
@@ -333,13 +328,12 @@ class Run:
             raise TrainingError(f"all steps are done, but {self.unsaved} Make room, and run again.")
         progress, best = self.progress, self.top_k.best[0] if self.top_k.best else None
         progress.wall_seconds = time.monotonic() - self.clock
-        counts = self.splits.counts
-        summary = summarise(progress, best, folder=self.folder, counts=counts)
-        summary = distributed.broadcast(summary)
+        ending = Ending(self.config, self.folder, self.splits, self.gallery, best)
+        summary = distributed.broadcast(ending.summarise(progress))
         if self.main:
             write_json(self.folder / "summary.json", summary)
             scores = {name: v for name, v in summary.items() if isinstance(v, float)}
             self.log.hparams(asdict(self.config), scores)
             self._status("done", code=0, reason="finished")
-            report(summary, self.folder)
+            ending.tell(summary, self.model, should_stop=lambda: bool(self.stop))
         return summary

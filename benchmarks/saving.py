@@ -64,7 +64,7 @@ class Trial:
         }
         sidecar = {"step": self.saves, "metrics": {}}
         start = now(self.device)
-        best = Candidate(float(self.saves), sidecar, if_best=lambda: None)
+        best = Candidate(float(self.saves), sidecar)
         self.checkpointer.save(state, candidate=best)
         return now(self.device) - start
 

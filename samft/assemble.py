@@ -47,8 +47,12 @@ def together(build: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # it is None only where that was raised
 
 
-def load_weights(config: TrainConfig) -> dict[str, Tensor] | None:
+def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tensor] | None:
     """Finds, reads and identifies the weights to start from; None for random ones.
+
+    Args:
+        config: The configuration.
+        quiet: Not to say which they are, a second time.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it is of another model type.
@@ -56,11 +60,12 @@ def load_weights(config: TrainConfig) -> dict[str, Tensor] | None:
     assert config.checkpoint_path is not None and config.model_type is not None
     path = find_weights(config.checkpoint_path, config.model_type)
     if path is None:
-        LOGGER.warning(
-            "checkpoint_path random: the weights of %s are RANDOM; without hundreds of thousands "
-            "of images the result will be worthless for anything but a test",
-            config.model_type,
-        )
+        if not quiet:
+            LOGGER.warning(
+                "checkpoint_path random: the weights of %s are RANDOM; without hundreds of "
+                "thousands of images the result will be worthless for anything but a test",
+                config.model_type,
+            )
         return None
     state = read_state(path)
     model_type, image_size = identify(state, source=path)
@@ -69,7 +74,8 @@ def load_weights(config: TrainConfig) -> dict[str, Tensor] | None:
             f"checkpoint_path: {path} is a {model_type}, but model_type is {config.model_type}: "
             f"set model_type to {model_type} or give another file."
         )
-    LOGGER.info("weights: %s (%s at %d px)", path, model_type, image_size)
+    if not quiet:
+        LOGGER.info("weights: %s (%s at %d px)", path, model_type, image_size)
     return state
 
 

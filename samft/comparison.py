@@ -1,72 +1,112 @@
 """Two models on the same objects: what changed, and whether it could be chance."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.evaluation import EvaluatedObjects
 from samft.samplers import RESAMPLE_STREAM, generator_of
+from samft.scores import ObjectScores, Table
 
+LOST_IOU = 0.1  # a loss of more than this is one that a person sees
+_SEEN_IOU = 0.005  # less is no change to look at
 NUM_RESAMPLES = 10_000
-TIE = 0.01  # IoU; a difference that nobody sees
-LOST = 0.1  # IoU; one that hurts
-NUM_SHOWN = 10
 _BLOCK = 2**22  # numbers at once
+# By the side of a square of the mask's area, px. 32 and 96 are COCO's bounds of small and large.
+_SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+SIZE_NAMES = (
+    f"under {_SIDES[0]} px",
+    *(f"{low} to {high} px" for low, high in zip(_SIDES, _SIDES[1:], strict=False)),
+    f"over {_SIDES[-1]} px",
+)
 
 
-def compare(before: EvaluatedObjects, after: EvaluatedObjects, *, seed: int = 0) -> dict[str, Any]:
-    """What another model changes, object by object.
+@dataclass(frozen=True)
+class Comparison(Generic[Table]):
+    """The same K objects, row for row, as two models are scored on them."""
+
+    before: Table
+    after: Table
+
+    @property
+    def change(self) -> NDArray[np.float64]:
+        """float64 [K], what each object's IoU gained."""
+        return self.after.iou_actual - self.before.iou_actual
+
+    @property
+    def num_gained(self) -> int:
+        """Objects that gained more than `LOST_IOU`."""
+        return int((self.change > LOST_IOU).sum())
+
+    @property
+    def num_lost(self) -> int:
+        """Objects that lost more than `LOST_IOU`."""
+        return int((self.change < -LOST_IOU).sum())
+
+    def choose(self, num: int) -> dict[str, NDArray[np.int64]]:
+        """Which objects to look at; none is in two of the groups.
+
+        Args:
+            num: At most so many in a group.
+
+        Returns:
+            Rows of `improved` and `harmed`, the most first, and of those that are the `worst` now.
+        """
+        change = self.change
+        order = np.argsort(change, kind="stable")
+        improved = order[::-1][:num]
+        harmed = order[:num]
+        improved = improved[change[improved] > _SEEN_IOU]
+        harmed = harmed[change[harmed] < -_SEEN_IOU]
+        worst = np.argsort(self.after.iou_actual, kind="stable")
+        worst = worst[~np.isin(worst, np.concatenate([improved, harmed]))][:num]
+        return {"improved": improved, "worst": worst, "harmed": harmed}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some of the objects of a comparison, and their mean IoU before and after."""
+
+    name: str
+    num_objects: int
+    before: float
+    after: float
+
+
+def compare(before: Table, after: Table) -> Comparison[Table]:
+    """Pairs the rows of the objects that are in both tables, in the order of image and object."""
+    keys = np.concatenate([before.keys(), after.keys()])
+    _, numbers = np.unique(keys, axis=0, return_inverse=True)
+    ours, theirs = np.split(numbers, [len(before)])
+    _, first, second = np.intersect1d(ours, theirs, return_indices=True)
+    return Comparison(before.take(first), after.take(second))
+
+
+def group_by(
+    comparison: Comparison[ObjectScores], labels: NDArray[np.int64], names: list[str]
+) -> list[Group]:
+    """Means of groups of objects; groups without any are left out.
 
     Args:
-        before: Rows in the order of image and object.
-        after: The same; what is not in both is left out.
-        seed: Of the bootstrap.
-
-    Returns:
-        Differences are after less before. `iou`, `boundary_iou`, `iou_point`: mean `difference`
-        and its 95 % `interval`. `wins`, `losses`, `ties`: objects by whether their IoU changed by
-        more than `tie`. `lost`: objects that lost over `lost_over`. `most_improved` and
-        `most_harmed`: objects with the largest changes, beginning with the largest.
+        comparison: K objects.
+        labels: int64 [K], the group of each, as an index into `names`.
+        names: Of the groups.
     """
-    shared = np.intersect1d(before.object_ids, after.object_ids)
-    before, after = (
-        one.take(np.flatnonzero(np.isin(one.object_ids, shared))) for one in (before, after)
-    )
-    change = after.iou_actual - before.iou_actual
-    columns = {"iou": "iou_actual", "boundary_iou": "iou_boundary", "iou_point": "iou_point"}
-    intervals = {
-        name: mean_change(getattr(after, c) - getattr(before, c), before.image_ids, seed=seed)
-        for name, c in columns.items()
-    }
-    order = np.argsort(change, kind="stable")
-    worst = order[change[order] < 0][:NUM_SHOWN]
-    best = order[::-1][change[order[::-1]] > 0][:NUM_SHOWN]
-    return {
-        **intervals,
-        "wins": int((change > TIE).sum()),
-        "losses": int((change < -TIE).sum()),
-        "ties": int((np.abs(change) <= TIE).sum()),
-        "tie": TIE,
-        "lost": int((change < -LOST).sum()),
-        "lost_over": LOST,
-        "most_improved": _named(before, after, best),
-        "most_harmed": _named(before, after, worst),
-    }
+    counts = np.bincount(labels, minlength=len(names))
+    means = [
+        np.bincount(labels, weights=rows.iou_actual, minlength=len(names)) / np.maximum(counts, 1)
+        for rows in (comparison.before, comparison.after)
+    ]
+    columns = (names, counts.tolist(), *(mean.tolist() for mean in means))
+    return [Group(*row) for row in zip(*columns, strict=True) if row[1]]
 
 
-def _named(
-    before: EvaluatedObjects, after: EvaluatedObjects, which: NDArray[np.int64]
-) -> list[dict[str, Any]]:
-    columns = zip(
-        before.image_ids[which].tolist(),
-        before.object_ids[which].tolist(),
-        before.iou_actual[which].tolist(),
-        after.iou_actual[which].tolist(),
-        strict=True,
-    )
-    names = ("image_id", "object_id", "iou_before", "iou_after")
-    return [dict(zip(names, values, strict=True)) for values in columns]
+def group_by_size(comparison: Comparison[ObjectScores]) -> list[Group]:
+    """Means of objects of like size, the smallest first."""
+    edges = np.square(_SIDES)
+    labels = np.searchsorted(edges, comparison.before.areas, side="right")
+    return group_by(comparison, labels, list(SIZE_NAMES))
 
 
 def mean_change(

@@ -1,11 +1,12 @@
 """Sheets of many objects, cut out, that show at a glance what a dataset holds. Imports no torch."""
 
+import bisect
 import re
 from collections import defaultdict
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -14,30 +15,27 @@ from tqdm import tqdm
 from samft.coco_fix import class_names
 from samft.coco_index import CocoFile
 from samft.coco_objects import CROWD
+from samft.cutouts import BEYOND, TILE, View, mark, owner_of, view_of
 from samft.images import ImageError, read_image
-from samft.masks import decode_cropped
 from samft.pictures import row, write_png
 from samft.problems import Problems
+from samft.targets import CroppedMask
 
-TILE = 192  # px
 COLUMNS, NUM_TILES = 6, 24
 MAX_CLASSES = 100  # sheets of the most frequent ones
 _NUM_ODD = 4  # of each kind
-_LEAST_SIDE = 40  # px of the image that a tile shows at least
-_MARGIN = 1.3
 _THIN, _SPARSE = 6, 0.25  # longer side / shorter side; area of mask / area of box
-_MASK_COLOUR, _BOX_COLOUR = (255, 40, 220), (0, 220, 255)
-_RIM = (30, 30, 30)
-_BEYOND, _PAPER, _INK = 128, (255, 255, 255), (40, 40, 40)
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
 _ODD_CODES = re.compile("(box|mask|rle|polygon)-(?!parts|flat)")
 
 
 @dataclass(frozen=True)
 class Pick:
-    """An object to show, as an index into a `CocoFile`, and what to say of it."""
+    """An object to show, as an index into a `CocoFile`, what to say of it, a model's mask."""
 
     object: int
     remark: str
+    predicted: CroppedMask | None = None
 
 
 def write_sheets(file: CocoFile, problems: Problems, folder: Path, *, name: str) -> list[Path]:
@@ -147,40 +145,56 @@ def _sides_touched(file: CocoFile, objects: NDArray[np.int64]) -> NDArray[np.int
     return np.asarray(near.sum(axis=1))
 
 
-def draw_sheet(file: CocoFile, picks: list[Pick], *, title: str) -> NDArray[np.uint8]:
-    """Draws objects in rows of six, each under its image's name, id, class and remark.
+def draw_sheet(
+    file: CocoFile,
+    picks: list[Pick],
+    *,
+    title: str,
+    columns: int = COLUMNS,
+    views: MutableMapping[int, View] | None = None,
+) -> NDArray[np.uint8]:
+    """Draws objects in rows, each under its image's name, id, class and remark.
 
     Args:
         file: The checked file.
         picks: At least one.
         title: Stands above.
+        columns: Objects in a row.
+        views: Of objects that were drawn before; those of others are added.
 
     Returns:
         uint8 [H, W, 3] RGB.
     """
     names = class_names(file)
     tiles: dict[int, NDArray[np.uint8]] = {}
+    views = {} if views is None else views
     image_row, image = -1, None
     for place in sorted(range(len(picks)), key=lambda place: picks[place].object):
         k = picks[place].object
-        owner = int(np.searchsorted(file.first_object, k, side="right")) - 1
-        if owner != image_row:  # each image is decoded once
+        owner = owner_of(file, k)
+        if k not in views and owner != image_row:  # each image is decoded once
             image_row, image = owner, _read(file, owner)
+        if k not in views and image is not None:
+            views[k] = view_of(file.boxes[k], image)
         x0, y0, x1, y1 = file.boxes[k].tolist()
         caption = [
             file.file_name(owner),
             f"#{file.object_ids[k]}  {names[int(file.categories[k])]}",
             f"{_round(x1 - x0)} x {_round(y1 - y0)} px   {picks[place].remark}",
         ]
-        tile = _blank() if image is None else cut_out(file, k, image)
+        predicted = picks[place].predicted
+        tile = mark(file, k, views[k], predicted=predicted) if k in views else _blank()
         tiles[place] = np.concatenate([tile, _write_lines(caption, width=TILE, size=12)])
     # Filled up with white ones, so that all rows have one width.
-    num_blank = -len(tiles) % COLUMNS
+    num_blank = -len(tiles) % columns
     ordered = [tiles[place] for place in range(len(picks))]
     ordered += [np.full_like(ordered[0], 255)] * num_blank
-    rows = [row(ordered[first : first + COLUMNS]) for first in range(0, len(ordered), COLUMNS)]
+    rows = [row(ordered[first : first + columns]) for first in range(0, len(ordered), columns)]
+    legend = "outline: mask   rectangle: box   grey: beyond the image"
+    if any(pick.predicted is not None for pick in picks):
+        legend = legend.replace("mask", "true mask   blue: the model's mask")
     head = _write_lines(
-        [title, "outline: mask   rectangle: box   grey: beyond the image"],
+        [title, legend],
         width=rows[0].shape[1],
         size=15,
     )
@@ -200,53 +214,7 @@ def _read(file: CocoFile, owner: int) -> NDArray[np.uint8] | None:
 
 def _blank() -> NDArray[np.uint8]:
     text = _write_lines(["the image cannot be read"], width=TILE, size=12)
-    return np.pad(text, ((0, TILE - len(text)), (0, 0), (0, 0)), constant_values=_BEYOND)
-
-
-def cut_out(file: CocoFile, k: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Cuts an object out of its image, with a margin, its mask's outline and its box.
-
-    Args:
-        file: The checked file.
-        k: The object.
-        image: uint8 [H, W, 3], its image.
-
-    Returns:
-        uint8 [TILE, TILE, 3]; what is beyond of the image is grey.
-    """
-    x0, y0, x1, y1 = file.boxes[k].tolist()
-    side = int(np.ceil(max(x1 - x0, y1 - y0) * _MARGIN))
-    side = max(side, _LEAST_SIDE)
-    left, top = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
-    scale = TILE / side
-    window = _window(image, top, left, side, fill=_BEYOND)
-    shrinks = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    tile = cv2.resize(window, (TILE, TILE), interpolation=shrinks)
-    mask_top, mask_left, crop = decode_cropped(file.segmentations[k], *image.shape[:2])
-    mask = _window(crop, top - mask_top, left - mask_left, side, fill=0) * 255
-    shrinks = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    covered = (cv2.resize(mask, (TILE, TILE), interpolation=shrinks) > 64).astype(np.uint8)
-    outline, _ = cv2.findContours(covered, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    corners = (np.array([[x0, y0], [x1, y1]]) - (left, top)) * scale
-    (x0, y0), (x1, y1) = np.rint(corners).astype(int).tolist()
-    cv2.rectangle(tile, (x0, y0), (x1 - 1, y1 - 1), _BOX_COLOUR, 1)
-    # A dark rim: there is no colour that shows on every object.
-    cv2.drawContours(tile, outline, -1, _RIM, 3)
-    cv2.drawContours(tile, outline, -1, _MASK_COLOUR, 1)
-    return np.asarray(tile, dtype=np.uint8)
-
-
-def _window(
-    picture: NDArray[np.uint8], top: int, left: int, side: int, *, fill: int
-) -> NDArray[np.uint8]:
-    # A square of a picture, which may reach beyond it.
-    height, width = picture.shape[:2]
-    window = np.full((side, side, *picture.shape[2:]), fill, dtype=np.uint8)
-    y0, x0 = max(top, 0), max(left, 0)
-    y1, x1 = max(min(top + side, height), y0), max(min(left + side, width), x0)
-    part = picture[y0:y1, x0:x1]
-    window[y0 - top : y0 - top + part.shape[0], x0 - left : x0 - left + part.shape[1]] = part
-    return window
+    return np.pad(text, ((0, TILE - len(text)), (0, 0), (0, 0)), constant_values=BEYOND)
 
 
 def _write_lines(lines: list[str], *, width: int, size: int) -> NDArray[np.uint8]:
@@ -262,8 +230,13 @@ def _write_lines(lines: list[str], *, width: int, size: int) -> NDArray[np.uint8
 
 def _fit(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     # The end of a long file name tells it from others, so what is cut is the middle.
-    text, kept = line, len(line)
-    while font.getlength(text) > width and kept > 2:
-        kept -= 1
-        text = f"{line[: kept // 2]}...{line[len(line) - (kept - kept // 2) :]}"
-    return text
+    def keeping(kept: int) -> str:
+        return f"{line[: kept // 2]}...{line[len(line) - (kept - kept // 2) :]}"
+
+    if font.getlength(line) <= width:
+        return line
+    lengths = range(2, len(line))
+    too_long = bisect.bisect_left(
+        lengths, True, key=lambda kept: font.getlength(keeping(kept)) > width
+    )
+    return keeping(lengths[max(too_long - 1, 0)]) if lengths else line

@@ -4,8 +4,6 @@ What a sample looks like depends on (seed, epoch, image id, copy) only: not on w
 accumulation or restarts.
 """
 
-import contextlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from samft.augment import change_colour, cut_objects, draw_colour, draw_frame, touching
-from samft.batch import NO_PIXELS, Batch, Sample
+from samft.batch import NO_PIXELS, Sample
 from samft.coco import CocoIndex, read_coco
 from samft.embedding_store import CachedEmbeddings
 from samft.errors import DataError
@@ -173,21 +171,6 @@ class Coco2MaskDataset(Dataset[Sample]):
     def frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
         """The frame of a whole image of size H, W, as all but `scale` see it."""
         return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
-
-    def with_pixels(self, batch: Batch) -> Batch:
-        """A batch of one validation image for a picture of it; a cached one comes without pixels.
-
-        What cannot be read any more is black: a picture is not worth the end of a run.
-        """
-        if batch.images.numel():
-            return batch
-        pixels = np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8)
-        ids = self.index.file.image_ids[self.index.rows]
-        row = int(np.flatnonzero(ids == batch.image_ids[0])[0])
-        with contextlib.suppress(ImageError):
-            encoded = open_image(self.index.path(row))
-            pixels = self.pixels(encoded, self.frame(encoded.size))
-        return replace(batch, images=torch.from_numpy(pixels).permute(2, 0, 1)[None])
 
     def _without_objects(self, row: int) -> Sample:
         frame = self.frame(self.index.size(row))

@@ -22,7 +22,6 @@ from samft.coco_ap import (
     coco_truth,
     load_backend,
 )
-from samft.comparison import compare
 from samft.data import Coco2MaskDataset
 from samft.errors import ConfigError, DataError
 from samft.evaluation import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
@@ -34,7 +33,7 @@ from samft.logs import LOGGER, format_duration, start_logging
 from samft.prompted import PromptedSam
 from samft.sam import build_sam, identify, load_state, read_state, saved_resize_mode
 from samft.score_sheet import sheet
-from samft.score_tables import summarise
+from samft.score_tables import summarise, summarise_change
 
 STEP_SECONDS = 600.0  # after which a process that does not answer is named and given up
 
@@ -77,7 +76,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
             evaluations.append(_summarise(objects, index, about, backend=options.ap_backend))
             tables.append(objects)
             if len(tables) > 1:
-                found = compare(tables[0], objects, seed=options.seed)
+                found = summarise_change(tables[0], objects, seed=options.seed)
                 evaluations[-1]["comparison"] = _with_names(found, index)
     report: dict[str, Any] = {}
     lines: list[str] = []

@@ -211,7 +211,8 @@ def try_lock(path: Path) -> TextIO | None:
 
 
 RUN_FILES = (
-    "config.yaml metrics.jsonl bad_steps.jsonl summary.json train.log tensorboard previous".split()
+    "config.yaml metrics.jsonl bad_steps.jsonl objects.json summary.json report.html train.log "
+    "tensorboard previous".split()
 )
 _LOCK_SECONDS = 10.0  # a killed run's last processes may take some to be gone
 

@@ -102,16 +102,21 @@ class RunLog:
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
 
     def _forget_after(self, step: int) -> None:
+        kept = [
+            json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step
+        ]
+        write_text(self.folder / "metrics.jsonl", "".join(kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that a crash cut short."""
         path = self.folder / "metrics.jsonl"
-        kept = []
+        records = []
         for line in path.read_text().splitlines() if path.is_file() else []:
             try:
-                record = json.loads(line)
+                records.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # the line that a crash cut short
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
+                break
+        return records
 
     def bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
         """Notes the images of a step that was skipped, by process, in bad_steps.jsonl."""
@@ -158,6 +163,22 @@ class RunLog:
         if self.writer is not None:
             with _as_far_as_the_disk_goes():
                 self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def precision_and_recall(
+        self, step: int, name: str, labels: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Adds a precision-recall curve to TensorBoard.
+
+        Args:
+            step: Optimizer steps done.
+            name: Of the curve.
+            labels: bool [K], what is to be found.
+            scores: float [K], the higher the surer.
+        """
+        if self.writer is not None:
+            with _as_far_as_the_disk_goes():
+                inside = np.clip(np.nan_to_num(scores), 0, 1)
+                self.writer.add_pr_curve(name, labels, inside, step)
 
     def text(self, name: str, text: str) -> None:
         """Adds a text, shown as it is, to TensorBoard."""

@@ -190,6 +190,12 @@ def encode_cropped(
     return {"size": size, "counts": rle["counts"].decode("ascii")}
 
 
+def decode_encoded(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.uint8]]:
+    """The mask that `encode_cropped` encoded, cropped tightly; see `decode_cropped`."""
+    counts = _counts_from_string(rle["counts"].encode("ascii"))
+    return decode_cropped({"size": rle["size"], "counts": counts}, *rle["size"])
+
+
 def _tight(mask: NDArray[np.uint8], left: int) -> tuple[int, int, NDArray[np.uint8]]:
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(ys) == 0:

@@ -2,26 +2,26 @@
 
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from samft import assemble, distributed, host_checks, pictures, whereabouts
+from samft import assemble, distributed, host_checks, whereabouts
 from samft.caching import prepare_cache
 from samft.checkpoint import TopK, make_sidecar
 from samft.config import TrainConfig, to_yaml
+from samft.ending import Ending
 from samft.engine import train
 from samft.errors import EXIT_STOPPED, ConfigError, Stopped, TrainingError
 from samft.files import set_aside, write_json, write_status, write_text
+from samft.gallery import Gallery
 from samft.loaders import batch_by_objects
 from samft.logs import LOGGER, RunLog, format_duration
 from samft.metrics import peak_memory_gib
 from samft.optim import gather_state
 from samft.prefetch import on_device
 from samft.progress import Progress
-from samft.report import AFTER, BEFORE, draw_masks, report, summarise
 from samft.resume import find_resume, keep_images_per_step
 from samft.sam import constant_names
 from samft.saving import Candidate, Checkpointer
@@ -29,8 +29,6 @@ from samft.signals import Interrupted, StopRequest, end_of_job
 from samft.splits import load_splits
 from samft.training_state import LAST_NAME, put_damaged_aside
 from samft.validation import Validation, validate
-
-NUM_SHOWN = 4
 
 
 class Run:
@@ -73,6 +71,10 @@ class Run:
         # A step whose validation was broken off has no lines yet.
         start_step = self.progress.step - bool(self.progress.pending)
         self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=start_step)
+        source = found.folder if found else folder
+        self.gallery = Gallery(
+            folder, self.splits.val.index, self.log, found=source, start_step=start_step
+        )
         self.model = assemble.build_model(config, weights, device)
         best = TopK.from_list(resumed["best"]) if resumed else []
         top_k = TopK(folder, k=config.save_top_k, best=best)
@@ -185,20 +187,16 @@ class Run:
             LOGGER.info("going on from step %d", self.progress.step)
 
     def _validate(self) -> Validation:
-        num_shown = NUM_SHOWN if self.main else 0
         started = time.monotonic()
         found = validate(
             self.model,
             self.val_batches,
             loss=self.trainer.loss,
-            num_shown=num_shown,
+            keep=self.gallery.keeper(),
             should_stop=lambda: bool(self.stop),
             waiting=self.stop.waiting,
         )
         seconds = time.monotonic() - started
-        found.shown = [
-            (self.splits.val.with_pixels(batch), logits) for batch, logits in found.shown
-        ]
         counts = self.splits.counts["val"]
         found.rates = {
             "lr": self.trainer.optimizer.param_groups[0]["lr"],
@@ -211,8 +209,7 @@ class Run:
 
     def _log_validation(self, found: Validation) -> None:
         self.log.metrics(self.progress.step, "val", {**found.metrics, **found.rates})
-        if self.main:
-            self.log.picture(self.progress.step, "val/masks", draw_masks(found))
+        self.gallery.show(self.progress.step, found)
 
     def _validate_untouched(self) -> None:
         found = self._validate()
@@ -224,12 +221,7 @@ class Run:
             found.metrics["per_mask_iou"],
             found.box_fill_iou,
         )
-        if self.main:
-            self._draw(found, BEFORE)
         self._save()
-
-    def _draw(self, found: Validation, name: str) -> None:
-        pictures.write_png(self.folder / name, draw_masks(found))
 
     def _on_step(self, taken: bool, image_ids: list[int]) -> None:
         if taken:
@@ -261,7 +253,7 @@ class Run:
         score = found.metrics["per_mask_iou"]
         sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
         self.progress.pending = {}
-        self._save(Candidate(score, sidecar, if_best=partial(self._draw, found, AFTER)))
+        self._save(Candidate(score, sidecar))
         left = (steps - step) * (time.monotonic() - self.clock) / max(step, 1)
         LOGGER.info(
             "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
@@ -324,13 +316,12 @@ class Run:
         ranked = self.checkpointer.top_k.best
         progress, best = self.progress, ranked[0] if ranked else None
         progress.wall_seconds = time.monotonic() - self.clock
-        counts = self.splits.counts
-        summary = summarise(progress, best, folder=self.folder, counts=counts)
-        summary = distributed.broadcast(summary)
+        ending = Ending(self.config, self.folder, self.splits, self.gallery, best)
+        summary = distributed.broadcast(ending.summarise(progress))
         if self.main:
             write_json(self.folder / "summary.json", summary)
             scores = {name: v for name, v in summary.items() if isinstance(v, float)}
             self.log.hparams(asdict(self.config), scores)
             self._status("done", code=0, reason="finished")
-            report(summary, self.folder)
+            ending.tell(summary, self.model, should_stop=lambda: bool(self.stop))
         return summary

@@ -115,12 +115,10 @@ class Candidate:
     Attributes:
         score: Higher is better.
         sidecar: See `checkpoint.make_sidecar`.
-        if_best: Called when it was saved and is the best so far.
     """
 
     score: float
     sidecar: dict[str, Any]
-    if_best: Callable[[], None]
 
 
 class Checkpointer:
@@ -186,11 +184,8 @@ class Checkpointer:
             self._could_not_write(LAST_NAME, error)
 
     def _offer(self, weights: dict[str, Tensor], candidate: Candidate) -> None:
-        sidecar = candidate.sidecar
         try:
-            saved = self.top_k.offer(weights, score=candidate.score, sidecar=sidecar)
-            if saved and self.top_k.best[0].step == sidecar["step"]:
-                candidate.if_best()
+            self.top_k.offer(weights, score=candidate.score, sidecar=candidate.sidecar)
         except OSError as error:
             self._could_not_write("a checkpoint", error)
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.comparison import LOST_IOU, compare, mean_change
 from samft.evaluation import OTHER_PROMPTS, EvaluatedObjects
 
 Floats = NDArray[np.float64]
@@ -13,6 +14,8 @@ Floats = NDArray[np.float64]
 # Areas in pixels of the original image, as COCO has them: from, and below.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 NUM_BINS = 10
+TIE = 0.01  # IoU; a difference that nobody sees
+NUM_SHOWN = 10
 
 
 def summarise(
@@ -122,3 +125,54 @@ def calibration(predicted: Floats, actual: Floats) -> dict[str, Any]:
         "bias": float((predicted - actual).mean()),
         "bins": bins,
     }
+
+
+def summarise_change(
+    before: EvaluatedObjects, after: EvaluatedObjects, *, seed: int = 0
+) -> dict[str, Any]:
+    """What another model changes, object by object.
+
+    Args:
+        before: Rows in the order of image and object.
+        after: The same; what is not in both is left out.
+        seed: Of the bootstrap.
+
+    Returns:
+        Differences are after less before. `iou`, `boundary_iou`, `iou_point`: mean `difference`
+        and its 95 % `interval`. `wins`, `losses`, `ties`: objects by whether their IoU changed by
+        more than `tie`. `lost`: objects that lost over `lost_over`. `most_improved` and
+        `most_harmed`: objects with the largest changes, beginning with the largest.
+    """
+    both = compare(before, after)
+    before, after, change = both.before, both.after, both.change
+    columns = {"iou": "iou_actual", "boundary_iou": "iou_boundary", "iou_point": "iou_point"}
+    intervals = {
+        name: mean_change(getattr(after, c) - getattr(before, c), before.image_ids, seed=seed)
+        for name, c in columns.items()
+    }
+    chosen = both.choose(NUM_SHOWN)
+    return {
+        **intervals,
+        "wins": int((change > TIE).sum()),
+        "losses": int((change < -TIE).sum()),
+        "ties": int((np.abs(change) <= TIE).sum()),
+        "tie": TIE,
+        "lost": both.num_lost,
+        "lost_over": LOST_IOU,
+        "most_improved": _named(before, after, chosen["improved"]),
+        "most_harmed": _named(before, after, chosen["harmed"]),
+    }
+
+
+def _named(
+    before: EvaluatedObjects, after: EvaluatedObjects, which: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    columns = zip(
+        before.image_ids[which].tolist(),
+        before.object_ids[which].tolist(),
+        before.iou_actual[which].tolist(),
+        after.iou_actual[which].tolist(),
+        strict=True,
+    )
+    names = ("image_id", "object_id", "iou_before", "iou_after")
+    return [dict(zip(names, values, strict=True)) for values in columns]

@@ -32,9 +32,27 @@ class ObjectScores:
     def __len__(self) -> int:
         return len(self.object_ids)
 
+    def keys(self) -> NDArray[np.int64]:
+        """The ids of each row's image and object, int64 [K, 2]."""
+        return np.stack([self.image_ids, self.object_ids], axis=1)
+
     def take(self: Table, which: NDArray[np.int64]) -> Table:
         """Some of the rows, in the order given."""
         return type(self)(*(getattr(self, field.name)[which] for field in fields(self)))
+
+    def to_json(self) -> dict[str, list[float]]:
+        """The columns as plain lists."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+    @staticmethod
+    def from_json(columns: dict[str, list[float]]) -> "ObjectScores":
+        """The rows that `to_json` gave.
+
+        Raises:
+            KeyError: A column is missing.
+        """
+        names = [field.name for field in fields(ObjectScores)]
+        return ObjectScores(*(np.array(columns[name], dtype=_dtype(name)) for name in names))
 
     @classmethod
     def join(cls: type[Table], parts: list[Table]) -> Table:

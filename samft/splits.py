@@ -68,15 +68,12 @@ def load_splits(config: TrainConfig) -> Splits:
         DataError: Files are missing or broken, or there is nothing to validate on.
     """
     train_index = _read(config, _find_files(config, "train"))
-    try:
-        val_files = _find_files(config, "val")
-    except DataError as error:
-        if config.val_fraction is None:
-            hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
-            raise DataError(f"{error}{hint}") from error
+    role, files = find_val(config)
+    if role == "train":
+        assert config.val_fraction is not None
         train_index, val_index = _hold_out(train_index, config.val_fraction)
     else:
-        val_index = _read(config, val_files)
+        val_index = _read(config, files)
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
     train_index = _without_shared(train_index, val_index)
@@ -87,6 +84,24 @@ def load_splits(config: TrainConfig) -> Splits:
         counts=counts,
         fingerprint=_fingerprint(train_index),
     )
+
+
+def find_val(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
+    """Where the validation images come from: `val`, or `train` where they are held out of it.
+
+    Returns:
+        Which of the two, its COCO file, and its image folder.
+
+    Raises:
+        DataError: There is no validation split, and none is to be held out.
+    """
+    try:
+        return "val", _find_files(config, "val")
+    except DataError as error:
+        if config.val_fraction is None:
+            hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
+            raise DataError(f"{error}{hint}") from error
+        return "train", _find_files(config, "train")
 
 
 def _read(config: TrainConfig, files: tuple[Path, Path]) -> CocoIndex:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from samft import whereabouts
 from samft.batch import Batch
+from samft.kept_masks import MaskKeeper
 from samft.losses import LossFunction
-from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, original_masks_iou
+from samft.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou, original_masks
 from samft.prefetch import Waiting, side_by_side
 from samft.progress import LOSS_NAMES
 from samft.prompted import PromptedSam
@@ -29,16 +30,16 @@ class Validation:
         metrics: `LOSS_NAMES` and `iou_predicted`, means over all masks of all ranks;
             `per_mask_iou` is at the original resolution.
         box_fill_iou: What filling each box would score.
-        shown: Rank 0's first images with their mask logits, for pictures.
         objects: One row for each mask of all ranks.
+        kept: The masks that were kept to be looked at, of all ranks.
         bad_images: This rank's images that could not be read: name, what is wrong.
         rates: How fast it went, for the log.
     """
 
     metrics: dict[str, float]
     box_fill_iou: float
-    shown: list[tuple[Batch, Tensor]]
     objects: ObjectScores = field(default_factory=lambda: ObjectScores.join([]))
+    kept: MaskKeeper | None = None
     bad_images: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
@@ -49,7 +50,7 @@ def validate(
     batches: Iterable[Batch],
     *,
     loss: LossFunction,
-    num_shown: int = 0,
+    keep: MaskKeeper | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
 ) -> Validation:
@@ -62,7 +63,7 @@ def validate(
         model: Not wrapped; ranks may hold different numbers of images, or none.
         batches: This rank's images, one a batch, with their truths.
         loss: `losses.mask_losses` with its weights and image size set.
-        num_shown: Images to keep for pictures.
+        keep: Is offered every mask, for pictures.
         should_stop: Asked before each image on every rank; all stop if any says yes.
         waiting: Entered to wait for batches; raises `Interrupted` to end the wait.
 
@@ -77,19 +78,18 @@ def validate(
     means["per_mask_iou"] = PerMaskIoU()
     for mean in means.values():
         mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
-    shown: list[tuple[Batch, Tensor]] = []
     objects: list[ObjectScores] = []
     bad_images: dict[str, str] = {}
     for batch in side_by_side(batches, should_stop=should_stop, waiting=waiting):
         whereabouts.doing("validating on image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # none if the image cannot be read
-            logits = _score_image(model, batch, loss=loss, means=means, objects=objects)
-            if len(shown) < num_shown:
-                shown.append((batch, logits.cpu()))
+            objects += _score_image(model, batch, loss=loss, means=means, keep=keep)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
     table = gather_scores(ObjectScores.join(objects))
-    return Validation(metrics, metrics.pop("box_fill_iou"), shown, table, bad_images)
+    if keep is not None:
+        keep.gather()
+    return Validation(metrics, metrics.pop("box_fill_iou"), table, keep, bad_images)
 
 
 def _score_image(
@@ -98,18 +98,17 @@ def _score_image(
     *,
     loss: LossFunction,
     means: dict[str, MaskMean],
-    objects: list[ObjectScores],
-) -> Tensor:
+    keep: MaskKeeper | None,
+) -> list[ObjectScores]:
     moved = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
-    chunks = []
+    rows = []
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        logits, scores = _score_masks(model, moved, embedding, part=part, loss=loss)
+        scores = _score_masks(model, moved, embedding, part=part, loss=loss, keep=keep)
         for name, values in scores.items():
             means[name].update(values.cpu())
-        objects.append(_rows(batch, part, scores))
-        chunks.append(logits)
-    return torch.cat(chunks)
+        rows.append(_rows(batch, part, scores))
+    return rows
 
 
 def _rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> ObjectScores:
@@ -124,8 +123,14 @@ def _rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> ObjectScores
 
 
 def _score_masks(
-    model: PromptedSam, batch: Batch, embedding: Tensor, *, part: Tensor, loss: LossFunction
-) -> tuple[Tensor, dict[str, Tensor]]:
+    model: PromptedSam,
+    batch: Batch,
+    embedding: Tensor,
+    *,
+    part: Tensor,
+    loss: LossFunction,
+    keep: MaskKeeper | None,
+) -> dict[str, Tensor]:
     boxes, index = batch.boxes[part], batch.image_index[part]
     logits, iou_predicted = model.decode(embedding, boxes, index)
     losses = loss(
@@ -136,14 +141,29 @@ def _score_masks(
         input_sizes=batch.input_sizes,
     )
     truths = [batch.truths[number] for number in part.tolist()]
-    height, width = batch.input_sizes[0].tolist()
-    original_height, original_width = batch.original_sizes[0].tolist()
-    original_size = (original_height, original_width)
-    sizes = {"input_size": (height, width), "original_size": original_size}
     image_size = model.sam.image_encoder.img_size
-    iou = original_masks_iou(logits, truths, image_size=image_size, **sizes)
+    masks = original_masks(logits, image_size=image_size, **sizes_of(batch))
+    ious = []
+    for k, mask in zip(part.tolist(), masks, strict=True):
+        ious.append(cropped_iou(mask, batch.truths[k]))
+        if keep is not None:
+            key = batch.image_ids[0], int(batch.object_ids[k])
+            both = ious[-1], float(iou_predicted[k - int(part[0])])
+            keep.offer(key, mask, ious=both, size=sizes_of(batch)["original_size"])
+    iou = torch.tensor(ious, dtype=torch.float64)
     values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
     scores = dict(zip(LOSS_NAMES, values, strict=True))
     scores["iou_predicted"] = iou_predicted
-    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **sizes)
-    return logits, scores
+    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **sizes_of(batch))
+    return scores
+
+
+def sizes_of(batch: Batch) -> dict[str, tuple[int, int]]:
+    """H and W of a batch's one image, in the model frame and as it is, as the metrics take them."""
+    (height, width), (original_height, original_width) = (
+        sizes[0].tolist() for sizes in (batch.input_sizes, batch.original_sizes)
+    )
+    return {
+        "input_size": (height, width),
+        "original_size": (original_height, original_width),
+    }

@@ -1,54 +1,83 @@
-"""Two models on the same objects: differences in closed form, intervals over images."""
-
-from dataclasses import fields, replace
+"""Objects before and after, paired by their ids."""
 
 import numpy as np
 import pytest
 
-from samft.comparison import NUM_SHOWN, compare, mean_change
-from samft.evaluation import EvaluatedObjects
+from samft.comparison import compare, group_by, group_by_size, mean_change
+from samft.scores import ObjectScores
 
 
-def objects(ious: list[float], *, images: list[int] | None = None) -> EvaluatedObjects:
-    count = len(ious)
-    values = {field.name: np.zeros(count) for field in fields(EvaluatedObjects)}
-    values["image_ids"] = np.array(images or range(count))
-    values["object_ids"] = np.arange(count) + 100
-    values["iou_actual"] = np.array(ious)
-    return EvaluatedObjects(**values)
+def rows(objects: dict[tuple[int, int], tuple[float, float]]) -> ObjectScores:
+    """A table of (image id, object id): (area, IoU)."""
+    keys, values = list(objects), list(objects.values())
+    return ObjectScores(
+        image_ids=np.array([key[0] for key in keys], dtype=np.int64),
+        object_ids=np.array([key[1] for key in keys], dtype=np.int64),
+        areas=np.array([value[0] for value in values], dtype=float),
+        iou_actual=np.array([value[1] for value in values], dtype=float),
+        iou_predicted=np.full(len(keys), 0.5),
+    )
 
 
-def test_differences_and_counts_in_closed_form() -> None:
-    before = objects([0.5, 0.5, 0.5, 0.5, 0.9, 0.2])
-    after = objects([0.8, 0.505, 0.5, 0.45, 0.7, 0.9])
+def test_objects_are_paired_by_both_ids_and_the_others_left_out() -> None:
+    before = rows({(1, 1): (9, 0.1), (1, 2): (9, 0.2), (2, 1): (9, 0.3), (5, 5): (9, 0.9)})
+    after = rows({(2, 1): (9, 0.7), (1, 2): (9, 0.6), (1, 3): (9, 0.0), (1, 1): (9, 0.5)})
     found = compare(before, after)
-    assert found["iou"]["difference"] == pytest.approx((0.3 + 0.005 - 0.05 - 0.2 + 0.7) / 6)
-    assert (found["wins"], found["losses"], found["ties"], found["lost"]) == (2, 2, 2, 1)
-    assert [row["object_id"] for row in found["most_improved"]] == [105, 100, 101]
-    assert [row["object_id"] for row in found["most_harmed"]] == [104, 103]
-    first = found["most_harmed"][0]
-    assert first == {"image_id": 4, "object_id": 104, "iou_before": 0.9, "iou_after": 0.7}
-    assert found["boundary_iou"] == {"difference": 0, "interval": [0, 0]}
+    assert found.before.keys().tolist() == [[1, 1], [1, 2], [2, 1]]
+    assert found.after.keys().tolist() == found.before.keys().tolist()
+    assert found.change == pytest.approx([0.4, 0.4, 0.4])
+    assert (found.num_gained, found.num_lost) == (3, 0)
 
 
-def test_only_so_many_are_named() -> None:
-    found = compare(objects([0.1] * 30), objects([0.5] * 30))
-    assert (len(found["most_improved"]), found["most_harmed"]) == (NUM_SHOWN, [])
+def change_by(changes: list[float]) -> tuple[ObjectScores, ObjectScores]:
+    before = {(1, k): (9.0, 0.5) for k in range(len(changes))}
+    after = {(1, k): (9.0, 0.5 + change) for k, change in enumerate(changes)}
+    return rows(before), rows(after)
 
 
-def test_a_model_against_itself() -> None:
-    one = objects([0.3, 0.6, 0.9])
-    found = compare(one, one)
-    assert (found["wins"], found["losses"], found["ties"]) == (0, 0, 3)
-    assert found["iou"] == {"difference": 0, "interval": [0, 0]}
-    assert found["most_improved"] == found["most_harmed"] == []
+def test_what_gained_and_lost_is_counted_beyond_a_tenth() -> None:
+    found = compare(*change_by([0.3, 0.11, 0.09, 0, -0.09, -0.11, -0.2, -0.3]))
+    assert (found.num_gained, found.num_lost) == (2, 3)
 
 
-def test_what_is_not_in_both_is_left_out() -> None:
-    before, after = objects([0.1, 0.2, 0.3]), objects([0.4, 0.5, 0.6])
-    found = compare(before, after.take(np.array([0, 2])))
-    assert found["iou"]["difference"] == pytest.approx(0.3)
-    assert found["wins"] == 2
+def test_each_object_is_shown_once_and_no_change_is_none() -> None:
+    found = compare(*change_by([0.3, 0.2, 0.001, 0, -0.001, -0.2, -0.3, 0.1]))
+    assert {kind: which.tolist() for kind, which in found.choose(2).items()} == {
+        "improved": [0, 1],
+        "harmed": [6, 5],
+        "worst": [4, 3],
+    }
+    assert found.choose(9)["improved"].tolist() == [0, 1, 7]
+    unchanged = compare(*change_by([0.0, 0.0])).choose(2)
+    assert [len(unchanged[kind]) for kind in ("improved", "harmed", "worst")] == [0, 0, 2]
+
+
+def test_groups_are_means_over_objects() -> None:
+    found = compare(*change_by([0.1, 0.3, -0.5]))
+    groups = group_by(found, np.array([1, 1, 0]), ["cat", "dog", "none"])
+    assert [(one.name, one.num_objects) for one in groups] == [("cat", 1), ("dog", 2)]
+    assert [one.before for one in groups] == pytest.approx([0.5, 0.5])
+    assert [one.after for one in groups] == pytest.approx([0.0, 0.7])
+
+
+def test_sizes_are_of_the_root_of_the_area() -> None:
+    areas = [63, 64, 32**2 - 1, 32**2, 96**2, 600**2]
+    table = rows({(1, k): (area, 0.5) for k, area in enumerate(areas)})
+    names = [(one.name, one.num_objects) for one in group_by_size(compare(table, table))]
+    assert names == [
+        ("under 8 px", 1),
+        ("8 to 16 px", 1),
+        ("24 to 32 px", 1),
+        ("32 to 48 px", 1),
+        ("96 to 128 px", 1),
+        ("over 512 px", 1),
+    ]
+
+
+def test_without_objects_there_is_nothing_to_compare() -> None:
+    found = compare(rows({}), rows({(1, 1): (9, 0.5)}))
+    assert len(found.before) == len(found.after) == found.num_lost == 0
+    assert group_by_size(found) == []
 
 
 def test_whole_images_are_drawn() -> None:
@@ -80,11 +109,3 @@ def test_the_interval_depends_on_the_seed_alone() -> None:
 def test_one_image_says_nothing_about_others() -> None:
     found = mean_change(np.array([0.1, 0.3]), np.array([5, 5]), seed=0)
     assert found == {"difference": pytest.approx(0.2), "interval": None}
-
-
-def test_points_and_boundaries_are_compared_too() -> None:
-    before = objects([0.5, 0.5])
-    after = replace(before, iou_boundary=np.array([0.2, 0.4]), iou_point=np.array([0.0, 0.5]))
-    found = compare(before, after)
-    assert found["boundary_iou"]["difference"] == pytest.approx(0.3)
-    assert found["iou_point"]["difference"] == pytest.approx(0.25)

@@ -223,7 +223,8 @@ def test_tensorboard_has_the_same_scalars(straight):
             assert [event.step for event in scalars] == steps
             values = [event.value for event in scalars]
             assert values == pytest.approx([line[name] for line in lines], rel=1e-6)
-    assert [event.step for event in events.Images("val/masks")] == VAL_STEPS
+    for name in ("same_objects", "worst_objects", "calibration"):
+        assert [event.step for event in events.Images(f"val/{name}")] == VAL_STEPS
     assert "config/text_summary" in events.Tags()["tensors"]
     assert events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
 
@@ -233,8 +234,16 @@ def test_pictures_before_and_after_are_of_the_same_images(straight):
         cv2.imread(str(straight / f"{name}.png")) for name in ("before", "after", "before_after")
     )
     assert before.shape == after.shape
-    assert both.shape[0] > 2 * before.shape[0]
+    assert both.shape[1] > 2 * before.shape[1]
     assert not np.array_equal(before, after)
+
+
+def test_objects_are_known_at_step_0_and_at_the_best_step(straight, summary):
+    rows = json.loads((straight / "objects.json").read_text())
+    assert {"0", str(summary["best_step"])} <= rows.keys()
+    for step, name in ((0, "baseline"), (summary["best_step"], "best")):
+        mean = np.mean(rows[str(step)]["iou_actual"])
+        assert mean == pytest.approx(summary[f"{name}_val_per_mask_iou"], abs=1e-12)
 
 
 # Stop and go on
@@ -264,6 +273,8 @@ def test_stop_in_the_middle_of_an_epoch_changes_nothing(data, straight, tmp_path
     assert largest_difference(straight, tmp_path) == 0.0
     check_equal_metrics(tmp_path, straight)
     assert {p.name for p in best_files(tmp_path)} == {p.name for p in best_files(straight)}
+    for name in ("before.png", "after.png", "objects.json"):
+        assert (tmp_path / name).read_bytes() == (straight / name).read_bytes(), name
 
 
 def test_crash_between_two_saves_changes_nothing(data, straight, tmp_path):
@@ -518,6 +529,8 @@ def test_two_processes_leave_the_files_of_one_run(gloo2: GlooPool, data, straigh
     check_equal_metrics(tmp_path, straight, rel=1e-3)  # Adam makes much of rounding
     assert {path.name for path in best_files(tmp_path)} == {p.name for p in best_files(straight)}
     assert (tmp_path / "train.log").read_text().count("2 process(es)") == 1
+    assert (tmp_path / "before.png").read_bytes() == (straight / "before.png").read_bytes()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_run_that_gets_worse_says_so(data, tmp_path):

@@ -26,9 +26,8 @@ def a_checkpointer(folder: Path, *, k: int = 1) -> tuple[Checkpointer, list[int]
     return made, saved
 
 
-def a_candidate(step: int, score: float, drawn: list[int]) -> Candidate:
-    sidecar = {"step": step, "metrics": {}}
-    return Candidate(score, sidecar, if_best=lambda: drawn.append(step))
+def a_candidate(step: int, score: float) -> Candidate:
+    return Candidate(score, {"step": step, "metrics": {}})
 
 
 # A copy
@@ -114,12 +113,10 @@ def test_the_state_of_the_moment_is_saved_whatever_training_does_meanwhile(
 
 def test_the_state_knows_the_best_that_was_saved_with_it(tmp_path: Path) -> None:
     checkpointer, _ = a_checkpointer(tmp_path)
-    drawn: list[int] = []
     for step, score in ((1, 0.5), (2, 0.4), (3, 0.6)):
-        candidate = a_candidate(step, score, drawn)
+        candidate = a_candidate(step, score)
         checkpointer.save(a_state(step, weight=float(step)), candidate=candidate)
     checkpointer.wait()
-    assert drawn == [1, 3]
     found = read_newest(tmp_path)
     assert found is not None and [entry["step"] for entry in found.state["best"]] == [3]
     assert torch.load(tmp_path / "3-0.60.ckpt", weights_only=True)["w"].tolist() == [3.0] * 4
@@ -140,11 +137,11 @@ def test_a_full_disk_is_said_and_the_next_save_tried(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
-        checkpointer.save(a_state(1, weight=1.0), candidate=a_candidate(1, 0.5, []))
+        checkpointer.save(a_state(1, weight=1.0), candidate=a_candidate(1, 0.5))
         checkpointer.wait()
     assert "could not be written" in checkpointer.unsaved
     assert saved == ([] if what == "last.ckpt" else [1])
-    checkpointer.save(a_state(2, weight=2.0), candidate=a_candidate(2, 0.4, []))
+    checkpointer.save(a_state(2, weight=2.0), candidate=a_candidate(2, 0.4))
     checkpointer.wait()
     assert checkpointer.unsaved == "" and saved[-1] == 2
     assert not list(tmp_path.glob(".*.part"))

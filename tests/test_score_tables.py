@@ -1,12 +1,12 @@
 """Numbers from rows, in closed form."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from samft.evaluation import EvaluatedObjects
-from samft.score_tables import calibration, spread, summarise
+from samft.score_tables import NUM_SHOWN, calibration, spread, summarise, summarise_change
 
 
 def rows(**columns: list[float]) -> EvaluatedObjects:
@@ -95,3 +95,56 @@ def test_perfect_and_constant_predictions() -> None:
     constant = calibration(np.full(4, 0.5), actual)
     assert constant["correlation"] is None
     assert constant["expected_calibration_error"] == pytest.approx(0.125)
+
+
+# Two models
+
+
+def rows_of(ious: list[float], *, images: list[int] | None = None) -> EvaluatedObjects:
+    count = len(ious)
+    values = {field.name: np.zeros(count) for field in fields(EvaluatedObjects)}
+    values["image_ids"] = np.array(images or range(count))
+    values["object_ids"] = np.arange(count) + 100
+    values["iou_actual"] = np.array(ious)
+    return EvaluatedObjects(**values)
+
+
+def test_differences_and_counts_in_closed_form() -> None:
+    before = rows_of([0.5, 0.5, 0.5, 0.5, 0.9, 0.2])
+    after = rows_of([0.8, 0.504, 0.5, 0.45, 0.7, 0.9])
+    found = summarise_change(before, after)
+    assert found["iou"]["difference"] == pytest.approx((0.3 + 0.004 - 0.05 - 0.2 + 0.7) / 6)
+    assert (found["wins"], found["losses"], found["ties"], found["lost"]) == (2, 2, 2, 1)
+    assert [row["object_id"] for row in found["most_improved"]] == [105, 100]
+    assert [row["object_id"] for row in found["most_harmed"]] == [104, 103]
+    first = found["most_harmed"][0]
+    assert first == {"image_id": 4, "object_id": 104, "iou_before": 0.9, "iou_after": 0.7}
+    assert found["boundary_iou"] == {"difference": 0, "interval": [0, 0]}
+
+
+def test_only_so_many_are_named() -> None:
+    found = summarise_change(rows_of([0.1] * 30), rows_of([0.5] * 30))
+    assert (len(found["most_improved"]), found["most_harmed"]) == (NUM_SHOWN, [])
+
+
+def test_a_model_against_itself() -> None:
+    one = rows_of([0.3, 0.6, 0.9])
+    found = summarise_change(one, one)
+    assert (found["wins"], found["losses"], found["ties"]) == (0, 0, 3)
+    assert found["iou"] == {"difference": 0, "interval": [0, 0]}
+    assert found["most_improved"] == found["most_harmed"] == []
+
+
+def test_what_is_not_in_both_is_left_out() -> None:
+    before, after = rows_of([0.1, 0.2, 0.3]), rows_of([0.4, 0.5, 0.6])
+    found = summarise_change(before, after.take(np.array([0, 2])))
+    assert found["iou"]["difference"] == pytest.approx(0.3)
+    assert found["wins"] == 2
+
+
+def test_points_and_boundaries_are_compared_too() -> None:
+    before = rows_of([0.5, 0.5])
+    after = replace(before, iou_boundary=np.array([0.2, 0.4]), iou_point=np.array([0.0, 0.5]))
+    found = summarise_change(before, after)
+    assert found["boundary_iou"]["difference"] == pytest.approx(0.3)
+    assert found["iou_point"]["difference"] == pytest.approx(0.25)

@@ -1,0 +1,136 @@
+"""Headless Chromium, driven over its DevTools protocol with the standard library alone."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+_SECONDS = 30.0
+_QUIET = (
+    "--headless=new --disable-gpu --disable-dev-shm-usage --disable-extensions --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync --mute-audio "
+    "--no-default-browser-check --hide-scrollbars"
+).split()
+
+
+class Tab:
+    """One tab, with everything that it complained of and asked for."""
+
+    def __init__(self, write_to: int, read_from: int) -> None:
+        self._to, self._from = write_to, read_from
+        self._rest, self._number = b"", 0
+        self.events: list[dict[str, Any]] = []
+        self._session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """A command of the protocol, and its result."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                result: dict[str, Any] = answer["result"]
+                return result
+            self.events.append(answer)
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            part = os.read(self._from, 1 << 20)
+            if not part:
+                raise RuntimeError("chromium has gone away")
+            self._rest += part
+        text, self._rest = self._rest.split(b"\0", 1)
+        message: dict[str, Any] = json.loads(text)
+        return message
+
+    def open(self, address: str) -> None:
+        """Goes to a page and waits until all that belongs to it has loaded."""
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        deadline = time.monotonic() + _SECONDS
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            assert time.monotonic() < deadline, f"{address} has not loaded"
+            self.events.append(self._receive())
+
+    def evaluate(self, script: str) -> Any:
+        """The value of an expression in the page."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        return result["result"].get("value")
+
+    def complaints(self) -> list[str]:
+        """What the page wrote to its console, and what the browser says is wrong with it."""
+        kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+        return [json.dumps(e["params"]) for e in self.events if e.get("method") in kinds]
+
+    def requests(self) -> list[str]:
+        """The addresses that it asked for, those that hold their own data left out."""
+        asked = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        addresses = [event["params"]["request"]["url"] for event in asked]
+        return [address for address in addresses if not address.startswith("data:")]
+
+    def resize(self, width: int, height: int = 900) -> None:
+        """Makes the window so many pixels wide; a narrow one is a phone's."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **metrics)
+
+    def screenshot(self, path: Path) -> None:
+        """A picture of the whole page."""
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+
+@contextmanager
+def chromium() -> Iterator[Tab]:
+    """A browser with a profile of its own, gone at the end."""
+    assert CHROMIUM
+    ours, theirs = os.pipe(), os.pipe()  # to the browser, and from it
+    with tempfile.TemporaryDirectory() as profile:
+        command = [CHROMIUM, *_QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        if os.geteuid() == 0:
+            command.append("--no-sandbox")
+
+        def place() -> None:  # the protocol wants descriptors 3 and 4
+            high = [os.dup(one) for one in (ours[0], theirs[1])]
+            spare = [os.dup2(one, number + 20) for number, one in enumerate(high)]
+            for number, one in enumerate(spare):
+                os.dup2(one, number + 3)
+
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=place,
+            close_fds=False,
+            env={**os.environ, "HOME": profile},
+        )
+        os.close(ours[0])
+        os.close(theirs[1])
+        try:
+            yield Tab(ours[1], theirs[0])
+        finally:
+            os.close(ours[1])
+            os.close(theirs[0])
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

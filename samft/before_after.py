@@ -69,10 +69,19 @@ def draw_pairs(
     found = find_objects(dataset.index.file, comparison.before.keys()[chosen])
     objects = dict(zip(chosen.tolist(), found.tolist(), strict=True))
     masks: list[dict[int, CroppedMask]] = []
+    embeddings: dict[int, Tensor] = {}
     try:
         for weights in (lambda: _first_weights(config), lambda: read_state(checkpoint)):
             load_state(model.sam, weights(), source="the weights of this run")
-            masks.append(predict(model, dataset, list(objects.values()), should_stop=should_stop))
+            masks.append(
+                predict(
+                    model,
+                    dataset,
+                    list(objects.values()),
+                    embeddings=embeddings if model.encoder_is_frozen else {},
+                    should_stop=should_stop,
+                )
+            )
     except UserError as error:
         return Pairs(why_none=f"The weights of before or after cannot be loaded any more: {error}")
     if should_stop():
@@ -104,6 +113,7 @@ def predict(
     dataset: Coco2MaskDataset,
     objects: list[int],
     *,
+    embeddings: dict[int, Tensor],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[int, CroppedMask]:
     """A model's masks of some objects of a validation split, at the original resolution.
@@ -112,6 +122,7 @@ def predict(
         model: On its device.
         dataset: The split; its cached embeddings are used if it has any.
         objects: As indices into the arrays of the dataset's file.
+        embeddings: By image, those of this encoder that are known; the others are added.
         should_stop: Asked before each image.
 
     Returns:
@@ -136,8 +147,9 @@ def predict(
         part = torch.tensor([ids.index(int(file.object_ids[k])) for k in own], device=device)
         if not own:
             continue
-        embedding = model.embed(batch.images, batch.input_sizes, cached=batch.embeddings)
-        logits, _ = model.decode(embedding, batch.boxes[part], batch.image_index[part])
+        known = batch.embeddings if batch.embeddings is not None else embeddings.get(owner)
+        embeddings[owner] = model.embed(batch.images, batch.input_sizes, cached=known)
+        logits, _ = model.decode(embeddings[owner], batch.boxes[part], batch.image_index[part])
         size = model.sam.image_encoder.img_size
         masks = original_masks(logits, image_size=size, **sizes_of(batch))
         found.update(zip(own, masks, strict=True))

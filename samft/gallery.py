@@ -13,7 +13,7 @@ from samft.coco_index import CocoFile
 from samft.contact_sheets import Pick, draw_sheet
 from samft.cutouts import View, owner_of
 from samft.kept_masks import KeptMask, Key, MaskKeeper
-from samft.logs import RunLog
+from samft.logs import LOGGER, RunLog
 from samft.object_log import ObjectLog
 from samft.pictures import read_png, row, stack, write_png
 from samft.scores import ObjectScores
@@ -109,7 +109,7 @@ class Gallery:
         name = f"val/predicted_iou_finds_masks_of_iou_{GOOD_IOU}"
         self.log.precision_and_recall(step, name, good, found.objects.iou_predicted)
         if fixed is not None and (step == 0 or is_best):
-            write_png(self.folder / (AFTER if step else BEFORE), fixed)
+            _write(self.folder / (AFTER if step else BEFORE), fixed)
 
     def _draw(self, kept: Iterable[KeptMask], title: str) -> NDArray[np.uint8] | None:
         kept = list(kept)
@@ -160,7 +160,14 @@ def draw_before_and_after(folder: Path, *, before: float, after: float) -> None:
     files = (folder / BEFORE, folder / AFTER)
     if all(file.exists() for file in files):
         sheets = zip(titles, map(read_png, files), strict=True)
-        write_png(folder / BOTH, row([stack([sheet]) for sheet in sheets]))
+        _write(folder / BOTH, row([stack([sheet]) for sheet in sheets]))
+
+
+def _write(path: Path, picture: NDArray[np.uint8]) -> None:
+    try:
+        write_png(path, picture)
+    except OSError as error:  # a full disk, say: no reason to end a run
+        LOGGER.error("%s cannot be written: %s", path, error.strerror)
 
 
 def draw_calibration(objects: ObjectScores) -> NDArray[np.uint8]:

@@ -63,7 +63,7 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
     rows = comparison_of(folder).after
     file = dataset.index.file
     objects = find_objects(file, rows.keys())
-    masks = predict(model, dataset, objects.tolist())
+    masks = predict(model, dataset, objects.tolist(), embeddings={})
     image_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
     for k, wanted in zip(objects.tolist(), rows.iou_actual, strict=True):
         size = file.sizes[image_of[k]].tolist()
@@ -111,5 +111,5 @@ def test_an_image_that_is_gone_leaves_its_objects_out(
     (tmp_path / file.file_name(0)).write_bytes((file.image_folder / file.file_name(0)).read_bytes())
     dataset.index = moved
     model = assemble.build_model(config, None, torch.device("cpu"))
-    found = predict(model, dataset, dataset.index.objects.tolist())
+    found = predict(model, dataset, dataset.index.objects.tolist(), embeddings={})
     assert found.keys() == set(dataset.index.objects_of(0).tolist())

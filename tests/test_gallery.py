@@ -93,6 +93,16 @@ def test_a_run_leaves_its_pictures(index: CocoIndex, tmp_path: Path) -> None:
     assert [event.step for event in events.Tensors(curve)] == [0, 3, 6]
 
 
+def test_a_picture_that_cannot_be_written_ends_nothing(
+    index: CocoIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / BEFORE).mkdir()
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        gallery = Gallery(tmp_path, index, log, found=tmp_path, start_step=0)
+        gallery.show(0, a_validation(gallery, index, iou=0.5))
+    assert f"{BEFORE} cannot be written" in caplog.text
+
+
 def test_other_ranks_draw_nothing(index: CocoIndex, tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
         gallery = Gallery(tmp_path, index, log, found=tmp_path, start_step=0)

@@ -12,6 +12,7 @@ import collections
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -143,9 +144,9 @@ def disturb(argv: list[str], folder: Path, *, log: Path, core: int | None, seed:
 
 
 def last_words(log: Path) -> str:
-    """The last line that says how far the run is."""
-    lines = [line for line in log.read_text().splitlines() if " step " in line]
-    return lines[-1].partition(" step ")[2].partition(":")[0] if lines else "0"
+    """How far the run is, as its log says."""
+    found = re.findall(r"step (\d+/\d+):", log.read_text())
+    return f"step {found[-1]}" if found else "before the first step"
 
 
 def steps_in(seconds: float, data: Path, folder: Path, *, log: Path, core: int | None) -> int:

@@ -149,12 +149,19 @@ def last_words(log: Path) -> str:
     return f"step {found[-1]}" if found else "before the first step"
 
 
-def steps_in(seconds: float, data: Path, folder: Path, *, log: Path, core: int | None) -> int:
-    """How many steps an undisturbed run takes in that time here and now."""
-    command = Command(soak_arguments(data, folder, steps=200), log=log, core=core)
-    assert command.process.wait() == 0, log.read_text()
-    summary = json.loads((folder / "summary.json").read_text())
-    return max(200, round(seconds * 200 / summary["wall_seconds"] / INTERVAL) * INTERVAL)
+def steps_in(
+    seconds: float, data: Path, root: Path, *, cores: tuple[int | None, int | None]
+) -> int:
+    """How many steps an undisturbed run takes in that time here and now, beside another."""
+    trials = {root / f"trial-{number}": core for number, core in enumerate(cores)}
+    commands = [
+        Command(soak_arguments(data, folder, steps=200), log=root / f"{folder.name}.log", core=core)
+        for folder, core in trials.items()
+    ]
+    for command in commands:
+        assert command.process.wait() == 0, [path.read_text() for path in root.glob("trial*.log")]
+    walls = [json.loads((folder / "summary.json").read_text())["wall_seconds"] for folder in trials]
+    return max(200, round(seconds * 200 / max(walls) / INTERVAL) * INTERVAL)
 
 
 def soak_arguments(data: Path, folder: Path, *, steps: int) -> list[str]:
@@ -186,11 +193,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         data = write_data(root / "data", num_train=61)
-        logs = {name: root / f"{name}.log" for name in ("trial", "alone", "disturbed")}
+        logs = {name: root / f"{name}.log" for name in ("alone", "disturbed")}
         # A fault costs its restart: the rest of the time is for steps.
         mean = sum(SECONDS_BETWEEN) / 2
         seconds = args.minutes * 60 * (1 - STARTING / mean)
-        steps = steps_in(seconds, data, root / "trial", log=logs["trial"], core=cores[1])
+        steps = steps_in(seconds, data, root, cores=cores)
         print(f"{steps} steps", flush=True)
         start = time.monotonic()
         alone = Command(

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -209,7 +210,6 @@ class Run:
 
     def _log_validation(self, found: Validation) -> None:
         self.log.metrics(self.progress.step, "val", {**found.metrics, **found.rates})
-        self.gallery.show(self.progress.step, found)
 
     def _validate_untouched(self) -> None:
         found = self._validate()
@@ -221,7 +221,7 @@ class Run:
             found.metrics["per_mask_iou"],
             found.box_fill_iou,
         )
-        self._save()
+        self._save(found)
 
     def _on_step(self, taken: bool, image_ids: list[int]) -> None:
         if taken:
@@ -253,7 +253,7 @@ class Run:
         score = found.metrics["per_mask_iou"]
         sidecar = make_sidecar(asdict(self.config), step=step, metrics=found.metrics)
         self.progress.pending = {}
-        self._save(Candidate(score, sidecar))
+        self._save(found, Candidate(score, sidecar))
         left = (steps - step) * (time.monotonic() - self.clock) / max(step, 1)
         LOGGER.info(
             "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
@@ -268,7 +268,7 @@ class Run:
             format_duration(left),
         )
 
-    def _save(self, candidate: Candidate | None = None) -> None:
+    def _save(self, found: Validation | None = None, candidate: Candidate | None = None) -> None:
         self.progress.wall_seconds = time.monotonic() - self.clock
         sums = distributed.all_reduce_sum(self.trainer.window.cpu().clone()).tolist()
         optimizer = gather_state(self.trainer.optimizer)
@@ -283,7 +283,8 @@ class Run:
                 "scaler": self.trainer.scaler.state_dict(),
                 "progress": {**asdict(self.progress), "window": sums},
             }
-            self.checkpointer.save(state, candidate=candidate)
+            show = partial(self.gallery.show, self.progress.step, found) if found else None
+            self.checkpointer.save(state, candidate=candidate, first=show)
         distributed.barrier()  # with the long timeout, or the others would give up on rank 0
 
     def _status(

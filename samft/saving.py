@@ -150,20 +150,28 @@ class Checkpointer:
         self.unsaved = ""
         self._copy, self._writer = HostCopy(), BackgroundWriter()
 
-    def save(self, state: dict[str, Any], *, candidate: Candidate | None = None) -> None:
+    def save(
+        self,
+        state: dict[str, Any],
+        *,
+        candidate: Candidate | None = None,
+        first: Callable[[], None] | None = None,
+    ) -> None:
         """Copies a state and begins to write it, once the one before it is written.
 
         Args:
             state: What `save_last` takes, but for the list of the best; `model` are SAM's own keys
                 to tensors, and `progress` has the step.
             candidate: Where `model` may be among the best.
+            first: Called in the thread before anything is written, to write what a resume from
+                this state has to find.
 
         Raises:
             BaseException: What ended the writing of the one before it, other than `OSError`.
         """
         self._writer.wait()
         copied = self._copy.of(state, constant=self.constant)
-        self._writer.start(partial(self._write, copied, candidate))
+        self._writer.start(partial(self._write, copied, candidate, first))
 
     def wait(self) -> None:
         """Waits until all is written.
@@ -173,8 +181,18 @@ class Checkpointer:
         """
         self._writer.wait()
 
-    def _write(self, state: dict[str, Any], candidate: Candidate | None) -> None:
+    def _write(
+        self,
+        state: dict[str, Any],
+        candidate: Candidate | None,
+        first: Callable[[], None] | None,
+    ) -> None:
         self.unsaved = ""
+        if first is not None:
+            try:
+                first()
+            except OSError as error:
+                self._could_not_write("pictures and scores", error)
         if candidate is not None:
             self._offer(state["model"], candidate)
         try:

@@ -145,3 +145,23 @@ def test_a_full_disk_is_said_and_the_next_save_tried(
     checkpointer.wait()
     assert checkpointer.unsaved == "" and saved[-1] == 2
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_what_comes_first_is_done_before_the_state_is_there(tmp_path: Path) -> None:
+    checkpointer, saved = a_checkpointer(tmp_path)
+    seen: list[bool] = []
+    first = lambda: seen.append((tmp_path / "last.ckpt").exists())  # noqa: E731
+    checkpointer.save(a_state(1, weight=1.0), candidate=a_candidate(1, 0.5), first=first)
+    checkpointer.wait()
+    assert seen == [False] and saved == [1]
+
+
+def test_pictures_that_cannot_be_written_keep_nothing_from_being_saved(tmp_path: Path) -> None:
+    checkpointer, saved = a_checkpointer(tmp_path)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpointer.save(a_state(1, weight=1.0), first=full)
+    checkpointer.wait()
+    assert saved == [1] and "pictures and scores could not be written" in checkpointer.unsaved

@@ -253,6 +253,31 @@ def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the chec
     sam.load_state_dict(fitted)
 
 
+def open_checkpoint(path: Path, *, attention: str = "stock") -> tuple[Sam, str]:
+    """Builds the model that a checkpoint was tuned as, with its weights.
+
+    Args:
+        path: See `load_sam`.
+        attention: See `build_sam`.
+
+    Returns:
+        The model, in eval mode, at the image size that it was tuned for; and the resize mode, which
+        is `pad`, SAM's own, where no sidecar says otherwise.
+
+    Raises:
+        CheckpointError: The file cannot be read or is no SAM.
+    """
+    state = read_state(path)
+    model_type, image_size = identify(state, source=path)
+    sam = build_sam(model_type, image_size, attention=attention)
+    load_state(sam, state, source=path)
+    try:
+        resize_mode = json.loads(path.with_suffix(".json").read_text())["resize_mode"]
+    except (OSError, ValueError, LookupError, TypeError):
+        resize_mode = "pad"
+    return sam, "squash" if resize_mode == "squash" else "pad"
+
+
 def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     """Loads a SAM checkpoint of any type and image size, ready for `SamPredictor`.
 
@@ -269,13 +294,8 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     Raises:
         CheckpointError: The file cannot be read or is no SAM.
     """
-    path = Path(path)
-    state = read_state(path)
-    model_type, image_size = identify(state, source=path)
-    sam = build_sam(model_type, image_size)
-    load_state(sam, state, source=path)
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file() and json.loads(sidecar.read_text()).get("resize_mode") == "squash":
+    sam, resize_mode = open_checkpoint(Path(path))
+    if resize_mode == "squash":
         warnings.warn(
             f"{path} was tuned with resize_mode 'squash'; SamPredictor pads, so its masks will "
             "differ from the validated ones.",

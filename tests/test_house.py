@@ -42,6 +42,8 @@ LAYERS = (
     "coco_fix",
     "dataset_report",
     "checked_split",
+    "prompts",
+    "box_sources",
     "transforms",
     "targets",
     "augment",
@@ -71,9 +73,12 @@ LAYERS = (
     "checkpoint",
     "training_state",
     "pictures",
+    "results",
     "contact_sheets",
     "logs",
     "validation",
+    "mask_generation",
+    "prediction",
     "engine",
     "report",
     "splits",
@@ -121,12 +126,16 @@ WITHOUT_TORCH = (
     "coco_fix",
     "dataset_report",
     "checked_split",
+    "prompts",
+    "box_sources",
     "transforms",
     "targets",
     "embedding_store",
     "pictures",
+    "results",
     "contact_sheets",
     "plates",
+    "predict",
     "check",
     "demo",
 )
@@ -396,17 +405,18 @@ def test_torch_would_be_seen() -> None:
 
 HELP = """
 import runpy, sys
-sys.argv = ["train", "--help"]
+sys.argv = [sys.argv[1], "--help"]
 try:
-    runpy.run_module("samft.train", run_name="__main__")
+    runpy.run_module(f"samft.{sys.argv[0]}", run_name="__main__")
 except SystemExit as end:
     assert not end.code, end.code
 print("torch" in sys.modules)
 """
 
 
-def test_help_of_train_imports_no_torch() -> None:
-    ended = run_python(HELP)
+@pytest.mark.parametrize(("command", "flag"), [("train", "--learning_rate"), ("predict", "--box")])
+def test_help_imports_no_torch(command: str, flag: str) -> None:
+    ended = run_python(HELP, command)
     assert ended.returncode == 0, ended.stderr
-    assert "--learning_rate" in ended.stdout
+    assert flag in ended.stdout
     assert ended.stdout.endswith("False\n")

@@ -25,6 +25,7 @@ from samft.sam import (
     identify,
     load_sam,
     load_state,
+    open_checkpoint,
     read_state,
 )
 
@@ -374,3 +375,26 @@ def test_a_part_is_frozen_as_a_whole(part: str) -> None:
     assert frozen == whole | set(unreachable)
     freeze(sam, [])  # and it thaws what the last call froze
     assert {n for n, p in sam.named_parameters() if not p.requires_grad} == set(everything)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "resize_mode"),
+    [
+        (None, "pad"),
+        ('{"resize_mode": "squash"}', "squash"),
+        ('{"resize_mode": "pad"}', "pad"),
+        ('{"resize_mode": 7}', "pad"),
+        ("[]", "pad"),
+        ("no JSON", "pad"),
+    ],
+)
+def test_a_checkpoint_is_opened_as_it_was_tuned(
+    tmp_path: Path, sidecar: str | None, resize_mode: str
+) -> None:
+    path = tmp_path / "tiny.pth"
+    torch.save(build_sam("vit_tiny", 64).state_dict(), path)
+    if sidecar is not None:
+        path.with_suffix(".json").write_text(sidecar)
+    sam, found = open_checkpoint(path, attention="fast")
+    assert (found, sam.image_encoder.img_size, sam.training) == (resize_mode, 64, False)
+    assert type(sam.image_encoder.blocks[0]).__module__ == "samft.attention"

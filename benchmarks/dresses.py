@@ -19,10 +19,11 @@ from samft.assemble import pick_amp_dtype
 from samft.batch import NO_PIXELS, Batch
 from samft.box_chunks import BoxDecoder
 from samft.engine import Trainer
+from samft.freezing import freeze
 from samft.losses import mask_losses
 from samft.optim import build_optimizer
 from samft.prompted import PromptedSam
-from samft.sam import MODEL_SHAPES, PATCH_SIZE, build_sam, freeze
+from samft.sam import MODEL_SHAPES, PATCH_SIZE, build_sam
 
 from segment_anything.modeling import Sam
 

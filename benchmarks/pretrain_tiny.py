@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import samft.torchvision_cure  # noqa: F401
 from benchmarks.procedural import make_scene
+from samft.freezing import freeze
 from samft.losses import mask_losses
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze, load_state
+from samft.sam import build_sam, load_state
 
 HELD_BACK_SEED = 1_000_000_000
 BOX_JITTER = 0.1

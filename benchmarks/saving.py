@@ -19,9 +19,10 @@ import torch
 
 from benchmarks.measure import Effort, interleave, now
 from samft.checkpoint import TopK
+from samft.freezing import constant_names, freeze
 from samft.optim import build_optimizer
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, constant_names, freeze
+from samft.sam import build_sam
 from samft.saving import Candidate, Checkpointer
 
 IMAGE_SIZE = 256  # of the steps; what is saved is as large at any

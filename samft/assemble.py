@@ -12,13 +12,14 @@ from samft.activation_checkpointing import checkpoint_activations
 from samft.config import TrainConfig
 from samft.engine import Trainer
 from samft.errors import CheckpointError, UserError
+from samft.freezing import freeze
 from samft.loaders import BatchLoader, train_loader, val_loader
 from samft.logs import LOGGER
 from samft.losses import LossFunction, mask_losses
 from samft.optim import build_optimizer, schedule_learning_rate
 from samft.progress import Progress
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze, identify, load_state, read_state
+from samft.sam import build_sam, identify, load_state, read_state
 from samft.splits import Splits, count_repeats
 from samft.weights import find_weights
 
@@ -67,7 +68,10 @@ def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tenso
                 config.model_type,
             )
         return None
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint_path: {error}") from error
     model_type, image_size = identify(state, source=path)
     if model_type != config.model_type:
         raise CheckpointError(

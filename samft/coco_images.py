@@ -55,7 +55,7 @@ def read_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> 
     rows = [row for row, code in enumerate(images.codes) if not code]
     sizes = images.sizes.tolist()
     paths = [folder.folder / images.names[row] for row in rows]
-    for row, facts in zip(rows, _inspect(paths), strict=True):
+    for row, facts in zip(rows, inspect_images(paths), strict=True):
         images.codes[row], images.num_bytes[row] = facts.problem or "", facts.num_bytes
         if facts.problem is None:
             _compare(images.names[row], facts, tuple(sizes[row]), problems)
@@ -96,7 +96,8 @@ def _read_entries(entries: list[Raw], folder: ImageFolder, problems: Problems) -
     return Images(names, *arrays, np.zeros(len(ids), dtype=np.int64), codes, row_of)
 
 
-def _inspect(paths: list[Path]) -> Iterator[ImageFacts]:
+def inspect_images(paths: list[Path]) -> Iterator[ImageFacts]:
+    """Looks at many files at once, see `inspect_image`; what it finds, in the order given."""
     bar = tqdm(total=len(paths), desc="looking at images", unit="image", disable=None, delay=2)
     parts = [paths[first : first + _PART] for first in range(0, len(paths), _PART)]
     with bar, ThreadPoolExecutor(_THREADS) as pool:

@@ -31,7 +31,7 @@ from samft.layout import find_split
 from samft.loaders import val_loader
 from samft.logs import LOGGER, format_duration, start_logging
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, identify, load_state, read_state, saved_resize_mode
+from samft.sam import open_checkpoint
 from samft.score_sheet import sheet
 from samft.score_tables import summarise, summarise_change
 
@@ -186,11 +186,7 @@ def _evaluate(
 
 
 def _load(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:
-    state = read_state(path)
-    model_type, image_size = identify(state, source=path)
-    resize_mode = saved_resize_mode(path)
-    sam = build_sam(model_type, image_size, attention="fast")
-    load_state(sam, state, source=path)
+    sam, model_type, image_size, resize_mode = open_checkpoint(path, attention="fast")
     LOGGER.info("%s: %s at %d px, %s", path, model_type, image_size, resize_mode)
     about = {"model_type": model_type, "image_size": image_size, "resize_mode": resize_mode}
     return PromptedSam(sam.to(device)), {"checkpoint": str(path), **about}

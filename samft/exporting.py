@@ -20,7 +20,7 @@ from samft.reference import (
     compare,
     is_equal_to_the_bit,
 )
-from samft.sam import build_sam, identify, load_state, read_state
+from samft.sam import build_sam, identify, load_state, open_checkpoint, read_state
 from samft.weight_files import META_SIZE, read_pth, read_safetensors, write_pth, write_safetensors
 from samft.weights import find_local_weights
 
@@ -77,10 +77,7 @@ def open_tuned(path: Path) -> Tuned:
     Raises:
         CheckpointError: It cannot be read or is no SAM.
     """
-    state = read_state(path)
-    model_type, image_size = identify(state, source=path)
-    sam = build_sam(model_type, image_size)
-    load_state(sam, state, source=path)
+    sam, model_type, image_size, _ = open_checkpoint(path)
     sidecar = {}
     if path.suffix == ".ckpt":
         try:

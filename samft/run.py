@@ -16,6 +16,7 @@ from samft.ending import Ending
 from samft.engine import train
 from samft.errors import EXIT_STOPPED, ConfigError, Stopped, TrainingError
 from samft.files import set_aside, write_json, write_status, write_text
+from samft.freezing import constant_names
 from samft.gallery import Gallery
 from samft.loaders import batch_by_objects
 from samft.logs import LOGGER, RunLog, format_duration
@@ -24,7 +25,6 @@ from samft.optim import gather_state
 from samft.prefetch import on_device
 from samft.progress import Progress
 from samft.resume import find_resume, keep_images_per_step
-from samft.sam import constant_names
 from samft.saving import Candidate, Checkpointer
 from samft.signals import Interrupted, StopRequest, end_of_job
 from samft.splits import load_splits

@@ -1,4 +1,4 @@
-"""Build, load and freeze Segment Anything models of any type at any image size, in SAM's own keys.
+"""Build and load Segment Anything models of any type at any image size, in SAM's own keys.
 
 Everything here is made of the modules of the `segment_anything` package, so what is saved is what
 that package reads.
@@ -6,10 +6,10 @@ that package reads.
 
 import json
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,27 +130,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
         CheckpointError: The file is absent, unreadable, or holds no SAM weights.
     """
     if not path.is_file():
-        raise CheckpointError(
-            f"checkpoint_path: there is no file {path}. Give a SAM .pth or .ckpt file, 'auto' "
-            "(download, or the packaged file for vit_tiny) or 'random'."
-        )
+        raise CheckpointError(f"there is no file {path}: give a SAM .pth or a .ckpt of samft.")
     sidecar = path.with_suffix(".json")
     if path.suffix == ".ckpt" and sidecar.is_file() and not is_known(path, sidecar):
         raise CheckpointError(
-            f"checkpoint_path: {path} is damaged: its SHA-256 is not the one in {sidecar.name}. "
+            f"{path} is damaged: its SHA-256 is not the one in {sidecar.name}. "
             "Copy it again, or take another checkpoint."
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged or hostile file
         raise CheckpointError(
-            f"checkpoint_path: {path} is not a readable checkpoint "
+            f"{path} is not a readable checkpoint "
             f"({_first_sentence(error)}). It may be cut short: fetch or copy it again."
         ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"checkpoint_path: {path} holds no flat dict of SAM's tensors.")
+        raise CheckpointError(f"{path} holds no flat dict of SAM's tensors.")
     return state
 
 
@@ -270,6 +267,39 @@ def saved_resize_mode(path: Path) -> str:
         return "pad"
 
 
+class OpenedSam(NamedTuple):
+    """A checkpoint's model, in eval mode, and what it was tuned as.
+
+    Attributes:
+        sam: At the image size that it was tuned for.
+        model_type: A key of `MODEL_SHAPES`.
+        image_size: S.
+        resize_mode: `pad`, SAM's own, where nothing says otherwise.
+    """
+
+    sam: Sam
+    model_type: str
+    image_size: int
+    resize_mode: str
+
+
+def open_checkpoint(path: Path, *, attention: str = "stock") -> OpenedSam:
+    """Builds the model that a checkpoint was tuned as, with its weights.
+
+    Args:
+        path: See `load_sam`.
+        attention: See `build_sam`.
+
+    Raises:
+        CheckpointError: The file cannot be read or is no SAM.
+    """
+    state = read_state(path)
+    model_type, image_size = identify(state, source=path)
+    sam = build_sam(model_type, image_size, attention=attention)
+    load_state(sam, state, source=path)
+    return OpenedSam(sam, model_type, image_size, saved_resize_mode(path))
+
+
 def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     """Loads a SAM checkpoint of any type and image size, ready for `SamPredictor`.
 
@@ -286,56 +316,11 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     Raises:
         CheckpointError: The file cannot be read or is no SAM.
     """
-    path = Path(path)
-    state = read_state(path)
-    model_type, image_size = identify(state, source=path)
-    sam = build_sam(model_type, image_size)
-    load_state(sam, state, source=path)
-    if saved_resize_mode(path) == "squash":
+    opened = open_checkpoint(Path(path))
+    if opened.resize_mode == "squash":
         warnings.warn(
             f"{path} was tuned with resize_mode 'squash'; SamPredictor pads, so its masks will "
             "differ from the validated ones.",
             stacklevel=2,
         )
-    return sam.to(device).eval()
-
-
-# Box prompts reach none of these: they would get no gradient (and stop DistributedDataParallel),
-# or one of exactly zero (and weight decay would shrink them to nothing).
-_UNREACHABLE_BY_BOXES = (
-    "prompt_encoder.point_embeddings.0.",
-    "prompt_encoder.point_embeddings.1.",
-    "prompt_encoder.not_a_point_embed.",
-    "prompt_encoder.mask_downscaling.",
-    "mask_decoder.output_hypernetworks_mlps.1.",
-    "mask_decoder.output_hypernetworks_mlps.2.",
-    "mask_decoder.output_hypernetworks_mlps.3.",
-)
-
-
-def freeze(sam: Sam, parts: Iterable[str]) -> list[str]:
-    """Freezes whole parts, and exactly the parameters that box prompts with one mask cannot reach.
-
-    Args:
-        sam: The model, changed in place.
-        parts: Any of `image_encoder`, `prompt_encoder`, `mask_decoder`.
-
-    Returns:
-        The names of the parameters frozen because box prompts cannot reach them, outside of
-        the parts that were asked for.
-    """
-    prefixes = tuple(f"{part}." for part in parts)
-    unreachable = []
-    for name, parameter in sam.named_parameters():
-        out_of_reach = name.startswith(_UNREACHABLE_BY_BOXES)
-        frozen = name.startswith(prefixes)
-        parameter.requires_grad_(not (frozen or out_of_reach))
-        if out_of_reach and not frozen:
-            unreachable.append(name)
-    return unreachable
-
-
-def constant_names(sam: Sam) -> list[str]:
-    """The keys of a SAM's state dict whose tensors training does not change; after `freeze`."""
-    trained = {name for name, parameter in sam.named_parameters() if parameter.requires_grad}
-    return [name for name in sam.state_dict() if name not in trained]
+    return opened.sam.to(device).eval()

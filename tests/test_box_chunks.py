@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from samft.box_chunks import BYTES_PER_VALUE, auto_mask_chunk
+from samft.freezing import freeze
 from samft.losses import MaskLosses, mask_losses
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze
+from samft.sam import build_sam
 
 S = 64
 LOSS = partial(mask_losses, image_size=S)

@@ -15,11 +15,12 @@ from samft.batch import Batch, Sample, collate
 from samft.distributed import get_rank, get_world_size
 from samft.engine import Trainer, train
 from samft.errors import DataError, TrainingError, UserError
+from samft.freezing import freeze
 from samft.losses import mask_losses
 from samft.optim import build_optimizer
 from samft.progress import LOSS_NAMES, Progress
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze
+from samft.sam import build_sam
 from samft.samplers import StepSampler
 from samft.targets import CroppedMask
 from samft.validation import validate

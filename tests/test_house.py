@@ -43,6 +43,8 @@ LAYERS = (
     "coco_fix",
     "dataset_report",
     "checked_split",
+    "prediction_task",
+    "box_sources",
     "transforms",
     "targets",
     "augment",
@@ -60,6 +62,7 @@ LAYERS = (
     "box_chunks",
     "weights",
     "sam",
+    "freezing",
     "prompted",
     "embeddings",
     "precompute",
@@ -76,6 +79,7 @@ LAYERS = (
     "training_state",
     "pictures",
     "cutouts",
+    "results",
     "contact_sheets",
     "logs",
     "saving",
@@ -88,6 +92,7 @@ LAYERS = (
     "score_sheet",
     "mask_generation",
     "gallery",
+    "prediction",
     "engine",
     "report",
     "curves",
@@ -150,15 +155,19 @@ WITHOUT_TORCH = (
     "coco_fix",
     "dataset_report",
     "checked_split",
+    "prediction_task",
+    "box_sources",
     "transforms",
     "targets",
     "embedding_store",
     "pictures",
     "cutouts",
+    "results",
     "contact_sheets",
     "curves",
     "markup",
     "plates",
+    "predict",
     "check",
     "demo",
     "evaluate",
@@ -430,17 +439,18 @@ def test_torch_would_be_seen() -> None:
 
 HELP = """
 import runpy, sys
-sys.argv = ["train", "--help"]
+sys.argv = [sys.argv[1], "--help"]
 try:
-    runpy.run_module("samft.train", run_name="__main__")
+    runpy.run_module(f"samft.{sys.argv[0]}", run_name="__main__")
 except SystemExit as end:
     assert not end.code, end.code
 print("torch" in sys.modules)
 """
 
 
-def test_help_of_train_imports_no_torch() -> None:
-    ended = run_python(HELP)
+@pytest.mark.parametrize(("command", "flag"), [("train", "--learning_rate"), ("predict", "--box")])
+def test_help_imports_no_torch(command: str, flag: str) -> None:
+    ended = run_python(HELP, command)
     assert ended.returncode == 0, ended.stderr
-    assert "--learning_rate" in ended.stdout
+    assert flag in ended.stdout
     assert ended.stdout.endswith("False\n")

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gloo_pool import GlooPool
 from samft import pixel_sums
 from samft.distributed import all_reduce_sum, get_rank, get_world_size
+from samft.freezing import freeze
 from samft.losses import MaskLosses, mask_losses
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze
+from samft.sam import build_sam
 
 from torchvision.ops import sigmoid_focal_loss
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gloo_pool import GlooPool
+from samft.freezing import freeze
 from samft.losses import mask_losses
 from samft.optim import (
     build_optimizer,
@@ -15,7 +16,7 @@ from samft.optim import (
     parameter_groups,
 )
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze
+from samft.sam import build_sam
 
 S = 64
 

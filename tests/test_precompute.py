@@ -20,10 +20,11 @@ from samft.data import Coco2MaskDataset
 from samft.embedding_store import Store
 from samft.embeddings import SplitCache, read_digests
 from samft.errors import UserError
+from samft.freezing import freeze
 from samft.images import open_image
 from samft.precompute import Precompute
 from samft.prompted import PromptedSam
-from samft.sam import build_sam, freeze
+from samft.sam import build_sam
 
 NUM_IMAGES = 7
 

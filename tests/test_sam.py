@@ -16,16 +16,16 @@ import samft
 from samft.checkpoint import save_tensors
 from samft.errors import CheckpointError
 from samft.files import sha256_of
+from samft.freezing import constant_names, freeze
 from samft.prompted import PromptedSam
 from samft.sam import (
     MODEL_SHAPES,
     build_sam,
-    constant_names,
     fit_positions,
-    freeze,
     identify,
     load_sam,
     load_state,
+    open_checkpoint,
     read_state,
 )
 
@@ -387,3 +387,26 @@ def test_what_is_constant_is_all_but_what_trains(parts: list[str]) -> None:
     assert any(name.startswith("image_encoder.") for name in constant) == ("image_encoder" in parts)
     # A buffer, which no optimizer ever sees.
     assert "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix" in constant
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "resize_mode"),
+    [
+        (None, "pad"),
+        ('{"resize_mode": "squash"}', "squash"),
+        ('{"resize_mode": "pad"}', "pad"),
+        ('{"resize_mode": 7}', "pad"),
+        ("[]", "pad"),
+        ("no JSON", "pad"),
+    ],
+)
+def test_a_checkpoint_is_opened_as_it_was_tuned(
+    tmp_path: Path, sidecar: str | None, resize_mode: str
+) -> None:
+    path = tmp_path / "tiny.pth"
+    torch.save(build_sam("vit_tiny", 64).state_dict(), path)
+    if sidecar is not None:
+        path.with_suffix(".json").write_text(sidecar)
+    sam, *_, found = open_checkpoint(path, attention="fast")
+    assert (found, sam.image_encoder.img_size, sam.training) == (resize_mode, 64, False)
+    assert type(sam.image_encoder.blocks[0]).__module__ == "samft.attention"

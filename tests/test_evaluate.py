@@ -1,6 +1,8 @@
 """The command: the training's number, files, comparisons, processes, and wrong inputs."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -9,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from samft import predict
 from samft.errors import run_command
 from samft.evaluate import main
 from samft.weights import PACKAGED_TINY
@@ -104,6 +109,26 @@ def test_files_and_a_comparison(data: Path, trained: Path, tmp_path: Path, capsy
         "scores.json",
         "scores.objects.csv",
     ]
+
+
+def test_ap_is_that_of_cocoeval_on_the_file_that_predict_writes(
+    data_root: Path, tmp_path: Path
+) -> None:
+    root = data_root / "coco_open104"
+    annotations = root / "annotations" / "instances_val2017.json"
+    found = evaluate_here(words(root, PACKAGED_TINY, split="val2017"))
+    places = ["--images", root / "val2017", "--annotations", annotations]
+    options = [*places, "--checkpoint", PACKAGED_TINY, "--output_dir", tmp_path, "--device", "cpu"]
+    predict.main([str(word) for word in options])
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        plain = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "segm")
+        plain.evaluate()
+        plain.accumulate()
+        plain.summarize()
+    for name, value in zip(("ap", "ap50", "ap75"), plain.stats, strict=False):
+        assert found["coco"][name] == pytest.approx(value, abs=1e-6)
+    assert 0.05 < found["coco"]["ap"] < 0.95  # not equal for being nothing
 
 
 def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) -> None:

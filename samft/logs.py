@@ -134,6 +134,8 @@ class RunLog:
                 try:
                     while left:
                         left = left[file.write(left) :]
+                    # The state that is saved next counts the line as written.
+                    os.fsync(file.fileno())
                 except OSError:
                     os.ftruncate(file.fileno(), start)  # no half a line for the next to follow
                     raise

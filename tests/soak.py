@@ -83,6 +83,11 @@ def _flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def _add_half_a_line(content: bytes) -> bytes:
+    # As a kill in the middle of writing leaves it; whole lines are on the disk before the state is.
+    return content + content.splitlines()[-1][:60] if content else content
+
+
 Fault = Callable[[Command, Path, random.Random], None]
 
 
@@ -112,8 +117,8 @@ FAULTS: dict[str, Fault] = {
     "kill -9 of everything": _kill_then(lambda folder: None),
     "the same, and a bit of last.ckpt flipped": _kill_then(lambda folder: _damage(folder, _flip)),
     "the same, and last.ckpt emptied": _kill_then(lambda folder: _damage(folder, lambda _: b"")),
-    "the same, and metrics.jsonl cut in a line": _kill_then(
-        lambda folder: _damage(folder, lambda content: content[:-20], "metrics.jsonl")
+    "the same, and half a line in metrics.jsonl": _kill_then(
+        lambda folder: _damage(folder, _add_half_a_line, "metrics.jsonl")
     ),
 }
 

@@ -116,33 +116,6 @@ def original_masks(
         yield CroppedMask(top, left, mask)
 
 
-def original_masks_iou(
-    mask_logits: Tensor,
-    truths: list[CroppedMask],
-    *,
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-    image_size: int,
-) -> Tensor:
-    """IoU of each mask of one image with its truth, at the original resolution.
-
-    Args:
-        mask_logits: float [M, S/4, S/4], masks of one image.
-        truths: M tight crops of the true masks, original frame, none of them empty.
-        input_size: Height and width of the image in the model frame.
-        original_size: Height and width of the original image.
-        image_size: S.
-
-    Returns:
-        float64 [M] on the CPU.
-    """
-    masks = original_masks(
-        mask_logits, input_size=input_size, original_size=original_size, image_size=image_size
-    )
-    ious = [cropped_iou(mask, truth) for mask, truth in zip(masks, truths, strict=True)]
-    return torch.tensor(ious, dtype=torch.float64)
-
-
 def _span(positive: Tensor, matrix: Tensor) -> Tensor:
     # Outputs that draw on at least one positive cell: first and one past the last; 0, 0 if none.
     touched = (positive.float() @ (matrix != 0).float().T) > 0

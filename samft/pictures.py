@@ -12,7 +12,6 @@ from PIL import Image
 
 from samft.targets import CroppedMask
 
-TRUTH_COLOUR = (255, 255, 255)
 PADDING = 6
 _SIDE_A_LINE = 700  # px of a picture's longer side for each px of a line's width
 
@@ -24,32 +23,6 @@ def mask_colour(number: int) -> tuple[int, int, int]:
     hue = np.array([[[number * 0.618034 % 1 * 179, 200, 255]]], dtype=np.uint8)
     red, green, blue = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
     return red, green, blue
-
-
-def overlay(
-    image: np.ndarray, masks: np.ndarray, *, boxes: np.ndarray, truths: np.ndarray | None = None
-) -> np.ndarray:
-    """Draws masks over an image: filled in colour, box outlined, true outline in white.
-
-    Args:
-        image: uint8 [H, W, 3] RGB.
-        masks: bool [M, H, W], what the model says.
-        boxes: float [M, 4], x0 y0 x1 y1 in pixels of the image.
-        truths: bool [M, H, W], what is right.
-
-    Returns:
-        uint8 [H, W, 3] RGB.
-    """
-    canvas = image.copy()
-    for number, mask in enumerate(masks):
-        _blend(canvas, mask, mask_colour(number), share=0.55)
-    for number, box in enumerate(boxes):
-        x0, y0, x1, y1 = (int(round(float(side))) for side in box)
-        cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), mask_colour(number), 1, cv2.LINE_AA)
-    for truth in () if truths is None else truths:
-        edges, _ = cv2.findContours(truth.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, edges, -1, TRUTH_COLOUR, 1, cv2.LINE_AA)
-    return canvas
 
 
 def draw_objects(

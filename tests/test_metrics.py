@@ -1,6 +1,7 @@
 """Per-mask IoU: exact over ranks, and at the original resolution what stock SAM gives."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from samft.metrics import (
     MaskMean,
     PerMaskIoU,
     box_fill_ious,
-    original_masks_iou,
+    cropped_iou,
+    original_masks,
     upsampling_matrix,
 )
 from samft.sam import build_sam
@@ -96,6 +98,13 @@ def crop_of(mask: np.ndarray) -> CroppedMask:
 
 def iou_of(mask: np.ndarray, truth: np.ndarray) -> float:
     return (mask & truth).sum() / (mask | truth).sum()
+
+
+def original_masks_iou(
+    logits: torch.Tensor, truths: list[CroppedMask], **sizes: Any
+) -> torch.Tensor:
+    pairs = zip(original_masks(logits, **sizes), truths, strict=True)
+    return torch.tensor([cropped_iou(*pair) for pair in pairs], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(

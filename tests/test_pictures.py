@@ -10,7 +10,6 @@ from samft.pictures import (
     draw_objects,
     label_image,
     mask_colour,
-    overlay,
     read_png,
     row,
     stack,
@@ -21,12 +20,6 @@ from samft.targets import CroppedMask
 NO_BOXES = np.zeros((0, 4))
 
 
-def nearest_colour(pixels: np.ndarray) -> np.ndarray:
-    """Which of the first two masks' colours, or grey, each pixel is most like."""
-    options = np.array([mask_colour(0), mask_colour(1), (100, 100, 100)])
-    return np.abs(pixels[:, None].astype(int) - options).sum(2).argmin(1)
-
-
 def grey(height: int, width: int, value: int = 100) -> np.ndarray:
     return np.full((height, width, 3), value, np.uint8)
 
@@ -35,45 +28,6 @@ def test_colours_are_bright_and_neighbours_differ() -> None:
     colours = np.array([mask_colour(number) for number in range(20)])
     assert (colours.max(1) == 255).all()
     assert (np.abs(colours[1:] - colours[:-1]).sum(1) > 150).all()
-
-
-def test_a_mask_is_blended_and_the_rest_stays() -> None:
-    image = grey(6, 8)
-    masks = np.zeros((2, 6, 8), bool)
-    masks[0, 1:3, 2:4] = True
-    masks[1, 4, :] = True
-    drawn = overlay(image, masks, boxes=NO_BOXES)
-    for mask, number in zip(masks, range(2), strict=True):
-        expected = [int(0.45 * 100 + 0.55 * part) for part in mask_colour(number)]
-        assert (drawn[mask] == expected).all()
-    assert (drawn[~masks.any(0)] == 100).all()
-    assert (image == 100).all()  # the picture that was given stays as it was
-    assert drawn.dtype == np.uint8 and drawn.shape == image.shape
-
-
-def test_a_box_is_outlined_in_its_masks_colour() -> None:
-    masks = np.zeros((2, 12, 12), bool)
-    boxes = np.array([[0.0, 0, 12, 12], [3.2, 2.6, 8.4, 9.0]])
-    drawn = overlay(grey(12, 12), masks, boxes=boxes)
-    # Lines are drawn smoothly: nearly in their colour, and a trace of it beside them. The sides of
-    # the second box lie on the first and last pixels inside of 3, 3, 8, 9.
-    for lines, number in (((0, 11, 0, 11), 0), ((3, 8, 3, 7), 1)):
-        top, bottom, left, right = lines
-        for line in (drawn[top, left:right], drawn[bottom, left:right], drawn[top:bottom, right]):
-            assert (nearest_colour(line) == number).all()
-    assert (nearest_colour(drawn[5:7, 5]) == 2).all()
-    assert (nearest_colour(drawn[1, 2:10]) == 2).all()
-
-
-def test_a_truth_is_outlined_in_white_inside_and_out() -> None:
-    truth = np.zeros((1, 12, 12), bool)
-    truth[0, 2:10, 2:10] = True
-    drawn = overlay(grey(12, 12), truth[:0], boxes=NO_BOXES, truths=truth)
-    assert (drawn[[2, 9], 2:10] > 220).all() and (drawn[2:10, [2, 9]] > 220).all()
-    assert (drawn[4:8, 4:8] == 100).all() and (drawn[0] == 100).all()
-    truth[0, 5:7, 5:7] = False
-    holed = overlay(grey(12, 12), truth[:0], boxes=NO_BOXES, truths=truth)
-    assert (holed[4, 5:7] > 200).all()
 
 
 def test_a_row_aligns_tops_and_leaves_gaps() -> None:

@@ -1,6 +1,7 @@
 """Headless Chromium, driven over its DevTools protocol with the standard library alone."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -108,10 +109,9 @@ def chromium() -> Iterator[Tab]:
             command.append("--no-sandbox")
 
         def place() -> None:  # the protocol wants descriptors 3 and 4
-            high = [os.dup(one) for one in (ours[0], theirs[1])]
-            spare = [os.dup2(one, number + 20) for number, one in enumerate(high)]
-            for number, one in enumerate(spare):
-                os.dup2(one, number + 3)
+            high = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (ours[0], theirs[1])]
+            for number, one in enumerate(high, start=3):
+                os.dup2(one, number)
 
         process = subprocess.Popen(
             command,

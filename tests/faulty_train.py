@@ -65,6 +65,9 @@ def _ask_late(pid: int, number: int) -> Callable[[], None]:
 
 
 def _limit_files() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "saving":  # what came before is to be whole
+            thread.join()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
 

@@ -260,8 +260,9 @@ raise SystemExit(1)
         command,
         stdout=subprocess.PIPE,
         text=True,
-        # Tests that were started with nohup ignore it, and a shell cannot take that back.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        # Tests that were started with nohup, or with & in a script, ignore some signals, and a
+        # shell cannot take that back.
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from samft.comparison import compare
 from samft.score_sheet import MOST_CLASSES, sheet
-from samft.score_tables import summarise
-from test_comparison import objects
+from samft.score_tables import summarise, summarise_change
+from test_score_tables import rows_of as objects
 
 COCO = {"ap": 0.5, "ap50": 0.7, "ap75": 0.4, "ap_small": 0.1, "ap_medium": None, "ap_large": 1.0}
 
@@ -39,7 +38,7 @@ def test_one_model() -> None:
 def test_two_models_side_by_side() -> None:
     first, second = objects([0.25, 0.75]), objects([0.5, 0.25])
     other = one([0.5, 0.25], classes=[1, 2])
-    found = compare(first, second)
+    found = summarise_change(first, second)
     for row in found["most_improved"] + found["most_harmed"]:
         row |= {"category": "bird", "file_name": "x.jpg"}
     lines = sheet([one([0.25, 0.75], classes=[1, 2]), {**other, "comparison": found}], data="birds")

@@ -22,7 +22,7 @@ help:
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
 	@echo "make test     tests only; ARGS=... goes to pytest, JOBS=2 is how many at a time"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
-	@echo "make soak     half an hour of faults beside an undisturbed run, which must end equal"
+	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
 	@echo "make bench-step   measures the training step beside the plain recipe (15 minutes, 16 GB)"
 	@echo "make bench-scale  measures the constants of docs/scale.md and prints its tables"

@@ -18,6 +18,7 @@ from typing import Any
 
 from samft.checked_split import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
 from samft.coco_fix import write_mended
+from samft.command_line import CommandParser, user_path
 from samft.contact_sheets import write_sheets
 from samft.errors import ConfigError, DataError, run_command
 from samft.files import write_json
@@ -61,18 +62,13 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m samft.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("python -m samft.check", __doc__)
     add = parser.add_argument
-    add("--data_root", type=_path, metavar="DIR", help="dataset folder, as for samft.train")
+    add("--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train")
     add("--train_split", default=TRAIN, metavar="NAME", help="default train")
     add("--val_split", default=VAL, metavar="NAME", help="default val, or valid or validation")
-    add("--annotations", type=_path, metavar="FILE", help="check this file alone")
-    add("--images", type=_path, metavar="DIR", help="its images")
+    add("--annotations", type=user_path, metavar="FILE", help="check this file alone")
+    add("--images", type=user_path, metavar="DIR", help="its images")
     add("--image_size", type=int, default=1024, metavar="PX", help="model input; default 1024")
     add(
         "--on_bad_image",
@@ -80,9 +76,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="error",
         help="skip: missing and broken images are left out, and no errors; default error",
     )
-    add("--json", type=_path, metavar="FILE", help="write the report to this file too")
-    add("--fix", type=_path, metavar="DIR", help="write mended annotation files there")
-    add("--pictures", type=_path, metavar="DIR", help="write contact sheets of objects there")
+    add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
+    add("--fix", type=user_path, metavar="DIR", help="write mended annotation files there")
+    add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
     add("--debug", action="store_true", help="show tracebacks of user errors too")
     options = parser.parse_args(argv)
     if bool(options.annotations) != bool(options.images):
@@ -92,10 +88,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.image_size < 16 or options.image_size % 16:
         raise ConfigError(f"--image_size: {options.image_size} must be a multiple of 16.")
     return options
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _check(options: argparse.Namespace) -> dict[str, CheckedSplit]:

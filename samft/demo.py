@@ -5,7 +5,6 @@ with every form of annotation that COCO knows: polygons of one part and of many,
 uncompressed run lengths, a crowd, an image without objects.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from samft.command_line import CommandParser
 from samft.errors import ConfigError, DataError, run_command
 from samft.files import write_text
 from samft.plates import CATEGORIES, Outlined, paint_plate
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> Path:
     Raises:
         UserError: As `write_demo`.
     """
-    parser = argparse.ArgumentParser(prog="python -m samft.demo", description=__doc__)
+    parser = CommandParser("python -m samft.demo", __doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument(

@@ -12,9 +12,9 @@ first, object by object. Image size and resize mode are those that a checkpoint 
 import argparse
 import os
 import sys
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from samft.command_line import CommandParser, user_path
 from samft.errors import ConfigError, printable, run_command
 from samft.signals import die_with_parent
 
@@ -45,30 +45,20 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m samft.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `python -m samft.evaluate --help` lists every flag.")
-
-    parser.error = fail  # type: ignore[method-assign]
+    parser = CommandParser("python -m samft.evaluate", __doc__)
     add = parser.add_argument
     add(
         "--checkpoint",
-        type=_path,
+        type=user_path,
         nargs="+",
         required=True,
         metavar="FILE",
         help="ours (.ckpt) or Meta's (.pth); of several, each is compared with the first",
     )
-    add("--data_root", type=_path, metavar="DIR", help="dataset folder, as for samft.train")
+    add("--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train")
     add("--split", default="val", metavar="NAME", help="default val, or valid or validation")
-    add("--annotations", type=_path, metavar="FILE", help="this COCO file, over --data_root")
-    add("--images", type=_path, metavar="DIR", help="its images")
+    add("--annotations", type=user_path, metavar="FILE", help="this COCO file, over --data_root")
+    add("--images", type=user_path, metavar="DIR", help="its images")
     add("--category_names", metavar="A,B", help="these classes only")
     add(
         "--min_mask_area",
@@ -83,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default="error",
         help="skip: missing and broken images are left out and named; default error",
     )
-    add("--output", type=_path, metavar="FILE", help="write all numbers there as JSON")
+    add("--output", type=user_path, metavar="FILE", help="write all numbers there as JSON")
     add(
         "--ap_backend",
         choices=("pycocotools", "faster_coco_eval"),
@@ -97,10 +87,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     _check(options)
     return options
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _check(options: argparse.Namespace) -> None:

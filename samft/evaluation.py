@@ -26,7 +26,7 @@ from samft.prompts import centre_point, moved_boxes, points_to_input
 from samft.scores import ObjectScores, gather_scores
 from samft.targets import CroppedMask
 from samft.transforms import Frame
-from samft.validation import MASK_CHUNK
+from samft.validation import MASK_CHUNK, sizes_of
 
 JITTERS = {"jitter_5": 0.05, "jitter_10": 0.1, "jitter_20": 0.2}  # prompt -> share of the side
 OTHER_PROMPTS = (*JITTERS, "point")  # than the box as annotated
@@ -110,7 +110,7 @@ def evaluate_split(
 def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[EvaluatedObjects]:
     moved = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
-    sizes, image_size = _sizes(batch), model.sam.image_encoder.img_size
+    sizes, image_size = sizes_of(batch), model.sam.image_encoder.img_size
     frame = Frame(sizes["original_size"], sizes["input_size"], image_size)
 
     def masks_of(mask_logits: Tensor) -> Masks:
@@ -126,13 +126,6 @@ def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[
         by_prompt = zip(OTHER_PROMPTS, others.split(len(part)), strict=True)
         masks = {"box": masks_of(logits), **{name: masks_of(own) for name, own in by_prompt}}
         yield score_masks(batch, masks, iou_predicted.cpu(), part=part)
-
-
-def _sizes(batch: Batch) -> dict[str, tuple[int, int]]:
-    (height, width), (input_height, input_width) = (
-        sizes[0].tolist() for sizes in (batch.original_sizes, batch.input_sizes)
-    )
-    return {"original_size": (height, width), "input_size": (input_height, input_width)}
 
 
 def _other_prompts(batch: Batch, part: Tensor, *, frame: Frame, seed: int) -> tuple[Tensor, Tensor]:
@@ -161,7 +154,7 @@ def score_masks(
         m rows.
     """
     truths = [batch.truths[k] for k in part.tolist()]
-    sizes = _sizes(batch)
+    sizes = sizes_of(batch)
     size = sizes["original_size"]
     by_box = list(masks["box"])
     others = {

@@ -12,8 +12,9 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from samft.command_line import CommandParser, user_path
 from samft.errors import CheckpointError, ConfigError, DataError, paragraph, run_command
 from samft.extras import EXTRAS, require_extra
 
@@ -79,26 +80,29 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m samft.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `{parser.prog} --help` lists every flag.")
-
-    parser.error = fail  # type: ignore[method-assign]
+    parser = CommandParser("python -m samft.export", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=_path, required=True, metavar="FILE", help="a .ckpt or .pth of SAM")
+    add(
+        "--checkpoint", type=user_path, required=True, metavar="FILE", help="a .ckpt or .pth of SAM"
+    )
     add("--format", choices=FORMATS, required=True, help="what to write")
-    add("--output", type=_path, required=True, metavar="PATH", help="the file or folder to write")
+    add(
+        "--output",
+        type=user_path,
+        required=True,
+        metavar="PATH",
+        help="the file or folder to write",
+    )
     add("--force", action="store_true", help="replace what an earlier export left there")
-    add("--image", type=_path, metavar="FILE", help="a picture of yours to compare answers for too")
+    add(
+        "--image",
+        type=user_path,
+        metavar="FILE",
+        help="a picture of yours to compare answers for too",
+    )
     add(
         "--base",
-        type=_path,
+        type=user_path,
         metavar="FILE",
         help="the checkpoint before tuning, for automatic masks; default: what the sidecar names",
     )
@@ -106,10 +110,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--opset", type=int, default=OPSET, choices=OPSETS, metavar="N", help=opsets)
     add("--debug", action="store_true", help="show tracebacks of user errors too")
     return parser.parse_args(argv)
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _check_inputs(options: argparse.Namespace) -> None:

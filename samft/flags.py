@@ -8,11 +8,12 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from samft.command_line import CommandParser
 from samft.errors import ConfigError
 
 
@@ -129,17 +130,7 @@ def _argument_parser(
     fields: Iterable[dataclasses.Field[Any]], *, prog: str, description: str
 ) -> argparse.ArgumentParser:
     # Values stay text and absent flags stay absent: what they mean is decided in merging.
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-
-    def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `{prog} --help` lists every flag.")
-
-    parser.error = fail  # type: ignore[method-assign]
+    parser = CommandParser(prog, description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the fields below")
     for field in fields:
         choices, default = field.metadata["choices"], field.default

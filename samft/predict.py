@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
 from samft.box_sources import find_task
+from samft.command_line import CommandParser, user_path
 from samft.errors import CheckpointError, ConfigError, DataError, printable, run_command
 from samft.files import make_writable, replacing, sole_use
 from samft.prediction_task import Task
@@ -78,17 +79,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m samft.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def fail(message: str) -> NoReturn:
-        raise ConfigError(f"{message}. `python -m samft.predict --help` lists every flag.")
-
-    parser.error = fail  # type: ignore[method-assign]
+    parser = CommandParser("python -m samft.predict", __doc__)
     _add_flags(parser.add_argument)
     options = parser.parse_args(argv)
     _check(options)
@@ -96,18 +87,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _add_flags(add: Callable[..., Any]) -> None:
-    add("--checkpoint", type=_path, required=True, metavar="FILE", help="a .ckpt or .pth of SAM")
-    add("--output_dir", type=_path, required=True, metavar="DIR", help="what is written goes there")
+    add(
+        "--checkpoint", type=user_path, required=True, metavar="FILE", help="a .ckpt or .pth of SAM"
+    )
+    add(
+        "--output_dir",
+        type=user_path,
+        required=True,
+        metavar="DIR",
+        help="what is written goes there",
+    )
     add(
         "--images",
-        type=_path,
+        type=user_path,
         required=True,
         nargs="+",
         metavar="PATH",
         help="files and folders; with --annotations the one folder that its names are relative to",
     )
-    add("--annotations", type=_path, metavar="FILE", help="COCO file that lists the images")
-    add("--boxes", type=_path, metavar="FILE", help="a detector's COCO results for these images")
+    add("--annotations", type=user_path, metavar="FILE", help="COCO file that lists the images")
+    add(
+        "--boxes", type=user_path, metavar="FILE", help="a detector's COCO results for these images"
+    )
     add("--min_score", type=float, default=0.0, metavar="S", help="leave out lower --boxes")
     add(
         "--box",
@@ -139,10 +140,6 @@ def _add_flags(add: Callable[..., Any]) -> None:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="off", help="default off")
     add("--debug", action="store_true", help="show tracebacks of user errors too")
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _box(text: str) -> list[float]:

@@ -176,8 +176,11 @@ def encode_cropped(
     Returns:
         `size` [H, W], and `counts` as text, which JSON can hold.
     """
-    edges = np.diff(np.pad(mask, ((1, 1), (0, 0))).astype(np.int8), axis=0).T
-    columns, rows = np.nonzero(edges)
+    num_rows, num_columns = mask.shape
+    # Column after column, with an empty pixel before the first and below each.
+    flat = np.zeros(1 + num_columns * (num_rows + 1), dtype=bool)
+    flat[1:].reshape(num_columns, num_rows + 1)[:, :num_rows] = mask.T
+    columns, rows = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), num_rows + 1)
     positions = (left + columns) * height + top + rows
     # A run that goes on at the top of the next column is one run.
     joins = np.flatnonzero((positions[1:] == positions[:-1]) & (columns[1:] != columns[:-1]))

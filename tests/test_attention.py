@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,6 +76,8 @@ def check_same(ours: nn.Module, stock: nn.Module, x: Tensor, *, output: float, g
     assert errors.pop("output") < output
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < grad, worst
+    with torch.no_grad():  # another way, where a CPU attends over the whole map
+        assert relative_error(ours(x), theirs["output"]) < output
 
 
 # Windows are 8 tokens, 128 px, wide: smaller maps than a window, whole windows, maps that stick out
@@ -190,13 +193,42 @@ def test_no_tensor_of_all_pairs_is_made_or_kept() -> None:
             encoder(images).sum().backward()
         assert (max(saved) < pairs) is under
         assert (made.num_elements < pairs) is under
+        with LargestTensor() as made, torch.no_grad():
+            encoder(images)
+        assert (made.num_elements < pairs) is under
+
+
+def test_positions_are_a_mask_in_pieces_where_no_gradient_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks: list[list[int]] = []
+    kernel: Any = F.scaled_dot_product_attention
+
+    def noted(*args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        masks.append([*attn_mask.shape] if attn_mask is not None else [])
+        return kernel(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    block = stock_block(24, 2, size=(12, 9), window_size=0)
+    block.__class__ = FastBlock
+    x = torch.randn(3, 12, 9, 24, dtype=torch.float64)
+    block(x)
+    assert masks == [[]]
+    masks.clear()
+    monkeypatch.setattr("samft.attention._MASK_VALUES", 5 * 3 * 2 * 9 * (12 * 9))
+    with torch.no_grad():
+        block(x)
+    assert masks == [[3, 2, rows * 9, 12 * 9] for rows in (5, 5, 2)]
 
 
 @pytest.mark.parametrize("image_size", [80, 192])
 def test_a_fused_kernel_takes_it(image_size: int) -> None:
     stock = stock_encoder(image_size, torch.float32)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it does not
-        answer(fast_copy(stock), torch.randn(1, 3, image_size, image_size))
+        images = torch.randn(1, 3, image_size, image_size)
+        answer(fast_copy(stock), images)
+        with torch.no_grad():
+            fast_copy(stock)(images)
 
 
 @pytest.mark.parametrize("image_size", [80, 144, 192])

@@ -97,6 +97,8 @@ class Ending:
         data = ["--annotations", str(annotations), "--images", str(images)]
         if config.data_root is not None and getattr(config, f"{role}_annotations") is None:
             data = ["--data_root", config.data_root, "--split", getattr(config, f"{role}_split")]
+        if role == "train":
+            data += ["--val_fraction", str(config.val_fraction)]
         for name in _CHOICES:  # or the score would be of other objects
             if getattr(config, name) != getattr(TrainConfig(), name):
                 data += [f"--{name}", str(getattr(config, name))]

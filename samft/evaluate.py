@@ -59,6 +59,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--split", default="val", metavar="NAME", help="default val, or valid or validation")
     add("--annotations", type=user_path, metavar="FILE", help="this COCO file, over --data_root")
     add("--images", type=user_path, metavar="DIR", help="its images")
+    add(
+        "--val_fraction",
+        type=float,
+        metavar="F",
+        help="only the images that samft.train holds out of this split with the same F",
+    )
     add("--category_names", metavar="A,B", help="these classes only")
     add(
         "--min_mask_area",
@@ -96,6 +102,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             "nothing to evaluate on: give --data_root, or --annotations and --images."
         )
+    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
+        raise ConfigError(f"--val_fraction: {options.val_fraction} must lie between 0 and 1.")
     if options.num_workers < 0:
         raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
     for path in options.checkpoint:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import samft
 from samft import distributed, whereabouts
 from samft.assemble import together
-from samft.coco import CocoIndex, read_coco
+from samft.coco import CocoIndex, read_coco, split_by_hash
 from samft.coco_ap import (
     average_precision,
     categories_of,
@@ -83,10 +83,11 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
     if distributed.is_main():
         data = {"data_root": options.data_root, "split": options.split}
         data |= {"annotations": options.annotations, "images_folder": options.images}
+        named = {key: None if value is None else str(value) for key, value in data.items()}
         report = {
             **evaluations[0],
             "others": evaluations[1:],
-            "data": {key: None if value is None else str(value) for key, value in data.items()},
+            "data": {**named, "val_fraction": options.val_fraction},
             "seed": options.seed,
             "samft_version": samft.__version__,
             "torch_version": torch.__version__,
@@ -101,9 +102,12 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
 
 
 def _name_data(options: argparse.Namespace) -> str:
-    if options.annotations:
-        return str(options.annotations)
-    return f"{options.data_root.resolve().name} {options.split}"
+    name = f"{options.annotations}"
+    if not options.annotations:
+        name = f"{options.data_root.resolve().name} {options.split}"
+    if options.val_fraction is not None:
+        name += f", held out {options.val_fraction:g}"
+    return name
 
 
 def _prepare(options: argparse.Namespace) -> CocoIndex:
@@ -123,6 +127,8 @@ def _prepare(options: argparse.Namespace) -> CocoIndex:
         min_mask_area=options.min_mask_area,
     )
     skipped = ", ".join(f"{code} {number:,}" for code, number in index.counts.items())
+    if options.val_fraction is not None:
+        _, index = split_by_hash(index, options.val_fraction)
     LOGGER.info(
         "%s: %d images, %d masks%s",
         annotations,

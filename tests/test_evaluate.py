@@ -4,6 +4,8 @@ import contextlib
 import csv
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -170,6 +172,21 @@ def test_some_of_the_objects(data: Path, trained: Path) -> None:
     assert evaluate_here([*words(data, path), *named])["masks"] == whole["masks"]
 
 
+def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
+    one_split = tmp_path / "data"
+    shutil.copytree(data / "train", one_split / "train")
+    folder = tmp_path / "run"
+    train_here(arguments(one_split, folder, steps=2, metrics_interval=2, val_fraction=0.3))
+    printed = re.search("python -m samft.evaluate (.*)", (folder / "train.log").read_text())
+    assert printed
+    argv = [*shlex.split(printed[1]), "--num_workers", "0", "--device", "cpu"]
+    found = evaluate_here(argv)
+    assert (found["images"], found["data"]["val_fraction"]) == (4, 0.3)  # of 13
+    (best,) = best_files(folder)
+    logged = {line["step"]: line["per_mask_iou"] for line in read_metrics(folder, "val")}
+    assert found["per_mask_iou"] == pytest.approx(logged[int(best.name.split("-")[0])], abs=1e-6)
+
+
 def copy_without(data: Path, folder: Path, name: str) -> Path:
     shutil.copytree(data, folder)
     (folder / "val" / name).unlink()
@@ -198,6 +215,7 @@ def test_missing_images_are_refused_or_left_out(
         (["--min_mask_area", "1e9"], "no object is left"),
         (["--annotations", "a.json"], "go together"),
         (["--num_workers", "-1"], "must be at least 0"),
+        (["--val_fraction", "1"], "must lie between 0 and 1"),
         (["--min_mask_area", "many"], "--help"),
         (["--splitt", "val"], "--help"),
         (["--output", str(PACKAGED_TINY)], "choose another name"),

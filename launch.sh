@@ -196,22 +196,26 @@ set_environment() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 }
 
+note_stop() {
+    STOPPED=${STOPPED:-$(date +%s.%N)}
+}
+
 # Runs the command, passes signals on to it, waits until it has ended, and sets CODE. Job control
 # (set -m) gives it a process group of its own: Ctrl-C reaches it once, from here, and not ignored.
-# STOPPED says whether there was a signal.
+# STOPPED is when the first signal came, in seconds since 1970; empty without one.
 run_and_wait() {
     local child signal
-    STOPPED=false
+    STOPPED=
     set -m
     "$@" &
     child=$!
     for signal in TERM INT USR1 USR2; do
         # shellcheck disable=SC2064  # the child's number is meant as it is now
-        trap "STOPPED=true; kill -$signal $child 2>/dev/null || true" "$signal"
+        trap "note_stop; kill -$signal $child 2>/dev/null || true" "$signal"
     done
     # A closed terminal is no reason to lose the work.
     # shellcheck disable=SC2064
-    trap "STOPPED=true; kill -TERM $child 2>/dev/null || true" HUP QUIT
+    trap "note_stop; kill -TERM $child 2>/dev/null || true" HUP QUIT
     # A signal ends `wait` early, with the command still running.
     while :; do
         CODE=0
@@ -239,13 +243,18 @@ exit_code() {
     local python=$1 status_file=$2 code=$3
     [[ -s $status_file ]] || {
         # Stopped before the run had begun: there is nothing to save.
-        if $STOPPED; then echo 75; else echo "$code"; fi
+        if [[ -n $STOPPED ]]; then echo 75; else echo "$code"; fi
         return
     }
-    "$python" - "$status_file" "$code" <<'PYTHON'
-import json, sys
+    "$python" - "$status_file" "$code" "$STOPPED" <<'PYTHON'
+import json, os, sys
 status, torchrun_code = json.load(open(sys.argv[1])), int(sys.argv[2])
+stopped_at = float(sys.argv[3] or "inf")
 code = status.get("exit_code")
+if code == 1 and os.path.getmtime(sys.argv[1]) < stopped_at:
+    # It had failed before the signal, and torchrun was about to start it again: as any stop.
+    code = 75
+    print("launch.sh: stopped after a failure, before the run was started again", file=sys.stderr)
 if code is None or status.get("state") == "running":  # killed on the way
     code = torchrun_code or 1
 elif torchrun_code and status.get("reason"):  # said before, but torchrun's own words hide it

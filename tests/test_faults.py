@@ -192,6 +192,29 @@ def test_a_stop_of_launch_sh_is_75_and_resumes_exactly(undisturbed, data, tmp_pa
     check_equal(folder, expected)
 
 
+def test_a_stop_between_a_failure_and_the_next_start_is_75(undisturbed, data, tmp_path):
+    folder, python = tmp_path / "run", faulty_python(tmp_path / "python")
+    argv = run_arguments(data, folder, hang_timeout=5)
+    hang = {"do": "hang", "where": "forward", "at": 9, "rank": 1}
+    settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path)}
+    with started(launch(argv, python), hang, **settings) as process:
+        output = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            output += line
+            if "error: process 1 does not answer" in line:
+                break
+        time.sleep(1)  # torchrun now waits for the process that hangs
+        process.send_signal(signal.SIGTERM)
+        output += process.communicate(timeout=90)[0]
+    assert process.returncode == 75, output
+    assert "stopped after a failure" in output
+    assert not left_after(folder)
+    ended = run(launch(run_arguments(data, folder), python), **settings)
+    assert ended.code == 0, ended.output
+    check_equal(folder, undisturbed(2))
+
+
 def wait_for_line(folder: Path, words: str, *, seconds: float = 90) -> None:
     """Returns when train.log has a line with these words."""
     deadline, log = time.monotonic() + seconds, folder / "train.log"

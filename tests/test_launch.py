@@ -226,6 +226,26 @@ def test_stopped_before_the_run_begins_is_75(launcher: Launcher, tmp_path: Path)
     assert ended.returncode == 75, ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("failed", "stop_first", "code"),
+    [
+        (1, False, 75),  # torchrun was about to start it again
+        (2, False, 2),  # which it does not then
+        (1, True, 1),  # it failed to stop in good order: a full disk, say
+    ],
+)
+def test_stopped_after_a_failure(
+    launcher: Launcher, tmp_path: Path, failed: int, stop_first: bool, code: int
+) -> None:
+    fail = write_status(state="failed", exit_code=failed, reason="a hang")
+    stop = 'kill -TERM "$PPID"\n'
+    lines = ["trap '' TERM\n", stop, "sleep 0.5\n", fail] if stop_first else [fail, stop]
+    python = fake_python(tmp_path / "python", "".join([*lines, "sleep 0.5; exit 1"]))
+    ended = launcher.run(*RUN, SAMFT_PYTHON=python)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stderr.splitlines()[-1] == "launch.sh: a hang"
+
+
 def test_reason_is_the_last_word(launcher: Launcher, tmp_path: Path) -> None:
     status = write_status(state="failed", exit_code=2, reason="there is no such folder")
     python = fake_python(tmp_path / "python", status + "echo noise >&2; exit 1")

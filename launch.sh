@@ -249,7 +249,7 @@ exit_code() {
     "$python" - "$status_file" "$code" "$STOPPED" <<'PYTHON'
 import json, os, sys
 status, torchrun_code = json.load(open(sys.argv[1])), int(sys.argv[2])
-stopped_at = float(sys.argv[3] or "inf")
+stopped_at = float(sys.argv[3] or "-inf")
 code = status.get("exit_code")
 if code == 1 and os.path.getmtime(sys.argv[1]) < stopped_at:
     # It had failed before the signal, and torchrun was about to start it again: as any stop.

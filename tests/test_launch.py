@@ -202,6 +202,7 @@ def write_status(**status: object) -> str:
     ("torchrun", "code"),
     [
         (write_status(state="done", exit_code=0) + "exit 0", 0),
+        (write_status(state="failed", exit_code=1) + "exit 1", 1),
         (write_status(state="failed", exit_code=2) + "exit 1", 2),
         (write_status(state="preempted", exit_code=75) + "exit 1", 75),
         (write_status(state="done", exit_code=0) + "exit 9", 9),

@@ -37,6 +37,9 @@ from short_runs import command_here, largest_difference, read_metrics, write_dat
 
 pytestmark = pytest.mark.chaos
 
+# For so many seconds torchrun waits for a process that hangs, before it kills it.
+IMPATIENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "4"}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -163,6 +166,7 @@ def test_a_stop_under_torchrun_saves_and_resumes_exactly(undisturbed, data, tmp_
     argv = run_arguments(data, folder, num_workers=int(moment == "every process"))
     ended = run(torchrun(argv, processes=2), STOPS[moment], SAMFT_TEST_CODES=str(codes))
     assert ended.code != 0
+    assert ended.output.count("stopped: ") == 1 and "[rank 1]" not in ended.output
     assert {int(file.read_text()) for file in codes.iterdir()} == {75}, ended.output
     status = status_of(folder)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
@@ -196,7 +200,7 @@ def test_a_stop_between_a_failure_and_the_next_start_is_75(undisturbed, data, tm
     folder, python = tmp_path / "run", faulty_python(tmp_path / "python")
     argv = run_arguments(data, folder, hang_timeout=5)
     hang = {"do": "hang", "where": "forward", "at": 9, "rank": 1}
-    settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path)}
+    settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path), **IMPATIENT}
     with started(launch(argv, python), hang, **settings) as process:
         output = ""
         assert process.stdout is not None
@@ -349,7 +353,7 @@ def test_stopped_twice_in_an_epoch_no_image_is_repeated_or_left_out(undisturbed,
 # Numbers
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_one_ranks_nan_skips_the_step_on_all(data, tmp_path, amp):
     options = {"amp": amp, "accumulate_steps": 2, "clip_grad_norm": 0.5, "steps": 8}
     argv = run_arguments(data, tmp_path, **options)
@@ -489,7 +493,7 @@ def test_a_rank_that_fails_ends_all_and_is_named(data, tmp_path, where, at, rank
 def test_a_rank_that_hangs_is_named_with_its_step_and_image(data, tmp_path):
     folder, python = tmp_path / "run", faulty_python(tmp_path / "python")
     fault = {"do": "hang", "where": "forward", "at": 9, "rank": 1}
-    settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path), "MAX_RESTARTS": "0"}
+    settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path), "MAX_RESTARTS": "0", **IMPATIENT}
     argv = run_arguments(data, folder, hang_timeout=5)
     ended = run(launch(argv, python), fault, **settings)
     words = ("process 1 does not answer", "at step", "training on images")

@@ -222,7 +222,7 @@ def test_exit_code(launcher: Launcher, tmp_path: Path, torchrun: str, code: int)
 
 
 def test_stopped_before_the_run_begins_is_75(launcher: Launcher, tmp_path: Path) -> None:
-    python = fake_python(tmp_path / "python", 'kill -TERM "$PPID"; sleep 60')
+    python = fake_python(tmp_path / "python", 'kill -TERM "$PPID"; exec sleep 60')
     ended = launcher.run(*RUN, SAMFT_PYTHON=python)
     assert ended.returncode == 75, ended.stderr
 

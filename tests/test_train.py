@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from coco_files import write_coco
-from gloo_pool import GlooPool
 from samft import assemble
 from samft.errors import DataError
 from samft.train import exit_code_for_launcher, main
@@ -41,10 +40,9 @@ def read_status(folder: Path) -> dict[str, Any]:
 # Stopped by a signal
 
 
-def stop_when_trained(argv: list[str], folder: Path, *, processes: int) -> tuple[int, str]:
+def stop_when_trained(argv: list[str], folder: Path) -> tuple[int, str]:
     """Starts the command, sends SIGTERM after its first train line; exit code and stderr."""
-    words = command_line(argv, processes=processes)
-    environment = clean_environment()
+    words, environment = command_line(argv), clean_environment()
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + COMMAND_SECONDS
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -64,7 +62,7 @@ MANY = {"steps": 100_000, "lr_schedule": "constant", "warmup_steps": 0, "num_wor
 
 def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
-    code, stderr = stop_when_trained(arguments(data, stopped, **MANY), stopped, processes=1)
+    code, stderr = stop_when_trained(arguments(data, stopped, **MANY), stopped)
     assert code == 75
     assert stderr.splitlines()[-1].startswith("stopped: SIGTERM: saved after step ")
     status = read_status(stopped)
@@ -79,22 +77,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
         assert [line["step"] for line in lines] == [line["step"] for line in expected]
         losses = [line["loss"] for line in lines]
         assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-6)
-
-
-def test_sigterm_to_torchrun_saves_and_two_processes_go_on(gloo2: GlooPool, data, tmp_path):
-    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
-    many = {**MANY, "batch_size": 1, "num_workers": 0}
-    code, stderr = stop_when_trained(arguments(data, stopped, **many), stopped, processes=2)
-    assert code != 0  # torchrun has its own
-    assert stderr.count("stopped: ") == 1 and "[rank 1]" not in stderr
-    status = read_status(stopped)
-    assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    changes = {**many, "steps": status["step"] + 3}
-    for folder in (stopped, straight):
-        assert gloo2.run(command_here, arguments(data, folder, **changes)) == [0, 0]
-    assert largest_difference(stopped, straight) < 1e-6
-    keys = [(line["step"], line["split"]) for line in read_metrics(stopped)]
-    assert keys == [(line["step"], line["split"]) for line in read_metrics(straight)]
 
 
 # Bad input

@@ -61,6 +61,7 @@ smoke: $(INSTALLED)
 	cat "$$folder/run/summary.json"
 
 soak: $(INSTALLED)
+	SAMFT_SLOW=1 $(BIN)/python -m pytest tests/test_faults.py -k all_killed_at_once
 	$(BIN)/python tests/soak.py --minutes 30
 
 bench: $(INSTALLED)

@@ -196,16 +196,18 @@ set_environment() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 }
 
+# Notes that there was a signal, and at the first one what the run had said of itself until then.
 note_stop() {
-    STOPPED=${STOPPED:-$(date +%s.%N)}
+    $STOPPED || SAID_BEFORE=$(cat "$SAMFT_STATUS_FILE" || true)
+    STOPPED=true
 }
 
 # Runs the command, passes signals on to it, waits until it has ended, and sets CODE. Job control
 # (set -m) gives it a process group of its own: Ctrl-C reaches it once, from here, and not ignored.
-# STOPPED is when the first signal came, in seconds since 1970; empty without one.
+# STOPPED says whether there was a signal.
 run_and_wait() {
     local child signal
-    STOPPED=
+    STOPPED=false SAID_BEFORE=
     set -m
     "$@" &
     child=$!
@@ -243,15 +245,15 @@ exit_code() {
     local python=$1 status_file=$2 code=$3
     [[ -s $status_file ]] || {
         # Stopped before the run had begun: there is nothing to save.
-        if [[ -n $STOPPED ]]; then echo 75; else echo "$code"; fi
+        if $STOPPED; then echo 75; else echo "$code"; fi
         return
     }
-    "$python" - "$status_file" "$code" "$STOPPED" <<'PYTHON'
-import json, os, sys
-status, torchrun_code = json.load(open(sys.argv[1])), int(sys.argv[2])
-stopped_at = float(sys.argv[3] or "-inf")
+    "$python" - "$status_file" "$code" "$SAID_BEFORE" <<'PYTHON'
+import json, sys
+text, torchrun_code, said_before = open(sys.argv[1]).read(), int(sys.argv[2]), sys.argv[3]
+status = json.loads(text)
 code = status.get("exit_code")
-if code == 1 and os.path.getmtime(sys.argv[1]) < stopped_at:
+if code == 1 and text.strip() == said_before.strip():
     # It had failed before the signal, and torchrun was about to start it again: as any stop.
     code = 75
     print("launch.sh: stopped after a failure, before the run was started again", file=sys.stderr)

@@ -110,6 +110,12 @@ def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
     window = (window_size, window_size) if window_size else (height, width)
     q, k, v = _windows(attn, x, window)
     vectors = _by_position(attn.rel_pos_h, window[0]), _by_position(attn.rel_pos_w, window[1])
+    if not window_size and _mask_pays(q, vectors):
+        y = _attend_by_rows(*(t[:, 0, 0] for t in (q, k, v)), vectors=vectors, scale=attn.scale)
+        return attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3))
+    # Divided by s, which the kernel multiplies all by: one product less of the size of q.
+    vectors = vectors[0] / attn.scale, vectors[1] / attn.scale
+    k, v = _extended_keys(k, v)
 
     # Where most of a map is padding, queries are made of its tokens only, which takes one call for
     # each shape of their part of a window. Otherwise those calls cost more than they save.
@@ -118,9 +124,9 @@ def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
     for rows, h in _spans(height, window[0], apart=apart):
         pieces = []
         for columns, w in _spans(width, window[1], apart=apart):
-            own = (slice(None), rows, columns)
-            queries = q[own][..., :h, :w, :]
-            y = _attend(queries, k[own], v[own], vectors=vectors, scale=attn.scale)
+            queries, keys = q[:, rows, columns, :, :h, :w], k[:, rows, columns]
+            values = v[:, rows, columns]
+            y = _attend(queries, keys, values, vectors=vectors, scale=attn.scale)
             pieces.append(y.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2))
         bands.append(torch.cat(pieces, dim=2))
     return attn.proj(torch.cat(bands, dim=1)[:, :height, :width].contiguous())
@@ -160,64 +166,69 @@ def _attend(
     Args:
         q: float [B, rows, columns, heads, h', w', d]: the queries of the first h' rows and w'
             columns of each window.
-        k: float [B, rows, columns, heads, h, w, d].
+        k: float [B, rows, columns, heads, h w, d + h + w, and zeros].
         v: As `k`.
-        vectors: R_h and R_w, see `_by_position`.
+        vectors: R_h / s and R_w / s, see `_by_position`.
         scale: s, the factor of q . k.
 
     Returns:
         As `q`.
     """
-    as_mask = _positions_as_mask(q, k, vectors)
-    if not as_mask:  # Divided by s, which the kernel multiplies all by.
-        vectors = vectors[0] / scale, vectors[1] / scale
-    # With the rows in front, both products below are batches of matrices that need no other copy.
-    q_by_row = q.movedim(-3, 0).contiguous()
-    to_rows = torch.einsum("h...wd,hdr->h...wr", q_by_row, vectors[0][: q.shape[-3]])
-    to_columns = torch.einsum("h...wd,wdc->h...wc", q_by_row, vectors[1][: q.shape[-2]])
-    to_rows, to_columns = to_rows.movedim(0, -3), to_columns.movedim(0, -3)
-    if as_mask:
-        return _attend_by_rows(q, k, v, to_rows, to_columns, scale=scale)
-    k, v = _extended_keys(k, v)
-    queries = _extended(q, to_rows, to_columns)
     y = F.scaled_dot_product_attention(
-        queries.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2), scale=scale
+        _extended(q, *_to_positions(q, vectors)).flatten(0, 2),
+        k.flatten(0, 2),
+        v.flatten(0, 2),
+        scale=scale,
     )
     return y[..., : q.shape[-1]].reshape(q.shape)
 
 
-def _positions_as_mask(q: Tensor, k: Tensor, vectors: tuple[Tensor, Tensor]) -> bool:
-    """Whether a mask in pieces is faster than extended vectors; see the top."""
+def _mask_pays(q: Tensor, vectors: tuple[Tensor, Tensor]) -> bool:
+    """Whether positions are better a mask than components more; see the top."""
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *vectors))
-    is_whole_map = k.shape[1:3] == (1, 1)
-    extends_much = sum(k.shape[-3:-1]) > k.shape[-1]
-    return q.device.type == "cpu" and not has_gradient and is_whole_map and extends_much
+    height, width, num_channels = q.shape[-3:]
+    return q.device.type == "cpu" and not has_gradient and height + width > num_channels
 
 
 def _attend_by_rows(
-    q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, vectors: tuple[Tensor, Tensor], scale: float
 ) -> Tensor:
-    """As `_attend`, with positions as a mask, of a few rows of queries at a time.
+    """As `_attend` over a whole map, with positions as the mask of a few rows of queries at a time.
 
     Args:
-        q: As there.
-        k: As there.
-        v: As there.
-        to_rows: float [B, rows, columns, heads, h', w', h]: u of each query.
-        to_columns: float [B, rows, columns, heads, h', w', w]: w of each query.
-        scale: As there.
+        q: float [B, heads, H, W, d].
+        k: float [B, heads, H, W, d].
+        v: float [B, heads, H, W, d].
+        vectors: R_h and R_w, see `_by_position`.
+        scale: s, the factor of q . k.
+
+    Returns:
+        float [B, heads, H, W, d].
     """
-    keys, values = (x.flatten(-3, -2).flatten(0, 2) for x in (k, v))
-    values_a_row = math.prod(keys.shape[:3]) * q.shape[-2]
-    rows_at_once = max(_MASK_VALUES // values_a_row, 1)
-    parts = [x.flatten(0, 2).split(rows_at_once, -3) for x in (q, to_rows, to_columns)]
+    keys, values = k.flatten(2, 3), v.flatten(2, 3)
+    rows_at_once = max(_MASK_VALUES // (math.prod(keys.shape[:3]) * q.shape[3]), 1)
+    parts = (x.split(rows_at_once, 2) for x in (q, *_to_positions(q, vectors)))
     done = []
-    for queries, u, w in zip(*parts, strict=True):
-        mask = (u[..., :, None] + w[..., None, :]).flatten(-2).flatten(-3, -2)
-        queries = queries.flatten(-3, -2)
-        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    for queries, to_rows, to_columns in zip(*parts, strict=True):
+        mask = to_rows[..., :, None] + to_columns[..., None, :]
+        y = F.scaled_dot_product_attention(
+            queries.flatten(2, 3),
+            keys,
+            values,
+            attn_mask=mask.flatten(4).flatten(2, 3),
+            scale=scale,
+        )
         done.append(y)
-    return torch.cat(done, -2).reshape(q.shape)
+    return torch.cat(done, 2).reshape(q.shape)
+
+
+def _to_positions(q: Tensor, vectors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The u and w of queries [..., h', w', d]: [..., h', w', h] and [..., h', w', w]."""
+    # With the rows in front, both products are batches of matrices that need no other copy.
+    q_by_row = q.movedim(-3, 0).contiguous()
+    to_rows = torch.einsum("h...wd,hdr->h...wr", q_by_row, vectors[0][: q.shape[-3]])
+    to_columns = torch.einsum("h...wd,wdc->h...wc", q_by_row, vectors[1][: q.shape[-2]])
+    return to_rows.movedim(0, -3), to_columns.movedim(0, -3)
 
 
 def _extended_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ class _Plot:
         )
 
     def draw(self, content: str, *, title: str) -> str:
+        """The whole chart as SVG, `content` being what `path` and `dots` have drawn."""
         low, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
         parts = [
             f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{self.y(v)}" y2="{self.y(v)}"/>'

@@ -183,7 +183,8 @@ class Trainer:
         """Mean losses and IoU over the masks since the last call, and rates. Collective.
 
         Returns:
-            `LOSS_NAMES`, `lr` of the last step, `images_per_second`, `masks_per_second`.
+            `LOSS_NAMES`, `lr` of the last step, `images_per_second`, `masks_per_second`, and
+            `peak_memory_gib`.
         """
         *sums, masks, images = all_reduce_sum(self.window.cpu()).tolist()
         seconds = max(self.progress.window_seconds, 1e-9)

@@ -102,12 +102,10 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
 
 
 def _name_data(options: argparse.Namespace) -> str:
-    name = f"{options.annotations}"
-    if not options.annotations:
-        name = f"{options.data_root.resolve().name} {options.split}"
-    if options.val_fraction is not None:
-        name += f", held out {options.val_fraction:g}"
-    return name
+    held_out = "" if options.val_fraction is None else f", held out {options.val_fraction:g}"
+    if options.annotations:
+        return f"{options.annotations}{held_out}"
+    return f"{options.data_root.resolve().name} {options.split}{held_out}"
 
 
 def _prepare(options: argparse.Namespace) -> CocoIndex:

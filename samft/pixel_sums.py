@@ -108,6 +108,11 @@ def pixel_sums(mask_logits: Tensor, targets: Tensor, sides: Tensor, *, full: flo
 
 
 class _PixelSums(torch.autograd.Function):
+    """As `pixel_sums`, with the gradient of the first three sums, made again from the logits.
+
+    No pixel's loss or probability is kept: backward goes through the same parts as forward.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, sides: Tensor, full: float) -> Any:
         ctx.save_for_backward(logits, targets, sides)

@@ -196,33 +196,40 @@ set_environment() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 }
 
-# Notes that there was a signal, and at the first one what the run had said of itself until then.
-note_stop() {
+# Passes a signal on to CHILD, or keeps it until there is one; notes at the first what the run had
+# said of itself until then.
+pass_on() {
     $STOPPED || SAID_BEFORE=$(cat "$SAMFT_STATUS_FILE" || true)
     STOPPED=true
+    if [[ -z $CHILD ]]; then
+        PENDING=$1
+    else
+        kill -"$1" "$CHILD" 2>/dev/null || true
+    fi
 }
 
 # Runs the command, passes signals on to it, waits until it has ended, and sets CODE. Job control
 # (set -m) gives it a process group of its own: Ctrl-C reaches it once, from here, and not ignored.
 # STOPPED says whether there was a signal.
 run_and_wait() {
-    local child signal
-    STOPPED=false SAID_BEFORE=
-    set -m
-    "$@" &
-    child=$!
+    local signal
+    STOPPED=false SAID_BEFORE='' CHILD='' PENDING=''
+    # Before the command starts, or a signal in between would leave it without a launcher.
     for signal in TERM INT USR1 USR2; do
-        # shellcheck disable=SC2064  # the child's number is meant as it is now
-        trap "note_stop; kill -$signal $child 2>/dev/null || true" "$signal"
+        # shellcheck disable=SC2064  # the signal is meant as it is now
+        trap "pass_on $signal" "$signal"
     done
     # A closed terminal is no reason to lose the work.
-    # shellcheck disable=SC2064
-    trap "note_stop; kill -TERM $child 2>/dev/null || true" HUP QUIT
+    trap "pass_on TERM" HUP QUIT
+    set -m
+    "$@" &
+    CHILD=$!
+    [[ -z $PENDING ]] || pass_on "$PENDING"
     # A signal ends `wait` early, with the command still running.
     while :; do
         CODE=0
-        wait "$child" || CODE=$?
-        kill -0 "$child" 2>/dev/null || break
+        wait "$CHILD" || CODE=$?
+        kill -0 "$CHILD" 2>/dev/null || break
     done
     trap - TERM INT USR1 USR2 HUP QUIT
     set +m

@@ -75,7 +75,7 @@ def faulty_python(path: Path) -> Path:
 def environment(fault: dict[str, Any] | None = None, **changes: str) -> dict[str, str]:
     """Of a run with a fault."""
     told = {} if fault is None else {"SAMFT_TEST_FAULT": json.dumps(fault)}
-    return clean_environment(**{"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", **told, **changes})
+    return clean_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10", **told, **changes)
 
 
 @contextmanager

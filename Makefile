@@ -61,8 +61,8 @@ smoke: $(INSTALLED)
 	cat "$$folder/run/summary.json"
 
 soak: $(INSTALLED)
-	SAMFT_SLOW=1 $(BIN)/python -m pytest tests/test_faults.py -k all_killed_at_once
-	$(BIN)/python tests/soak.py --minutes 30
+	SAMFT_SLOW=1 $(BIN)/python -m pytest tests/faults/test_faults.py -k all_killed_at_once
+	$(BIN)/python tests/faults/soak.py --minutes 30
 
 bench: $(INSTALLED)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \

@@ -10,22 +10,21 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import Span
 from benchmarks.plain import LEARNING_RATE, PlainSample, PlainTrainer
-from samft.assemble import pick_amp_dtype
-from samft.batch import NO_PIXELS, Batch
-from samft.box_chunks import BoxDecoder
-from samft.engine import Trainer
-from samft.freezing import freeze
-from samft.losses import mask_losses
-from samft.optim import build_optimizer
-from samft.prompted import PromptedSam
-from samft.sam import MODEL_SHAPES, PATCH_SIZE, build_sam
-
-from segment_anything.modeling import Sam
+from samft.data.batch import NO_PIXELS, Batch
+from samft.models.chunked_loss import BoxDecoder
+from samft.models.freezing import freeze
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam
+from samft.recipes.build import pick_amp_dtype
+from samft.training.engine import Trainer
+from samft.training.losses import mask_losses
+from samft.training.optim import build_optimizer
 
 PLAIN, PLAIN_AMP = "plain", "plain+amp"
 SAMFT, SAMFT_EXACT = "samft", "samft, exact loss"

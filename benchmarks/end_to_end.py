@@ -18,14 +18,14 @@ from benchmarks.dresses import CACHED, PLAIN, PLAIN_AMP, SAMFT, Wardrobe
 from benchmarks.measure import AGAIN, Effort, PhaseClock, now, ratios, table
 from benchmarks.plain import PlainDataset, PlainTrainer, plain_loader
 from benchmarks.scopes import Result, make_ready, phase_table
-from samft.coco import read_coco
-from samft.data import Coco2MaskDataset
+from samft.coco.layout import find_split
+from samft.coco.subset import read_coco
+from samft.data.data import Coco2MaskDataset
+from samft.data.loaders import train_loader
 from samft.demo import write_demo
-from samft.embedding_store import Store
-from samft.embeddings import SplitCache, read_digests
-from samft.layout import find_split
-from samft.loaders import train_loader
-from samft.precompute import Precompute
+from samft.embeddings.precompute import Precompute
+from samft.embeddings.split_cache import SplitCache, read_digests
+from samft.embeddings.store import Store
 
 # Starts a loader; the batches, and what takes a step with one.
 Run: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]

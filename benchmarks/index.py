@@ -28,8 +28,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from pycocotools.coco import COCO
 
-from samft.coco import CocoIndex, read_coco
-from samft.layout import find_split
+from samft.coco.layout import find_split
+from samft.coco.subset import CocoIndex, read_coco
 
 Source: TypeAlias = tuple[str, str, str]  # annotation file, image folder, samft's cache folder
 Reader: TypeAlias = Callable[[np.random.Generator], float]  # reads one random image

@@ -23,18 +23,16 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from segment_anything.utils.transforms import ResizeLongestSide
 from torch.utils.data import DataLoader
 
-import samft.torchvision_cure  # noqa: F401
 from benchmarks.index import open_pycocotools
 from benchmarks.plain import PlainDataset, PlainSample
-from samft.coco import read_coco
-from samft.data import Coco2MaskDataset
-from samft.layout import find_split
-from samft.loaders import train_loader
-from samft.samplers import StepSampler
-
-from segment_anything.utils.transforms import ResizeLongestSide
+from samft.coco.layout import find_split
+from samft.coco.subset import read_coco
+from samft.data.data import Coco2MaskDataset
+from samft.data.loaders import train_loader
+from samft.data.samplers import StepSampler
 
 Rounds: TypeAlias = dict[str, list[float]]  # seconds for each image, by loader
 Agreement: TypeAlias = tuple[float, float, float]  # IoU of samft's mask with each of _REFERENCES

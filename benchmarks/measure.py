@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from samft.sam import PATCH_SIZE, build_sam
+from samft.models.sam import PATCH_SIZE, build_sam
 
 Span: TypeAlias = tuple[Any, str, str]  # owner of a function, its name, the phase it belongs to
 

@@ -17,17 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-
-import samft.torchvision_cure  # noqa: F401
-from samft.sam import PIXEL_MEAN, PIXEL_STD
-from samft.samplers import Key
-
-from segment_anything.modeling import Sam
-from segment_anything.utils.transforms import ResizeLongestSide
 from torchvision.ops import sigmoid_focal_loss
+
+from samft.data.samplers import Key
+from samft.models.sam import PIXEL_MEAN, PIXEL_STD
 
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 LEARNING_RATE = 1e-4

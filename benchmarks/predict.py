@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
+from segment_anything import SamPredictor
 
 from benchmarks.measure import in_fresh_process, machine, peak_memory, ratios, table
 from samft import predict
-from samft.sam import build_sam, load_sam, load_state, read_state
-from samft.weights import PACKAGED_TINY
-
-from segment_anything import SamPredictor
+from samft.models.sam import build_sam, load_sam, load_state, read_state
+from samft.models.weights import PACKAGED_TINY
 
 SIZE = (480, 640)  # H, W of the images
 _DIFFERENT = 10  # images; the others are links to them

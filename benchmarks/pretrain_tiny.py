@@ -23,12 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-import samft.torchvision_cure  # noqa: F401
 from benchmarks.procedural import make_scene
-from samft.freezing import freeze
-from samft.losses import mask_losses
-from samft.prompted import PromptedSam
-from samft.sam import build_sam, load_state
+from samft.models.freezing import freeze
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import build_sam, load_state
+from samft.training.losses import mask_losses
 
 HELD_BACK_SEED = 1_000_000_000
 BOX_JITTER = 0.1

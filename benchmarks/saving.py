@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Effort, interleave, now
-from samft.checkpoint import TopK
-from samft.freezing import constant_names, freeze
-from samft.optim import build_optimizer
-from samft.prompted import PromptedSam
-from samft.sam import build_sam
-from samft.saving import Candidate, Checkpointer
+from samft.checkpoints.async_saver import Candidate, Checkpointer
+from samft.checkpoints.top_k import TopK
+from samft.models.freezing import constant_names, freeze
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import build_sam
+from samft.training.optim import build_optimizer
 
 IMAGE_SIZE = 256  # of the steps; what is saved is as large at any
 

@@ -26,16 +26,16 @@ from benchmarks.dresses import (
     samft_trainer,
 )
 from benchmarks.measure import Effort, PhaseClock, Span, interleave
-from samft import engine
-from samft.checkpoint import save_tensors
-from samft.coco import read_coco
-from samft.data import Coco2MaskDataset
+from samft.checkpoints.top_k import save_tensors
+from samft.coco.layout import find_split
+from samft.coco.subset import read_coco
+from samft.data.data import Coco2MaskDataset
+from samft.data.loaders import train_loader, val_loader
 from samft.distributed import get_rank, get_world_size
-from samft.engine import train
-from samft.layout import find_split
-from samft.loaders import train_loader, val_loader
-from samft.prompted import PromptedSam
-from samft.sam import build_sam
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import build_sam
+from samft.training import engine
+from samft.training.engine import train
 
 CPU = torch.device("cpu")
 MAX_MASKS = 8  # of an image

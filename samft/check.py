@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samft.checked_split import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
-from samft.coco_fix import write_mended
+from samft.coco.checked_split import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
+from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
+from samft.coco.repair import write_mended
 from samft.command_line import CommandParser, user_path
-from samft.contact_sheets import write_sheets
 from samft.errors import ConfigError, DataError, run_command
-from samft.files import write_json
-from samft.problems import BAD_IMAGES, NOTE, WARNING
+from samft.reports.contact_sheets import write_sheets
+from samft.runtime.files import write_json
 
 
 def main(argv: list[str]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from samft.coco.synthetic import CATEGORIES, Outlined, paint_plate
 from samft.command_line import CommandParser
 from samft.errors import ConfigError, DataError, run_command
-from samft.files import write_text
-from samft.plates import CATEGORIES, Outlined, paint_plate
+from samft.runtime.files import write_text
 
 DESCRIPTION = "samft demo: painted butterflies and flowers"
 ANNOTATIONS = "_annotations.coco.json"

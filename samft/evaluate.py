@@ -16,7 +16,7 @@ from typing import Any
 
 from samft.command_line import CommandParser, user_path
 from samft.errors import ConfigError, printable, run_command
-from samft.signals import die_with_parent
+from samft.runtime.signals import die_with_parent
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         die_with_parent()
     options = _parse(argv)
     # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-    from samft.evaluation_run import run
+    from samft.recipes.evaluate import run
 
     report, lines = run(options)
     for line in lines:

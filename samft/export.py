@@ -19,10 +19,10 @@ from samft.errors import CheckpointError, ConfigError, DataError, paragraph, run
 from samft.extras import EXTRAS, require_extra
 
 if TYPE_CHECKING:
-    from samft.exporting import Tuned
-    from samft.reference import Answer, Difference, Sample
-
     from segment_anything.modeling import Sam
+
+    from samft.exporters.exporter import Tuned
+    from samft.exporters.reference import Answer, Difference, Sample
 
 FORMATS = ("pth", "safetensors", "onnx", "huggingface")
 FOLDERS = {
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     _check_inputs(options)
     _check_output(options)
     # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-    from samft.exporting import export, model_to_write, open_base, open_tuned
-    from samft.reference import ask
+    from samft.exporters.exporter import export, model_to_write, open_base, open_tuned
+    from samft.exporters.reference import ask
 
     tuned = open_tuned(options.checkpoint)
     _tell(tuned)
@@ -162,8 +162,8 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _samples(options: argparse.Namespace) -> "list[Sample]":
-    from samft.images import read_image
-    from samft.reference import painted_sample, sample_of
+    from samft.coco.images import read_image
+    from samft.exporters.reference import painted_sample, sample_of
 
     samples = [painted_sample()]
     if options.image:
@@ -189,7 +189,7 @@ def _tell(tuned: "Tuned") -> None:
 
 
 def _tell_of_new_size(tuned: "Tuned", expected: "list[tuple[Sample, Answer]]") -> None:
-    from samft.reference import ask, compare
+    from samft.exporters.reference import ask, compare
 
     before = [ask(tuned.sam, sample) for sample, _ in expected]
     share = 100 * compare(before, [answer for _, answer in expected]).equal_pixels
@@ -220,7 +220,7 @@ def _tell_of_file(path: Path, difference: "Difference", *, seconds: float) -> di
 def _try_automatic_masks(
     sam: "Sam", base: "Sam | None", samples: "list[Sample]"
 ) -> list[dict[str, Any]]:
-    from samft.automatic_masks import compare_automatic_masks
+    from samft.exporters.automatic_masks import compare_automatic_masks
 
     report = []
     for sample in samples:

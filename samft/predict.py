@@ -27,21 +27,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
-from samft.box_sources import find_task
 from samft.command_line import CommandParser, user_path
 from samft.errors import CheckpointError, ConfigError, DataError, printable, run_command
-from samft.files import make_writable, replacing, sole_use
-from samft.prediction_task import Task
-from samft.results import (
+from samft.prediction.box_sources import find_task
+from samft.prediction.outputs import (
     Pictures,
     ResultsWriter,
     picture_names,
     result_row,
     write_images_json,
 )
+from samft.prediction.prediction_task import Task
+from samft.runtime.files import make_writable, replacing, sole_use
 
 if TYPE_CHECKING:
-    from samft.prediction import PredictedMask, Predictor, PreparedImage
+    from samft.prediction.prediction import PredictedMask, Predictor, PreparedImage
 
 RESULTS, IMAGES = "results.json", "images.json"
 _NUM_NAMED = 3  # bad images in an error
@@ -234,11 +234,11 @@ def _predict(task: Task, options: argparse.Namespace) -> dict[str, Any]:
 
 def _build_predictor(task: Task, options: argparse.Namespace) -> "Predictor":
     # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-    from samft.assemble import pick_amp_dtype
     from samft.distributed import start
-    from samft.prediction import AutomaticPredictor, BoxPredictor
-    from samft.prompted import PromptedSam
-    from samft.sam import open_checkpoint
+    from samft.models.prompted_sam import PromptedSam
+    from samft.models.sam import open_checkpoint
+    from samft.prediction.prediction import AutomaticPredictor, BoxPredictor
+    from samft.recipes.build import pick_amp_dtype
 
     device = start(options.device)
     sam, *_, resize_mode = open_checkpoint(options.checkpoint, attention="fast")
@@ -260,7 +260,7 @@ def _predict_into(
     writer: ResultsWriter, task: Task, predictor: "Predictor", options: argparse.Namespace
 ) -> Iterator[tuple[int, DataError | None]]:
     # Gives the row of each image when its masks have been written, or why it cannot be read.
-    from samft.prediction import predict_images
+    from samft.prediction.prediction import predict_images
 
     images = task.images
     pictures = Pictures(options.output_dir, masks=options.masks, overlays=options.overlays)

@@ -14,8 +14,8 @@ from samft.errors import (
     ConfigError,
     run_command,
 )
-from samft.files import write_status
-from samft.signals import StopRequest, die_with_parent, stop_on_signal
+from samft.runtime.files import write_status
+from samft.runtime.signals import StopRequest, die_with_parent, stop_on_signal
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     # From here on, a signal ends the run in good order; but of a dry run there is nothing to save.
     with contextlib.nullcontext(StopRequest()) if config.dry_run else stop_on_signal() as stop:
         # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-        from samft.guard import run
+        from samft.recipes.guard import run
 
         return run(config, stop)
 

@@ -8,10 +8,9 @@ import hypothesis
 import pytest
 import torch
 
-import samft.torchvision_cure  # noqa: F401  (before all that imports torchvision)
-from gloo_pool import GlooPool
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+import samft.runtime.torchvision_compat  # noqa: F401  (before all that imports torchvision)
+from helpers import REPOSITORY
+from helpers.gloo_pool import GlooPool
 
 # The commands that tests start, and the workers of loaders, share the cores with the tests.
 os.environ["OMP_NUM_THREADS"] = "1"

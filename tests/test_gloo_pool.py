@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
-from gloo_pool import GlooPool, RankTraceback
+from helpers.gloo_pool import GlooPool, RankTraceback
 
 
 def rank_and_sum(value: float) -> tuple[int, int, float]:

@@ -1,0 +1,190 @@
+"""A COCO file's entries, one at a time, without the memory of them all. Imports no torch."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from samft.coco.problems import Problems
+from samft.errors import DataError
+from samft.runtime.files import sha256_of
+
+UNSET = msgspec.UNSET
+Raw = msgspec.Raw | Any  # an entry's text, or its value where the slow parser had to read
+
+
+class UnusableFile(DataError):
+    """An annotation file that cannot be read at all; `code` is a key of `problems.KINDS`."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class ImageEntry(msgspec.Struct):
+    """What is used of an entry of 'images'."""
+
+    id: Any = UNSET
+    file_name: Any = UNSET
+    height: Any = UNSET
+    width: Any = UNSET
+
+
+class ObjectEntry(msgspec.Struct):
+    """What is used of an entry of 'annotations'."""
+
+    id: Any = UNSET
+    image_id: Any = UNSET
+    category_id: Any = UNSET
+    iscrowd: Any = UNSET
+    bbox: Any = UNSET
+    area: Any = UNSET
+    segmentation: Any = UNSET
+
+
+class _Lists(msgspec.Struct):
+    images: list[msgspec.Raw]
+    annotations: list[msgspec.Raw]
+    categories: msgspec.Raw = msgspec.Raw(b"null")
+
+
+@dataclass
+class Document:
+    """The entries of a COCO file."""
+
+    images: list[Raw]
+    annotations: list[Raw]
+    categories: Any
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of an annotation file.
+
+    Raises:
+        UnusableFile: It cannot be read.
+    """
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def load_document(path: Path, problems: Problems) -> Document:
+    """Cuts a COCO file into its entries.
+
+    Args:
+        path: The JSON file.
+        problems: What is found is added.
+
+    Raises:
+        UnusableFile: It cannot be read, is not JSON, or not of COCO's form.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if content.startswith(codecs.BOM_UTF8):
+        problems.add("json-bom", path.name)
+        content = content[len(codecs.BOM_UTF8) :]
+    try:
+        lists = msgspec.json.decode(content, type=_Lists)
+        return Document(lists.images, lists.annotations, value_of(lists.categories))
+    except (ValueError, RecursionError):  # msgspec's errors are of the first kind
+        pass
+    return _load_slowly(path, content, problems)
+
+
+def _load_slowly(path: Path, content: bytes, problems: Problems) -> Document:
+    # Python's parser reads NaN and UTF-16, and its errors name line and column.
+    try:
+        whole = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise UnusableFile(
+            "json-invalid",
+            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
+            "it may be cut short, so export or copy it again.",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UnusableFile(
+            "json-invalid", f"{path} is not valid JSON ({error}): export it again."
+        ) from error
+    for key in ("images", "annotations"):
+        if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
+            raise UnusableFile(
+                "json-not-coco",
+                f"{path} has no list '{key}': samft needs a COCO instances file, an object with "
+                "'images' and 'annotations'.",
+            )
+    problems.add("json-not-standard", path.name)
+    return Document(whole["images"], whole["annotations"], whole.get("categories"))
+
+
+def _unreadable(path: Path, error: OSError) -> UnusableFile:
+    if isinstance(error, FileNotFoundError):
+        return UnusableFile("json-missing", f"There is no annotation file {path}: check the path.")
+    return UnusableFile(
+        "json-unreadable", f"{path} cannot be read ({error.strerror}): check the path."
+    )
+
+
+def value_of(raw: Raw) -> Any:
+    """An entry as Python values; None where its text cannot be read."""
+    if not isinstance(raw, msgspec.Raw):
+        return raw
+    try:
+        return msgspec.json.decode(raw)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return json.loads(bytes(raw))  # numbers beyond a double, which become infinite
+    except (ValueError, RecursionError):
+        return None
+
+
+Entry = TypeVar("Entry", ImageEntry, ObjectEntry)
+
+
+def read_entries(entries: list[Raw], kind: type[Entry]) -> Iterator[Entry | None]:
+    """Decodes entries one after the other.
+
+    Args:
+        entries: Of a `Document`.
+        kind: `ImageEntry` or `ObjectEntry`.
+
+    Yields:
+        The entry; None for one that is no object of JSON.
+    """
+    decode = msgspec.json.Decoder(kind).decode
+    for raw in entries:
+        try:
+            yield decode(raw)
+        except (ValueError, TypeError, RecursionError):
+            value = value_of(raw)
+            if isinstance(value, dict):
+                fields = kind.__struct_fields__
+                yield kind(**{name: value[name] for name in fields if name in value})
+            else:
+                yield None
+
+
+def to_id(raw: Any) -> int | None:
+    """A whole number of 64 bits, also one written as text or as 5.0; None for anything else."""
+    if type(raw) is int:
+        return raw if -(2**63) <= raw < 2**63 else None
+    try:
+        number = int(raw)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    whole = number == raw if isinstance(raw, float) else True
+    return number if whole and -(2**63) <= number < 2**63 else None
+
+
+def to_size(entry: ImageEntry) -> tuple[int, int]:
+    """Height and width that an entry gives, in px; 0, 0 where it gives none that can be."""
+    height, width = to_id(entry.height), to_id(entry.width)
+    good = height and width and 0 < min(height, width) and max(height, width) < 2**31
+    return (height or 0, width or 0) if good else (0, 0)

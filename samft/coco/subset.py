@@ -1,0 +1,249 @@
+"""What a run uses of a COCO file: images, each with some of its objects. Imports no torch."""
+
+import difflib
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samft.coco.coco_index import CocoFile, index_file
+from samft.coco.coco_objects import CROWD
+from samft.coco.problems import BAD_IMAGES, ERROR, KINDS, WARNING, Problems
+from samft.errors import DataError
+
+
+@dataclass(frozen=True)
+class CocoIndex:
+    """What is trained or validated on: n images of a `CocoFile`, each with some of its objects."""
+
+    file: CocoFile
+    rows: NDArray[np.int64]  # [n] of the file's images
+    first_object: NDArray[np.int64]  # [n + 1]; image i has objects[first_object[i:i + 2]]
+    objects: NDArray[np.int64]  # [k] of the file's objects
+    counts: dict[str, int]  # what was left out, by code
+
+    @property
+    def num_images(self) -> int:
+        """n, images with at least one object."""
+        return len(self.rows)
+
+    @property
+    def num_objects(self) -> int:
+        """Objects of these images, k."""
+        return len(self.objects)
+
+    def file_name(self, i: int) -> str:
+        """Of image i, relative to the image folder."""
+        return self.file.file_name(int(self.rows[i]))
+
+    def path(self, i: int) -> Path:
+        """Of the file of image i."""
+        return self.file.image_folder / self.file_name(i)
+
+    def image_id(self, i: int) -> int:
+        """Of image i, as annotated."""
+        return int(self.file.image_ids[self.rows[i]])
+
+    def size(self, i: int) -> tuple[int, int]:
+        """H, W of the file of image i, px."""
+        height, width = self.file.sizes[self.rows[i]].tolist()
+        return height, width
+
+    def objects_of(self, i: int) -> NDArray[np.int64]:
+        """The objects of image i, as indices into the arrays of `file`."""
+        return self.objects[self.first_object[i] : self.first_object[i + 1]]
+
+    def select(self, images: Iterable[int]) -> "CocoIndex":
+        """The index of some of the images, in the order given; `counts` stays behind, empty."""
+        chosen = np.fromiter(images, dtype=np.int64)
+        lengths = np.diff(self.first_object)[chosen]
+        first = np.cumsum([0, *lengths])
+        within = np.arange(first[-1]) - np.repeat(first[:-1], lengths)
+        objects = self.objects[np.repeat(self.first_object[chosen], lengths) + within]
+        return CocoIndex(self.file, self.rows[chosen], first, objects, {})
+
+
+def read_coco(
+    annotations: Path,
+    image_folder: Path,
+    *,
+    root: Path | None = None,
+    cache: Path | None = None,
+    on_bad_image: str = "error",
+    category_names: Iterable[str] = (),
+    min_mask_area: float = 0,
+) -> CocoIndex:
+    """Reads and checks a COCO file; what was left out is counted, by code, in `counts`.
+
+    Args:
+        annotations: The JSON file.
+        image_folder: What its file names are relative to.
+        root: See `index_file`.
+        cache: See `index_file`.
+        on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
+        category_names: Use objects of these classes only; all where none is named.
+        min_mask_area: Use masks of at least so many pixels only.
+
+    Raises:
+        DataError: The file cannot be read or holds no usable object, images are missing or broken,
+            or ids contradict each other.
+    """
+    file = index_file(annotations, image_folder, root=root, cache=cache)
+    refuse_errors(file.problems, annotations, on_bad_image=on_bad_image)
+    index = choose(
+        file, categories=find_categories(file, category_names), min_mask_area=min_mask_area
+    )
+    if not index.num_objects:
+        raise DataError(
+            f"{annotations}: no object is left with category_names "
+            f"{', '.join(category_names) or 'empty'} and min_mask_area {min_mask_area}: choose "
+            "others."
+        )
+    return index
+
+
+def refuse_errors(problems: Problems, annotations: Path, *, on_bad_image: str = "error") -> None:
+    """Ends with all that makes training on a file impossible.
+
+    Raises:
+        DataError: There is an error; missing and broken images are none with `skip`.
+    """
+    passed = BAD_IMAGES if on_bad_image == "skip" else frozenset()
+    errors = [
+        (code, found)
+        for code, severity, found in problems
+        if severity == ERROR
+        if code not in passed
+    ]
+    if not errors:
+        return
+    # Without objects for want of images: the images are the matter.
+    errors = [pair for pair in errors if pair[0] != "no-objects" or len(errors) == 1]
+    lines = [f"{annotations} cannot be used:"]
+    for code, found in errors:
+        shown = ", ".join(found.examples[:3]) + (", ..." if found.count > 3 else "")
+        lines.append(f"  - {code}, {found.count}: {KINDS[code][1]} ({shown})")
+    if errors[0][0] == "no-objects":
+        left = ", ".join(f"{code} {n}" for code, n in left_out(problems).items())
+        lines.append(f"  - left out: {left or 'nothing; it has no annotations'}")
+    if any(code in BAD_IMAGES for code, _ in errors):
+        lines.append("`--on_bad_image skip` leaves such images out.")
+    lines.append("`python -m samft.check` names everything, and mends what it can with `--fix`.")
+    raise DataError("\n".join(lines))
+
+
+def left_out(problems: Problems) -> dict[str, int]:
+    """What of a file is not used, by code."""
+    return {
+        code: found.count
+        for code, severity, found in problems
+        if severity == WARNING or code == "crowd" or code in BAD_IMAGES
+    }
+
+
+def choose(
+    file: CocoFile, *, categories: set[int] | None = None, min_mask_area: float = 0
+) -> CocoIndex:
+    """The objects of a file that are no crowds, and the images that have any.
+
+    Args:
+        file: The checked file.
+        categories: Of these only.
+        min_mask_area: In pixels; of at least this only.
+    """
+    plain = (file.flags & CROWD) == 0
+    chosen = plain & (file.areas >= min_mask_area)
+    if categories is not None:
+        chosen &= np.isin(file.categories, list(categories))
+    objects = np.flatnonzero(chosen)
+    image_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
+    per_image = np.bincount(image_of[objects], minlength=file.num_images)
+    rows = np.flatnonzero(per_image)
+    counts = left_out(file.problems)
+    counts["image-without-objects"] = int((~file.bad).sum()) - len(rows)
+    counts["objects-not-chosen"] = int(plain.sum()) - len(objects)
+    counts = {code: number for code, number in counts.items() if number}
+    return CocoIndex(file, rows, np.cumsum([0, *per_image[rows]]), objects, counts)
+
+
+def find_categories(file: CocoFile, names: Iterable[str]) -> set[int] | None:
+    """The ids of classes; None where none is named.
+
+    Raises:
+        DataError: There is no class of that name.
+    """
+    names = list(names)
+    known = set(file.category_names.values())
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            some = ", ".join(sorted(known)[:20])
+            raise DataError(f"category_names: there is no class {name!r} among {some}.{hint}")
+    return {key for key, name in file.category_names.items() if name in names} if names else None
+
+
+def find_shared(train: CocoIndex, val: CocoIndex) -> NDArray[np.int64]:
+    """Training images that are also in the validation split, whatever their names.
+
+    Two files are the same image where sizes in pixels and bytes and the first 64 KiB are equal.
+
+    Args:
+        train: The training images.
+        val: The validation images.
+
+    Returns:
+        int64, the positions of those images in `train`.
+    """
+    keys = [_size_keys(index) for index in (train, val)]
+    suspects = [np.flatnonzero(np.isin(mine, other)) for mine, other in (keys, keys[::-1])]
+    known = {_begin(val.path(i)) for i in suspects[1].tolist()}
+    shared = [i for i in suspects[0].tolist() if _begin(train.path(i)) in known]
+    return np.array(shared, dtype=np.int64)
+
+
+def _size_keys(index: CocoIndex) -> NDArray[np.int64]:
+    height, width = index.file.sizes[index.rows].astype(np.int64).T
+    return np.asarray((height * 1_000_003 + width) * 1_000_003 + index.file.num_bytes[index.rows])
+
+
+def _begin(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(1 << 16)).digest()
+    except OSError:  # it will be named when it is read
+        return b""
+
+
+def split_by_hash(index: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
+    """Holds out a share of the images for validation: those whose file names hash lowest.
+
+    The choice depends on the file names only, not on their order or on a seed.
+
+    Args:
+        index: Of all images.
+        val_fraction: Share to hold out; at least one image goes to either side.
+
+    Returns:
+        The training index, which keeps `counts`, and the validation index.
+
+    Raises:
+        DataError: If there are fewer than two images to share out.
+    """
+    names = sorted(
+        {index.file_name(i) for i in range(index.num_images)},
+        key=lambda name: hashlib.sha256(name.encode()).digest(),
+    )
+    if len(names) < 2:
+        raise DataError(
+            f"{index.file.image_folder} has {len(names)} image with objects: holding out a share "
+            "for validation takes at least two."
+        )
+    held_out = set(names[: min(max(round(val_fraction * len(names)), 1), len(names) - 1)])
+    rows = range(index.num_images)
+    train = index.select([i for i in rows if index.file_name(i) not in held_out])
+    val = index.select([i for i in rows if index.file_name(i) in held_out])
+    return replace(train, counts=index.counts), val

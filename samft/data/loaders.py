@@ -1,0 +1,196 @@
+"""Batches that any number of processes can share and resume, and workers that load them."""
+
+import atexit
+import collections
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from samft.data.batch import Batch, Sample, collate
+from samft.data.data import Coco2MaskDataset
+from samft.data.samplers import Key, ShardSampler, StepSampler
+from samft.errors import DataError
+from samft.runtime import heartbeat as whereabouts
+from samft.runtime.signals import STOP_SIGNALS, die_with_parent
+
+
+class _ErrorsAsItems(Dataset[Sample | DataError]):
+    # A loader makes a traceback's text of what a worker raises; what is returned stays whole.
+    def __init__(self, dataset: Coco2MaskDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: int | Key) -> Sample | DataError:
+        try:
+            return self.dataset[key]
+        except DataError as error:
+            return error
+
+
+def _collate_or_error(items: list[Sample | DataError]) -> Batch | DataError:
+    errors = [item for item in items if isinstance(item, DataError)]
+    return errors[0] if errors else collate([item for item in items if isinstance(item, Sample)])
+
+
+class _Remembering:
+    # A sampler that knows what it has handed out and has not come back yet, in order.
+    def __init__(self, sampler: Any) -> None:
+        self.sampler, self.out = sampler, collections.deque[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.out.clear()
+        for keys in self.sampler:
+            self.out.append(keys)
+            yield keys
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class BatchLoader:
+    """Iterates over batches; a worker's `DataError` (an image is broken, say) is raised whole."""
+
+    def __init__(
+        self,
+        dataset: Coco2MaskDataset,
+        *,
+        num_workers: int,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> None:
+        self.dataset, self.num_workers = dataset, num_workers
+        kind = "sampler" if "sampler" in options else "batch_sampler"
+        options[kind] = self.handed = _Remembering(options[kind])
+        self.loader = DataLoader(
+            _ErrorsAsItems(dataset),
+            num_workers=num_workers,
+            timeout=timeout if timeout and num_workers else 0,
+            collate_fn=_collate_or_error,
+            worker_init_fn=start_worker,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            whereabouts.loading(self.waiting_for)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.handed.out.popleft()
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def waiting_for(self) -> list[str]:
+        """File names of the images that are being loaded, those of the next batch first."""
+        keys = list(self.handed.out)[: max(self.num_workers, 1)]
+        flat = [key for own in keys for key in (own if isinstance(own, list) else [own])]
+        rows = [key[1] if isinstance(key, tuple) else key for key in flat]
+        return [self.dataset.index.file_name(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def start_worker(worker: int) -> None:
+    """Sets up a loader's worker process: one thread, not in the run's group, gone with the run."""
+    die_with_parent()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    # In a group of its own, a signal to the run's group (Ctrl-C, a scheduler's warning) reaches the
+    # main process only, which finishes its step with the workers alive and then stops them.
+    os.setpgid(0, 0)
+    # Some schedulers signal every process of a job. A worker that ended of it would take the run
+    # with it before the run has saved; it ends with the run, and is killed if it does not.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    # Before multiprocessing's own ending, which would wait for workers to heed SIGTERM; and without
+    # PyTorch's handler, which would report them as killed.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(_kill_workers)
+
+
+def train_loader(
+    dataset: Coco2MaskDataset,
+    *,
+    batch_size: int,
+    accumulate_steps: int = 1,
+    start_step: int = 0,
+    steps: int | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    repeats: NDArray[np.floating] | None = None,
+    timeout: float | None = None,
+) -> BatchLoader:
+    """Loads this process' micro-batches, step after step; see `StepSampler`."""
+    sampler = StepSampler(
+        num_images=len(dataset),
+        batch_size=batch_size,
+        accumulate_steps=accumulate_steps,
+        start_step=start_step,
+        steps=steps,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        repeats=repeats,
+    )
+    return BatchLoader(dataset, num_workers=num_workers, timeout=timeout, batch_sampler=sampler)
+
+
+def val_loader(
+    dataset: Coco2MaskDataset,
+    *,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    timeout: float | None = None,
+) -> BatchLoader:
+    """Loads this process' share of the images, one per batch; see `ShardSampler`."""
+    sampler = ShardSampler(len(dataset), rank=rank, world_size=world_size)
+    options: dict[str, Any] = {"sampler": sampler, "batch_size": 1}
+    return BatchLoader(dataset, num_workers=num_workers, timeout=timeout, **options)
+
+
+def masks_per_image(dataset: Coco2MaskDataset) -> NDArray[np.int64]:
+    """How many objects each image has that come in one sample."""
+    counts = np.diff(dataset.index.first_object).astype(np.int64)
+    most = dataset.max_masks_per_image if dataset.training else 0
+    return np.minimum(counts, most) if most else counts
+
+
+def batch_by_objects(dataset: Coco2MaskDataset, batch_size: int, *, share: float) -> Batch:
+    """A batch of images that have more objects than this share of all.
+
+    Args:
+        dataset: Of the images.
+        batch_size: How many; some come again where there are fewer.
+        share: 0.5 is usual, 1 the largest batch.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    rows = np.argsort(masks_per_image(dataset), kind="stable")
+    first = round(share * max(len(rows) - batch_size, 0))
+    chosen = np.resize(rows[first : first + batch_size], batch_size)
+    return collate([dataset[0, int(row), copy] for copy, row in enumerate(chosen)])

@@ -1,0 +1,1 @@
+"""A frozen image encoder's outputs, computed once and kept on disk."""

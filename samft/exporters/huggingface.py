@@ -1,0 +1,192 @@
+"""The layout of `transformers`' SamModel: weights by its names, configuration, processor."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
+
+from samft.exporters.reference import Answer, Sample
+from samft.exporters.weight_files import save_safetensors
+from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify
+from samft.runtime.files import write_json
+
+CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+FILES = (CONFIG, WEIGHTS, PROCESSOR)
+
+# SAM's name -> theirs, applied in this order. Written from the two state dicts; held by a test that
+# loads every type's names into SamModel and finds none missing, none left over, all shapes equal.
+_RENAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
+        (r"^image_encoder\.", "vision_encoder."),
+        (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
+        (r"\.neck\.0\.", ".neck.conv1."),
+        (r"\.neck\.1\.", ".neck.layer_norm1."),
+        (r"\.neck\.2\.", ".neck.conv2."),
+        (r"\.neck\.3\.", ".neck.layer_norm2."),
+        (
+            r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
+            "shared_image_embedding.positional_embedding",
+        ),
+        (r"\.point_embeddings\.", ".point_embed."),
+        (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
+        (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
+        (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
+        (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
+        (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
+        (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
+        (r"\.norm([1-4])\.", r".layer_norm\1."),
+        (r"\.output_upscaling\.0\.", ".upscale_conv1."),
+        (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
+        (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+        (r"(_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
+        (r"(_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
+        (r"(_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
+    )
+)
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SAM's state dict by the names of `transformers`' SamModel.
+
+    Args:
+        state: SAM's own keys to tensors.
+
+    Returns:
+        The same tensors. `prompt_encoder.shared_embedding` is tied to `shared_image_embedding`, and
+        so has no entry.
+    """
+    found = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        found[name] = tensor.contiguous()
+    return found
+
+
+def model_config(model_type: str, image_size: int) -> dict[str, Any]:
+    """What `config.json` holds.
+
+    Args:
+        model_type: A key of `MODEL_SHAPES`.
+        image_size: Side of the model input, px.
+    """
+    shape = MODEL_SHAPES[model_type]
+    return {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "torch_dtype": "float32",
+        "vision_config": {
+            "model_type": "sam_vision_model",
+            "hidden_size": shape.encoder_width,
+            "output_channels": shape.decoder_width,
+            "num_hidden_layers": shape.encoder_depth,
+            "num_attention_heads": shape.encoder_heads,
+            "image_size": image_size,
+            "patch_size": PATCH_SIZE,
+            "window_size": shape.window_size,
+            "global_attn_indexes": list(shape.global_attention_blocks),
+            "num_pos_feats": shape.decoder_width // 2,
+            "mlp_dim": 4 * shape.encoder_width,
+        },
+        "prompt_encoder_config": {
+            "model_type": "sam_prompt_encoder",
+            "hidden_size": shape.decoder_width,
+            "image_size": image_size,
+            "patch_size": PATCH_SIZE,
+        },
+        "mask_decoder_config": {
+            "model_type": "sam_mask_decoder",
+            "hidden_size": shape.decoder_width,
+            "mlp_dim": shape.decoder_mlp_width,
+            "iou_head_hidden_dim": shape.decoder_width,
+            "layer_norm_eps": 1e-5,  # torch's default, which SAM's decoder has; theirs is 1e-6
+        },
+    }
+
+
+def processor_config(image_size: int) -> dict[str, Any]:
+    """What `preprocessor_config.json` holds.
+
+    Args:
+        image_size: Side of the model input, px.
+    """
+    return {
+        "image_processor_type": "SamImageProcessor",
+        "processor_class": "SamProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"longest_edge": image_size},
+        "mask_size": {"longest_edge": image_size // 4},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [value / 255 for value in PIXEL_MEAN],
+        "image_std": [value / 255 for value in PIXEL_STD],
+        "do_pad": True,
+        "pad_size": {"height": image_size, "width": image_size},
+        "mask_pad_size": {"height": image_size // 4, "width": image_size // 4},
+    }
+
+
+def write_huggingface(sam: Sam, folder: Path, metadata: Mapping[str, str]) -> None:
+    """Writes the three files.
+
+    Args:
+        sam: The model.
+        folder: Where to put them; made here.
+        metadata: What else is to be known, as text; in the file of weights.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written.
+    """
+    folder.mkdir()
+    state = sam.state_dict()
+    model_type, image_size = identify(state)
+    weights = renamed(state)
+    save_safetensors(weights, folder / WEIGHTS, metadata)
+    write_json(folder / CONFIG, model_config(model_type, image_size))
+    write_json(folder / PROCESSOR, processor_config(image_size))
+
+
+def open_huggingface(folder: Path) -> Callable[[Sample], Answer]:
+    """Loads the folder into `transformers`' SamModel.
+
+    Args:
+        folder: Holds the three files.
+
+    Returns:
+        What answers to boxes in a picture, all in one call.
+    """
+    import transformers  # an extra, and four seconds
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.SamModel.from_pretrained(folder, local_files_only=True).eval()
+    processor = transformers.SamProcessor.from_pretrained(folder, local_files_only=True)
+    return lambda sample: _ask(model, processor, sample)
+
+
+def _ask(model: Any, processor: Any, sample: Sample) -> Answer:
+    size = sample.image.shape[:2]
+    # Resized beforehand, as `SamPredictor` does: their processor resizes with another rounding,
+    # which would show in the logits and says nothing about the weights.
+    resize = ResizeLongestSide(model.config.vision_config.image_size)
+    boxes = resize.apply_boxes(sample.boxes, size).tolist()
+    inputs = processor(resize.apply_image(sample.image), input_boxes=[boxes], return_tensors="pt")
+    with torch.no_grad():
+        found = model(
+            pixel_values=inputs["pixel_values"],
+            input_boxes=inputs["input_boxes"].float(),
+            multimask_output=False,
+        )
+    (logits,) = processor.image_processor.post_process_masks(
+        found.pred_masks, [size], inputs["reshaped_input_sizes"], binarize=False
+    )
+    return Answer(logits[:, 0].numpy(), found.iou_scores[0, :, 0].numpy())

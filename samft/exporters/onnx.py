@@ -1,0 +1,157 @@
+"""SAM as two ONNX files: the image encoder with its preprocessing, and the decoder for prompts.
+
+They are made by PyTorch's TorchScript exporter (`dynamo=False`), which needs no package but `onnx`;
+the newer one needs another, and refuses `SamOnnxModel`, whose crop depends on the data.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.utils.onnx import SamOnnxModel
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samft.exporters.reference import Answer, Sample
+
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+OPSET = 17
+_TOP_LEFT, _BOTTOM_RIGHT = 2, 3  # labels of a box's corners among points
+
+
+class _Encoder(nn.Module):
+    """RGB pixels of an image whose longest side is the model's -> embedding."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.sam, self.side = sam, sam.image_encoder.img_size
+
+    def forward(self, image: Tensor) -> Tensor:
+        """From float32 [1, 3, H, W], 0..255, to [1, C, S/16, S/16]."""
+        padded = self.sam.preprocess(image).reshape(1, 3, self.side, self.side)
+        embedding: Tensor = self.sam.image_encoder(padded)
+        return embedding
+
+
+class _Decoder(SamOnnxModel):
+    """The package's own, except that the size of the image is not baked in."""
+
+    def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
+        """As the package's; its release 1.0 crops by `int(...)`, which tracing makes a constant."""
+        side = (self.img_size, self.img_size)
+        masks = F.interpolate(masks, size=side, mode="bilinear", align_corners=False)
+        height, width = self.resize_longest_image_size(orig_im_size, self.img_size)
+        inside = masks[..., :height, :width]
+        size: Any = tuple(orig_im_size.to(torch.int64))  # numbers that stay open in tracing
+        return F.interpolate(inside, size=size, mode="bilinear", align_corners=False)
+
+
+def write_onnx(sam: Sam, folder: Path, metadata: Mapping[str, str], *, opset: int = OPSET) -> None:
+    """Writes both files.
+
+    The encoder takes `image`: float32 [1, 3, H, W], RGB of 0..255, resized so that the longer of H
+    and W is the model's image size; it gives `image_embeddings`. The decoder has the inputs and
+    outputs of Meta's own ONNX export, with all four masks; index 0 is the one for boxes.
+
+    Args:
+        sam: In eval mode.
+        folder: Where to put them; made here.
+        metadata: What else is to be known, as text; in both files.
+        opset: Version of ONNX's operators.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written.
+    """
+    import onnx  # an extra, and half a second
+
+    folder.mkdir()
+    side = sam.image_encoder.img_size
+    channels, low = sam.prompt_encoder.embed_dim, sam.prompt_encoder.mask_input_size
+    grid = sam.prompt_encoder.image_embedding_size
+    image = {"image": torch.zeros(1, 3, side, side // 2)}
+    prompts = {
+        "image_embeddings": torch.zeros(1, channels, *grid),
+        "point_coords": torch.zeros(2, 3, 2),
+        "point_labels": torch.zeros(2, 3),
+        "mask_input": torch.zeros(1, 1, *low),
+        "has_mask_input": torch.zeros(1),
+        "orig_im_size": torch.tensor([float(side), float(side)]),
+    }
+    axes = {"image": {2: "height", 3: "width"}}
+    _trace(_Encoder(sam), folder / ENCODER, image, ["image_embeddings"], axes, opset=opset)
+    axes = {name: {0: "num_prompts", 1: "num_points"} for name in ("point_coords", "point_labels")}
+    outputs = ["masks", "iou_predictions", "low_res_masks"]
+    decoder = _Decoder(sam, return_single_mask=False)
+    _trace(decoder, folder / DECODER, prompts, outputs, axes, opset=opset)
+    for name in (ENCODER, DECODER):
+        model = onnx.load(folder / name, load_external_data=False)
+        onnx.helper.set_model_props(model, dict(metadata))
+        onnx.save(model, folder / name)
+
+
+def _trace(
+    module: nn.Module,
+    path: Path,
+    inputs: Mapping[str, Tensor],
+    outputs: list[str],
+    axes: Mapping[str, Mapping[int, str]],
+    *,
+    opset: int,
+) -> None:
+    with torch.no_grad(), warnings.catch_warnings():
+        # That this exporter is the older one, and that sizes which never change are constants.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            str(path),
+            dynamo=False,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_axes=axes,
+        )
+
+
+def open_onnx(folder: Path) -> Callable[[Sample], Answer]:
+    """Opens both files in onnxruntime.
+
+    Args:
+        folder: Holds them.
+
+    Returns:
+        What answers to boxes in a picture, all in one call.
+    """
+    import onnxruntime
+
+    encoder, decoder = (
+        onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+        for name in (ENCODER, DECODER)
+    )
+    return lambda sample: _ask(encoder, decoder, sample)
+
+
+def _ask(encoder: Any, decoder: Any, sample: Sample) -> Answer:
+    low = next(i.shape[-2:] for i in decoder.get_inputs() if i.name == "mask_input")
+    resize = ResizeLongestSide(4 * low[0])
+    pixels = resize.apply_image(sample.image).astype(np.float32).transpose(2, 0, 1)[None]
+    size = sample.image.shape[:2]
+    corners = resize.apply_boxes(sample.boxes, size).reshape(-1, 2, 2)
+    (embedding,) = encoder.run(None, {"image": pixels})
+    masks, iou, _ = decoder.run(
+        None,
+        {
+            "image_embeddings": embedding,
+            "point_coords": corners.astype(np.float32),
+            "point_labels": np.full(corners.shape[:2], [_TOP_LEFT, _BOTTOM_RIGHT], np.float32),
+            "mask_input": np.zeros((1, 1, *low), np.float32),
+            "has_mask_input": np.zeros(1, np.float32),
+            "orig_im_size": np.array(size, np.float32),
+        },
+    )
+    return Answer(masks[:, 0], iou[:, 0])

@@ -1,0 +1,217 @@
+"""PromptedSam: the module that is trained, and that DistributedDataParallel wraps."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from samft.models.chunked_loss import BoxDecoder, Inputs, auto_mask_chunk, free_memory
+from samft.models.decoder import Tensors, choose_decoder
+
+LOGGER = logging.getLogger(__name__)
+
+
+class PromptedSam(nn.Module):
+    """SAM driven by boxes: images and boxes in, mask logits and predicted IoU out.
+
+    Attributes:
+        sam: The wrapped `segment_anything` model; its state dict is what is saved.
+        decoder: `fast`, or `stock` for the package's own modules.
+        mask_chunk: Boxes decoded at once; None: as memory allows.
+    """
+
+    def __init__(self, sam: Sam, *, decoder: str = "fast", mask_chunk: int | None = None) -> None:
+        """Wraps a SAM without copying it."""
+        super().__init__()
+        self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
+        self._known_pe: tuple[Tensor, int, Tensor] | None = None
+
+    def preprocess(self, images: Tensor, input_sizes: Tensor | None) -> Tensor:
+        """Normalises images on the device; the padding becomes zero, as in `Sam.preprocess`.
+
+        Args:
+            images: uint8 [N, 3, S, S] RGB in the model frame, padded right and bottom; floating
+                point images are taken as preprocessed already and pass through.
+            input_sizes: int [N, 2], height and width of the image inside the frame, in pixels;
+                None where the images fill it.
+
+        Returns:
+            float32 [N, 3, S, S].
+        """
+        if images.is_floating_point():
+            return images
+        normalised = (images.float() - self.sam.pixel_mean) / self.sam.pixel_std
+        if input_sizes is None:
+            return normalised
+        return normalised * inside_image(input_sizes, images.shape[-1])[:, None]
+
+    @property
+    def embedding_shape(self) -> tuple[int, int, int]:
+        """C, S/16, S/16 of the embedding of an image."""
+        encoder = self.sam.prompt_encoder
+        return (encoder.embed_dim, *encoder.image_embedding_size)
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether no parameter of the image encoder is trained."""
+        return not any(p.requires_grad for p in self.sam.image_encoder.parameters())
+
+    def embed(
+        self, images: Tensor, input_sizes: Tensor | None = None, *, cached: Tensor | None = None
+    ) -> Tensor:
+        """Encodes images; without a gradient where the whole encoder is frozen.
+
+        Args:
+            images: See `preprocess`.
+            input_sizes: See `preprocess`.
+            cached: float [N, C, S/16, S/16], what this gave before: then nothing is encoded.
+
+        Returns:
+            float [N, C, S/16, S/16].
+        """
+        if cached is not None:
+            return cached.float()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
+            return self.sam.image_encoder(self.preprocess(images, input_sizes))
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        boxes: Tensor,
+        image_index: Tensor,
+        *,
+        points: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicts the mask of each box, then of each single point, from image embeddings.
+
+        Args:
+            embeddings: float [N, C, S/16, S/16].
+            boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
+            image_index: int64 [M + P], the image of each box and then of each point.
+            points: float32 [P, 2], x y in pixels of the model frame, each inside of an object of
+                its own; the mask is the one that `multimask_output=False` gives.
+
+        Returns:
+            Mask logits [M + P, S/4, S/4] (positive inside the object) and predicted IoU [M + P].
+        """
+        prompted = self._prompted(embeddings, boxes, points)
+        return self._box_decoder(image_index).decode(prompted)
+
+    def _box_decoder(self, image_index: Tensor) -> BoxDecoder:
+        if self.mask_chunk is None:  # once, so that steps add up in one order
+            device, num_values = self.sam.device, math.prod(self.embedding_shape)
+            free = free_memory(device)
+            self.mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
+            LOGGER.info("mask_chunk auto: %d boxes decoded at once", self.mask_chunk)
+        module = self.sam.mask_decoder
+        return BoxDecoder(
+            module, choose_decoder(module, self.decoder), image_index, self.mask_chunk
+        )
+
+    def _prompted(self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None) -> Inputs:
+        prompt_encoder = self.sam.prompt_encoder
+        with _exact(boxes.device):
+            sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
+            if points is not None:  # two tokens, as a box: the point, and "not a point"
+                labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
+                asked = (points.float()[:, None], labels)
+                of_points, _ = prompt_encoder(points=asked, boxes=None, masks=None)
+                sparse = torch.cat([sparse, of_points])
+            image_pe = self._dense_pe()
+        dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return Inputs(embeddings, image_pe, dense, sparse)
+
+    def _dense_pe(self) -> Tensor:
+        # A constant, computed once: again only where the matrix it is made of was moved or loaded.
+        matrix = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
+        known = self._known_pe
+        if known is None or known[0] is not matrix or known[1] != matrix._version:
+            with torch.inference_mode(False):
+                known = (matrix, matrix._version, self.sam.prompt_encoder.get_dense_pe())
+            self._known_pe = known
+        return known[2]
+
+    def forward(
+        self,
+        images: Tensor,
+        boxes: Tensor,
+        image_index: Tensor,
+        *,
+        input_sizes: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        loss: Callable[..., Tensors] | None = None,
+        targets: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Predicts the mask of each box; with a loss, only says how good they are.
+
+        See `preprocess` and `decode` for shapes and frames. With a loss, no more than `mask_chunk`
+        masks are in memory at a time (`box_chunks`).
+
+        Args:
+            images: uint8 [N, 3, S, S], or float already preprocessed.
+            boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
+            image_index: int64 [M].
+            input_sizes: int [N, 2], or None where the images fill the frame.
+            embeddings: float [N, C, S/16, S/16], to be used in the place of images.
+            loss: `losses.mask_losses` with its weights and image size set, or alike.
+            targets: uint8 [M, s, s], for the loss.
+            gradient: float32 scalar, what the sum of the loss is going to be multiplied by before
+                backward; None: 1. Any is right, but in float16 small gradients could be lost.
+
+        Returns:
+            Mask logits [M, S/4, S/4] and predicted IoU [M]; or, with a loss, the sum of its first
+            tensor, and the tensors that it returns, [M] each, without a gradient.
+        """
+        embeddings = self.embed(images, input_sizes, cached=embeddings)
+        if loss is None:
+            return self.decode(embeddings, boxes, image_index)
+        assert targets is not None and input_sizes is not None
+
+        def loss_of(mask_logits: Tensor, iou_predicted: Tensor, part: slice) -> Tensors:
+            index, wanted = image_index[part], targets[part]
+            sizes = {"image_index": index, "input_sizes": input_sizes}
+            return loss(mask_logits, iou_predicted, targets=wanted, **sizes)
+
+        gradient = boxes.new_ones(()) if gradient is None else gradient
+        inputs, decoder = self._prompted(embeddings, boxes), self._box_decoder(image_index)
+        return decoder.sum_losses(inputs, loss=loss_of, gradient=gradient)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    # Positions are a matrix product: in bf16 or TF32, a corner would be off by pixels.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def inside_sides(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:
+    """The share of each row and column of the model frame inside the image, not in the padding.
+
+    Args:
+        input_sizes: int [N, 2], height and width of the image in the frame, in pixels.
+        size: Cells along each side.
+        cell: Side of a cell in pixels of the model frame.
+
+    Returns:
+        float32 [N, 2, size], rows then columns: 1 inside, 0 in the padding, between where the
+        image ends in a cell. The share of a cell is the product of its row's and its column's.
+    """
+    starts = torch.arange(size, device=input_sizes.device, dtype=torch.float32) * cell
+    return ((input_sizes[..., None] - starts) / cell).clamp(0, 1)
+
+
+def inside_image(input_sizes: Tensor, size: int) -> Tensor:
+    """Which pixels of the model frame lie inside the image: float32 [N, size, size], 1 or 0."""
+    rows, columns = inside_sides(input_sizes, size).unbind(1)
+    return rows[:, :, None] * columns[:, None, :]

@@ -1,0 +1,324 @@
+"""Build and load Segment Anything models of any type at any image size, in SAM's own keys.
+
+Everything here is made of the modules of the `segment_anything` package, so what is saved is what
+that package reads.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from samft.errors import CheckpointError
+from samft.models.attention import use_fast_attention
+from samft.runtime.files import is_known
+
+PATCH_SIZE = 16
+PIXEL_MEAN = [123.675, 116.28, 103.53]
+PIXEL_STD = [58.395, 57.12, 57.375]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers that tell one SAM from another.
+
+    Source: `segment_anything/build_sam.py` for Meta's three; `vit_tiny` is ours.
+    """
+
+    encoder_width: int
+    encoder_depth: int
+    encoder_heads: int
+    global_attention_blocks: tuple[int, ...]
+    window_size: int = 14
+    decoder_width: int = 256
+    decoder_mlp_width: int = 2048
+
+
+MODEL_SHAPES = {
+    "vit_h": ModelShape(1280, 32, 16, (7, 15, 23, 31)),
+    "vit_l": ModelShape(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_b": ModelShape(768, 12, 12, (2, 5, 8, 11)),
+    "vit_tiny": ModelShape(128, 4, 4, (1, 3), 8, decoder_width=128, decoder_mlp_width=512),
+}
+
+
+def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stock") -> Sam:
+    """Builds a SAM with freshly initialised weights, in eval mode.
+
+    Args:
+        model_type: A key of `MODEL_SHAPES`.
+        image_size: Side of the square model input in pixels, a multiple of 16.
+        attention: `fast` for the image encoder's attention of `samft.attention`, with the same
+            keys and numbers, or `stock`.
+
+    Returns:
+        A `segment_anything` Sam whose position embeddings fit `image_size`.
+
+    Raises:
+        ValueError: `attention` is neither.
+    """
+    if attention not in ("fast", "stock"):
+        raise ValueError(f"attention must be 'fast' or 'stock', not {attention!r}.")
+    shape = MODEL_SHAPES[model_type]
+    grid = image_size // PATCH_SIZE
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            depth=shape.encoder_depth,
+            embed_dim=shape.encoder_width,
+            img_size=image_size,
+            mlp_ratio=4,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            num_heads=shape.encoder_heads,
+            patch_size=PATCH_SIZE,
+            qkv_bias=True,
+            use_rel_pos=True,
+            global_attn_indexes=shape.global_attention_blocks,
+            window_size=shape.window_size,
+            out_chans=shape.decoder_width,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=shape.decoder_width,
+            image_embedding_size=(grid, grid),
+            input_image_size=(image_size, image_size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2,
+                embedding_dim=shape.decoder_width,
+                mlp_dim=shape.decoder_mlp_width,
+                num_heads=8,
+            ),
+            transformer_dim=shape.decoder_width,
+            iou_head_depth=3,
+            iou_head_hidden_dim=shape.decoder_width,
+        ),
+        pixel_mean=PIXEL_MEAN,
+        pixel_std=PIXEL_STD,
+    )
+    if attention == "fast":
+        use_fast_attention(sam.image_encoder)
+    return sam.eval()
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Reads a flat SAM state dict: Meta's `.pth`, a top-k `.ckpt` of ours, or our `last.ckpt`.
+
+    Args:
+        path: The file; only tensors and plain Python values in it are ever loaded.
+
+    Returns:
+        SAM's own keys to tensors, on the CPU.
+
+    Raises:
+        CheckpointError: The file is absent, unreadable, or holds no SAM weights.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}: give a SAM .pth or a .ckpt of samft.")
+    sidecar = path.with_suffix(".json")
+    if path.suffix == ".ckpt" and sidecar.is_file() and not is_known(path, sidecar):
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one in {sidecar.name}. "
+            "Copy it again, or take another checkpoint."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a damaged or hostile file
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint "
+            f"({_first_sentence(error)}). It may be cut short: fetch or copy it again."
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} holds no flat dict of SAM's tensors.")
+    return state
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text.split(". ")[0] or type(error).__name__)[:160]
+
+
+def identify(state: dict[str, Tensor], *, source: object = "the checkpoint") -> tuple[str, int]:
+    """Tells which model a state dict belongs to from the shapes of its tensors.
+
+    Args:
+        state: SAM's own keys to tensors.
+        source: What to call it in the error.
+
+    Returns:
+        The model type and the image size in pixels.
+
+    Raises:
+        CheckpointError: It is no SAM of a known type.
+    """
+    positions = state.get("image_encoder.pos_embed")
+    if positions is None or positions.ndim != 4:
+        raise CheckpointError(
+            f"{source} holds no SAM image encoder ('image_encoder.pos_embed' is missing): samft "
+            "reads SAM 1 checkpoints (vit_h, vit_l, vit_b) and its own."
+        )
+    width = positions.shape[-1]
+    for model_type, shape in MODEL_SHAPES.items():
+        if shape.encoder_width == width:
+            return model_type, positions.shape[1] * PATCH_SIZE
+    raise CheckpointError(f"{source} has an encoder {width} wide, which no known model type has.")
+
+
+def fit_positions(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
+    """Resizes position embeddings to another image size; everything else passes through.
+
+    Absolute positions are resampled bicubically with antialiasing; relative positions linearly,
+    which is what SAM's attention itself does at run time, so those stay exact.
+
+    Args:
+        state: SAM's own keys to tensors.
+        sam: The model to fit.
+
+    Returns:
+        A new dict with every position tensor in the shape that `sam` has.
+    """
+    target = sam.state_dict()
+    fitted = dict(state)
+    for name, tensor in state.items():
+        if name not in target or tensor.shape == target[name].shape:
+            continue
+        shape = target[name].shape
+        if tensor.ndim != len(shape):
+            continue
+        if name.endswith("pos_embed") and tensor.shape[-1] == shape[-1]:
+            fitted[name] = F.interpolate(
+                tensor.float().permute(0, 3, 1, 2),
+                size=shape[1:3],
+                mode="bicubic",
+                antialias=True,
+                align_corners=False,
+            ).permute(0, 2, 3, 1)
+        elif ".rel_pos_" in name and tensor.shape[-1] == shape[-1]:
+            fitted[name] = F.interpolate(
+                tensor.float().T[None], size=shape[0], mode="linear", align_corners=False
+            )[0].T.contiguous()
+    return fitted
+
+
+def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the checkpoint") -> None:
+    """Loads weights into a SAM in place, resizing positions where the image size differs.
+
+    Args:
+        sam: The model.
+        state: SAM's own keys to tensors, of the same model type.
+        source: What to call the weights in the error.
+
+    Raises:
+        CheckpointError: Keys or shapes do not fit; the first few are named.
+    """
+    fitted = fit_positions(state, sam)
+    target = sam.state_dict()
+    missing = [name for name in target if name not in fitted]
+    extra = [name for name in fitted if name not in target]
+    unlike = [n for n in target if n in fitted and fitted[n].shape != target[n].shape]
+    problems = [
+        f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for word, names in (("missing", missing), ("unknown", extra), ("of another shape", unlike))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}.")
+    bad = [name for name, tensor in fitted.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(
+            f"{source} holds values that are not finite, in {len(bad)} tensors ({bad[0]}, ...): "
+            "take an earlier checkpoint."
+        )
+    sam.load_state_dict(fitted)
+
+
+def saved_resize_mode(path: Path) -> str:
+    """How images were brought into the frame in training; `pad`, as SAM does, if nothing says so.
+
+    Args:
+        path: A checkpoint: a sidecar says it, or a `last.ckpt` itself.
+    """
+    try:
+        sidecar = path.with_suffix(".json")
+        about = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        if "resize_mode" not in about and path.suffix == ".ckpt":
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            about = state.get("config", {})
+        return "squash" if about.get("resize_mode") == "squash" else "pad"
+    except Exception:  # not ours: a sidecar of something else, a format that cannot be mapped
+        return "pad"
+
+
+class OpenedSam(NamedTuple):
+    """A checkpoint's model, in eval mode, and what it was tuned as.
+
+    Attributes:
+        sam: At the image size that it was tuned for.
+        model_type: A key of `MODEL_SHAPES`.
+        image_size: S.
+        resize_mode: `pad`, SAM's own, where nothing says otherwise.
+    """
+
+    sam: Sam
+    model_type: str
+    image_size: int
+    resize_mode: str
+
+
+def open_checkpoint(path: Path, *, attention: str = "stock") -> OpenedSam:
+    """Builds the model that a checkpoint was tuned as, with its weights.
+
+    Args:
+        path: See `load_sam`.
+        attention: See `build_sam`.
+
+    Raises:
+        CheckpointError: The file cannot be read or is no SAM.
+    """
+    state = read_state(path)
+    model_type, image_size = identify(state, source=path)
+    sam = build_sam(model_type, image_size, attention=attention)
+    load_state(sam, state, source=path)
+    return OpenedSam(sam, model_type, image_size, saved_resize_mode(path))
+
+
+def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
+    """Loads a SAM checkpoint of any type and image size, ready for `SamPredictor`.
+
+    Model type and image size are read off the tensors; a sidecar beside a checkpoint of ours is
+    used only to warn about a resize mode that `SamPredictor` does not have.
+
+    Args:
+        path: Meta's `.pth`, a `.ckpt` of ours, or `last.ckpt`.
+        device: Where to put it.
+
+    Returns:
+        A `segment_anything` Sam in eval mode, at the image size that it was tuned for.
+
+    Raises:
+        CheckpointError: The file cannot be read or is no SAM.
+    """
+    opened = open_checkpoint(Path(path))
+    if opened.resize_mode == "squash":
+        warnings.warn(
+            f"{path} was tuned with resize_mode 'squash'; SamPredictor pads, so its masks will "
+            "differ from the validated ones.",
+            stacklevel=2,
+        )
+    return opened.sam.to(device).eval()

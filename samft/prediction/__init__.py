@@ -1,0 +1,1 @@
+"""Images and boxes in, masks as COCO results out."""

@@ -1,0 +1,177 @@
+"""Predicted masks as COCO results, one row at a time, and the images they are of. No torch."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from samft.coco.masks import encode_cropped
+from samft.data.targets import CroppedMask
+from samft.prediction.prediction_task import PLAIN_CATEGORY, ImageList
+from samft.reports import pictures
+from samft.runtime.files import write_atomically, write_json
+
+_DIGITS = 6  # of a box's sides, which are sums and differences of what files give
+
+
+def result_row(
+    mask: CroppedMask,
+    *,
+    box_original: Sequence[float],
+    size: tuple[int, int],
+    score: float,
+    words: dict[str, Any],
+) -> dict[str, Any]:
+    """One mask as an entry of a COCO results file.
+
+    Args:
+        mask: At the original resolution.
+        box_original: x0 y0 x1 y1, px, original frame: what the mask was predicted for.
+        size: H, W of the image, px.
+        score: The predicted IoU.
+        words: `image_id`, `category_id` and what else there is to say of it.
+
+    Returns:
+        The words, `bbox` (x y width height, px), `segmentation` (compressed RLE) and `score`.
+    """
+    x0, y0, x1, y1 = box_original
+    height, width = size
+    return {
+        **words,
+        "bbox": [round(float(side), _DIGITS) for side in (x0, y0, x1 - x0, y1 - y0)],
+        "score": score,
+        "segmentation": encode_cropped(mask.top, mask.left, mask.mask, height=height, width=width),
+    }
+
+
+class ResultsWriter:
+    """Writes a JSON list, an entry a line, without ever holding more than one of them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Begins the list in an open file."""
+        self.file, self.num_rows = file, 0
+        self._encode = msgspec.json.Encoder().encode
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends an entry.
+
+        Raises:
+            OSError: The disk is full, say.
+        """
+        self.file.write(b",\n" if self.num_rows else b"[\n")
+        self.file.write(self._encode(row))
+        self.num_rows += 1
+
+    def close(self) -> None:
+        """Ends the list; the file stays open."""
+        self.file.write(b"\n]\n" if self.num_rows else b"[]\n")
+
+
+def write_images_json(path: Path, images: ImageList, rows: Sequence[int]) -> None:
+    """Writes a COCO file of images without objects, so that the ids in results mean something.
+
+    Args:
+        path: The file.
+        images: All images.
+        rows: Those to list.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    entries = [
+        {
+            "id": int(images.ids[row]),
+            "file_name": images.names[row],
+            "height": int(images.sizes[row, 0]),
+            "width": int(images.sizes[row, 1]),
+        }
+        for row in rows
+    ]
+    categories = [{"id": PLAIN_CATEGORY, "name": "object"}]
+    document = {"info": {}, "images": entries, "annotations": [], "categories": categories}
+    write_json(path, document)
+
+
+def picture_names(names: Sequence[str], ids: NDArray[np.int64]) -> list[str]:
+    """What pictures of images are called, without a suffix: the image's name, and no two alike.
+
+    Args:
+        names: Of the images, maybe with folders.
+        ids: int64 [N], which tell those apart whose names are too much alike.
+
+    Returns:
+        Relative paths that stay inside of the folder that they are put into.
+    """
+    stems = []
+    for name in names:
+        path = PurePath(name).with_suffix("")
+        outside = path.is_absolute() or ".." in path.parts
+        stems.append(path.name if outside else path.as_posix())
+    # Some file systems do not tell upper from lower case.
+    counts = Counter(stem.casefold() for stem in stems)
+    taken = {stem for stem, count in counts.items() if count == 1}
+    unique = []
+    for stem, image_id in zip(stems, ids.tolist(), strict=True):
+        if counts[stem.casefold()] > 1:
+            stem = f"{stem}-{image_id}"
+            while stem.casefold() in taken:
+                stem += "_"
+            taken.add(stem.casefold())
+        unique.append(re.sub(r"[\x00-\x1f]", "_", stem))
+    return unique
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures that go beside the results; none by default.
+
+    Attributes:
+        folder: Gets `masks/` and `overlays/`.
+        masks: Whether to write label images, see `pictures.label_image`.
+        overlays: Whether to write what a person looks at.
+    """
+
+    folder: Path
+    masks: bool = False
+    overlays: bool = False
+
+    def __bool__(self) -> bool:
+        return self.masks or self.overlays
+
+    def write(
+        self,
+        name: str,
+        image: NDArray[np.uint8],
+        masks: Sequence[CroppedMask],
+        *,
+        boxes: NDArray[np.float64],
+    ) -> None:
+        """Writes the pictures of one image.
+
+        Args:
+            name: One of `picture_names`.
+            image: uint8 [H, W, 3] RGB.
+            masks: K of them.
+            boxes: [K, 4] to be drawn, x0 y0 x1 y1, px; or [0, 4].
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        height, width = image.shape[:2]
+        if self.masks:
+            labels = pictures.label_image(masks, (height, width))
+            _write(self.folder / "masks" / f"{name}.png", pictures.index_png(labels))
+        if self.overlays:
+            drawn = pictures.draw_objects(image, masks, boxes=boxes)
+            _write(self.folder / "overlays" / f"{name}.jpg", pictures.jpeg(drawn))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(content))

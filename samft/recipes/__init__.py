@@ -1,0 +1,1 @@
+"""The room that knows `TrainConfig`: builds the parts, then trains, evaluates or estimates."""

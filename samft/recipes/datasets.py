@@ -1,0 +1,210 @@
+"""The two datasets of a run: found, read, checked, counted."""
+
+import hashlib
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samft.coco.layout import find_split
+from samft.coco.problems import NOTE, WARNING
+from samft.coco.subset import CocoIndex, find_shared, read_coco, split_by_hash
+from samft.config import TrainConfig
+from samft.data.data import Coco2MaskDataset
+from samft.data.samplers import repeat_factors
+from samft.errors import DataError
+from samft.runtime.logs import LOGGER
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two datasets, and what was counted while reading them.
+
+    Attributes:
+        train: Augmented, at random.
+        val: As it is, with truths at the original resolution.
+        counts: For each split: `images`, `masks`, `skipped` by reason.
+        fingerprint: Changes when the training images or objects do.
+    """
+
+    train: Coco2MaskDataset
+    val: Coco2MaskDataset
+    counts: dict[str, dict[str, Any]]
+    fingerprint: str
+
+    def announce(self) -> None:
+        """Says how many images and masks there are, what was left out, and what was mended."""
+        for dataset, (split, counts) in zip(
+            (self.train, self.val), self.counts.items(), strict=True
+        ):
+            skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
+            LOGGER.info(
+                "%s: %d images, %d masks%s",
+                split,
+                counts["images"],
+                counts["masks"],
+                f"; left out: {skipped}" if skipped else "",
+            )
+            for line in dataset.index.file.problems.lines(WARNING, NOTE, num_examples=1):
+                LOGGER.info("  %s", line)
+            _announce_bad_images(counts["bad_images"])
+
+
+def _announce_bad_images(bad_images: dict[str, str]) -> None:
+    if bad_images:
+        named = [f"{name} ({code})" for name, code in itertools.islice(bad_images.items(), 100)]
+        more = len(bad_images) - len(named)
+        words = f", and {more} more in summary.json" if more else ""
+        LOGGER.info("  images left out: %s%s", ", ".join(named), words)
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """Reads and checks the annotation files and sets up both datasets.
+
+    Raises:
+        DataError: Files are missing or broken, or there is nothing to validate on.
+    """
+    train_index = _read(config, _find_files(config, "train"))
+    role, files = find_val(config)
+    if role == "train":
+        assert config.val_fraction is not None
+        train_index, val_index = _hold_out(train_index, config.val_fraction)
+    else:
+        val_index = _read(config, files)
+        if config.val_fraction is not None:
+            LOGGER.warning("val_fraction is not used: there is a validation split")
+    train_index = _without_shared(train_index, val_index)
+    counts = {"train": _count(train_index), "val": _count(val_index)}
+    return Splits(
+        train=_dataset(train_index, config, training=True),
+        val=_dataset(val_index, config, training=False),
+        counts=counts,
+        fingerprint=_fingerprint(train_index),
+    )
+
+
+def find_val(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
+    """Where the validation images come from: `val`, or `train` where they are held out of it.
+
+    Returns:
+        Which of the two, its COCO file, and its image folder.
+
+    Raises:
+        DataError: There is no validation split, and none is to be held out.
+    """
+    try:
+        return "val", _find_files(config, "val")
+    except DataError as error:
+        if config.val_fraction is None:
+            hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
+            raise DataError(f"{error}{hint}") from error
+        return "train", _find_files(config, "train")
+
+
+def _read(config: TrainConfig, files: tuple[Path, Path]) -> CocoIndex:
+    names = [name.strip() for name in (config.category_names or "").split(",")]
+    return read_coco(
+        *files,
+        root=None if config.data_root is None else Path(config.data_root).expanduser(),
+        on_bad_image=config.on_bad_image,
+        category_names=[name for name in names if name],
+        min_mask_area=config.min_mask_area,
+    )
+
+
+def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
+    annotations = getattr(config, f"{split}_annotations")
+    if annotations is not None:
+        return Path(annotations).expanduser(), Path(getattr(config, f"{split}_images")).expanduser()
+    if config.data_root is None:
+        raise DataError(f"there is no {split} split: data_root and {split}_annotations are empty.")
+    return find_split(Path(config.data_root).expanduser(), getattr(config, f"{split}_split"))
+
+
+def _hold_out(whole: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
+    train_index, val_index = split_by_hash(whole, val_fraction)
+    LOGGER.info(
+        "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
+        val_index.num_images,
+        whole.num_images,
+        ", ".join(val_index.file_name(i) for i in range(min(val_index.num_images, 5))),
+        ", ..." if val_index.num_images > 5 else "",
+    )
+    return train_index, val_index
+
+
+def _without_shared(train: CocoIndex, val: CocoIndex) -> CocoIndex:
+    shared = find_shared(train, val)
+    if len(shared) in (0, train.num_images):
+        if len(shared):
+            LOGGER.warning(
+                "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT: its scores say how well the "
+                "images are remembered, and nothing about new ones"
+            )
+        return train
+    code = "image-in-train-and-val"
+    names = ", ".join(train.file_name(i) for i in shared[:5])
+    LOGGER.warning(
+        "%d training images are also in the validation split, so they are not trained on (%s%s)",
+        len(shared),
+        names,
+        ", ..." if len(shared) > 5 else "",
+    )
+    kept = train.select(np.setdiff1d(np.arange(train.num_images), shared))
+    return replace(kept, counts={**train.counts, code: len(shared)})
+
+
+def _count(index: CocoIndex) -> dict[str, Any]:
+    return {
+        "images": index.num_images,
+        "masks": index.num_objects,
+        "skipped": dict(index.counts),
+        "bad_images": dict(index.file.bad_images),
+    }
+
+
+def count_repeats(index: CocoIndex, threshold: float | None) -> NDArray[np.float64] | None:
+    """How often each training image comes in an epoch; None: once each."""
+    if threshold is None:
+        return None
+    image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
+    categories = index.file.categories[index.objects]
+    repeats = repeat_factors(image_of, categories, num_images=index.num_images, threshold=threshold)
+    LOGGER.info(
+        "repeat_threshold %g: %d of %d images come more than once in an epoch, up to %.1f times",
+        threshold,
+        (repeats > 1).sum(),
+        len(repeats),
+        repeats.max(),
+    )
+    return repeats
+
+
+def _dataset(index: CocoIndex, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
+    return Coco2MaskDataset(
+        index.file.image_folder,
+        None,
+        index=index,
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        training=training,
+        max_masks_per_image=config.max_masks_per_image,
+        box_jitter=config.box_jitter,
+        augment=config.augment,
+        loss_resolution=config.loss_resolution,
+        on_bad_image=config.on_bad_image,
+        seed=config.seed,
+    )
+
+
+def _fingerprint(index: CocoIndex) -> str:
+    file = index.file
+    names = "\n".join(index.file_name(i) for i in range(index.num_images))
+    digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+    for array in (file.image_ids[index.rows], file.object_ids[index.objects]):
+        digest.update(array.tobytes())
+    digest.update(file.boxes[index.objects].tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,292 @@
+"""What a run is going to take, from a few steps that train nothing that is kept.
+
+All parts are built as for the run. Two steps on the largest batch say how much memory is needed;
+the time comes from a batch of images with a usual number of objects, from loading it, from one
+image each of validation and encoding, and from one checkpoint that is written and deleted.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from samft import distributed
+from samft.checkpoints.top_k import save_tensors
+from samft.config import TrainConfig
+from samft.data.batch import Batch
+from samft.data.loaders import batch_by_objects, masks_per_image
+from samft.embeddings.store import gib
+from samft.errors import ConfigError
+from samft.evaluation.metrics import peak_memory_gib
+from samft.evaluation.validation import validate
+from samft.models.prompted_sam import PromptedSam
+from samft.recipes.build import (
+    build_model,
+    build_trainer,
+    disk_bytes,
+    images_per_step,
+    load_weights,
+    pick_amp_dtype,
+    together,
+)
+from samft.recipes.datasets import Splits, load_splits
+from samft.recipes.embedding_cache import Foreseen, cache_folder_of, foresee_cache
+from samft.runtime.files import make_writable, write_status
+from samft.runtime.logs import LOGGER, format_duration
+from samft.training.engine import SAVE_MEMORY, Trainer
+from samft.training.optim import gather_state
+from samft.training.progress import Progress
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes. Seconds are of all processes at work together.
+
+    Attributes:
+        peak_memory_gib: Of the process that takes most: allocated on its GPU, or resident.
+        memory_gib: What there is of it.
+        largest_batch: Objects of a micro-batch of the images that have most.
+        images_per_second: In training, all processes.
+        masks_per_second: In training, all processes.
+        encoding_seconds: For embeddings that are cached before the first step.
+        training_seconds: For all steps.
+        validation_seconds: For all validations.
+        saving_seconds: For all writing of checkpoints.
+        embedding_bytes: To come on the disk of the cache.
+        checkpoint_bytes: Of last.ckpt, the one before it and the one that replaces it, and the
+            best ones.
+        free_bytes: Of the disk of output_dir.
+    """
+
+    peak_memory_gib: float
+    memory_gib: float
+    largest_batch: int
+    images_per_second: float
+    masks_per_second: float
+    encoding_seconds: float
+    training_seconds: float
+    validation_seconds: float
+    saving_seconds: float
+    embedding_bytes: int
+    checkpoint_bytes: int
+    free_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        work = self.encoding_seconds + self.training_seconds
+        return work + self.validation_seconds + self.saving_seconds
+
+
+def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Builds everything, takes a few steps, says what the run takes. Collective.
+
+    Args:
+        config: The checked configuration.
+        device: This process's device.
+
+    Returns:
+        The fields of a `Forecast`, and `seconds`.
+
+    Raises:
+        UserError: Whatever the run would refuse, or no room on the disk.
+    """
+    folder = Path(config.output_dir).expanduser()
+    together(lambda: make_writable(folder))
+    splits = together(lambda: load_splits(config))
+    splits.announce()
+    weights = together(lambda: load_weights(config))
+    trial = _Trial(config, build_model(config, weights, device), folder)
+    forecast = _slowest(_forecast(config, splits, trial))
+    announce(forecast, config)
+    found = {**asdict(forecast), "seconds": forecast.seconds}
+    if distributed.is_main():
+        write_status(None, state="done", exit_code=0, reason="a dry run: nothing was trained")
+    return found
+
+
+def _forecast(config: TrainConfig, splits: Splits, trial: "_Trial") -> Forecast:
+    world_size, steps = distributed.get_world_size(), config.steps
+    found = trial.run(splits)
+    # The workers load while the step is taken; without any, one comes after the other.
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = min(config.num_workers, cores)
+    loading = found.load_seconds * config.batch_size * config.accumulate_steps
+    in_step = found.step_seconds
+    step = max(in_step, loading / workers) if workers else in_step + loading
+    validations = -(-steps // config.metrics_interval) + 1
+    masks = masks_per_image(splits.train).mean()
+    images = images_per_step(config)
+    cache = found.cache
+    return Forecast(
+        peak_memory_gib=peak_memory_gib(trial.device),
+        memory_gib=_memory_gib(trial.device),
+        largest_batch=found.largest_batch,
+        images_per_second=images / step,
+        masks_per_second=float(images * masks / step),
+        encoding_seconds=cache.num_images * found.encode_seconds / world_size if cache else 0.0,
+        training_seconds=steps * step,
+        validation_seconds=validations * -(-len(splits.val) // world_size) * found.val_seconds,
+        saving_seconds=validations * found.save_seconds,
+        embedding_bytes=cache.num_bytes if cache else 0,
+        checkpoint_bytes=disk_bytes(trial.model, save_top_k=config.save_top_k),
+        free_bytes=shutil.disk_usage(trial.folder).free,
+    )
+
+
+def _slowest(found: Forecast) -> Forecast:
+    # All wait for the slowest, and the run fails where one has no memory left.
+    each = distributed.all_gather(found)
+    slow = max(each, key=lambda one: one.training_seconds)
+    full = max(each, key=lambda one: one.peak_memory_gib)
+    return replace(
+        slow,
+        peak_memory_gib=full.peak_memory_gib,
+        memory_gib=full.memory_gib,
+        largest_batch=full.largest_batch,
+    )
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+@dataclass
+class _Found:
+    cache: Foreseen | None
+    largest_batch: int  # objects
+    load_seconds: float  # an image, by one worker
+    encode_seconds: float  # an image
+    step_seconds: float
+    val_seconds: float  # an image
+    save_seconds: float
+
+
+class _Trial:
+    """The parts of a run, on this process, and what they take."""
+
+    def __init__(self, config: TrainConfig, model: PromptedSam, folder: Path) -> None:
+        self.config, self.model, self.folder = config, model, folder
+        self.device = model.sam.device
+
+    def run(self, splits: Splits) -> _Found:
+        """Tries every part once or twice. Collective: every rank must call."""
+        config = self.config
+        cache = foresee_cache(config, self.model, splits, progress=Progress())
+        load = partial(batch_by_objects, splits.train, config.batch_size)
+        load_seconds, usual = self._time(lambda: together(lambda: load(share=0.5)))
+        largest = together(lambda: load(share=1.0))
+        seen = together(lambda: batch_by_objects(splits.val, 1, share=0.5))
+        encode_seconds = 0.0
+        if cache:
+            encode_seconds = self._time_encoding(usual)
+            self.model.sam.image_encoder.cpu()
+            usual, largest, seen = (self._with_embeddings(b) for b in (usual, largest, seen))
+        trainer = build_trainer(config, self.model, progress=Progress(), state=None)
+        for batch in (largest, largest, usual):
+            self._step(trainer, batch)
+        step_seconds, _ = self._time(lambda: self._step(trainer, usual))
+        validating = partial(validate, self.model, [seen], loss=trainer.loss)
+        return _Found(
+            cache=cache,
+            largest_batch=largest.num_masks,
+            load_seconds=0.0 if cache else load_seconds / config.batch_size,
+            encode_seconds=encode_seconds,
+            step_seconds=step_seconds,
+            val_seconds=self._time(validating)[0],
+            save_seconds=self._time_saving(trainer),
+        )
+
+    def _time(self, work: Callable[[], T]) -> tuple[float, T]:
+        start = now(self.device)
+        result = work()
+        return now(self.device) - start, result
+
+    def _step(self, trainer: Trainer, batch: Batch) -> None:
+        trainer.train_step([batch] * self.config.accumulate_steps)
+
+    @torch.no_grad()
+    def _time_encoding(self, batch: Batch) -> float:
+        one = batch.images[:1].to(self.device), batch.input_sizes[:1].to(self.device)
+        amp_dtype = pick_amp_dtype(self.config.amp, self.device)
+        with torch.autocast(self.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            self.model.embed(*one)  # the first is slower
+            return self._time(lambda: self.model.embed(*one))[0]
+
+    def _with_embeddings(self, batch: Batch) -> Batch:
+        shape = (len(batch.image_ids), *self.model.embedding_shape)
+        embeddings = torch.zeros(shape, dtype=getattr(torch, self.config.cache_dtype))
+        return replace(batch, embeddings=embeddings)
+
+    def _time_saving(self, trainer: Trainer) -> float:
+        optimizer = gather_state(trainer.optimizer)
+        state = {"model": self.model.sam.state_dict(), "optimizer": optimizer}
+        seconds = together(lambda: self._save(state))
+        return float(distributed.broadcast(seconds))
+
+    def _save(self, state: dict[str, Any]) -> float:
+        if not distributed.is_main():
+            return 0.0
+        path = self.folder / f"dry_run-{os.getpid()}.ckpt"
+        try:
+            return self._time(lambda: save_tensors(path, state))[0]
+        except OSError as error:
+            raise ConfigError(f"output_dir: a checkpoint cannot be written: {error}.") from error
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all that the device has been given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def announce(forecast: Forecast, config: TrainConfig) -> None:
+    """Says it, and loudly what there is not enough of."""
+    LOGGER.info("dry run: nothing was trained, and nothing is kept; the run would take about")
+    LOGGER.info(
+        "  memory  %.2f of %.1f GiB a process, on a batch of %d objects",
+        forecast.peak_memory_gib,
+        forecast.memory_gib,
+        forecast.largest_batch,
+    )
+    LOGGER.info(
+        "  time    %s: %s for %d steps at %.3g images/s (%.3g masks/s)%s, %s for validation, %s "
+        "for saving",
+        format_duration(forecast.seconds),
+        format_duration(forecast.training_seconds),
+        config.steps,
+        forecast.images_per_second,
+        forecast.masks_per_second,
+        f", {format_duration(forecast.encoding_seconds)} for encoding before"
+        if forecast.encoding_seconds
+        else "",
+        format_duration(forecast.validation_seconds),
+        format_duration(forecast.saving_seconds),
+    )
+    LOGGER.info(
+        "  disk    %s for checkpoints%s; %s are free",
+        gib(forecast.checkpoint_bytes),
+        f", {gib(forecast.embedding_bytes)} for embeddings in {cache_folder_of(config)}"
+        if forecast.embedding_bytes
+        else "",
+        gib(forecast.free_bytes),
+    )
+    if forecast.checkpoint_bytes > forecast.free_bytes:
+        LOGGER.warning("THE DISK IS TOO SMALL: make room, or name another output_dir")
+    if forecast.peak_memory_gib > 0.9 * forecast.memory_gib:
+        LOGGER.warning(
+            "MEMORY IS SHORT, and what else runs here may take the rest. %s", SAVE_MEMORY
+        )

@@ -1,0 +1,250 @@
+"""One evaluation from start to end: checkpoints, data, processes, and the files that it leaves."""
+
+import argparse
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import samft
+from samft import distributed
+from samft.coco.layout import find_split
+from samft.coco.subset import CocoIndex, read_coco, split_by_hash
+from samft.data.data import Coco2MaskDataset
+from samft.data.loaders import val_loader
+from samft.errors import ConfigError, DataError
+from samft.evaluation.coco_ap import (
+    average_precision,
+    categories_of,
+    coco_results,
+    coco_truth,
+    load_backend,
+)
+from samft.evaluation.evaluation import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
+from samft.evaluation.score_sheet import sheet
+from samft.evaluation.score_tables import summarise, summarise_change
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import open_checkpoint
+from samft.recipes.build import together
+from samft.recipes.guard import naming_the_cause
+from samft.runtime import heartbeat as whereabouts
+from samft.runtime.files import make_writable, write_atomically, write_json
+from samft.runtime.logs import LOGGER, format_duration, start_logging
+
+STEP_SECONDS = 600.0  # after which a process that does not answer is named and given up
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Evaluates checkpoints on a split. Collective: every rank must call.
+
+    Args:
+        options: As `samft.evaluate` parses them.
+
+    Returns:
+        What `--output` writes, and lines for the terminal; on ranks other than 0 both empty.
+
+    Raises:
+        UserError: The checkpoints, the data or the output cannot be used.
+        TrainingError: Another process failed.
+    """
+    device = distributed.start(options.device, step_seconds=STEP_SECONDS)
+    start_logging(distributed.get_rank())
+    whereabouts.start()
+    try:
+        with naming_the_cause():
+            return _run(options, device)
+    except BaseException as error:
+        whereabouts.tell_failure(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        whereabouts.stop()
+        distributed.shutdown()
+
+
+def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    load_backend(options.ap_backend)  # before an hour of work
+    index = together(lambda: _prepare(options))
+    evaluations: list[dict[str, Any]] = []
+    tables: list[EvaluatedObjects] = []
+    for path in options.checkpoint:
+        objects, about = _evaluate(path, index, options, device)
+        if distributed.is_main():
+            evaluations.append(_summarise(objects, index, about, backend=options.ap_backend))
+            tables.append(objects)
+            if len(tables) > 1:
+                found = summarise_change(tables[0], objects, seed=options.seed)
+                evaluations[-1]["comparison"] = _with_names(found, index)
+    report: dict[str, Any] = {}
+    lines: list[str] = []
+    if distributed.is_main():
+        data = {"data_root": options.data_root, "split": options.split}
+        data |= {"annotations": options.annotations, "images_folder": options.images}
+        named = {key: None if value is None else str(value) for key, value in data.items()}
+        report = {
+            **evaluations[0],
+            "others": evaluations[1:],
+            "data": {**named, "val_fraction": options.val_fraction},
+            "seed": options.seed,
+            "samft_version": samft.__version__,
+            "torch_version": torch.__version__,
+        }
+        lines = sheet(evaluations, data=_name_data(options))
+        if options.output:
+            report["objects_file"] = objects_file(options.output).name
+            _write(options.output, report, tables, index)
+            lines += ["", f"written: {options.output} and {report['objects_file']} beside it"]
+    distributed.barrier()  # torchrun ends all that run when the first one has ended
+    return report, lines
+
+
+def _name_data(options: argparse.Namespace) -> str:
+    held_out = "" if options.val_fraction is None else f", held out {options.val_fraction:g}"
+    if options.annotations:
+        return f"{options.annotations}{held_out}"
+    return f"{options.data_root.resolve().name} {options.split}{held_out}"
+
+
+def _prepare(options: argparse.Namespace) -> CocoIndex:
+    if options.annotations:
+        annotations, images = options.annotations, options.images
+    else:
+        annotations, images = find_split(options.data_root, options.split)
+    if options.output:
+        _check_output(options.output, [annotations, *options.checkpoint])
+    names = [name.strip() for name in (options.category_names or "").split(",")]
+    index = read_coco(
+        annotations,
+        images,
+        root=options.data_root,
+        on_bad_image=options.on_bad_image,
+        category_names=[name for name in names if name],
+        min_mask_area=options.min_mask_area,
+    )
+    skipped = ", ".join(f"{code} {number:,}" for code, number in index.counts.items())
+    if options.val_fraction is not None:
+        _, index = split_by_hash(index, options.val_fraction)
+    LOGGER.info(
+        "%s: %d images, %d masks%s",
+        annotations,
+        index.num_images,
+        index.num_objects,
+        f"; left out: {skipped}" if skipped else "",
+    )
+    return index
+
+
+def objects_file(output: Path) -> Path:
+    """Where the rows of single objects go, beside the numbers."""
+    return output.with_name(f"{output.stem}.objects.csv")
+
+
+def _check_output(output: Path, sources: list[Path]) -> None:
+    taken = {path.resolve() for path in sources}
+    taken |= {path.with_suffix(".json").resolve() for path in sources}
+    if output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder: name a file in it.")
+    for target in (output, objects_file(output)):
+        if target.resolve() in taken:
+            raise ConfigError(
+                f"--output: {target} is an annotation file, a checkpoint or its sidecar: choose "
+                "another name."
+            )
+    make_writable(output.parent, field="--output")
+
+
+def _evaluate(
+    path: Path, index: CocoIndex, options: argparse.Namespace, device: torch.device
+) -> tuple[EvaluatedObjects, dict[str, Any]]:
+    started = time.monotonic()
+    model, about = together(lambda: _load(path, device))
+    dataset = Coco2MaskDataset(
+        index.file.image_folder,
+        index=index,
+        image_size=about["image_size"],
+        resize_mode=about["resize_mode"],
+        on_bad_image=options.on_bad_image,
+    )
+    loader = val_loader(
+        dataset,
+        num_workers=options.num_workers,
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+        timeout=STEP_SECONDS,
+    )
+    hidden = None if distributed.is_main() else True  # None: where there is no terminal
+    with tqdm(total=len(loader), unit="image", disable=hidden, dynamic_ncols=True) as bar:
+        objects, bad_images = evaluate_split(model, loader, seed=options.seed, on_image=bar.update)
+    for why in bad_images.values():
+        LOGGER.info("left out: %s", why)
+    if not len(objects):
+        raise DataError(f"none of the images in {index.file.image_folder} can be read.")
+    seconds = time.monotonic() - started
+    speed = index.num_images / seconds
+    words = format_duration(seconds)
+    LOGGER.info("%s evaluated in %s, %.1f images/s", path, words, speed)
+    return objects, {**about, "bad_images": bad_images, "seconds": seconds}
+
+
+def _load(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:
+    sam, model_type, image_size, resize_mode = open_checkpoint(path, attention="fast")
+    LOGGER.info("%s: %s at %d px, %s", path, model_type, image_size, resize_mode)
+    about = {"model_type": model_type, "image_size": image_size, "resize_mode": resize_mode}
+    return PromptedSam(sam.to(device)), {"checkpoint": str(path), **about}
+
+
+def _summarise(
+    objects: EvaluatedObjects, index: CocoIndex, about: dict[str, Any], *, backend: str
+) -> dict[str, Any]:
+    category_ids = categories_of(index, objects.object_ids)
+    found = summarise(objects, category_ids, names=index.file.category_names)
+    truth, results = coco_truth(objects, index), coco_results(objects, category_ids)
+    return {
+        "per_mask_iou": found["per_mask_iou"],
+        **about,
+        **found,
+        "coco": average_precision(truth, results, backend=backend),
+    }
+
+
+def _file_names(index: CocoIndex) -> dict[int, str]:
+    return {index.image_id(row): index.file_name(row) for row in range(index.num_images)}
+
+
+def _with_names(comparison: dict[str, Any], index: CocoIndex) -> dict[str, Any]:
+    names = _file_names(index)
+    for row in comparison["most_improved"] + comparison["most_harmed"]:
+        category = int(categories_of(index, np.array([row["object_id"]]))[0])
+        row["category"] = index.file.category_names[category]
+        row["file_name"] = names[row["image_id"]]
+    return comparison
+
+
+def _write(
+    output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], index: CocoIndex
+) -> None:
+    checkpoints = [report["checkpoint"], *(one["checkpoint"] for one in report["others"])]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ids = ("checkpoint", "file_name", "category", "image_id", "object_id", "area")
+    others = [f"iou_{name}" for name in OTHER_PROMPTS]
+    scores = ("iou_actual", "iou_predicted", "dice", "iou_boundary", "iou_box_fill", *others)
+    writer.writerow([*ids, *scores])
+    names = _file_names(index)
+    for checkpoint, table in zip(checkpoints, tables, strict=True):
+        categories = categories_of(index, table.object_ids).tolist()
+        columns = [table.image_ids, table.object_ids, table.areas]
+        columns += [getattr(table, name) for name in scores]
+        for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):
+            known = index.file.category_names[category]
+            writer.writerow([checkpoint, names[row[0]], known, *row])
+    content = text.getvalue().encode(errors="surrogateescape")
+    try:
+        write_atomically(objects_file(output), lambda file: file.write(content))
+        write_json(output, report)
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be written ({error.strerror}).") from error

@@ -1,0 +1,1 @@
+"""The host under a process: files, logs, signals, heartbeats, devices."""

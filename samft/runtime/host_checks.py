@@ -1,0 +1,114 @@
+"""What a host lacks, said at the start instead of hours later: disk, shared memory, files, GPUs."""
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+from samft.embeddings.store import gib
+from samft.errors import ConfigError
+from samft.runtime.logs import LOGGER
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFETCHED = 3  # batches of a loader's worker: two ahead, one in the making
+_FEW_FILES = 4096
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuses to start what the disk cannot hold to its end.
+
+    Args:
+        folder: The output folder.
+        needed: Bytes that are going to be written, beyond what is there.
+
+    Raises:
+        ConfigError: There is less.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConfigError(
+            f"output_dir: checkpoints will take {gib(needed)}, and {folder} has {gib(free)} left: "
+            "make room, lower save_top_k, or name another folder."
+        )
+
+
+def warn_of_shared_memory(*, num_workers: int, batch_bytes: int) -> None:
+    """Says if what all loader workers of this host hand over may not fit into /dev/shm.
+
+    Args:
+        num_workers: Of one process.
+        batch_bytes: Of the largest batch.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = processes * num_workers * _PREFETCHED * batch_bytes
+    if not num_workers or not _SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > free:
+        LOGGER.warning(
+            "/dev/shm HAS %s LEFT, and loader workers may need %s: a worker that finds none dies "
+            "of a bus error. Raise it (docker run --shm-size), or lower num_workers or batch_size",
+            gib(free),
+            gib(needed),
+        )
+
+
+def check_host(
+    device: torch.device, folder: Path, *, needed: int, num_workers: int, batch_bytes: int
+) -> None:
+    """Looks at all that a run will need of this host.
+
+    Args:
+        device: Where it trains.
+        folder: The output folder.
+        needed: Bytes that its checkpoints take up there, with those that there are.
+        num_workers: Loader workers of one process.
+        batch_bytes: Of the largest batch.
+
+    Raises:
+        ConfigError: The disk is too small.
+    """
+    raise_open_files()
+    warn_of_shared_memory(num_workers=num_workers, batch_bytes=batch_bytes)
+    warn_of_unused_gpus(device)
+    # Those of earlier runs, which were set aside, stay.
+    there = sum(
+        path.stat().st_size
+        for pattern in ("*.ckpt", "previous/*.ckpt")
+        for path in folder.glob(pattern)
+    )
+    check_disk(folder, needed - there)
+
+
+def raise_open_files() -> None:
+    """Raises the limit of open files as far as it goes; says if that is not far."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (ValueError, OSError):  # some systems give a hard limit that they do not mean
+            pass
+    if soft != resource.RLIM_INFINITY and soft < _FEW_FILES:
+        LOGGER.warning(
+            "only %d files may be open at once (ulimit -n): loader workers need more; raise it, or "
+            "lower num_workers",
+            soft,
+        )
+
+
+def warn_of_unused_gpus(device: torch.device) -> None:
+    """Says if there are NVIDIA GPUs that PyTorch cannot use."""
+    if device.type == "cuda" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    if torch.cuda.is_available() or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    built_for = torch.version.cuda
+    why = (
+        f"PyTorch {torch.__version__} is built for CUDA {built_for}, which needs a newer driver"
+        if built_for
+        else f"PyTorch {torch.__version__} is a build for CPUs"
+    )
+    LOGGER.warning("THIS HOST HAS GPUS, BUT TRAINING RUNS ON THE CPU: %s", why)

@@ -1,0 +1,212 @@
+"""What a run says: log lines, metrics.jsonl, TensorBoard, a progress bar; rank 0 only.
+
+`RunLog` of any other rank writes no file: it only warns and fails, with its rank in front.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from samft.errors import paragraph
+from samft.runtime.files import write_text
+
+LOGGER = logging.getLogger("samft")
+# What is said before train.log can be opened, because the folder may hold an earlier run's.
+_EARLY = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=False)
+
+
+class _Formatter(logging.Formatter):
+    # File names come from outside: none can forge a line of the log, or steer a terminal.
+    def format(self, record: logging.LogRecord) -> str:
+        return paragraph(super().format(record))
+
+
+def start_logging(rank: int) -> None:
+    """Sends log lines to standard error; ranks other than 0 only warn and fail, named.
+
+    Args:
+        rank: This process's rank.
+    """
+    logging.captureWarnings(True)
+    name = "" if rank == 0 else f"[rank {rank}] "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    _EARLY.buffer.clear()
+    root.handlers = [handler, _EARLY]
+    root.setLevel(logging.WARNING)
+    LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextlib.contextmanager
+def _as_far_as_the_disk_goes() -> Iterator[None]:
+    # TensorBoard's files are a view of metrics.jsonl: no reason to end a run.
+    try:
+        yield
+    except OSError as error:
+        LOGGER.error("tensorboard/ cannot be written: %s", error.strerror)
+
+
+class RunLog:
+    """The files and the terminal of one run; on ranks other than 0 every method does nothing."""
+
+    def __init__(self, folder: Path, *, main: bool, steps: int, start_step: int = 0) -> None:
+        """Opens the logs; a resumed run forgets what was written after its checkpoint.
+
+        Args:
+            folder: The output folder, which must exist.
+            main: Whether this is rank 0.
+            steps: Optimizer steps of the whole run.
+            start_step: The step that the run goes on from.
+        """
+        self.folder, self.main, self.steps = folder, main, steps
+        self.writer: SummaryWriter | None = None
+        self._unwritten: dict[str, list[str]] = {}
+        self.bar = tqdm(
+            total=steps,
+            initial=start_step,
+            disable=not (main and sys.stderr.isatty()),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        if not main:
+            return
+        self._file = logging.FileHandler(folder / "train.log")
+        self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
+        _EARLY.setTarget(self._file)
+        _EARLY.flush()
+        logging.getLogger().removeHandler(_EARLY)
+        self._redirect = logging_redirect_tqdm([logging.getLogger()])
+        self._redirect.__enter__()
+        logging.getLogger().addHandler(self._file)
+        self._forget_after(start_step)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+
+    def _forget_after(self, step: int) -> None:
+        kept = [
+            json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step
+        ]
+        write_text(self.folder / "metrics.jsonl", "".join(kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, up to one that a crash cut short."""
+        path = self.folder / "metrics.jsonl"
+        records = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
+        """Notes the images of a step that was skipped, by process, in bad_steps.jsonl."""
+        if self.writer is not None:
+            record = {"after_step": step, "position": position, "image_ids": image_ids}
+            self._append("bad_steps.jsonl", record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        # What a full disk does not take is kept until it does.
+        self._unwritten.setdefault(name, []).append(json.dumps(record) + "\n")
+        try:
+            # Unbuffered, or closing would write the rest of a line that was cut short.
+            with (self.folder / name).open("ab", buffering=0) as file:
+                start, left = file.tell(), "".join(self._unwritten[name]).encode()
+                try:
+                    while left:
+                        left = left[file.write(left) :]
+                    # The state that is saved next counts the line as written.
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), start)  # no half a line for the next to follow
+                    raise
+            del self._unwritten[name]
+        except OSError as error:
+            LOGGER.error("%s cannot be written: %s", self.folder / name, error.strerror)
+
+    def metrics(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Writes one line to metrics.jsonl and the same scalars to TensorBoard.
+
+        Args:
+            step: Optimizer steps done.
+            split: `train` or `val`.
+            values: Names and numbers; what is not finite becomes null, as JSON has no word for it.
+        """
+        if self.writer is None:
+            return
+        record = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._append("metrics.jsonl", {"step": step, "split": split, **record})
+        with _as_far_as_the_disk_goes():
+            for name, value in values.items():
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+            self.writer.flush()
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Adds a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
+        if self.writer is not None:
+            with _as_far_as_the_disk_goes():
+                self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def precision_and_recall(
+        self, step: int, name: str, labels: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Adds a precision-recall curve to TensorBoard.
+
+        Args:
+            step: Optimizer steps done.
+            name: Of the curve.
+            labels: bool [K], what is to be found.
+            scores: float [K], the higher the surer.
+        """
+        if self.writer is not None:
+            with _as_far_as_the_disk_goes():
+                inside = np.clip(np.nan_to_num(scores), 0, 1)
+                self.writer.add_pr_curve(name, labels, inside, step)
+
+    def text(self, name: str, text: str) -> None:
+        """Adds a text, shown as it is, to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(name, "    " + text.replace("\n", "\n    "), 0)
+
+    def hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
+        """Adds hyper-parameters and final results to TensorBoard, in the run's own folder."""
+        if self.writer is None:
+            return
+        plain = {name: value for name, value in hparams.items() if value is not None}
+        self.writer.add_hparams(plain, results, run_name=".")
+
+    def progress(self, **shown: str) -> None:
+        """Moves the progress bar by one step."""
+        self.bar.update(1)
+        if shown:
+            self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Closes the bar and the files."""
+        self.bar.close()
+        if self.writer is not None:
+            with _as_far_as_the_disk_goes():
+                self.writer.close()
+            self._redirect.__exit__(None, None, None)  # brings back the handlers of its beginning
+            logging.getLogger().removeHandler(self._file)
+            self._file.close()
+            self.writer = None

@@ -1,0 +1,279 @@
+"""The loop: `train` and `train_step`. Read this page first, then `validation`.
+
+A step is one optimizer update over `accumulate_steps` micro-batches on every rank. Its losses are
+summed over masks and divided by the number of masks of the whole step, so that one process or
+many, accumulated or not, learn the same.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from samft.data.batch import Batch
+from samft.data.prefetch import Waiting, fetch
+from samft.distributed import agree, all_reduce_sum, get_world_size, raise_together, wrap
+from samft.errors import TrainingError
+from samft.evaluation.metrics import peak_memory_gib
+from samft.models.prompted_sam import PromptedSam
+from samft.runtime import heartbeat as whereabouts
+from samft.training.losses import LossFunction, MaskLosses
+from samft.training.progress import LOSS_NAMES, Progress
+
+SAVE_MEMORY = (
+    "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
+    "or take `--activation_checkpointing blocks`."
+)
+
+
+class Trainer:
+    """A model, its optimizer, and how a step is taken with them."""
+
+    def __init__(
+        self,
+        model: PromptedSam,
+        optimizer: torch.optim.Optimizer,
+        *,
+        learning_rate_at: Callable[[int], float],
+        loss: LossFunction,
+        amp_dtype: torch.dtype | None = None,
+        clip_grad_norm: float = 1.0,
+        bf16_compress: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Wraps the model for data-parallel training. Collective: every rank must call.
+
+        Args:
+            model: On its device, with what is to stay frozen frozen.
+            optimizer: Over the model's trainable parameters.
+            learning_rate_at: The learning rate of a step, a pure function of the step.
+            loss: `losses.mask_losses` with its weights and image size set.
+            amp_dtype: Autocast to this type; None: float32. float16 brings a gradient scaler.
+            clip_grad_norm: Largest gradient norm; 0: off.
+            bf16_compress: Whether gradients travel between processes in bfloat16.
+            progress: Where a resumed run goes on.
+        """
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.learning_rate_at = learning_rate_at
+        self.amp_dtype, self.clip_grad_norm = amp_dtype, clip_grad_norm
+        self.progress = progress or Progress()
+        self.device = model.sam.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        self.bad_images: dict[str, str] = {}  # that this rank's batches met: name, what is wrong
+        self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=self.device)
+        self.wrapped = wrap(model, warm_up=self._throw_away_pass, bf16_compress=bf16_compress)
+
+    def _throw_away_pass(self, wrapped: nn.Module) -> None:
+        size = self.model.sam.image_encoder.img_size
+        images = torch.zeros(1, 3, size, size, device=self.device)
+        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
+        embeddings = None
+        if self.model.encoder_is_frozen:  # it may be on another device, for good
+            embeddings = images.new_zeros(1, *self.model.embedding_shape)
+        with self._autocast():
+            index = boxes.new_zeros(1, dtype=torch.int64)
+            logits, iou = wrapped(images, boxes, index, embeddings=embeddings)
+        (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.amp_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled)
+
+    def train_step(self, micro_batches: list[Batch]) -> bool:
+        """Takes one optimizer step. Collective: every rank must call.
+
+        Args:
+            micro_batches: This rank's share of the step.
+
+        Returns:
+            Whether the step was taken; False where the gradient was not finite, on all ranks alike.
+        """
+        counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
+        num_masks = all_reduce_sum(counts, in_step=True).item()
+        learning_rate = self.learning_rate_at(self.progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        window = torch.zeros_like(self.window)
+        # DDP averages over ranks, hence the world size.
+        weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
+        for number, batch in enumerate(micro_batches):
+            whereabouts.doing("training on images", partial(list, batch.image_ids))
+            self.bad_images.update(batch.bad_images)
+            with (
+                self._sync_gradients(number == len(micro_batches) - 1),
+                naming_what_is_too_large(batch),
+            ):
+                total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
+                self.scaler.scale(total * weight).backward()
+            window += _sums(losses, num_images=len(batch.image_ids))
+        taken = self._update()
+        self.progress.position += 1
+        if taken:
+            self.window += window
+            self.progress.step += 1
+        return taken
+
+    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Both forward and backward must lie inside no_sync: a forward outside of it syncs.
+        if last or not isinstance(self.wrapped, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+    def _forward(self, batch: Batch, weight: Tensor) -> tuple[Tensor, MaskLosses]:
+        with self._autocast():
+            total, losses = self.wrapped(
+                batch.images,
+                batch.boxes,
+                batch.image_index,
+                input_sizes=batch.input_sizes,
+                embeddings=batch.embeddings,
+                loss=self.loss,
+                targets=batch.targets,
+                gradient=self.scaler.scale(weight),
+            )
+        return total, MaskLosses(*losses)
+
+    def _update(self) -> bool:
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
+        finite = not agree(not bool(torch.isfinite(norm)), in_step=True)
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.progress.bad_steps = 0
+        else:
+            self.progress.skipped_steps += 1
+            # A scaler finds its scale by overflowing now and then: that is no bad step.
+            settled = not self.scaler.is_enabled() or self.scaler.get_scale() <= 1
+            self.progress.bad_steps += settled
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def probe_memory(self, batch: Batch) -> None:
+        """One forward and backward pass that leaves nothing behind but the peak of memory.
+
+        Collective: every rank must call.
+
+        Args:
+            batch: As large as any of the run.
+
+        Raises:
+            TrainingError: It does not fit.
+        """
+        weight = torch.tensor(1 / max(batch.num_masks, 1), device=self.device)
+        with naming_what_is_too_large(batch):
+            # In the place of the optimizer's two moments, which the first step makes.
+            fresh = [] if self.optimizer.state else self.parameters * 2
+            moments = [torch.empty_like(parameter) for parameter in fresh]
+            total, _ = self._forward(batch.to(self.device), weight)
+            (total * weight).backward()
+            del moments
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def take_window(self) -> dict[str, float]:
+        """Mean losses and IoU over the masks since the last call, and rates. Collective.
+
+        Returns:
+            `LOSS_NAMES`, `lr` of the last step, `images_per_second`, `masks_per_second`, and
+            `peak_memory_gib`.
+        """
+        *sums, masks, images = all_reduce_sum(self.window.cpu()).tolist()
+        seconds = max(self.progress.window_seconds, 1e-9)
+        values = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["images_per_second"] = images / seconds
+        values["masks_per_second"] = masks / seconds
+        values["peak_memory_gib"] = peak_memory_gib(self.device)
+        self.progress.train_images += int(images)
+        self.window.zero_()
+        self.progress.window_seconds = 0.0
+        return values
+
+
+@contextlib.contextmanager
+def naming_what_is_too_large(batch: Batch) -> Iterator[None]:
+    """Turns running out of memory into an error that names the batch and the way out.
+
+    Raises:
+        TrainingError: Memory was not enough.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        named = ", ".join(str(image_id) for image_id in batch.image_ids)
+        raise TrainingError(
+            f"not enough memory for a batch of {len(batch.image_ids)} images with "
+            f"{batch.num_masks} objects (image ids {named}). {SAVE_MEMORY}"
+        ) from error
+
+
+def train(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    accumulate_steps: int,
+    interval: int,
+    max_bad_steps: int = 5,
+    should_stop: Callable[[], bool],
+    waiting: Waiting = contextlib.nullcontext,
+    on_step: Callable[[bool, list[int]], None],
+    on_interval: Callable[[dict[str, float]], None],
+) -> bool:
+    """Trains until the last step, or until any rank is asked to stop. Collective.
+
+    Args:
+        trainer: Knows how to take a step; its progress says where to begin.
+        batches: This rank's endless micro-batches, from that position on.
+        steps: Optimizer steps of the whole run.
+        accumulate_steps: Micro-batches of a step.
+        interval: Call `on_interval` every so many steps, and after the last.
+        max_bad_steps: Skip no more steps in a row whose gradient is not finite.
+        should_stop: Asked before each step on every rank; all stop if any says yes.
+        waiting: Entered to wait for batches; raises `Interrupted` to end the wait.
+        on_step: Called after each step with whether it was taken, and this rank's image ids.
+        on_interval: Called with the window's metrics; validates, saves, logs.
+
+    Returns:
+        Whether the last step was reached.
+
+    Raises:
+        UserError: An image cannot be read, on any rank.
+        TrainingError: The gradient was not finite too many times in a row.
+    """
+    progress, stream = trainer.progress, iter(batches)
+    while progress.step < steps:
+        started = time.monotonic()
+        whereabouts.at_step(progress.step)
+        micro_batches, error = fetch(stream, accumulate_steps, waiting)
+        if agree(should_stop() or error is not None, in_step=True):
+            raise_together(error)
+            return False
+        taken = trainer.train_step(micro_batches)
+        seconds = time.monotonic() - started
+        progress.window_seconds += seconds
+        progress.train_seconds += seconds
+        on_step(taken, [id for batch in micro_batches for id in batch.image_ids])
+        if progress.bad_steps > max_bad_steps:
+            raise TrainingError(
+                f"the gradient was not finite {progress.bad_steps} times in a row after step "
+                f"{progress.step}: lower learning_rate, or set amp to bf16 or off."
+            )
+        if taken and (progress.step % interval == 0 or progress.step == steps):
+            on_interval(trainer.take_window())
+    return True
+
+
+def _sums(losses: MaskLosses, *, num_images: int) -> Tensor:
+    parts = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
+    sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in parts])
+    return torch.cat([sums, sums.new_tensor([len(losses.total), num_images])])

@@ -1,0 +1,144 @@
+"""Parameter groups, and learning-rate schedules as pure functions of the step."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from segment_anything.modeling.common import LayerNorm2d
+from torch import nn
+
+from samft import distributed
+
+# SAM was trained with the rate divided by ten at 60,000 and 86,666 of 90,000 steps; the shares
+# here are those of the design. Source: Kirillov et al., Segment Anything, 2023, appendix A.
+MULTISTEP_SHARES = (0.66667, 0.86666)
+MULTISTEP_FACTOR = 0.1
+LOGGER = logging.getLogger(__name__)
+
+
+def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: int) -> float:
+    """The share of the peak learning rate at a step.
+
+    Args:
+        step: The optimizer step about to be taken, from 0.
+        steps: Optimizer steps of the whole run.
+        schedule: `multistep`, `cosine` or `constant`; all begin with the linear warm-up.
+        warmup_steps: Steps until the peak.
+
+    Returns:
+        A factor in 0..1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "multistep":
+        return MULTISTEP_FACTOR ** sum(step >= share * steps for share in MULTISTEP_SHARES)
+    return 1.0
+
+
+def schedule_learning_rate(
+    *, peak: float, steps: int, schedule: str, warmup_steps: int
+) -> Callable[[int], float]:
+    """The learning rate as a function of the step; the warm-up is at most a tenth of the run.
+
+    Args:
+        peak: The highest rate.
+        steps: Optimizer steps of the whole run.
+        schedule: See `learning_rate_factor`.
+        warmup_steps: Steps until the peak; cut to a tenth of `steps`, which the log says.
+
+    Returns:
+        A function from a step, from 0, to its learning rate.
+    """
+    most = steps // 10
+    if warmup_steps > most:
+        LOGGER.info("warm-up: %d steps, a tenth of the run, not %d", most, warmup_steps)
+    warmup = min(warmup_steps, most)
+
+    def learning_rate_at(step: int) -> float:
+        factor = learning_rate_factor(step, steps=steps, schedule=schedule, warmup_steps=warmup)
+        return peak * factor
+
+    return learning_rate_at
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: with and without weight decay.
+
+    Without: biases, norms, embeddings (positions, tokens, prompts), and the last layer of the IoU
+    head, of which a box prompt reaches one row in four: decay alone would shrink the others.
+
+    Args:
+        model: A module that contains a SAM.
+        weight_decay: The decay of the first group.
+
+    Returns:
+        Groups for `torch.optim.AdamW`, in the order of the module's parameters.
+    """
+    undecayed_ids: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.LayerNorm, LayerNorm2d, nn.Embedding)) or name.endswith(
+            "iou_prediction_head.layers.2"
+        ):
+            undecayed_ids |= {id(parameter) for parameter in module.parameters()}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        position = name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
+        decays = not (parameter.ndim <= 1 or position or id(parameter) in undecayed_ids)
+        groups[decays].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, sharded: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, fused where that runs.
+
+    Sharded, each process keeps the two moments of its share of the parameters, updates those and
+    sends them to the others: the same numbers, 8 bytes a parameter divided by the processes, and
+    as much to send again as the gradients. Collective then: every rank must call.
+
+    Args:
+        model: A module that contains a SAM, already on its device.
+        learning_rate: Peak rate; the schedule scales it at each step.
+        weight_decay: See `parameter_groups`.
+        sharded: Whether to share the state out among processes, if there are more than one.
+
+    Returns:
+        The optimizer. What `gather_state` gives can be loaded sharded or not.
+    """
+    groups = [group for group in parameter_groups(model, weight_decay=weight_decay)]
+    groups = [group for group in groups if group["params"]]
+    if sharded and distributed.get_world_size() > 1:
+        # Only now: its import takes a while, and warns.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(
+            groups, optimizer_class=torch.optim.AdamW, lr=learning_rate, fused=True
+        )
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state, of all parameters, on rank 0. Collective: every rank must call.
+
+    Args:
+        optimizer: From `build_optimizer`.
+
+    Returns:
+        Its state dict; on other ranks empty where the state is shared out.
+    """
+    consolidate = getattr(optimizer, "consolidate_state_dict", None)
+    if consolidate is None:
+        return optimizer.state_dict()
+    consolidate(to=0)
+    return optimizer.state_dict() if distributed.is_main() else {}

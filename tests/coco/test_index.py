@@ -1,0 +1,169 @@
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.broken_coco import SQUARE, encode
+from helpers.coco_files import annotation, write_coco, write_json
+from samft.coco.coco_index import index_file, open_index
+from samft.coco.subset import coco_index
+from samft.errors import DataError
+
+
+def _builds(caplog: pytest.LogCaptureFixture) -> int:
+    number = sum("indexed" in message for message in caplog.messages)
+    caplog.clear()
+    return number
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="samft")
+    return caplog
+
+
+def test_a_file_is_indexed_once(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    path, cache = write_coco(tmp_path, 5), tmp_path / "cache"
+    first = index_file(path, path.parent, cache=cache)
+    assert _builds(said) == 1
+    second = index_file(path, path.parent, cache=cache)
+    assert _builds(said) == 0 and second.folder == first.folder
+    for name in coco_index._ARRAYS:
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    # Mapped, not read.
+    base = first.boxes.base
+    assert isinstance(base, np.memmap) and not first.boxes.flags.writeable
+
+
+def test_it_is_indexed_anew_when_anything_changes(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
+    broken = path.parent / "image_1.png"
+    broken.write_bytes(b"")
+
+    def built() -> int:
+        index_file(path, path.parent, cache=cache)
+        return _builds(said)
+
+    assert [built(), built()] == [1, 0]
+    broken.write_bytes(encode(1))  # mended
+    assert [built(), built()] == [1, 0]
+    assert index_file(path, path.parent, cache=cache).bad_images == {}
+    broken.unlink()
+    assert [built(), built()] == [1, 0]
+    assert index_file(path, path.parent, cache=cache).bad_images == {"image_1.png": "image-missing"}
+    path.write_text(path.read_text() + "\n")
+    assert [built(), built()] == [1, 0]
+    # Another folder of images, another index.
+    (tmp_path / "elsewhere").mkdir()
+    assert len(index_file(path, tmp_path / "elsewhere", cache=cache).bad_images) == 3
+
+
+def test_a_json_that_moved_keeps_its_index(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
+    index_file(path, path.parent, cache=cache)
+    moved = path.rename(tmp_path / "moved.json")
+    _builds(said)
+    index_file(moved, tmp_path / "train", cache=cache)
+    # The listing has one name less, so the images were looked at again.
+    assert _builds(said) == 1
+
+
+def _build(path: Path, cache: Path, results: "multiprocessing.Queue[tuple[int, int]]") -> None:
+    calls = []
+    real = coco_index.check_file
+    coco_index.check_file = lambda *given: calls.append(1) or time.sleep(0.3) or real(*given)
+    file = index_file(path, path.parent, cache=cache)
+    results.put((len(calls), len(file.object_ids)))
+
+
+def test_processes_that_come_together_build_one(tmp_path: Path) -> None:
+    path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[int, int]] = context.Queue()
+    processes = [context.Process(target=_build, args=(path, cache, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+    assert sorted(found) == [(0, 7), (0, 7), (1, 7)]
+    assert not list(cache.glob("*.part"))
+
+
+def test_a_builder_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match=r"No space left.*SAMFT_CACHE"):
+        index_file(path, path.parent, cache=cache)
+    monkeypatch.undo()
+    assert [one.suffix for one in cache.iterdir()] == [".lock"]
+    assert len(index_file(path, path.parent, cache=cache).object_ids) == 7
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    path = write_coco(tmp_path, 3)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAMFT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(coco_index.tempfile, "tempdir", str(tmp_path))
+    file = index_file(path, path.parent)
+    assert file.folder.parent == tmp_path / f"samft-{os.getuid()}" / "index"
+    assert "cannot be written" in said.text
+
+
+def test_an_index_nobody_opened_for_a_month_is_deleted(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    old, kept, new = (write_coco(tmp_path / name, 2, seed=k) for k, name in enumerate("abc"))
+    folders = [index_file(path, path.parent, cache=cache).folder for path in (old, kept)]
+    for folder, days in zip(folders, (31, 29), strict=True):
+        then = time.time() - days * 86_400
+        os.utime(folder / "index.json", (then, then))
+    index_file(new, new.parent, cache=cache)
+    assert [folder.exists() for folder in folders] == [False, True]
+    # Using one counts as opening it.
+    assert (
+        time.time()
+        - (index_file(kept, kept.parent, cache=cache).folder / "index.json").stat().st_mtime
+        < 3600
+    )
+
+
+def test_arrays_that_hold_nothing_are_mapped_too(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [], [])
+    file = index_file(path, tmp_path, cache=tmp_path / "cache")
+    assert file.num_images == 0 and len(file.segmentations) == 0
+    assert file.problems["no-objects"] == 1 and file.file_names() == []
+
+
+def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes(encode(1))
+    (tmp_path / "näh.png").write_bytes(encode(2))
+    images = [
+        {"id": 1, "file_name": name, "height": 20, "width": 30},
+        {"id": 2, "file_name": "näh.png", "height": 20, "width": 30},
+    ]
+    path = write_json(tmp_path / "a.json", images, [annotation(1, 1, SQUARE)])
+    file = index_file(path, tmp_path, cache=tmp_path / "cache")
+    assert file.file_names() == [name, "näh.png"] and not file.bad.any()
+    again = pickle.loads(pickle.dumps(file))
+    assert again.file_names() == file.file_names()
+    assert again.folder == file.folder and open_index(file.folder, tmp_path).category_names == {
+        1: "thing"
+    }
+    assert "caf" in json.dumps(name)

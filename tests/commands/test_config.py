@@ -1,0 +1,396 @@
+"""The configuration: its table of defaults, precedence, and every mistake that it must catch."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import REPOSITORY
+from samft.config import FREE_ON_RESUME, TrainConfig, differences, parse_config, to_yaml
+from samft.errors import ConfigError
+
+REQUIRED = ["--data_root", "data", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
+
+# The names and defaults that users and scripts rely on; none of them may change.
+CONTRACT: dict[str, Any] = {
+    "data_root": None,
+    "model_type": None,
+    "checkpoint_path": None,
+    "freeze_image_encoder": False,
+    "freeze_prompt_encoder": False,
+    "freeze_mask_decoder": False,
+    "batch_size": 1,
+    "image_size": 1024,
+    "steps": 1500,
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-2,
+    "metrics_interval": 50,
+    "output_dir": ".",
+    "train_split": "train",
+    "val_split": "val",
+    "train_annotations": None,
+    "train_images": None,
+    "val_annotations": None,
+    "val_images": None,
+    "val_fraction": None,
+    "max_masks_per_image": 64,
+    "box_jitter": 0.1,
+    "augment": "flip",
+    "resize_mode": "pad",
+    "num_workers": 4,
+    "amp": "auto",
+    "accumulate_steps": 1,
+    "clip_grad_norm": 1.0,
+    "lr_schedule": "multistep",
+    "warmup_steps": 250,
+    "loss_focal_weight": 20.0,
+    "loss_dice_weight": 1.0,
+    "loss_iou_weight": 1.0,
+    "loss_resolution": "low",
+    "cache_embeddings": "auto",
+    "cache_dir": None,  # <output_dir>/embeddings
+    "save_top_k": 1,
+    "resume": "auto",
+    "seed": 0,
+    "device": "auto",
+}
+
+# A value for each field that differs from its default and passes the checks.
+OTHER: dict[str, Any] = {
+    "data_root": "elsewhere",
+    "model_type": "vit_b",
+    "checkpoint_path": "random",
+    "freeze_image_encoder": True,
+    "freeze_prompt_encoder": True,
+    "freeze_mask_decoder": False,
+    "batch_size": 3,
+    "image_size": 256,
+    "steps": 7,
+    "learning_rate": 3e-5,
+    "weight_decay": 0.0,
+    "metrics_interval": 5,
+    "output_dir": "runs/a b",
+    "train_split": "train2017",
+    "val_split": "2017",
+    "train_annotations": "t.json",
+    "train_images": "t",
+    "val_annotations": "v.json",
+    "val_images": "v",
+    "val_fraction": 0.25,
+    "max_masks_per_image": 8,
+    "box_jitter": 0.0,
+    "augment": "scale",
+    "attention": "stock",
+    "decoder": "stock",
+    "mask_chunk": 3,
+    "compile": True,
+    "activation_checkpointing": "blocks",
+    "optimizer_sharding": True,
+    "bf16_compress": True,
+    "category_names": "cat,dog",
+    "min_mask_area": 16.0,
+    "repeat_threshold": 0.001,
+    "on_bad_image": "skip",
+    "resize_mode": "squash",
+    "num_workers": 0,
+    "amp": "off",
+    "accumulate_steps": 4,
+    "clip_grad_norm": 0.0,
+    "lr_schedule": "cosine",
+    "warmup_steps": 0,
+    "loss_focal_weight": 1.0,
+    "loss_dice_weight": 0.5,
+    "loss_iou_weight": 0.0,
+    "loss_resolution": "input",
+    "cache_embeddings": "off",
+    "cache_dir": "cache",
+    "cache_dtype": "float32",
+    "cache_max_gib": 2.5,
+    "save_top_k": 3,
+    "resume": "never",
+    "seed": 12,
+    "device": "cpu",
+    "stop_after": 3,
+    "dry_run": True,
+    "max_bad_steps": 2,
+    "detect_anomaly": True,
+    "hang_timeout": 60.0,
+    "save_before_limit": 120.0,
+    "probe_memory": True,
+    "debug": True,
+}
+
+
+def parse_yaml(folder: Path, text: str, *flags: str) -> TrainConfig:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return parse_config([*REQUIRED, "--config", str(path), *flags])
+
+
+def problems_of(argv: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(argv)
+    return str(caught.value)
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def test_every_field_of_the_contract_has_its_default() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert {name: defaults[name] for name in CONTRACT} == CONTRACT
+    for name, value in CONTRACT.items():
+        assert type(defaults[name]) is type(value), name
+
+
+def test_defaults_reach_the_parsed_configuration() -> None:
+    given = {"data_root": "data", "model_type": "vit_tiny", "checkpoint_path": "auto"}
+    parsed = dataclasses.asdict(parse_config(REQUIRED))
+    assert {name: parsed[name] for name in CONTRACT} == {**CONTRACT, **given}
+
+
+def test_every_field_can_be_given_as_a_flag_and_as_a_key(tmp_path: Path) -> None:
+    assert set(OTHER) == {field.name for field in dataclasses.fields(TrainConfig)}
+    from_flags = parse_config(as_flags(OTHER))
+    assert dataclasses.asdict(from_flags) == OTHER
+    (tmp_path / "c.yaml").write_text("".join(f"{k}: {v}\n" for k, v in OTHER.items()))
+    assert parse_config(["--config", str(tmp_path / "c.yaml")]) == from_flags
+
+
+def test_it_is_frozen() -> None:
+    config = parse_config(REQUIRED)
+    for field in dataclasses.fields(TrainConfig):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, OTHER[field.name])
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    config = parse_yaml(tmp_path, "steps: 20\nseed: 5\ndebug: true\n", "--steps", "30")
+    assert (config.steps, config.seed, config.batch_size, config.debug) == (30, 5, 1, True)
+    assert parse_yaml(tmp_path, "debug: true\n", "--no-debug").debug is False
+    # A flag at its default's value is given all the same.
+    assert parse_yaml(tmp_path, "steps: 20\n", "--steps=1500").steps == 1500
+
+
+def test_yaml_says_numbers_and_switches_in_its_own_way(tmp_path: Path) -> None:
+    config = parse_yaml(
+        tmp_path,
+        "amp: off\ncache_embeddings: off\nlearning_rate: 1e-4\nweight_decay: 1\n"
+        "val_split: 2017\nval_fraction: null\nfreeze_image_encoder: yes\n",
+    )
+    assert (config.amp, config.cache_embeddings) == ("off", "off")
+    assert (config.learning_rate, config.weight_decay) == (1e-4, 1.0)
+    assert (config.val_split, config.val_fraction) == ("2017", None)
+    assert config.freeze_image_encoder is True
+    assert parse_config([*REQUIRED, "--learning_rate", "1e-4"]).learning_rate == 1e-4
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert parse_yaml(tmp_path, "# nothing yet\n") == parse_config(REQUIRED)
+
+
+def test_an_optional_value_can_be_taken_back(tmp_path: Path) -> None:
+    assert (
+        parse_yaml(tmp_path, "val_fraction: 0.2\n", "--val_fraction", "none").val_fraction is None
+    )
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
+def test_yaml_of_a_configuration_repeats_it(tmp_path: Path, values: dict[str, Any]) -> None:
+    config = parse_config([*REQUIRED, *as_flags(values)])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_an_unknown_flag_is_named_with_its_nearest() -> None:
+    assert "--stepz: no such flag. Did you mean --steps?" in problems_of(
+        [*REQUIRED, "--stepz", "5"]
+    )
+    # An abbreviation would become ambiguous with the next field that is added.
+    assert "--weight: no such flag." in problems_of([*REQUIRED, "--weight", "5"])
+    assert "--seeds=3: no such flag. Did you mean --seed?" in problems_of([*REQUIRED, "--seeds=3"])
+    assert "extra: no such flag." in problems_of([*REQUIRED, "extra"])
+
+
+def test_an_unknown_key_is_named_with_its_file_and_its_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(tmp_path, "learning_rat: 1\n7: 8\n")
+    assert f"{tmp_path}/config.yaml: learning_rat: no such key. Did you mean learning_rate?" in str(
+        caught.value
+    )
+    assert "7: no such key." in str(caught.value)
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("epochs: 3\nbatch_size: many\n")
+    text = problems_of(
+        ["--config", str(tmp_path / "c.yaml"), "--stepz", "5", "--amp", "bf61", "--seed", "-1"]
+    )
+    expected = [
+        "--stepz: no such flag.",
+        "epochs: no such key.",
+        "batch_size: 'many' is not a whole number.",
+        "amp: 'bf61' is none of auto, off, bf16, fp16. Did you mean 'bf16'?",
+        "seed: -1 must be at least 0.",
+        "model_type is missing: give one of vit_h, vit_l, vit_b, vit_tiny.",
+        "checkpoint_path is missing: give a SAM .pth or .ckpt file, 'auto'",
+        "data_root is missing",
+    ]
+    for problem in expected:
+        assert problem in text
+    assert text.startswith(f"the configuration has {len(expected)} problems\n")
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        ("--steps abc", "--steps: 'abc' is not a whole number."),
+        ("--steps 2.5", "--steps: '2.5' is not a whole number."),
+        ("--steps 0", "steps: 0 must be at least 1."),
+        ("--learning_rate fast", "--learning_rate: 'fast' is not a number."),
+        ("--learning_rate 0", "learning_rate: 0.0 must be above 0."),
+        ("--learning_rate nan", "learning_rate: nan must be above 0."),
+        ("--weight_decay nan", "weight_decay: nan must be at least 0."),
+        ("--clip_grad_norm inf", "clip_grad_norm: inf must be at least 0."),
+        ("--image_size 100", "image_size: 100 is no multiple of 16; the nearest is 96."),
+        ("--image_size 0", "image_size: 0 is no multiple of 16; the nearest is 16."),
+        ("--model_type vit_bb", "'vit_bb' is none of vit_h, vit_l, vit_b, vit_tiny."),
+        ("--val_fraction 1", "val_fraction: 1.0 must lie between 0 and 1."),
+        ("--box_jitter 0.6", "box_jitter: 0.6 must be at most 0.5."),
+        ("--batch_size 0", "batch_size: 0 must be at least 1."),
+        ("--num_workers -1", "num_workers: -1 must be at least 0."),
+        ("--stop_after 0", "stop_after: 0 must be at least 1."),
+        ("--train_images x", "train_annotations and train_images go together."),
+        ("--val_annotations x", "val_annotations and val_images go together."),
+        ("--augment large", "augment: 'large' is none of none, flip, scale."),
+        ("--repeat_threshold 0", "repeat_threshold: 0.0 must lie between 0 and 1."),
+        ("--min_mask_area -1", "min_mask_area: -1.0 must be at least 0."),
+        ("--on_bad_image ignore", "on_bad_image: 'ignore' is none of error, skip."),
+        ("--cache_embeddings on", "cache_embeddings: 'on' needs freeze_image_encoder"),
+        (
+            "--cache_embeddings on --freeze_image_encoder --augment scale",
+            "'on' does not go with augment 'scale', which changes the pixels",
+        ),
+        ("--cache_dtype half", "cache_dtype: 'half' is none of float16, float32."),
+        ("--cache_max_gib -1", "cache_max_gib: -1.0 must be at least 0."),
+        (
+            "--freeze_image_encoder --freeze_prompt_encoder --freeze_mask_decoder",
+            "freeze_*: all three parts are frozen",
+        ),
+        ("--steps", "argument --steps: expected one argument"),
+        ("--debug=1", "ignored explicit argument '1'"),
+        ("--config absent.yaml", "--config: there is no file absent.yaml."),
+        ("--data_root ${absent}", "cannot be resolved: Interpolation key 'absent' not found."),
+        ("--data_root ???", "cannot be resolved: "),
+    ],
+)
+def test_a_wrong_value_is_refused_with_a_sentence(flags: str, problem: str) -> None:
+    assert problem in problems_of([*REQUIRED, *flags.split()])
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("steps: true", "steps: 'True' is not a whole number."),
+        ("steps: null", "steps: 'None' is not a whole number."),
+        ("steps: [1]", "steps: '[1]' is not a whole number."),
+        ("data_root: {a: 1}", "data_root: '{'a': 1}' is not text."),
+        ("debug: perhaps", "debug: 'perhaps' is not yes or no."),
+        ("amp: on", "amp: 'on' is none of auto, off, bf16, fp16."),
+        ("- steps", "must hold `key: value` lines."),
+        ("steps: [", "is not readable as YAML: "),
+        ("steps: 1\nsteps: 2", "duplicate key steps"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_a_sentence(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(tmp_path, text)
+    assert problem in str(caught.value)
+    assert "config.yaml" in str(caught.value) or text == "amp: on"
+
+
+def test_explicit_files_do_without_data_root() -> None:
+    config = parse_config([*REQUIRED[2:], "--train_annotations", "a", "--train_images", "b"])
+    assert config.data_root is None
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    words = set(text.replace(",", " ").split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in words
+        assert (f"--no-{field.name}" in words) == isinstance(field.default, bool)
+    assert "--config" in words
+
+
+def test_parsing_imports_no_torch() -> None:
+    code = (
+        "import sys; from samft.config import parse_config\n"
+        f"parse_config({REQUIRED!r})\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_differences_are_those_that_change_what_is_learnt() -> None:
+    config = parse_config(REQUIRED)
+    saved = dataclasses.asdict(config)
+    assert differences(saved, config) == []
+    changed = dataclasses.replace(
+        config, learning_rate=0.5, seed=3, output_dir="b", num_workers=0, device="cpu"
+    )
+    rows = [row.split() for row in differences(saved, changed)]
+    assert rows == [["learning_rate", "0.0001", "0.5"], ["seed", "0", "3"]]
+
+
+def test_each_field_is_either_free_on_resume_or_held() -> None:
+    config = parse_config(REQUIRED)
+    saved = dataclasses.asdict(config)
+    assert FREE_ON_RESUME < set(OTHER)
+    for name, value in OTHER.items():
+        if value != saved[name]:
+            rows = differences(saved, dataclasses.replace(config, **{name: value}))
+            assert len(rows) == (name not in FREE_ON_RESUME), name
+
+
+def test_more_steps_may_follow_only_where_the_schedule_is_constant() -> None:
+    config = parse_config([*REQUIRED, "--lr_schedule", "constant"])
+    longer = dataclasses.replace(config, steps=3000)
+    assert differences(dataclasses.asdict(config), longer) == []
+    config, longer = (dataclasses.replace(c, lr_schedule="cosine") for c in (config, longer))
+    assert len(differences(dataclasses.asdict(config), longer)) == 1
+
+
+def test_a_field_that_the_saved_run_did_not_know_is_no_difference() -> None:
+    assert differences({}, parse_config(REQUIRED)) == []
+
+
+def test_the_readme_has_a_row_for_every_flag_with_its_default() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    for setting in dataclasses.fields(TrainConfig):
+        default = setting.default
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        cell = "" if default is None else f"`{shown}`"
+        assert f"| `{setting.name}` | {cell} |" in readme, setting.name
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")))
+def test_each_ready_made_configuration_is_valid_and_opens_with_its_command(file: Path) -> None:
+    config = parse_config(["--config", str(file), "--data_root", "anywhere"])
+    assert config.model_type is not None
+    head = file.read_text().split("model_type:")[0]
+    assert f"launch.sh --config configs/{file.name}" in head or file.name == "demo.yaml"
+    assert "Hardware:" in head

@@ -1,0 +1,271 @@
+"""The command: the training's number, files, comparisons, processes, and wrong inputs."""
+
+import contextlib
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from helpers.short_runs import (
+    COMMAND_SECONDS,
+    arguments,
+    clean_environment,
+    evaluate_here,
+    read_metrics,
+    train_here,
+    write_data,
+)
+from samft import predict
+from samft.errors import run_command
+from samft.evaluate import main
+from samft.models.weights import PACKAGED_TINY
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that keeps the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run")
+    train_here(arguments(data, folder, steps=4, metrics_interval=2, save_top_k=2))
+    return folder
+
+
+def best_files(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("*.ckpt") if path.name != "last.ckpt")
+    return sorted(found, key=lambda path: int(path.name.split("-")[0]))
+
+
+def words(data: Path, *checkpoints: Path, **flags: Any) -> list[str]:
+    named = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    places = ["--checkpoint", *map(str, checkpoints), "--data_root", str(data)]
+    return [*places, "--num_workers", "0", "--device", "cpu", *named]
+
+
+def command(argv: list[str], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    line = [sys.executable, *(launcher if processes > 1 else []), "-m", "samft.evaluate", *argv]
+    return subprocess.run(
+        line,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        env=clean_environment(),
+        check=False,
+    )
+
+
+def test_the_number_is_that_of_the_trainings_log(data: Path, trained: Path) -> None:
+    logged = {line["step"]: line for line in read_metrics(trained, "val")}
+    for path in best_files(trained):
+        found = evaluate_here(words(data, path))
+        line = logged[int(path.name.split("-")[0])]
+        assert found["per_mask_iou"] == pytest.approx(line["per_mask_iou"], abs=1e-6)
+        assert (found["model_type"], found["image_size"]) == ("vit_tiny", 64)
+        assert found["box_fill_iou"] == pytest.approx(
+            json.loads((trained / "summary.json").read_text())["box_fill_iou"], abs=1e-6
+        )
+
+
+def test_files_and_a_comparison(data: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "new" / "scores.json"
+    before, after = best_files(trained)
+    report = evaluate_here(words(data, before, after, output=output))
+    written = json.loads(output.read_text())
+    assert written == json.loads(json.dumps(report))
+    assert next(iter(written)) == "per_mask_iou"
+    assert written["checkpoint"] == str(before)
+    (other,) = written["others"]
+    assert other["checkpoint"] == str(after)
+    change = other["per_mask_iou"] - written["per_mask_iou"]
+    comparison = other["comparison"]
+    assert comparison["iou"]["difference"] == pytest.approx(change, abs=1e-12)
+    low, high = comparison["iou"]["interval"]
+    assert low <= change <= high
+    counted = comparison["wins"] + comparison["losses"] + comparison["ties"]
+    assert counted == other["masks"] == written["masks"]
+    with (output.parent / written["objects_file"]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = [row for row in rows if row["checkpoint"] == str(before)]
+    assert len(own) == written["masks"] == len(rows) / 2
+    assert {row["category"] for row in rows} == {"thing"}
+    assert all(row["file_name"].startswith("image_") for row in rows)
+    mean = sum(float(row["iou_actual"]) for row in own) / len(own)
+    assert mean == pytest.approx(written["per_mask_iou"], abs=1e-12)
+    shown = capsys.readouterr().out
+    assert f"{written['per_mask_iou']:.4f}" in shown and "B against A" in shown
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "scores.json",
+        "scores.objects.csv",
+    ]
+
+
+def test_ap_is_that_of_cocoeval_on_the_file_that_predict_writes(
+    data_root: Path, tmp_path: Path
+) -> None:
+    root = data_root / "coco_open104"
+    annotations = root / "annotations" / "instances_val2017.json"
+    found = evaluate_here(words(root, PACKAGED_TINY, split="val2017"))
+    places = ["--images", root / "val2017", "--annotations", annotations]
+    options = [*places, "--checkpoint", PACKAGED_TINY, "--output_dir", tmp_path, "--device", "cpu"]
+    predict.main([str(word) for word in options])
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        plain = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "segm")
+        plain.evaluate()
+        plain.accumulate()
+        plain.summarize()
+    for name, value in zip(("ap", "ap50", "ap75"), plain.stats, strict=False):
+        assert found["coco"][name] == pytest.approx(value, abs=1e-6)
+    assert 0.05 < found["coco"]["ap"] < 0.95  # not equal for being nothing
+
+
+def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) -> None:
+    path = best_files(trained)[0]
+    files = tmp_path / "one.json", tmp_path / "two.json"
+    evaluate_here(words(data, path, output=files[0]))
+    ended = command(words(data, path, output=files[1]), processes=2)
+    assert ended.returncode == 0, ended.stderr
+    one, two = (json.loads(file.read_text()) for file in files)
+    for name in ("seconds", "objects_file"):
+        one.pop(name), two.pop(name)
+    assert one == two
+    rows = [(tmp_path / f"{name}.objects.csv").read_text() for name in ("one", "two")]
+    assert rows[0] == rows[1]
+    assert ended.stdout.count("IoU, mean over masks") == 1  # rank 0 alone speaks
+
+
+def test_resize_mode_comes_from_the_sidecar_or_the_state(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short = {"steps": 1, "metrics_interval": 1}
+    train_here(arguments(data, folder, resize_mode="squash", **short))
+    logged = read_metrics(folder, "val")[-1]["per_mask_iou"]
+    (path,) = best_files(folder)
+    for checkpoint in (path, folder / "last.ckpt"):
+        found = evaluate_here(words(data, checkpoint))
+        assert found["resize_mode"] == "squash"
+        assert found["per_mask_iou"] == pytest.approx(logged, abs=1e-6)
+    path.with_suffix(".json").unlink()
+    assert evaluate_here(words(data, path))["resize_mode"] == "pad"
+
+
+def test_some_of_the_objects(data: Path, trained: Path) -> None:
+    path = best_files(trained)[0]
+    whole = evaluate_here(words(data, path))
+    some = evaluate_here(words(data, path, min_mask_area=150, category_names="thing"))
+    assert 0 < some["masks"] < whole["masks"]
+    val = data / "val"
+    named = ["--annotations", str(val / "_annotations.coco.json"), "--images", str(val)]
+    assert evaluate_here([*words(data, path), *named])["masks"] == whole["masks"]
+
+
+def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
+    one_split = tmp_path / "data"
+    shutil.copytree(data / "train", one_split / "train")
+    folder = tmp_path / "run"
+    train_here(arguments(one_split, folder, steps=2, metrics_interval=2, val_fraction=0.3))
+    printed = re.search("python -m samft.evaluate (.*)", (folder / "train.log").read_text())
+    assert printed
+    argv = [*shlex.split(printed[1]), "--num_workers", "0", "--device", "cpu"]
+    found = evaluate_here(argv)
+    assert (found["images"], found["data"]["val_fraction"]) == (4, 0.3)  # of 13
+    (best,) = best_files(folder)
+    logged = {line["step"]: line["per_mask_iou"] for line in read_metrics(folder, "val")}
+    assert found["per_mask_iou"] == pytest.approx(logged[int(best.name.split("-")[0])], abs=1e-6)
+
+
+def copy_without(data: Path, folder: Path, name: str) -> Path:
+    shutil.copytree(data, folder)
+    (folder / "val" / name).unlink()
+    return folder
+
+
+def test_missing_images_are_refused_or_left_out(
+    data: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    broken = copy_without(data, tmp_path / "data", "image_1.png")
+    path = best_files(trained)[0]
+    argv = words(broken, path)
+    assert run_command(evaluate_here, argv) == 2
+    assert "image-missing" in capsys.readouterr().err
+    assert evaluate_here([*argv, "--on_bad_image", "skip"])["images"] == 4
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--checkpoint", "nowhere.ckpt"], "there is no file nowhere.ckpt"),
+        (["--checkpoint", "."], "is a folder"),
+        (["--split", "test"], "no split test"),
+        (["--data_root", "nowhere"], "no dataset folder"),
+        (["--category_names", "thin"], "Did you mean 'thing'"),
+        (["--min_mask_area", "1e9"], "no object is left"),
+        (["--annotations", "a.json"], "go together"),
+        (["--num_workers", "-1"], "must be at least 0"),
+        (["--val_fraction", "1"], "must lie between 0 and 1"),
+        (["--min_mask_area", "many"], "--help"),
+        (["--splitt", "val"], "--help"),
+        (["--output", str(PACKAGED_TINY)], "choose another name"),
+        (["--output", str(PACKAGED_TINY.with_suffix(".json"))], "choose another name"),
+        (["--output", "/proc/nothing/a.json"], "cannot be written"),
+        (["--output", "."], "is a folder"),
+        (["--device", "cuda"], "sees no GPU"),
+    ],
+)
+def test_wrong_inputs_end_with_a_paragraph(
+    flags: list[str], expected: str, data: Path, capsys: Any
+) -> None:
+    if flags[0] == "--device":
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+    argv = [*words(data, PACKAGED_TINY), *flags]
+    assert run_command(evaluate_here, argv) == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert "Traceback" not in told and told.count("\nerror:") + told.startswith("error:") == 1
+
+
+def test_a_checkpoint_of_something_else(data: Path, tmp_path: Path, capsys: Any) -> None:
+    wrong = tmp_path / "wrong.pth"
+    wrong.write_bytes(b"no checkpoint")
+    assert run_command(evaluate_here, words(data, wrong)) == 2
+    assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_nothing_to_evaluate_on(capsys: Any) -> None:
+    assert run_command(main, ["--checkpoint", str(PACKAGED_TINY)]) == 2
+    assert "nothing to evaluate on" in capsys.readouterr().err
+    assert run_command(main, ["--data_root", "x"]) == 2
+    assert "--checkpoint" in capsys.readouterr().err
+
+
+HELP = """
+import runpy, sys
+sys.argv = ["evaluate", "--help"]
+try:
+    runpy.run_module("samft.evaluate", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("torch" in sys.modules)
+"""
+
+
+def test_help_imports_no_torch() -> None:
+    ended = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "--checkpoint" in ended.stdout
+    assert ended.stdout.endswith("False\n")

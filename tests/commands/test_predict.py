@@ -1,0 +1,274 @@
+"""`python -m samft.predict`: what it writes, that nothing is left half written, how it refuses."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from helpers.coco_files import write_coco
+from helpers.short_runs import clean_environment
+from samft.errors import ConfigError, run_command
+from samft.models.weights import PACKAGED_TINY
+from samft.predict import main
+from samft.prediction.prediction import BoxPredictor
+
+FOUND = [
+    {"image_id": 12, "category_id": 2, "bbox": [3, 4, 20, 21], "score": 0.75},
+    {"image_id": 10, "category_id": 3, "bbox": [5, 6, 30, 25], "score": 0.5},
+]
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Four images with 1, 4, 2, 7 objects, ids 10 to 13."""
+    return write_coco(tmp_path / "data", 4)
+
+
+def predict(output: Path, *words: object, checkpoint: object = PACKAGED_TINY) -> dict[str, Any]:
+    own = ["--checkpoint", checkpoint, "--output_dir", output, "--device", "cpu"]
+    return main([str(word) for word in (*own, *words)])
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((output / "results.json").read_text())
+    return rows
+
+
+def load(annotations: Path, results: Path) -> tuple[COCO, COCO]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(annotations))
+        return coco, coco.loadRes(str(results))
+
+
+def test_annotations_give_a_mask_for_each_object(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    counts = predict(output, "--images", coco.parent, "--annotations", coco, "--num_workers", 2)
+    assert counts == {"images": 4, "masks": 14, "images_left_out": {}, "boxes_left_out": {}}
+    truth, found = load(coco, output / "results.json")
+    assert sorted(one["annotation_id"] for one in found.anns.values()) == sorted(truth.anns)
+    for one in found.anns.values():
+        annotated = truth.anns[one["annotation_id"]]
+        assert one["image_id"] == annotated["image_id"]
+        assert one["bbox"] == pytest.approx(annotated["bbox"], abs=1e-5)
+        assert found.annToMask(one).shape == truth.annToMask(annotated).shape
+        assert isinstance(one["score"], float) and "detector_score" not in one
+    assert sorted(path.name for path in output.iterdir()) == [".lock", "results.json"]
+
+
+def test_detections_keep_class_and_score(coco: Path, tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text(json.dumps(FOUND))
+    words = ("--images", coco.parent, "--annotations", coco, "--boxes", tmp_path / "found.json")
+    predict(tmp_path / "out", *words)
+    rows = rows_of(tmp_path / "out")
+    assert [(row["image_id"], row["category_id"], row["detector_score"]) for row in rows] == [
+        (10, 3, 0.5),
+        (12, 2, 0.75),
+    ]
+    assert [row["bbox"] for row in rows] == [[5, 6, 30, 25], [3, 4, 20, 21]]
+    assert predict(tmp_path / "out", *words, "--min_score", 0.6)["masks"] == 1
+
+
+def test_a_folder_gets_ids_and_pictures(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    boxes = ("--box", "2,3,30,31", "--box", "10,10,20,20")
+    predict(output, "--images", coco.parent, *boxes, "--masks", "--overlays")
+    listed, found = load(output / "images.json", output / "results.json")
+    assert [image["file_name"] for image in listed.imgs.values()] == [
+        f"image_{k}.png" for k in range(4)
+    ]
+    assert [one["bbox"] for one in found.anns.values()] == [[2, 3, 28, 28], [10, 10, 10, 10]] * 4
+    for image_id, image in listed.imgs.items():
+        labels = np.array(Image.open(output / "masks" / image["file_name"]))
+        first, second = (
+            found.annToMask(one) > 0 for one in found.loadAnns(found.getAnnIds([image_id]))
+        )
+        drawn = sorted([(first.sum(), 1), (second.sum(), 2)], reverse=True)
+        expected = np.zeros_like(labels)
+        for _, number in drawn:
+            expected[(first, second)[number - 1]] = number
+        assert (labels == expected).all()
+        name = image["file_name"].replace(".png", ".jpg")
+        assert cv2.imread(str(output / "overlays" / name)).shape[:2] == labels.shape
+
+
+def test_without_boxes_masks_are_automatic(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = coco.parent / "image_0.png"
+    few = ("--points_per_side", 2)
+    assert predict(tmp_path / "none", "--images", image, *few)["masks"] == 0
+    assert rows_of(tmp_path / "none") == []
+    assert "no mask was found" in capsys.readouterr().err
+    # The tiny model's heads for points are not trained: with any threshold, nothing is left.
+    low = (*few, "--pred_iou_thresh", -10, "--stability_score_thresh", 0)
+    words = ("--images", coco.parent, "--annotations", coco, "--automatic")
+    assert predict(tmp_path / "some", *words, *low, "--overlays")["masks"] > 0
+    for row in rows_of(tmp_path / "some"):
+        assert row["category_id"] == 0 and 0 <= row["stability_score"] <= 1
+
+
+def test_bad_images_are_refused_or_left_out(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (coco.parent / "image_1.png").unlink()
+    broken = coco.parent / "image_2.png"
+    content = bytearray(broken.read_bytes())
+    content[60:90] = bytes(30)  # it has its head and its end still
+    broken.write_bytes(content)
+    words = ("--images", coco.parent, "--annotations", coco)
+    skip = ("--on_bad_image", "skip")
+    counts = predict(tmp_path / "out", *words, *skip)
+    assert (counts["images"], list(counts["images_left_out"])) == (2, ["image_2.png"])
+    said = capsys.readouterr().err
+    assert "left out: image_1.png: there is no such image file" in said
+    assert "image_2.png is broken" in said
+    assert {row["image_id"] for row in rows_of(tmp_path / "out")} == {10, 13}
+    with pytest.raises(ValueError, match=r"1 of 4 images cannot be read \(image_1.png"):
+        predict(tmp_path / "none", *words)
+    assert not (tmp_path / "none").exists()
+    (coco.parent / "image_1.png").write_bytes((coco.parent / "image_0.png").read_bytes())
+    with pytest.raises(ValueError, match="image_2.png is broken"):
+        predict(tmp_path / "other", *words)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_whole(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = ("--images", coco.parent, "--annotations", coco, "--num_workers", 0)
+    predict(output, *words)
+    before = (output / "results.json").read_bytes()
+    calls = []
+
+    def fail_at_the_third(self: BoxPredictor, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return iter(())
+
+    with mock.patch.object(BoxPredictor, "predict", fail_at_the_third):
+        with pytest.raises(ConfigError, match=r"cannot be written \(No space left"):
+            predict(output, *words)
+    assert (output / "results.json").read_bytes() == before
+    assert not list(output.glob(".*.part"))
+
+
+def test_a_killed_run_leaves_no_half_file(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    many = tmp_path / "many"
+    many.mkdir()
+    for k in range(400):
+        os.link(coco.parent / "image_0.png", many / f"{k}.png")
+    command = [sys.executable, "-m", "samft.predict", "--checkpoint", str(PACKAGED_TINY)]
+    command += ["--output_dir", str(output), "--images", str(many), "--box", "1,1,9,9"]
+    process = subprocess.Popen(command, env=clean_environment(), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 100
+        while not any(part.stat().st_size for part in output.glob(".results.json.*.part")):
+            assert time.monotonic() < deadline and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert not (output / "results.json").exists() and not (output / "images.json").exists()
+    predict(output, "--images", coco.parent, "--box", "1,1,9,9")
+    assert sorted(p.name for p in output.iterdir()) == [".lock", "images.json", "results.json"]
+
+
+Words = Callable[[Path, Path], list[object]]  # of the annotation file and an empty folder
+REFUSALS: dict[str, tuple[Words, str]] = {
+    "checkpoint": (
+        lambda coco, empty: ["--checkpoint", "none.ckpt", "--images", coco.parent],
+        "there is no file none.ckpt",
+    ),
+    "damaged": (
+        lambda coco, empty: ["--checkpoint", coco, "--images", coco.parent, "--box", "1,1,9,9"],
+        "is not a readable checkpoint",
+    ),
+    "outside": (
+        lambda coco, empty: ["--images", coco.parent, "--box", "30,30,90,90"],
+        "lies outside of image_0.png, which is 64 x 48 px",
+    ),
+    "no area": (lambda coco, empty: ["--images", coco.parent, "--box", "9,9,1,1"], "x1 > x0"),
+    "no box": (lambda coco, empty: ["--images", coco.parent, "--box", "9,9"], "x0,y0,x1,y1"),
+    "image": (lambda coco, empty: ["--images", empty / "a.png"], "there is no file or folder"),
+    "folder": (lambda coco, empty: ["--images", empty], "holds no image file"),
+    "missing": (
+        lambda coco, empty: ["--images", empty, "--annotations", coco],
+        "4 of 4 images cannot be read",
+    ),
+    "results": (
+        lambda coco, empty: [
+            *("--images", coco.parent, "--annotations", coco, "--boxes", coco.parent / "r.json")
+        ],
+        "are of images that the annotation file does not list",
+    ),
+    "results without images": (
+        lambda coco, empty: ["--images", coco.parent, "--boxes", coco.parent / "r.json"],
+        "--boxes needs --annotations",
+    ),
+    "two sources": (
+        lambda coco, empty: ["--images", coco.parent, "--automatic", "--box", "1,1,9,9"],
+        "exclude each other",
+    ),
+    "two folders": (
+        lambda coco, empty: ["--images", empty, empty, "--annotations", coco],
+        "one folder of --images",
+    ),
+    "flag": (lambda coco, empty: ["--images", coco.parent, "--bocks", "1"], "--bocks"),
+    "workers": (
+        lambda coco, empty: ["--images", coco.parent, "--num_workers", -1],
+        "must be at least 0",
+    ),
+    "cuda": (
+        lambda coco, empty: ["--images", coco.parent, "--box", "1,1,9,9", "--device", "cuda"],
+        "PyTorch sees no GPU",
+    ),
+    "output": (
+        lambda coco, empty: ["--images", coco.parent, "--output_dir", coco / "below"],
+        "cannot be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_wrong_input_is_one_paragraph_and_exit_code_2(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    words, said = REFUSALS[case]
+    (coco.parent / "r.json").write_text(json.dumps([{**FOUND[0], "image_id": 99}]))
+    (tmp_path / "empty").mkdir()
+    own = ["--checkpoint", PACKAGED_TINY, "--output_dir", tmp_path / "out"]
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        code = run_command(main, [str(w) for w in (*own, *words(coco, tmp_path / "empty"))])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_what_is_read_is_never_written_over(coco: Path, tmp_path: Path) -> None:
+    results = coco.parent / "results.json"
+    results.write_text(json.dumps(FOUND))
+    words = ("--images", coco.parent, "--annotations", coco, "--boxes", results)
+    with pytest.raises(ConfigError, match="would be written over"):
+        predict(coco.parent, *words)
+    shutil.move(results, tmp_path / "results.json")
+    assert predict(coco.parent, *words[:-1], tmp_path / "results.json")["masks"] == 2
+
+
+def test_under_torchrun_it_refuses(coco: Path, tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):
+        with pytest.raises(ConfigError, match="one process"):
+            predict(tmp_path / "out", "--images", coco.parent, "--box", "1,1,9,9")

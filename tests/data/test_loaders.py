@@ -1,0 +1,225 @@
+"""Loading batches: what is being waited for, and workers that die or hang."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.coco_files import write_coco
+from samft.data.data import Coco2MaskDataset
+from samft.data.loaders import (
+    BatchLoader,
+    batch_by_objects,
+    masks_per_image,
+    train_loader,
+    val_loader,
+)
+from samft.errors import TrainingError
+from samft.recipes.guard import naming_the_cause
+from samft.runtime import heartbeat as whereabouts
+
+OBJECTS = (1, 4, 2, 7, 3)  # of the images, from coco_files
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco"), 5, objects=OBJECTS)
+
+
+def a_dataset(annotations: Path, kind: type[Coco2MaskDataset], **options: Any) -> Coco2MaskDataset:
+    options = {"image_size": 64, "training": True, **options}
+    return kind(annotations.parent, annotations, **options)
+
+
+@pytest.fixture
+def dataset(annotations: Path) -> Coco2MaskDataset:
+    return a_dataset(annotations, Coco2MaskDataset)
+
+
+# Objects
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({}, [1, 4, 2, 7, 3]),
+        ({"max_masks_per_image": 3}, [1, 3, 2, 3, 3]),
+        ({"max_masks_per_image": 0}, [1, 4, 2, 7, 3]),
+        ({"max_masks_per_image": 3, "training": False}, [1, 4, 2, 7, 3]),
+    ],
+)
+def test_masks_per_image_are_those_of_its_samples(
+    annotations: Path, options: dict[str, Any], counts: list[int]
+) -> None:
+    found = a_dataset(annotations, Coco2MaskDataset, **options)
+    assert masks_per_image(found).tolist() == counts
+    if not options.get("training", True):
+        assert [len(found[i].boxes) for i in range(5)] == counts
+
+
+# By their objects, images 0, 2, 4, 1, 3 have 1, 2, 3, 4, 7; their ids begin at 10.
+@pytest.mark.parametrize(
+    ("batch_size", "share", "image_ids"),
+    [
+        (2, 0.0, [10, 12]),
+        (2, 1.0, [11, 13]),
+        (1, 0.5, [14]),
+        (3, 0.5, [12, 14, 11]),
+        (5, 1.0, [10, 12, 14, 11, 13]),
+        (7, 0.3, [10, 12, 14, 11, 13, 10, 12]),
+    ],
+)
+def test_a_batch_of_images_with_more_objects_than_a_share_of_all(
+    dataset: Coco2MaskDataset, batch_size: int, share: float, image_ids: list[int]
+) -> None:
+    batch = batch_by_objects(dataset, batch_size, share=share)
+    assert batch.image_ids == image_ids
+    assert batch.num_masks <= sum(OBJECTS[i - 10] for i in image_ids)
+
+
+# What is waited for
+
+
+def names(*numbers: int) -> list[str]:
+    return [f"image_{number}.png" for number in numbers]
+
+
+def in_order(loader: BatchLoader) -> list[str]:
+    """The file names in the order of the loader's sampler."""
+    keys = [own for own in loader.handed.sampler]
+    return names(*(key[1] for own in keys for key in own))
+
+
+def test_nothing_is_waited_for_before_and_after(dataset: Coco2MaskDataset) -> None:
+    loader = train_loader(dataset, batch_size=2, steps=3)
+    assert loader.waiting_for() == []
+    assert len(list(loader)) == 3
+    assert loader.waiting_for() == []
+
+
+def test_without_workers_the_next_batch_is_waited_for(
+    dataset: Coco2MaskDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = train_loader(dataset, batch_size=2, steps=3)
+    expected, seen = in_order(loader), []
+    load = Coco2MaskDataset.__getitem__
+
+    def look(self: Coco2MaskDataset, key: Any) -> Any:
+        seen.append((loader.waiting_for(), whereabouts.here()))
+        return load(self, key)
+
+    monkeypatch.setattr(Coco2MaskDataset, "__getitem__", look)
+    list(loader)
+    told = [(pair, ", ".join(pair)) for pair in (expected[:2], expected[2:4], expected[4:])]
+    assert seen == [
+        (pair, f"step 0, loading images {words}") for pair, words in told for _ in range(2)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_with_workers_as_many_batches_as_there_are_workers_the_next_first(
+    dataset: Coco2MaskDataset,
+) -> None:
+    loader = train_loader(dataset, batch_size=2, steps=5, num_workers=2)
+    expected = in_order(loader)
+    for _ in range(2):  # the workers stay for the next time
+        batches = iter(loader)
+        for done in range(1, 6):
+            next(batches)
+            assert loader.waiting_for() == expected[2 * done : 2 * done + 4]
+        assert next(batches, None) is None
+
+
+def test_in_validation_the_share_of_this_process_is_waited_for(
+    annotations: Path,
+) -> None:
+    dataset = a_dataset(annotations, Coco2MaskDataset, training=False)
+    loader = val_loader(dataset, num_workers=1, rank=1, world_size=2)
+    batches = iter(loader)
+    assert next(batches).image_ids == [11]
+    assert loader.waiting_for() == names(3)
+    assert next(batches).image_ids == [13]
+    assert loader.waiting_for() == []
+
+
+# Workers that die or hang
+
+
+class Hanging(Coco2MaskDataset):
+    """Image 2 takes until a file is there."""
+
+    released = Path("absent")
+
+    def __getitem__(self, key: Any) -> Any:
+        while key == 2 and not self.released.exists():
+            time.sleep(0.01)
+        return super().__getitem__(key)
+
+
+class Deadly(Hanging):
+    """And then it kills who loads it."""
+
+    def __getitem__(self, key: Any) -> Any:
+        sample = super().__getitem__(key)
+        if key == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample
+
+
+@pytest.mark.parametrize(
+    ("kind", "timeout", "said"),
+    [
+        (Deadly, None, "DataLoader worker (pid"),
+        (Deadly, 60.0, "DataLoader worker (pid"),
+        (Hanging, 2.0, "DataLoader timed out after 2"),
+    ],
+)
+def test_of_a_worker_that_dies_or_hangs_the_images_are_named(
+    annotations: Path,
+    kind: type[Coco2MaskDataset],
+    timeout: float | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Hanging, "released", tmp_path / "released")
+    loader = val_loader(
+        a_dataset(annotations, kind, training=False), num_workers=1, timeout=timeout
+    )
+    whereabouts.at_step(6)
+    found = []
+    try:
+        with pytest.raises(TrainingError) as caught, naming_the_cause():
+            for batch in loader:
+                found.append(batch.image_ids)
+                if kind is Deadly and len(found) == 2:
+                    (tmp_path / "released").touch()
+    finally:
+        (tmp_path / "released").touch()
+        loader.loader._iterator._shutdown_workers()  # type: ignore[union-attr]
+    assert found == [[10], [11]]
+    assert said in str(caught.value) and isinstance(caught.value.__cause__, RuntimeError)
+    said = ", at step 6, loading images image_2.png; its workers were at image_2.png."
+    assert str(caught.value).endswith(said)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_timeout_without_workers_is_no_error(dataset: Coco2MaskDataset) -> None:
+    assert len(list(train_loader(dataset, batch_size=2, steps=1, timeout=5.0))) == 1
+
+
+class Telling(Coco2MaskDataset):
+    """Its images are numbered by the process that loads them and its group: 0 if they are one."""
+
+    def __getitem__(self, key: Any) -> Any:
+        sample = super().__getitem__(key)
+        sample.image_id = os.getpgid(0) - os.getpid()
+        return sample
+
+
+def test_a_worker_is_in_a_group_of_its_own(annotations: Path) -> None:
+    dataset = a_dataset(annotations, Telling, training=False)
+    assert {batch.image_ids[0] for batch in val_loader(dataset, num_workers=1)} == {0}

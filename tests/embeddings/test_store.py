@@ -1,0 +1,215 @@
+"""What is on disk: only whole embeddings are believed, and the longest unused go first."""
+
+import errno
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from samft.coco.images import ImageError
+from samft.embeddings.store import GIB, CachedEmbeddings, Entry, Store, gib, make_room
+
+SHAPE = (8, 3, 3)
+
+
+def digest(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def embedding(number: int, dtype: str = "float16") -> np.ndarray:
+    return np.random.default_rng(number).normal(size=SHAPE).astype(dtype)
+
+
+def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> Store:
+    """A store with `count` embeddings in it, opened anew."""
+    store = Store(folder, shape=SHAPE, dtype=dtype)
+    store.create({"who": "a test"})
+    for number in range(count):
+        store.write(number, embedding(number, dtype))
+    store.sync()
+    store.commit([Entry(k, digest(k), (40 + k, 60)) for k in range(count)])
+    store.close()
+    return Store(folder, shape=SHAPE, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_was_committed_is_read_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
+    store = a_store(tmp_path / "a", count=3, dtype=dtype)
+    found = store.entries()
+    assert found == {digest(k): Entry(k, digest(k), (40 + k, 60)) for k in range(3)}
+    for reader in (store, pickle.loads(pickle.dumps(store))):
+        for number in (2, 0, 1):
+            read = reader.read(number)
+            assert read.dtype == dtype and np.array_equal(read, embedding(number, dtype))
+    read[:] = 0  # a copy, not the file
+    assert np.array_equal(store.read(1), embedding(1, dtype))
+
+
+def test_a_pickle_is_small_after_reading(tmp_path: Path) -> None:
+    store = a_store(tmp_path / "a", count=3)
+    store.read(0)
+    assert len(pickle.dumps(store)) < 1000
+
+
+def test_an_embedding_without_a_record_does_not_count(tmp_path: Path) -> None:
+    store = a_store(tmp_path / "a", count=2)
+    store.write(2, embedding(2))
+    store.sync()
+    assert store.entries().keys() == {digest(0), digest(1)}
+    store.write(4, embedding(4))
+    store.commit([Entry(4, digest(4), (1, 1))])  # slots 2 and 3 stay open
+    assert store.entries().keys() == {digest(0), digest(1), digest(4)}
+
+
+def test_a_record_that_is_torn_moved_or_without_its_data_does_not_count(tmp_path: Path) -> None:
+    store = a_store(tmp_path / "a", count=3)
+    records, data = tmp_path / "a" / "records.bin", tmp_path / "a" / "embeddings.bin"
+    whole, size = records.read_bytes(), len(records.read_bytes()) // 3
+    for flipped in range(size):
+        torn = bytearray(whole)
+        torn[size + flipped] ^= 1
+        records.write_bytes(torn)
+        assert store.entries().keys() == {digest(0), digest(2)}, flipped
+    records.write_bytes(whole[:-1])
+    assert store.entries().keys() == {digest(0), digest(1)}
+    records.write_bytes(whole[size:])  # each in another's place
+    assert store.entries() == {}
+    records.write_bytes(whole)
+    os.truncate(data, data.stat().st_size - 1)
+    assert store.entries().keys() == {digest(0), digest(1)}
+
+
+def test_no_folder_has_no_entries(tmp_path: Path) -> None:
+    store = Store(tmp_path / "absent", shape=SHAPE, dtype="float32")
+    assert store.entries() == {} and store.num_records == 0
+
+
+def test_creating_again_keeps_what_is_there(tmp_path: Path) -> None:
+    a_store(tmp_path / "a", count=2)
+    os.utime(tmp_path / "a" / "meta.json", (1, 1))
+    store = Store(tmp_path / "a", shape=SHAPE, dtype="float16")
+    store.create({"who": "another"})
+    assert len(store.entries()) == store.num_records == 2
+    assert json.loads((tmp_path / "a" / "meta.json").read_text()) == {"who": "a test"}
+    assert (tmp_path / "a" / "meta.json").stat().st_mtime > 1e9
+
+
+def test_a_full_disk_is_an_error_and_not_a_dead_process(tmp_path: Path, monkeypatch: Any) -> None:
+    store = a_store(tmp_path / "a", count=1)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(1, embedding(1))
+    assert store.entries().keys() == {digest(0)}
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: Any) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, part, at: whole(file, part[:1000], at))
+    assert np.array_equal(a_store(tmp_path / "a", count=2).read(1), embedding(1))
+
+
+def test_a_split_reads_by_position_and_refuses_bad_images(tmp_path: Path) -> None:
+    stores = (a_store(tmp_path / "a", count=3), a_store(tmp_path / "b", count=3))
+    slots = np.array([[2, 0], [-1, -1], [1, 1]])
+    sizes = np.array([[42, 60], [0, 0], [41, 60]], dtype=np.int32)
+    cached = CachedEmbeddings(stores, slots, sizes, {1: "b.png is broken"})
+    assert np.array_equal(cached.read(0, flipped=False), embedding(2))
+    assert np.array_equal(cached.read(0, flipped=True), embedding(0))
+    assert cached.size(2) == (41, 60)
+    with pytest.raises(ImageError, match="b.png is broken"):
+        cached.size(1)
+
+
+# Room
+
+
+def sized_store(folder: Path, *, mib: int, used: int) -> Path:
+    a_store(folder)
+    (folder / "embeddings.bin").write_bytes(bytes(mib << 20))
+    os.utime(folder / "meta.json", (used, used))
+    return folder
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """Three stores of 2 MiB, `b` used longest ago, then `c`, then `a`; and a file that is none."""
+    for name, used in (("a", 30), ("b", 10), ("c", 20)):
+        sized_store(tmp_path / name, mib=2, used=used)
+    (tmp_path / "lock").touch()
+    return tmp_path
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_dir()}
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "own", "left"),
+    [
+        (9 * MIB, set(), {"a", "b", "c"}),
+        (7 * MIB, set(), {"a", "c"}),
+        (5 * MIB, set(), {"a"}),
+        (5 * MIB, {"b"}, {"b"}),
+        (7 * MIB, {"b", "new"}, {"a", "b"}),
+    ],
+)
+def test_the_longest_unused_go_first_and_only_as_many_as_needed(
+    filled: Path, limit: int, own: set[str], left: set[str]
+) -> None:
+    assert make_room(filled, own=own, needed=2 * MIB, limit=limit) is None
+    assert names(filled) == left
+
+
+def test_what_another_run_reads_is_not_evicted(filled: Path) -> None:
+    reader = Store(filled / "b", shape=SHAPE, dtype="float16")
+    reader.read(0)
+    assert make_room(filled, own=set(), needed=2 * MIB, limit=5 * MIB) is None
+    assert names(filled) == {"b"}
+    why = make_room(filled, own=set(), needed=2 * MIB, limit=3 * MIB)
+    assert why is not None and "other runs use 2.0 MiB of it" in why
+    del reader
+    assert make_room(filled, own=set(), needed=2 * MIB, limit=3 * MIB) is None
+    assert names(filled) == set()
+
+
+def test_too_little_allowed_is_said_and_nothing_is_evicted(filled: Path) -> None:
+    why = make_room(filled, own={"a"}, needed=3 * GIB, limit=2 * GIB)
+    assert why == "it would hold 3.0 GiB, and cache_max_gib allows 2.0 GiB"
+    assert names(filled) == {"a", "b", "c"}
+
+
+def test_too_small_a_disk_is_said_or_made_room_on(filled: Path, monkeypatch: Any) -> None:
+    def with_free(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
+
+    with_free(GIB + 4 * MIB)  # all but the gibibyte that is for checkpoints
+    assert make_room(filled, own={"a"}, needed=4 * MIB, limit=GIB) is None
+    assert names(filled) == {"a", "b", "c"}
+    why = make_room(filled, own={"a"}, needed=9 * MIB, limit=GIB)
+    assert why is not None and why.startswith("9.0 MiB more are needed")
+    assert names(filled) == {"a", "b", "c"}
+    assert make_room(filled, own={"a"}, needed=5 * MIB, limit=GIB) is None
+    assert names(filled) == {"a", "c"}
+    with_free(0)
+    assert make_room(filled, own={"a"}, needed=0, limit=GIB) is None
+
+
+def test_holes_take_up_no_room(tmp_path: Path) -> None:
+    sized_store(tmp_path / "a", mib=1, used=1)
+    os.truncate(tmp_path / "a" / "embeddings.bin", GIB)
+    assert make_room(tmp_path, own={"a"}, needed=MIB, limit=3 * MIB) is None
+
+
+def test_bytes_for_a_person() -> None:
+    assert (gib(5 * MIB), gib(GIB), gib(3 * GIB // 2)) == ("5.0 MiB", "1.0 GiB", "1.5 GiB")

@@ -1,0 +1,224 @@
+"""Every object scored in every way: what stock SAM gives, and perfect scores for the truth."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as mask_utils
+from segment_anything import SamPredictor
+from test_boundary_iou import paper_boundary_iou
+from test_engine import LOSS, make_trainer, unreadable
+from test_engine import val_batches as small_batches
+
+from helpers.coco_files import write_coco
+from helpers.gloo_pool import GlooPool
+from samft.coco.images import open_image
+from samft.coco.subset import CocoIndex, read_coco
+from samft.data.batch import Batch
+from samft.data.data import Coco2MaskDataset
+from samft.data.loaders import val_loader
+from samft.data.targets import CroppedMask
+from samft.data.transforms import boxes_to_original
+from samft.distributed import get_rank, get_world_size
+from samft.errors import DataError, UserError
+from samft.evaluation.boundary import boundary_iou
+from samft.evaluation.coco_ap import average_precision, categories_of, coco_results, coco_truth
+from samft.evaluation.evaluation import OTHER_PROMPTS, EvaluatedObjects, evaluate_split, score_masks
+from samft.evaluation.metrics import cropped_iou
+from samft.evaluation.prompts import centre_point, moved_boxes
+from samft.evaluation.score_tables import summarise
+from samft.evaluation.validation import validate
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import load_sam
+from samft.models.weights import PACKAGED_TINY
+
+
+def read(folder: Path) -> CocoIndex:
+    return read_coco(folder / "_annotations.coco.json", folder)
+
+
+def tiny() -> PromptedSam:
+    return PromptedSam(load_sam(PACKAGED_TINY))
+
+
+def batches_of(index: CocoIndex, *, image_size: int = 256) -> Any:
+    dataset = Coco2MaskDataset(index.file.image_folder, index=index, image_size=image_size)
+    return val_loader(dataset, rank=get_rank(), world_size=get_world_size())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = ((150, 201), (96, 64), (300, 40))
+    return write_coco(tmp_path_factory.mktemp("data"), 4, sizes=sizes).parent
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> EvaluatedObjects:
+    rows, bad_images = evaluate_split(tiny(), batches_of(read(folder)))
+    assert bad_images == {}
+    return rows
+
+
+def whole(crop: CroppedMask, size: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(size, dtype=np.uint8)
+    height, width = crop.mask.shape
+    mask[crop.top : crop.top + height, crop.left : crop.left + width] = crop.mask
+    return mask
+
+
+def iou_of(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask.astype(bool) & truth.astype(bool)).sum() / (mask | truth).sum())
+
+
+def test_each_prompt_scores_what_stock_sam_gives(folder: Path, found: EvaluatedObjects) -> None:
+    predictor = SamPredictor(load_sam(PACKAGED_TINY))
+    index = read(folder)
+    dataset = Coco2MaskDataset(folder, index=index, image_size=256)
+    row, expected = 0, {name: [] for name in ("iou_actual", "iou_boundary", "iou_predicted")}
+    expected |= {f"iou_{name}": [] for name in OTHER_PROMPTS}
+    for i in range(index.num_images):
+        sample, image = dataset[i], open_image(index.path(i)).decode()
+        predictor.set_image(image)
+        frame = dataset.frame(sample.original_size)
+        for k, truth in enumerate(sample.truths):
+            box, object_id = sample.boxes[k : k + 1].numpy(), sample.object_ids[k : k + 1].numpy()
+            right = whole(truth, sample.original_size)
+            asked: dict[str, dict[str, Any]] = {"actual": {"box": boxes_to_original(box, frame)[0]}}
+            for name, share in (("jitter_5", 0.05), ("jitter_10", 0.1), ("jitter_20", 0.2)):
+                moved = moved_boxes(box, object_id, share=share, frame=frame, seed=0)
+                asked[name] = {"box": boxes_to_original(moved, frame)[0]}
+            point = np.array([centre_point(truth)])
+            asked["point"] = {"point_coords": point, "point_labels": np.array([1])}
+            for name, prompt in asked.items():
+                mask, score, _ = predictor.predict(**prompt, multimask_output=False)
+                mask = mask[0].astype(np.uint8)
+                expected[f"iou_{name}"].append(iou_of(mask, right))
+                if name == "actual":
+                    expected["iou_boundary"].append(paper_boundary_iou(right, mask))
+                    expected["iou_predicted"].append(float(score[0]))
+                    decoded = mask_utils.decode(found.rle_predicted[row])
+                    assert (decoded != mask).mean() < 1e-3
+            assert np.array_equal(mask_utils.decode(found.rle_true[row]), right)
+            row += 1
+    assert row == len(found)
+    for name, values in expected.items():
+        # A pixel whose logit is within rounding of 0 may fall to either side.
+        np.testing.assert_allclose(getattr(found, name), values, atol=5e-3, err_msg=name)
+        assert np.median(np.abs(getattr(found, name) - values)) < 1e-5, name
+    assert found.iou_actual.std() > 0.01
+
+
+def test_the_mean_is_that_of_validation(folder: Path, found: EvaluatedObjects) -> None:
+    loss = LOSS.func
+    metrics = validate(
+        tiny(), batches_of(read(folder)), loss=lambda *a, **k: loss(*a, image_size=256, **k)
+    )
+    assert found.iou_actual.mean() == pytest.approx(metrics.metrics["per_mask_iou"], abs=1e-12)
+    assert found.iou_box_fill.mean() == pytest.approx(metrics.box_fill_iou, abs=1e-12)
+    assert np.array_equal(found.iou_actual, metrics.objects.iou_actual)
+    assert np.array_equal(found.areas, metrics.objects.areas)
+
+
+def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any], dict[str, Any]]:
+    """All numbers of the tiny model, on however many ranks there are."""
+    index = read(folder)
+    rows, _ = evaluate_split(tiny(), batches_of(index))
+    category_ids = categories_of(index, rows.object_ids)
+    results = coco_results(rows, category_ids)
+    return (
+        summarise(rows, category_ids, names=index.file.category_names),
+        average_precision(coco_truth(rows, index), results, backend=backend),
+    )
+
+
+def test_processes_change_nothing(gloo2: GlooPool, gloo3: GlooPool, folder: Path) -> None:
+    alone = numbers(folder)
+    assert alone[0]["masks"] == 14
+    assert gloo2.run(numbers, folder) == [alone] * 2
+    assert gloo3.run(numbers, folder) == [alone] * 3
+
+
+def perfect(batch: Batch) -> EvaluatedObjects:
+    masks = {name: batch.truths for name in ("box", *OTHER_PROMPTS)}
+    part = torch.arange(batch.num_masks)
+    return score_masks(batch, masks, torch.rand(len(part)), part=part)
+
+
+def check_perfect(index: CocoIndex) -> None:
+    rows = EvaluatedObjects.join([perfect(batch) for batch in batches_of(index, image_size=64)])
+    category_ids = categories_of(index, rows.object_ids)
+    summary = summarise(rows, category_ids, names=index.file.category_names)
+    for name in ("iou", "dice", "boundary_iou"):
+        assert summary[name] == {"mean": 1, "median": 1, "percentile_10": 1}
+    assert all(spread["mean"] == 1 for spread in summary["by_prompt"].values())
+    found = average_precision(coco_truth(rows, index), coco_results(rows, category_ids))
+    for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"):
+        assert found[name] in (None, pytest.approx(1, abs=1e-12)), name
+    assert found["ap"] is not None
+
+
+def test_the_truth_is_perfect(folder: Path) -> None:
+    check_perfect(read(folder))
+
+
+@pytest.mark.parametrize("name", ["coco_open104", "mushrooms"])
+def test_the_truth_of_real_sets_is_perfect(data_root: Path, name: str) -> None:
+    root = data_root / name
+    if name == "coco_open104":
+        files = root / "annotations" / "instances_val2017.json", root / "val2017"
+    else:  # up to 318 objects of a class in an image, and an object whose id is 0
+        files = root / "valid" / "_annotations.coco.json", root / "valid"
+    check_perfect(read_coco(*files))
+
+
+def test_a_worse_mask_scores_less() -> None:
+    (batch,) = small_batches(1)
+    truth = batch.truths[0]
+    half = CroppedMask(truth.top, truth.left, truth.mask[: truth.mask.shape[0] // 2])
+    masks = {name: [truth] for name in OTHER_PROMPTS}
+    one = torch.zeros(1, dtype=torch.int64)
+    rows = score_masks(batch, {"box": [half], **masks}, torch.tensor([0.75]), part=one)
+    assert rows.iou_actual.tolist() == [cropped_iou(half, truth)]
+    size = tuple(batch.original_sizes[0].tolist())
+    assert rows.iou_boundary.tolist() == [boundary_iou(half, truth, original_size=size)]
+    assert rows.dice[0] == pytest.approx(2 * half.mask.sum() / (half.mask.sum() + truth.mask.sum()))
+    assert rows.iou_predicted.tolist() == [0.75]
+    assert rows.iou_point.tolist() == [1]
+
+
+def count_encodings(num_images: int) -> tuple[int, int, dict[str, str], list[int]]:
+    batches = [*small_batches(num_images), *([unreadable(9)] if get_rank() == 0 else [])]
+    model = make_trainer().model.eval()
+    encoded: list[int] = []
+    model.sam.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    seen: list[int] = []
+    rows, bad_images = evaluate_split(model, batches, on_image=lambda: seen.append(1))
+    return len(encoded), len(seen), bad_images, rows.image_ids.tolist()
+
+
+def test_an_image_is_encoded_once_and_a_broken_one_not_at_all(gloo2: GlooPool) -> None:
+    encoded, seen, bad_images, ids = count_encodings(3)
+    assert (encoded, seen, len(bad_images)) == (3, 4, 1)
+    both = gloo2.run(count_encodings, 3)
+    assert [answer[:2] for answer in both] == [(2, 3), (1, 1)]
+    assert [answer[2:] for answer in both] == [(bad_images, ids)] * 2
+
+
+def no_images() -> int:
+    def broken() -> Any:
+        if get_rank() == 0:
+            raise DataError("image 3 is broken")
+        yield from small_batches(2)
+
+    with pytest.raises(UserError, match="image 3 is broken"):
+        evaluate_split(make_trainer().model.eval(), broken())
+    rows, _ = evaluate_split(make_trainer().model.eval(), [])
+    assert {getattr(rows, field.name).shape for field in fields(rows)} == {(0,)}
+    return len(rows)
+
+
+def test_an_error_of_one_rank_ends_all_and_no_image_is_no_row(gloo2: GlooPool) -> None:
+    assert gloo2.run(no_images) == [0, 0]

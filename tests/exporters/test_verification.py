@@ -1,0 +1,94 @@
+"""Answers compared by hand-made numbers; the picture that needs no file."""
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor
+
+from helpers.tiny_checkpoint import tiny_sam
+from samft.exporters.reference import (
+    Answer,
+    Sample,
+    ask,
+    compare,
+    is_equal_to_the_bit,
+    painted_sample,
+    sample_of,
+)
+
+
+def answer(logits: list[float], iou: float = 0.5) -> Answer:
+    """One mask of 1 x len(logits) pixels."""
+    return Answer(np.array([[logits]], np.float32), np.array([iou], np.float32))
+
+
+def test_the_largest_differences_over_all_samples_and_the_share_of_equal_pixels() -> None:
+    a = [answer([1.0, -2.0, 3.0, -4.0]), answer([0.5, 0.25, -8.0, 1.0], iou=0.25)]
+    b = [answer([1.5, 2.0, 3.0, -4.0]), answer([0.5, 0.0, -8.0, 1.0], iou=0.75)]
+    found = compare(a, b)
+    assert (found.logits, found.largest_logit, found.iou_predicted) == (4.0, 8.0, 0.5)
+    assert found.equal_pixels == 6 / 8  # -2 against 2, and 0.25 against 0, which is not above 0
+    assert "largest difference of logits 4 (largest logit 8), equal mask pixels 75.0000 %" == str(
+        found
+    )
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "small"),
+    [
+        (answer([5.0] * 4), answer([5.0009] * 4), True),
+        (answer([5.0] * 4), answer([5.0011] * 4), False),
+        (answer([50.0] * 4), answer([50.004] * 4), True),
+        (answer([50.0] * 4), answer([50.006] * 4), False),
+        (answer([5.0] * 4), answer([5.0] * 4, iou=0.502), False),
+        (answer([1.0] * 9998 + [1e-4] * 2), answer([1.0] * 9998 + [1e-4, -1e-4]), True),
+        (answer([1.0] * 9997 + [1e-4] * 3), answer([1.0] * 9998 + [-1e-4] * 2), False),
+        (answer([1.0]), answer([float("nan")]), False),
+        (answer([1.0]), answer([1.0], iou=float("nan")), False),
+        (answer([1.0]), answer([1.0, 1.0]), False),
+    ],
+)
+def test_what_counts_as_the_same_model(a: Answer, b: Answer, small: bool) -> None:
+    assert compare([a], [b]).is_small is small
+
+
+def test_the_painted_picture_is_wider_than_high_and_its_boxes_lie_inside() -> None:
+    sample = painted_sample()
+    height, width = sample.image.shape[:2]
+    assert (height, width, sample.image.dtype) == (300, 400, np.uint8)
+    assert len(sample.boxes) >= 3
+    assert (sample.boxes[:, :2] >= 0).all()
+    assert (sample.boxes[:, 2:] <= [width, height]).all()
+    assert (sample.boxes[:, 2:] - sample.boxes[:, :2] >= 8).all()
+    again = painted_sample()
+    assert (again.image == sample.image).all() and (again.boxes == sample.boxes).all()
+
+
+def test_boxes_of_a_picture_of_the_users_are_shares_of_it() -> None:
+    boxes = sample_of("a.png", np.zeros((20, 40, 3), np.uint8)).boxes.tolist()
+    assert boxes == [[0, 0, 40, 20], [10, 5, 30, 15], [0, 0, 20, 10], [20, 10, 40, 20]]
+
+
+def test_asking_is_what_the_stock_predictor_answers_box_by_box() -> None:
+    sam = tiny_sam()
+    image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    boxes = np.array([[2.0, 3, 30, 20], [10, 10, 45, 28]])
+    found = ask(sam, Sample("noise", image, boxes))
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    for box, logits, iou in zip(boxes, found.logits, found.iou_predicted, strict=True):
+        masks, scores, _ = predictor.predict(box=box, multimask_output=False)
+        assert ((logits > 0) == masks[0]).all()
+        assert iou == scores[0]
+
+
+def test_one_bit_is_a_difference_of_weights() -> None:
+    a = tiny_sam().state_dict()
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    assert is_equal_to_the_bit(a, b)
+    name = "mask_decoder.iou_token.weight"
+    b[name].view(torch.int32)[0, 3] ^= 1
+    assert not is_equal_to_the_bit(a, b)
+    del b[name]
+    assert not is_equal_to_the_bit(a, b)
+    assert not is_equal_to_the_bit(a, {**a, name: a[name].double()})

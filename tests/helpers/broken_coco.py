@@ -1,0 +1,274 @@
+"""A dataset with everything that can be wrong in it, each kind counted."""
+
+import io
+import json
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from helpers.coco_files import annotation
+
+HEIGHT, WIDTH = 20, 30
+SQUARE = [2.0, 3.0, 8.0, 3.0, 8.0, 9.0, 2.0, 9.0]
+BOX = [2.0, 3.0, 6.0, 6.0]
+NAN = float("nan")
+
+
+def encode(number: int, kind: str = "PNG", **options: Any) -> bytes:
+    """A small image that differs from that of any other number."""
+    noise = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def encode_rotated() -> bytes:
+    """A JPEG whose EXIF asks for a quarter turn."""
+    exif = Image.Exif()
+    exif[274] = 6
+    return encode(15, "JPEG", exif=exif)
+
+
+def encode_bomb(height: int = 30_000, width: int = 30_000) -> bytes:
+    """A PNG of 900 megapixels in about 109 KB, whole and valid."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x01\x00\x00\x00\x00"
+    pixels = zlib.compress(bytes((1 + -(-width // 8)) * height), 9)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+class Broken:
+    """Collects the entries of one COCO file and counts what is wrong with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images: list[Any] = []
+        self.annotations: list[Any] = []
+        self.expected: Counter[str] = Counter()
+        self.good = 0  # usable objects, crowds not counted
+        folder.mkdir(parents=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def image(self, image_id: Any, name: str, *codes: str, **fields: Any) -> None:
+        self.images.append(
+            {"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH, **fields}
+        )
+        self.expected.update(codes)
+
+    def object(
+        self, *codes: str, good: bool = True, image_id: Any = 1, drop: str = "", **fields: Any
+    ) -> None:
+        entry = annotation(len(self.annotations) + 100, image_id, SQUARE, area=36.0, **fields)
+        entry.pop(drop, None)
+        self.annotations.append(entry)
+        self.expected.update(codes)
+        self.good += good
+
+    def save(self, name: str, categories: Any, *, start: str = "") -> None:
+        document = {
+            "info": {"description": "broken on purpose"},
+            "images": self.images,
+            "annotations": self.annotations,
+            "categories": categories,
+        }
+        (self.folder / name).write_text(start + json.dumps(document), encoding="utf-8")
+
+
+def rle(*, compressed: bool, height: int = HEIGHT, width: int = WIDTH) -> dict[str, Any]:
+    """The square as RLE."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[3:9, 2:8] = 1
+    if compressed:
+        found = mask_utils.encode(np.asfortranarray(mask))
+        return {"size": [height, width], "counts": found["counts"].decode()}
+    flat = mask.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat, prepend=0, append=2))
+    return {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
+
+
+def _add_images(train: Broken, outside: Path) -> None:
+    for number, name in enumerate(("a.png", "b.png", "c.png", "sub/d.png", "images/h.png")):
+        train.write(name, encode(number))
+    outside.write_bytes(encode(99))
+    train.image(1, "a.png")
+    train.image(2, "b.png", "image-size-differs", height=99)
+    train.image(3, "c.png", "image-size-missing", height=None, width=0)
+    train.image(4, "sub\\d.png", "image-name-mended")
+    train.image(5, "h.png", "image-name-mended")
+    train.image(6, "missing.png", "image-missing")
+    train.image(7, "empty.jpg", "image-empty")
+    train.write("empty.jpg", b"")
+    train.image(8, "page.jpg", "image-not-an-image")
+    train.write("page.jpg", b"<!DOCTYPE html><html><body>404</body></html>")
+    train.image(9, "cut.jpg", "image-truncated")
+    train.write("cut.jpg", encode(9, "JPEG")[:-300])
+    train.image(10, "huge.png", "image-too-large")
+    train.write("huge.png", encode_bomb())
+    train.image(11, f"../{outside.name}", "image-outside")
+    train.image(12, "link.png", "image-outside")
+    (train.folder / "link.png").symlink_to(outside)
+    train.image(13, "folder.png", "image-unreadable")
+    (train.folder / "folder.png").mkdir()
+    train.image(14, "gone.png", "image-unused-bad")
+    train.image(15, "turned.jpg", "image-exif-rotated")
+    train.write("turned.jpg", encode_rotated())
+    train.image(16, "a.png", "image-listed-twice")
+    train.image("17", "text_id.png", "id-not-integer")
+    train.write("text_id.png", encode(17))
+    train.image(18, "nothing.png", "image-without-objects")
+    train.write("nothing.png", encode(18))
+    train.image(19, "shared.png", "image-in-train-and-val")
+    train.write("shared.png", encode(19))
+    train.images += ["text", {"id": 20}, {"file_name": "a.png"}]
+    train.expected["image-malformed"] += 3
+    for image_id in range(6, 14):
+        train.object(image_id=image_id, good=False)
+    for image_id in (2, 3, 4, 5, 15, 16, 17, 19):
+        train.object(image_id=image_id)
+
+
+def _add_ids(train: Broken) -> None:
+    train.object()
+    first = train.annotations[-1]
+    train.annotations += [first, "text", None]
+    train.expected.update(["annotation-duplicate"] + ["annotation-malformed"] * 2)
+    train.object("annotation-id-twice", id=first["id"], bbox=[2, 3, 6, 5])
+    train.object("annotation-id-missing", drop="id")
+    train.object("annotation-id-zero", id=0)
+    train.object("id-not-integer", id="901")
+    train.object("id-not-integer", image_id="1")
+    train.object("id-not-integer", category_id=1.0)
+    train.object("annotation-image-missing", image_id=None, good=False)
+    train.object("annotation-image-missing", image_id=1.5, good=False)
+    train.object("annotation-orphan", image_id=777, good=False)
+    train.object("category-missing", drop="category_id")
+    train.object("category-unknown", category_id=55)
+    train.object("iscrowd-missing", drop="iscrowd")
+    train.object("iscrowd-malformed", iscrowd="0")
+    train.object("iscrowd-malformed", iscrowd=None)
+    train.object("crowd", iscrowd=1, good=False)
+
+
+def _add_boxes(train: Broken) -> None:
+    train.object("box-missing", drop="bbox")
+    train.object("box-missing", bbox=None)
+    train.object("box-malformed", bbox=[1, 2, 3])
+    train.object("box-malformed", bbox=["1", 2, 3, 4])
+    train.object("box-not-finite", bbox=[NAN, 2, 3, 4])
+    train.object("box-not-finite", bbox=[float("inf"), 2, 3, 4])
+    train.object("box-empty", bbox=[2, 3, 0, 6])
+    train.object("box-empty", bbox=[8, 9, -6, -6])
+    train.object("box-outside", bbox=[500, 500, 6, 6])
+    train.object("box-outside", bbox=[1e9, 1e9, 5, 5])
+    train.object("box-unlike-mask", bbox=[15, 12, 6, 6])
+    train.object("box-leaves-image", bbox=[-0.5, 3, 8.5, 6])
+    edge = [28.5, 3.0, 30.0, 3.0, 30.0, 9.0, 28.5, 9.0]
+    train.object("box-thin", "mask-tiny", segmentation=[edge], bbox=[28.5, 3, 1.5, 6])
+    triangle = [2.0, 3.0, 8.0, 3.0, 8.0, 9.0]
+    train.object("area-is-box", "mask-tiny", segmentation=[triangle])
+
+
+def _add_masks(train: Broken) -> None:
+    part = [12.0, 3.0, 18.0, 3.0, 18.0, 9.0, 12.0, 9.0]
+    both = {"segmentation": [SQUARE, part], "bbox": [2, 3, 16, 6]}
+    train.object("polygon-parts", **both)
+    train.object("polygon-part-left-out", segmentation=[SQUARE, [1, 2, 3]])
+    train.object("polygon-flat", segmentation=SQUARE)
+    beyond = [[-4.0, 3.0, 8.0, 3.0, 8.0, 9.0, -4.0, 9.0]]
+    train.object("polygon-leaves-image", segmentation=beyond, bbox=[0, 3, 8, 6])
+    train.object(segmentation=rle(compressed=True))
+    train.object(segmentation=rle(compressed=False))
+    train.object("rle-size-differs", segmentation=rle(compressed=True, height=40))
+    bad = {
+        "mask-missing": [None, []],
+        "mask-malformed": ["polygon", 7],
+        "mask-outside": [[[v + 100 for v in SQUARE]]],
+        "mask-without-pixels": [[[2.1, 2.1, 2.2, 2.1, 2.2, 2.2]]],
+        "polygon-malformed": [[["a"] * 6], [[[1, 1], [5, 1], [5, 5]]], [[0, 0, 10**400, 5, 5, 5]]],
+        "polygon-too-short": [[[1, 1, 5, 5]], [[]]],
+        "polygon-odd": [[[1, 1, 5, 1, 5, 5, 2]]],
+        "polygon-not-finite": [[[0, 0, NAN, 5, 5, 5]]],
+        "polygon-far-outside": [[[1e9, 1e9, 2e9, 1e9, 2e9, 2e9]]],
+        "polygon-too-long": [[[0, 0, 9e4, 9e4] * 100]],
+        "rle-malformed": [
+            {"size": [HEIGHT, WIDTH], "counts": [1, 1]},
+            {"size": [HEIGHT, WIDTH], "counts": "zz"},
+            {"counts": [0, 600]},
+        ],
+        "rle-empty": [
+            {"size": [HEIGHT, WIDTH], "counts": [600]},
+            {"size": [HEIGHT, WIDTH], "counts": ""},
+        ],
+        "rle-too-large": [{"size": [10**6, 10**6], "counts": [0, 10**12]}],
+    }
+    for code, segmentations in bad.items():
+        for segmentation in segmentations:
+            train.object(code, segmentation=segmentation, good=False)
+    train.object("mask-missing", drop="segmentation", good=False)
+
+
+CATEGORIES = [
+    {"id": 0, "name": "things", "supercategory": "none"},
+    {"id": 1, "name": "thing", "supercategory": "things"},
+    {"id": 2, "name": "thing", "supercategory": "things"},
+    {"id": 2, "name": "other"},
+    {"id": 7, "name": "seventh"},
+    {"name": "no id"},
+]
+CATEGORY_CODES = (
+    "category-placeholder",
+    "category-name-twice",
+    "category-id-twice",
+    "category-ids-not-contiguous",
+    "category-malformed",
+)
+
+
+def write_broken(root: Path) -> dict[str, dict[str, int]]:
+    """Writes splits train (all that can be wrong with entries), val (all crowd) and test (cut).
+
+    Args:
+        root: A folder that does not exist yet.
+
+    Returns:
+        For each split, the count of every code that a check has to name; for train also
+        `good_objects`, the usable ones before any is left out for being in val, and
+        `good_images`, which have them.
+    """
+    root.mkdir(parents=True)
+    train, val = Broken(root / "train"), Broken(root / "val")
+    _add_images(train, root.parent / "outside.png")
+    _add_ids(train)
+    _add_boxes(train)
+    _add_masks(train)
+    train.expected.update([*CATEGORY_CODES, "json-bom", "json-not-standard"])
+    train.save("_annotations.coco.json", CATEGORIES, start="\ufeff")
+    val.write("other_name.png", encode(19))
+    val.write("v.png", encode(50))
+    val.image(1, "other_name.png")
+    val.image(2, "v.png")
+    for image_id in (1, 2):
+        val.object("all-crowd", image_id=image_id, iscrowd=1)
+    val.expected["categories-missing"] += 1
+    val.save("_annotations.coco.json", [])
+    (root / "test").mkdir()
+    (root / "test" / "_annotations.coco.json").write_text('{"images": [], "annotations": [')
+    return {
+        "train": {**train.expected, "good_objects": train.good, "good_images": 8},
+        "val": {**val.expected, "good_objects": val.good, "good_images": 2},
+        "test": {"json-invalid": 1},
+    }

@@ -1,0 +1,305 @@
+"""Fast attention against the stock image encoder: outputs, gradients, and what it never makes."""
+
+import copy
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from samft.checkpoints.top_k import save_tensors
+from samft.models.attention import FastBlock, attention, use_fast_attention
+from samft.models.sam import build_sam, load_sam
+
+slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
+
+TIGHT = 1e-10  # of float64; any error in the mathematics is far above it
+
+
+def randomised(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
+    # Positions and biases start as zeros, which would hide whatever is done with them.
+    for name, parameter in module.named_parameters():
+        if "pos" in name or "bias" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return module.to(dtype)
+
+
+def stock_encoder(
+    image_size: int, dtype: torch.dtype = torch.float64, *, model_type: str = "vit_tiny"
+) -> ImageEncoderViT:
+    return randomised(build_sam(model_type, image_size).image_encoder, dtype)
+
+
+def stock_block(width: int, num_heads: int, *, size: tuple[int, int], window_size: int) -> Block:
+    block = Block(width, num_heads, use_rel_pos=True, window_size=window_size, input_size=size)
+    return randomised(block)
+
+
+def fast_copy(encoder: ImageEncoderViT) -> ImageEncoderViT:
+    fast = copy.deepcopy(encoder)
+    use_fast_attention(fast)
+    return fast
+
+
+def answer(module: nn.Module, x: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """The output, and the gradients of a weighted sum of it."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    if weights is None:
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y)
+    (y * weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {"output": y.detach(), "input": x.grad, **gradients}
+
+
+def relative_error(ours: Tensor, stock: Tensor) -> float:
+    assert ours.shape == stock.shape and stock.any()
+    return ((ours - stock).abs().max() / stock.abs().max()).item()
+
+
+def check_same(ours: nn.Module, stock: nn.Module, x: Tensor, *, output: float, grad: float) -> None:
+    mine, theirs = answer(ours, x), answer(stock, x)
+    assert mine.keys() == theirs.keys()
+    errors = {name: relative_error(mine[name], theirs[name]) for name in theirs}
+    assert errors.pop("output") < output
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] < grad, worst
+    with torch.no_grad():  # another way, where a CPU attends over the whole map
+        assert relative_error(ours(x), theirs["output"]) < output
+
+
+# Windows are 8 tokens, 128 px, wide: smaller maps than a window, whole windows, maps that stick out
+# by a token (144) or by half a window (192), and both ways to treat the padding.
+SIZES = [64, 80, 112, 128, 144, 192, 256]
+
+
+@pytest.mark.parametrize("image_size", SIZES)
+def test_encoder_is_stock_to_the_last_bits_in_float64(image_size: int) -> None:
+    stock = stock_encoder(image_size)
+    images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
+    check_same(fast_copy(stock), stock, images, output=TIGHT, grad=TIGHT)
+
+
+@pytest.mark.parametrize("image_size", [64, 192, 256])
+def test_encoder_is_stock_in_float32(image_size: int) -> None:
+    stock = stock_encoder(image_size, torch.float32)
+    images = torch.randn(2, 3, image_size, image_size)
+    check_same(fast_copy(stock), stock, images, output=1e-5, grad=1e-4)
+
+
+@slow
+@pytest.mark.parametrize("image_size", [256, 1024])
+def test_vit_b_is_stock(image_size: int) -> None:
+    stock = stock_encoder(image_size, torch.float32, model_type="vit_b")
+    images = torch.randn(1, 3, image_size, image_size)
+    check_same(fast_copy(stock), stock, images, output=1e-5, grad=1e-4)
+
+
+# Height, width, window (0: none). Maps need not be square.
+MAPS = [(5, 9, 0), (7, 4, 4), (4, 7, 4), (2, 9, 4), (8, 8, 4), (9, 9, 4), (1, 1, 4), (3, 2, 2)]
+
+
+@pytest.mark.parametrize(("height", "width", "window_size"), MAPS)
+def test_block_is_stock_on_maps_of_any_shape(height: int, width: int, window_size: int) -> None:
+    stock = stock_block(24, 2, size=(height, width), window_size=window_size)
+    fast = copy.deepcopy(stock)
+    fast.__class__ = FastBlock
+    x = torch.randn(3, height, width, 24, dtype=torch.float64)
+    check_same(fast, stock, x, output=TIGHT, grad=TIGHT)
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(768, 12), (160, 2)])
+@pytest.mark.parametrize("window_size", [0, 14])
+def test_block_is_stock_at_metas_head_widths(
+    width: int, num_heads: int, window_size: int
+) -> None:  # 64 channels a head in vit_b and vit_l, 80 in vit_h; 16 x 16 tokens are 256 px
+    stock = stock_block(width, num_heads, size=(16, 16), window_size=window_size).float()
+    fast = copy.deepcopy(stock)
+    fast.__class__ = FastBlock
+    check_same(fast, stock, torch.randn(2, 16, 16, width), output=1e-5, grad=1e-4)
+
+
+@pytest.mark.parametrize("window_size", [0, 4])
+def test_tables_of_another_size_are_resampled_as_stock_does(window_size: int) -> None:
+    stock = stock_block(24, 2, size=(6, 6), window_size=window_size)
+    for table, length in (("rel_pos_h", 5), ("rel_pos_w", 19)):
+        values = torch.randn(length, 12, dtype=torch.float64)
+        setattr(stock.attn, table, nn.Parameter(values))
+    fast = copy.deepcopy(stock)
+    fast.__class__ = FastBlock
+    x = torch.randn(2, 6, 6, 24, dtype=torch.float64)
+    check_same(fast, stock, x, output=TIGHT, grad=TIGHT)
+
+
+def test_one_query_by_hand() -> None:
+    # Two tokens side by side, one head, one channel: q = k = 0 + bias, v = x, table of columns t.
+    attn = stock_block(1, 1, size=(1, 2), window_size=0).attn
+    with torch.no_grad():
+        attn.qkv.weight.copy_(torch.tensor([[0.0], [0.0], [1.0]]))
+        attn.qkv.bias.copy_(torch.tensor([2.0, 3.0, 0.0]))
+        attn.proj.weight.fill_(1.0)
+        attn.proj.bias.zero_()
+        attn.rel_pos_w.copy_(torch.tensor([[0.5], [0.0], [-0.25]]))  # of distances -1, 0 and 1
+    y = attention(attn, torch.tensor([[[[1.0], [5.0]]]], dtype=torch.float64), 0)
+    # The keys are alike; what differs is 2 x table[i - j]: of the left token, 0 and 1 for the two.
+    first, second = torch.tensor([0.0, 1.0]).softmax(0), torch.tensor([-0.5, 0.0]).softmax(0)
+    expected = torch.stack([first, second]) @ torch.tensor([1.0, 5.0])
+    torch.testing.assert_close(y.flatten().float(), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation gives."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.num_elements = max(self.num_elements, *sizes, 0)
+        return result
+
+
+@contextmanager
+def largest_saved() -> Iterator[list[int]]:
+    """Collects the number of elements of every tensor that is kept for backward."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+def test_no_tensor_of_all_pairs_is_made_or_kept() -> None:
+    stock = stock_encoder(512, torch.float32)
+    images = torch.randn(1, 3, 512, 512)
+    pairs = (512 // 16) ** 4
+    for encoder, under in ((stock, False), (fast_copy(stock), True)):
+        with LargestTensor() as made, largest_saved() as saved:
+            encoder(images).sum().backward()
+        assert (max(saved) < pairs) is under
+        assert (made.num_elements < pairs) is under
+        with LargestTensor() as made, torch.no_grad():
+            encoder(images)
+        assert (made.num_elements < pairs) is under
+
+
+def test_positions_are_a_mask_in_pieces_where_no_gradient_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks: list[list[int]] = []
+    kernel: Any = F.scaled_dot_product_attention
+
+    def noted(*args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        masks.append([*attn_mask.shape] if attn_mask is not None else [])
+        return kernel(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    block = stock_block(24, 2, size=(12, 9), window_size=0)
+    block.__class__ = FastBlock
+    x = torch.randn(3, 12, 9, 24, dtype=torch.float64)
+    block(x)
+    assert masks == [[]]
+    masks.clear()
+    monkeypatch.setattr("samft.models.attention._MASK_VALUES", 5 * 3 * 2 * 9 * (12 * 9))
+    with torch.no_grad():
+        block(x)
+    assert masks == [[3, 2, rows * 9, 12 * 9] for rows in (5, 5, 2)]
+
+
+@pytest.mark.parametrize("image_size", [80, 192])
+def test_a_fused_kernel_takes_it(image_size: int) -> None:
+    stock = stock_encoder(image_size, torch.float32)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it does not
+        images = torch.randn(1, 3, image_size, image_size)
+        answer(fast_copy(stock), images)
+        with torch.no_grad():
+            fast_copy(stock)(images)
+
+
+@pytest.mark.parametrize("image_size", [80, 144, 192])
+def test_projections_see_no_padding(image_size: int) -> None:
+    encoder = fast_copy(stock_encoder(image_size, torch.float32))
+    num_tokens: list[int] = []
+    for block in encoder.blocks:
+        for linear in (block.attn.qkv, block.attn.proj):
+            linear.register_forward_hook(lambda m, x, y: num_tokens.append(y[..., 0].numel()))
+    encoder(torch.randn(1, 3, image_size, image_size))
+    assert num_tokens == [(image_size // 16) ** 2] * 8
+
+
+def test_bf16_is_as_near_to_the_truth_as_stock_bf16() -> None:
+    exact = stock_encoder(144)
+    images = torch.randn(2, 3, 144, 144)
+    truth = answer(exact, images.double())
+    stock = copy.deepcopy(exact).float()
+    errors = []
+    for encoder in (stock, fast_copy(stock)):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = answer(encoder, images)
+        differences = {name: found[name].double() - truth[name] for name in truth}
+        errors.append({name: differences[name].norm() / truth[name].norm() for name in truth})
+    theirs, mine = errors
+    assert 1e-3 < theirs["output"] < 0.1
+    assert mine["output"] < 1.1 * theirs["output"]
+    # Each gradient has its luck in rounding; a lost digit would show in all of them.
+    ratios = torch.stack([mine[name] / theirs[name] for name in truth])
+    assert ratios.log().mean().exp() < 1.15 and ratios.max() < 2
+
+
+def test_parameters_copies_and_pickles_stay() -> None:
+    stock = stock_encoder(64, torch.float32)
+    fast = copy.deepcopy(stock)
+    names = list(fast.state_dict())
+    parameters = list(fast.parameters())
+    use_fast_attention(fast)
+    use_fast_attention(fast)
+    assert list(fast.state_dict()) == names == list(stock.state_dict())
+    assert all(a is b for a, b in zip(fast.parameters(), parameters, strict=True))
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = fast(images)
+        for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert all(type(block) is FastBlock for block in twin.blocks)
+            assert torch.equal(twin(images), expected)
+
+
+def test_it_is_one_graph_for_the_compiler() -> None:
+    block = copy.deepcopy(stock_encoder(80, torch.float32)).blocks[0]
+    block.__class__ = FastBlock
+    x = torch.randn(1, 5, 5, 128)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize("lacking", [{"use_rel_pos": False}, {"qkv_bias": False}])
+def test_other_encoders_are_refused(lacking: dict[str, bool]) -> None:
+    kind = {"use_rel_pos": True, "qkv_bias": True, **lacking}
+    encoder = ImageEncoderViT(64, embed_dim=16, depth=1, num_heads=2, **kind)
+    with pytest.raises(ValueError, match="relative positions and a bias"):
+        use_fast_attention(encoder)
+    assert type(encoder.blocks[0]) is Block
+
+
+def test_what_users_load_is_stock(tmp_path: Path) -> None:
+    fast = build_sam("vit_tiny", 64, attention="fast")
+    assert {type(block) for block in fast.image_encoder.blocks} == {FastBlock}
+    save_tensors(tmp_path / "fast.ckpt", fast.state_dict())
+    for sam in (load_sam(tmp_path / "fast.ckpt"), build_sam("vit_tiny", 64)):
+        assert {type(block) for block in sam.image_encoder.blocks} == {Block}
+    with pytest.raises(ValueError, match="'fast' or 'stock'"):
+        build_sam("vit_tiny", 64, attention="flash")

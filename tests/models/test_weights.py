@@ -1,0 +1,239 @@
+"""Where weights come from: paths, the packaged file, and downloads from a server of our own."""
+
+import fcntl
+import hashlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from samft.errors import CheckpointError
+from samft.models import weights
+from samft.models.weights import PACKAGED_TINY, download, find_local_weights, find_weights
+from samft.runtime.files import cache_folder, sha256_of
+
+CONTENT = bytes(range(256)) * 8 * 1024  # two chunks
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+FILE_NAME = "sam_vit_b_01ec64.pth"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT under any name but /absent, counts, and waits for leave to answer."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.paths: list[str] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.sent = CONTENT
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        self.server.may_answer.wait(60)
+        if self.path.startswith("/absent"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(self.server.sent)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a vit_b whose published hash is that of CONTENT."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("SAMFT_CACHE", str(folder))
+    monkeypatch.setitem(weights.SAM_FILES, "vit_b", (FILE_NAME, SHA256))
+    return folder
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def test_a_download_is_checked_kept_and_not_repeated(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMFT_SAM_URL", f"{server.url}/mirror/")
+    for _ in range(2):
+        path = find_weights("auto", "vit_b")
+        assert path == cache / FILE_NAME
+        assert path.read_bytes() == CONTENT
+    assert server.paths == [f"/mirror/{FILE_NAME}"]
+    assert files_in(cache) == [FILE_NAME]
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(server: Server, cache: Path) -> None:
+    cache.mkdir()
+    (cache / FILE_NAME).write_bytes(CONTENT[:-1] + b"x")
+    download(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
+    assert (cache / FILE_NAME).read_bytes() == CONTENT
+    assert len(server.paths) == 1
+
+
+def test_a_file_with_a_wrong_hash_is_deleted(server: Server, cache: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        download(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256="0" * 64)
+    assert f"its SHA-256 is {SHA256}, not {'0' * 64}" in str(caught.value)
+    assert files_in(cache) == []
+
+
+def test_a_transfer_cut_short_leaves_nothing(server: Server, cache: Path) -> None:
+    server.sent = CONTENT[: len(CONTENT) // 2]
+    with pytest.raises(CheckpointError):
+        download(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
+    assert files_in(cache) == []
+
+
+def test_a_server_that_has_no_such_file_or_is_not_there(server: Server, cache: Path) -> None:
+    closed = Server()
+    closed.server_close()
+    for url in (f"{server.url}/absent.pth", f"{closed.url}/a.pth"):
+        with pytest.raises(CheckpointError) as caught:
+            download(url, cache / FILE_NAME, sha256=SHA256)
+        assert f"{url} could not be downloaded to {cache / FILE_NAME}" in str(caught.value)
+        assert "SAMFT_SAM_URL" in str(caught.value)
+    assert files_in(cache) == []
+
+
+def test_an_address_that_is_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMFT_SAM_URL", "no-address")
+    with pytest.raises(CheckpointError, match="could not be downloaded"):
+        find_weights("auto", "vit_b")
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAMFT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(CheckpointError, match="could not be downloaded"):
+        find_weights("auto", "vit_b")
+
+
+def test_two_processes_at_once_download_once(server: Server, cache: Path) -> None:
+    target = cache / FILE_NAME
+    code = (
+        "import sys; from pathlib import Path; from samft.models.weights import download\n"
+        "print('ready', flush=True)\n"
+        f"print(download('{server.url}/f', Path(sys.argv[1]), sha256='{SHA256}'))"
+    )
+    server.may_answer.clear()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(target)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    server.may_answer.set()
+    for process in processes:
+        assert process.communicate(timeout=60)[0] == f"{target}\n"
+        assert process.returncode == 0
+    assert server.paths == ["/f"]
+    assert target.read_bytes() == CONTENT
+
+
+def test_the_lock_is_freed_after_a_failure(server: Server, cache: Path) -> None:
+    with pytest.raises(CheckpointError):
+        download(f"{server.url}/absent", cache / FILE_NAME, sha256=SHA256)
+    with (cache / FILE_NAME).with_suffix(".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my.pth").write_bytes(b"x")
+    assert find_weights(str(tmp_path / "my.pth"), "vit_b") == tmp_path / "my.pth"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_weights("~/my.pth", "vit_tiny") == tmp_path / "my.pth"
+
+
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent.pth"):
+        with pytest.raises(CheckpointError) as caught:
+            find_weights(str(path), "vit_b")
+        assert f"there is no file {path}" in str(caught.value)
+
+
+def test_random_is_no_file() -> None:
+    assert find_weights("random", "vit_b") is None
+
+
+def test_tiny_comes_in_the_package_without_a_download(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "download", None)
+    path = find_weights("auto", "vit_tiny")
+    assert path is not None and path.parent.parent == Path(weights.__file__).parent.parent
+    assert not cache.exists()
+
+
+def test_metas_files_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.delenv("SAMFT_SAM_URL", raising=False)
+    monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "download", lambda url, target, *, sha256: asked.append(url))
+    for model_type in ("vit_h", "vit_l", "vit_b"):
+        find_weights("auto", model_type)
+    base = "https://dl.fbaipublicfiles.com/segment_anything"
+    names = ("sam_vit_h_4b8939.pth", "sam_vit_l_0b3195.pth", "sam_vit_b_01ec64.pth")
+    assert asked == [f"{base}/{name}" for name in names]
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAMFT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "samft"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "samft"
+    monkeypatch.setenv("SAMFT_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+def test_sha256_is_the_standards(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "abc") == expected
+
+
+def test_local_weights_are_found_and_nothing_is_fetched(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "download", None)  # a call would fail
+    assert find_local_weights("auto", "vit_tiny") == PACKAGED_TINY
+    assert find_local_weights("auto", "vit_b") is None
+    assert find_local_weights("random", "vit_b") is None
+    (tmp_path / FILE_NAME).touch()
+    assert find_local_weights("auto", "vit_b") == tmp_path / FILE_NAME
+    assert find_local_weights(str(tmp_path / FILE_NAME), "vit_b") == tmp_path / FILE_NAME

@@ -1,0 +1,150 @@
+"""Boxes from the command line, from annotations with and without masks, and from detectors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.coco_files import write_coco
+from samft.coco.coco_objects import NO_ID
+from samft.data.data import Coco2MaskDataset
+from samft.data.transforms import boxes_to_original
+from samft.errors import DataError
+from samft.prediction.box_sources import (
+    annotated_boxes,
+    boxes_everywhere,
+    detected_boxes,
+    find_task,
+)
+from samft.prediction.prediction_task import ImageList, read_coco_images
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Three images of 48 x 64, 64 x 48 and 40 x 40 with 1, 4 and 2 objects."""
+    return write_coco(tmp_path, 3)
+
+
+def change(path: Path, entries: list[dict[str, Any]]) -> Path:
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "annotations": entries}))
+    return path
+
+
+def images_of(path: Path) -> ImageList:
+    return read_coco_images(path, path.parent)[0]
+
+
+def write_results(folder: Path, entries: Any) -> Path:
+    path = folder / "results.json"
+    path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
+    return path
+
+
+def detection(image_id: int = 10, **fields: Any) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": 3, "bbox": [4, 5, 6, 7], "score": 0.5, **fields}
+
+
+def test_annotated_boxes_are_those_of_validation(coco: Path) -> None:
+    task = find_task([coco.parent], annotations=coco)
+    dataset = Coco2MaskDataset(coco.parent, coco, image_size=64)
+    for row, sample in enumerate(dataset):  # type: ignore[arg-type]
+        frame = dataset.frame(sample.original_size)
+        expected = boxes_to_original(sample.boxes.numpy(), frame)
+        np.testing.assert_allclose(task.boxes_of(row), expected, atol=1e-4)
+        ids = [task.describe(row, k)["annotation_id"] for k in range(len(expected))]
+        assert ids == sample.object_ids.tolist()
+
+
+def test_boxes_without_masks_are_boxes_still(coco: Path) -> None:
+    whole = json.loads(coco.read_text())["annotations"]
+    bare = [{k: v for k, v in entry.items() if k != "segmentation"} for entry in whole]
+    bare += [
+        {**bare[0], "id": 50, "iscrowd": 1},
+        {**bare[0], "id": 51, "bbox": [500, 500, 5, 5]},
+        {**bare[0], "id": 52, "bbox": [1, 1, 0, 5]},
+        {**bare[0], "id": 53, "bbox": "no box"},
+        {**bare[0], "id": 54, "image_id": 99},
+        {**bare[0]},  # the same id again
+        {**whole[1], "id": 60, "segmentation": []},
+    ]
+    _, file = read_coco_images(change(coco, [whole[0], *bare[1:]]), coco.parent)
+    boxes = annotated_boxes(coco, file)
+    assert boxes.annotation_ids.tolist() == [1, 2, 3, 4, 5, 60, 6, 7]
+    assert boxes.rows.tolist() == [0, 1, 1, 1, 1, 1, 2, 2]
+    assert boxes.category_ids.tolist() == [1] * 8
+    assert boxes.left_out == {"neither a mask nor a usable bbox": 3}
+    x, y, width, height = whole[6]["bbox"]
+    np.testing.assert_allclose(boxes.boxes_original[7], [x, y, x + width, y + height])
+
+
+def test_an_object_without_an_id_has_none(coco: Path) -> None:
+    entry = {"image_id": 10, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    _, file = read_coco_images(change(coco, [entry]), coco.parent)
+    boxes = annotated_boxes(coco, file)
+    assert (boxes.annotation_ids.tolist(), len(boxes)) == ([NO_ID], 1)
+
+
+def test_a_given_box_is_in_every_image(coco: Path) -> None:
+    boxes = boxes_everywhere([[1, 2, 30, 40], [0, 0, 40, 40.5]], images_of(coco), 1)
+    assert boxes.rows.tolist() == [0, 0, 1, 1, 2, 2]
+    assert boxes.boxes_original[4:].tolist() == [[1, 2, 30, 40], [0, 0, 40, 40.5]]
+
+
+@pytest.mark.parametrize(
+    "box", [[1, 2, 49.5, 40], [-2, 2, 20, 20], [1, -2, 20, 20], [1, 2, 20, 42], [70, 1, 80, 9]]
+)
+def test_a_given_box_outside_is_refused(coco: Path, box: list[float]) -> None:
+    with pytest.raises(DataError, match=r"lies outside of image_\d.png, which is \d+ x \d+ px"):
+        boxes_everywhere([box], images_of(coco), 1)
+
+
+def test_detections_are_grouped_by_image_and_filtered_by_score(coco: Path) -> None:
+    found = [
+        detection(12, score=0.9),
+        detection(10, score=0.1),
+        detection(10, score=0.3, bbox=[-2, 1.5, 10, 10]),
+        detection(10, bbox=[1, 1, 0, 4]),
+        {"image_id": "12", "bbox": [1, 2, 3, 4]},
+    ]
+    boxes = detected_boxes(write_results(coco.parent, found), images_of(coco), min_score=0.2)
+    assert boxes.rows.tolist() == [0, 2, 2]
+    assert boxes.boxes_original[0].tolist() == [-2, 1.5, 8, 11.5]
+    assert boxes.category_ids.tolist() == [3, 3, 0]
+    assert boxes.scores[:2].tolist() == [0.3, 0.9] and np.isnan(boxes.scores[2])
+    assert boxes.left_out == {"no width or height": 1, "score below --min_score": 1}
+    assert list(boxes.of_image(2)) == [1, 2] and list(boxes.of_image(1)) == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([detection(), detection(99)], "of the 2 boxes in .*, 1 are of images that the annotation"),
+        ([detection(bbox=[64, 1, 5, 5])], "places outside of their images .*image_0.png"),
+        ([detection(bbox=[1, 2, 3])], r"no COCO results file .*length 4.*bbox"),
+        ([{"image_id": 10, "segmentation": {}}], "missing required field `bbox`"),
+        ({"annotations": []}, "Expected `array`, got `object`"),
+        ("[{", "no COCO results file"),
+        ('[{"image_id": 10, "bbox": [1, 2, NaN, 3]}]', "no COCO results file"),
+    ],
+)
+def test_results_of_something_else_are_refused(coco: Path, entries: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        detected_boxes(write_results(coco.parent, entries), images_of(coco))
+
+
+def test_results_that_are_absent_are_refused(coco: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        detected_boxes(coco.parent / "absent.json", images_of(coco))
+
+
+def test_real_boxes_are_all_there(data_root: Path) -> None:
+    folder = data_root / "hbn_flakes" / "test"
+    annotations = folder / "_annotations.coco.json"
+    task = find_task([folder], annotations=annotations)
+    entries = json.loads(annotations.read_text())["annotations"]
+    assert task.boxes is not None
+    assert len(task.boxes) == len(entries) == 88  # one of which has no mask
+    assert sorted(task.boxes.annotation_ids.tolist()) == sorted(entry["id"] for entry in entries)

@@ -1,0 +1,123 @@
+"""COCO results and images files as pycocotools reads them; names of pictures; the pictures."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from samft.data.targets import CroppedMask
+from samft.prediction.outputs import (
+    Pictures,
+    ResultsWriter,
+    picture_names,
+    result_row,
+    write_images_json,
+)
+from samft.prediction.prediction_task import ImageList
+
+SIZE = (20, 30)
+CROP = CroppedMask(3, 5, np.tril(np.ones((6, 8), bool)))
+
+
+def a_row(image_id: int = 4) -> dict[str, Any]:
+    words = {"image_id": image_id, "category_id": 1, "annotation_id": 9}
+    box = (5.5, 3.25, 13.75, 9.0)
+    return result_row(CROP, box_original=box, size=SIZE, score=0.5, words=words)
+
+
+def write_rows(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    writer = ResultsWriter(file)
+    for row in rows:
+        writer.add(row)
+    writer.close()
+    assert writer.num_rows == len(rows)
+    return file.getvalue()
+
+
+def test_a_row_is_a_box_a_mask_and_words() -> None:
+    row = a_row()
+    segmentation = row.pop("segmentation")
+    assert row == {
+        "image_id": 4,
+        "category_id": 1,
+        "annotation_id": 9,
+        "bbox": [5.5, 3.25, 8.25, 5.75],
+        "score": 0.5,
+    }
+    whole = np.zeros(SIZE, bool)
+    whole[3:9, 5:13] = CROP.mask
+    assert (mask_utils.decode(segmentation) == whole).all()
+
+
+def test_a_box_is_what_its_file_said() -> None:
+    x, width = 10.1, 20.2
+    row = result_row(CROP, box_original=(x, 0, x + width, 1), size=SIZE, score=0, words={})
+    assert row["bbox"] == [10.1, 0, 20.2, 1]  # and not 20.200000000000003
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_file_is_a_json_list(count: int) -> None:
+    rows = [a_row(k) for k in range(count)]
+    assert json.loads(write_rows(rows)) == rows
+
+
+def test_pycocotools_reads_results_of_listed_images(tmp_path: Path) -> None:
+    images = ImageList(
+        names=["a.png", "bad.png", "c.png"],
+        paths=[],
+        ids=np.array([4, 5, 6]),
+        sizes=np.array([SIZE, (0, 0), (7, 8)], np.int32),
+        bad={},
+    )
+    write_images_json(tmp_path / "images.json", images, [0, 2])
+    (tmp_path / "results.json").write_bytes(write_rows([a_row(4), a_row(6)]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(tmp_path / "images.json"))
+        found = coco.loadRes(str(tmp_path / "results.json"))
+    assert [coco.imgs[key]["file_name"] for key in coco.getImgIds()] == ["a.png", "c.png"]
+    assert [(one["image_id"], one["annotation_id"]) for one in found.anns.values()] == [
+        (4, 9),
+        (6, 9),
+    ]
+    assert found.annToMask(found.anns[1]).sum() == CROP.mask.sum()
+
+
+def test_pictures_are_called_like_their_images_and_no_two_alike() -> None:
+    names = ["a.png", "a.jpg", "A.bmp", "sub/b.x.png", "/else/where/c.png", "../d.png", "e\n.png"]
+    found = picture_names(names, np.arange(1, 8))
+    assert found == ["a-1", "a-2", "A-3", "sub/b.x", "c", "d", "e_"]
+    assert picture_names(["a-2.png", "a.png", "a.jpg"], np.array([1, 2, 3])) == [
+        "a-2",
+        "a-2_",
+        "a-3",
+    ]
+
+
+@pytest.mark.parametrize("num_masks", [0, 2, 300])
+def test_label_images_are_read_back(tmp_path: Path, num_masks: int) -> None:
+    masks = [CroppedMask(k // 20, k % 20, np.ones((1, 1), bool)) for k in range(num_masks)]
+    image = np.full((20, 30, 3), 90, np.uint8)
+    pictures = Pictures(tmp_path, masks=True, overlays=True)
+    pictures.write("sub/a", image, masks, boxes=np.zeros((0, 4)))
+    labels = np.array(Image.open(tmp_path / "masks" / "sub" / "a.png"))
+    assert labels.dtype == (np.uint16 if num_masks > 255 else np.uint8)
+    expected = np.zeros((20, 30), int)
+    for k in range(num_masks):
+        expected[k // 20, k % 20] = k + 1
+    assert (labels == expected).all()
+    assert cv2.imread(str(tmp_path / "overlays" / "sub" / "a.jpg")).shape == image.shape
+
+
+def test_no_pictures_by_default(tmp_path: Path) -> None:
+    pictures = Pictures(tmp_path)
+    pictures.write("a", np.zeros((4, 4, 3), np.uint8), [CROP], boxes=np.zeros((0, 4)))
+    assert not pictures and not list(tmp_path.iterdir())

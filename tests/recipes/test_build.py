@@ -1,0 +1,154 @@
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.gloo_pool import GlooPool
+from helpers.short_runs import a_config, write_data
+from samft.errors import CheckpointError, DataError, SharedError
+from samft.models.activation_checkpointing import CheckpointedEncoder
+from samft.models.attention import FastBlock
+from samft.models.sam import build_sam
+from samft.recipes import build as assemble
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+# together
+
+
+def fail_on_ranks(ranks: tuple[int, ...]) -> Any:
+    rank = torch.distributed.get_rank()
+
+    def build() -> int:
+        if rank in ranks:
+            raise DataError(f"rank {rank} cannot read its disk")
+        return 10 + rank
+
+    try:
+        return assemble.together(build)
+    except SharedError as error:
+        return str(error)
+
+
+def test_together_gives_each_rank_its_own_result(gloo2: GlooPool):
+    assert gloo2.run(fail_on_ranks, ()) == [10, 11]
+
+
+@pytest.mark.parametrize(("ranks", "said"), [((0,), 0), ((1,), 1), ((0, 1), 0)])
+def test_together_tells_all_ranks_what_the_first_to_fail_found(gloo2: GlooPool, ranks, said):
+    assert gloo2.run(fail_on_ranks, ranks) == [f"rank {said} cannot read its disk"] * 2
+
+
+def test_together_without_a_group_passes_the_error_on():
+    def fail() -> None:
+        raise CheckpointError("no such file")
+
+    with pytest.raises(CheckpointError, match="no such file"):
+        assemble.together(fail)
+    assert assemble.together(lambda: 3) == 3
+
+
+# Precision
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "gpu_has_bf16", "dtype"),
+    [
+        ("off", GPU, True, None),
+        ("bf16", CPU, False, torch.bfloat16),
+        ("fp16", GPU, True, torch.float16),
+        ("auto", CPU, True, None),
+        ("auto", GPU, True, torch.bfloat16),
+        ("auto", GPU, False, None),
+    ],
+)
+def test_amp_dtype(amp, device, gpu_has_bf16, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu_has_bf16)
+    assert assemble.pick_amp_dtype(amp, device) is dtype
+
+
+# Weights and model
+
+
+@pytest.mark.parametrize("attention", ["fast", "stock"])
+def test_the_encoder_has_the_attention_that_was_asked_for(data, attention):
+    config = a_config(data, checkpoint_path="random", attention=attention)
+    blocks = assemble.build_model(config, None, CPU).sam.image_encoder.blocks
+    assert {isinstance(block, FastBlock) for block in blocks} == {attention == "fast"}
+
+
+@pytest.mark.parametrize("how", ["none", "blocks"])
+def test_activations_are_kept_or_made_again_as_asked(data, how):
+    config = a_config(data, activation_checkpointing=how)
+    encoder = assemble.build_model(config, None, CPU).sam.image_encoder
+    assert isinstance(encoder, CheckpointedEncoder) == (how == "blocks")
+
+
+@pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
+@pytest.mark.parametrize("how", ["none", "blocks"])
+def test_compiled_blocks_give_the_same_numbers(data, how):
+    found = []
+    for compiled in (False, True):
+        config = a_config(data, compile=compiled, activation_checkpointing=how)
+        encoder = assemble.build_model(config, None, CPU).sam.image_encoder
+        stock = build_sam("vit_tiny", 64).image_encoder
+        assert list(encoder.state_dict()) == list(stock.state_dict())
+        output = encoder(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        output.square().mean().backward()
+        found.append([output.detach(), *(p.grad for p in encoder.parameters())])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_the_decoder_is_the_one_that_was_asked_for(data):
+    config = a_config(data, checkpoint_path="random", decoder="stock", mask_chunk=3)
+    model = assemble.build_model(config, None, CPU)
+    assert (model.decoder, model.mask_chunk) == ("stock", 3)
+
+
+def test_random_weights_are_said_loudly(data, caplog):
+    assert assemble.load_weights(a_config(data, checkpoint_path="random")) is None
+    assert [r.levelno for r in caplog.records if "RANDOM" in r.getMessage()] == [logging.WARNING]
+
+
+def test_random_weights_depend_on_the_seed_only(data):
+    def weights(seed: int) -> torch.Tensor:
+        config = a_config(data, checkpoint_path="random", seed=seed)
+        torch.rand(3)
+        model = assemble.build_model(config, None, CPU)
+        return model.sam.mask_decoder.mask_tokens.weight
+
+    assert torch.equal(weights(5), weights(5))
+    assert not torch.equal(weights(5), weights(6))
+
+
+def test_checkpoint_of_another_model_type_names_both(data, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, path)
+    with pytest.raises(CheckpointError, match="is a vit_b, but model_type is vit_tiny"):
+        assemble.load_weights(a_config(data, checkpoint_path=path))
+
+
+def test_weights_are_loaded_and_parts_frozen_as_asked(data, tmp_path, caplog):
+    state = build_sam("vit_tiny", 64).state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    config = a_config(data, checkpoint_path=path, freeze_image_encoder=True)
+    with caplog.at_level(logging.INFO, logger="samft"):
+        model = assemble.build_model(config, assemble.load_weights(config), CPU)
+    loaded = model.sam.state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    training = {name.split(".")[0] for name, p in model.sam.named_parameters() if p.requires_grad}
+    assert training == {"prompt_encoder", "mask_decoder"}
+    frozen = next(text for text in caplog.messages if "box prompts cannot reach" in text)
+    assert "prompt_encoder.not_a_point_embed.weight" in frozen
+    assert "mask_decoder.output_hypernetworks_mlps.3.layers.2.bias" in frozen

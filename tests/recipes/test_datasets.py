@@ -1,0 +1,194 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.coco_files import write_coco
+from helpers.short_runs import a_config, write_data
+from samft.errors import DataError
+from samft.recipes.datasets import count_repeats, load_splits
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def one_split(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("one_split")
+    write_coco(root, 20)
+    return root
+
+
+def test_splits_are_counted_with_what_was_left_out(data):
+    splits = load_splits(a_config(data))
+    objects = (1, 4, 2, 7, 3)
+    assert splits.counts == {
+        "train": {
+            "images": 13,
+            "masks": 2 * sum(objects) + sum(objects[:3]),
+            "skipped": {},
+            "bad_images": {},
+        },
+        "val": {
+            "images": 5,
+            "masks": sum(objects),
+            "skipped": {"annotation-orphan": 1, "crowd": 1, "mask-missing": 1},
+            "bad_images": {},
+        },
+    }
+    assert splits.train.training and not splits.val.training
+
+
+def test_skipped_objects_of_real_data(data_root):
+    coco = load_splits(a_config(data_root / "coco_open104")).counts
+    assert sum(split["skipped"]["crowd"] for split in coco.values()) == 13
+    assert coco["val"]["images"] + coco["val"]["skipped"]["image-without-objects"] == 57
+    flakes = load_splits(a_config(data_root / "hbn_flakes", val_split="test")).counts
+    assert flakes["val"]["skipped"] == {"mask-missing": 1}
+
+
+def test_valid_is_found_for_val(data_root):
+    splits = load_splits(a_config(data_root / "hbn_flakes"))
+    assert splits.val.index.file.image_folder.name == "valid"
+
+
+def test_announcement_names_what_was_left_out(data, caplog):
+    splits = load_splits(a_config(data))
+    with caplog.at_level(logging.INFO, logger="samft"):
+        splits.announce()
+    words = [" ".join(message.split()) for message in caplog.messages]
+    assert words[0] == "train: 13 images, 41 masks"
+    val = words.index(
+        "val: 5 images, 17 masks; left out: annotation-orphan 1, mask-missing 1, crowd 1"
+    )
+    assert [line.split()[:3] for line in words[val + 1 : val + 4]] == [
+        ["warning", "annotation-orphan", "1"],
+        ["warning", "mask-missing", "1"],
+        ["note", "image-unused-bad", "1"],
+    ]
+    assert "images left out" not in caplog.text
+
+
+def test_broken_images_are_named_one_by_one(tmp_path, caplog):
+    for split in ("train", "val"):
+        annotations = write_coco(tmp_path, 4, split=split)
+        (annotations.parent / "image_1.png").unlink()
+        (annotations.parent / "image_2.png").write_bytes(b"")
+    with pytest.raises(DataError, match="image-missing, 1"):
+        load_splits(a_config(tmp_path))
+    splits = load_splits(a_config(tmp_path, on_bad_image="skip", val_split="train"))
+    assert splits.counts["train"]["images"] == 2
+    bad = {"image_1.png": "image-missing", "image_2.png": "image-empty"}
+    assert splits.counts["train"]["bad_images"] == bad
+    with caplog.at_level(logging.INFO, logger="samft"):
+        splits.announce()
+    assert "images left out: image_1.png (image-missing), image_2.png (image-empty)" in caplog.text
+
+
+def test_images_of_the_validation_split_are_not_trained_on(tmp_path, caplog):
+    write_coco(tmp_path, 6)
+    write_coco(tmp_path, 3, split="val")  # the first three
+    splits = load_splits(a_config(tmp_path))
+    assert names(splits.train) == {"image_3.png", "image_4.png", "image_5.png"}
+    assert splits.counts["train"]["skipped"] == {"image-in-train-and-val": 3}
+    assert splits.counts["val"]["images"] == 3
+    assert "3 training images are also in the validation split" in caplog.text
+
+
+def test_one_split_for_both_is_said_loudly(data, caplog):
+    splits = load_splits(a_config(data, val_split="train"))
+    assert len(splits.train) == len(splits.val) == 13
+    assert "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT" in caplog.text
+
+
+def test_classes_and_small_masks_are_chosen(data_root):
+    config = a_config(data_root / "coco_open104", category_names="person, dog", min_mask_area=100)
+    splits = load_splits(config)
+    for dataset in (splits.train, splits.val):
+        file, objects = dataset.index.file, dataset.index.objects
+        chosen = {file.category_names[k] for k in file.categories[objects].tolist()}
+        assert chosen <= {"person", "dog"} and file.areas[objects].min() >= 100
+    assert splits.counts["train"]["skipped"]["objects-not-chosen"] > 100
+    with pytest.raises(DataError, match=r"no class 'persons'.*Did you mean 'person'"):
+        load_splits(a_config(data_root / "coco_open104", category_names="persons"))
+
+
+def test_rare_classes_are_repeated(data_root, caplog):
+    caplog.set_level(logging.INFO, logger="samft")
+    index = load_splits(a_config(data_root / "coco_open104")).train.index
+    assert count_repeats(index, None) is None
+    repeats = count_repeats(index, 0.1)
+    assert repeats is not None and len(repeats) == 47
+    # A class in one of 47 images asks for sqrt(0.1 * 47) of them.
+    assert repeats.max() == pytest.approx((0.1 * 47) ** 0.5)
+    assert "come more than once" in caplog.text
+
+
+def names(dataset: Any) -> set[str]:
+    return {dataset.index.file_name(i) for i in range(dataset.index.num_images)}
+
+
+def test_held_out_images_are_a_share_by_file_name_and_are_said(one_split, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="samft"):
+        splits = load_splits(a_config(one_split, val_fraction=0.2, seed=1))
+    train, val = names(splits.train), names(splits.val)
+    assert (len(train), len(val)) == (16, 4) and not train & val
+    said = next(text for text in caplog.messages if "held out" in text)
+    assert "4 of 20" in said and all(name in said for name in val)
+
+    # Neither the seed nor the order of the file, nor what else is in it, decides.
+    document = json.loads((one_split / "train" / "_annotations.coco.json").read_text())
+    document["images"].reverse()
+    document["annotations"].reverse()
+    shuffled = tmp_path / "shuffled.json"
+    shuffled.write_text(json.dumps(document))
+    again = load_splits(
+        a_config(
+            None,  # type: ignore[arg-type]
+            train_annotations=shuffled,
+            train_images=one_split / "train",
+            val_fraction=0.2,
+            seed=2,
+        )
+    )
+    assert names(again.val) == val and names(again.train) == train
+
+
+def test_larger_share_contains_the_smaller(one_split):
+    shares = [load_splits(a_config(one_split, val_fraction=s)).val for s in (0.2, 0.5)]
+    assert names(shares[0]) < names(shares[1])
+
+
+def test_validation_split_wins_over_val_fraction(data, caplog):
+    splits = load_splits(a_config(data, val_fraction=0.5))
+    assert splits.counts["val"]["images"] == 5
+    assert "val_fraction is not used" in caplog.text
+
+
+def test_without_a_validation_split_the_way_out_is_named(one_split):
+    with pytest.raises(DataError, match="set val_fraction"):
+        load_splits(a_config(one_split))
+
+
+def test_broken_validation_split_is_not_replaced_by_val_fraction(one_split, tmp_path):
+    (tmp_path / "train").symlink_to(one_split / "train")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "_annotations.coco.json").write_text('{"images": [')
+    with pytest.raises(DataError, match="not valid JSON") as caught:
+        load_splits(a_config(tmp_path, val_fraction=0.2))
+    assert "set val_fraction" not in str(caught.value)
+
+
+def test_fingerprint_changes_with_the_training_objects_only(data, tmp_path):
+    before = load_splits(a_config(data)).fingerprint
+    assert load_splits(a_config(data, val_split="train")).fingerprint == before
+    document = json.loads((data / "train" / "_annotations.coco.json").read_text())
+    document["annotations"][0]["bbox"][2] += 1
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(document))
+    config = a_config(data, train_annotations=changed, train_images=data / "train")
+    assert load_splits(config).fingerprint != before

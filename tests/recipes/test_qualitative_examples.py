@@ -1,0 +1,115 @@
+"""Both models on a few objects: the masks that were scored, and why there may be none."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.short_runs import arguments, train_here, write_data
+from samft.coco.masks import decode_cropped
+from samft.config import TrainConfig, parse_config
+from samft.data.targets import CroppedMask
+from samft.evaluation.comparison import Comparison, compare
+from samft.evaluation.metrics import cropped_iou
+from samft.evaluation.scores import ObjectScores
+from samft.models.sam import load_state, read_state
+from samft.recipes import build as assemble
+from samft.recipes.before_after import Pairs, draw_pairs, predict
+from samft.recipes.datasets import load_splits
+from samft.reports.gallery import find_objects
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """A short run from random weights, and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    data = write_data(tmp_path_factory.mktemp("data"), num_train=4, num_val=3)
+    argv = arguments(data, folder, checkpoint_path="random", steps=4, metrics_interval=4)
+    train_here(argv)
+    return parse_config(argv), folder
+
+
+def comparison_of(folder: Path) -> Comparison:
+    steps = json.loads((folder / "objects.json").read_text())
+    before, after = (ObjectScores.from_json(steps[step]) for step in ("0", "4"))
+    return compare(before, after)
+
+
+def draw(config: TrainConfig, folder: Path, checkpoint: Path, *, stop: bool = False) -> Pairs:
+    model = assemble.build_model(config, None, torch.device("cpu"))
+    return draw_pairs(
+        config,
+        model,
+        load_splits(config).val,
+        comparison=comparison_of(folder),
+        checkpoint=checkpoint,
+        should_stop=lambda: stop,
+    )
+
+
+def best_of(folder: Path) -> Path:
+    (checkpoint,) = folder.glob("4-*.ckpt")
+    return checkpoint
+
+
+def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> None:
+    config, folder = run
+    dataset = load_splits(config).val
+    model = assemble.build_model(config, None, torch.device("cpu"))
+    load_state(model.sam, read_state(best_of(folder)))
+    rows = comparison_of(folder).after
+    file = dataset.index.file
+    objects = find_objects(file, rows.keys())
+    masks = predict(model, dataset, objects.tolist(), embeddings={})
+    image_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
+    for k, wanted in zip(objects.tolist(), rows.iou_actual, strict=True):
+        size = file.sizes[image_of[k]].tolist()
+        top, left, mask = decode_cropped(file.segmentations[k], *size)
+        truth = CroppedMask(top, left, mask.astype(bool))
+        assert cropped_iou(masks[k], truth) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_random_weights_are_drawn_again(run: tuple[TrainConfig, Path]) -> None:
+    config, folder = run
+    found = draw(config, folder, best_of(folder))
+    assert found.why_none == ""
+    pairs = [pair for group in found.groups.values() for pair in group]
+    comparison = comparison_of(folder)
+    assert 0 < len(pairs) <= len(comparison.before)
+    for pair in pairs:
+        row = comparison.before.object_ids.tolist().index(pair.object_id)
+        tables = (comparison.before, comparison.after)
+        assert pair.ious == tuple(table.iou_actual[row] for table in tables)
+        assert pair.tiles[0].shape == pair.tiles[1].shape and pair.file_name.endswith(".png")
+
+
+def test_weights_that_are_gone_or_others_leave_no_pictures(
+    run: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    config, folder = run
+    gone = draw(config, folder, tmp_path / "gone.ckpt")
+    assert "cannot be loaded any more" in gone.why_none and gone.groups == {}
+    other = draw(replace(config, seed=5), folder, best_of(folder))
+    assert "the file has changed" in other.why_none and other.groups == {}
+
+
+def test_a_stop_is_heeded(run: tuple[TrainConfig, Path]) -> None:
+    config, folder = run
+    assert "asked to stop" in draw(config, folder, best_of(folder), stop=True).why_none
+
+
+def test_an_image_that_is_gone_leaves_its_objects_out(
+    tmp_path: Path, run: tuple[TrainConfig, Path]
+) -> None:
+    config, folder = run
+    dataset = load_splits(config).val
+    file = dataset.index.file
+    moved = replace(dataset.index, file=replace(file, image_folder=tmp_path))
+    (tmp_path / file.file_name(0)).write_bytes((file.image_folder / file.file_name(0)).read_bytes())
+    dataset.index = moved
+    model = assemble.build_model(config, None, torch.device("cpu"))
+    found = predict(model, dataset, dataset.index.objects.tolist(), embeddings={})
+    assert found.keys() == set(dataset.index.objects_of(0).tolist())

@@ -1,0 +1,98 @@
+"""The end of a run: commands for its own data, settings, and what must not fail it."""
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.coco_files import write_coco
+from helpers.short_runs import arguments, command_here, train_here, write_data
+from samft.checkpoints.top_k import BestCheckpoint
+from samft.config import TrainConfig, parse_config
+from samft.recipes.ending import Ending, environment, settings
+
+
+def short(data: Path, folder: Path, **changes: object) -> list[str]:
+    return arguments(data, folder, steps=1, metrics_interval=1, **changes)
+
+
+def commands(data: Path, **changes: object) -> list[list[str]]:
+    """The commands of a run in `a run`, as a shell would split them."""
+    config = parse_config(short(data, Path("a run"), **changes))
+    nothing: Any = SimpleNamespace(objects=SimpleNamespace(read=lambda step: None))
+    best = BestCheckpoint("1-0.50.ckpt", 1, 0.5)
+    ending = Ending(config, Path("a run"), nothing, nothing, best)
+    return [shlex.split(line) for line in ending.commands()]
+
+
+def test_commands_name_the_validation_split(tmp_path: Path) -> None:
+    write_coco(tmp_path, 1, split="val")
+    evaluate, predict, _ = commands(tmp_path)
+    best = ["--checkpoint", "a run/1-0.50.ckpt"]
+    assert evaluate[2:] == ["samft.evaluate", *best, "--data_root", str(tmp_path), "--split", "val"]
+    assert predict[2:] == [
+        *("samft.predict", *best, "--images", str(tmp_path / "val")),
+        *("--annotations", str(tmp_path / "val/_annotations.coco.json")),
+        *("--output_dir", "a run/predictions"),
+    ]
+
+
+def test_commands_name_the_files_that_were_given(tmp_path: Path) -> None:
+    file = write_coco(tmp_path / "other", 1, split="v")
+    given = {"val_annotations": file, "val_images": file.parent, "category_names": "a b,c"}
+    evaluate = commands(tmp_path, **given)[0]
+    files = ["--annotations", str(file), "--images", str(file.parent)]
+    assert evaluate[5:] == [*files, "--category_names", "a b,c"]
+
+
+def test_held_out_images_are_in_the_training_split(tmp_path: Path) -> None:
+    write_coco(tmp_path, 1)
+    evaluate = commands(tmp_path, val_fraction=0.5)[0]
+    split = ["--data_root", str(tmp_path), "--split", "train"]
+    assert evaluate[5:] == [*split, "--val_fraction", "0.5"]
+
+
+def test_a_page_that_fails_is_no_failure_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(page: object) -> str:
+        raise RuntimeError("a bug of the page")
+
+    monkeypatch.setattr("samft.recipes.ending.render", fail)
+    data = write_data(tmp_path / "data", num_train=2, num_val=2)
+    assert command_here(short(data, tmp_path / "run")) == 0
+    log = (tmp_path / "run/train.log").read_text()
+    assert "report.html could not be written" in log and "a bug of the page" in log
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
+
+
+def test_a_fresh_start_sets_the_report_aside(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", num_train=2, num_val=2)
+    argv = short(data, tmp_path / "run")
+    train_here(argv)
+    first = (tmp_path / "run/report.html").read_bytes()
+    log = (tmp_path / "run/train.log").read_text()
+    assert log.count("\n  python -m samft.") == 2 and "\n  from samft import load_sam;" in log
+    train_here(argv)  # finished: nothing is done again
+    assert (tmp_path / "run/report.html").read_bytes() == first
+    train_here([*argv, "--resume", "never"])
+    aside = tmp_path / "run/previous-1"
+    assert (aside / "report.html").read_bytes() == first and (aside / "objects.json").exists()
+    assert (tmp_path / "run/report.html").read_bytes() != first  # the time stands in it
+
+
+def test_settings_are_told_apart_by_their_default() -> None:
+    changed, same = settings(TrainConfig(model_type="vit_b", steps=7))
+    assert changed == [("model_type", "vit_b", ""), ("steps", 7, 1500)]
+    assert len(changed) + len(same) == len(vars(TrainConfig()))
+    assert ("learning_rate", 1e-4) in same
+
+
+def test_the_environment_names_versions_and_device() -> None:
+    found = dict(environment(TrainConfig(), torch.device("cpu")))
+    assert found["torch"].startswith(torch.__version__.split("+")[0])
+    assert found["amp"] == "off" and found["device"].startswith("CPU")

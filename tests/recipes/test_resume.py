@@ -1,0 +1,283 @@
+"""Which state a run goes on from, what is refused, and how a step is divided anew."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import TESTS
+from helpers.gloo_pool import GlooPool
+from helpers.short_runs import (
+    a_config,
+    arguments,
+    command_here,
+    read_metrics,
+    train_here,
+    write_data,
+)
+from samft.checkpoints.training_state import FORMAT_VERSION, LAST_NAME, save_last
+from samft.config import TrainConfig
+from samft.errors import CheckpointError, ConfigError
+from samft.recipes.resume import Resume, find_resume, keep_images_per_step
+
+DATA = Path("data")
+FIXTURE = TESTS / "fixtures" / "last-format-1.ckpt"
+
+
+def a_state(config: TrainConfig, **changes: Any) -> dict[str, Any]:
+    state = {"config": vars(config), "global_batch": 2, "fingerprint": "abc", "step": 1}
+    return {**state, **changes}
+
+
+def find(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> Resume | None:
+    for state in states:
+        save_last(folder, state)
+    return find_resume(config, folder, "abc")
+
+
+def found_in(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> Resume:
+    found = find(config, folder, *states)
+    assert found is not None
+    return found
+
+
+# Which
+
+
+def test_a_run_of_the_same_configuration_is_taken_up(tmp_path: Path) -> None:
+    config = a_config(DATA)
+    found = found_in(config, tmp_path, a_state(config))
+    assert found.state == {"format": FORMAT_VERSION, **a_state(config)}
+    assert (found.path, found.folder, found.passed_over) == (tmp_path / LAST_NAME, tmp_path, [])
+
+
+def test_never_and_an_empty_folder_start_afresh(tmp_path: Path) -> None:
+    assert find_resume(a_config(DATA), tmp_path, "abc") is None
+    config = a_config(DATA, resume="never")
+    assert find(config, tmp_path, a_state(config)) is None
+
+
+def test_a_damaged_state_gives_the_one_before_with_the_reason(tmp_path: Path) -> None:
+    config = a_config(DATA)
+    for step in (1, 2):
+        save_last(tmp_path, a_state(config, step=step))
+    (tmp_path / LAST_NAME).write_bytes(b"")
+    found = found_in(config, tmp_path)
+    assert (found.state["step"], found.folder) == (1, tmp_path)
+    assert found.passed_over == [f"{tmp_path / LAST_NAME} is empty."]
+
+
+def test_when_all_states_are_damaged_nothing_is_started(tmp_path: Path) -> None:
+    (tmp_path / LAST_NAME).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of its states can be used"):
+        find_resume(a_config(DATA), tmp_path, "abc")
+    assert find_resume(a_config(DATA, resume="never"), tmp_path, "abc") is None
+
+
+def test_a_path_is_taken_wherever_it_is(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    for step in (1, 2):
+        save_last(there, a_state(a_config(DATA), step=step))
+    for name, step in ((LAST_NAME, 2), (f"previous/{LAST_NAME}", 1)):
+        found = found_in(a_config(DATA, resume=there / name), here)
+        assert (found.state["step"], found.folder) == (step, there)
+
+
+def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    config = a_config(DATA, resume=tmp_path / "gone.ckpt")
+    with pytest.raises(CheckpointError, match="gone.ckpt"):
+        find_resume(config, tmp_path, "abc")
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage"])
+def test_a_path_to_a_damaged_file_is_an_error_with_no_other_in_its_place(
+    tmp_path: Path, damage: bytes
+) -> None:
+    config = a_config(DATA, resume=tmp_path / LAST_NAME)
+    for step in (1, 2):
+        save_last(tmp_path, a_state(config, step=step))
+    (tmp_path / LAST_NAME).write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is (empty|damaged)"):
+        find_resume(config, tmp_path, "abc")
+
+
+def test_a_run_in_a_folder_called_previous_goes_on_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "previous"
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    assert found_in(a_config(DATA), folder, a_state(a_config(DATA))).folder == folder
+
+
+@pytest.mark.parametrize(("count", "goes_on"), [(None, False), ("0", False), ("1", True)])
+def test_started_again_by_torchrun_even_never_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str | None, goes_on: bool
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if count is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    config = a_config(DATA, resume="never")
+    assert find_resume(config, tmp_path, "abc") is None
+    found = find(config, tmp_path, a_state(config))
+    assert (found is not None) == goes_on
+
+
+def test_started_again_by_torchrun_a_path_is_where_it_began_not_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    config = a_config(DATA, resume=there / LAST_NAME)
+    save_last(there, a_state(config, step=1))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert found_in(config, here).state["step"] == 1  # it failed before it had saved
+    assert found_in(config, here, a_state(config, step=2)).state["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "saved", "shown"),
+    [
+        ({"learning_rate": 2e-3}, {}, ("learning_rate", "0.001", "0.002")),
+        ({"image_size": 128}, {}, ("image_size", "64", "128")),
+        ({}, {"fingerprint": "xyz"}, ("training data", "xyz", "abc")),
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_another_configuration_is_refused_with_a_table(
+    asked: dict[str, Any], saved: dict[str, Any], shown: tuple[str, str, str], tmp_path: Path
+) -> None:
+    state = a_state(a_config(DATA), **saved)
+    with pytest.raises(ConfigError, match="--resume never") as caught:
+        find(a_config(DATA, **asked), tmp_path, state)
+    header, row = str(caught.value).splitlines()[1:3]
+    assert header.split() == ["field", "the", "run", "has", "asked", "for"]
+    name, before, after = shown
+    assert row.strip().startswith(name)
+    assert row.removeprefix(f"  {name}").split() == [before, after]
+
+
+def test_a_state_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
+    shutil.copy(FIXTURE, tmp_path / LAST_NAME)
+    defaults = {name: None for name in ("image_size", "batch_size", "steps", "learning_rate")}
+    changes = {**defaults, "metrics_interval": None, "num_workers": None, "device": None}
+    found = found_in(a_config(DATA, tmp_path, **changes), tmp_path)
+    assert found.state["progress"]["step"] == 20
+    with pytest.raises(ConfigError, match="learning_rate"):
+        find_resume(a_config(DATA, tmp_path), tmp_path, "abc")
+
+
+# Images per step
+
+
+def divided(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    processes: int,
+    images: int,
+    saved: TrainConfig | None = None,
+) -> tuple[int, int]:
+    """The batch size and accumulation with which a run of so many images a step goes on."""
+    monkeypatch.setattr("samft.distributed.get_world_size", lambda: processes)
+    state = a_state(saved or config, global_batch=images)
+    kept = keep_images_per_step(config, Resume(state, Path("run/last.ckpt"), []))
+    assert processes * kept.batch_size * kept.accumulate_steps == images
+    changed = {name for name, value in vars(kept).items() if value != getattr(config, name)}
+    assert changed <= {"batch_size", "accumulate_steps"}
+    return kept.batch_size, kept.accumulate_steps
+
+
+# Started with batch_size 4 and accumulate_steps 1 on 2 processes: 8 images a step.
+@pytest.mark.parametrize(
+    ("processes", "fit"),
+    [(1, (4, 2)), (2, (4, 1)), (4, (2, 1)), (8, (1, 1))],
+)
+def test_the_same_command_on_other_processes_keeps_the_images_per_step(
+    processes: int, fit: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = a_config(DATA, batch_size=4)
+    assert divided(config, monkeypatch, processes=processes, images=8) == fit
+
+
+def test_a_batch_is_never_larger_than_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 3 * 4 images on 2 processes are 24 on one, in batches of 3; 8 on three, of which 3 is no part.
+    config = a_config(DATA, batch_size=3, accumulate_steps=4)
+    assert divided(config, monkeypatch, processes=1, images=24) == (3, 8)
+    assert divided(config, monkeypatch, processes=3, images=24) == (2, 4)
+
+
+def test_the_change_is_said_and_only_a_change(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="samft")
+    config = a_config(DATA, batch_size=4)
+    divided(config, monkeypatch, processes=2, images=8)
+    assert caplog.messages == []
+    divided(config, monkeypatch, processes=1, images=8)
+    words = "8 images per step on 1 process(es): batch_size 4 and accumulate_steps 2"
+    assert len(caplog.messages) == 1 and words in caplog.messages[0]
+
+
+def test_the_same_step_may_be_divided_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = a_config(DATA, batch_size=4)
+    asked = a_config(DATA, batch_size=2, accumulate_steps=2)
+    assert divided(asked, monkeypatch, processes=2, images=8, saved=saved) == (2, 2)
+    # Divided otherwise, and on fewer processes at the same time.
+    assert divided(asked, monkeypatch, processes=1, images=8, saved=saved) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("processes", "images", "near"),
+    [(3, 8, "1 or 2 or 4"), (5, 12, "4 or 6 or 3"), (9, 8, "2 or 4 or 8"), (2, 1, "1")],
+)
+def test_processes_that_cannot_share_a_step_are_told_how_many_can(
+    processes: int, images: int, near: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        divided(a_config(DATA, batch_size=4), monkeypatch, processes=processes, images=images)
+    words = f"{images} images per step, which {processes} processes cannot share evenly: start "
+    assert words in str(caught.value)
+    named = str(caught.value).split(words)[1].split(" of them")[0].split(" or ")
+    assert named == sorted(near.split(" or "), key=int)
+
+
+def test_another_batch_size_is_refused_with_the_values_that_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved, asked = a_config(DATA, batch_size=4), a_config(DATA, batch_size=6)
+    with pytest.raises(ConfigError, match="--resume never") as caught:
+        divided(asked, monkeypatch, processes=2, images=8, saved=saved)
+    row = str(caught.value).splitlines()[2].strip()
+    assert row.removeprefix("images per step").split(maxsplit=1) == [
+        "8",
+        "12, not batch_size 4 and accumulate_steps 1",
+    ]
+
+
+def test_one_command_goes_on_on_one_process_then_two_then_one(
+    gloo2: GlooPool, tmp_path: Path
+) -> None:
+    data = write_data(tmp_path / "data", num_train=4, num_val=1)
+    # A constant rate lets steps change on resume.
+    changes = {"lr_schedule": "constant", "warmup_steps": 0, "metrics_interval": 1}
+
+    def argv(folder: str, steps: int) -> list[str]:
+        return arguments(data, tmp_path / folder, steps=steps, batch_size=2, **changes)
+
+    train_here(argv("straight", 3))
+    train_here(argv("moved", 1))
+    assert gloo2.run(command_here, argv("moved", 2)) == [0, 0]
+    saved = torch.load(tmp_path / "moved" / LAST_NAME, weights_only=True)
+    # As asked for, or the next change of processes would be taken for another batch size.
+    assert (saved["config"]["batch_size"], saved["global_batch"]) == (2, 2)
+    train_here(argv("moved", 3))
+    # Summed in another order, so equal but for rounding.
+    lines, expected = (read_metrics(tmp_path / name, "train") for name in ("moved", "straight"))
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    losses = [line["loss"] for line in lines]
+    assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-3)

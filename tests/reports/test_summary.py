@@ -1,0 +1,164 @@
+"""The end of a run: whether it got worse, what to try, what to do next."""
+
+import ast
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from samft.checkpoints.top_k import BestCheckpoint
+from samft.config import TrainConfig
+from samft.evaluation.comparison import Comparison
+from samft.evaluation.scores import ObjectScores
+from samft.reports.gallery import BOTH
+from samft.reports.summary import advise, find_worse, next_commands, report, summarise
+from samft.training.progress import Progress
+
+CONFIG = {**vars(TrainConfig()), "image_size": 256}
+
+
+def a_comparison(*, num_lost: int, num_gained: int = 0, num: int = 20) -> Comparison:
+    def rows(iou: np.ndarray) -> ObjectScores:
+        return ObjectScores(np.arange(num), np.arange(num), np.full(num, 9.0), iou, iou)
+
+    after = np.full(num, 0.5)
+    after[:num_lost] = 0.3
+    after[num_lost : num_lost + num_gained] = 0.8
+    return Comparison(rows(np.full(num, 0.5)), rows(after))
+
+
+def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "got_worse": [],
+        "what_to_try": [],
+        "best_step": 40,
+        "best_val_per_mask_iou": 0.75,
+        "baseline_val_per_mask_iou": 0.5,
+        "box_fill_iou": 0.6,
+        "best_checkpoint": str(folder / "40-0.75.ckpt"),
+        "wall_seconds": 83.0,
+        "objects": {"compared": 20, "gained": 4, "lost": 1},
+        "data": {"train": {"bad_images": {}}, "val": {"bad_images": {}}},
+        **changes,
+    }
+
+
+# Whether it got worse
+
+
+@pytest.mark.parametrize(
+    ("after", "num_lost", "words"),
+    [
+        (0.75, 0, []),
+        (0.5, 2, []),  # a tenth of the objects is not more than a tenth
+        (0.4999, 0, ["IoU 0.5000 at step 0, 0.4999"]),
+        (0.75, 3, ["3 of 20 objects (15%) lost more than 0.1 IoU; 5 gained as much"]),
+        (0.4, 20, ["0.4000 at its best", "20 of 20 objects (100%)"]),
+        (None, 0, ["no best checkpoint"]),
+    ],
+)
+def test_what_got_worse_is_said_with_its_numbers(
+    after: float | None, num_lost: int, words: list[str]
+) -> None:
+    found = find_worse(0.5, after, a_comparison(num_lost=num_lost, num_gained=5 * (num_lost < 15)))
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_without_the_objects_the_means_still_count() -> None:
+    assert find_worse(0.5, 0.6, None) == []
+    assert len(find_worse(0.5, 0.4, None)) == 1
+
+
+def test_the_summary_holds_the_verdict_and_what_to_try() -> None:
+    best = BestCheckpoint("10-0.45.ckpt", 10, 0.45)
+    progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
+    parts: dict[str, Any] = {"folder": Path("run"), "counts": {}, "config": CONFIG}
+    worse = summarise(progress, best, **parts, comparison=a_comparison(num_lost=3))
+    assert len(worse["got_worse"]) == 2 and worse["what_to_try"]
+    assert worse["objects"] == {"compared": 20, "gained": 0, "lost": 3}
+    progress.baseline["per_mask_iou"] = 0.4
+    better = summarise(progress, best, **parts, comparison=None)
+    assert better["got_worse"] == better["what_to_try"] == [] and better["objects"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "step", "words", "absent"),
+    [
+        ({}, 0.7, 500, ["--learning_rate 1e-05", "--freeze_image_encoder"], ["--image_size"]),
+        ({"learning_rate": 1.0}, 0.7, 500, ["--learning_rate 0.0001."], ["earlier"]),
+        ({"freeze_image_encoder": True}, 0.7, 500, [], ["--freeze_image_encoder"]),
+        ({}, 0.7, 50, ["the first validation was the best"], []),
+        ({}, 0.5, 500, ["--image_size, up to 1024", "0.600", "256 px"], []),
+        ({"image_size": 1024}, 0.5, 500, [], ["--image_size"]),
+    ],
+)
+def test_advice_is_for_the_run_that_was(
+    changes: dict[str, Any], before: float, step: int, words: list[str], absent: list[str]
+) -> None:
+    progress = Progress(baseline={"per_mask_iou": before}, box_fill_iou=0.6)
+    best = BestCheckpoint("name", step, 0.4)
+    text = " ".join(advise({**CONFIG, **changes}, progress, best))
+    assert all(word in text for word in words)
+    assert not any(word in text for word in absent)
+
+
+def test_the_log_is_loud_at_its_very_end(tmp_path, caplog):
+    verdict = {"got_worse": ["IoU fell.", "3 objects lost."], "what_to_try": ["Less."]}
+    for changes, expected in (({}, 0), (verdict, 2)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="samft"):
+            report(a_summary(tmp_path, **changes), tmp_path, commands=[])
+        loud = [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert len(loud) == expected
+    assert caplog.messages[-2:] == [
+        "IT GOT WORSE. IoU fell. 3 objects lost.",
+        "What to try: Less.",
+    ]
+
+
+def test_the_log_says_the_scores_the_places_and_what_comes_next(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="samft"):
+        report(a_summary(tmp_path), tmp_path, commands=["one", "two", "three"])
+    score, objects, places, commands = caplog.messages
+    assert "0.5000 -> 0.7500 (best at step 40; filling each box: 0.6000) in 1:23" in score
+    assert objects == "of 20 objects, 4 gained more than 0.1 IoU and 1 lost as much"
+    assert all(name in places for name in (str(tmp_path), "40-0.75.ckpt", BOTH, "report.html"))
+    assert commands.splitlines()[1:] == ["one", "two", "three"]
+
+
+def test_the_log_counts_the_images_that_could_not_be_used(tmp_path, caplog):
+    data = {"train": {"bad_images": {"a": "x", "b": "y"}}, "val": {"bad_images": {"a": "x"}}}
+    report(a_summary(tmp_path, data=data), tmp_path, commands=[])
+    assert "3 images could not be used; summary.json names them all" in caplog.messages
+
+
+# What to do next
+
+
+@pytest.mark.parametrize("folder", ["run", "my run's; rm -rf $HOME", 'a"b\\c', "-x", "ä東"])
+def test_commands_can_be_copied_whatever_the_folders_are_called(folder: str) -> None:
+    place = Path("/data") / folder
+    checkpoint = str(place / "40-0.75.ckpt")
+    evaluate, predict, python = next_commands(
+        checkpoint,
+        data=["--data_root", str(place), "--split", "val"],
+        images=place / "images",
+        annotations=place / "a.json",
+        folder=place,
+    )
+    assert shlex.split(evaluate) == [
+        *("python", "-m", "samft.evaluate", "--checkpoint", checkpoint),
+        *("--data_root", str(place), "--split", "val"),
+    ]
+    assert shlex.split(predict) == [
+        *("python", "-m", "samft.predict", "--checkpoint", checkpoint),
+        *("--images", str(place / "images"), "--annotations", str(place / "a.json")),
+        *("--output_dir", str(place / "predictions")),
+    ]
+    load = ast.parse(python).body[-1]
+    assert isinstance(load, ast.Assign) and isinstance(load.value, ast.Call)
+    assert ast.literal_eval(load.value.args[0]) == checkpoint

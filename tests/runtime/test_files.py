@@ -1,0 +1,314 @@
+"""Atomic writes: the old content or the new, never a part, never a stray file."""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+from unittest import mock
+
+import pytest
+
+from samft.errors import ConfigError
+from samft.runtime.files import (
+    clear_parts,
+    is_known,
+    known_digests,
+    replacing,
+    set_aside,
+    sole_use,
+    staged,
+    try_lock,
+    write_atomically,
+    write_json,
+    write_status,
+    write_text,
+)
+
+
+def fail_halfway(file: BinaryIO) -> None:
+    file.write(b"half of")
+    file.flush()
+    raise RuntimeError("disk full")
+
+
+def test_the_new_content_replaces_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old, and longer")
+    write_text(path, "nü")
+    assert path.read_bytes() == "nü".encode()
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(path, fail_halfway)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failing_writer_leaves_no_new_file(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(tmp_path / "a.txt", fail_halfway)
+    assert os.listdir(tmp_path) == []
+
+
+def test_readers_see_the_old_content_until_the_new_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    seen = []
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"new")
+        file.flush()
+        seen.append(path.read_text())
+
+    write_atomically(path, write)
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    write_text(tmp_path / "a.txt", "x")
+    assert calls == ["fsync", "replace", "fsync"]  # the last is the folder's
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_text(tmp_path / "absent" / "a.txt", "x")
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1, None, 0.5]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": [1, None, 0.5]}
+    assert text.endswith("}\n")
+
+
+def test_status_goes_to_the_folder_and_to_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "told.json"))
+    write_status(
+        run, state="preempted", step=7, exit_code=75, reason="SIGTERM", last_checkpoint="last.ckpt"
+    )
+    expected = {
+        "state": "preempted",
+        "step": 7,
+        "exit_code": 75,
+        "reason": "SIGTERM",
+        "last_checkpoint": "last.ckpt",
+    }
+    assert json.loads((run / "status.json").read_text()) == expected
+    assert json.loads((tmp_path / "told.json").read_text()) == expected
+
+
+def test_status_without_a_folder_reaches_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "told.json"))
+    write_status(None, state="failed", exit_code=2)
+    assert json.loads((tmp_path / "told.json").read_text())["exit_code"] == 2
+    write_status(tmp_path / "absent", state="failed", exit_code=1)
+    assert json.loads((tmp_path / "told.json").read_text())["exit_code"] == 1
+    assert os.listdir(tmp_path) == ["told.json"]
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "absent" / "told.json"))
+    write_status(tmp_path, state="running")
+    assert sorted(os.listdir(tmp_path)) == ["status.json", "told.json"]
+
+
+def test_the_new_content_is_safe_before_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with replacing(path, lambda file: file.write(b"new")) as part:
+        assert (part.read_text(), path.read_text()) == ("new", "old")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_fails_before_the_replacement_leaves_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyError), replacing(path, lambda file: file.write(b"new")):
+        raise KeyError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "previous", tmp_path / "previous" / "deeper"):
+        folder.mkdir(exist_ok=True)
+        for name in (".last.ckpt.abc123.part", ".last.ckpt.part", "mine.part", ".hidden", "a.txt"):
+            (folder / name).touch()
+    clear_parts(tmp_path)
+    others = [".hidden", "a.txt", "mine.part"]
+    assert sorted(os.listdir(tmp_path)) == [*others, "previous"]
+    assert sorted(os.listdir(tmp_path / "previous")) == [*others[:2], "deeper", "mine.part"]
+    assert ".last.ckpt.part" in os.listdir(tmp_path / "previous" / "deeper")  # none of ours
+
+
+def test_the_parts_that_a_kill_leaves_are_what_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill leaves no time for it
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(tmp_path / "a.txt", fail_halfway)
+    assert len(os.listdir(tmp_path)) == 1
+    monkeypatch.undo()
+    clear_parts(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("samft.runtime.files._LOCK_SECONDS", -1.0)
+    (tmp_path / ".last.ckpt.abc.part").touch()
+    with sole_use(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
+        (tmp_path / ".mine.abc.part").touch()
+        with pytest.raises(ConfigError, match="another run is writing into"), sole_use(tmp_path):
+            raise AssertionError("two at a time")
+        assert ".mine.abc.part" in os.listdir(tmp_path)  # of the run that goes on
+    with sole_use(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_the_end_of_the_other_run_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = try_lock(tmp_path / ".lock")
+    assert other is not None
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with sole_use(tmp_path):
+        assert len(waits) == 2
+    other.close()
+
+
+def test_a_folder_is_free_again_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), sole_use(tmp_path):
+        raise KeyError
+    with sole_use(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("told", "known"),
+    [
+        ({"sha256": "a"}, ["a"]),
+        ({"sha256": ["a", "b"]}, ["a", "b"]),
+        ({"sha256": []}, []),
+        ({"sha256": None}, []),
+        ({"sha256": 5}, []),
+        ({"step": 3}, []),
+        (["sha256"], []),
+        (None, []),
+    ],
+)
+def test_the_digests_that_a_sidecar_names(tmp_path: Path, told: Any, known: list[str]) -> None:
+    write_json(tmp_path / "a.json", told)
+    assert known_digests(tmp_path / "a.json") == known
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe\0"])
+def test_an_unreadable_sidecar_names_none(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    assert known_digests(tmp_path / "a.json") == []
+
+
+def test_a_file_is_known_by_its_sidecar(tmp_path: Path) -> None:
+    path, sidecar = tmp_path / "a.ckpt", tmp_path / "a.json"
+    path.write_bytes(b"weights")
+    assert is_known(path, sidecar)  # none is there, so nothing is said against it
+    digest = hashlib.sha256(b"weights").hexdigest()
+    for told, known in ((digest, True), (["0", digest], True), ("0", False), (["0", "1"], False)):
+        write_json(sidecar, {"sha256": told})
+        assert is_known(path, sidecar) is known
+
+
+def test_an_earlier_run_is_set_aside_with_its_state_before_the_last(tmp_path: Path) -> None:
+    (tmp_path / "previous").mkdir()
+    names = ("metrics.jsonl", "bad_steps.jsonl", "last.ckpt", "last.json", "previous/last.ckpt")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "mine.txt").touch()
+    aside = set_aside(tmp_path)
+    assert aside == tmp_path / "previous-1"
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt", "previous-1"]
+    assert all((aside / name).read_text() == name for name in names)
+    assert set_aside(tmp_path) is None
+
+
+def test_what_is_staged_takes_its_place_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    with staged(target) as part:
+        assert part.name == "a.bin" and not part.exists() and not target.exists()
+        part.touch(mode=0o600)
+        part.write_bytes(b"new")
+        assert not target.exists()
+    assert target.read_bytes() == b"new"
+    assert target.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_staged_folder_replaces_a_folder_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with staged(target) as part:
+        part.mkdir()
+        (part / "new").write_text("new")
+        assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == ["new"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_block_that_fails_leaves_what_was_there(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    old = target / "old" if kind == "folder" else target
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("old")
+    with pytest.raises(RuntimeError, match="no good"), staged(target) as part:
+        part.write_text("new")
+        raise RuntimeError("no good")
+    assert old.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace = os.replace
+
+    def fail(source: Path, place: Path) -> None:
+        if Path(place) == target:
+            raise OSError(28, "No space left on device")
+        replace(source, place)
+
+    with mock.patch("os.replace", fail), pytest.raises(OSError, match="No space"):
+        with staged(target) as part:
+            part.mkdir()
+    assert (target / "old").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]

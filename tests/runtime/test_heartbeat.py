@@ -1,0 +1,223 @@
+"""Which process is named when one fails or is silent, in groups as torchrun makes them."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from helpers.gloo_pool import GlooPool
+from samft import distributed
+from samft.errors import DataError, TrainingError
+from samft.recipes.guard import naming_the_cause
+from samft.runtime import heartbeat as whereabouts
+
+ANSWER_SECONDS = 240.0  # three processes import torch, maybe on one busy core
+
+
+def a_store() -> dist.TCPStore:
+    """The store of a group on a free port, in this process as in torchrun's agent."""
+    return dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whereabouts, "_BOARD", whereabouts._Board())
+
+
+# One process
+
+
+def test_here_says_the_step_and_what_is_done() -> None:
+    assert whereabouts.here() == "step 0, starting"
+    whereabouts.at_step(7)
+    whereabouts.doing("saving")
+    assert whereabouts.here() == "step 7, saving"
+
+
+def test_samples_are_asked_for_when_they_are_told_and_few_are() -> None:
+    named: list[Any] = []
+    whereabouts.doing("loading images", lambda: named)
+    assert whereabouts.here() == "step 0, loading images"
+    named += [f"{n}.png" for n in range(8)]
+    eight = "0.png, 1.png, 2.png, 3.png, 4.png, 5.png, 6.png, 7.png"
+    assert whereabouts.here() == f"step 0, loading images {eight}"
+    named.append("8.png")
+    assert whereabouts.here() == f"step 0, loading images {eight}, ..."
+
+
+def test_one_process_alone_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    whereabouts.start()
+    whereabouts.tell_failure("no one listens")
+    assert whereabouts.who_is_missing() == "another process failed, or does not answer."
+    whereabouts.stop()
+
+
+GLOO_GONE = "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345"
+NCCL_LATE = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1) timed out"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (RuntimeError(GLOO_GONE), True),
+        (RuntimeError(NCCL_LATE), True),
+        (RuntimeError("writev: Broken pipe"), True),
+        (RuntimeError("read: Connection reset by peer"), True),
+        (dist.DistBackendError("timed out"), True),
+        (dist.DistNetworkError("no route"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed."), False),
+        (DataError("gloo/image.png cannot be read"), False),
+        (KeyboardInterrupt("NCCL"), False),
+    ],
+)
+def test_collective_failures_are_told_from_others(error: BaseException, is_one: bool) -> None:
+    assert whereabouts.is_collective_failure(error) is is_one
+
+
+def test_the_guard_leaves_other_errors_and_its_own_words_alone() -> None:
+    for error in (
+        RuntimeError("a bug"),
+        KeyError("a"),
+        TrainingError("full: runs/gloo/DataLoader"),
+    ):
+        with pytest.raises(type(error)) as caught, naming_the_cause():
+            raise error
+        assert caught.value is error
+
+
+def test_the_guard_words_a_collective_failure() -> None:
+    whereabouts.at_step(3)
+    with pytest.raises(TrainingError) as caught, naming_the_cause():
+        raise RuntimeError(GLOO_GONE)
+    told = "another process failed, or does not answer. (This process was at step 3, starting.)"
+    assert str(caught.value) == told
+
+
+# A group that stays: each process does its part and goes on
+
+
+def two_ranks(port: int, kind: str) -> str:
+    """Rank 0 asks; what rank 1 did before."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    whereabouts._BOARD = whereabouts._Board()
+    whereabouts._GIVE_UP_SECONDS = 0.05
+    whereabouts.start()
+    assert whereabouts._BOARD.store is not None
+    rank = distributed.get_rank()
+    whereabouts.at_step(10 + rank)
+    whereabouts.doing("loading images", lambda: ["a.png", "b.png"])
+    if kind == "silent from the start":
+        whereabouts._BOARD.close()
+    if rank == 1:
+        if kind == "silent":
+            whereabouts._BOARD.post()
+        elif kind == "failed":
+            whereabouts.tell_failure("DataError: a.png is broken\nsecond line")
+        elif kind == "gave up":
+            whereabouts.who_is_missing()
+            whereabouts.tell_failure("TrainingError: process 0 does not answer")
+    distributed.barrier()
+    if rank == 0 and kind == "silent from the start":
+        whereabouts.start()
+    told = whereabouts.who_is_missing() if rank == 0 else ""
+    distributed.barrier()
+    whereabouts.stop()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    return told
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            "failed",
+            "process 1 failed at step 11, loading images a.png, b.png: DataError: a.png is broken.",
+        ),
+        (
+            "silent",
+            "process 1 does not answer; 0 s ago, at step 11, it was loading images a.png, b.png.",
+        ),
+        ("silent from the start", "process 1 does not answer."),
+        # Who only found out about another's failure has none of its own.
+        ("gave up", "a connection between processes broke."),
+    ],
+)
+def test_the_other_process_is_named(gloo2: GlooPool, kind: str, told: str) -> None:
+    store = a_store()
+    found = gloo2.run(two_ranks, store.port, kind)[0]
+    assert found.replace("; 1 s ago", "; 0 s ago") == told
+
+
+# A group of which one process dies and one hangs
+
+
+def serve(pipe: Connection, port: int, rank: int) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE="3",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    torch.set_num_threads(1)
+    whereabouts._GIVE_UP_SECONDS = 0.2
+    whereabouts._POST_SECONDS = 0.01
+    distributed.start("cpu", step_seconds=30)
+    whereabouts.start()
+    whereabouts.at_step(rank)
+    whereabouts.doing("counting")
+    while (whereabouts._BOARD.read("at", rank) or {}).get("doing") != "counting":
+        time.sleep(0.01)  # until the thread has posted it
+    distributed.barrier()
+    if rank == 1:
+        whereabouts.tell_failure("ValueError: one and one is three")
+        pipe.send("failed")
+        os._exit(1)
+    if rank == 2:
+        pipe.send("hangs")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        with naming_the_cause():
+            distributed.agree(False, in_step=True)
+    except TrainingError as error:
+        pipe.send((str(error), str(error.__cause__)))
+
+
+def test_in_a_group_who_failed_comes_first_and_who_is_silent_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    store, pipes, processes = a_store(), [], []
+    try:
+        for rank in range(3):
+            here, there = context.Pipe()
+            processes.append(context.Process(target=serve, args=(there, store.port, rank)))
+            processes[-1].start()
+            there.close()
+            pipes.append(here)
+        assert wait([pipes[0]], timeout=ANSWER_SECONDS)
+        told, cause = pipes[0].recv()
+        assert [pipes[1].recv(), pipes[2].recv()] == ["failed", "hangs"]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert "peer" in cause  # gloo's own words
+    first, second = told.split(" (This process was at ")[0].split("; ", 1)
+    assert first == "process 1 failed at step 1, counting: ValueError: one and one is three"
+    assert second.startswith("process 2 does not answer; ")
+    assert second.endswith(" s ago, at step 2, it was counting.")
+    assert told.endswith("(This process was at step 0, counting.)")

@@ -1,0 +1,190 @@
+"""What a host lacks, told from what it is said to have."""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from samft.errors import ConfigError
+from samft.runtime import host_checks
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+def with_free(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free))
+
+
+# Disk
+
+
+def test_a_disk_that_is_too_small_is_refused_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(3 * GIB, monkeypatch)
+    host_checks.check_disk(tmp_path, 3 * GIB)
+    host_checks.check_disk(tmp_path, -1)
+    with pytest.raises(ConfigError) as caught:
+        host_checks.check_disk(tmp_path, 3 * GIB + 1)
+    assert str(caught.value).startswith("output_dir: checkpoints will take 3.")
+    assert str(tmp_path) in str(caught.value) and "lower save_top_k" in str(caught.value)
+
+
+def test_the_real_disk_is_asked(tmp_path: Path) -> None:
+    host_checks.check_disk(tmp_path, 1)
+    with pytest.raises(ConfigError, match="make room"):
+        host_checks.check_disk(tmp_path, 2**60)
+
+
+def check(folder: Path, needed: int) -> None:
+    host_checks.check_host(CPU, folder, needed=needed, num_workers=0, batch_bytes=0)
+
+
+@pytest.fixture
+def _same_limit() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("_same_limit")
+def test_a_run_that_goes_on_needs_only_what_it_has_not_written_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(100, monkeypatch)
+    check(tmp_path, 100)
+    with pytest.raises(ConfigError):
+        check(tmp_path, 101)
+    for name, size in {"last.ckpt": 10, "previous/last.ckpt": 10, "5-0.50.ckpt": 5}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    # Of an earlier run, which stay; and what is no checkpoint.
+    for name in ("previous-1/last.ckpt", "previous-1/5-0.50.ckpt", "metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(1000))
+    check(tmp_path, 125)
+    with pytest.raises(ConfigError):
+        check(tmp_path, 126)
+
+
+# Shared memory
+
+
+@pytest.mark.parametrize(
+    ("processes", "workers", "free", "said"),
+    [
+        # Three batches a worker: 2 processes * 4 workers * 3 = 24.
+        ("2", 4, 24 * 1000, False),
+        ("2", 4, 24 * 1000 - 1, True),
+        (None, 4, 12 * 1000, False),
+        (None, 4, 12 * 1000 - 1, True),
+        ("2", 0, 0, False),
+    ],
+)
+def test_too_little_shared_memory_is_said(
+    processes: str | None,
+    workers: int,
+    free: int,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(host_checks, "_SHARED_MEMORY", tmp_path)
+    with_free(free, monkeypatch)
+    host_checks.warn_of_shared_memory(num_workers=workers, batch_bytes=1000)
+    assert any("--shm-size" in text for text in caplog.messages) == said
+    caplog.clear()
+    monkeypatch.setattr(host_checks, "_SHARED_MEMORY", tmp_path / "absent")
+    host_checks.warn_of_shared_memory(num_workers=workers, batch_bytes=1000)
+    assert caplog.messages == []
+
+
+# Open files
+
+
+class Limits:
+    """The limits of a process that is not this one."""
+
+    def __init__(self, soft: int, hard: int, *, raises: type[Exception] | None = None) -> None:
+        self.now, self.raises = (soft, hard), raises
+
+    def get(self, which: int) -> tuple[int, int]:
+        assert which == resource.RLIMIT_NOFILE
+        return self.now
+
+    def set(self, which: int, limits: tuple[int, int]) -> None:
+        if self.raises:
+            raise self.raises
+        self.now = limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "after", "said"),
+    [
+        (Limits(1024, 65536), 65536, ""),
+        (Limits(65536, 65536), 65536, ""),
+        (Limits(1024, 2048), 2048, "only 2048 files"),
+        (Limits(256, 256), 256, "only 256 files"),
+        (Limits(1024, 65536, raises=ValueError), 1024, "only 1024 files"),
+        (Limits(8192, 65536, raises=OSError), 8192, ""),
+        (Limits(1024, resource.RLIM_INFINITY), resource.RLIM_INFINITY, ""),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(
+    limits: Limits,
+    after: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    monkeypatch.setattr(resource, "setrlimit", limits.set)
+    host_checks.raise_open_files()
+    assert limits.now[0] == after
+    assert len(caplog.messages) == bool(said) and said in "".join(caplog.messages)
+
+
+# GPUs
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "is built for CUDA 12.8, which needs a newer driver"),
+        ({"built_for": None}, "is a build for CPUs"),
+        ({"there": []}, ""),
+        ({"works": True}, ""),
+        ({"device": GPU}, ""),
+        ({"visible": ""}, ""),
+        ({"visible": "-1"}, ""),
+        ({"visible": "0"}, "newer driver"),
+    ],
+)
+def test_gpus_that_lie_idle_are_said(
+    changes: dict[str, Any],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = {"built_for": "12.8", "there": ["nvidia0"], "works": False, "device": CPU, **changes}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if "visible" in host:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", host["visible"])
+    monkeypatch.setattr(torch.version, "cuda", host["built_for"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: host["works"])
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(host["there"]))
+    host_checks.warn_of_unused_gpus(host["device"])
+    assert len(caplog.messages) == bool(said) and said in "".join(caplog.messages)

@@ -1,0 +1,241 @@
+"""metrics.jsonl, TensorBoard and log lines; what a resumed run forgets; silence of other ranks."""
+
+import json
+import logging
+import math
+import os
+import resource
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from samft.runtime.logs import LOGGER, RunLog, format_duration, start_logging
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level, own_level = root.handlers, root.level, LOGGER.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    LOGGER.setLevel(own_level)
+    logging.captureWarnings(False)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def write_steps(folder: Path, steps: range, *, start_step: int = 0) -> None:
+    with closing(RunLog(folder, main=True, steps=9, start_step=start_step)) as log:
+        for step in steps:
+            log.metrics(step, "train", {"loss": step / 4})
+            log.metrics(step, "val", {"per_mask_iou": step / 8})
+
+
+def test_one_line_a_record(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.metrics(0, "val", {"per_mask_iou": 0.5, "loss": math.nan, "lr": math.inf})
+        assert len(lines_of(tmp_path)) == 1  # written at once, not at the end
+        log.metrics(3, "train", {"loss": 1e-7})
+    assert lines_of(tmp_path) == [
+        {"step": 0, "split": "val", "per_mask_iou": 0.5, "loss": None, "lr": None},
+        {"step": 3, "split": "train", "loss": 1e-7},
+    ]
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(6))
+    write_steps(tmp_path, range(4, 8), start_step=3)
+    records = [(record["step"], record["split"]) for record in lines_of(tmp_path)]
+    assert records == [(step, split) for step in range(8) for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path, cut: int) -> None:
+    write_steps(tmp_path, range(3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "split": "train", "loss": 0.5}'[:-cut])
+    write_steps(tmp_path, range(3, 4), start_step=3)
+    assert [record["step"] for record in lines_of(tmp_path)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_whole_line_without_its_end_is_kept_apart_from_the_next(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(2))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    write_steps(tmp_path, range(2, 3), start_step=1)
+    assert [record["step"] for record in lines_of(tmp_path)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_tensorboard_has_the_same_and_purges_what_was_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second are read in the order of this number as text: 10 would precede 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+    write_steps(tmp_path, range(6))
+    write_steps(tmp_path, range(4, 6), start_step=3)
+    with closing(RunLog(tmp_path, main=True, steps=9, start_step=5)) as log:
+        log.picture(5, "val/masks", np.zeros((4, 5, 3), np.uint8))
+        log.text("config", "seed: 0")
+        log.hparams({"seed": 0, "val_fraction": None, "amp": "off"}, {"hparam/best": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(step, step / 4) for step in range(6)]
+    assert [event.value for event in events.Scalars("hparam/best")] == [0.5]
+    picture = events.Images("val/masks")[0]
+    assert (picture.step, picture.height, picture.width) == (5, 4, 5)
+    assert events.Tensors("config/text_summary")[0].tensor_proto.string_val == [b"    seed: 0"]
+    assert not [entry for entry in (tmp_path / "tensorboard").iterdir() if entry.is_dir()]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=False, steps=9)) as log:
+        log.metrics(1, "train", {"loss": 1.0})
+        log.picture(1, "masks", np.zeros((4, 5, 3), np.uint8))
+        log.text("config", "seed: 0")
+        log.hparams({"seed": 0}, {"best": 0.5})
+        log.progress(loss="1.0")
+        LOGGER.warning("said, not written")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_log_file_has_what_was_logged_since_logging_began(tmp_path: Path) -> None:
+    LOGGER.warning("too early")
+    start_logging(0)
+    LOGGER.info("before the file was opened")
+    with closing(RunLog(tmp_path, main=True, steps=9)):
+        LOGGER.info("in time")
+        LOGGER.debug("too fine")
+    LOGGER.info("too late")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line[24:] for line in lines] == ["before the file was opened", "in time"]
+
+
+def test_closing_twice_is_no_error(tmp_path: Path) -> None:
+    before = list(logging.getLogger().handlers)
+    log = RunLog(tmp_path, main=True, steps=9)
+    log.close()
+    log.close()
+    log.metrics(1, "train", {"loss": 1.0})
+    assert lines_of(tmp_path) == []
+    assert logging.getLogger().handlers == before
+
+
+def test_the_bar_is_off_without_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.progress(loss="1.0")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "rank, said", [(0, ["note", "careful", "broken"]), (1, ["[rank 1] careful", "[rank 1] broken"])]
+)
+def test_other_ranks_only_warn_and_fail(
+    rank: int, said: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging(rank)
+    LOGGER.info("note")
+    LOGGER.warning("careful")
+    LOGGER.error("broken")
+    logging.getLogger("another.library").info("chatter")
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == said
+
+
+def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        start_logging(1)
+        warnings.warn("mind the step", stacklevel=1)
+        logging.captureWarnings(False)
+    assert "[rank 1] " in (text := capsys.readouterr().err) and "mind the step" in text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00"), (5.4, "0:05"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+    assert format_duration(100 * 3600 + 62) == "100:01:02"
+
+
+def test_a_bad_step_is_noted_with_its_images(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.bad_step(3, position=4, image_ids=[[1, 2], [3]])
+        log.bad_step(3, position=5, image_ids=[[7], []])
+    lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"after_step": 3, "position": 4, "image_ids": [[1, 2], [3]]},
+        {"after_step": 3, "position": 5, "image_ids": [[7], []]},
+    ]
+
+
+def test_other_ranks_note_no_bad_step(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=False, steps=9)) as log:
+        log.bad_step(3, position=4, image_ids=[[1]])
+    assert os.listdir(tmp_path) == []
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can grow beyond this; Python gets an OSError after a part is written."""
+    before, hook = resource.getrlimit(resource.RLIMIT_FSIZE), threading.excepthook
+    threading.excepthook = lambda _: None  # TensorBoard's thread dies of it, loudly
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        threading.excepthook = hook
+
+
+# More and less than half of the line fits: what is left of it would fit, too, or would not.
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.9])
+def test_what_a_full_disk_does_not_take_is_written_later_and_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
+) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.bad_step(1, position=1, image_ids=[[1]])
+        path = tmp_path / "bad_steps.jsonl"
+        before = path.read_text()
+        with room_for(len(before) + int(share * len(before))):
+            log.bad_step(2, position=2, image_ids=[[2]])
+            assert path.read_text() == before
+            log.bad_step(3, position=3, image_ids=[[3]])
+            assert path.read_text() == before
+        log.bad_step(4, position=4, image_ids=[[4]])
+        log.bad_step(5, position=5, image_ids=[[5]])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["position"] for line in lines] == [1, 2, 3, 4, 5]
+    said = [text for text in caplog.messages if "bad_steps.jsonl cannot be written" in text]
+    assert len(said) == 2
+
+
+def test_a_full_disk_ends_no_run_that_only_logs(tmp_path: Path) -> None:
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        with room_for(0):
+            log.metrics(1, "train", {"loss": 0.5})
+            log.metrics(1, "val", {"per_mask_iou": 0.25})
+        log.metrics(2, "train", {"loss": 0.25})
+    assert [(line["step"], line["split"]) for line in lines_of(tmp_path)] == [
+        (1, "train"),
+        (1, "val"),
+        (2, "train"),
+    ]

@@ -1,0 +1,165 @@
+"""Signals: when they wait for the end of a step, when they end a wait, and who dies of whom."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from samft.errors import ConfigError
+from samft.runtime.signals import STOP_SIGNALS, Interrupted, StopRequest, end_of_job, stop_on_signal
+
+WAIT_SECONDS = 30.0  # what no signal may take, however busy the machine is
+
+
+def send(number: signal.Signals) -> None:
+    """A real signal to this process, handled before this returns."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_the_step_goes_on(number: signal.Signals) -> None:
+    with stop_on_signal() as stop:
+        assert not stop
+        send(number)
+        assert stop and stop.received == [number.name]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_in_a_wait_a_signal_interrupts_at_once(number: signal.Signals) -> None:
+    with stop_on_signal() as stop:
+        start = time.monotonic()
+        timer = threading.Timer(0.05, send, [number])
+        with pytest.raises(Interrupted), stop.waiting():
+            timer.start()
+            time.sleep(WAIT_SECONDS)
+        timer.join()
+        assert time.monotonic() - start < WAIT_SECONDS / 2
+        assert stop.received == [number.name]
+        send(signal.SIGTERM)  # after the wait, it is only noted
+        assert len(stop.received) == 2
+
+
+def test_a_wait_is_not_begun_when_a_signal_came_before() -> None:
+    entered = []
+    with stop_on_signal() as stop:
+        send(signal.SIGUSR1)
+        with pytest.raises(Interrupted), stop.waiting():
+            entered.append(True)
+        assert entered == []
+        send(signal.SIGUSR2)
+        assert stop.received == ["SIGUSR1", "SIGUSR2"]
+
+
+def test_after_a_wait_that_failed_signals_are_only_noted() -> None:
+    with stop_on_signal() as stop:
+        with pytest.raises(KeyError), stop.waiting():
+            raise KeyError
+        send(signal.SIGTERM)
+        assert stop.received == ["SIGTERM"]
+
+
+def test_a_second_ctrl_c_is_a_keyboard_interrupt() -> None:
+    with stop_on_signal() as stop:
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        assert stop.received == ["SIGINT"]
+        send(signal.SIGTERM)  # of the others, any number is borne
+        send(signal.SIGTERM)
+
+
+def test_handlers_are_restored_however_it_ends() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    for error in (None, KeyError):
+        with pytest.raises(KeyError), stop_on_signal() as stop:
+            assert [signal.getsignal(number) for number in STOP_SIGNALS] == [stop.note] * 4
+            raise error or KeyError
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_outside_of_the_main_thread_there_are_no_handlers() -> None:
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with stop_on_signal() as stop:
+            found.append((bool(stop), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+
+
+def test_what_is_noted_by_hand_counts() -> None:
+    stop = StopRequest()
+    stop.received.append("the job's time limit")
+    with pytest.raises(Interrupted), stop.waiting():
+        raise AssertionError("the wait was begun")
+
+
+def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
+    assert end_of_job(120) == 1799999880
+    assert end_of_job(0) == 1800000000
+    assert end_of_job(None) == math.inf
+
+
+@pytest.mark.parametrize("value", [None, "", "tomorrow", "-1"])
+def test_a_job_whose_end_is_not_known_is_refused(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", value)
+    assert end_of_job(None) == math.inf
+    with pytest.raises(ConfigError, match="save_before_limit: there is no SLURM_JOB_END_TIME"):
+        end_of_job(60)
+
+
+CHILD = """
+import sys, time
+from samft.runtime.signals import die_with_parent
+if sys.argv[1] == "bound":
+    die_with_parent()
+print("ready", flush=True)
+time.sleep(600)
+"""
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+@pytest.mark.parametrize("kind", ["bound", "free"])
+def test_who_is_bound_to_a_parent_dies_with_it(kind: str) -> None:
+    words: Any = [sys.executable, "-c", PARENT, CHILD, kind]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+        grandchild = int(parent.stdout.readline())  # type: ignore[union-attr]
+        assert is_alive(grandchild)
+        parent.kill()
+    try:
+        deadline = time.monotonic() + (WAIT_SECONDS if kind == "bound" else 0.2)
+        while is_alive(grandchild) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert is_alive(grandchild) == (kind == "free")
+    finally:
+        if is_alive(grandchild):
+            os.kill(grandchild, signal.SIGKILL)

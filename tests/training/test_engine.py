@@ -1,0 +1,422 @@
+"""The loop: invariance to processes and accumulation, precision, bad gradients, validation."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from samft.data.batch import Batch, Sample, collate
+from samft.data.samplers import StepSampler
+from samft.data.targets import CroppedMask
+from samft.distributed import get_rank, get_world_size
+from samft.errors import DataError, TrainingError, UserError
+from samft.evaluation.validation import validate
+from samft.models.freezing import freeze
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import build_sam
+from samft.training.engine import Trainer, train
+from samft.training.losses import mask_losses
+from samft.training.optim import build_optimizer
+from samft.training.progress import LOSS_NAMES, Progress
+
+SIZE = 64
+NUM_IMAGES = 13
+LOSS = partial(mask_losses, image_size=SIZE)
+
+
+def make_sample(number: int) -> Sample:
+    """Image `number` with 1 to 5 rectangles; wide images are padded below."""
+    generator = np.random.default_rng(number)
+    height = SIZE if number % 2 else SIZE // 2
+    count = 1 + number * 3 % 5
+    image = np.zeros((3, SIZE, SIZE), np.uint8)
+    image[:, :height] = generator.integers(0, 256, (3, height, SIZE))
+    targets, boxes, truths = np.zeros((count, SIZE // 4, SIZE // 4), np.uint8), [], []
+    for k in range(count):
+        x0, y0 = generator.integers(0, SIZE // 8, 2) * 4
+        x1, y1 = x0 + 4 * generator.integers(2, 8), min(height, y0 + 4 * generator.integers(2, 8))
+        boxes.append([x0, y0, x1, y1])
+        targets[k, y0 // 4 : y1 // 4, x0 // 4 : x1 // 4] = 255
+        truths.append(CroppedMask(int(y0), int(x0), np.ones((y1 - y0, x1 - x0), bool)))
+    return Sample(
+        image=torch.from_numpy(image),
+        boxes=torch.tensor(boxes, dtype=torch.float32),
+        targets=torch.from_numpy(targets),
+        input_size=(height, SIZE),
+        original_size=(height, SIZE),
+        image_id=number,
+        object_ids=torch.arange(count),
+        truths=truths,
+    )
+
+
+def make_trainer(**options: Any) -> Trainer:
+    torch.manual_seed(0)
+    sam = build_sam("vit_tiny", SIZE)
+    freeze(sam, [])
+    model = PromptedSam(sam)
+    optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01)
+    return Trainer(model, optimizer, learning_rate_at=lambda step: 1e-4, loss=LOSS, **options)
+
+
+def run_steps(
+    batch_size: int, accumulate_steps: int, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Trains for some steps; the loss of each, and the weights after the last."""
+    trainer = make_trainer()
+    sampler = StepSampler(
+        num_images=NUM_IMAGES,
+        batch_size=batch_size,
+        accumulate_steps=accumulate_steps,
+        rank=get_rank(),
+        world_size=get_world_size(),
+    )
+    losses: list[float] = []
+    batches = (collate([make_sample(i) for _, i, _ in rows]) for rows in sampler)
+    finished = train(
+        trainer,
+        batches,
+        steps=steps,
+        accumulate_steps=accumulate_steps,
+        interval=1,
+        should_stop=lambda: False,
+        on_step=lambda taken, image_ids: None,
+        on_interval=lambda window: losses.append(window["loss"]),
+    )
+    assert finished
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return losses, weights
+
+
+def test_processes_and_accumulation_do_not_change_what_is_learnt(gloo2: Any) -> None:
+    losses, weights = run_steps(4, 1, 10)
+    others = [
+        run_steps(1, 4, 10),
+        gloo2.run(run_steps, 2, 1, 10)[0],
+        gloo2.run(run_steps, 1, 2, 10)[0],
+    ]
+    assert losses[-1] != losses[0]
+    for other_losses, other_weights in others:
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-5)
+
+
+def test_the_invariance_test_can_fail() -> None:
+    losses, _ = run_steps(4, 1, 2)
+    other_losses, _ = run_steps(3, 1, 2)
+    assert other_losses != pytest.approx(losses, rel=1e-5)
+
+
+def plant(trainer: Trainer, value: float, *, on_rank: int = 0) -> None:
+    """The next backward of one rank finds this value in its gradient."""
+    parameter = trainer.model.sam.mask_decoder.mask_tokens.weight
+    armed = [True]
+
+    def replace(gradient: torch.Tensor) -> torch.Tensor:
+        if armed and get_rank() == on_rank:
+            armed.clear()
+            return torch.full_like(gradient, value)
+        return gradient
+
+    parameter.register_hook(replace)
+
+
+def step_with_planted(value: float, amp: str | None) -> dict[str, Any]:
+    """One step with a planted gradient on rank 1, then a clean one."""
+    trainer = make_trainer(amp_dtype=getattr(torch, amp) if amp else None)
+    rates: list[int] = []
+    trainer.learning_rate_at = lambda step: rates.append(step) or 1e-4  # type: ignore[func-returns-value]
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    plant(trainer, value, on_rank=get_world_size() - 1)
+    batch = collate([make_sample(get_rank())])
+    taken = trainer.train_step([batch])
+    same = all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    again = trainer.train_step([batch])
+    moved = not all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    weight = trainer.model.sam.mask_decoder.mask_tokens.weight.detach().clone()
+    progress = trainer.progress
+    return {
+        "taken": taken,
+        "same": same,
+        "again": again,
+        "moved": moved,
+        "steps": (progress.step, progress.position, progress.skipped_steps, progress.bad_steps),
+        "rates": rates,
+        "weight": weight,
+        "finite": bool(torch.isfinite(weight).all()),
+    }
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_bad_gradient_of_one_rank_skips_the_step_on_all(gloo2: Any, value: float) -> None:
+    first, second = gloo2.run(step_with_planted, value, None)
+    for found in (first, second):
+        assert not found["taken"] and found["same"]
+        assert found["again"] and found["moved"] and found["finite"]
+        assert found["steps"] == (1, 2, 1, 0)
+        assert found["rates"] == [0, 0]  # the schedule did not advance
+    assert torch.equal(first["weight"], second["weight"])
+
+
+def test_fp16_with_its_scaler_skips_and_halves_the_scale(gloo2: Any) -> None:
+    for found in gloo2.run(step_with_planted, math.inf, "float16"):
+        assert not found["taken"] and found["same"] and found["steps"][:3] == (1, 2, 1)
+
+
+def test_bad_steps_in_a_row_end_the_run() -> None:
+    trainer = make_trainer()
+    batch = collate([make_sample(1), make_sample(2)])
+    noted: list[tuple[bool, list[int]]] = []
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            plant(trainer, math.nan)
+            yield batch
+
+    with pytest.raises(TrainingError, match="not finite 4 times in a row after step 0"):
+        train(
+            trainer,
+            batches(),
+            steps=5,
+            accumulate_steps=1,
+            interval=10,
+            max_bad_steps=3,
+            should_stop=lambda: False,
+            on_step=lambda taken, image_ids: noted.append((taken, image_ids)),
+            on_interval=lambda window: None,
+        )
+    assert noted == [(False, [1, 2])] * 4  # three may be skipped
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_with_accumulation_and_clipping(amp: str) -> None:
+    trainer = make_trainer(amp_dtype=getattr(torch, amp), clip_grad_norm=0.01)
+    plain = make_trainer(clip_grad_norm=0.01)
+    assert trainer.scaler.is_enabled() == (amp == "float16")
+    norms: list[float] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: norms.append(
+            math.sqrt(sum(float(p.grad.square().sum()) for p in trainer.parameters))
+        )
+    )
+    batches = [collate([make_sample(i)]) for i in range(4)]
+    for _ in range(3):
+        assert plain.train_step(batches)
+        while not trainer.train_step(batches):  # the scaler finds its scale
+            assert trainer.scaler.get_scale() > 1
+    assert trainer.progress.step == 3
+    assert norms == pytest.approx([0.01] * 3, rel=1e-2)
+    mixed, full = trainer.take_window(), plain.take_window()
+    assert mixed["loss"] == pytest.approx(full["loss"], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in trainer.parameters)
+
+
+def test_window_is_a_mean_over_masks() -> None:
+    trainer = make_trainer()
+    batch = collate([make_sample(2), make_sample(3)])
+    with torch.no_grad():
+        logits, iou = trainer.model(
+            batch.images, batch.boxes, batch.image_index, input_sizes=batch.input_sizes
+        )
+        losses = LOSS(
+            logits,
+            iou,
+            targets=batch.targets,
+            image_index=batch.image_index,
+            input_sizes=batch.input_sizes,
+        )
+    assert trainer.train_step([batch])
+    window = trainer.take_window()
+    expected = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
+    for name, values in zip(LOSS_NAMES, expected, strict=True):
+        assert window[name] == pytest.approx(float(values.mean()), rel=1e-5)
+    assert window["lr"] == 1e-4
+    assert trainer.progress.train_images == 2
+    assert trainer.window.sum() == 0
+
+
+def test_the_memory_probe_counts_what_the_optimizer_will_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, batch = make_trainer(), collate([make_sample(1)])
+    stock, held = torch.empty_like, []
+
+    def noting(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        if isinstance(tensor, torch.nn.Parameter):
+            held.append(tensor.numel())
+        return stock(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", noting)
+    trainer.probe_memory(batch)
+    assert sum(held) == 2 * sum(parameter.numel() for parameter in trainer.parameters)
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+    assert trainer.train_step([batch])
+    held.clear()
+    trainer.probe_memory(batch)  # which has its moments now
+    assert held == []
+
+
+def test_train_stops_when_asked_and_goes_on_from_progress() -> None:
+    trainer = make_trainer()
+    batch = collate([make_sample(1)])
+    calls: list[int] = []
+    run = partial(
+        train,
+        batches=[batch] * 10,
+        steps=5,
+        accumulate_steps=1,
+        interval=2,
+        on_step=lambda taken, image_ids: None,
+        on_interval=lambda window: calls.append(trainer.progress.step),
+    )
+    assert not run(trainer, should_stop=lambda: trainer.progress.step >= 3)
+    assert trainer.progress.step == 3 and calls == [2]
+    assert run(trainer, should_stop=lambda: False)
+    assert calls == [2, 4, 5]
+
+
+def constant_model(logit: float) -> PromptedSam:
+    """A model whose mask logits are one constant, whatever the image."""
+    sam = build_sam("vit_tiny", SIZE)
+    freeze(sam, ["image_encoder"])
+    model = PromptedSam(sam)
+
+    def decode(embeddings: Any, boxes: torch.Tensor, index: Any) -> Any:
+        logits = torch.full((len(boxes), SIZE // 4, SIZE // 4), logit)
+        return logits, torch.full((len(boxes),), 0.5)
+
+    model.decode = decode  # type: ignore[method-assign]
+    return model
+
+
+def val_batches(num_images: int) -> list[Batch]:
+    rows = range(get_rank(), num_images, get_world_size())
+    return [collate([make_sample(i)]) for i in rows]
+
+
+def validate_share(num_images: int) -> tuple[dict[str, float], float]:
+    found = validate(make_trainer().model.eval(), val_batches(num_images), loss=LOSS)
+    rows = found.objects
+    assert rows.iou_actual.mean() == pytest.approx(found.metrics["per_mask_iou"], abs=1e-12)
+    samples = [make_sample(i) for i in range(num_images)]
+    assert rows.image_ids.tolist() == [s.image_id for s in samples for _ in s.truths]
+    assert rows.object_ids.tolist() == [id for s in samples for id in s.object_ids.tolist()]
+    assert rows.areas.tolist() == [t.mask.sum() for s in samples for t in s.truths]
+    return found.metrics, found.box_fill_iou
+
+
+def test_validation_of_full_masks_has_closed_form() -> None:
+    found = validate(constant_model(5.0), val_batches(3), loss=LOSS)
+    samples = [make_sample(i) for i in range(3)]
+    expected = [
+        truth.mask.size / (sample.original_size[0] * sample.original_size[1])
+        for sample in samples
+        for truth in sample.truths
+    ]
+    assert found.metrics["per_mask_iou"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert found.metrics["iou_predicted"] == 0.5
+    assert found.box_fill_iou == 1.0  # the objects are rectangles
+
+
+def unreadable(number: int) -> Batch:
+    """What a loader gives for an image that it skipped in validation."""
+    whole = make_sample(number)
+    return collate(
+        [
+            replace(
+                whole,
+                image=torch.zeros_like(whole.image),
+                boxes=whole.boxes[:0],
+                targets=whole.targets[:0],
+                object_ids=whole.object_ids[:0],
+                truths=[],
+                bad_images={f"{number}.jpg": "cut short"},
+            )
+        ]
+    )
+
+
+def validate_with_gaps(with_gaps: bool) -> tuple[dict[str, float], dict[str, str]]:
+    # The second rank has nothing but an image that cannot be read.
+    batches = [unreadable(7)] if with_gaps else []
+    batches += [] if get_rank() else [*val_batches(1), *batches]
+    model = make_trainer().model.eval()
+    encoded = []
+    model.sam.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    found = validate(model, batches, loss=LOSS)
+    assert len(encoded) == (0 if get_rank() else 1)
+    return found.metrics, found.bad_images
+
+
+def test_validation_counts_nothing_for_an_image_that_cannot_be_read(gloo2: Any) -> None:
+    gaps, whole = (gloo2.run(validate_with_gaps, with_gaps) for with_gaps in (True, False))
+    assert [bad for _, bad in gaps] == [{"7.jpg": "cut short"}] * 2
+    assert [bad for _, bad in whole] == [{}, {}]
+    assert [metrics for metrics, _ in gaps] == [metrics for metrics, _ in whole]
+
+
+def test_training_remembers_the_bad_images_that_it_met() -> None:
+    trainer = make_trainer()
+    for number, bad in ((1, {}), (2, {"a.jpg": "empty"}), (3, {"b.jpg": "empty"})):
+        trainer.train_step([collate([replace(make_sample(number), bad_images=bad)])])
+    assert trainer.bad_images == {"a.jpg": "empty", "b.jpg": "empty"}
+
+
+@pytest.mark.parametrize("num_images", [1, 2, NUM_IMAGES])
+def test_validation_is_the_same_on_one_two_and_three_processes(
+    gloo2: Any, gloo3: Any, num_images: int
+) -> None:
+    alone, box_fill = validate_share(num_images)
+    for pool in (gloo2, gloo3):
+        for metrics, fill in pool.run(validate_share, num_images):
+            assert metrics["per_mask_iou"] == pytest.approx(alone["per_mask_iou"], abs=1e-7)
+            assert metrics == pytest.approx(alone, rel=1e-6)
+            assert fill == pytest.approx(box_fill, abs=1e-12)
+
+
+def broken_on_the_last_rank(num_good: int) -> Iterator[Batch]:
+    """Good batches, then, on the last rank only, an image that cannot be read."""
+    for _ in range(num_good):
+        yield collate([make_sample(1)])
+    if get_rank() == get_world_size() - 1:
+        raise DataError("7.jpg is cut short.")
+    yield collate([make_sample(1)])
+
+
+def train_on_broken() -> str:
+    trainer = make_trainer()
+    with pytest.raises(UserError) as caught:
+        train(
+            trainer,
+            broken_on_the_last_rank(1),
+            steps=5,
+            accumulate_steps=1,
+            interval=10,
+            should_stop=lambda: False,
+            on_step=lambda taken, image_ids: None,
+            on_interval=lambda window: None,
+        )
+    return f"{trainer.progress.step} {caught.value}"
+
+
+def validate_broken() -> str:
+    with pytest.raises(UserError) as caught:
+        validate(make_trainer().model, broken_on_the_last_rank(1), loss=LOSS)
+    return str(caught.value)
+
+
+def test_a_broken_image_on_one_rank_is_told_to_all(gloo2: Any) -> None:
+    assert gloo2.run(train_on_broken) == ["1 7.jpg is cut short."] * 2
+    assert gloo2.run(validate_broken) == ["7.jpg is cut short."] * 2
+    assert train_on_broken() == "1 7.jpg is cut short."
+
+
+def test_progress_survives_as_plain_values() -> None:
+    progress = Progress(step=3, baseline={"per_mask_iou": 0.5})
+    assert Progress(**vars(progress)) == progress

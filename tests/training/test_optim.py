@@ -1,0 +1,166 @@
+"""Schedules in closed form, parameter groups, and what box prompts must leave as it was."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from helpers.gloo_pool import GlooPool
+from samft.models.freezing import freeze
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import build_sam
+from samft.training.losses import mask_losses
+from samft.training.optim import (
+    build_optimizer,
+    gather_state,
+    learning_rate_factor,
+    parameter_groups,
+)
+
+S = 64
+
+
+@pytest.mark.parametrize(
+    "schedule, step, factor",
+    [
+        ("multistep", 0, 1 / 100),
+        ("multistep", 49, 0.5),
+        ("multistep", 99, 1),
+        ("multistep", 100, 1),
+        ("multistep", 666, 1),
+        ("multistep", 667, 0.1),
+        ("multistep", 866, 0.1),
+        ("multistep", 867, 0.01),
+        ("multistep", 999, 0.01),
+        ("cosine", 0, 1 / 100),
+        ("cosine", 99, 1),
+        ("cosine", 100, 1),
+        ("cosine", 400, 0.75),  # a third of the way, at 60 degrees
+        ("cosine", 550, 0.5),
+        ("cosine", 700, 0.25),
+        ("cosine", 999, (1 + math.cos(math.pi * 899 / 900)) / 2),
+        ("constant", 9, 0.1),
+        ("constant", 100, 1),
+        ("constant", 10**6, 1),
+    ],
+)
+def test_schedules(schedule: str, step: int, factor: float) -> None:
+    found = learning_rate_factor(step, steps=1000, schedule=schedule, warmup_steps=100)
+    assert found == pytest.approx(factor, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["multistep", "cosine", "constant"])
+def test_without_warm_up_the_first_step_is_at_the_peak(schedule: str) -> None:
+    assert learning_rate_factor(0, steps=10, schedule=schedule, warmup_steps=0) == 1
+    assert learning_rate_factor(0, steps=1, schedule=schedule, warmup_steps=1) == 1
+
+
+@pytest.mark.parametrize("schedule", ["multistep", "cosine", "constant"])
+def test_rates_rise_then_never_rise_again_and_stay_positive(schedule: str) -> None:
+    rates = [
+        learning_rate_factor(step, steps=60, schedule=schedule, warmup_steps=6)
+        for step in range(60)
+    ]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[:6] == sorted(rates[:6]) and rates[5:] == sorted(rates[5:], reverse=True)
+
+
+@pytest.fixture
+def model() -> PromptedSam:
+    torch.manual_seed(6)
+    model = PromptedSam(build_sam("vit_tiny", S))
+    freeze(model.sam, [])
+    return model
+
+
+WITHOUT_DECAY = re.compile(
+    r"bias$|norm\d?\.|norm_final_attn\.|neck\.[13]\.|output_upscaling\.1\.|pos_embed$|rel_pos_[hw]$"
+    r"|point_embeddings|no_mask_embed|iou_token|mask_tokens|iou_prediction_head\.layers\.2\."
+)
+
+
+@pytest.mark.parametrize("frozen", [[], ["image_encoder"], ["mask_decoder", "prompt_encoder"]])
+def test_each_trainable_parameter_is_in_the_right_group_once(
+    model: PromptedSam, frozen: list[str]
+) -> None:
+    freeze(model.sam, frozen)
+    decayed, undecayed = parameter_groups(model, weight_decay=0.3)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [{names[id(p)] for p in group["params"]} for group in (decayed, undecayed)]
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(trainable)
+    assert found[1] == {name for name in trainable if WITHOUT_DECAY.search(name)}
+    assert found[0] == trainable - found[1]
+    # What decays is what multiplies: matrices and kernels.
+    assert all(p.ndim in (2, 4) for p in decayed["params"])
+
+
+def test_an_empty_group_is_left_out(model: PromptedSam) -> None:
+    model.requires_grad_(False)
+    model.sam.prompt_encoder.no_mask_embed.weight.requires_grad_(True)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
+def test_boxes_move_only_what_they_reach(model: PromptedSam) -> None:
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.1)
+    images = torch.randint(0, 256, (2, 3, S, S), dtype=torch.uint8)
+    targets = torch.zeros(3, S // 4, S // 4, dtype=torch.uint8)
+    targets[:, 3:9, 5:12] = 255
+    index = torch.tensor([0, 1, 1])
+    for step in range(30):
+        boxes = torch.tensor([[18.0, 10.0, 50.0, 38.0]]).repeat(3, 1) + step % 3
+        logits, iou = model(images, boxes, index)
+        losses = mask_losses(
+            logits,
+            iou,
+            targets=targets,
+            image_index=index,
+            input_sizes=torch.tensor([[S, S]] * 2),
+            image_size=S,
+        )
+        losses.total.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    end = model.state_dict()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    unchanged = {name for name in start if torch.equal(start[name], end[name])}
+    assert unchanged == set(start) - trainable
+    for number in (1, 2, 3):
+        prefix = f"sam.mask_decoder.output_hypernetworks_mlps.{number}."
+        assert sum(name.startswith(prefix) for name in unchanged) == 6
+    for kind in ("weight", "bias"):
+        name = f"sam.mask_decoder.iou_prediction_head.layers.2.{kind}"
+        assert torch.equal(start[name][1:], end[name][1:])
+        assert not torch.equal(start[name][0], end[name][0])
+
+
+def held_bytes(sharded: bool) -> int:
+    torch.manual_seed(6)
+    model = PromptedSam(build_sam("vit_tiny", S))
+    freeze(model.sam, [])
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=sharded)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = getattr(optimizer, "optim", optimizer)
+    state = [value for own in held.state.values() for value in own.values()]
+    return sum(tensor.nbytes for tensor in state if isinstance(tensor, torch.Tensor))
+
+
+def test_sharded_each_process_holds_its_share(gloo2: GlooPool) -> None:
+    whole = held_bytes(False)
+    first, second = gloo2.run(held_bytes, True)
+    assert 0.4 * whole < first < 0.6 * whole
+    assert first + second == pytest.approx(whole, rel=1e-3)
+
+
+def test_alone_there_is_nothing_to_share_out(model: PromptedSam) -> None:
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=True)
+    assert type(optimizer) is torch.optim.AdamW
+    assert gather_state(optimizer)["param_groups"] == optimizer.state_dict()["param_groups"]

@@ -198,8 +198,8 @@ set_environment() {
 
 # Passes a signal on to CHILD, or keeps it until there is one; notes at the first what the run had
 # said of itself until then.
-pass_on() {
-    $STOPPED || SAID_BEFORE=$(cat "$SAMFT_STATUS_FILE" || true)
+forward_signal() {
+    $STOPPED || STATUS_BEFORE=$(cat "$SAMFT_STATUS_FILE" || true)
     STOPPED=true
     if [[ -z $CHILD ]]; then
         PENDING=$1
@@ -213,18 +213,18 @@ pass_on() {
 # STOPPED says whether there was a signal.
 run_and_wait() {
     local signal
-    STOPPED=false SAID_BEFORE='' CHILD='' PENDING=''
+    STOPPED=false STATUS_BEFORE='' CHILD='' PENDING=''
     # Before the command starts, or a signal in between would leave it without a launcher.
     for signal in TERM INT USR1 USR2; do
         # shellcheck disable=SC2064  # the signal is meant as it is now
-        trap "pass_on $signal" "$signal"
+        trap "forward_signal $signal" "$signal"
     done
     # A closed terminal is no reason to lose the work.
-    trap "pass_on TERM" HUP QUIT
+    trap "forward_signal TERM" HUP QUIT
     set -m
     "$@" &
     CHILD=$!
-    [[ -z $PENDING ]] || pass_on "$PENDING"
+    [[ -z $PENDING ]] || forward_signal "$PENDING"
     # A signal ends `wait` early, with the command still running.
     while :; do
         CODE=0
@@ -242,7 +242,7 @@ check_arguments() {
     "$python" -c 'if True:
         import sys
         from samft.config import parse_config
-        from samft.errors import run_command
+        from samft.cli import run_command
         sys.exit(run_command(parse_config))
         ' "$@"
 }
@@ -255,12 +255,12 @@ exit_code() {
         if $STOPPED; then echo 75; else echo "$code"; fi
         return
     }
-    "$python" - "$status_file" "$code" "$SAID_BEFORE" <<'PYTHON'
+    "$python" - "$status_file" "$code" "$STATUS_BEFORE" <<'PYTHON'
 import json, sys
-text, torchrun_code, said_before = open(sys.argv[1]).read(), int(sys.argv[2]), sys.argv[3]
+text, torchrun_code, status_before = open(sys.argv[1]).read(), int(sys.argv[2]), sys.argv[3]
 status = json.loads(text)
 code = status.get("exit_code")
-if code == 1 and text.strip() == said_before.strip():
+if code == 1 and text.strip() == status_before.strip():
     # It had failed before the signal, and torchrun was about to start it again: as any stop.
     code = 75
     print("launch.sh: stopped after a failure, before the run was started again", file=sys.stderr)

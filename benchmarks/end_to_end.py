@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from pycocotools.coco import COCO
 
-from benchmarks.dresses import CACHED, PLAIN, PLAIN_AMP, SAMFT, Wardrobe
+from benchmarks.baseline import PlainDataset, PlainTrainer, plain_loader
 from benchmarks.measure import AGAIN, Effort, PhaseClock, now, ratios, table
-from benchmarks.plain import PlainDataset, PlainTrainer, plain_loader
 from benchmarks.scopes import Result, make_ready, phase_table
+from benchmarks.variants import CACHED, PLAIN, PLAIN_AMP, SAMFT, Variants
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import train_loader
 from samft.demo import write_demo
 from samft.embeddings.precompute import Precompute
@@ -75,7 +75,7 @@ def open_material(
 
 
 def measure_epochs(
-    wardrobe: Wardrobe,
+    wardrobe: Variants,
     *,
     data_root: Path | None,
     split: str,
@@ -124,7 +124,7 @@ def measure_epochs(
     return Result(text, {"mode": mode, "seconds": seconds, "phases": phases, "images": images})
 
 
-def _demo_size(wardrobe: Wardrobe) -> int:
+def _demo_size(wardrobe: Variants) -> int:
     # As large as the model's input, so that decoding and resizing have their usual share.
     return max(64, min(wardrobe.setting.image_size, 1024))
 
@@ -134,7 +134,7 @@ def _steps_in_epoch(material: Material, batch_size: int) -> int:
 
 
 def _runs(
-    wardrobe: Wardrobe,
+    wardrobe: Variants,
     material: Material,
     *,
     epochs: int,
@@ -170,7 +170,7 @@ def _runs(
 
 
 def with_embeddings(
-    dataset: Coco2MaskDataset, wardrobe: Wardrobe, folder: Path, *, num_workers: int
+    dataset: Coco2MaskDataset, wardrobe: Variants, folder: Path, *, num_workers: int
 ) -> Coco2MaskDataset:
     """A copy of the dataset that reads embeddings, which are encoded now, as `samft.train` does."""
     model, trainer = wardrobe.samft.model, wardrobe.samft
@@ -200,7 +200,7 @@ def _time_epochs(run: Run, *, epochs: int, steps: int, device: torch.device) -> 
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _time_phases(wardrobe: Wardrobe, name: str, *, run: Run) -> dict[str, float]:
+def _time_phases(wardrobe: Variants, name: str, *, run: Run) -> dict[str, float]:
     # Of a few steps more: on a GPU, waiting after each phase would have slowed those above.
     clock = PhaseClock(wardrobe.setting.device)
     batches, take = run()

@@ -29,7 +29,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from samft.coco.layout import find_split
-from samft.coco.subset import CocoIndex, read_coco
+from samft.coco.subset import CocoSubset, read_coco
 
 Source: TypeAlias = tuple[str, str, str]  # annotation file, image folder, samft's cache folder
 Reader: TypeAlias = Callable[[np.random.Generator], float]  # reads one random image
@@ -39,7 +39,7 @@ _PATIENCE = 1800  # s, until a process that waits for the others gives up
 _WAYS = {"first": "samft, first index", "again": "samft, later start", "pycocotools": "pycocotools"}
 
 
-def _open_samft(source: Source) -> CocoIndex:
+def _open_samft(source: Source) -> CocoSubset:
     annotations, folder, cache = map(Path, source)
     return read_coco(annotations, folder, cache=cache)
 

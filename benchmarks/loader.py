@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.utils.data import DataLoader
 
+from benchmarks.baseline import PlainDataset, PlainSample
 from benchmarks.index import open_pycocotools
-from benchmarks.plain import PlainDataset, PlainSample
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import train_loader
 from samft.data.samplers import StepSampler
 

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.procedural import make_scene
-from samft.models.freezing import freeze
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, load_state
+from samft.models.sam import build_sam, freeze, load_state
 from samft.training.losses import mask_losses
 
 HELD_BACK_SEED = 1_000_000_000

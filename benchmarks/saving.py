@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Effort, interleave, now
-from samft.checkpoints.async_saver import Candidate, Checkpointer
+from samft.checkpoints.async_saver import Checkpoint, Checkpointer
 from samft.checkpoints.top_k import TopK
-from samft.models.freezing import constant_names, freeze
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam
+from samft.models.sam import build_sam, constant_names, freeze
 from samft.training.optim import build_optimizer
 
 IMAGE_SIZE = 256  # of the steps; what is saved is as large at any
@@ -65,7 +64,7 @@ class Trial:
         }
         sidecar = {"step": self.saves, "metrics": {}}
         start = now(self.device)
-        best = Candidate(float(self.saves), sidecar)
+        best = Checkpoint(float(self.saves), sidecar)
         self.checkpointer.save(state, candidate=best)
         return now(self.device) - start
 

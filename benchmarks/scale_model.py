@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.measure import model_flops, table
-from samft.models.freezing import freeze
-from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam
+from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam, freeze
 
 NUM_GPUS = (1, 8, 64, 512)
 NUM_IMAGES = (10**4, 10**5, 10**6, 10**7)

@@ -17,19 +17,19 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, distributed
 
-from benchmarks.dresses import (
+from benchmarks.measure import Effort, PhaseClock, Span, interleave
+from benchmarks.variants import (
     SAMFT,
     Setting,
-    Wardrobe,
+    Variants,
     random_sam,
     samft_spans,
     samft_trainer,
 )
-from benchmarks.measure import Effort, PhaseClock, Span, interleave
 from samft.checkpoints.top_k import save_tensors
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import train_loader, val_loader
 from samft.distributed import get_rank, get_world_size
 from samft.models.prompted_sam import PromptedSam
@@ -125,7 +125,7 @@ def step_seconds(job: Job, num_images: int, *, rounds: int) -> float:
     index = job.dataset().index
     masks = [min(len(index.objects_of(i)), MAX_MASKS) for i in range(index.num_images)]
     setting = replace(job.setting(num_images), boxes=round(statistics.mean(masks)))
-    step = Wardrobe(setting).step(SAMFT)
+    step = Variants(setting).step(SAMFT)
     return _core_seconds(step, rounds=rounds)
 
 

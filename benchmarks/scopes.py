@@ -8,17 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks.dresses import (
-    CACHED,
-    CACHED_EXACT,
-    PLAIN,
-    PLAIN_AMP,
-    SAMFT,
-    SAMFT_EXACT,
-    Setting,
-    Wardrobe,
-    assert_equal,
-)
 from benchmarks.measure import (
     AGAIN,
     REST,
@@ -31,6 +20,17 @@ from benchmarks.measure import (
     peak_memory,
     ratios,
     table,
+)
+from benchmarks.variants import (
+    CACHED,
+    CACHED_EXACT,
+    PLAIN,
+    PLAIN_AMP,
+    SAMFT,
+    SAMFT_EXACT,
+    Setting,
+    Variants,
+    assert_equal,
 )
 
 PHASES = ("data", "encoder", "decoder + loss", "backward", "optimizer", REST)
@@ -67,7 +67,7 @@ def measure_steps(
     setting: Setting, names: Sequence[str], *, effort: Effort, peak: tuple[float, str]
 ) -> Result:
     """Steps with the batch on the device: times and phases interleaved, memory apart."""
-    wardrobe = Wardrobe(setting)
+    wardrobe = Variants(setting)
     starts = {"images": SAMFT in names, "cached": CACHED in names}
     notes = [_equality(wardrobe, start=start) for start, used in starts.items() if used]
     for name in names:
@@ -100,7 +100,7 @@ def measure_steps(
     return Result("\n\n".join(texts), {"mode": mode, **figures})
 
 
-def _equality(wardrobe: Wardrobe, *, start: str) -> str:
+def _equality(wardrobe: Variants, *, start: str) -> str:
     loss, gradient = assert_equal(wardrobe, start=start)
     return f"Equal ({start}): weights exactly, loss to {loss:.1e}, gradients to {gradient:.1e}."
 
@@ -116,7 +116,7 @@ def _step_flops(setting: Setting, name: str) -> float:
     return setting.num_images * passes * encoder + setting.num_masks * 3 * decoder
 
 
-def make_ready(wardrobe: Wardrobe, name: str) -> None:
+def make_ready(wardrobe: Variants, name: str) -> None:
     """Gives the optimizer its state, which it would otherwise make in the first step."""
     if name == PLAIN_AMP:  # has that of the plain recipe
         return
@@ -190,7 +190,7 @@ def measure_peak(setting: Setting, name: str, *, scope: str, memory_gib: float) 
     """GiB held at most until the step begins, and in all; runs in a fresh process."""
     if setting.device.type == "cpu":
         limit_memory(memory_gib)
-    wardrobe = Wardrobe(setting)
+    wardrobe = Variants(setting)
     if scope == "decoder" or name.startswith(CACHED):
         # Encoding would be the peak.
         wardrobe.draw_embeddings()
@@ -218,7 +218,7 @@ def _memory_cells(memory: Memory, name: str) -> list[str]:
 
 def measure_decoder(setting: Setting, *, effort: Effort) -> Result:
     """Decoder and loss, forward and backward, from embeddings: all images against one by one."""
-    wardrobe = Wardrobe(replace(setting, frozen=True))
+    wardrobe = Variants(replace(setting, frozen=True))
     wardrobe.draw_embeddings()
     note = _equality(wardrobe, start="embeddings")
     steps = {name: wardrobe.decoder_step(name) for name in (PLAIN, SAMFT, SAMFT_EXACT)}
@@ -240,7 +240,7 @@ def measure_decoder(setting: Setting, *, effort: Effort) -> Result:
 
 def measure_encoder(setting: Setting, *, effort: Effort) -> Result:
     """The encoder's forward pass alone, its output held equal to stock."""
-    wardrobe = Wardrobe(replace(setting, frozen=True))
+    wardrobe = Variants(replace(setting, frozen=True))
     batch, samples = wardrobe.scene.batch(exact=False), wardrobe.samples
     model = wardrobe.samft.model
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.dresses import Setting, Wardrobe, assert_equal
 from benchmarks.end_to_end import measure_epochs
 from benchmarks.measure import AGAIN, Effort, count_core_seconds, machine, peak_flops
 from benchmarks.scopes import (
@@ -35,6 +34,7 @@ from benchmarks.scopes import (
     measure_peak,
     measure_steps,
 )
+from benchmarks.variants import Setting, Variants, assert_equal
 
 MODES = ("frozen", "full", "cached")
 SCOPES = ("step", "end-to-end", "decoder", "encoder", "boxes")
@@ -121,7 +121,7 @@ def _setting(args: argparse.Namespace, *, frozen: bool) -> Setting:
 
 
 def _end_to_end(args: argparse.Namespace, setting: Setting, *, effort: Effort) -> Result:
-    wardrobe = Wardrobe(setting)
+    wardrobe = Variants(setting)
     names = [*dresses_of(setting, args.modes), *([] if args.no_again else [AGAIN])]
     assert_equal(wardrobe, start="images")
     return measure_epochs(

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samft.coco.checked_split import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
+from samft.cli import CommandParser, run_command, user_path
 from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
-from samft.coco.repair import write_mended
-from samft.command_line import CommandParser, user_path
-from samft.errors import ConfigError, DataError, run_command
+from samft.coco.repair import write_repaired
+from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
+from samft.errors import ConfigError, DataError
 from samft.reports.contact_sheets import write_sheets
 from samft.runtime.files import write_json
 
@@ -193,7 +193,7 @@ def _fix(
             continue
         with _writing("fix", targets[name]):
             try:
-                mended = write_mended(
+                mended = write_repaired(
                     split.file,
                     split.annotations,
                     targets[name],

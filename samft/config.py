@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.flags import check_fields, parse, setting
+from samft.cli import check_fields, parse, setting
 
 # What may differ between a run and its resume, because it does not change what is learnt. Batch
 # size and accumulation are held to their product with the number of processes elsewhere.

@@ -1,6 +1,6 @@
 """Writes a small COCO dataset to try the trainer on: `python -m samft.demo --output_dir D`.
 
-Painted butterflies and flowers (see `samft.plates`), in seconds and always the same for a seed,
+Painted butterflies and flowers (see `samft.coco.synthetic`), in seconds and always the same for a seed,
 with every form of annotation that COCO knows: polygons of one part and of many, compressed and
 uncompressed run lengths, a crowd, an image without objects.
 """
@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from samft.coco.synthetic import CATEGORIES, Outlined, paint_plate
-from samft.command_line import CommandParser
-from samft.errors import ConfigError, DataError, run_command
+from samft.cli import CommandParser, run_command
+from samft.coco.synthetic import CATEGORIES, Outlined, draw_scene
+from samft.errors import ConfigError, DataError
 from samft.runtime.files import write_text
 
 DESCRIPTION = "samft demo: painted butterflies and flowers"
@@ -137,11 +137,11 @@ def _is_ours(path: Path, output_dir: Path) -> bool:
         except (ValueError, KeyError, TypeError):
             return False
     # The second is what `write_text` leaves behind where it is killed.
-    return path.match("plate_[0-9]*.jpg") or path.match(f".{ANNOTATIONS}.*.part")
+    return path.match("image_[0-9]*.jpg") or path.match(f".{ANNOTATIONS}.*.part")
 
 
 def _image_name(index: int) -> str:
-    return f"plate_{index + 1:04d}.jpg"
+    return f"image_{index + 1:04d}.jpg"
 
 
 def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: int) -> None:
@@ -149,7 +149,7 @@ def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
-        plate, objects = paint_plate(
+        picture, objects = draw_scene(
             np.random.default_rng([*seed, index]),
             size,
             empty=index == num_images - 1,
@@ -157,7 +157,7 @@ def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: 
         )
         name = _image_name(index)
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-        (folder / name).write_bytes(cv2.imencode(".jpg", plate[..., ::-1], quality)[1].tobytes())
+        (folder / name).write_bytes(cv2.imencode(".jpg", picture[..., ::-1], quality)[1].tobytes())
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for item in objects:
             ids = {"id": len(annotations) + 1, "image_id": index + 1}

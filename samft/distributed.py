@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from samft.errors import ConfigError, SharedError, UserError
 
 # At the start, and around what only rank 0 does: reading a large dataset, saving a large model.
+T = TypeVar("T")
+
 LONG_TIMEOUT = timedelta(minutes=30)
-_START_NAMES: list[str] = []  # see `_meet`
+_START_NAMES: list[str] = []  # see `_rendezvous_name`
 _STEP_GROUPS: list[Any] = []  # the group of training steps, with the shorter timeout
 
 
@@ -76,7 +78,7 @@ def start(device: str, *, step_seconds: float | None = None) -> torch.device:
     if "RANK" in os.environ and not is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         store, rank, world_size = next(rendezvous("env://", timeout=LONG_TIMEOUT))
-        name = _meet(store, rank, world_size)
+        name = _rendezvous_name(store, rank, world_size)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(name, store),
@@ -90,7 +92,7 @@ def start(device: str, *, step_seconds: float | None = None) -> torch.device:
     return place
 
 
-def _meet(store: dist.Store, rank: int, world_size: int) -> str:
+def _rendezvous_name(store: dist.Store, rank: int, world_size: int) -> str:
     # A name for this start of all processes. torchrun keeps its store when it starts them again,
     # with the addresses of those that are gone; not even the number of restarts is the same on all
     # hosts. So rank 0 makes a name up, and the others take it once it answers them by their token.
@@ -170,7 +172,7 @@ def agree(flag: bool, *, in_step: bool = False) -> bool:
     return bool(all_reduce_sum(torch.tensor(int(flag)), in_step=in_step).item())
 
 
-def raise_together(error: UserError | None) -> None:
+def raise_on_all_ranks(error: UserError | None) -> None:
     """Ends all ranks with the user's error that any of them had. Collective.
 
     Args:
@@ -208,7 +210,7 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def wrap(
+def wrap_ddp(
     model: nn.Module, *, warm_up: Callable[[nn.Module], None], bf16_compress: bool = False
 ) -> nn.Module:
     """Wraps a module in DistributedDataParallel, if there is a group. Collective.
@@ -247,3 +249,24 @@ def wrap(
     warm_up(wrapped)
     warm_up(wrapped)
     return wrapped
+
+
+def run_on_all_ranks(build: Callable[[], T]) -> T:
+    """Runs a function on every rank; a user's error on any rank ends all. Collective.
+
+    Args:
+        build: May raise `UserError` on some ranks only.
+
+    Returns:
+        What it returned on this rank.
+
+    Raises:
+        UserError: See `raise_on_all_ranks`.
+    """
+    result, error = None, None
+    try:
+        result = build()
+    except UserError as caught:
+        error = caught
+    raise_on_all_ranks(error)
+    return result  # type: ignore[return-value]  # it is None only where that was raised

@@ -14,8 +14,8 @@ import os
 import sys
 from typing import Any
 
-from samft.command_line import CommandParser, user_path
-from samft.errors import ConfigError, printable, run_command
+from samft.cli import CommandParser, run_command, user_path
+from samft.errors import ConfigError, printable
 from samft.runtime.signals import die_with_parent
 
 

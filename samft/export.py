@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samft.command_line import CommandParser, user_path
-from samft.errors import CheckpointError, ConfigError, DataError, paragraph, run_command
-from samft.extras import EXTRAS, require_extra
+from samft.cli import EXTRAS, CommandParser, require_extra, run_command, user_path
+from samft.errors import CheckpointError, ConfigError, DataError, paragraph
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
     from samft.exporters.exporter import Tuned
-    from samft.exporters.reference import Answer, Difference, Sample
+    from samft.exporters.verification import Difference, Prediction, VerificationSample
 
 FORMATS = ("pth", "safetensors", "onnx", "huggingface")
 FOLDERS = {
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     _check_output(options)
     # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
     from samft.exporters.exporter import export, model_to_write, open_base, open_tuned
-    from samft.exporters.reference import ask
+    from samft.exporters.verification import predict_boxes
 
     tuned = open_tuned(options.checkpoint)
     _tell(tuned)
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     sam = model_to_write(tuned, options.format)
     base_path = options.base or tuned.find_base()
     base = open_base(base_path, sam) if base_path else None
-    expected = [(sample, ask(sam, sample)) for sample in samples]
+    expected = [(sample, predict_boxes(sam, sample)) for sample in samples]
     if sam is not tuned.sam:
         _tell_of_new_size(tuned, expected)
     start = time.perf_counter()
@@ -161,9 +160,9 @@ def _check_output(options: argparse.Namespace) -> None:
         )
 
 
-def _samples(options: argparse.Namespace) -> "list[Sample]":
+def _samples(options: argparse.Namespace) -> "list[VerificationSample]":
     from samft.coco.images import read_image
-    from samft.exporters.reference import painted_sample, sample_of
+    from samft.exporters.verification import painted_sample, sample_of
 
     samples = [painted_sample()]
     if options.image:
@@ -188,10 +187,12 @@ def _tell(tuned: "Tuned") -> None:
         )
 
 
-def _tell_of_new_size(tuned: "Tuned", expected: "list[tuple[Sample, Answer]]") -> None:
-    from samft.exporters.reference import ask, compare
+def _tell_of_new_size(
+    tuned: "Tuned", expected: "list[tuple[VerificationSample, Prediction]]"
+) -> None:
+    from samft.exporters.verification import compare, predict_boxes
 
-    before = [ask(tuned.sam, sample) for sample, _ in expected]
+    before = [predict_boxes(tuned.sam, sample) for sample, _ in expected]
     share = 100 * compare(before, [answer for _, answer in expected]).equal_pixels
     size = tuned.image_size
     _warn(
@@ -218,9 +219,9 @@ def _tell_of_file(path: Path, difference: "Difference", *, seconds: float) -> di
 
 
 def _try_automatic_masks(
-    sam: "Sam", base: "Sam | None", samples: "list[Sample]"
+    sam: "Sam", base: "Sam | None", samples: "list[VerificationSample]"
 ) -> list[dict[str, Any]]:
-    from samft.exporters.automatic_masks import compare_automatic_masks
+    from samft.exporters.verification import compare_automatic_masks
 
     report = []
     for sample in samples:

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
-from samft.command_line import CommandParser, user_path
-from samft.errors import CheckpointError, ConfigError, DataError, printable, run_command
-from samft.prediction.box_sources import find_task
+from samft.cli import CommandParser, run_command, user_path
+from samft.errors import CheckpointError, ConfigError, DataError, printable
+from samft.prediction.inputs import Task, find_task
 from samft.prediction.outputs import (
     Pictures,
     ResultsWriter,
@@ -37,11 +37,11 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
-from samft.prediction.prediction_task import Task
-from samft.runtime.files import make_writable, replacing, sole_use
+from samft.runtime.files import replacing
+from samft.runtime.output_dir import lock_output_dir, make_writable
 
 if TYPE_CHECKING:
-    from samft.prediction.prediction import PredictedMask, Predictor, PreparedImage
+    from samft.prediction.predictors import PredictedMask, Predictor, PreparedImage
 
 RESULTS, IMAGES = "results.json", "images.json"
 _NUM_NAMED = 3  # bad images in an error
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     task = _without_bad_images(task, options)
     make_writable(options.output_dir)
-    with sole_use(options.output_dir):
+    with lock_output_dir(options.output_dir):
         return _predict(task, options)
 
 
@@ -237,8 +237,8 @@ def _build_predictor(task: Task, options: argparse.Namespace) -> "Predictor":
     from samft.distributed import start
     from samft.models.prompted_sam import PromptedSam
     from samft.models.sam import open_checkpoint
-    from samft.prediction.prediction import AutomaticPredictor, BoxPredictor
-    from samft.recipes.build import pick_amp_dtype
+    from samft.prediction.predictors import AutomaticPredictor, BoxPredictor
+    from samft.runtime.device import pick_amp_dtype
 
     device = start(options.device)
     sam, *_, resize_mode = open_checkpoint(options.checkpoint, attention="fast")
@@ -260,7 +260,7 @@ def _predict_into(
     writer: ResultsWriter, task: Task, predictor: "Predictor", options: argparse.Namespace
 ) -> Iterator[tuple[int, DataError | None]]:
     # Gives the row of each image when its masks have been written, or why it cannot be read.
-    from samft.prediction.prediction import predict_images
+    from samft.prediction.predictors import predict_images
 
     images = task.images
     pictures = Pictures(options.output_dir, masks=options.masks, overlays=options.overlays)

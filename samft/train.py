@@ -5,16 +5,10 @@ import os
 import sys
 from typing import Any
 
+from samft.cli import run_command
 from samft.config import parse_config
-from samft.errors import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_STOPPED,
-    EXIT_USAGE,
-    ConfigError,
-    run_command,
-)
-from samft.runtime.files import write_status
+from samft.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE, ConfigError
+from samft.runtime.output_dir import write_status
 from samft.runtime.signals import StopRequest, die_with_parent, stop_on_signal
 
 
@@ -43,7 +37,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     # From here on, a signal ends the run in good order; but of a dry run there is nothing to save.
     with contextlib.nullcontext(StopRequest()) if config.dry_run else stop_on_signal() as stop:
         # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
-        from samft.recipes.guard import run
+        from samft.recipes.train import run
 
         return run(config, stop)
 

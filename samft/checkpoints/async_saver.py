@@ -109,7 +109,7 @@ class BackgroundWriter:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Checkpoint:
     """A validated state that may be among the best.
 
     Attributes:
@@ -154,7 +154,7 @@ class Checkpointer:
         self,
         state: dict[str, Any],
         *,
-        candidate: Candidate | None = None,
+        candidate: Checkpoint | None = None,
         first: Callable[[], None] | None = None,
     ) -> None:
         """Copies a state and begins to write it, once the one before it is written.
@@ -184,7 +184,7 @@ class Checkpointer:
     def _write(
         self,
         state: dict[str, Any],
-        candidate: Candidate | None,
+        candidate: Checkpoint | None,
         first: Callable[[], None] | None,
     ) -> None:
         self.unsaved = ""
@@ -201,9 +201,9 @@ class Checkpointer:
         except OSError as error:
             self._could_not_write(LAST_NAME, error)
 
-    def _offer(self, weights: dict[str, Tensor], candidate: Candidate) -> None:
+    def _offer(self, weights: dict[str, Tensor], candidate: Checkpoint) -> None:
         try:
-            self.top_k.offer(weights, score=candidate.score, sidecar=candidate.sidecar)
+            self.top_k.save_if_better(weights, score=candidate.score, sidecar=candidate.sidecar)
         except OSError as error:
             self._could_not_write("a checkpoint", error)
 

@@ -63,7 +63,9 @@ class TopK:
         self.folder, self.k = folder, k
         self.best = list(best or [])
 
-    def offer(self, state: dict[str, Tensor], *, score: float, sidecar: dict[str, Any]) -> bool:
+    def save_if_better(
+        self, state: dict[str, Tensor], *, score: float, sidecar: dict[str, Any]
+    ) -> bool:
         """Saves a checkpoint if it is among the best, then deletes the one that it pushed out.
 
         Args:
@@ -91,7 +93,7 @@ class TopK:
             (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
         return True
 
-    def adopt(self, folder: Path) -> None:
+    def copy_from(self, folder: Path) -> None:
         """Copies the best checkpoints of a run in another folder; forgets those that are gone.
 
         Args:
@@ -122,7 +124,7 @@ def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]
         metrics: Of the validation at that step.
 
     Returns:
-        The sidecar's content, without the SHA-256 that `TopK.offer` adds.
+        The sidecar's content, without the SHA-256 that `TopK.save_if_better` adds.
     """
     return {
         **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},

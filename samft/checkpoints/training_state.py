@@ -86,8 +86,8 @@ def _link(path: Path, other: Path) -> None:
     os.replace(part, other)
 
 
-class Newest(NamedTuple):
-    """What `read_newest` found.
+class LatestState(NamedTuple):
+    """What `load_latest` found.
 
     Attributes:
         state: What `save_last` was given.
@@ -101,14 +101,14 @@ class Newest(NamedTuple):
     passed_over: list[str]
 
 
-def home_of(path: Path) -> Path:
+def run_dir_of(path: Path) -> Path:
     """The output folder that a state lies in, or in whose `previous` it lies."""
     # An output folder may be called previous, too; but that one has more in it.
     is_kept = path.parent.name == _PREVIOUS and not (path.parent / "metrics.jsonl").exists()
     return path.parent.parent if is_kept else path.parent
 
 
-def read_newest(folder: Path) -> Newest | None:
+def load_latest(folder: Path) -> LatestState | None:
     """Reads the newest state of a folder that is whole.
 
     Args:
@@ -128,7 +128,7 @@ def read_newest(folder: Path) -> Newest | None:
     unchecked: list[Path] = []
     for path in paths:
         try:
-            return Newest(read_checked(path), path, problems)
+            return LatestState(read_checked(path), path, problems)
         except _NoSidecar as error:
             problems.append(str(error))
             unchecked.append(path)
@@ -137,7 +137,7 @@ def read_newest(folder: Path) -> Newest | None:
     # Better a state that cannot be checked, as versions before the sidecar left them, than none.
     for path in unchecked:
         try:
-            return Newest(_read(path), path, problems)
+            return LatestState(_read(path), path, problems)
         except CheckpointError as error:
             problems.append(str(error))
     listed = "".join(f"\n  - {problem}" for problem in problems)
@@ -205,7 +205,7 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def put_damaged_aside(folder: Path, *, used: Path) -> None:
+def quarantine_damaged(folder: Path, *, used: Path) -> None:
     """Renames a `last.ckpt` that was passed over, or saving would put it in the place of the good.
 
     Args:

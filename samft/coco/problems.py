@@ -105,7 +105,7 @@ BAD_IMAGES = frozenset(
 
 
 @dataclass
-class Found:
+class Issue:
     """How often a kind of problem occurs, and where."""
 
     count: int = 0
@@ -115,9 +115,9 @@ class Found:
 class Problems:
     """The problems of one annotation file, by code."""
 
-    def __init__(self, found: dict[str, Found] | None = None) -> None:
+    def __init__(self, found: dict[str, Issue] | None = None) -> None:
         """Begins with what was found before, if anything was."""
-        self.found: dict[str, Found] = found or {}
+        self.found: dict[str, Issue] = found or {}
 
     def add(self, code: str, *examples: Any, count: int | None = None) -> None:
         """Notes occurrences of a kind.
@@ -130,7 +130,7 @@ class Problems:
         assert code in KINDS, code
         number = len(examples) if count is None else count
         if number:
-            found = self.found.setdefault(code, Found())
+            found = self.found.setdefault(code, Issue())
             found.count += number
             room = MAX_EXAMPLES - len(found.examples)
             found.examples += [str(example) for example in examples[: max(room, 0)]]
@@ -143,7 +143,7 @@ class Problems:
     def __getitem__(self, code: str) -> int:
         return self.found[code].count if code in self.found else 0
 
-    def __iter__(self) -> Iterator[tuple[str, str, Found]]:
+    def __iter__(self) -> Iterator[tuple[str, str, Issue]]:
         # Code, severity, what was found: worst first, then in the order of KINDS.
         order = list(SEVERITIES)
         codes = list(KINDS)
@@ -187,4 +187,4 @@ class Problems:
     @classmethod
     def from_json(cls, items: list[dict[str, Any]]) -> "Problems":
         """What `to_json` wrote."""
-        return cls({item["code"]: Found(item["count"], item["examples"]) for item in items})
+        return cls({item["code"]: Issue(item["count"], item["examples"]) for item in items})

@@ -1,4 +1,4 @@
-"""Mended copies of COCO files: what is wrong is put right or left out. Imports no torch."""
+"""RepairedFile copies of COCO files: what is wrong is put right or left out. Imports no torch."""
 
 import codecs
 import itertools
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from samft.coco.coco_index import CocoFile
-from samft.coco.coco_objects import CROWD, NO_CATEGORY
+from samft.coco.entries import CROWD, NO_CATEGORY
+from samft.coco.index import CocoIndex, class_names
 from samft.coco.json_reader import (
     ImageEntry,
     ObjectEntry,
@@ -27,8 +27,8 @@ from samft.coco.json_reader import (
     value_of,
 )
 from samft.coco.layout import ImageFolder
-from samft.coco.masks import count_pixels, decode_cropped
 from samft.coco.problems import Problems
+from samft.coco.segmentation import count_pixels, decode_cropped
 from samft.errors import ConfigError, DataError
 from samft.runtime.files import write_atomically
 
@@ -36,7 +36,7 @@ _LISTS = ("categories", "images", "annotations")
 
 
 @dataclass(frozen=True)
-class Mended:
+class RepairedFile:
     """What a mended copy holds."""
 
     path: Path
@@ -44,23 +44,14 @@ class Mended:
     num_objects: int  # crowds included
 
 
-def class_names(file: CocoFile) -> dict[int, str]:
-    """The names of all category ids that are listed or used: `category 99`, `unknown`."""
-    used = np.unique(file.categories).tolist()
-    missing = {one: f"category {one}" for one in used if one not in file.category_names}
-    if NO_CATEGORY in missing:
-        missing[NO_CATEGORY] = "unknown"
-    return {**file.category_names, **missing}
-
-
-def write_mended(
-    file: CocoFile,
+def write_repaired(
+    file: CocoIndex,
     annotations: Path,
     target: Path,
     *,
     root: Path | None = None,
     without: NDArray[np.int64] | None = None,
-) -> Mended:
+) -> RepairedFile:
     """Writes a copy of a COCO file that checks without errors, warnings and notes.
 
     Every usable object is in it, with the fields that samft knows put right and all others as they
@@ -104,7 +95,7 @@ def write_mended(
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, write)
-    return Mended(target, len(images.first_entry), len(objects))
+    return RepairedFile(target, len(images.first_entry), len(objects))
 
 
 def _other_fields(annotations: Path) -> dict[str, Any]:
@@ -123,7 +114,7 @@ class _Images:
     def __init__(
         self,
         raw: list[Raw],
-        file: CocoFile,
+        file: CocoIndex,
         folder: ImageFolder,
         without: NDArray[np.int64] | None,
     ) -> None:
@@ -161,7 +152,7 @@ class _Images:
             yield _encode(entry, **ours)
 
 
-def _objects_of(images: _Images, file: CocoFile, raw: list[Raw]) -> NDArray[np.int64]:
+def _objects_of(images: _Images, file: CocoIndex, raw: list[Raw]) -> NDArray[np.int64]:
     # The objects of the images that are kept, in the order of the file.
     row_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
     kept = np.isin(row_of, list(images.first_entry))
@@ -177,7 +168,7 @@ def _objects_of(images: _Images, file: CocoFile, raw: list[Raw]) -> NDArray[np.i
 class _Categories:
     """The mended list of categories, and the id there of each category id."""
 
-    def __init__(self, raw: Any, file: CocoFile) -> None:
+    def __init__(self, raw: Any, file: CocoIndex) -> None:
         names = class_names(file)
         free = max([0, *names]) + 1
         id_of_name: dict[str, int] = {}
@@ -196,7 +187,7 @@ class _Categories:
 
 def _mend_objects(
     objects: NDArray[np.int64],
-    file: CocoFile,
+    file: CocoIndex,
     raw: list[Raw],
     images: _Images,
     categories: _Categories,
@@ -221,7 +212,7 @@ def _mend_objects(
             bar.update()
 
 
-def _shape(entry: dict[str, Any], file: CocoFile, k: int, *, row: int) -> dict[str, Any]:
+def _shape(entry: dict[str, Any], file: CocoIndex, k: int, *, row: int) -> dict[str, Any]:
     # Segmentation, area and box of an object.
     height, width = file.sizes[row].tolist()
     checked = file.segmentations[k]

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.coco_index import CocoFile, index_file
-from samft.coco.coco_objects import CROWD
+from samft.coco.entries import CROWD
+from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import BAD_IMAGES, ERROR, KINDS, WARNING, Problems
 from samft.errors import DataError
 
 
 @dataclass(frozen=True)
-class CocoIndex:
-    """What is trained or validated on: n images of a `CocoFile`, each with some of its objects."""
+class CocoSubset:
+    """What is trained or validated on: n images of a `CocoIndex`, each with some of its objects."""
 
-    file: CocoFile
+    file: CocoIndex
     rows: NDArray[np.int64]  # [n] of the file's images
     first_object: NDArray[np.int64]  # [n + 1]; image i has objects[first_object[i:i + 2]]
     objects: NDArray[np.int64]  # [k] of the file's objects
@@ -56,14 +56,14 @@ class CocoIndex:
         """The objects of image i, as indices into the arrays of `file`."""
         return self.objects[self.first_object[i] : self.first_object[i + 1]]
 
-    def select(self, images: Iterable[int]) -> "CocoIndex":
+    def select(self, images: Iterable[int]) -> "CocoSubset":
         """The index of some of the images, in the order given; `counts` stays behind, empty."""
         chosen = np.fromiter(images, dtype=np.int64)
         lengths = np.diff(self.first_object)[chosen]
         first = np.cumsum([0, *lengths])
         within = np.arange(first[-1]) - np.repeat(first[:-1], lengths)
         objects = self.objects[np.repeat(self.first_object[chosen], lengths) + within]
-        return CocoIndex(self.file, self.rows[chosen], first, objects, {})
+        return CocoSubset(self.file, self.rows[chosen], first, objects, {})
 
 
 def read_coco(
@@ -75,7 +75,7 @@ def read_coco(
     on_bad_image: str = "error",
     category_names: Iterable[str] = (),
     min_mask_area: float = 0,
-) -> CocoIndex:
+) -> CocoSubset:
     """Reads and checks a COCO file; what was left out is counted, by code, in `counts`.
 
     Args:
@@ -145,8 +145,8 @@ def left_out(problems: Problems) -> dict[str, int]:
 
 
 def choose(
-    file: CocoFile, *, categories: set[int] | None = None, min_mask_area: float = 0
-) -> CocoIndex:
+    file: CocoIndex, *, categories: set[int] | None = None, min_mask_area: float = 0
+) -> CocoSubset:
     """The objects of a file that are no crowds, and the images that have any.
 
     Args:
@@ -166,10 +166,10 @@ def choose(
     counts["image-without-objects"] = int((~file.bad).sum()) - len(rows)
     counts["objects-not-chosen"] = int(plain.sum()) - len(objects)
     counts = {code: number for code, number in counts.items() if number}
-    return CocoIndex(file, rows, np.cumsum([0, *per_image[rows]]), objects, counts)
+    return CocoSubset(file, rows, np.cumsum([0, *per_image[rows]]), objects, counts)
 
 
-def find_categories(file: CocoFile, names: Iterable[str]) -> set[int] | None:
+def find_categories(file: CocoIndex, names: Iterable[str]) -> set[int] | None:
     """The ids of classes; None where none is named.
 
     Raises:
@@ -186,7 +186,7 @@ def find_categories(file: CocoFile, names: Iterable[str]) -> set[int] | None:
     return {key for key, name in file.category_names.items() if name in names} if names else None
 
 
-def find_shared(train: CocoIndex, val: CocoIndex) -> NDArray[np.int64]:
+def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
     """Training images that are also in the validation split, whatever their names.
 
     Two files are the same image where sizes in pixels and bytes and the first 64 KiB are equal.
@@ -205,7 +205,7 @@ def find_shared(train: CocoIndex, val: CocoIndex) -> NDArray[np.int64]:
     return np.array(shared, dtype=np.int64)
 
 
-def _size_keys(index: CocoIndex) -> NDArray[np.int64]:
+def _size_keys(index: CocoSubset) -> NDArray[np.int64]:
     height, width = index.file.sizes[index.rows].astype(np.int64).T
     return np.asarray((height * 1_000_003 + width) * 1_000_003 + index.file.num_bytes[index.rows])
 
@@ -218,7 +218,7 @@ def _begin(path: Path) -> bytes:
         return b""
 
 
-def split_by_hash(index: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
+def split_by_hash(index: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
     """Holds out a share of the images for validation: those whose file names hash lowest.
 
     The choice depends on the file names only, not on their order or on a seed.

@@ -44,7 +44,7 @@ HINDWING = np.array(
 
 @dataclass(frozen=True)
 class Outlined:
-    """One object of a plate: the visible part, in pixels of the plate.
+    """One object of a picture: the visible part, in pixels of the picture.
 
     Attributes:
         polygons: COCO polygons [x0, y0, x1, y1, ...], one for each connected piece.
@@ -59,7 +59,7 @@ class Outlined:
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where a figure lies: figure units (about -1..1) to pixels of the plate."""
+    """Where a figure lies: figure units (about -1..1) to pixels of the picture."""
 
     matrix: np.ndarray  # [2, 2]
     centre: np.ndarray  # [2], x y
@@ -71,7 +71,7 @@ class _Pose:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A butterfly or a flower before it is painted; points [n, 2] in pixels of the plate."""
+    """A butterfly or a flower before it is painted; points [n, 2] in pixels of the picture."""
 
     category: int
     petals: list[np.ndarray]  # wings or petals; the second half lies over the first
@@ -82,25 +82,25 @@ class _Figure:
     colours: tuple[Colour, Colour, Colour]
 
 
-def paint_plate(
+def draw_scene(
     rng: np.random.Generator, size: int, *, empty: bool = False, crowd: bool = False
 ) -> tuple[np.ndarray, list[Outlined]]:
-    """Paints one plate.
+    """Paints one picture.
 
     Args:
         rng: The only source of randomness.
-        size: Side of the square plate, in pixels.
+        size: Side of the square picture, in pixels.
         empty: Paper and leaves only, no objects.
         crowd: With a cluster of tiny flowers, outlined as one.
 
     Returns:
         The image, uint8 [size, size, 3], RGB; and its objects, from back to front.
     """
-    plate, paper = _paper(rng, size)
+    picture, paper = _paper(rng, size)
     groups = [] if empty else list(_figures(rng, size, crowd=crowd))
     for group in groups:
         for figure in group:
-            _paint(plate, figure, paper)
+            _paint(picture, figure, paper)
     objects: list[Outlined] = []
     hidden = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), np.uint8)
     for group in reversed(groups):  # the last one painted lies on top
@@ -110,8 +110,8 @@ def paint_plate(
         if polygons:
             objects.append(Outlined(polygons, group[0].category, crowd=len(group) > 1))
     grain = 0.06 * _noise(rng, size, size // 2) + 0.04 * _noise(rng, size, size)
-    plate *= (1.05 - grain)[..., None]
-    return np.clip(plate, 0, 255).astype(np.uint8), objects[::-1]
+    picture *= (1.05 - grain)[..., None]
+    return np.clip(picture, 0, 255).astype(np.uint8), objects[::-1]
 
 
 def _figures(rng: np.random.Generator, size: int, *, crowd: bool) -> Iterator[list[_Figure]]:
@@ -120,7 +120,7 @@ def _figures(rng: np.random.Generator, size: int, *, crowd: bool) -> Iterator[li
         yield _cluster(rng, size)
     taken: list[tuple[np.ndarray, float]] = []
     wanted = int(rng.integers(5, 9))
-    for _ in range(40 * wanted):  # tries: a plate may be full before it holds as many
+    for _ in range(40 * wanted):  # tries: a picture may be full before it holds as many
         radius = float(rng.uniform(0.11, 0.2) * size)
         centre = rng.uniform(0.1, 0.9, 2) * size
         if any(np.hypot(*(centre - c)) < 0.68 * (radius + r) for c, r in taken):
@@ -218,9 +218,9 @@ def _fill(outlines: list[np.ndarray], size: int, *, width: float = 0) -> np.ndar
     return alpha.astype(np.float32) / np.float32(255)
 
 
-def _glaze(plate: np.ndarray, alpha: np.ndarray, colour: Colour, strength: float) -> None:
-    """Lays a transparent wash over `plate`, in place; pigment gathers at its edges, as it does."""
-    unit = plate.shape[0] / DESIGN_SIZE
+def _blend(picture: np.ndarray, alpha: np.ndarray, colour: Colour, strength: float) -> None:
+    """Lays a transparent wash over `picture`, in place; pigment gathers at its edges, as it does."""
+    unit = picture.shape[0] / DESIGN_SIZE
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     if not width:
         return
@@ -232,28 +232,28 @@ def _glaze(plate: np.ndarray, alpha: np.ndarray, colour: Colour, strength: float
     alpha = alpha[window]
     inside = cv2.GaussianBlur(alpha, (0, 0), 1.5 * unit, borderType=cv2.BORDER_REPLICATE)
     density = np.clip(np.clip(1.9 - 1.1 * inside, 0.8, 1.5) * alpha * np.float32(strength), 0, 1)
-    plate[window] *= 1 - density[..., None] * (1 - np.array(colour, np.float32) / 255)
+    picture[window] *= 1 - density[..., None] * (1 - np.array(colour, np.float32) / 255)
 
 
-def _cover(plate: np.ndarray, alpha: np.ndarray, colour: Colour) -> None:
+def _cover(picture: np.ndarray, alpha: np.ndarray, colour: Colour) -> None:
     """Paints opaquely, in place."""
-    plate += alpha[..., None] * (np.array(colour, np.float32) - plate)
+    picture += alpha[..., None] * (np.array(colour, np.float32) - picture)
 
 
-def _paint(plate: np.ndarray, figure: _Figure, paper: Colour) -> None:
-    size = plate.shape[0]
+def _paint(picture: np.ndarray, figure: _Figure, paper: Colour) -> None:
+    size = picture.shape[0]
     unit, half = size / DESIGN_SIZE, len(figure.petals) // 2
     strong, pale, dark = figure.colours
-    _glaze(plate, _fill(figure.feelers, size, width=1.2 * unit), dark, 0.8)
+    _blend(picture, _fill(figure.feelers, size, width=1.2 * unit), dark, 0.8)
     petals = _fill(figure.petals, size)
-    _cover(plate, petals, paper)
+    _cover(picture, petals, paper)
     for layer in (figure.petals[:half], figure.petals[half:]):
-        _glaze(plate, _fill(layer, size), pale, 0.8)
-    _glaze(plate, _fill(figure.hearts, size), strong, 0.9)
-    _glaze(plate, _fill(figure.veins, size, width=unit) * petals, dark, 0.35)
+        _blend(picture, _fill(layer, size), pale, 0.8)
+    _blend(picture, _fill(figure.hearts, size), strong, 0.9)
+    _blend(picture, _fill(figure.veins, size, width=unit) * petals, dark, 0.35)
     middle = _fill([figure.middle], size)
-    _cover(plate, middle, paper)
-    _glaze(plate, middle, dark, 0.95)
+    _cover(picture, middle, paper)
+    _blend(picture, middle, dark, 0.95)
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
@@ -264,19 +264,19 @@ def _noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
 def _paper(rng: np.random.Generator, size: int) -> tuple[np.ndarray, Colour]:
     """A sheet with washes and leaves, float32 [size, size, 3], and the bare sheet's colour."""
     paper = PAPERS[int(rng.integers(len(PAPERS)))]
-    plate = np.empty((size, size, 3), np.float32)
-    plate[:] = paper
+    picture = np.empty((size, size, 3), np.float32)
+    picture[:] = paper
     greens = [LEAF_GREENS[i] for i in rng.integers(0, len(LEAF_GREENS), 6)]
     cloud = cv2.GaussianBlur(_noise(rng, size, 5), (0, 0), size / 20)
-    _glaze(plate, np.clip(2.4 * cloud - 1.0, 0, 1), greens[0], 0.3)
+    _blend(picture, np.clip(2.4 * cloud - 1.0, 0, 1), greens[0], 0.3)
     for green in greens[: int(rng.integers(3, 7))]:
-        _sprig(rng, plate, green)
-    return plate, paper
+        _draw_stem(rng, picture, green)
+    return picture, paper
 
 
-def _sprig(rng: np.random.Generator, plate: np.ndarray, green: Colour) -> None:
+def _draw_stem(rng: np.random.Generator, picture: np.ndarray, green: Colour) -> None:
     """A stem with leaves on both sides, in place."""
-    size = plate.shape[0]
+    size = picture.shape[0]
     step = size * rng.uniform(0.035, 0.05)
     leaf = _leaf_shape(0.24 * np.sin(np.pi * np.linspace(0, 1, 14) ** 0.8))
     leaf *= step * rng.uniform(1.6, 2.6)
@@ -286,8 +286,8 @@ def _sprig(rng: np.random.Generator, plate: np.ndarray, green: Colour) -> None:
     sides = np.where(np.arange(len(stem)) % 2, 0.8, -0.8) + rng.normal(0, 0.1, len(stem))
     turns = [_rotation(turn).T for turn in headings + sides]
     leaves = [leaf @ turn + point for turn, point in zip(turns, stem, strict=True)]
-    _glaze(plate, _fill(leaves, size), green, rng.uniform(0.35, 0.8))
-    _glaze(plate, _fill([stem], size, width=2 * size / DESIGN_SIZE), green, 0.8)
+    _blend(picture, _fill(leaves, size), green, rng.uniform(0.35, 0.8))
+    _blend(picture, _fill([stem], size, width=2 * size / DESIGN_SIZE), green, 0.8)
 
 
 def _coverage(figures: list[_Figure], size: int) -> np.ndarray:
@@ -301,7 +301,7 @@ def _coverage(figures: list[_Figure], size: int) -> np.ndarray:
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:
-    """The outer outlines of a supersampled mask as COCO polygons, in pixels of the plate."""
+    """The outer outlines of a supersampled mask as COCO polygons, in pixels of the picture."""
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     polygons = []
     for contour in contours:

@@ -1,11 +1,6 @@
 """From a checked COCO index to batches: geometry, targets, augmentation, samplers, loaders."""
 
-from typing import Any
+import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
+from samft.data.dataset import Coco2MaskDataset
 
-
-def __getattr__(name: str) -> Any:
-    if name == "Coco2MaskDataset":  # on demand: modules of this room without torch must stay so
-        from samft.data.data import Coco2MaskDataset
-
-        return Coco2MaskDataset
-    raise AttributeError(name)
+__all__ = ["Coco2MaskDataset"]

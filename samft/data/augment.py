@@ -57,14 +57,14 @@ def draw_frame(
     )
 
 
-def touching(boxes_original: NDArray[np.floating], frame: Frame) -> NDArray[np.bool_]:
+def boxes_in_frame(boxes_original: NDArray[np.floating], frame: Frame) -> NDArray[np.bool_]:
     """Which boxes [K, 4] have at least a part in the input frame."""
     x0, y0, x1, y1 = visible_box(frame)
     left, top, right, bottom = boxes_original.T
     return (left < x1) & (right > x0) & (top < y1) & (bottom > y0)
 
 
-def cut_objects(
+def filter_cropped_objects(
     boxes_original: NDArray[np.floating], frame: Frame, *, draw: Callable[[int], Crop]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Drops the objects that a crop leaves little of; boxes of those cut follow their masks.

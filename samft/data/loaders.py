@@ -1,11 +1,16 @@
-"""Batches that any number of processes can share and resume, and workers that load them."""
+"""Batches on the device before they are asked for, and waiting for them.
+
+Batches that any number of processes can share and resume, and workers that load them.
+"""
 
 import atexit
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -14,15 +19,111 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from samft.data.batch import Batch, Sample, collate
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Batch, Coco2MaskDataset, Sample, collate
 from samft.data.samplers import Key, ShardSampler, StepSampler
-from samft.errors import DataError
-from samft.runtime import heartbeat as whereabouts
-from samft.runtime.signals import STOP_SIGNALS, die_with_parent
+from samft.distributed import all_reduce_sum, raise_on_all_ranks
+from samft.errors import DataError, UserError
+from samft.runtime import heartbeat
+from samft.runtime.signals import STOP_SIGNALS, Interrupted, die_with_parent
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-class _ErrorsAsItems(Dataset[Sample | DataError]):
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Moves batches over one ahead: a GPU copies the next while it computes with this one.
+
+    The copy is on a stream of its own. It needs page-locked memory to run beside the computation,
+    which `loaders.BatchLoader` gives.
+
+    Args:
+        batches: From a loader.
+        device: Where to.
+
+    Yields:
+        The same batches, on the device.
+
+    Raises:
+        UserError: What the loader raised, after the batches before it have been given.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    source, ahead = iter(batches), None
+    while True:
+        moved, error = None, None
+        try:
+            if (batch := next(source, None)) is not None:
+                with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+                    moved = batch.to(device, non_blocking=True)
+        except UserError as caught:
+            error = caught
+        if ahead is not None:
+            if stream is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_stream(stream)
+                ahead.record_stream(current)
+            yield ahead
+        if error is not None:
+            raise error
+        if moved is None:
+            return
+        ahead = moved
+
+
+def fetch(
+    stream: Iterator[Batch], count: int, waiting: Waiting
+) -> tuple[list[Batch], UserError | None]:
+    """The next batches, or the user's error that came in their place, for other ranks to hear of.
+
+    Args:
+        stream: Of a loader.
+        count: How many.
+        waiting: Entered for the wait; raises `Interrupted` to end it, and then there are none.
+    """
+    try:
+        with waiting():
+            return list(islice(stream, count)), None
+    except Interrupted:  # whoever asked for the batches is about to ask whether to stop
+        return [], None
+    except UserError as error:  # say, a broken image: the other ranks must hear of it
+        return [], error
+
+
+def lockstep(
+    batches: Iterable[Batch],
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    waiting: Waiting = contextlib.nullcontext,
+) -> Iterator[Batch]:
+    """This rank's batches, all ranks going on together. Collective: every rank must call.
+
+    Ranks may have different numbers of batches: whoever has none left waits for the others.
+
+    Args:
+        batches: Of a loader.
+        should_stop: Asked before each batch on every rank; all stop if any says yes.
+        waiting: See `fetch`.
+
+    Yields:
+        The batches of this rank.
+
+    Raises:
+        Interrupted: Any rank was asked to stop.
+        UserError: An image cannot be read, on any rank.
+    """
+    stream = iter(batches)
+    while True:
+        fetched, error = fetch(stream, 1, waiting)
+        flags = torch.tensor([len(fetched), int(should_stop()), int(error is not None)])
+        more, stopped, failed = all_reduce_sum(flags, in_step=True).tolist()
+        if failed:
+            raise_on_all_ranks(error)
+        if stopped:
+            raise Interrupted
+        if not more:
+            return
+        yield from fetched
+
+
+class _ErrorReturningDataset(Dataset[Sample | DataError]):
     # A loader makes a traceback's text of what a worker raises; what is returned stays whole.
     def __init__(self, dataset: Coco2MaskDataset) -> None:
         self.dataset = dataset
@@ -39,7 +140,7 @@ def _collate_or_error(items: list[Sample | DataError]) -> Batch | DataError:
     return errors[0] if errors else collate([item for item in items if isinstance(item, Sample)])
 
 
-class _Remembering:
+class _TrackingSampler:
     # A sampler that knows what it has handed out and has not come back yet, in order.
     def __init__(self, sampler: Any) -> None:
         self.sampler, self.out = sampler, collections.deque[Any]()
@@ -67,9 +168,9 @@ class BatchLoader:
     ) -> None:
         self.dataset, self.num_workers = dataset, num_workers
         kind = "sampler" if "sampler" in options else "batch_sampler"
-        options[kind] = self.handed = _Remembering(options[kind])
+        options[kind] = self.handed = _TrackingSampler(options[kind])
         self.loader = DataLoader(
-            _ErrorsAsItems(dataset),
+            _ErrorReturningDataset(dataset),
             num_workers=num_workers,
             timeout=timeout if timeout and num_workers else 0,
             collate_fn=_collate_or_error,
@@ -83,7 +184,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         while True:
-            whereabouts.loading(self.waiting_for)
+            heartbeat.loading(self.waiting_for)
             try:
                 batch = next(batches)
             except StopIteration:

@@ -5,17 +5,12 @@ with the resized image, or a crop of it, at the top left and zeros at its right 
 lengths are in pixels; boxes are x0 y0 x1 y1 with pixel edges at whole numbers.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
-from samft.data.rasterize import Block, Polygons, cover
-
-Mask = NDArray[np.uint8] | NDArray[np.bool_]
 
 LOW_CELL = 4  # input px; the decoder's masks have a quarter of the input's resolution
 _MAX_JITTER = 20 / 1024  # of image_size, as SAM was trained
@@ -143,14 +138,14 @@ def _resize_with_pillow(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.ui
 
 def boxes_to_input(boxes_original: NDArray[np.floating], frame: Frame) -> NDArray[np.float64]:
     """Boxes [K, 4] from the original to the input frame; they may reach out of it."""
-    boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4) * _scales(frame)
-    return _mirror_boxes(boxes - _offsets(frame), frame)
+    boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4) * scales(frame)
+    return _mirror_boxes(boxes - offsets(frame), frame)
 
 
 def boxes_to_original(boxes: NDArray[np.floating], frame: Frame) -> NDArray[np.float64]:
     """Boxes [K, 4] from the input to the original frame."""
     boxes = _mirror_boxes(np.array(boxes, dtype=np.float64).reshape(-1, 4), frame)
-    return (boxes + _offsets(frame)) / _scales(frame)
+    return (boxes + offsets(frame)) / scales(frame)
 
 
 def visible_box(frame: Frame) -> NDArray[np.float64]:
@@ -159,12 +154,14 @@ def visible_box(frame: Frame) -> NDArray[np.float64]:
     return boxes_to_original(np.array([[0, 0, width, height]]), frame)[0]
 
 
-def _scales(frame: Frame) -> NDArray[np.float64]:
+def scales(frame: Frame) -> NDArray[np.float64]:
+    """Model pixels to an original pixel, as (x, y, x, y)."""
     # As segment_anything's apply_coords computes them.
     return np.array([frame.scale_x, frame.scale_y] * 2)
 
 
-def _offsets(frame: Frame) -> NDArray[np.int64]:
+def offsets(frame: Frame) -> NDArray[np.int64]:
+    """Where the visible part begins in the resized image, in model pixels, as (x, y, x, y)."""
     return np.array(frame.offset[::-1] * 2)
 
 
@@ -208,115 +205,3 @@ def jitter_boxes(
     moved = np.clip(corners + furthest * generator.uniform(-1, 1, corners.shape), 0, limit)
     too_small = moved[:, 1:] - moved[:, :1] < side / 2
     return np.where(too_small, corners, moved).reshape(-1, 4)
-
-
-def mask_to_low(
-    mask: Mask, frame: Frame, *, top: int = 0, left: int = 0, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
-    """The share of each 4 x 4 px cell of the input frame that an object covers.
-
-    Args:
-        mask: uint8 or bool [h, w], 0 or 1: the original frame's mask, or a crop of it.
-        frame: Of the image.
-        top: Of the crop, px in the original frame.
-        left: Of the crop, px in the original frame.
-        out: Zeros to draw on; None: new ones.
-
-    Returns:
-        uint8 [S/4, S/4]: 0 nothing, 255 all. Padding is 0.
-    """
-    out = np.zeros((frame.image_size // LOW_CELL,) * 2, dtype=np.uint8) if out is None else out
-    rows, columns, share = _coverage(mask, frame, cell=LOW_CELL, top=top, left=left)
-    out[rows, columns] = np.rint(share * 255)
-    return out
-
-
-def mask_to_input(
-    mask: Mask, frame: Frame, *, top: int = 0, left: int = 0, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
-    """The input frame's pixels of which an object covers half or more; see `mask_to_low`.
-
-    Returns:
-        uint8 [S, S] of 0 and 1.
-    """
-    out = np.zeros((frame.image_size,) * 2, dtype=np.uint8) if out is None else out
-    rows, columns, share = _coverage(mask, frame, cell=1, top=top, left=left)
-    out[rows, columns] = share >= 0.5 - 1e-9
-    return out
-
-
-def _coverage(
-    mask: Mask, frame: Frame, *, cell: int, top: int, left: int
-) -> tuple[slice, slice, NDArray[np.float64]]:
-    # Rows and columns of the cells that the crop reaches, and the share of each that it covers.
-    # This is what cv2.INTER_AREA and a mean over the cell come to, without the whole image: the
-    # integral of a mask of constant pixels is exactly bilinear between the pixels' corners.
-    height, width = mask.shape
-    (shown_height, shown_width), (offset_y, offset_x) = frame.input_size, frame.offset
-    if frame.flipped:
-        mask, left = mask[:, ::-1], frame.original_size[1] - left - width
-        offset_x = frame.resized_size[1] - shown_width - offset_x
-    scale_x, scale_y = frame.scale_x / cell, frame.scale_y / cell
-    rows, edges_y = _cell_edges(top, height, scale_y, offset_y / cell, shown_height / cell)
-    columns, edges_x = _cell_edges(left, width, scale_x, offset_x / cell, shown_width / cell)
-    if mask.size == 0 or rows.start >= rows.stop or columns.start >= columns.stop:
-        return slice(0), slice(0), np.zeros((0, 0))
-    integral = cv2.integral(np.ascontiguousarray(mask, dtype=np.uint8))
-    sums = _between_rows(_between_rows(integral, edges_y).T, edges_x).T
-    shares = np.diff(np.diff(sums, axis=0), axis=1) * (scale_x * scale_y)
-    return rows, columns, np.clip(shares, 0, 1)
-
-
-def _cell_edges(
-    start: int, length: int, scale: float, offset: float, shown: float
-) -> tuple[slice, NDArray[np.float64]]:
-    # The cells (of 1/scale original pixels, counted from `offset` on, `shown` of them) that
-    # start:start + length reaches, and their edges in pixels of the crop.
-    first = int(np.floor(start * scale - offset + 1e-9))
-    last = max(first + 1, int(np.ceil((start + length) * scale - offset - 1e-9)))
-    cells = slice(max(first, 0), min(last, int(np.ceil(shown))))
-    edges = (np.minimum(np.arange(cells.start, cells.stop + 1), shown) + offset) / scale - start
-    return cells, np.clip(edges, 0, length)
-
-
-def _between_rows(values: NDArray[np.number], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    low = np.minimum(at.astype(np.int64), len(values) - 2)
-    part = (at - low)[:, None]
-    return values[low] * (1 - part) + values[low + 1] * part
-
-
-def polygons_to_low(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    """What `mask_to_low` gives for the masks of K objects, from their outlines at once.
-
-    Args:
-        polygons: In the original frame.
-        frame: Of the image.
-        out: uint8 [K, S/4, S/4] of zeros to draw on: 0 nothing, 255 all.
-    """
-    for block in _blocks(polygons, frame, cell=LOW_CELL):
-        _place(block, out)[:] = np.rint(block.share * 255)
-
-
-def polygons_to_input(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    """What `mask_to_input` gives for the masks of K objects; see `polygons_to_low`.
-
-    Args:
-        polygons: In the original frame.
-        frame: Of the image.
-        out: uint8 [K, S, S] of zeros to draw on, with ones.
-    """
-    for block in _blocks(polygons, frame, cell=1):
-        _place(block, out)[:] = block.share >= 0.5 - 1e-9
-
-
-def _place(block: Block, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    height, width = block.share.shape
-    return out[block.object, block.top : block.top + height, block.left : block.left + width]
-
-
-def _blocks(polygons: Polygons, frame: Frame, *, cell: int) -> Iterator[Block]:
-    points = polygons.points * _scales(frame)[:2] - _offsets(frame)[:2]
-    height, width = frame.input_size
-    if frame.flipped:
-        points[:, 0] = width - points[:, 0]
-    return cover(replace(polygons, points=points / cell), size=(height / cell, width / cell))

@@ -150,7 +150,7 @@ class Precompute:
                 failure = self._record(rounds)  # also where the round ended in an error
                 error = error or failure
                 advance(sum(each.num_images for each in rounds))
-                distributed.raise_together(error)
+                distributed.raise_on_all_ranks(error)
                 for each in rounds:
                     bad_images.update(each.bad_images)
                 if any(each.stopped for each in rounds) or all(each.finished for each in rounds):

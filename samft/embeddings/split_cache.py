@@ -1,6 +1,6 @@
 """What a cache holds of a split: recipes of embeddings, where each image's is, and what is missing.
 
-What an embedding depends on beside its image is a `Recipe`; each has a store. Training images are
+What an embedding depends on beside its image is a `CacheKey`; each has a store. Training images are
 encoded as training would encode them: in its precision, decoded as fast, and flipped ones again,
 because the embedding of a flipped image is not the flipped embedding. Validation images are encoded
 as `SamPredictor` would: decoded exactly, in float32. So a cache changes neither losses nor scores.
@@ -20,8 +20,8 @@ from segment_anything.modeling import Sam
 
 from samft import distributed
 from samft.coco.images import ImageError, open_image
-from samft.coco.subset import CocoIndex
-from samft.data.data import Coco2MaskDataset
+from samft.coco.subset import CocoSubset
+from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.store import DIGEST_BYTES, CachedEmbeddings, Store
 from samft.errors import UserError
 
@@ -31,7 +31,7 @@ ShouldStop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CacheKey:
     """All that an embedding depends on, but the image."""
 
     encoder: str  # digest of its weights, see `digest_of_encoder`
@@ -92,7 +92,9 @@ def sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def read_digests(index: CocoIndex, *, on_bad_image: str, should_stop: ShouldStop) -> Digests | None:
+def read_digests(
+    index: CocoSubset, *, on_bad_image: str, should_stop: ShouldStop
+) -> Digests | None:
     """Hashes all image files, each rank its share. Collective.
 
     Args:
@@ -124,7 +126,7 @@ def read_digests(index: CocoIndex, *, on_bad_image: str, should_stop: ShouldStop
         else:
             found.digests[row] = np.frombuffer(sha256(encoded.content), np.uint8)
             found.sizes[row] = encoded.size
-    distributed.raise_together(error if on_bad_image == "error" else None)
+    distributed.raise_on_all_ranks(error if on_bad_image == "error" else None)
     if distributed.agree(should_stop()):
         return None
     share = (found.digests[rank::world_size], found.sizes[rank::world_size], found.bad_images)
@@ -207,6 +209,6 @@ def _free_slots(slots: dict[bytes, int]) -> Iterator[int]:
     return (slot for slot in itertools.count() if slot not in taken)
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
+def describe(recipe: CacheKey) -> dict[str, Any]:
     """What a person finds in a store's folder."""
     return {"format": _FORMAT, **asdict(recipe)}

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from samft.coco.images import ImageError
 from samft.runtime.files import write_json
+from samft.runtime.logs import GIB, format_gib
 
-GIB = 1 << 30
 DIGEST_BYTES = 32
 MARGIN_BYTES = GIB  # left free on the disk, for the run's own checkpoints
 _DATA, _RECORDS, _META = "embeddings.bin", "records.bin", "meta.json"
@@ -224,15 +224,17 @@ def make_room(folder: Path, *, own: set[str], needed: int, limit: int) -> str | 
     )
     used, evictable = sum(sizes.values()), sum(sizes[store] for store in others)
     if used - evictable + needed > limit:
-        busy = f", and other runs use {gib(used - evictable - kept)} of it"
+        busy = f", and other runs use {format_gib(used - evictable - kept)} of it"
         return (
-            f"it would hold {gib(kept + needed)}{busy if used - evictable > kept else ''}, and "
-            f"cache_max_gib allows {gib(limit)}"
+            f"it would hold {format_gib(kept + needed)}"
+            f"{busy if used - evictable > kept else ''}, "
+            f"and cache_max_gib allows {format_gib(limit)}"
         )
     if needed and needed + MARGIN_BYTES > free + evictable:
         return (
-            f"{gib(needed)} more are needed, and of the {gib(free + evictable)} that are free "
-            f"there {gib(MARGIN_BYTES)} are left to checkpoints"
+            f"{format_gib(needed)} more are needed, and of the "
+            f"{format_gib(free + evictable)} that are free there "
+            f"{format_gib(MARGIN_BYTES)} are left to checkpoints"
         )
     for store in others:
         if used + needed <= limit and needed + MARGIN_BYTES <= free:
@@ -240,11 +242,6 @@ def make_room(folder: Path, *, own: set[str], needed: int, limit: int) -> str | 
         shutil.rmtree(store)
         used, free = used - sizes[store], free + sizes[store]
     return None
-
-
-def gib(num_bytes: int) -> str:
-    """A number of bytes for a person."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _disk_bytes(store: Path) -> int:

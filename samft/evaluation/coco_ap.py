@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.coco_objects import CROWD
-from samft.coco.masks import decode_cropped, encode_cropped
-from samft.coco.subset import CocoIndex
+from samft.coco.entries import CROWD
+from samft.coco.segmentation import decode_cropped, encode_cropped
+from samft.coco.subset import CocoSubset
 from samft.errors import ConfigError
-from samft.evaluation.evaluation import EvaluatedObjects
+from samft.evaluation.evaluator import EvaluatedObjects
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 USUAL_MAX_DETS = 100  # of a class in an image; COCOeval's default
 _SIZES = ("small", "medium", "large")  # in the order of COCOeval's area ranges, after all
 
 
-def categories_of(index: CocoIndex, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def categories_of(index: CocoSubset, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The category id of each object, int64 [K]."""
     known = index.file.object_ids[index.objects]
     order = np.argsort(known)
@@ -50,7 +50,7 @@ def coco_results(
     return [dict(zip(names, values, strict=True)) for values in columns]
 
 
-def coco_truth(objects: EvaluatedObjects, index: CocoIndex) -> dict[str, Any]:
+def coco_truth(objects: EvaluatedObjects, index: CocoSubset) -> dict[str, Any]:
     """The true masks of objects, and the crowds in their images, as a COCO file's content.
 
     COCOeval takes annotation id 0 for "no match", so ids are given anew, from 1. Areas are those of
@@ -83,7 +83,7 @@ def coco_truth(objects: EvaluatedObjects, index: CocoIndex) -> dict[str, Any]:
     }
 
 
-def _crowds(index: CocoIndex, sizes: dict[int, list[int]]) -> list[tuple[Any, ...]]:
+def _crowds(index: CocoSubset, sizes: dict[int, list[int]]) -> list[tuple[Any, ...]]:
     # A mask that fits no object better but lies in a crowd is not held against the model.
     file, entries = index.file, []
     for row in np.flatnonzero(file.flags & CROWD).tolist():

@@ -1,17 +1,60 @@
-"""Per-mask IoU, at the resolution of the original image, as `SamPredictor` would give it."""
+"""Boundary IoU: how well the outlines of two masks agree, which IoU hardly sees on large objects.
 
-import resource
-from collections.abc import Iterator
-from functools import lru_cache
+Source: Cheng et al., Boundary IoU: Improving Object-Centric Image Segmentation Evaluation, 2021,
+and its code, which takes as the boundary what an erosion with a square takes away.
+
+Per-mask IoU, at the resolution of the original image, as `SamPredictor` would give it.
+"""
+
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
-from samft.data.targets import CroppedMask
+from samft.coco.segmentation import CroppedMask
+
+BOUNDARY_SHARE = 0.02  # of the image's diagonal, as in the paper for COCO
+
+
+def boundary_width(original_size: tuple[int, int]) -> int:
+    """Pixels that the boundary reaches into a mask, for an image of size H, W; at least 1."""
+    height, width = original_size
+    return max(1, int(round(BOUNDARY_SHARE * float(np.hypot(height, width)))))
+
+
+def boundary_of(mask: CroppedMask, *, width: int) -> CroppedMask:
+    """The pixels of a mask that are at most so far from what is not the mask.
+
+    The far side of the image's edge is not the mask. So a crop that holds the whole mask gives what
+    the whole image does.
+
+    Args:
+        mask: Cropped, if not tightly; [0, 0] where it is empty.
+        width: Pixels, counted along rows, columns and diagonals alike.
+
+    Returns:
+        The boundary, in the same crop.
+    """
+    if not mask.mask.size:
+        return mask
+    padded = np.pad(mask.mask.astype(np.uint8), 1)
+    inner = cv2.erode(padded, np.ones((3, 3), dtype=np.uint8), iterations=width)[1:-1, 1:-1]
+    return CroppedMask(mask.top, mask.left, mask.mask & (inner == 0))
+
+
+def boundary_iou(mask: CroppedMask, truth: CroppedMask, *, original_size: tuple[int, int]) -> float:
+    """IoU of the boundaries of two masks of one image; 1 where both are empty.
+
+    Args:
+        mask: In the original frame.
+        truth: In the original frame.
+        original_size: H, W of the image, whose diagonal says how wide a boundary is.
+    """
+    width = boundary_width(original_size)
+    return cropped_iou(boundary_of(mask, width=width), boundary_of(truth, width=width))
 
 
 class MaskMean(Metric):
@@ -53,74 +96,6 @@ class MaskMean(Metric):
 
 class PerMaskIoU(MaskMean):
     """`per_mask_iou`: the mean over masks of each mask's IoU with its truth."""
-
-
-@lru_cache(maxsize=64)
-def upsampling_matrix(low: int, frame: int, inside: int, original: int) -> Tensor:
-    """`Sam.postprocess_masks` along one axis, as a matrix.
-
-    SAM upsamples logits bilinearly to the model frame, cuts the padding off, and resizes bilinearly
-    to the original image. Each step is linear and separable, so on one axis the whole is a matrix,
-    and any rectangle of the result can be had without the rest.
-
-    Args:
-        low: Logits along the axis, S/4.
-        frame: S.
-        inside: Pixels of the frame that are image.
-        original: Pixels of the original image.
-
-    Returns:
-        float32 [original, low].
-
-    Source: `segment_anything/modeling/sam.py`, `postprocess_masks`.
-    """
-    to_frame = F.interpolate(torch.eye(low)[None], size=frame, mode="linear")[0]
-    to_original = F.interpolate(to_frame[None, :, :inside], size=original, mode="linear")[0]
-    return to_original.T.contiguous()
-
-
-def original_masks(
-    mask_logits: Tensor,
-    *,
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-    image_size: int,
-) -> Iterator[CroppedMask]:
-    """The masks of one image at its original resolution.
-
-    Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can hold
-    positive logits is computed: bilinear resizing makes no positive value out of negative ones.
-
-    Args:
-        mask_logits: float [M, S/4, S/4], masks of one image.
-        input_size: Height and width of the image in the model frame.
-        original_size: Height and width of the original image.
-        image_size: S.
-
-    Yields:
-        M masks, cropped, if not tightly; [0, 0] where the mask is empty.
-    """
-    low = mask_logits.shape[-1]
-    device = mask_logits.device
-    rows, columns = (
-        upsampling_matrix(low, image_size, input_size[axis], original_size[axis]).to(device)
-        for axis in (0, 1)
-    )
-    positive = mask_logits > 0
-    spans = torch.stack([_span(positive.any(2), rows), _span(positive.any(1), columns)], dim=1)
-    for logits, span in zip(mask_logits.float(), spans.tolist(), strict=True):
-        (top, bottom), (left, right) = span
-        mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
-        yield CroppedMask(top, left, mask)
-
-
-def _span(positive: Tensor, matrix: Tensor) -> Tensor:
-    # Outputs that draw on at least one positive cell: first and one past the last; 0, 0 if none.
-    touched = (positive.float() @ (matrix != 0).float().T) > 0
-    numbers = torch.arange(1, touched.shape[1] + 1, device=touched.device)
-    last = (touched * numbers).amax(1)
-    first = (touched * numbers.flip(0)).amax(1)
-    return torch.stack([torch.where(last > 0, touched.shape[1] - first, 0), last], dim=1)
 
 
 def cropped_iou(mask: CroppedMask, truth: CroppedMask) -> float:
@@ -167,10 +142,3 @@ def box_fill_ious(
         filled = np.ones((max(0, bottom - top), max(0, right - left)), dtype=bool)
         ious.append(cropped_iou(CroppedMask(top, left, filled), truth))
     return torch.tensor(ious, dtype=torch.float64)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far: allocated on the GPU, or resident on the CPU; in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,29 +1,99 @@
-"""Scores on every mask of a split: `validate`, the number that is deployed."""
+"""The few masks of a validation that are kept to be looked at; the others are scored and let go.
+
+Scores on every mask of a split: `validate`, the number that is deployed.
+"""
 
 import contextlib
+import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from samft.data.batch import Batch
-from samft.data.prefetch import Waiting, side_by_side
-from samft.evaluation.kept_masks import MaskKeeper
-from samft.evaluation.metrics import (
-    MaskMean,
-    PerMaskIoU,
-    box_fill_ious,
-    cropped_iou,
-    original_masks,
-)
-from samft.evaluation.scores import ObjectScores, gather_scores
-from samft.models.prompted_sam import PromptedSam
-from samft.runtime import heartbeat as whereabouts
+from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
+from samft.data.dataset import Batch
+from samft.data.loaders import Waiting, lockstep
+from samft.distributed import all_gather
+from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou
+from samft.evaluation.object_scores import ObjectScores, gather_scores
+from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.runtime import heartbeat
+from samft.training.engine import LOSS_NAMES
 from samft.training.losses import LossFunction
-from samft.training.progress import LOSS_NAMES
+
+Key = tuple[int, int]  # the ids of an image and of one of its objects
+
+
+@dataclass(frozen=True, order=True)
+class SelectedMask:
+    """A mask that a model predicted; ordered by how bad it is."""
+
+    iou_actual: float
+    key: Key
+    iou_predicted: float = field(compare=False)
+    rle: dict[str, Any] = field(compare=False)  # at the original resolution
+
+    @property
+    def mask(self) -> CroppedMask:
+        """The mask, cropped tightly."""
+        top, left, crop = decode_encoded(self.rle)
+        return CroppedMask(top, left, crop.astype(bool))
+
+
+class MaskSelection:
+    """Keeps the masks of certain objects, and the worst; in memory never more than those.
+
+    Args:
+        fixed: The objects whose masks are kept whatever they are.
+        num_worst: How many of the worst.
+    """
+
+    def __init__(self, fixed: Iterable[Key], *, num_worst: int) -> None:
+        self._wanted, self._num_worst = frozenset(fixed), num_worst
+        self.fixed: dict[Key, SelectedMask] = {}
+        self.worst: list[SelectedMask] = []
+        # The best of the worst first: what a worse one pushes out.
+        self._heap: list[tuple[float, int, int]] = []
+        self._encoded: dict[Key, SelectedMask] = {}
+
+    def add(
+        self, key: Key, mask: CroppedMask, *, ious: tuple[float, float], size: tuple[int, int]
+    ) -> None:
+        """Keeps a mask if it is to be kept.
+
+        Args:
+            key: Of its object.
+            mask: At the original resolution.
+            ious: Actual and predicted.
+            size: H, W of the image.
+        """
+        entry = (-ious[0], -key[0], -key[1])
+        has_room = len(self._heap) < self._num_worst
+        is_bad = has_room or (self._num_worst > 0 and entry > self._heap[0])
+        if key not in self._wanted and not is_bad:
+            return
+        height, width = size
+        rle = encode_cropped(mask.top, mask.left, mask.mask, height=height, width=width)
+        kept = SelectedMask(ious[0], key, ious[1], rle)
+        if key in self._wanted:
+            self.fixed[key] = kept
+        if is_bad:
+            heapq.heappush(self._heap, entry)
+            self._encoded[key] = kept
+            if len(self._heap) > self._num_worst:
+                _, image_id, object_id = heapq.heappop(self._heap)
+                del self._encoded[-image_id, -object_id]
+
+    def gather(self) -> None:
+        """Puts those of all ranks into `fixed` and `worst`, the same on each. Collective."""
+        found = all_gather((self.fixed, list(self._encoded.values())))
+        self.fixed = {key: kept for fixed, _ in found for key, kept in fixed.items()}
+        self.worst = sorted(kept for _, some in found for kept in some)[: self._num_worst]
+
 
 MASK_CHUNK = 64
 
@@ -45,7 +115,7 @@ class Validation:
     metrics: dict[str, float]
     box_fill_iou: float
     objects: ObjectScores = field(default_factory=lambda: ObjectScores.join([]))
-    kept: MaskKeeper | None = None
+    kept: MaskSelection | None = None
     bad_images: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
@@ -56,7 +126,7 @@ def validate(
     batches: Iterable[Batch],
     *,
     loss: LossFunction,
-    keep: MaskKeeper | None = None,
+    keep: MaskSelection | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
 ) -> Validation:
@@ -86,8 +156,8 @@ def validate(
         mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
     objects: list[ObjectScores] = []
     bad_images: dict[str, str] = {}
-    for batch in side_by_side(batches, should_stop=should_stop, waiting=waiting):
-        whereabouts.doing("validating on image", partial(list, batch.image_ids))
+    for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
+        heartbeat.set_activity("validating on image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # none if the image cannot be read
             objects += _score_image(model, batch, loss=loss, means=means, keep=keep)
@@ -104,7 +174,7 @@ def _score_image(
     *,
     loss: LossFunction,
     means: dict[str, MaskMean],
-    keep: MaskKeeper | None,
+    keep: MaskSelection | None,
 ) -> list[ObjectScores]:
     moved = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
@@ -135,7 +205,7 @@ def _score_masks(
     *,
     part: Tensor,
     loss: LossFunction,
-    keep: MaskKeeper | None,
+    keep: MaskSelection | None,
 ) -> dict[str, Tensor]:
     boxes, index = batch.boxes[part], batch.image_index[part]
     logits, iou_predicted = model.decode(embedding, boxes, index)
@@ -148,28 +218,17 @@ def _score_masks(
     )
     truths = [batch.truths[number] for number in part.tolist()]
     image_size = model.sam.image_encoder.img_size
-    masks = original_masks(logits, image_size=image_size, **sizes_of(batch))
+    masks = original_masks(logits, image_size=image_size, **batch.image_sizes)
     ious = []
     for k, mask in zip(part.tolist(), masks, strict=True):
         ious.append(cropped_iou(mask, batch.truths[k]))
         if keep is not None:
             key = batch.image_ids[0], int(batch.object_ids[k])
             both = ious[-1], float(iou_predicted[k - int(part[0])])
-            keep.offer(key, mask, ious=both, size=sizes_of(batch)["original_size"])
+            keep.add(key, mask, ious=both, size=batch.image_sizes["original_size"])
     iou = torch.tensor(ious, dtype=torch.float64)
     values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
     scores = dict(zip(LOSS_NAMES, values, strict=True))
     scores["iou_predicted"] = iou_predicted
-    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **sizes_of(batch))
+    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **batch.image_sizes)
     return scores
-
-
-def sizes_of(batch: Batch) -> dict[str, tuple[int, int]]:
-    """H and W of a batch's one image, in the model frame and as it is, as the metrics take them."""
-    (height, width), (original_height, original_width) = (
-        sizes[0].tolist() for sizes in (batch.input_sizes, batch.original_sizes)
-    )
-    return {
-        "input_size": (height, width),
-        "original_size": (original_height, original_width),
-    }

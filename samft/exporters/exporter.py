@@ -13,13 +13,13 @@ import samft
 from samft.errors import ExportError
 from samft.exporters.huggingface import open_huggingface, write_huggingface
 from samft.exporters.onnx import open_onnx, write_onnx
-from samft.exporters.reference import (
-    Answer,
+from samft.exporters.verification import (
     Difference,
-    Sample,
-    ask,
+    Prediction,
+    VerificationSample,
+    bitwise_equal,
     compare,
-    is_equal_to_the_bit,
+    predict_boxes,
 )
 from samft.exporters.weight_files import (
     META_SIZE,
@@ -123,7 +123,7 @@ def export(
     *,
     format: str,
     metadata: Mapping[str, str],
-    expected: Sequence[tuple[Sample, Answer]],
+    expected: Sequence[tuple[VerificationSample, Prediction]],
     opset: int,
 ) -> Difference:
     """Writes a file, reads it again, and puts it in its place if it answers as the model does.
@@ -167,15 +167,15 @@ def _write(sam: Sam, part: Path, metadata: Mapping[str, str], *, format: str, op
         write_huggingface(sam, part, metadata)
 
 
-def _read_again(sam: Sam, part: Path, *, format: str) -> Callable[[Sample], Answer]:
+def _read_again(sam: Sam, part: Path, *, format: str) -> Callable[[VerificationSample], Prediction]:
     if format == "onnx":
         return open_onnx(part)
     if format == "huggingface":
         return open_huggingface(part)
     again = read_pth(part) if format == "pth" else read_safetensors(part)
-    if not is_equal_to_the_bit(sam.state_dict(), again.state_dict()):
+    if not bitwise_equal(sam.state_dict(), again.state_dict()):
         raise ExportError(
             "the weights that were read again are not those that were written, so nothing is left "
             "of the file: the disk or the memory may be at fault."
         )
-    return partial(ask, again)
+    return partial(predict_boxes, again)

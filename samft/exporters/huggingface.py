@@ -10,7 +10,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
-from samft.exporters.reference import Answer, Sample
+from samft.exporters.verification import Prediction, VerificationSample
 from samft.exporters.weight_files import save_safetensors
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify
 from samft.runtime.files import write_json
@@ -156,7 +156,7 @@ def write_huggingface(sam: Sam, folder: Path, metadata: Mapping[str, str]) -> No
     write_json(folder / PROCESSOR, processor_config(image_size))
 
 
-def open_huggingface(folder: Path) -> Callable[[Sample], Answer]:
+def open_huggingface(folder: Path) -> Callable[[VerificationSample], Prediction]:
     """Loads the folder into `transformers`' SamModel.
 
     Args:
@@ -173,7 +173,7 @@ def open_huggingface(folder: Path) -> Callable[[Sample], Answer]:
     return lambda sample: _ask(model, processor, sample)
 
 
-def _ask(model: Any, processor: Any, sample: Sample) -> Answer:
+def _ask(model: Any, processor: Any, sample: VerificationSample) -> Prediction:
     size = sample.image.shape[:2]
     # Resized beforehand, as `SamPredictor` does: their processor resizes with another rounding,
     # which would show in the logits and says nothing about the weights.
@@ -189,4 +189,4 @@ def _ask(model: Any, processor: Any, sample: Sample) -> Answer:
     (logits,) = processor.image_processor.post_process_masks(
         found.pred_masks, [size], inputs["reshaped_input_sizes"], binarize=False
     )
-    return Answer(logits[:, 0].numpy(), found.iou_scores[0, :, 0].numpy())
+    return Prediction(logits[:, 0].numpy(), found.iou_scores[0, :, 0].numpy())

@@ -17,7 +17,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samft.exporters.reference import Answer, Sample
+from samft.exporters.verification import Prediction, VerificationSample
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 OPSET = 17
@@ -118,7 +118,7 @@ def _trace(
         )
 
 
-def open_onnx(folder: Path) -> Callable[[Sample], Answer]:
+def open_onnx(folder: Path) -> Callable[[VerificationSample], Prediction]:
     """Opens both files in onnxruntime.
 
     Args:
@@ -136,7 +136,7 @@ def open_onnx(folder: Path) -> Callable[[Sample], Answer]:
     return lambda sample: _ask(encoder, decoder, sample)
 
 
-def _ask(encoder: Any, decoder: Any, sample: Sample) -> Answer:
+def _ask(encoder: Any, decoder: Any, sample: VerificationSample) -> Prediction:
     low = next(i.shape[-2:] for i in decoder.get_inputs() if i.name == "mask_input")
     resize = ResizeLongestSide(4 * low[0])
     pixels = resize.apply_image(sample.image).astype(np.float32).transpose(2, 0, 1)[None]
@@ -154,4 +154,4 @@ def _ask(encoder: Any, decoder: Any, sample: Sample) -> Answer:
             "orig_im_size": np.array(size, np.float32),
         },
     )
-    return Answer(masks[:, 0], iou[:, 0])
+    return Prediction(masks[:, 0], iou[:, 0])

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from samft.models.decoder import Decoder, Tensors
+from samft.models.mask_decoder import Decoder, Tensors
 
 # What a box takes for each channel of each image token, in bytes: the slope of a step's peak memory
 # over the chunk, measured with vit_b at 1024 px in float32 (81 MB a box).
@@ -28,14 +28,6 @@ SHARE_OF_FREE_MEMORY = 0.25
 # On a CPU more at once gains nothing: larger tensors are fetched anew from the system each time.
 MOST_BOXES = {"cpu": 8}
 OTHERWISE_MOST = 64
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that new tensors could take on a device; no end of them on a CPU."""
-    if device.type != "cuda":
-        return float("inf")
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) -> int:

@@ -4,14 +4,18 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from samft.models.chunked_loss import BoxDecoder, Inputs, auto_mask_chunk, free_memory
-from samft.models.decoder import Tensors, choose_decoder
+from samft.coco.segmentation import CroppedMask
+from samft.models.chunked_loss import BoxDecoder, Inputs, auto_mask_chunk
+from samft.models.mask_decoder import Tensors, choose_decoder
+from samft.runtime.device import free_memory
 
 LOGGER = logging.getLogger(__name__)
 
@@ -215,3 +219,71 @@ def inside_image(input_sizes: Tensor, size: int) -> Tensor:
     """Which pixels of the model frame lie inside the image: float32 [N, size, size], 1 or 0."""
     rows, columns = inside_sides(input_sizes, size).unbind(1)
     return rows[:, :, None] * columns[:, None, :]
+
+
+@lru_cache(maxsize=64)
+def upsampling_matrix(low: int, frame: int, inside: int, original: int) -> Tensor:
+    """`Sam.postprocess_masks` along one axis, as a matrix.
+
+    SAM upsamples logits bilinearly to the model frame, cuts the padding off, and resizes bilinearly
+    to the original image. Each step is linear and separable, so on one axis the whole is a matrix,
+    and any rectangle of the result can be had without the rest.
+
+    Args:
+        low: Logits along the axis, S/4.
+        frame: S.
+        inside: Pixels of the frame that are image.
+        original: Pixels of the original image.
+
+    Returns:
+        float32 [original, low].
+
+    Source: `segment_anything/modeling/sam.py`, `postprocess_masks`.
+    """
+    to_frame = F.interpolate(torch.eye(low)[None], size=frame, mode="linear")[0]
+    to_original = F.interpolate(to_frame[None, :, :inside], size=original, mode="linear")[0]
+    return to_original.T.contiguous()
+
+
+def original_masks(
+    mask_logits: Tensor,
+    *,
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    image_size: int,
+) -> Iterator[CroppedMask]:
+    """The masks of one image at its original resolution.
+
+    Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can hold
+    positive logits is computed: bilinear resizing makes no positive value out of negative ones.
+
+    Args:
+        mask_logits: float [M, S/4, S/4], masks of one image.
+        input_size: Height and width of the image in the model frame.
+        original_size: Height and width of the original image.
+        image_size: S.
+
+    Yields:
+        M masks, cropped, if not tightly; [0, 0] where the mask is empty.
+    """
+    low = mask_logits.shape[-1]
+    device = mask_logits.device
+    rows, columns = (
+        upsampling_matrix(low, image_size, input_size[axis], original_size[axis]).to(device)
+        for axis in (0, 1)
+    )
+    positive = mask_logits > 0
+    spans = torch.stack([_span(positive.any(2), rows), _span(positive.any(1), columns)], dim=1)
+    for logits, span in zip(mask_logits.float(), spans.tolist(), strict=True):
+        (top, bottom), (left, right) = span
+        mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
+        yield CroppedMask(top, left, mask)
+
+
+def _span(positive: Tensor, matrix: Tensor) -> Tensor:
+    # Outputs that draw on at least one positive cell: first and one past the last; 0, 0 if none.
+    touched = (positive.float() @ (matrix != 0).float().T) > 0
+    numbers = torch.arange(1, touched.shape[1] + 1, device=touched.device)
+    last = (touched * numbers).amax(1)
+    first = (touched * numbers.flip(0)).amax(1)
+    return torch.stack([torch.where(last > 0, touched.shape[1] - first, 0), last], dim=1)

@@ -11,10 +11,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.masks import encode_cropped
-from samft.data.targets import CroppedMask
-from samft.prediction.prediction_task import PLAIN_CATEGORY, ImageList
-from samft.reports import pictures
+from samft.coco.segmentation import CroppedMask, encode_cropped
+from samft.prediction.inputs import PLAIN_CATEGORY, ImageList
+from samft.reports import drawing
 from samft.runtime.files import write_atomically, write_json
 
 _DIGITS = 6  # of a box's sides, which are sums and differences of what files give
@@ -133,7 +132,7 @@ class Pictures:
 
     Attributes:
         folder: Gets `masks/` and `overlays/`.
-        masks: Whether to write label images, see `pictures.label_image`.
+        masks: Whether to write label images, see `drawing.label_image`.
         overlays: Whether to write what a person looks at.
     """
 
@@ -165,11 +164,11 @@ class Pictures:
         """
         height, width = image.shape[:2]
         if self.masks:
-            labels = pictures.label_image(masks, (height, width))
-            _write(self.folder / "masks" / f"{name}.png", pictures.index_png(labels))
+            labels = drawing.label_image(masks, (height, width))
+            _write(self.folder / "masks" / f"{name}.png", drawing.index_png(labels))
         if self.overlays:
-            drawn = pictures.draw_objects(image, masks, boxes=boxes)
-            _write(self.folder / "overlays" / f"{name}.jpg", pictures.jpeg(drawn))
+            drawn = drawing.draw_objects(image, masks, boxes=boxes)
+            _write(self.folder / "overlays" / f"{name}.jpg", drawing.jpeg(drawn))
 
 
 def _write(path: Path, content: bytes) -> None:

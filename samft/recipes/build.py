@@ -1,8 +1,7 @@
 """From the configuration to the parts of a run: model, precision, trainer, loaders."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,42 +9,19 @@ from torch import Tensor
 from samft import distributed
 from samft.config import TrainConfig
 from samft.data.loaders import BatchLoader, train_loader, val_loader
-from samft.errors import CheckpointError, UserError
-from samft.models.activation_checkpointing import checkpoint_activations
-from samft.models.freezing import freeze
+from samft.errors import CheckpointError
+from samft.models.image_encoder import checkpoint_activations
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, identify, load_state, read_state
+from samft.models.sam import build_sam, freeze, identify, load_state, read_state
 from samft.models.weights import find_weights
 from samft.recipes.datasets import Splits, count_repeats
+from samft.runtime.device import pick_amp_dtype
 from samft.runtime.logs import LOGGER
-from samft.training.engine import Trainer
+from samft.training.engine import Progress, Trainer
 from samft.training.losses import LossFunction, mask_losses
 from samft.training.optim import build_optimizer, schedule_learning_rate
-from samft.training.progress import Progress
 
-T = TypeVar("T")
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
-
-
-def together(build: Callable[[], T]) -> T:
-    """Runs a function on every rank; a user's error on any rank ends all. Collective.
-
-    Args:
-        build: May raise `UserError` on some ranks only.
-
-    Returns:
-        What it returned on this rank.
-
-    Raises:
-        UserError: See `distributed.raise_together`.
-    """
-    result, error = None, None
-    try:
-        result = build()
-    except UserError as caught:
-        error = caught
-    distributed.raise_together(error)
-    return result  # type: ignore[return-value]  # it is None only where that was raised
 
 
 def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tensor] | None:
@@ -124,14 +100,6 @@ def build_loss(config: TrainConfig) -> LossFunction:
         dice_weight=config.loss_dice_weight,
         iou_weight=config.loss_iou_weight,
     )
-
-
-def pick_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type to autocast to; None for float32. `auto`: bf16 on GPUs that have it, else off."""
-    if amp == "auto":
-        good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if good else None
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def build_trainer(

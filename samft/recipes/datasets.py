@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from samft.coco.layout import find_split
 from samft.coco.problems import NOTE, WARNING
-from samft.coco.subset import CocoIndex, find_shared, read_coco, split_by_hash
+from samft.coco.subset import CocoSubset, find_shared, read_coco, split_by_hash
 from samft.config import TrainConfig
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.samplers import repeat_factors
 from samft.errors import DataError
 from samft.runtime.logs import LOGGER
@@ -104,7 +104,7 @@ def find_val(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
         return "train", _find_files(config, "train")
 
 
-def _read(config: TrainConfig, files: tuple[Path, Path]) -> CocoIndex:
+def _read(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
     names = [name.strip() for name in (config.category_names or "").split(",")]
     return read_coco(
         *files,
@@ -124,7 +124,7 @@ def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
     return find_split(Path(config.data_root).expanduser(), getattr(config, f"{split}_split"))
 
 
-def _hold_out(whole: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoIndex]:
+def _hold_out(whole: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
     train_index, val_index = split_by_hash(whole, val_fraction)
     LOGGER.info(
         "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
@@ -136,7 +136,7 @@ def _hold_out(whole: CocoIndex, val_fraction: float) -> tuple[CocoIndex, CocoInd
     return train_index, val_index
 
 
-def _without_shared(train: CocoIndex, val: CocoIndex) -> CocoIndex:
+def _without_shared(train: CocoSubset, val: CocoSubset) -> CocoSubset:
     shared = find_shared(train, val)
     if len(shared) in (0, train.num_images):
         if len(shared):
@@ -157,7 +157,7 @@ def _without_shared(train: CocoIndex, val: CocoIndex) -> CocoIndex:
     return replace(kept, counts={**train.counts, code: len(shared)})
 
 
-def _count(index: CocoIndex) -> dict[str, Any]:
+def _count(index: CocoSubset) -> dict[str, Any]:
     return {
         "images": index.num_images,
         "masks": index.num_objects,
@@ -166,7 +166,7 @@ def _count(index: CocoIndex) -> dict[str, Any]:
     }
 
 
-def count_repeats(index: CocoIndex, threshold: float | None) -> NDArray[np.float64] | None:
+def count_repeats(index: CocoSubset, threshold: float | None) -> NDArray[np.float64] | None:
     """How often each training image comes in an epoch; None: once each."""
     if threshold is None:
         return None
@@ -183,7 +183,7 @@ def count_repeats(index: CocoIndex, threshold: float | None) -> NDArray[np.float
     return repeats
 
 
-def _dataset(index: CocoIndex, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
+def _dataset(index: CocoSubset, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
     return Coco2MaskDataset(
         index.file.image_folder,
         None,
@@ -200,7 +200,7 @@ def _dataset(index: CocoIndex, config: TrainConfig, *, training: bool) -> Coco2M
     )
 
 
-def _fingerprint(index: CocoIndex) -> str:
+def _fingerprint(index: CocoSubset) -> str:
     file = index.file
     names = "\n".join(index.file_name(i) for i in range(index.num_images))
     digest = hashlib.sha256(names.encode(errors="surrogateescape"))

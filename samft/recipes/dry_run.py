@@ -7,7 +7,6 @@ image each of validation and encoding, and from one checkpoint that is written a
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,11 +18,10 @@ import torch
 from samft import distributed
 from samft.checkpoints.top_k import save_tensors
 from samft.config import TrainConfig
-from samft.data.batch import Batch
+from samft.data.dataset import Batch
 from samft.data.loaders import batch_by_objects, masks_per_image
-from samft.embeddings.store import gib
+from samft.distributed import run_on_all_ranks
 from samft.errors import ConfigError
-from samft.evaluation.metrics import peak_memory_gib
 from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
 from samft.recipes.build import (
@@ -32,23 +30,21 @@ from samft.recipes.build import (
     disk_bytes,
     images_per_step,
     load_weights,
-    pick_amp_dtype,
-    together,
 )
 from samft.recipes.datasets import Splits, load_splits
-from samft.recipes.embedding_cache import Foreseen, cache_folder_of, foresee_cache
-from samft.runtime.files import make_writable, write_status
-from samft.runtime.logs import LOGGER, format_duration
-from samft.training.engine import SAVE_MEMORY, Trainer
+from samft.recipes.embedding_cache import CacheEstimate, cache_folder_of, estimate_cache
+from samft.runtime.device import now, peak_memory_gib, pick_amp_dtype
+from samft.runtime.logs import LOGGER, format_duration, format_gib
+from samft.runtime.output_dir import make_writable, write_status
+from samft.training.engine import SAVE_MEMORY, Progress, Trainer
 from samft.training.optim import gather_state
-from samft.training.progress import Progress
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes. Seconds are of all processes at work together.
+    """What a run takes. Seconds are of all processes at work run_on_all_ranks.
 
     Attributes:
         peak_memory_gib: Of the process that takes most: allocated on its GPU, or resident.
@@ -100,10 +96,10 @@ def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         UserError: Whatever the run would refuse, or no room on the disk.
     """
     folder = Path(config.output_dir).expanduser()
-    together(lambda: make_writable(folder))
-    splits = together(lambda: load_splits(config))
+    run_on_all_ranks(lambda: make_writable(folder))
+    splits = run_on_all_ranks(lambda: load_splits(config))
     splits.announce()
-    weights = together(lambda: load_weights(config))
+    weights = run_on_all_ranks(lambda: load_weights(config))
     trial = _Trial(config, build_model(config, weights, device), folder)
     forecast = _slowest(_forecast(config, splits, trial))
     announce(forecast, config)
@@ -163,7 +159,7 @@ def _memory_gib(device: torch.device) -> float:
 
 @dataclass
 class _Found:
-    cache: Foreseen | None
+    cache: CacheEstimate | None
     largest_batch: int  # objects
     load_seconds: float  # an image, by one worker
     encode_seconds: float  # an image
@@ -182,11 +178,11 @@ class _Trial:
     def run(self, splits: Splits) -> _Found:
         """Tries every part once or twice. Collective: every rank must call."""
         config = self.config
-        cache = foresee_cache(config, self.model, splits, progress=Progress())
+        cache = estimate_cache(config, self.model, splits, progress=Progress())
         load = partial(batch_by_objects, splits.train, config.batch_size)
-        load_seconds, usual = self._time(lambda: together(lambda: load(share=0.5)))
-        largest = together(lambda: load(share=1.0))
-        seen = together(lambda: batch_by_objects(splits.val, 1, share=0.5))
+        load_seconds, usual = self._time(lambda: run_on_all_ranks(lambda: load(share=0.5)))
+        largest = run_on_all_ranks(lambda: load(share=1.0))
+        seen = run_on_all_ranks(lambda: batch_by_objects(splits.val, 1, share=0.5))
         encode_seconds = 0.0
         if cache:
             encode_seconds = self._time_encoding(usual)
@@ -231,7 +227,7 @@ class _Trial:
     def _time_saving(self, trainer: Trainer) -> float:
         optimizer = gather_state(trainer.optimizer)
         state = {"model": self.model.sam.state_dict(), "optimizer": optimizer}
-        seconds = together(lambda: self._save(state))
+        seconds = run_on_all_ranks(lambda: self._save(state))
         return float(distributed.broadcast(seconds))
 
     def _save(self, state: dict[str, Any]) -> float:
@@ -244,13 +240,6 @@ class _Trial:
             raise ConfigError(f"output_dir: a checkpoint cannot be written: {error}.") from error
         finally:
             path.unlink(missing_ok=True)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after all that the device has been given is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.monotonic()
 
 
 def announce(forecast: Forecast, config: TrainConfig) -> None:
@@ -278,11 +267,11 @@ def announce(forecast: Forecast, config: TrainConfig) -> None:
     )
     LOGGER.info(
         "  disk    %s for checkpoints%s; %s are free",
-        gib(forecast.checkpoint_bytes),
-        f", {gib(forecast.embedding_bytes)} for embeddings in {cache_folder_of(config)}"
+        format_gib(forecast.checkpoint_bytes),
+        f", {format_gib(forecast.embedding_bytes)} for embeddings in {cache_folder_of(config)}"
         if forecast.embedding_bytes
         else "",
-        gib(forecast.free_bytes),
+        format_gib(forecast.free_bytes),
     )
     if forecast.checkpoint_bytes > forecast.free_bytes:
         LOGGER.warning("THE DISK IS TOO SMALL: make room, or name another output_dir")

@@ -10,10 +10,11 @@ import torch
 
 from samft import distributed
 from samft.config import TrainConfig
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
+from samft.distributed import run_on_all_ranks
 from samft.embeddings.precompute import Precompute, unwritable
 from samft.embeddings.split_cache import (
-    Recipe,
+    CacheKey,
     ShouldStop,
     SplitCache,
     describe,
@@ -21,14 +22,15 @@ from samft.embeddings.split_cache import (
     precision_of,
     read_digests,
 )
-from samft.embeddings.store import GIB, Store, gib, make_room
+from samft.embeddings.store import Store, make_room
 from samft.errors import ConfigError
 from samft.models.prompted_sam import PromptedSam
-from samft.recipes.build import pick_amp_dtype, together
 from samft.recipes.datasets import Splits
-from samft.runtime.files import make_writable, try_lock
-from samft.runtime.logs import LOGGER
-from samft.training.progress import Progress
+from samft.runtime.device import pick_amp_dtype
+from samft.runtime.files import try_lock
+from samft.runtime.logs import GIB, LOGGER, format_gib
+from samft.runtime.output_dir import make_writable
+from samft.training.engine import Progress
 
 
 def cache_folder_of(config: TrainConfig) -> Path:
@@ -69,17 +71,17 @@ def prepare_cache(
         return True
     folder = cache_folder_of(config)
     plans = _plans(config, model, splits)
-    if config.cache_embeddings == "auto" and not _pays(config, plans, progress):
+    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans, progress):
         return True
-    together(lambda: _make(folder))
+    run_on_all_ranks(lambda: _make(folder))
     caches = _read(plans, on_bad_image=config.on_bad_image, should_stop=should_stop)
     if caches is None:
         return False
-    with _alone(folder, should_stop=should_stop) as entered:
+    with _exclusive_lock(folder, should_stop=should_stop) as entered:
         if not entered:
             return False
-        together(lambda: _create(plans))
-        together(lambda: _check_seen(plans))
+        run_on_all_ranks(lambda: _create(plans))
+        run_on_all_ranks(lambda: _check_seen(plans))
         for cache in caches:
             cache.look_up()
         if not _has_room(caches, folder, config):
@@ -95,16 +97,16 @@ def prepare_cache(
     return True
 
 
-class Foreseen(NamedTuple):
+class CacheEstimate(NamedTuple):
     """What a run is going to add to its cache: images (each side of them), and bytes."""
 
     num_images: int
     num_bytes: int
 
 
-def foresee_cache(
+def estimate_cache(
     config: TrainConfig, model: PromptedSam, splits: Splits, *, progress: Progress
-) -> Foreseen | None:
+) -> CacheEstimate | None:
     """What `prepare_cache` would do, as far as that is known without hashing images. Collective.
 
     Args:
@@ -119,15 +121,15 @@ def foresee_cache(
     if not _is_wanted(config, model, progress):
         return None
     plans = _plans(config, model, splits)
-    if config.cache_embeddings == "auto" and not _pays(config, plans, progress):
+    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans, progress):
         return None
-    return Foreseen(*distributed.broadcast(_ahead(plans)))
+    return CacheEstimate(*distributed.broadcast(_estimate_missing(plans)))
 
 
 class _Plan(NamedTuple):
     dataset: Coco2MaskDataset
     amp_dtype: torch.dtype | None
-    recipes: list[Recipe]
+    recipes: list[CacheKey]
     stores: tuple[Store, ...]
 
 
@@ -153,7 +155,7 @@ def _make(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
+def _exclusive_lock(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
     # One run at a time makes room and fills; False if asked to stop while waiting.
     said = False
     while True:
@@ -183,7 +185,7 @@ def _plans(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_Pla
         dataset: Coco2MaskDataset, amp_dtype: torch.dtype | None, sides: tuple[bool, ...]
     ) -> _Plan:
         recipes = [
-            Recipe(
+            CacheKey(
                 encoder=digest,
                 image_size=config.image_size,
                 resize_mode=config.resize_mode,
@@ -204,13 +206,13 @@ def _plans(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_Pla
     ]
 
 
-def _pays(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
+def _is_worth_caching(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
     # Decided before any image is read: hashing a million to learn that it is pointless is no help.
     batch = config.batch_size * config.accumulate_steps * distributed.get_world_size()
     steps = config.steps - progress.step
     validations = -(-steps // config.metrics_interval) + (not progress.baseline)
     without = steps * batch + validations * len(plans[-1].dataset)
-    ahead = _ahead(plans).num_images
+    ahead = _estimate_missing(plans).num_images
     pays: bool = distributed.broadcast(ahead <= without)
     if not pays:
         LOGGER.info(
@@ -222,10 +224,10 @@ def _pays(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
     return pays
 
 
-def _ahead(plans: list[_Plan]) -> Foreseen:
+def _estimate_missing(plans: list[_Plan]) -> CacheEstimate:
     stores = [(len(plan.dataset), store) for plan in plans for store in plan.stores]
     missing = [(max(0, images - store.num_records), store.slot_bytes) for images, store in stores]
-    return Foreseen(sum(count for count, _ in missing), sum(n * size for n, size in missing))
+    return CacheEstimate(sum(count for count, _ in missing), sum(n * size for n, size in missing))
 
 
 def _read(
@@ -270,7 +272,7 @@ def _has_room(caches: list[SplitCache], folder: Path, config: TrainConfig) -> bo
     if why is None:
         missing = sum(len(cache.missing) for cache in caches)
         images = sum(len(cache.files.digests) for cache in caches)
-        more = f"; {gib(needed)} to come" if missing else ""
+        more = f"; {format_gib(needed)} to come" if missing else ""
         LOGGER.info(
             "embeddings of %d of %d images are in %s%s", images - missing, images, folder, more
         )

@@ -14,9 +14,10 @@ from tqdm import tqdm
 import samft
 from samft import distributed
 from samft.coco.layout import find_split
-from samft.coco.subset import CocoIndex, read_coco, split_by_hash
-from samft.data.data import Coco2MaskDataset
+from samft.coco.subset import CocoSubset, read_coco, split_by_hash
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
+from samft.distributed import run_on_all_ranks
 from samft.errors import ConfigError, DataError
 from samft.evaluation.coco_ap import (
     average_precision,
@@ -25,16 +26,15 @@ from samft.evaluation.coco_ap import (
     coco_truth,
     load_backend,
 )
-from samft.evaluation.evaluation import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
-from samft.evaluation.score_sheet import sheet
-from samft.evaluation.score_tables import summarise, summarise_change
+from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
+from samft.evaluation.tables import sheet, summarise, summarise_change
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
-from samft.recipes.build import together
-from samft.recipes.guard import naming_the_cause
-from samft.runtime import heartbeat as whereabouts
-from samft.runtime.files import make_writable, write_atomically, write_json
+from samft.runtime import heartbeat
+from samft.runtime.files import write_atomically, write_json
+from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, start_logging
+from samft.runtime.output_dir import make_writable
 
 STEP_SECONDS = 600.0  # after which a process that does not answer is named and given up
 
@@ -54,21 +54,21 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """
     device = distributed.start(options.device, step_seconds=STEP_SECONDS)
     start_logging(distributed.get_rank())
-    whereabouts.start()
+    heartbeat.start()
     try:
-        with naming_the_cause():
+        with explain_distributed_errors():
             return _run(options, device)
     except BaseException as error:
-        whereabouts.tell_failure(f"{type(error).__name__}: {error}")
+        heartbeat.report_failure(f"{type(error).__name__}: {error}")
         raise
     finally:
-        whereabouts.stop()
+        heartbeat.stop()
         distributed.shutdown()
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     load_backend(options.ap_backend)  # before an hour of work
-    index = together(lambda: _prepare(options))
+    index = run_on_all_ranks(lambda: _prepare(options))
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
     for path in options.checkpoint:
@@ -109,7 +109,7 @@ def _name_data(options: argparse.Namespace) -> str:
     return f"{options.data_root.resolve().name} {options.split}{held_out}"
 
 
-def _prepare(options: argparse.Namespace) -> CocoIndex:
+def _prepare(options: argparse.Namespace) -> CocoSubset:
     if options.annotations:
         annotations, images = options.annotations, options.images
     else:
@@ -158,10 +158,10 @@ def _check_output(output: Path, sources: list[Path]) -> None:
 
 
 def _evaluate(
-    path: Path, index: CocoIndex, options: argparse.Namespace, device: torch.device
+    path: Path, index: CocoSubset, options: argparse.Namespace, device: torch.device
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
     started = time.monotonic()
-    model, about = together(lambda: _load(path, device))
+    model, about = run_on_all_ranks(lambda: _load(path, device))
     dataset = Coco2MaskDataset(
         index.file.image_folder,
         index=index,
@@ -198,7 +198,7 @@ def _load(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]
 
 
 def _summarise(
-    objects: EvaluatedObjects, index: CocoIndex, about: dict[str, Any], *, backend: str
+    objects: EvaluatedObjects, index: CocoSubset, about: dict[str, Any], *, backend: str
 ) -> dict[str, Any]:
     category_ids = categories_of(index, objects.object_ids)
     found = summarise(objects, category_ids, names=index.file.category_names)
@@ -211,11 +211,11 @@ def _summarise(
     }
 
 
-def _file_names(index: CocoIndex) -> dict[int, str]:
+def _file_names(index: CocoSubset) -> dict[int, str]:
     return {index.image_id(row): index.file_name(row) for row in range(index.num_images)}
 
 
-def _with_names(comparison: dict[str, Any], index: CocoIndex) -> dict[str, Any]:
+def _with_names(comparison: dict[str, Any], index: CocoSubset) -> dict[str, Any]:
     names = _file_names(index)
     for row in comparison["most_improved"] + comparison["most_harmed"]:
         category = int(categories_of(index, np.array([row["object_id"]]))[0])
@@ -225,7 +225,7 @@ def _with_names(comparison: dict[str, Any], index: CocoIndex) -> dict[str, Any]:
 
 
 def _write(
-    output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], index: CocoIndex
+    output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], index: CocoSubset
 ) -> None:
     checkpoints = [report["checkpoint"], *(one["checkpoint"] for one in report["others"])]
     text = io.StringIO()

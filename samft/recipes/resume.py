@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from samft import distributed
-from samft.checkpoints.training_state import LAST_NAME, home_of, read_newest, read_state_file
+from samft.checkpoints.training_state import LAST_NAME, load_latest, read_state_file, run_dir_of
 from samft.config import TrainConfig, differences
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
@@ -30,7 +30,7 @@ class Resume:
     @property
     def folder(self) -> Path:
         """The output folder of the run."""
-        return home_of(self.path)
+        return run_dir_of(self.path)
 
 
 def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> Resume | None:
@@ -46,7 +46,7 @@ def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> Resu
     # Started again by torchrun after a failure, the run itself is what is to be gone on with.
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if config.resume == "auto" or (again and (output_dir / LAST_NAME).exists()):
-        newest = read_newest(output_dir)
+        newest = load_latest(output_dir)
         if newest is None:
             return None
         found = Resume(*newest)

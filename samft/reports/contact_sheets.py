@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from samft.coco.coco_index import CocoFile
-from samft.coco.coco_objects import CROWD
+from samft.coco.entries import CROWD
 from samft.coco.images import ImageError, read_image
+from samft.coco.index import CocoIndex, class_names
 from samft.coco.problems import Problems
-from samft.coco.repair import class_names
-from samft.data.targets import CroppedMask
-from samft.reports.cutouts import BEYOND, TILE, View, mark, owner_of, view_of
-from samft.reports.pictures import row, write_png
+from samft.coco.segmentation import CroppedMask
+from samft.reports.drawing import BEYOND, TILE, View, mark, owner_of, row, view_of, write_png
 
 COLUMNS, NUM_TILES = 6, 24
 MAX_CLASSES = 100  # sheets of the most frequent ones
@@ -31,14 +29,14 @@ _ODD_CODES = re.compile("(box|mask|rle|polygon)-(?!parts|flat)")
 
 @dataclass(frozen=True)
 class Pick:
-    """An object to show, as an index into a `CocoFile`, what to say of it, a model's mask."""
+    """An object to show, as an index into a `CocoIndex`, what to say of it, a model's mask."""
 
     object: int
     remark: str
     predicted: CroppedMask | None = None
 
 
-def write_sheets(file: CocoFile, problems: Problems, folder: Path, *, name: str) -> list[Path]:
+def write_sheets(file: CocoIndex, problems: Problems, folder: Path, *, name: str) -> list[Path]:
     """Writes contact sheets: per class, smallest, largest, odd.
 
     Args:
@@ -63,7 +61,7 @@ def write_sheets(file: CocoFile, problems: Problems, folder: Path, *, name: str)
     return paths
 
 
-def _choose(file: CocoFile, problems: Problems) -> dict[str, tuple[str, list[Pick]]]:
+def _choose(file: CocoIndex, problems: Problems) -> dict[str, tuple[str, list[Pick]]]:
     plain = np.flatnonzero(file.flags & CROWD == 0)
     sheets: dict[str, tuple[str, list[Pick]]] = {}
     for class_name, objects in _by_class(file, plain):
@@ -84,7 +82,7 @@ def _choose(file: CocoFile, problems: Problems) -> dict[str, tuple[str, list[Pic
     return sheets
 
 
-def _by_class(file: CocoFile, plain: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
+def _by_class(file: CocoIndex, plain: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
     ids = defaultdict(list)
     for category_id, name in class_names(file).items():
         ids[name].append(category_id)
@@ -93,11 +91,11 @@ def _by_class(file: CocoFile, plain: NDArray[np.int64]) -> list[tuple[str, NDArr
     return [(name, objects) for name, objects in ordered[:MAX_CLASSES] if len(objects)]
 
 
-def _with_sizes(file: CocoFile, objects: NDArray[np.int64]) -> list[Pick]:
+def _with_sizes(file: CocoIndex, objects: NDArray[np.int64]) -> list[Pick]:
     return [Pick(k, f"area {file.areas[k]:,.0f} px") for k in objects.tolist()]
 
 
-def odd_objects(file: CocoFile, problems: Problems) -> list[Pick]:
+def odd_objects(file: CocoIndex, problems: Problems) -> list[Pick]:
     """Objects that a person should look at, and why.
 
     Args:
@@ -138,7 +136,7 @@ def odd_objects(file: CocoFile, problems: Problems) -> list[Pick]:
     return [Pick(k, text) for k, text in remarks.items()]
 
 
-def _sides_touched(file: CocoFile, objects: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sides_touched(file: CocoIndex, objects: NDArray[np.int64]) -> NDArray[np.int64]:
     rows = np.searchsorted(file.first_object, objects, side="right") - 1
     boxes, corner = file.boxes[objects], file.sizes[rows][:, ::-1]
     near = np.concatenate([boxes[:, :2] < 1, boxes[:, 2:] > corner - 1], axis=1)
@@ -146,7 +144,7 @@ def _sides_touched(file: CocoFile, objects: NDArray[np.int64]) -> NDArray[np.int
 
 
 def draw_sheet(
-    file: CocoFile,
+    file: CocoIndex,
     picks: list[Pick],
     *,
     title: str,
@@ -205,7 +203,7 @@ def _round(side: float) -> str:
     return f"{side:.0f}" if side >= 10 else f"{side:.1f}"
 
 
-def _read(file: CocoFile, owner: int) -> NDArray[np.uint8] | None:
+def _read(file: CocoIndex, owner: int) -> NDArray[np.uint8] | None:
     try:
         return read_image(file.image_folder / file.file_name(owner))
     except ImageError:

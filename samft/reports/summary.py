@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from samft.checkpoints.top_k import BestCheckpoint
-from samft.evaluation.comparison import LOST_IOU, Comparison
-from samft.reports.gallery import BOTH, draw_before_and_after
+from samft.evaluation.object_scores import LOST_IOU, Comparison
+from samft.reports.validation_images import BOTH, draw_before_and_after
 from samft.runtime.logs import LOGGER, format_duration
-from samft.training.progress import Progress
+from samft.training.engine import Progress
 
 _USUAL_RATE, _SAM_SIZE = 1e-4, 1024
 LOST_SHARE = 0.1  # of objects that lost; above, the mean hides too much

@@ -10,20 +10,22 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from samft import distributed
+from samft.errors import TrainingError
+from samft.runtime import heartbeat
 
 _POST_SECONDS = 1.0
 _GIVE_UP_SECONDS = 3.0  # all whose collective fails find that out within this
 _MOST_NAMED = 8
 
 
-class _Board:
+class _Heartbeat:
     # The notes of all processes; without a store, only this one's.
     def __init__(self) -> None:
         self.store: dist.Store | None = None
@@ -42,7 +44,7 @@ class _Board:
             server = dist.TCPStore(
                 address, int(port), is_master=False, timeout=timedelta(seconds=10)
             )
-            self.store = dist.PrefixStore(f"whereabouts/{distributed.start_name()}", server)
+            self.store = dist.PrefixStore(f"heartbeat/{distributed.start_name()}", server)
             self.gave_up = False
             self._stop.clear()
             threading.Thread(target=self._post_now_and_then, daemon=True).start()
@@ -79,25 +81,25 @@ class _Board:
         return None
 
 
-_BOARD = _Board()
+_HEARTBEAT = _Heartbeat()
 
 
 def start() -> None:
     """Begins to tell the other processes what this one is doing. After `distributed.start`."""
-    _BOARD.open()
+    _HEARTBEAT.open()
 
 
 def stop() -> None:
     """Ends telling."""
-    _BOARD.close()
+    _HEARTBEAT.close()
 
 
 def at_step(step: int) -> None:
     """Notes the optimizer step that this process is at."""
-    _BOARD.step = step
+    _HEARTBEAT.step = step
 
 
-def doing(what: str, samples: Callable[[], list[Any]] | None = None) -> None:
+def set_activity(what: str, samples: Callable[[], list[Any]] | None = None) -> None:
     """Notes what this process begins to do.
 
     Args:
@@ -111,30 +113,30 @@ def doing(what: str, samples: Callable[[], list[Any]] | None = None) -> None:
         more = ", ..." if len(named) > _MOST_NAMED else ""
         return f"{what} {shown}{more}" if named else what
 
-    _BOARD.doing, _BOARD.since = describe, time.time()
+    _HEARTBEAT.doing, _HEARTBEAT.since = describe, time.time()
 
 
 def loading(samples: Callable[[], list[Any]]) -> None:
     """Notes that this process waits for its loader, and what the workers are at from now on."""
-    doing("loading images", samples)
-    _BOARD.loading = samples
+    set_activity("loading images", samples)
+    _HEARTBEAT.loading = samples
 
 
-def being_loaded() -> str:
+def loading_images() -> str:
     """The images that loader workers are at, whatever this process does itself."""
-    return ", ".join(str(sample) for sample in _BOARD.loading()[:_MOST_NAMED])
+    return ", ".join(str(sample) for sample in _HEARTBEAT.loading()[:_MOST_NAMED])
 
 
-def here() -> str:
+def describe_position() -> str:
     """This process' note, for its own errors."""
-    return f"step {_BOARD.step}, {_BOARD.doing()}"
+    return f"step {_HEARTBEAT.step}, {_HEARTBEAT.doing()}"
 
 
-def tell_failure(reason: str) -> None:
+def report_failure(reason: str) -> None:
     """Tells the others why this process is about to end, unless it was for one of them."""
-    if _BOARD.gave_up:
+    if _HEARTBEAT.gave_up:
         return
-    _BOARD.post(failed=reason.splitlines()[0][:500] if reason else "unknown")
+    _HEARTBEAT.post(failed=reason.splitlines()[0][:500] if reason else "unknown")
 
 
 def is_collective_failure(error: BaseException) -> bool:
@@ -145,22 +147,22 @@ def is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def who_is_missing() -> str:
+def find_failed_ranks() -> str:
     """After a collective has failed: which process failed or does not answer, and where it was.
 
     Returns:
         A sentence.
     """
-    _BOARD.gave_up = True
-    _BOARD.post(gave_up=True)
-    if _BOARD.store is None:
+    _HEARTBEAT.gave_up = True
+    _HEARTBEAT.post(gave_up=True)
+    if _HEARTBEAT.store is None:
         return "another process failed, or does not answer."
     time.sleep(_GIVE_UP_SECONDS)
     sentences: list[str] = []
     for rank in range(distributed.get_world_size()):
         if rank == distributed.get_rank():
             continue
-        end, at = _BOARD.read("end", rank), _BOARD.read("at", rank)
+        end, at = _HEARTBEAT.read("end", rank), _HEARTBEAT.read("at", rank)
         if end is not None and "failed" in end:
             sentences.insert(
                 0, f"process {rank} failed at step {end['step']}, {end['doing']}: {end['failed']}"
@@ -176,3 +178,27 @@ def who_is_missing() -> str:
     if not sentences:
         return "a connection between processes broke."
     return "; ".join(sentences).rstrip(".") + "."
+
+
+@contextlib.contextmanager
+def explain_distributed_errors() -> Iterator[None]:
+    """Says which process or which sample is behind an error that PyTorch words in its own way.
+
+    Raises:
+        TrainingError: In the place of such an error.
+    """
+    try:
+        yield
+    except TrainingError:  # says it already, in words that may hold any path
+        raise
+    except RuntimeError as error:
+        where = heartbeat.describe_position()
+        if heartbeat.is_collective_failure(error):
+            cause = heartbeat.find_failed_ranks()
+            raise TrainingError(f"{cause} (This process was at {where}.)") from error
+        if "DataLoader" in str(error):
+            first = str(error).splitlines()[0].rstrip(". ")
+            raise TrainingError(
+                f"{first}, at {where}; its workers were at {heartbeat.loading_images()}."
+            ) from error
+        raise

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from samft.embeddings.store import gib
 from samft.errors import ConfigError
-from samft.runtime.logs import LOGGER
+from samft.runtime.logs import LOGGER, format_gib
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFETCHED = 3  # batches of a loader's worker: two ahead, one in the making
@@ -29,8 +28,8 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
-            f"output_dir: checkpoints will take {gib(needed)}, and {folder} has {gib(free)} left: "
-            "make room, lower save_top_k, or name another folder."
+            f"output_dir: checkpoints will take {format_gib(needed)}, and {folder} has "
+            f"{format_gib(free)} left: make room, lower save_top_k, or name another folder."
         )
 
 
@@ -50,8 +49,8 @@ def warn_of_shared_memory(*, num_workers: int, batch_bytes: int) -> None:
         LOGGER.warning(
             "/dev/shm HAS %s LEFT, and loader workers may need %s: a worker that finds none dies "
             "of a bus error. Raise it (docker run --shm-size), or lower num_workers or batch_size",
-            gib(free),
-            gib(needed),
+            format_gib(free),
+            format_gib(needed),
         )
 
 

@@ -24,7 +24,7 @@ from samft.runtime.files import write_text
 
 LOGGER = logging.getLogger("samft")
 # What is said before train.log can be opened, because the folder may hold an earlier run's.
-_EARLY = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=False)
+_STARTUP_BUFFER = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=False)
 
 
 class _Formatter(logging.Formatter):
@@ -44,8 +44,8 @@ def start_logging(rank: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
     root = logging.getLogger()
-    _EARLY.buffer.clear()
-    root.handlers = [handler, _EARLY]
+    _STARTUP_BUFFER.buffer.clear()
+    root.handlers = [handler, _STARTUP_BUFFER]
     root.setLevel(logging.WARNING)
     LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
@@ -58,7 +58,7 @@ def format_duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _as_far_as_the_disk_goes() -> Iterator[None]:
+def _log_os_errors() -> Iterator[None]:
     # TensorBoard's files are a view of metrics.jsonl: no reason to end a run.
     try:
         yield
@@ -92,9 +92,9 @@ class RunLog:
             return
         self._file = logging.FileHandler(folder / "train.log")
         self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
-        _EARLY.setTarget(self._file)
-        _EARLY.flush()
-        logging.getLogger().removeHandler(_EARLY)
+        _STARTUP_BUFFER.setTarget(self._file)
+        _STARTUP_BUFFER.flush()
+        logging.getLogger().removeHandler(_STARTUP_BUFFER)
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         logging.getLogger().addHandler(self._file)
@@ -155,7 +155,7 @@ class RunLog:
             return
         record = {name: v if math.isfinite(v) else None for name, v in values.items()}
         self._append("metrics.jsonl", {"step": step, "split": split, **record})
-        with _as_far_as_the_disk_goes():
+        with _log_os_errors():
             for name, value in values.items():
                 self.writer.add_scalar(f"{split}/{name}", value, step)
             self.writer.flush()
@@ -163,7 +163,7 @@ class RunLog:
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Adds a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
         if self.writer is not None:
-            with _as_far_as_the_disk_goes():
+            with _log_os_errors():
                 self.writer.add_image(name, picture, step, dataformats="HWC")
 
     def precision_and_recall(
@@ -178,7 +178,7 @@ class RunLog:
             scores: float [K], the higher the surer.
         """
         if self.writer is not None:
-            with _as_far_as_the_disk_goes():
+            with _log_os_errors():
                 inside = np.clip(np.nan_to_num(scores), 0, 1)
                 self.writer.add_pr_curve(name, labels, inside, step)
 
@@ -204,9 +204,17 @@ class RunLog:
         """Closes the bar and the files."""
         self.bar.close()
         if self.writer is not None:
-            with _as_far_as_the_disk_goes():
+            with _log_os_errors():
                 self.writer.close()
             self._redirect.__exit__(None, None, None)  # brings back the handlers of its beginning
             logging.getLogger().removeHandler(self._file)
             self._file.close()
             self.writer = None
+
+
+def format_gib(num_bytes: int) -> str:
+    """A number of bytes for a person."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+GIB = 1 << 30

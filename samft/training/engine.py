@@ -1,4 +1,6 @@
-"""The loop: `train` and `train_step`. Read this page first, then `validation`.
+"""How far a run has come: what a resumed run goes on from, beside the model.
+
+The loop: `train` and `train_step`. Read this page first, then `validation`.
 
 A step is one optimizer update over `accumulate_steps` micro-batches on every rank. Its losses are
 summed over masks and divided by the number of masks of the whole step, so that one process or
@@ -9,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,15 +19,59 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from samft.data.batch import Batch
-from samft.data.prefetch import Waiting, fetch
-from samft.distributed import agree, all_reduce_sum, get_world_size, raise_together, wrap
+from samft.data.dataset import Batch
+from samft.data.loaders import Waiting, fetch
+from samft.distributed import agree, all_reduce_sum, get_world_size, raise_on_all_ranks, wrap_ddp
 from samft.errors import TrainingError
-from samft.evaluation.metrics import peak_memory_gib
 from samft.models.prompted_sam import PromptedSam
-from samft.runtime import heartbeat as whereabouts
+from samft.runtime import heartbeat
+from samft.runtime.device import peak_memory_gib
 from samft.training.losses import LossFunction, MaskLosses
-from samft.training.progress import LOSS_NAMES, Progress
+
+LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; plain values, so that it goes into `last.ckpt` as it is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        position: Global batches consumed; more than `step` where a step was skipped.
+        bad_steps: Steps skipped in a row, up to now.
+        skipped_steps: Steps skipped in all.
+        window: Sums over the masks since the last train line: `LOSS_NAMES`, then masks, images.
+        window_seconds: Seconds of training in that window.
+        train_seconds: Seconds of training in all, without validation and saving.
+        train_images: Images trained on in all.
+        wall_seconds: Seconds since the start, without the time between a stop and its resume.
+        baseline: Validation of the untouched checkpoint.
+        box_fill_iou: What filling each box of the validation set would score.
+        bad_images: By split, images that could not be read on the way: name, what is wrong.
+        pending: The train line of an interval whose validation was broken off; else empty.
+    """
+
+    step: int = 0
+    position: int = 0
+    bad_steps: int = 0
+    skipped_steps: int = 0
+    window: list[float] = field(default_factory=lambda: [0.0] * (len(LOSS_NAMES) + 2))
+    window_seconds: float = 0.0
+    train_seconds: float = 0.0
+    train_images: int = 0
+    wall_seconds: float = 0.0
+    baseline: dict[str, float] = field(default_factory=dict)
+    box_fill_iou: float = math.nan
+    bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
+    pending: dict[str, float] = field(default_factory=dict)
+
+    def note_bad_images(self, split: str, found: dict[str, str]) -> dict[str, str]:
+        """Adds images that could not be read; gives those back that were not known yet."""
+        known = self.bad_images.setdefault(split, {})
+        new = {name: why for name, why in found.items() if name not in known}
+        known.update(new)
+        return new
+
 
 SAVE_MEMORY = (
     "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
@@ -68,9 +115,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.bad_images: dict[str, str] = {}  # that this rank's batches met: name, what is wrong
         self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=self.device)
-        self.wrapped = wrap(model, warm_up=self._throw_away_pass, bf16_compress=bf16_compress)
+        self.wrapped = wrap_ddp(model, warm_up=self._warmup_pass, bf16_compress=bf16_compress)
 
-    def _throw_away_pass(self, wrapped: nn.Module) -> None:
+    def _warmup_pass(self, wrapped: nn.Module) -> None:
         size = self.model.sam.image_encoder.img_size
         images = torch.zeros(1, 3, size, size, device=self.device)
         boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
@@ -105,11 +152,11 @@ class Trainer:
         # DDP averages over ranks, hence the world size.
         weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
         for number, batch in enumerate(micro_batches):
-            whereabouts.doing("training on images", partial(list, batch.image_ids))
+            heartbeat.set_activity("training on images", partial(list, batch.image_ids))
             self.bad_images.update(batch.bad_images)
             with (
                 self._sync_gradients(number == len(micro_batches) - 1),
-                naming_what_is_too_large(batch),
+                explain_out_of_memory(batch),
             ):
                 total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
                 self.scaler.scale(total * weight).backward()
@@ -170,7 +217,7 @@ class Trainer:
             TrainingError: It does not fit.
         """
         weight = torch.tensor(1 / max(batch.num_masks, 1), device=self.device)
-        with naming_what_is_too_large(batch):
+        with explain_out_of_memory(batch):
             # In the place of the optimizer's two moments, which the first step makes.
             fresh = [] if self.optimizer.state else self.parameters * 2
             moments = [torch.empty_like(parameter) for parameter in fresh]
@@ -200,7 +247,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def naming_what_is_too_large(batch: Batch) -> Iterator[None]:
+def explain_out_of_memory(batch: Batch) -> Iterator[None]:
     """Turns running out of memory into an error that names the batch and the way out.
 
     Raises:
@@ -253,10 +300,10 @@ def train(
     progress, stream = trainer.progress, iter(batches)
     while progress.step < steps:
         started = time.monotonic()
-        whereabouts.at_step(progress.step)
+        heartbeat.at_step(progress.step)
         micro_batches, error = fetch(stream, accumulate_steps, waiting)
         if agree(should_stop() or error is not None, in_step=True):
-            raise_together(error)
+            raise_on_all_ranks(error)
             return False
         taken = trainer.train_step(micro_batches)
         seconds = time.monotonic() - started

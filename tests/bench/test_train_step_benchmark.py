@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from benchmarks import measure, plain
-from benchmarks.dresses import (
-    SAMFT,
-    Setting,
-    Wardrobe,
-    assert_equal,
-    gradient_difference,
-)
 from benchmarks.measure import REST, PhaseClock, in_fresh_process, model_flops, ratios
 from benchmarks.scale import LOSS_TOLERANCE, sync_seconds
 from benchmarks.scale_model import Cluster, Costs, Run, all_reduce_seconds, forecast
 from benchmarks.scale_runs import Job, Report, run_job
 from benchmarks.train_step import SCOPES, main
+from benchmarks.variants import (
+    SAMFT,
+    Setting,
+    Variants,
+    assert_equal,
+    gradient_difference,
+)
 from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 
@@ -60,16 +60,16 @@ def test_a_process_that_fails_is_no_figure() -> None:
 
 @pytest.mark.parametrize("start", ["images", "cached", "embeddings"])
 def test_the_dresses_are_equal(start: str) -> None:
-    loss, gradient = assert_equal(Wardrobe(SMALL), start=start)
+    loss, gradient = assert_equal(Variants(SMALL), start=start)
     assert loss < 1e-6 and gradient < 1e-4
 
 
 def test_full_fine_tuning_is_equal() -> None:
-    assert_equal(Wardrobe(replace(SMALL, frozen=False)), start="images")
+    assert_equal(Variants(replace(SMALL, frozen=False)), start="images")
 
 
 def test_other_weights_are_noticed() -> None:
-    wardrobe = Wardrobe(SMALL)
+    wardrobe = Variants(SMALL)
     with torch.no_grad():
         wardrobe.plain.sam.mask_decoder.iou_token.weight[0, 0] += 1e-3
     with pytest.raises(AssertionError, match="weights mask_decoder.iou_token.weight differ"):
@@ -79,18 +79,18 @@ def test_other_weights_are_noticed() -> None:
 def test_another_loss_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "FOCAL_WEIGHT", 20.01)
     with pytest.raises(AssertionError, match="losses differ"):
-        assert_equal(Wardrobe(SMALL), start="images")
+        assert_equal(Variants(SMALL), start="images")
 
 
 def test_another_batch_is_noticed() -> None:
-    wardrobe = Wardrobe(SMALL)
+    wardrobe = Variants(SMALL)
     wardrobe.samples[0].boxes[0] += 1
     with pytest.raises(AssertionError, match="losses differ"):
         assert_equal(wardrobe, start="images")
 
 
 def test_a_missing_gradient_is_noticed() -> None:
-    wardrobe = Wardrobe(SMALL)
+    wardrobe = Variants(SMALL)
     wardrobe.samft.model.sam.mask_decoder.mask_tokens.weight.requires_grad_(False)
     with pytest.raises(AssertionError, match=r"gradients of mask_decoder.mask_tokens.weight"):
         assert_equal(wardrobe, start="images")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from samft.checkpoints import training_state
-from samft.checkpoints.async_saver import BackgroundWriter, Candidate, Checkpointer, HostCopy
+from samft.checkpoints.async_saver import BackgroundWriter, Checkpoint, Checkpointer, HostCopy
 from samft.checkpoints.top_k import TopK
-from samft.checkpoints.training_state import read_newest
+from samft.checkpoints.training_state import load_latest
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -26,8 +26,8 @@ def a_checkpointer(folder: Path, *, k: int = 1) -> tuple[Checkpointer, list[int]
     return made, saved
 
 
-def a_candidate(step: int, score: float) -> Candidate:
-    return Candidate(score, {"step": step, "metrics": {}})
+def a_candidate(step: int, score: float) -> Checkpoint:
+    return Checkpoint(score, {"step": step, "metrics": {}})
 
 
 # A copy
@@ -105,7 +105,7 @@ def test_the_state_of_the_moment_is_saved_whatever_training_does_meanwhile(
     assert saved == [] and not (tmp_path / "last.ckpt").exists()
     may_write.set()
     checkpointer.wait()
-    found = read_newest(tmp_path)
+    found = load_latest(tmp_path)
     assert saved == [1] and found is not None
     assert found.state["model"]["w"].tolist() == [5.0] * 4
     assert found.state["model"]["frozen"].tolist() == [1.0] * 3
@@ -117,7 +117,7 @@ def test_the_state_knows_the_best_that_was_saved_with_it(tmp_path: Path) -> None
         candidate = a_candidate(step, score)
         checkpointer.save(a_state(step, weight=float(step)), candidate=candidate)
     checkpointer.wait()
-    found = read_newest(tmp_path)
+    found = load_latest(tmp_path)
     assert found is not None and [entry["step"] for entry in found.state["best"]] == [3]
     assert torch.load(tmp_path / "3-0.60.ckpt", weights_only=True)["w"].tolist() == [3.0] * 4
     assert not list(tmp_path.glob("1-*"))

@@ -13,12 +13,14 @@ import torch
 
 import samft
 from samft.checkpoints.top_k import BestCheckpoint, TopK, git_commit, save_tensors
-from samft.checkpoints.training_state import read_newest, save_last
+from samft.checkpoints.training_state import load_latest, save_last
 
 
-def offer(top_k: TopK, step: int, score: float) -> bool:
+def save_if_better(top_k: TopK, step: int, score: float) -> bool:
     state = {"weight": torch.full((2,), float(step), requires_grad=True)}
-    return top_k.offer(state, score=score, sidecar={"step": step, "metrics": {"iou": score}})
+    return top_k.save_if_better(
+        state, score=score, sidecar={"step": step, "metrics": {"iou": score}}
+    )
 
 
 def names_in(folder: Path) -> list[str]:
@@ -32,7 +34,7 @@ def pairs(*stems: str) -> list[str]:
 def test_the_best_k_stay_in_order_and_the_others_go(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=2)
     scores = [(0, 0.5), (10, 0.4), (20, 0.7), (30, 0.6), (40, 0.45)]
-    saved = [offer(top_k, step, score) for step, score in scores]
+    saved = [save_if_better(top_k, step, score) for step, score in scores]
     assert saved == [True, True, True, True, False]
     assert [(entry.step, entry.score) for entry in top_k.best] == [(20, 0.7), (30, 0.6)]
     assert names_in(tmp_path) == pairs("20-0.70", "30-0.60")
@@ -42,41 +44,41 @@ def test_a_checkpoint_is_deleted_only_when_the_better_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     top_k = TopK(tmp_path, k=1)
-    offer(top_k, 0, 0.5)
+    save_if_better(top_k, 0, 0.5)
 
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("samft.checkpoints.top_k.write_json", fail)
     with pytest.raises(OSError, match="disk full"):
-        offer(top_k, 10, 0.6)
+        save_if_better(top_k, 10, 0.6)
     assert set(pairs("0-0.50")) <= set(names_in(tmp_path))
     assert [entry.step for entry in top_k.best] == [0]
 
 
 def test_ties_keep_the_earlier(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=1)
-    assert offer(top_k, 10, 0.5)
-    assert not offer(top_k, 20, 0.5)
-    assert offer(top_k, 30, 0.5 + 1e-9)  # a name rounds, a score does not
+    assert save_if_better(top_k, 10, 0.5)
+    assert not save_if_better(top_k, 20, 0.5)
+    assert save_if_better(top_k, 30, 0.5 + 1e-9)  # a name rounds, a score does not
     assert names_in(tmp_path) == pairs("30-0.50")
 
 
 def test_nan_is_never_good_enough(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=3)
-    assert not offer(top_k, 10, math.nan)
+    assert not save_if_better(top_k, 10, math.nan)
     assert names_in(tmp_path) == []
-    assert offer(top_k, 20, -1.0)
-    assert not offer(top_k, 30, math.nan)
+    assert save_if_better(top_k, 20, -1.0)
+    assert not save_if_better(top_k, 30, math.nan)
     assert names_in(tmp_path) == pairs("20--1.00")
 
 
 def test_a_step_that_is_repeated_replaces_itself(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=1)
-    offer(top_k, 10, 0.5)
-    assert offer(top_k, 10, 0.5)
+    save_if_better(top_k, 10, 0.5)
+    assert save_if_better(top_k, 10, 0.5)
     assert names_in(tmp_path) == pairs("10-0.50")
-    assert offer(top_k, 10, 0.25)
+    assert save_if_better(top_k, 10, 0.25)
     assert names_in(tmp_path) == pairs("10-0.25")
     assert [entry.score for entry in top_k.best] == [0.25]
 
@@ -84,7 +86,7 @@ def test_a_step_that_is_repeated_replaces_itself(tmp_path: Path) -> None:
 def test_a_checkpoint_is_a_flat_dict_of_tensors_only(tmp_path: Path) -> None:
     shared = torch.arange(1000.0)
     state = {"a": shared[:3], "b": torch.nn.Parameter(torch.ones(2, 2))}
-    TopK(tmp_path, k=1).offer(state, score=0.123, sidecar={"step": 5})
+    TopK(tmp_path, k=1).save_if_better(state, score=0.123, sidecar={"step": 5})
     loaded = torch.load(tmp_path / "5-0.12.ckpt", weights_only=True)
     assert type(loaded) is dict and list(loaded) == ["a", "b"]
     assert all(type(tensor) is torch.Tensor for tensor in loaded.values())
@@ -96,7 +98,7 @@ def test_a_checkpoint_is_a_flat_dict_of_tensors_only(tmp_path: Path) -> None:
 
 def test_the_sidecar_knows_its_file(tmp_path: Path) -> None:
     sidecar = {"step": 5, "metrics": {"per_mask_iou": 0.75}, "config": {"seed": 0}}
-    TopK(tmp_path, k=1).offer({"a": torch.ones(1)}, score=0.75, sidecar=sidecar)
+    TopK(tmp_path, k=1).save_if_better({"a": torch.ones(1)}, score=0.75, sidecar=sidecar)
     told = json.loads((tmp_path / "5-0.75.json").read_text())
     digest = hashlib.sha256((tmp_path / "5-0.75.ckpt").read_bytes()).hexdigest()
     assert told == {**sidecar, "sha256": digest}
@@ -104,10 +106,10 @@ def test_the_sidecar_knows_its_file(tmp_path: Path) -> None:
 
 def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=2)
-    offer(top_k, 10, 0.5)
-    offer(top_k, 20, 0.7)
+    save_if_better(top_k, 10, 0.5)
+    save_if_better(top_k, 20, 0.7)
     save_last(tmp_path, {"best": top_k.to_list()})
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None
     resumed = TopK(tmp_path, k=2, best=TopK.from_list(newest.state["best"]))
     assert (
@@ -118,16 +120,16 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
             BestCheckpoint("10-0.50.ckpt", 10, 0.5),
         ]
     )
-    assert offer(resumed, 30, 0.6)
+    assert save_if_better(resumed, 30, 0.6)
     assert names_in(tmp_path) == pairs("20-0.70", "30-0.60", "last")
 
 
 def test_a_file_that_is_gone_already_is_no_error(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=1)
-    offer(top_k, 10, 0.5)
+    save_if_better(top_k, 10, 0.5)
     for name in pairs("10-0.50"):
         (tmp_path / name).unlink()
-    assert offer(top_k, 20, 0.6)
+    assert save_if_better(top_k, 20, 0.6)
     assert names_in(tmp_path) == pairs("20-0.60")
 
 
@@ -180,10 +182,10 @@ def test_a_run_taken_up_elsewhere_brings_its_best_along(tmp_path: Path) -> None:
     old.mkdir()
     new.mkdir()
     first = TopK(old, k=2)
-    assert offer(first, 10, 0.5) and offer(first, 20, 0.6)
+    assert save_if_better(first, 10, 0.5) and save_if_better(first, 20, 0.6)
     (old / "10-0.50.ckpt").unlink()
     top_k = TopK(new, k=2, best=first.best)
-    top_k.adopt(old)
+    top_k.copy_from(old)
     assert [entry.step for entry in top_k.best] == [20]
     assert (new / "20-0.60.ckpt").read_bytes() == (old / "20-0.60.ckpt").read_bytes()
     assert (new / "20-0.60.json").is_file()

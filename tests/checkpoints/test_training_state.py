@@ -18,16 +18,16 @@ from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import (
     FORMAT_VERSION,
     LAST_NAME,
-    home_of,
-    put_damaged_aside,
+    load_latest,
+    quarantine_damaged,
     read_checked,
-    read_newest,
     read_state_file,
+    run_dir_of,
     save_last,
 )
 from samft.errors import CheckpointError
 from samft.runtime import files
-from samft.training.progress import Progress
+from samft.training.engine import Progress
 
 PREVIOUS = Path("previous") / LAST_NAME
 FIXTURE = TESTS / "fixtures" / "last-format-1.ckpt"
@@ -46,7 +46,7 @@ def step_of(state: dict[str, Any]) -> int:
 
 
 def newest_step(folder: Path) -> int:
-    newest = read_newest(folder)
+    newest = load_latest(folder)
     assert newest is not None
     return step_of(newest.state)
 
@@ -58,7 +58,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
         "random": torch.get_rng_state(),
     }
     save_last(tmp_path, state)
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None
     expected = {"format": FORMAT_VERSION, **state}
     torch.testing.assert_close(newest.state, expected, rtol=0, atol=0)
@@ -66,8 +66,8 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_state_gives_none(tmp_path: Path) -> None:
-    assert read_newest(tmp_path) is None
-    assert read_newest(tmp_path / "absent") is None
+    assert load_latest(tmp_path) is None
+    assert load_latest(tmp_path / "absent") is None
 
 
 def test_the_state_before_is_kept_and_checked(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_of_a_damaged_state_the_one_before_is_taken(tmp_path: Path, kind: str) -
     save(tmp_path, 1, 2)
     last = tmp_path / LAST_NAME
     last.write_bytes(damage(last.read_bytes()))
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None
     assert (step_of(newest.state), newest.path) == (1, tmp_path / PREVIOUS)
     assert len(newest.passed_over) == 1 and reason in newest.passed_over[0]
@@ -139,7 +139,7 @@ def test_without_a_readable_sidecar_the_checked_one_before_is_better(
     (tmp_path / "last.json").unlink()
     if sidecar is not None:
         (tmp_path / "last.json").write_text(sidecar)
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None
     assert (step_of(newest.state), newest.path) == (1, tmp_path / PREVIOUS)
     assert "last.ckpt has no last.json beside it to be checked" in newest.passed_over[0]
@@ -148,7 +148,7 @@ def test_without_a_readable_sidecar_the_checked_one_before_is_better(
 def test_an_absent_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     (tmp_path / LAST_NAME).unlink()
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None and step_of(newest.state) == 1
     assert newest.passed_over == [f"there is no file {tmp_path / LAST_NAME}."]
 
@@ -156,7 +156,7 @@ def test_an_absent_state_is_passed_over_for_the_one_before(tmp_path: Path) -> No
 def test_a_lone_state_of_an_older_version_is_taken_and_it_is_said(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "last.json").unlink()
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None
     assert (step_of(newest.state), newest.path) == (1, tmp_path / LAST_NAME)
     assert len(newest.passed_over) == 1 and "has no last.json" in newest.passed_over[0]
@@ -171,7 +171,7 @@ def test_when_no_state_is_good_each_is_listed_with_its_reason(tmp_path: Path) ->
     (tmp_path / LAST_NAME).write_bytes(b"garbage")
     (tmp_path / PREVIOUS).write_bytes(b"")
     with pytest.raises(CheckpointError, match="--resume never") as caught:
-        read_newest(tmp_path)
+        load_latest(tmp_path)
     last, previous = tmp_path / LAST_NAME, tmp_path / PREVIOUS
     assert str(caught.value).splitlines()[1:4] == [
         f"  - {last} has no last.json beside it to be checked against.",
@@ -198,7 +198,7 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path, checked: bool) -
     if not checked:
         (run / "last.json").unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_newest(run)
+        load_latest(run)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_state_file(run / LAST_NAME)
     assert not planted.exists()
@@ -229,15 +229,15 @@ def test_a_named_state_without_a_sidecar_is_taken_and_it_is_said(
 
 
 def test_the_state_before_belongs_to_the_same_run(tmp_path: Path) -> None:
-    assert home_of(tmp_path / "run" / LAST_NAME) == tmp_path / "run"
-    assert home_of(tmp_path / "run" / PREVIOUS) == tmp_path / "run"
+    assert run_dir_of(tmp_path / "run" / LAST_NAME) == tmp_path / "run"
+    assert run_dir_of(tmp_path / "run" / PREVIOUS) == tmp_path / "run"
 
 
 def test_a_run_in_a_folder_called_previous_is_its_own(tmp_path: Path) -> None:
     run = tmp_path / "previous"
     run.mkdir()
     (run / "metrics.jsonl").touch()
-    assert home_of(run / LAST_NAME) == run
+    assert run_dir_of(run / LAST_NAME) == run
 
 
 # Kills
@@ -297,7 +297,7 @@ def of_an_older_version(folder: Path) -> None:
 def after_a_fallback(folder: Path) -> None:
     save(folder, 8, 9)
     (folder / LAST_NAME).write_bytes(b"garbage")
-    put_damaged_aside(folder, used=folder / PREVIOUS)
+    quarantine_damaged(folder, used=folder / PREVIOUS)
 
 
 STARTS = (one, two, many, of_an_older_version, after_a_fallback)
@@ -367,9 +367,9 @@ def test_a_full_disk_leaves_the_state_as_it_was(
 def test_after_a_fallback_saving_keeps_the_good_state(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     (tmp_path / LAST_NAME).write_bytes(b"garbage")
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None
-    put_damaged_aside(tmp_path, used=newest.path)
+    quarantine_damaged(tmp_path, used=newest.path)
     assert (tmp_path / "last.ckpt.damaged").read_bytes() == b"garbage"
     assert newest_step(tmp_path) == 1
     save(tmp_path, 3)
@@ -386,7 +386,7 @@ def test_without_putting_it_aside_the_damaged_one_would_replace_the_good(tmp_pat
 
 def test_a_good_state_is_not_put_aside(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
-    put_damaged_aside(tmp_path, used=tmp_path / LAST_NAME)
+    quarantine_damaged(tmp_path, used=tmp_path / LAST_NAME)
     assert newest_step(tmp_path) == 2
 
 
@@ -451,7 +451,7 @@ def test_a_state_of_the_first_version_is_read(tmp_path: Path) -> None:
     save_tensors(Path("last-format-1.ckpt"), state)
     """
     shutil.copy(FIXTURE, tmp_path / LAST_NAME)
-    newest = read_newest(tmp_path)
+    newest = load_latest(tmp_path)
     assert newest is not None and len(newest.passed_over) == 1
     state = newest.state
     assert not {"pending", "bad_images"} & set(state["progress"])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from helpers.coco_files import write_coco
-from samft.coco.checked_split import CheckedSplit, check_split, check_splits
 from samft.coco.problems import Problems
+from samft.coco.statistics import CheckedSplit, check_split, check_splits
 from samft.errors import DataError
 
 

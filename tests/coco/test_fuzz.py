@@ -18,10 +18,14 @@ from hypothesis import strategies as st
 
 from helpers.broken_coco import SQUARE, encode, rle
 from helpers.coco_files import annotation
-from samft.coco.coco_index import index_file
-from samft.coco.mask_checks import check_segmentation, decode_segmentation
-from samft.coco.masks import MaskError, decode_cropped
+from samft.coco.index import index_file
 from samft.coco.problems import KINDS
+from samft.coco.segmentation import (
+    MaskError,
+    check_segmentation,
+    decode_cropped,
+    decode_segmentation,
+)
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 

@@ -11,8 +11,8 @@ import pytest
 
 from helpers.broken_coco import SQUARE, encode
 from helpers.coco_files import annotation, write_coco, write_json
-from samft.coco.coco_index import index_file, open_index
-from samft.coco.subset import coco_index
+from samft.coco import index as coco_index
+from samft.coco.index import index_file, open_index
 from samft.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""Mended copies: all that can be used is kept, all that is wrong is gone."""
+"""RepairedFile copies: all that can be used is kept, all that is wrong is gone."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ from pycocotools.coco import COCO
 
 from helpers.broken_coco import BOX, HEIGHT, SQUARE, WIDTH, encode, rle
 from helpers.coco_files import annotation
-from samft.coco.coco_index import CocoFile, index_file
+from samft.coco.index import CocoIndex, class_names, index_file
 from samft.coco.problems import FACT
-from samft.coco.repair import Mended, class_names, write_mended
+from samft.coco.repair import RepairedFile, write_repaired
 from samft.errors import ConfigError, DataError
 
 NAN = float("nan")
@@ -34,7 +34,7 @@ def image(image_id: Any, name: str, **fields: Any) -> dict[str, Any]:
     return {"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH, **fields}
 
 
-def index(folder: Path, path: Path) -> CocoFile:
+def index(folder: Path, path: Path) -> CocoIndex:
     return index_file(path, folder, cache=folder / "cache")
 
 
@@ -56,13 +56,13 @@ def mend(
     }
     path.write_text(json.dumps({**others, **lists}))
     before = path.read_bytes()
-    mended = write_mended(index(folder, path), path, target, without=np.array(without, np.int64))
+    mended = write_repaired(index(folder, path), path, target, without=np.array(without, np.int64))
     assert path.read_bytes() == before
     again = index(folder, target)
     assert [line for line in again.problems.lines() if not line.startswith(FACT)] == []
     document: dict[str, Any] = json.loads(target.read_text(), parse_constant=pytest.fail)
     counts = len(document["images"]), len(document["annotations"])
-    assert mended == Mended(target, *counts)
+    assert mended == RepairedFile(target, *counts)
     target.unlink()
     return document
 
@@ -297,7 +297,7 @@ def test_bom_is_gone(folder: Path) -> None:
     lists = {"images": [image(1, "a.png")], "annotations": [annotation(1, 1, SQUARE)]}
     text = json.dumps({"info": {"x": 1}, **lists})
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    write_mended(index(folder, path), path, target)
+    write_repaired(index(folder, path), path, target)
     assert json.loads(target.read_bytes())["info"] == {"x": 1}
     assert target.read_bytes().startswith(b"{")
 
@@ -310,7 +310,7 @@ def test_pycocotools_reads_the_copy(folder: Path, capsys: pytest.CaptureFixture[
     ]
     lists = {"images": [image(1, "a.png")], "annotations": objects}
     path.write_text(json.dumps(lists))
-    write_mended(index(folder, path), path, target)
+    write_repaired(index(folder, path), path, target)
     coco = COCO(str(target))
     assert [coco.annToMask(a).sum() for a in coco.loadAnns(coco.getAnnIds())] == [36, 36]
 
@@ -321,7 +321,7 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     lists = {"images": [image(1, "a.png")], "annotations": [annotation(1, 1, SQUARE)]}
     path.write_text(json.dumps(lists))
     with pytest.raises(ConfigError, match="exists"):
-        write_mended(index(folder, path), path, target)
+        write_repaired(index(folder, path), path, target)
     assert target.read_text() == "mine"
 
 
@@ -332,7 +332,7 @@ def test_a_set_without_objects_is_not_written(folder: Path) -> None:
     lists = {"images": [image(1, "a.png"), image(2, "b.png")], "annotations": objects}
     path.write_text(json.dumps(lists))
     with pytest.raises(DataError, match="no usable object"):
-        write_mended(index(folder, path), path, target, without=np.array([0]))
+        write_repaired(index(folder, path), path, target, without=np.array([0]))
     assert not target.parent.exists()
 
 

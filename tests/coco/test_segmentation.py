@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from samft.coco.mask_checks import check_segmentation, decode_segmentation
-from samft.coco.masks import MaskError, count_pixels, decode_cropped, encode_cropped
+from samft.coco.segmentation import (
+    MaskError,
+    check_segmentation,
+    count_pixels,
+    decode_cropped,
+    decode_segmentation,
+    encode_cropped,
+)
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
 

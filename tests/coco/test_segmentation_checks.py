@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.broken_coco import rle
-from samft.coco.mask_checks import RawMasks, check_segmentation
-from samft.coco.masks import MaskError, decode_cropped
+from samft.coco.segmentation import MaskError, RawMasks, check_segmentation, decode_cropped
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
 NAN, INF = float("nan"), float("inf")

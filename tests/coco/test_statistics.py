@@ -9,8 +9,8 @@ import pytest
 
 from helpers.broken_coco import HEIGHT, WIDTH, encode
 from helpers.coco_files import annotation
-from samft.coco.coco_index import CocoFile, index_file
-from samft.coco.dataset_report import (
+from samft.coco.index import CocoIndex, index_file
+from samft.coco.statistics import (
     measure,
     statistics_lines,
     suggest_image_size,
@@ -24,7 +24,7 @@ def square(x: float, y: float, side: float) -> list[float]:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> CocoFile:
+def file(tmp_path: Path) -> CocoIndex:
     """Images of 20 x 30 px with 0, 1, 3 objects and one crowd; sides 3, 6, 12 and 15 px."""
     sides = {2: [(3, 1)], 3: [(6, 1), (12, 2), (15, 3)]}
     objects = [
@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> CocoFile:
     return index_file(path, tmp_path, cache=tmp_path / "cache")
 
 
-def test_counts(file: CocoFile) -> None:
+def test_counts(file: CocoIndex) -> None:
     found = measure(file, image_size=30)
     assert (found.num_images, found.num_images_with_objects) == (4, 2)
     assert (found.num_objects, found.num_crowds, found.most_objects) == (4, 1, 3)
@@ -57,7 +57,7 @@ def test_counts(file: CocoFile) -> None:
     assert list(found.classes) == ["a", "b", "never"]
 
 
-def test_sides_are_those_at_the_models_input(file: CocoFile) -> None:
+def test_sides_are_those_at_the_models_input(file: CocoIndex) -> None:
     """The image's longer side, 30 px, becomes image_size."""
     shown = {name: n for name, n in measure(file, image_size=30).object_sides.items() if n}
     assert shown == {"under 4 px": 1, "4-8 px": 1, "8-16 px": 2}
@@ -65,14 +65,14 @@ def test_sides_are_those_at_the_models_input(file: CocoFile) -> None:
     assert shown == {"64-128 px": 1, "128-256 px": 1, "256-512 px": 2}
 
 
-def test_objects_vanish_under_one_cell(file: CocoFile) -> None:
+def test_objects_vanish_under_one_cell(file: CocoIndex) -> None:
     assert measure(file, image_size=32).num_vanishing == 1  # 3 px become 3.2
     assert measure(file, image_size=40).num_vanishing == 0  # 4 px
     assert measure(file, image_size=16).num_vanishing == 2  # 6 px become 3.2
     assert measure(file, image_size=16).vanishing_share == 0.5
 
 
-def test_coco_sizes_go_by_the_area_of_the_mask(file: CocoFile) -> None:
+def test_coco_sizes_go_by_the_area_of_the_mask(file: CocoIndex) -> None:
     areas = np.where(file.flags, 5, np.zeros(5))
     areas[file.flags == 0] = [1023.9, 1024, 9215.9, 9216]
     found = measure(replace(file, areas=areas), image_size=64)
@@ -114,7 +114,7 @@ def test_suggested_image_size(sides: list[float], at_least: int, expected: int) 
     assert suggest_image_size(np.array(sides), at_least=at_least) == expected
 
 
-def test_lines(file: CocoFile) -> None:
+def test_lines(file: CocoIndex) -> None:
     lines = statistics_lines(measure(file, image_size=32))
     assert lines[0] == "4 images, 2 of them with objects; 4 objects in 2 classes; 1 crowds"
     assert "  a          3  " + "#" * 40 in lines
@@ -129,7 +129,7 @@ def test_lines(file: CocoFile) -> None:
     ]
 
 
-def test_only_twenty_classes_are_shown(file: CocoFile) -> None:
+def test_only_twenty_classes_are_shown(file: CocoIndex) -> None:
     found = measure(file, image_size=64)
     many = {f"c{k}": 30 - k for k in range(25)}
     lines = statistics_lines(replace(found, classes=many))
@@ -137,7 +137,7 @@ def test_only_twenty_classes_are_shown(file: CocoFile) -> None:
     assert lines[-1] == "  and 5 more with 40 objects"
 
 
-def test_json_is_plain(file: CocoFile) -> None:
+def test_json_is_plain(file: CocoIndex) -> None:
     found = json.loads(json.dumps(measure(file, image_size=32).to_json()))
     assert found["vanishing"] == {"objects": 1, "share": 0.25}
     assert found["suggestions"] == {"max_masks_per_image": 8, "image_size": 64}

@@ -13,12 +13,12 @@ from pycocotools import mask as mask_utils
 
 from helpers.broken_coco import SQUARE, encode, write_broken
 from helpers.coco_files import annotation, write_coco, write_json
-from samft.coco.coco_index import index_file
 from samft.coco.images import header_size
+from samft.coco.index import index_file
 from samft.coco.layout import find_split
-from samft.coco.masks import decode_cropped
 from samft.coco.problems import BAD_IMAGES, KINDS
-from samft.coco.subset import CocoIndex, choose, find_shared, read_coco, split_by_hash
+from samft.coco.segmentation import decode_cropped
+from samft.coco.subset import CocoSubset, choose, find_shared, read_coco, split_by_hash
 from samft.errors import DataError
 
 
@@ -31,21 +31,21 @@ def _image(folder: Path, name: str = "a.png", height: int = 20, width: int = 30)
 
 def _read(
     folder: Path, annotations: list[Any], images: list[Any] | None = None, **options: Any
-) -> CocoIndex:
+) -> CocoSubset:
     images = [_image(folder)] if images is None else images
     return read_coco(write_json(folder / "a.json", images, annotations), folder, **options)
 
 
-def _names(index: CocoIndex) -> list[str]:
+def _names(index: CocoSubset) -> list[str]:
     return [index.file_name(i) for i in range(index.num_images)]
 
 
-def _ids(index: CocoIndex) -> list[int]:
+def _ids(index: CocoSubset) -> list[int]:
     ids: list[int] = index.file.object_ids[index.objects].tolist()
     return ids
 
 
-def _boxes(index: CocoIndex) -> list[list[float]]:
+def _boxes(index: CocoSubset) -> list[list[float]]:
     boxes: list[list[float]] = index.file.boxes[index.objects].tolist()
     return boxes
 

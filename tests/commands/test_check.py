@@ -13,8 +13,9 @@ from helpers.broken_coco import write_broken
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import arguments, train_here
 from samft.check import main
+from samft.cli import run_command
 from samft.coco.problems import ERROR, FACT, KINDS
-from samft.errors import ConfigError, DataError, run_command
+from samft.errors import ConfigError, DataError
 
 # What the README.md beside the real sets lists; and, marked *, three facts that it leaves out.
 PLACEHOLDER = {"category-placeholder": 1}

@@ -12,9 +12,10 @@ import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from samft.coco.synthetic import paint_plate
+from samft.cli import run_command
+from samft.coco.synthetic import draw_scene
 from samft.demo import ANNOTATIONS, main, write_demo
-from samft.errors import ConfigError, DataError, run_command
+from samft.errors import ConfigError, DataError
 
 SPLITS = {"train": 8, "val": 4}
 SIZE = 160
@@ -62,12 +63,12 @@ def test_the_same_seed_writes_the_same_files(folder: Path, tmp_path: Path) -> No
     assert files_of(again) == files_of(folder)
     other = write_demo(tmp_path / "other", seed=1, num_train=8, num_val=4, size=SIZE)
     assert files_of(other).keys() == files_of(folder).keys()
-    assert files_of(other)["train/plate_0001.jpg"] != files_of(folder)["train/plate_0001.jpg"]
+    assert files_of(other)["train/image_0001.jpg"] != files_of(folder)["train/image_0001.jpg"]
 
 
 def test_splits_differ(folder: Path) -> None:
     files = files_of(folder)
-    assert files["train/plate_0001.jpg"] != files["val/plate_0001.jpg"]
+    assert files["train/image_0001.jpg"] != files["val/image_0001.jpg"]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -132,7 +133,7 @@ def test_pycocotools_reads_it(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_filling_the_box_is_a_poor_answer() -> None:
     fills = []
     for seed in range(12):
-        _, objects = paint_plate(np.random.default_rng(seed), SIZE)
+        _, objects = draw_scene(np.random.default_rng(seed), SIZE)
         for item in objects:
             mask = decode(item.polygons)
             fills.append(mask.sum() / np.prod(cv2.boundingRect(mask)[2:]))
@@ -143,7 +144,7 @@ def test_outlines_lie_where_the_paint_is() -> None:
     """Inside an outline there is pigment; the bare paper around is lighter."""
     darker = []
     for seed in range(6):
-        image, objects = paint_plate(np.random.default_rng(seed), SIZE)
+        image, objects = draw_scene(np.random.default_rng(seed), SIZE)
         grey = image.astype(float).mean(2)
         taken = np.maximum.reduce([decode(item.polygons) for item in objects])
         around = cv2.dilate(taken, np.ones((9, 9), np.uint8)) - taken
@@ -163,7 +164,7 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["notes.txt", "train/photo.jpg", "train/_annotations.coco.json", "test/plate_0001.jpg"],
+    ["notes.txt", "train/photo.jpg", "train/_annotations.coco.json", "test/image_0001.jpg"],
 )
 def test_other_data_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from samft.cli import exit_code, run_command
 from samft.errors import (
     CheckpointError,
     ConfigError,
@@ -10,8 +11,6 @@ from samft.errors import (
     Stopped,
     TrainingError,
     UserError,
-    exit_code,
-    run_command,
 )
 
 ENDINGS = [

@@ -26,7 +26,7 @@ from helpers.short_runs import (
     write_data,
 )
 from samft import predict
-from samft.errors import run_command
+from samft.cli import run_command
 from samft.evaluate import main
 from samft.models.weights import PACKAGED_TINY
 

@@ -15,13 +15,12 @@ from segment_anything.modeling import Sam
 
 from helpers import REPOSITORY
 from helpers.tiny_checkpoint import SIZE, tiny_sam, write_tiny
-from samft import export, extras
-from samft.errors import run_command
+from samft import cli, export
+from samft.cli import run_command
 from samft.export import FOLDERS, FORMATS, main
-from samft.exporters import automatic_masks
-from samft.exporters import onnx as onnx_files
+from samft.exporters import onnx, verification
 from samft.exporters.huggingface import FILES
-from samft.exporters.reference import ask, painted_sample
+from samft.exporters.verification import painted_sample, predict_boxes
 from samft.models.sam import load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
@@ -30,7 +29,7 @@ README = REPOSITORY / "README.md"
 
 @pytest.fixture(autouse=True)
 def _few_points(monkeypatch) -> None:
-    monkeypatch.setattr(automatic_masks, "POINTS_PER_SIDE", 2)
+    monkeypatch.setattr(verification, "POINTS_PER_SIDE", 2)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def registered_tiny(checkpoint: str) -> Sam:
 def test_each_format_equals_the_checkpoint_and_the_readmes_words_load_it(
     format: str, checkpoint, tmp_path, monkeypatch, at_64, capsys
 ):
-    for name in extras.EXTRAS.get(format, ()):
+    for name in cli.EXTRAS.get(format, ()):
         pytest.importorskip(name)
     snippet = readme_snippets()[format]
     name = re.findall(r'"(tuned[^"/]*)', snippet)[0]
@@ -121,17 +120,17 @@ def test_each_format_equals_the_checkpoint_and_the_readmes_words_load_it(
     known: dict[str, Any] = {"image": sample.image, "box": sample.boxes[0]}
     exec(snippet, known)
     if format == "safetensors":  # which ends with the model
-        known["masks"] = ask(known["sam"], sample).logits[:1] > 0
+        known["masks"] = predict_boxes(known["sam"], sample).logits[:1] > 0
     found = np.asarray(known["masks"][0]).squeeze()
-    expected = ask(tiny_sam(), sample).logits[0] > 0
+    expected = predict_boxes(tiny_sam(), sample).logits[0] > 0
     assert found.dtype == bool and found.shape == expected.shape
     assert (found == expected).mean() > 0.99
 
 
 def test_what_automatic_generation_lost_is_said_loudly(checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors")
-    loss = automatic_masks.Found("the built-in picture", 0, 12, "it finds NOTHING")
-    monkeypatch.setattr(automatic_masks, "compare_automatic_masks", lambda *_: loss)
+    loss = verification.AutomaticMaskCounts("the built-in picture", 0, 12, "it finds NOTHING")
+    monkeypatch.setattr(verification, "compare_automatic_masks", lambda *_: loss)
     main(words(checkpoint, "safetensors", tmp_path / "a"))
     assert "WARNING: it finds NOTHING" in capsys.readouterr().err
     assert (tmp_path / "a").exists()
@@ -229,7 +228,7 @@ def test_a_place_that_cannot_be_written_to(checkpoint, tmp_path, capsys):
 def test_a_folder_of_something_else_is_never_replaced(
     format: str, checkpoint, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(extras.EXTRAS, format, ())
+    monkeypatch.setitem(cli.EXTRAS, format, ())
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years")
@@ -247,7 +246,7 @@ def test_a_folder_of_something_else_is_never_replaced(
 
 
 def test_a_missing_package_and_a_missing_picture(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(extras.EXTRAS, "onnx", ("no_such_package",))
+    monkeypatch.setitem(cli.EXTRAS, "onnx", ("no_such_package",))
     said = refused(words(checkpoint, "onnx", tmp_path / "a"), capsys)
     assert "--format onnx needs no_such_package" in said and "pip install 'samft[onnx]'" in said
     said = refused(words(checkpoint, "pth", tmp_path / "a", "--image", "none.png"), capsys)
@@ -276,7 +275,7 @@ def test_the_command_itself_refuses_and_helps_without_torch(tmp_path):
 
 
 def test_what_is_known_without_torch_is_what_the_modules_say():
-    assert set(FORMATS) == {"pth", *extras.EXTRAS}
-    assert FOLDERS["onnx"] == (onnx_files.ENCODER, onnx_files.DECODER)
+    assert set(FORMATS) == {"pth", *cli.EXTRAS}
+    assert FOLDERS["onnx"] == (onnx.ENCODER, onnx.DECODER)
     assert FOLDERS["huggingface"] == FILES
-    assert export.OPSET == onnx_files.OPSET
+    assert export.OPSET == onnx.OPSET

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from samft import extras
+from samft import cli
+from samft.cli import EXTRAS, require_extra
 from samft.errors import ConfigError
-from samft.extras import EXTRAS, require_extra
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
@@ -26,7 +26,7 @@ def test_what_is_there_is_no_error(monkeypatch) -> None:
 
 def test_the_extras_are_those_of_setup_cfg_and_all_are_for_developers() -> None:
     parser = configparser.ConfigParser()
-    parser.read(Path(extras.__file__).parent.parent / "setup.cfg")
+    parser.read(Path(cli.__file__).parent.parent / "setup.cfg")
     declared = {k: set(v.split()) for k, v in parser["options.extras_require"].items()}
     for extra, packages in EXTRAS.items():
         assert declared[extra] == set(packages)

@@ -21,10 +21,11 @@ from pycocotools.coco import COCO
 
 from helpers.coco_files import write_coco
 from helpers.short_runs import clean_environment
-from samft.errors import ConfigError, run_command
+from samft.cli import run_command
+from samft.errors import ConfigError
 from samft.models.weights import PACKAGED_TINY
 from samft.predict import main
-from samft.prediction.prediction import BoxPredictor
+from samft.prediction.predictors import BoxPredictor
 
 FOUND = [
     {"image_id": 12, "category_id": 2, "bbox": [3, 4, 20, 21], "score": 0.75},

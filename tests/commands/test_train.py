@@ -23,7 +23,6 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.errors import DataError
-from samft.recipes import build as assemble
 from samft.train import exit_code_for_launcher, main
 
 
@@ -189,10 +188,10 @@ def the_paragraph(stderr: str) -> str:
 def test_bad_input_is_one_paragraph_before_any_model(
     prepare, said, data, tmp_path, monkeypatch, capsys
 ):
-    def build(*_: Any, **__: Any) -> None:
+    def refuse_to_build(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(assemble, "build_sam", build)
+    monkeypatch.setattr(build, "build_sam", refuse_to_build)
     changes = prepare(tmp_path, data)
     argv = arguments(changes.pop("data_root", data), changes.pop("output_dir", tmp_path / "run"))
     for name, value in changes.items():
@@ -205,10 +204,10 @@ def test_bad_input_is_one_paragraph_before_any_model(
 
 
 def test_no_model_is_built_is_a_test_that_can_fail(data, tmp_path, monkeypatch, capsys):
-    def build(*_: Any, **__: Any) -> None:
+    def refuse_to_build(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(assemble, "build_sam", build)
+    monkeypatch.setattr(build, "build_sam", refuse_to_build)
     assert command_here(arguments(data, tmp_path / "run")) == 1
     assert "a model was built" in capsys.readouterr().err
 
@@ -260,10 +259,10 @@ def test_run_that_is_not_finite_fails_with_1(data, tmp_path, capsys):
 
 
 def test_bug_fails_with_1_and_its_traceback(data, tmp_path, monkeypatch, capsys):
-    def build(*_: Any, **__: Any) -> None:
+    def refuse_to_build(*_: Any, **__: Any) -> None:
         raise IndexError("a bug")
 
-    monkeypatch.setattr(assemble, "build_sam", build)
+    monkeypatch.setattr(build, "build_sam", refuse_to_build)
     assert command_here(arguments(data, tmp_path)) == 1
     assert "Traceback" in capsys.readouterr().err
     status = read_status(tmp_path)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from samft.data.augment import Colour, change_colour, cut_objects, draw_colour, draw_frame, touching
+from samft.data.augment import (
+    Colour,
+    boxes_in_frame,
+    change_colour,
+    draw_colour,
+    draw_frame,
+    filter_cropped_objects,
+)
 from samft.data.transforms import Frame, make_frame
 
 SIZE = (300, 400)
@@ -73,9 +80,9 @@ def _mask(k: int) -> tuple[int, int, np.ndarray]:
 def test_objects_that_leave_are_dropped_and_boxes_of_cut_ones_follow_their_masks(
     frame: Frame,
 ) -> None:
-    assert touching(BOXES, frame).tolist() == [True, True, True, False, True, True]
+    assert boxes_in_frame(BOXES, frame).tolist() == [True, True, True, False, True, True]
     asked = []
-    kept, boxes = cut_objects(BOXES, frame, draw=lambda k: asked.append(k) or _mask(k))
+    kept, boxes = filter_cropped_objects(BOXES, frame, draw=lambda k: asked.append(k) or _mask(k))
     assert kept.tolist() == [0, 1, 4] and asked == [1, 2, 3, 5]
     np.testing.assert_array_equal(boxes, [BOXES[0], [50, 10, 60, 30], BOXES[4]])
 
@@ -84,7 +91,9 @@ def test_a_tenth_of_an_object_is_enough() -> None:
     for share, expected in ((9, []), (10, [0]), (11, [0])):
         box = np.array([[50.0 - (100 - share), 0, 50 + share, 1]])
         mask = np.ones((1, 100), np.uint8)
-        kept, _ = cut_objects(box, QUARTER, draw=lambda k, m=mask, b=box: (0, int(b[0, 0]), m))
+        kept, _ = filter_cropped_objects(
+            box, QUARTER, draw=lambda k, m=mask, b=box: (0, int(b[0, 0]), m)
+        )
         assert kept.tolist() == expected
 
 
@@ -92,7 +101,7 @@ def test_the_visible_part_of_a_mask_bounds_the_box() -> None:
     mask = np.zeros((30, 40), np.uint8)
     mask[5:8, 0:25] = 1  # columns 40..65 of the image
     mask[20:30, 0:5] = 1  # not in the crop
-    kept, boxes = cut_objects(
+    kept, boxes = filter_cropped_objects(
         np.array([[40.0, 10, 80, 40]]), QUARTER, draw=lambda k: (10, 40, mask)
     )
     assert kept.tolist() == [0] and boxes.tolist() == [[50, 15, 65, 18]]
@@ -100,7 +109,7 @@ def test_the_visible_part_of_a_mask_bounds_the_box() -> None:
 
 def test_nothing_is_asked_where_the_whole_image_is_visible() -> None:
     frame = make_frame((100, 100), 50, resize_mode="pad", zoom=0.7)
-    kept, boxes = cut_objects(BOXES, frame, draw=lambda k: pytest.fail("drawn"))
+    kept, boxes = filter_cropped_objects(BOXES, frame, draw=lambda k: pytest.fail("drawn"))
     assert kept.tolist() == list(range(6))
     np.testing.assert_array_equal(boxes, BOXES)
 

@@ -12,8 +12,7 @@ from helpers.coco_files import SIZES, annotation, write_coco, write_json
 from samft.coco.images import header_size
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
-from samft.data.batch import Batch, Sample, collate
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Batch, Coco2MaskDataset, Sample, collate
 from samft.data.loaders import train_loader, val_loader
 from samft.data.transforms import make_frame
 from samft.errors import DataError

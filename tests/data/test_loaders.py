@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.coco_files import write_coco
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import (
     BatchLoader,
     batch_by_objects,
@@ -18,8 +18,8 @@ from samft.data.loaders import (
     val_loader,
 )
 from samft.errors import TrainingError
-from samft.recipes.guard import naming_the_cause
-from samft.runtime import heartbeat as whereabouts
+from samft.runtime import heartbeat
+from samft.runtime.heartbeat import explain_distributed_errors
 
 OBJECTS = (1, 4, 2, 7, 3)  # of the images, from coco_files
 
@@ -108,7 +108,7 @@ def test_without_workers_the_next_batch_is_waited_for(
     load = Coco2MaskDataset.__getitem__
 
     def look(self: Coco2MaskDataset, key: Any) -> Any:
-        seen.append((loader.waiting_for(), whereabouts.here()))
+        seen.append((loader.waiting_for(), heartbeat.describe_position()))
         return load(self, key)
 
     monkeypatch.setattr(Coco2MaskDataset, "__getitem__", look)
@@ -189,10 +189,10 @@ def test_of_a_worker_that_dies_or_hangs_the_images_are_named(
     loader = val_loader(
         a_dataset(annotations, kind, training=False), num_workers=1, timeout=timeout
     )
-    whereabouts.at_step(6)
+    heartbeat.at_step(6)
     found = []
     try:
-        with pytest.raises(TrainingError) as caught, naming_the_cause():
+        with pytest.raises(TrainingError) as caught, explain_distributed_errors():
             for batch in loader:
                 found.append(batch.image_ids)
                 if kind is Deadly and len(found) == 2:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_engine import val_batches
 
-from samft.data.batch import Batch
-from samft.data.prefetch import fetch, on_device
+from helpers.trainers import val_batches
+from samft.data.dataset import Batch
+from samft.data.loaders import fetch, on_device
 from samft.errors import DataError
 from samft.runtime.signals import Interrupted, stop_on_signal
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from pycocotools import mask as mask_utils
 
-import samft.data.rasterize
+from samft.data import rasterize
 from samft.data.rasterize import Polygons, cover
 
 Parts = list[list[float]]
@@ -137,7 +137,7 @@ def test_many_objects_in_small_chunks_are_each_as_alone(monkeypatch: pytest.Monk
         objects.append(parts)
     alone = np.concatenate([_draw([parts], 60, 60) for parts in objects])
     np.testing.assert_allclose(_draw(objects, 60, 60), alone, atol=1e-9)
-    monkeypatch.setattr(samft.coverage, "_CHUNK_CELLS", 100)
+    monkeypatch.setattr(rasterize, "_CHUNK_CELLS", 100)
     np.testing.assert_allclose(_draw(objects, 60, 60), alone, atol=1e-9)
 
 

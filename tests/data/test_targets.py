@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 
 from samft.coco.layout import find_split
-from samft.coco.masks import decode_cropped
+from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import read_coco
-from samft.data.targets import draw_targets, draw_truths
-from samft.data.transforms import Frame, make_frame, mask_to_input, mask_to_low
+from samft.data.targets import draw_targets, mask_to_input, mask_to_low, rasterize_ground_truth
+from samft.data.transforms import Frame, make_frame
 
 BOTH = pytest.mark.parametrize("resolution", ["low", "input"])
 SIZE = (960, 1280)  # large beside an image size of 64: 20 original pixels for an input pixel
@@ -104,7 +104,7 @@ def test_truths_are_the_drawn_masks_to_the_pixel(resolution: str) -> None:
     frame = make_frame(SIZE, 64, resize_mode="pad")
     objects = [[_ring(0, centre=(300, 400), reach=250)], [np.array([2e3, 1, 3e3, 1, 3e3, 9])]]
     objects.append([_ring(1, centre=(900, 300), reach=9)])
-    kept, targets, truths = draw_truths(objects, frame, resolution=resolution)
+    kept, targets, truths = rasterize_ground_truth(objects, frame, resolution=resolution)
     assert kept.tolist() == [0, 2] and len(targets) == len(truths) == 2
     for k, target, truth in zip(kept, targets, truths, strict=True):
         top, left, mask = decode_cropped(objects[k], *SIZE)

@@ -11,14 +11,13 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from samft.data.targets import mask_to_input, mask_to_low
 from samft.data.transforms import (
     Frame,
     boxes_to_input,
     boxes_to_original,
     jitter_boxes,
     make_frame,
-    mask_to_input,
-    mask_to_low,
     resize_image,
     visible_box,
 )

@@ -17,14 +17,13 @@ from helpers.gloo_pool import GlooPool
 from samft import distributed
 from samft.coco.images import open_image
 from samft.coco.subset import read_coco
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.precompute import Precompute
 from samft.embeddings.split_cache import SplitCache, read_digests
 from samft.embeddings.store import Store
 from samft.errors import UserError
-from samft.models.freezing import freeze
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam
+from samft.models.sam import build_sam, freeze
 
 NUM_IMAGES = 7
 

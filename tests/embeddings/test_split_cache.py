@@ -12,10 +12,10 @@ from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 from samft import distributed
 from samft.coco.subset import read_coco
-from samft.data.data import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.split_cache import (
+    CacheKey,
     Digests,
-    Recipe,
     SplitCache,
     digest_of_encoder,
     precision_of,
@@ -25,7 +25,7 @@ from samft.embeddings.store import Entry, Store
 from samft.errors import UserError
 from samft.models.sam import build_sam
 
-RECIPE = Recipe("abc", 64, "pad", True, False, "float32", "float16")
+RECIPE = CacheKey("abc", 64, "pad", True, False, "float32", "float16")
 OTHER: dict[str, Any] = {
     "encoder": "abd",
     "image_size": 80,
@@ -38,7 +38,7 @@ OTHER: dict[str, Any] = {
 
 
 def test_everything_in_a_recipe_changes_its_key() -> None:
-    assert OTHER.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(CacheKey)}
     keys = {dataclasses.replace(RECIPE, **{name: value}).key for name, value in OTHER.items()}
     assert len(keys | {RECIPE.key}) == len(OTHER) + 1
     assert dataclasses.replace(RECIPE).key == RECIPE.key

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from samft.coco.images import ImageError
-from samft.embeddings.store import GIB, CachedEmbeddings, Entry, Store, gib, make_room
+from samft.embeddings.store import CachedEmbeddings, Entry, Store, make_room
+from samft.runtime.logs import GIB, format_gib
 
 SHAPE = (8, 3, 3)
 
@@ -212,4 +213,8 @@ def test_holes_take_up_no_room(tmp_path: Path) -> None:
 
 
 def test_bytes_for_a_person() -> None:
-    assert (gib(5 * MIB), gib(GIB), gib(3 * GIB // 2)) == ("5.0 MiB", "1.0 GiB", "1.5 GiB")
+    assert (format_gib(5 * MIB), format_gib(GIB), format_gib(3 * GIB // 2)) == (
+        "5.0 MiB",
+        "1.0 GiB",
+        "1.5 GiB",
+    )

@@ -4,22 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from samft.data.targets import CroppedMask
-from samft.evaluation.boundary import boundary_iou, boundary_of, boundary_width
-
-
-def paper_boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
-    """The paper's `mask_to_boundary`, of its public code, on the whole image."""
-    height, width = mask.shape
-    dilation = max(1, int(round(dilation_ratio * np.sqrt(height**2 + width**2))))
-    padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=dilation)
-    return mask - eroded[1 : height + 1, 1 : width + 1]
-
-
-def paper_boundary_iou(truth: np.ndarray, mask: np.ndarray) -> float:
-    ours, other = paper_boundary(truth), paper_boundary(mask)
-    return float(((ours * other) > 0).sum() / ((ours + other) > 0).sum())
+from helpers.boundary_reference import paper_boundary_iou
+from samft.coco.segmentation import CroppedMask
+from samft.evaluation.metrics import boundary_iou, boundary_of, boundary_width
 
 
 def crop(mask: np.ndarray, margin: int = 0) -> CroppedMask:

@@ -15,10 +15,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from helpers.coco_files import annotation
-from samft.coco.subset import CocoIndex, read_coco
-from samft.data.data import Coco2MaskDataset
+from samft.coco.segmentation import CroppedMask
+from samft.coco.subset import CocoSubset, read_coco
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
-from samft.data.targets import CroppedMask
 from samft.errors import ConfigError
 from samft.evaluation.coco_ap import (
     BACKENDS,
@@ -28,7 +28,7 @@ from samft.evaluation.coco_ap import (
     coco_truth,
     load_backend,
 )
-from samft.evaluation.evaluation import OTHER_PROMPTS, EvaluatedObjects, score_masks
+from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects, score_masks
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
@@ -39,7 +39,7 @@ def worsened(truth: CroppedMask, generator: np.random.Generator) -> CroppedMask:
     return CroppedMask(truth.top, truth.left, truth.mask[:rows, :columns])
 
 
-def worsened_rows(index: CocoIndex) -> EvaluatedObjects:
+def worsened_rows(index: CocoSubset) -> EvaluatedObjects:
     generator = np.random.default_rng(0)
     parts = []
     dataset = Coco2MaskDataset(index.file.image_folder, index=index, image_size=64)
@@ -52,7 +52,7 @@ def worsened_rows(index: CocoIndex) -> EvaluatedObjects:
     return EvaluatedObjects.join(parts)
 
 
-def numbers_of(index: CocoIndex, rows: EvaluatedObjects, **options: Any) -> dict[str, Any]:
+def numbers_of(index: CocoSubset, rows: EvaluatedObjects, **options: Any) -> dict[str, Any]:
     results = coco_results(rows, categories_of(index, rows.object_ids))
     return average_precision(coco_truth(rows, index), results, **options)
 
@@ -69,7 +69,7 @@ def plain_cocoeval(annotations: Path, results: list[dict[str, Any]]) -> list[flo
 
 
 @pytest.fixture(scope="module")
-def photos(data_root: Path) -> tuple[Path, CocoIndex, EvaluatedObjects]:
+def photos(data_root: Path) -> tuple[Path, CocoSubset, EvaluatedObjects]:
     """Everyday photos of 80 classes, with crowds: the file, what is used of it, worsened masks."""
     root = data_root / "coco_open104"
     annotations = root / "annotations" / "instances_val2017.json"
@@ -78,7 +78,7 @@ def photos(data_root: Path) -> tuple[Path, CocoIndex, EvaluatedObjects]:
 
 
 def test_same_as_plain_cocoeval_on_the_annotation_file(
-    photos: tuple[Path, CocoIndex, EvaluatedObjects], tmp_path: Path
+    photos: tuple[Path, CocoSubset, EvaluatedObjects], tmp_path: Path
 ) -> None:
     annotations, index, rows = photos
     found = numbers_of(index, rows)
@@ -98,7 +98,7 @@ def test_same_as_plain_cocoeval_on_the_annotation_file(
     assert untouched[:3] == pytest.approx(plain[:3], abs=1e-12)  # areas decide nothing there
 
 
-def write_squares(root: Path, *, count: int, first_id: int = 0) -> CocoIndex:
+def write_squares(root: Path, *, count: int, first_id: int = 0) -> CocoSubset:
     """One image of so many squares of 4 x 4 px, ids counted from 0, and a second with two."""
     side = max(20, 5 * int(np.ceil(np.sqrt(count))))
     annotations = []

@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
-from samft.evaluation.comparison import compare, group_by, group_by_size, mean_change
-from samft.evaluation.scores import ObjectScores
+from samft.evaluation.object_scores import (
+    ObjectScores,
+    compare,
+    group_by,
+    group_by_size,
+    mean_change,
+)
 
 
 def rows(objects: dict[tuple[int, int], tuple[float, float]]) -> ObjectScores:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from samft.data.targets import CroppedMask
+from samft.coco.segmentation import CroppedMask
 from samft.data.transforms import make_frame
-from samft.evaluation.prompts import centre_point, moved_boxes, points_to_input
+from samft.evaluation.evaluator import centre_point, moved_boxes, points_to_input
 
 FRAME = make_frame((600, 800), 1024, resize_mode="pad")
 BOXES = np.array([[100.0, 100, 500, 300], [400, 200, 700, 700], [300, 300, 310, 320]])

@@ -9,34 +9,38 @@ import pytest
 import torch
 from pycocotools import mask as mask_utils
 from segment_anything import SamPredictor
-from test_boundary_iou import paper_boundary_iou
-from test_engine import LOSS, make_trainer, unreadable
-from test_engine import val_batches as small_batches
 
+from helpers.boundary_reference import paper_boundary_iou
 from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
+from helpers.trainers import LOSS, make_trainer, unreadable
+from helpers.trainers import val_batches as small_batches
 from samft.coco.images import open_image
-from samft.coco.subset import CocoIndex, read_coco
-from samft.data.batch import Batch
-from samft.data.data import Coco2MaskDataset
+from samft.coco.segmentation import CroppedMask
+from samft.coco.subset import CocoSubset, read_coco
+from samft.data.dataset import Batch, Coco2MaskDataset
 from samft.data.loaders import val_loader
-from samft.data.targets import CroppedMask
 from samft.data.transforms import boxes_to_original
 from samft.distributed import get_rank, get_world_size
 from samft.errors import DataError, UserError
-from samft.evaluation.boundary import boundary_iou
 from samft.evaluation.coco_ap import average_precision, categories_of, coco_results, coco_truth
-from samft.evaluation.evaluation import OTHER_PROMPTS, EvaluatedObjects, evaluate_split, score_masks
-from samft.evaluation.metrics import cropped_iou
-from samft.evaluation.prompts import centre_point, moved_boxes
-from samft.evaluation.score_tables import summarise
+from samft.evaluation.evaluator import (
+    OTHER_PROMPTS,
+    EvaluatedObjects,
+    centre_point,
+    evaluate_split,
+    moved_boxes,
+    score_masks,
+)
+from samft.evaluation.metrics import boundary_iou, cropped_iou
+from samft.evaluation.tables import summarise
 from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import load_sam
 from samft.models.weights import PACKAGED_TINY
 
 
-def read(folder: Path) -> CocoIndex:
+def read(folder: Path) -> CocoSubset:
     return read_coco(folder / "_annotations.coco.json", folder)
 
 
@@ -44,7 +48,7 @@ def tiny() -> PromptedSam:
     return PromptedSam(load_sam(PACKAGED_TINY))
 
 
-def batches_of(index: CocoIndex, *, image_size: int = 256) -> Any:
+def batches_of(index: CocoSubset, *, image_size: int = 256) -> Any:
     dataset = Coco2MaskDataset(index.file.image_folder, index=index, image_size=image_size)
     return val_loader(dataset, rank=get_rank(), world_size=get_world_size())
 
@@ -147,7 +151,7 @@ def perfect(batch: Batch) -> EvaluatedObjects:
     return score_masks(batch, masks, torch.rand(len(part)), part=part)
 
 
-def check_perfect(index: CocoIndex) -> None:
+def check_perfect(index: CocoSubset) -> None:
     rows = EvaluatedObjects.join([perfect(batch) for batch in batches_of(index, image_size=64)])
     category_ids = categories_of(index, rows.object_ids)
     summary = summarise(rows, category_ids, names=index.file.category_names)

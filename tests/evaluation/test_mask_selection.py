@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samft.data.targets import CroppedMask
+from samft.coco.segmentation import CroppedMask
 from samft.distributed import get_rank, get_world_size
-from samft.evaluation.kept_masks import MaskKeeper
+from samft.evaluation.validation import MaskSelection
 
 SIZE = (9, 12)
 FIXED = [(3, 0), (7, 1), (99, 0)]  # the last is in no image
@@ -20,12 +20,12 @@ def a_mask(number: int) -> CroppedMask:
 
 
 def offer_share(num_images: int, num_worst: int) -> tuple[dict[Any, Any], list[Any]]:
-    keeper = MaskKeeper(FIXED, num_worst=num_worst)
+    keeper = MaskSelection(FIXED, num_worst=num_worst)
     for image_id in range(get_rank(), num_images, get_world_size()):
         for object_id in range(2):
             number = 2 * image_id + object_id
             iou = number * 7 % 5 / 4  # many are equally bad
-            keeper.offer((image_id, object_id), a_mask(number), ious=(iou, 1 - iou), size=SIZE)
+            keeper.add((image_id, object_id), a_mask(number), ious=(iou, 1 - iou), size=SIZE)
     keeper.gather()
     return keeper.fixed, keeper.worst
 
@@ -48,8 +48,8 @@ def test_they_are_the_same_on_one_two_and_three_processes(gloo2: Any, gloo3: Any
 @pytest.mark.parametrize("number", range(20))
 def test_a_mask_comes_back_as_it_was(number: int) -> None:
     mask = a_mask(number)
-    keeper = MaskKeeper([(1, 1)], num_worst=0)
-    keeper.offer((1, 1), mask, ious=(0.5, 0.5), size=SIZE)
+    keeper = MaskSelection([(1, 1)], num_worst=0)
+    keeper.add((1, 1), mask, ious=(0.5, 0.5), size=SIZE)
     wanted, found = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
     for canvas, one in ((wanted, mask), (found, keeper.fixed[1, 1].mask)):
         height, width = one.mask.shape

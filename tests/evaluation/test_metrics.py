@@ -12,16 +12,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from helpers.gloo_pool import GlooPool
-from samft.data.targets import CroppedMask
+from samft.coco.segmentation import CroppedMask
 from samft.distributed import get_rank
-from samft.evaluation.metrics import (
-    MaskMean,
-    PerMaskIoU,
-    box_fill_ious,
-    cropped_iou,
-    original_masks,
-    upsampling_matrix,
-)
+from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou
+from samft.models.prompted_sam import original_masks, upsampling_matrix
 from samft.models.sam import build_sam
 
 S = 256

@@ -3,10 +3,9 @@
 from typing import Any
 
 import numpy as np
-from test_tables import rows_of as objects
 
-from samft.evaluation.score_sheet import MOST_CLASSES, sheet
-from samft.evaluation.score_tables import summarise, summarise_change
+from helpers.score_rows import rows_of as objects
+from samft.evaluation.tables import MOST_CLASSES, sheet, summarise, summarise_change
 
 COCO = {"ap": 0.5, "ap50": 0.7, "ap75": 0.4, "ap_small": 0.1, "ap_medium": None, "ap_large": 1.0}
 

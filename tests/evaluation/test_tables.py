@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from samft.evaluation.evaluation import EvaluatedObjects
-from samft.evaluation.score_tables import (
+from helpers.score_rows import rows_of
+from samft.evaluation.evaluator import EvaluatedObjects
+from samft.evaluation.tables import (
     NUM_SHOWN,
     calibration,
     spread,
@@ -104,15 +105,6 @@ def test_perfect_and_constant_predictions() -> None:
 
 
 # Two models
-
-
-def rows_of(ious: list[float], *, images: list[int] | None = None) -> EvaluatedObjects:
-    count = len(ious)
-    values = {field.name: np.zeros(count) for field in fields(EvaluatedObjects)}
-    values["image_ids"] = np.array(images or range(count))
-    values["object_ids"] = np.arange(count) + 100
-    values["iou_actual"] = np.array(ious)
-    return EvaluatedObjects(**values)
 
 
 def test_differences_and_counts_in_closed_form() -> None:

@@ -5,14 +5,13 @@ import torch
 from segment_anything.modeling import Sam
 
 from helpers.tiny_checkpoint import tiny_sam
-from samft.exporters import automatic_masks
-from samft.exporters.automatic_masks import compare_automatic_masks
-from samft.exporters.reference import painted_sample
+from samft.exporters import verification
+from samft.exporters.verification import compare_automatic_masks, painted_sample
 
 
 @pytest.fixture(autouse=True)
 def _few_points(monkeypatch) -> None:
-    monkeypatch.setattr(automatic_masks, "POINTS_PER_SIDE", 4)
+    monkeypatch.setattr(verification, "POINTS_PER_SIDE", 4)
 
 
 def finder(*, iou_predicted: float = 1.0, steepness: float = 50.0) -> Sam:

@@ -13,16 +13,15 @@ from segment_anything.modeling import Sam
 
 from helpers.tiny_checkpoint import SIZE, tiny_sam, write_tiny
 from samft.errors import CheckpointError, ExportError
-from samft.exporters import exporter as exporting
-from samft.exporters import weight_files
+from samft.exporters import exporter, weight_files
 from samft.exporters.exporter import export, model_to_write, open_base, open_tuned
-from samft.exporters.reference import (
-    Answer,
+from samft.exporters.verification import (
     Difference,
-    Sample,
-    ask,
-    is_equal_to_the_bit,
+    Prediction,
+    VerificationSample,
+    bitwise_equal,
     painted_sample,
+    predict_boxes,
 )
 from samft.models.sam import load_sam
 from samft.models.weights import PACKAGED_TINY
@@ -31,7 +30,7 @@ from samft.models.weights import PACKAGED_TINY
 def export_tiny(output: Path, *, format: str = "pth") -> Difference:
     """Exports the tiny model, with what it answers beforehand."""
     sam = tiny_sam()
-    expected = [(painted_sample(), ask(sam, painted_sample()))]
+    expected = [(painted_sample(), predict_boxes(sam, painted_sample()))]
     return export(sam, output, format=format, metadata={}, expected=expected, opset=17)
 
 
@@ -58,10 +57,10 @@ def test_a_file_that_answers_otherwise_is_not_kept(existed, tmp_path, monkeypatc
     if existed:
         output.write_text("an earlier export")
 
-    def read_wrongly(*_: Any, **__: Any) -> Callable[[Sample], Answer]:
-        return partial(ask, disturbed(tiny_sam(), by=0.05))
+    def read_wrongly(*_: Any, **__: Any) -> Callable[[VerificationSample], Prediction]:
+        return partial(predict_boxes, disturbed(tiny_sam(), by=0.05))
 
-    monkeypatch.setattr(exporting, "_read_again", read_wrongly)
+    monkeypatch.setattr(exporter, "_read_again", read_wrongly)
     with pytest.raises(ExportError, match="was not written: what was read again does not answer"):
         export_tiny(output)
     assert os.listdir(tmp_path) == (["a"] if existed else [])
@@ -128,7 +127,7 @@ def test_the_base_is_opened_at_the_models_size_and_must_be_of_its_type(tmp_path)
     assert base.image_encoder.img_size == SIZE
     name = "mask_decoder.iou_token.weight"
     assert torch.equal(base.state_dict()[name], load_sam(PACKAGED_TINY).state_dict()[name])
-    assert not is_equal_to_the_bit(base.state_dict(), tiny_sam().state_dict())
+    assert not bitwise_equal(base.state_dict(), tiny_sam().state_dict())
     other = tmp_path / "other.pth"
     state = {**tiny_sam().state_dict(), name: torch.zeros(1, 7)}
     torch.save(state, other)

@@ -12,7 +12,7 @@ from samft.exporters.huggingface import (
     renamed,
     write_huggingface,
 )
-from samft.exporters.reference import ask, compare, painted_sample
+from samft.exporters.verification import compare, painted_sample, predict_boxes
 from samft.models.sam import MODEL_SHAPES, build_sam
 
 transformers = pytest.importorskip(
@@ -38,7 +38,7 @@ def test_their_model_answers_as_the_stock_predictor(tmp_path) -> None:
     folder = tmp_path / "tuned"
     write_huggingface(sam, folder, {"step": "30"})
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    found = compare([ask(sam, sample)], [open_huggingface(folder)(sample)])
+    found = compare([predict_boxes(sam, sample)], [open_huggingface(folder)(sample)])
     assert found.logits < 1e-3
     assert found.iou_predicted < 1e-5
     assert found.equal_pixels == 1.0

@@ -6,20 +6,20 @@ import torch
 from segment_anything import SamPredictor
 
 from helpers.tiny_checkpoint import tiny_sam
-from samft.exporters.reference import (
-    Answer,
-    Sample,
-    ask,
+from samft.exporters.verification import (
+    Prediction,
+    VerificationSample,
+    bitwise_equal,
     compare,
-    is_equal_to_the_bit,
     painted_sample,
+    predict_boxes,
     sample_of,
 )
 
 
-def answer(logits: list[float], iou: float = 0.5) -> Answer:
+def answer(logits: list[float], iou: float = 0.5) -> Prediction:
     """One mask of 1 x len(logits) pixels."""
-    return Answer(np.array([[logits]], np.float32), np.array([iou], np.float32))
+    return Prediction(np.array([[logits]], np.float32), np.array([iou], np.float32))
 
 
 def test_the_largest_differences_over_all_samples_and_the_share_of_equal_pixels() -> None:
@@ -48,7 +48,7 @@ def test_the_largest_differences_over_all_samples_and_the_share_of_equal_pixels(
         (answer([1.0]), answer([1.0, 1.0]), False),
     ],
 )
-def test_what_counts_as_the_same_model(a: Answer, b: Answer, small: bool) -> None:
+def test_what_counts_as_the_same_model(a: Prediction, b: Prediction, small: bool) -> None:
     assert compare([a], [b]).is_small is small
 
 
@@ -73,7 +73,7 @@ def test_asking_is_what_the_stock_predictor_answers_box_by_box() -> None:
     sam = tiny_sam()
     image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     boxes = np.array([[2.0, 3, 30, 20], [10, 10, 45, 28]])
-    found = ask(sam, Sample("noise", image, boxes))
+    found = predict_boxes(sam, VerificationSample("noise", image, boxes))
     predictor = SamPredictor(sam)
     predictor.set_image(image)
     for box, logits, iou in zip(boxes, found.logits, found.iou_predicted, strict=True):
@@ -85,10 +85,10 @@ def test_asking_is_what_the_stock_predictor_answers_box_by_box() -> None:
 def test_one_bit_is_a_difference_of_weights() -> None:
     a = tiny_sam().state_dict()
     b = {name: tensor.clone() for name, tensor in a.items()}
-    assert is_equal_to_the_bit(a, b)
+    assert bitwise_equal(a, b)
     name = "mask_decoder.iou_token.weight"
     b[name].view(torch.int32)[0, 3] ^= 1
-    assert not is_equal_to_the_bit(a, b)
+    assert not bitwise_equal(a, b)
     del b[name]
-    assert not is_equal_to_the_bit(a, b)
-    assert not is_equal_to_the_bit(a, {**a, name: a[name].double()})
+    assert not bitwise_equal(a, b)
+    assert not bitwise_equal(a, {**a, name: a[name].double()})

@@ -9,7 +9,7 @@ from segment_anything.build_sam import _build_sam
 from segment_anything.modeling import Sam
 
 from helpers.tiny_checkpoint import tiny_sam
-from samft.exporters.reference import is_equal_to_the_bit
+from samft.exporters.verification import bitwise_equal
 from samft.exporters.weight_files import read_pth, read_safetensors, write_pth, write_safetensors
 from samft.models.sam import load_sam
 
@@ -25,7 +25,7 @@ def test_a_pth_holds_sams_own_keys_and_the_stock_builder_reads_it(tmp_path) -> N
     write_pth(sam, path)
     state = torch.load(path, weights_only=True)
     assert list(state) == list(sam.state_dict())
-    assert is_equal_to_the_bit(stock(checkpoint=path).state_dict(), state)
+    assert bitwise_equal(stock(checkpoint=path).state_dict(), state)
 
 
 def test_a_pth_is_read_again_by_the_registry(tmp_path, monkeypatch) -> None:
@@ -37,10 +37,10 @@ def test_a_pth_is_read_again_by_the_registry(tmp_path, monkeypatch) -> None:
 
     path = tmp_path / "a.pth"
     write_pth(tiny_sam(), path)
-    assert is_equal_to_the_bit(read_pth(path).state_dict(), tiny_sam().state_dict())
+    assert bitwise_equal(read_pth(path).state_dict(), tiny_sam().state_dict())
     assert not calls  # the registry does not know vit_tiny
     monkeypatch.setitem(sam_model_registry, "vit_tiny", builder)
-    assert is_equal_to_the_bit(read_pth(path).state_dict(), tiny_sam().state_dict())
+    assert bitwise_equal(read_pth(path).state_dict(), tiny_sam().state_dict())
     assert calls == [path]
 
 
@@ -50,7 +50,7 @@ def test_safetensors_come_back_bit_for_bit_with_what_they_say_of_themselves(tmp_
     with torch.no_grad():  # numbers that text or rounding would lose
         sam.mask_decoder.iou_token.weight[0, :3] = torch.tensor([1e-42, -0.0, 1 / 3])
     write_safetensors(sam, path, {"model_type": "vit_tiny", "step": "30"})
-    assert is_equal_to_the_bit(read_safetensors(path).state_dict(), sam.state_dict())
+    assert bitwise_equal(read_safetensors(path).state_dict(), sam.state_dict())
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "model_type": "vit_tiny", "step": "30"}
 

@@ -32,8 +32,8 @@ from helpers.fault_runs import (
 )
 from helpers.processes import catches, descendants_of
 from helpers.short_runs import command_here, largest_difference, read_metrics, write_data
-from samft.checkpoints.training_state import read_newest, save_last
-from samft.runtime.files import sole_use
+from samft.checkpoints.training_state import load_latest, save_last
+from samft.runtime.output_dir import lock_output_dir
 
 pytestmark = pytest.mark.chaos
 # Repetitions that `make soak` runs.
@@ -133,11 +133,11 @@ def test_twenty_kills_in_the_middle_of_saving_leave_a_whole_state(tmp_path):
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        found = read_newest(tmp_path)
+        found = load_latest(tmp_path)
         assert found is not None and not found.passed_over
         assert (found.state["weights"] == found.state["number"]).all()
         newest = max(newest, found.state["number"])
-        with sole_use(tmp_path):
+        with lock_output_dir(tmp_path):
             assert not [*tmp_path.glob(".*.part"), *tmp_path.glob("*/.*.part")]
     assert newest > 1
 
@@ -169,7 +169,7 @@ def test_a_stop_under_torchrun_saves_and_resumes_exactly(undisturbed, data, tmp_
     assert {int(file.read_text()) for file in codes.iterdir()} == {75}, ended.output
     status = status_of(folder)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    found = read_newest(folder)
+    found = load_latest(folder)
     assert found is not None and found.state["progress"]["step"] == status["step"]
     assert not left_after(folder)
     ended = run(torchrun(argv, processes=2))
@@ -380,7 +380,7 @@ def test_nan_after_nan_ends_the_run_with_its_images_and_a_good_state(data, tmp_p
     assert len((folder / "bad_steps.jsonl").read_text().splitlines()) == 3
     status = status_of(folder)
     assert status["exit_code"] == 1 and status["last_checkpoint"] == str(folder / "last.ckpt")
-    found = read_newest(folder)
+    found = load_latest(folder)
     assert found is not None and found.state["progress"]["step"] == 4
     assert all(bool(torch.isfinite(value).all()) for value in found.state["model"].values())
 
@@ -394,7 +394,7 @@ def test_a_file_limit_loses_nothing_and_the_same_command_goes_on(undisturbed, da
     assert ended.code == 1
     assert "last.ckpt could not be written" in ended.output
     assert "step 16/16" in ended.output  # it went on to its end
-    found = read_newest(tmp_path)
+    found = load_latest(tmp_path)
     assert found is not None and found.state["progress"]["step"] == 4 and not found.passed_over
     assert run(alone(argv)).code == 0
     check_equal(tmp_path, undisturbed(1))

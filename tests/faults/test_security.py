@@ -16,7 +16,8 @@ import torch
 
 from helpers import REPOSITORY
 from helpers.short_runs import arguments, command_here, write_data
-from samft.errors import DataError, TrainingError, run_command
+from samft.cli import run_command
+from samft.errors import DataError, TrainingError
 
 PACKAGE = REPOSITORY / "samft"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import samft.train
 from helpers.processes import children_of, descendants_of
 from samft.checkpoints import training_state
-from samft.data.data import Coco2MaskDataset
-from samft.errors import run_command
-from samft.evaluation.evaluation import validation
+from samft.cli import run_command
+from samft.data.dataset import Coco2MaskDataset
+from samft.evaluation.evaluator import validation
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.files import write_json
 from samft.training.engine import Trainer

@@ -15,8 +15,8 @@ import torch
 
 from helpers.coco_files import write_coco
 from samft import evaluate
+from samft.cli import run_command
 from samft.config import TrainConfig, parse_config
-from samft.errors import run_command
 from samft.train import main
 
 STEPS, INTERVAL = 20, 5

@@ -6,7 +6,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
-from samft.models.activation_checkpointing import checkpoint_activations
+from samft.models.image_encoder import checkpoint_activations
 from samft.models.sam import build_sam
 
 HOW = ("none", "blocks", "full")

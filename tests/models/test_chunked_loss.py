@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from samft.models.chunked_loss import BYTES_PER_VALUE, auto_mask_chunk
-from samft.models.freezing import freeze
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam
+from samft.models.sam import build_sam, freeze
 from samft.training.losses import MaskLosses, mask_losses
 
 S = 64

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samft.checkpoints.top_k import save_tensors
-from samft.models.attention import FastBlock, attention, use_fast_attention
+from samft.models.image_encoder import FastBlock, attention, use_fast_attention
 from samft.models.sam import build_sam, load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
@@ -214,7 +214,7 @@ def test_positions_are_a_mask_in_pieces_where_no_gradient_is_wanted(
     block(x)
     assert masks == [[]]
     masks.clear()
-    monkeypatch.setattr("samft.models.attention._MASK_VALUES", 5 * 3 * 2 * 9 * (12 * 9))
+    monkeypatch.setattr("samft.models.image_encoder._MASK_VALUES", 5 * 3 * 2 * 9 * (12 * 9))
     with torch.no_grad():
         block(x)
     assert masks == [[3, 2, rows * 9, 12 * 9] for rows in (5, 5, 2)]

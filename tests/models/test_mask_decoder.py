@@ -8,7 +8,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from samft.models.decoder import FAST, STOCK, choose_decoder
+from samft.models.mask_decoder import FAST, STOCK, choose_decoder
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 

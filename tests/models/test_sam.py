@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import samft
 from samft.checkpoints.top_k import save_tensors
 from samft.errors import CheckpointError
-from samft.models.freezing import constant_names, freeze
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import (
     MODEL_SHAPES,
     build_sam,
+    constant_names,
     fit_positions,
+    freeze,
     identify,
     load_sam,
     load_state,
@@ -408,4 +409,4 @@ def test_a_checkpoint_is_opened_as_it_was_tuned(
         path.with_suffix(".json").write_text(sidecar)
     sam, *_, found = open_checkpoint(path, attention="fast")
     assert (found, sam.image_encoder.img_size, sam.training) == (resize_mode, 64, False)
-    assert type(sam.image_encoder.blocks[0]).__module__ == "samft.models.attention"
+    assert type(sam.image_encoder.blocks[0]).__module__ == "samft.models.image_encoder"

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from helpers.coco_files import write_coco
-from samft.coco.coco_objects import NO_ID
-from samft.data.data import Coco2MaskDataset
+from samft.coco.entries import NO_ID
+from samft.data.dataset import Coco2MaskDataset
 from samft.data.transforms import boxes_to_original
 from samft.errors import DataError
-from samft.prediction.box_sources import (
+from samft.prediction.inputs import (
+    ImageList,
     annotated_boxes,
     boxes_everywhere,
     detected_boxes,
     find_task,
+    read_coco_images,
 )
-from samft.prediction.prediction_task import ImageList, read_coco_images
 
 
 @pytest.fixture

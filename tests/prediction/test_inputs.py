@@ -9,8 +9,7 @@ import pytest
 
 from helpers.coco_files import write_coco, write_json
 from samft.errors import DataError
-from samft.prediction.box_sources import find_task
-from samft.prediction.prediction_task import list_images, read_coco_images
+from samft.prediction.inputs import find_task, list_images, read_coco_images
 
 
 def write_image(path: Path, height: int = 20, width: int = 30) -> Path:

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from samft.prediction.mask_generation import non_maximum_suppression, points_at_once
+from samft.prediction.predictors import non_maximum_suppression, points_at_once
 from samft.runtime.torchvision_compat import LIBRARY
 
 

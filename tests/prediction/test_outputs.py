@@ -13,7 +13,8 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from samft.data.targets import CroppedMask
+from samft.coco.segmentation import CroppedMask
+from samft.prediction.inputs import ImageList
 from samft.prediction.outputs import (
     Pictures,
     ResultsWriter,
@@ -21,7 +22,6 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
-from samft.prediction.prediction_task import ImageList
 
 SIZE = (20, 30)
 CROP = CroppedMask(3, 5, np.tril(np.ones((6, 8), bool)))

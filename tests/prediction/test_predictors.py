@@ -13,13 +13,13 @@ from segment_anything import SamPredictor
 
 from helpers.coco_files import write_coco
 from samft.coco.images import ImageError, read_image
-from samft.data.targets import CroppedMask
+from samft.coco.segmentation import CroppedMask
 from samft.errors import TrainingError
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, load_sam, load_state, open_checkpoint, read_state
 from samft.models.weights import PACKAGED_TINY
-from samft.prediction.box_sources import find_task
-from samft.prediction.prediction import (
+from samft.prediction.inputs import Task, find_task
+from samft.prediction.predictors import (
     AutomaticPredictor,
     BoxPredictor,
     PredictedMask,
@@ -27,7 +27,6 @@ from samft.prediction.prediction import (
     predict_images,
     work_ahead,
 )
-from samft.prediction.prediction_task import Task
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 
@@ -133,7 +132,7 @@ def tiny() -> BoxPredictor:
 
 
 def test_masks_of_drawn_images_are_stocks_in_any_chunk(drawn: Task) -> None:
-    with mock.patch("samft.prediction.prediction.MASK_CHUNK", 3):
+    with mock.patch("samft.prediction.predictors.MASK_CHUNK", 3):
         share, count, gap = compare_with_stock(PACKAGED_TINY, drawn, drawn.rows)
     assert (count, share >= 0.999, gap < 1e-4) == (17, True, True)
 

@@ -8,11 +8,11 @@ import torch
 
 from helpers.gloo_pool import GlooPool
 from helpers.short_runs import a_config, write_data
+from samft import distributed
 from samft.errors import CheckpointError, DataError, SharedError
-from samft.models.activation_checkpointing import CheckpointedEncoder
-from samft.models.attention import FastBlock
+from samft.models.image_encoder import CheckpointedEncoder, FastBlock
 from samft.models.sam import build_sam
-from samft.recipes import build as assemble
+from samft.recipes import build
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -34,7 +34,7 @@ def fail_on_ranks(ranks: tuple[int, ...]) -> Any:
         return 10 + rank
 
     try:
-        return assemble.together(build)
+        return distributed.run_on_all_ranks(build)
     except SharedError as error:
         return str(error)
 
@@ -53,8 +53,8 @@ def test_together_without_a_group_passes_the_error_on():
         raise CheckpointError("no such file")
 
     with pytest.raises(CheckpointError, match="no such file"):
-        assemble.together(fail)
-    assert assemble.together(lambda: 3) == 3
+        distributed.run_on_all_ranks(fail)
+    assert distributed.run_on_all_ranks(lambda: 3) == 3
 
 
 # Precision
@@ -73,7 +73,7 @@ def test_together_without_a_group_passes_the_error_on():
 )
 def test_amp_dtype(amp, device, gpu_has_bf16, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu_has_bf16)
-    assert assemble.pick_amp_dtype(amp, device) is dtype
+    assert build.pick_amp_dtype(amp, device) is dtype
 
 
 # Weights and model
@@ -82,14 +82,14 @@ def test_amp_dtype(amp, device, gpu_has_bf16, dtype, monkeypatch):
 @pytest.mark.parametrize("attention", ["fast", "stock"])
 def test_the_encoder_has_the_attention_that_was_asked_for(data, attention):
     config = a_config(data, checkpoint_path="random", attention=attention)
-    blocks = assemble.build_model(config, None, CPU).sam.image_encoder.blocks
+    blocks = build.build_model(config, None, CPU).sam.image_encoder.blocks
     assert {isinstance(block, FastBlock) for block in blocks} == {attention == "fast"}
 
 
 @pytest.mark.parametrize("how", ["none", "blocks"])
 def test_activations_are_kept_or_made_again_as_asked(data, how):
     config = a_config(data, activation_checkpointing=how)
-    encoder = assemble.build_model(config, None, CPU).sam.image_encoder
+    encoder = build.build_model(config, None, CPU).sam.image_encoder
     assert isinstance(encoder, CheckpointedEncoder) == (how == "blocks")
 
 
@@ -99,7 +99,7 @@ def test_compiled_blocks_give_the_same_numbers(data, how):
     found = []
     for compiled in (False, True):
         config = a_config(data, compile=compiled, activation_checkpointing=how)
-        encoder = assemble.build_model(config, None, CPU).sam.image_encoder
+        encoder = build.build_model(config, None, CPU).sam.image_encoder
         stock = build_sam("vit_tiny", 64).image_encoder
         assert list(encoder.state_dict()) == list(stock.state_dict())
         output = encoder(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
@@ -111,12 +111,12 @@ def test_compiled_blocks_give_the_same_numbers(data, how):
 
 def test_the_decoder_is_the_one_that_was_asked_for(data):
     config = a_config(data, checkpoint_path="random", decoder="stock", mask_chunk=3)
-    model = assemble.build_model(config, None, CPU)
+    model = build.build_model(config, None, CPU)
     assert (model.decoder, model.mask_chunk) == ("stock", 3)
 
 
 def test_random_weights_are_said_loudly(data, caplog):
-    assert assemble.load_weights(a_config(data, checkpoint_path="random")) is None
+    assert build.load_weights(a_config(data, checkpoint_path="random")) is None
     assert [r.levelno for r in caplog.records if "RANDOM" in r.getMessage()] == [logging.WARNING]
 
 
@@ -124,7 +124,7 @@ def test_random_weights_depend_on_the_seed_only(data):
     def weights(seed: int) -> torch.Tensor:
         config = a_config(data, checkpoint_path="random", seed=seed)
         torch.rand(3)
-        model = assemble.build_model(config, None, CPU)
+        model = build.build_model(config, None, CPU)
         return model.sam.mask_decoder.mask_tokens.weight
 
     assert torch.equal(weights(5), weights(5))
@@ -135,7 +135,7 @@ def test_checkpoint_of_another_model_type_names_both(data, tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, path)
     with pytest.raises(CheckpointError, match="is a vit_b, but model_type is vit_tiny"):
-        assemble.load_weights(a_config(data, checkpoint_path=path))
+        build.load_weights(a_config(data, checkpoint_path=path))
 
 
 def test_weights_are_loaded_and_parts_frozen_as_asked(data, tmp_path, caplog):
@@ -144,7 +144,7 @@ def test_weights_are_loaded_and_parts_frozen_as_asked(data, tmp_path, caplog):
     torch.save(state, path)
     config = a_config(data, checkpoint_path=path, freeze_image_encoder=True)
     with caplog.at_level(logging.INFO, logger="samft"):
-        model = assemble.build_model(config, assemble.load_weights(config), CPU)
+        model = build.build_model(config, build.load_weights(config), CPU)
     loaded = model.sam.state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     training = {name.split(".")[0] for name, p in model.sam.named_parameters() if p.requires_grad}

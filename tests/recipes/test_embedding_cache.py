@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_training_run import check_equal_metrics
 
 import samft
 from helpers.cached_runs import cached_arguments, counted_encodings, encodings_of
+from helpers.equal_metrics import check_equal_metrics
 from helpers.gloo_pool import GlooPool
 from helpers.short_runs import (
     command_here,
@@ -28,11 +28,12 @@ from helpers.short_runs import (
 from samft.config import parse_config
 from samft.data.loaders import train_loader
 from samft.errors import ConfigError
+from samft.recipes import train as recipes_train
 from samft.recipes.build import build_model, load_weights
 from samft.recipes.datasets import load_splits
 from samft.recipes.embedding_cache import prepare_cache
 from samft.runtime import files
-from samft.training.progress import Progress
+from samft.training.engine import Progress
 
 NUM_TRAIN, NUM_VAL = 13, 5
 ALL = 2 * NUM_TRAIN + NUM_VAL  # training images as they are and flipped
@@ -262,7 +263,6 @@ def test_two_processes_write_one_cache_and_learn_the_same(
 
 def train_without_encoder(data: Path, folder: Path) -> list[int]:
     """A run in which the encoder has no weights any more once the cache is filled."""
-    import samft.recipes.run
 
     prepare = prepare_cache
 
@@ -279,7 +279,7 @@ def train_without_encoder(data: Path, folder: Path) -> list[int]:
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samft.run, "prepare_cache", prepare_and_empty)
+        patch.setattr(recipes_train, "prepare_cache", prepare_and_empty)
         argv = cached_arguments(data, folder, batch_size=1, steps=3, metrics_interval=2)
         return [command_here(argv)]
 

@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from helpers.short_runs import arguments, train_here, write_data
-from samft.coco.masks import decode_cropped
+from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.config import TrainConfig, parse_config
-from samft.data.targets import CroppedMask
-from samft.evaluation.comparison import Comparison, compare
 from samft.evaluation.metrics import cropped_iou
-from samft.evaluation.scores import ObjectScores
+from samft.evaluation.object_scores import Comparison, ObjectScores, compare
 from samft.models.sam import load_state, read_state
-from samft.recipes import build as assemble
-from samft.recipes.before_after import Pairs, draw_pairs, predict
+from samft.recipes import build
 from samft.recipes.datasets import load_splits
-from samft.reports.gallery import find_objects
+from samft.recipes.report import Pairs, draw_pairs, predict
+from samft.reports.validation_images import find_objects
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def comparison_of(folder: Path) -> Comparison:
 
 
 def draw(config: TrainConfig, folder: Path, checkpoint: Path, *, stop: bool = False) -> Pairs:
-    model = assemble.build_model(config, None, torch.device("cpu"))
+    model = build.build_model(config, None, torch.device("cpu"))
     return draw_pairs(
         config,
         model,
@@ -58,7 +56,7 @@ def best_of(folder: Path) -> Path:
 def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> None:
     config, folder = run
     dataset = load_splits(config).val
-    model = assemble.build_model(config, None, torch.device("cpu"))
+    model = build.build_model(config, None, torch.device("cpu"))
     load_state(model.sam, read_state(best_of(folder)))
     rows = comparison_of(folder).after
     file = dataset.index.file
@@ -110,6 +108,6 @@ def test_an_image_that_is_gone_leaves_its_objects_out(
     moved = replace(dataset.index, file=replace(file, image_folder=tmp_path))
     (tmp_path / file.file_name(0)).write_bytes((file.image_folder / file.file_name(0)).read_bytes())
     dataset.index = moved
-    model = assemble.build_model(config, None, torch.device("cpu"))
+    model = build.build_model(config, None, torch.device("cpu"))
     found = predict(model, dataset, dataset.index.objects.tolist(), embeddings={})
     assert found.keys() == set(dataset.index.objects_of(0).tolist())

@@ -13,7 +13,7 @@ from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, train_here, write_data
 from samft.checkpoints.top_k import BestCheckpoint
 from samft.config import TrainConfig, parse_config
-from samft.recipes.ending import Ending, environment, settings
+from samft.recipes.report import Ending, environment, settings
 
 
 def short(data: Path, folder: Path, **changes: object) -> list[str]:
@@ -62,7 +62,7 @@ def test_a_page_that_fails_is_no_failure_of_the_run(
     def fail(page: object) -> str:
         raise RuntimeError("a bug of the page")
 
-    monkeypatch.setattr("samft.recipes.ending.render", fail)
+    monkeypatch.setattr("samft.recipes.report.render", fail)
     data = write_data(tmp_path / "data", num_train=2, num_val=2)
     assert command_here(short(data, tmp_path / "run")) == 0
     log = (tmp_path / "run/train.log").read_text()

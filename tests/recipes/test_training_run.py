@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import samft
 from helpers.coco_files import write_coco
+from helpers.equal_metrics import check_equal_metrics
 from helpers.gloo_pool import GlooPool
 from helpers.short_runs import (
     INTERVAL,
@@ -250,16 +251,6 @@ def test_objects_are_known_at_step_0_and_at_the_best_step(straight, summary):
 
 def run_in_two_parts(argv: list[str], stop_after: int) -> list[int]:
     return [command_here([*argv, "--stop_after", str(stop_after)]), command_here(argv)]
-
-
-def check_equal_metrics(folder: Path, other: Path, *, rel: float = 1e-6) -> None:
-    ours, theirs = read_metrics(folder), read_metrics(other)
-    keys = [(line["step"], line["split"]) for line in ours]
-    assert len(set(keys)) == len(keys) and keys == [(v["step"], v["split"]) for v in theirs]
-    for line, expected in zip(ours, theirs, strict=True):
-        for name in ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou"):
-            assert line[name] == pytest.approx(expected[name], rel=rel), (line["step"], name)
-        assert line.get("lr") == expected.get("lr")
 
 
 def test_stop_in_the_middle_of_an_epoch_changes_nothing(data, straight, tmp_path):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cutouts import GREY, HEIGHT, MAGENTA, WIDTH, found_at, rectangle, write
 
 from helpers.coco_files import annotation
+from helpers.painted_objects import GREY, HEIGHT, MAGENTA, WIDTH, found_at, rectangle, write
 from samft.reports.contact_sheets import (
     COLUMNS,
     NUM_TILES,
@@ -15,8 +15,7 @@ from samft.reports.contact_sheets import (
     odd_objects,
     write_sheets,
 )
-from samft.reports.cutouts import TILE
-from samft.reports.pictures import PADDING, read_png
+from samft.reports.drawing import PADDING, TILE, read_png
 
 HEAD, CAPTION = 44, 54  # px: two lines of 19 and three of 16, and 6 below
 

@@ -1,44 +1,14 @@
 """An object's tile: cut out where it is, with its outline, its box and a model's mask."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
 from helpers.coco_files import annotation
-from samft.coco.coco_index import CocoFile, index_file
-from samft.data.targets import CroppedMask
-from samft.reports.cutouts import TILE, cut_out, mark, view_of
-
-MAGENTA, CYAN, GREY = (255, 40, 220), (0, 220, 255), 128
-HEIGHT, WIDTH = 100, 200
-
-
-def rectangle(x: float, y: float, width: float, height: float) -> list[float]:
-    return [x, y, x + width, y, x + width, y + height, x, y + height]
-
-
-def write(folder: Path, objects: list[dict[str, Any]], *, images: int = 1) -> CocoFile:
-    """A set of green images of 100 x 200 px."""
-    entries = []
-    for number in range(1, images + 1):
-        cv2.imwrite(str(folder / f"{number}.png"), np.full((HEIGHT, WIDTH, 3), (0, 90, 0)))
-        entries.append(
-            {"id": number, "file_name": f"{number}.png", "height": HEIGHT, "width": WIDTH}
-        )
-    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "a/b ä"}, {"id": 3, "name": "a b ä"}]
-    document = {"images": entries, "annotations": objects, "categories": categories}
-    path = folder / "file.json"
-    path.write_text(json.dumps(document))
-    return index_file(path, folder, cache=folder / "cache")
-
-
-def found_at(tile: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Around the pixels of a colour: x0, y0, x1, y1."""
-    ys, xs = np.nonzero((tile == colour).all(-1))
-    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+from helpers.painted_objects import CYAN, GREY, HEIGHT, MAGENTA, WIDTH, found_at, rectangle, write
+from samft.coco.segmentation import CroppedMask
+from samft.reports.drawing import TILE, cut_out, mark, view_of
 
 
 def test_a_tile_shows_mask_box_and_margin(tmp_path: Path) -> None:

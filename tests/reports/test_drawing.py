@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samft.data.targets import CroppedMask
-from samft.reports.pictures import (
+from samft.coco.segmentation import CroppedMask
+from samft.reports.drawing import (
     PADDING,
     draw_objects,
     label_image,

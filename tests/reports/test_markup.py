@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from samft.reports.markup import picture_uri, score, short, signed, table, text
+from samft.reports.page import picture_uri, score, short, signed, table, text
 
 
 @pytest.mark.parametrize(

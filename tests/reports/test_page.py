@@ -12,9 +12,8 @@ import pytest
 from helpers.browser import CHROMIUM, chromium
 from helpers.short_runs import arguments, train_here
 from samft.demo import write_demo
-from samft.evaluation.comparison import Comparison, Group
-from samft.evaluation.scores import ObjectScores
-from samft.reports.report_page import Page, Pair, render
+from samft.evaluation.object_scores import Comparison, Group, ObjectScores
+from samft.reports.page import Page, Pair, render
 
 HOSTILE = (
     "</style></title></td>\"'><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\u202e"

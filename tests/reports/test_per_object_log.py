@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samft.evaluation.scores import ObjectScores
-from samft.reports.object_log import NAME, ObjectLog
+from samft.evaluation.object_scores import ObjectScores
+from samft.reports.validation_images import NAME, PerObjectLog
 
 
 def rows(iou: float) -> ObjectScores:
@@ -15,8 +15,8 @@ def rows(iou: float) -> ObjectScores:
     return ObjectScores(ids, ids, np.array([9.0, 1.5]), np.array([iou, iou]), np.array([0.1, 0.2]))
 
 
-def open_log(folder: Path, start_step: int = 0, found: Path | None = None) -> ObjectLog:
-    return ObjectLog(folder, found=found or folder, start_step=start_step)
+def open_log(folder: Path, start_step: int = 0, found: Path | None = None) -> PerObjectLog:
+    return PerObjectLog(folder, found=found or folder, start_step=start_step)
 
 
 def test_the_first_the_best_and_the_one_before_are_kept(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_full_disk_is_said_and_ends_nothing(
     def refuse(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("samft.reports.object_log.write_text", refuse)
+    monkeypatch.setattr("samft.reports.validation_images.write_text", refuse)
     log = open_log(tmp_path)
     assert log.note(5, rows(0.5)) and log.read(5) is not None
     assert "No space left on device" in caplog.text

@@ -11,11 +11,10 @@ import pytest
 
 from samft.checkpoints.top_k import BestCheckpoint
 from samft.config import TrainConfig
-from samft.evaluation.comparison import Comparison
-from samft.evaluation.scores import ObjectScores
-from samft.reports.gallery import BOTH
+from samft.evaluation.object_scores import Comparison, ObjectScores
 from samft.reports.summary import advise, find_worse, next_commands, report, summarise
-from samft.training.progress import Progress
+from samft.reports.validation_images import BOTH
+from samft.training.engine import Progress
 
 CONFIG = {**vars(TrainConfig()), "image_size": 256}
 

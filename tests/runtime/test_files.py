@@ -12,18 +12,20 @@ import pytest
 
 from samft.errors import ConfigError
 from samft.runtime.files import (
-    clear_parts,
     is_known,
     known_digests,
     replacing,
-    set_aside,
-    sole_use,
     staged,
     try_lock,
     write_atomically,
     write_json,
-    write_status,
     write_text,
+)
+from samft.runtime.output_dir import (
+    archive_previous_run,
+    clear_parts,
+    lock_output_dir,
+    write_status,
 )
 
 
@@ -174,15 +176,18 @@ def test_the_parts_that_a_kill_leaves_are_what_is_cleared(
 def test_a_folder_is_used_by_one_run_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("samft.runtime.files._LOCK_SECONDS", -1.0)
+    monkeypatch.setattr("samft.runtime.output_dir._LOCK_SECONDS", -1.0)
     (tmp_path / ".last.ckpt.abc.part").touch()
-    with sole_use(tmp_path):
+    with lock_output_dir(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
         (tmp_path / ".mine.abc.part").touch()
-        with pytest.raises(ConfigError, match="another run is writing into"), sole_use(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="another run is writing into"),
+            lock_output_dir(tmp_path),
+        ):
             raise AssertionError("two at a time")
         assert ".mine.abc.part" in os.listdir(tmp_path)  # of the run that goes on
-    with sole_use(tmp_path):
+    with lock_output_dir(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
 
 
@@ -199,15 +204,15 @@ def test_the_end_of_the_other_run_is_waited_for(
             fcntl.flock(other, fcntl.LOCK_UN)
 
     monkeypatch.setattr("time.sleep", sleep)
-    with sole_use(tmp_path):
+    with lock_output_dir(tmp_path):
         assert len(waits) == 2
     other.close()
 
 
 def test_a_folder_is_free_again_after_a_failure(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), sole_use(tmp_path):
+    with pytest.raises(KeyError), lock_output_dir(tmp_path):
         raise KeyError
-    with sole_use(tmp_path):
+    with lock_output_dir(tmp_path):
         pass
 
 
@@ -252,11 +257,11 @@ def test_an_earlier_run_is_set_aside_with_its_state_before_the_last(tmp_path: Pa
     for name in names:
         (tmp_path / name).write_text(name)
     (tmp_path / "mine.txt").touch()
-    aside = set_aside(tmp_path)
+    aside = archive_previous_run(tmp_path)
     assert aside == tmp_path / "previous-1"
     assert sorted(os.listdir(tmp_path)) == ["mine.txt", "previous-1"]
     assert all((aside / name).read_text() == name for name in names)
-    assert set_aside(tmp_path) is None
+    assert archive_previous_run(tmp_path) is None
 
 
 def test_what_is_staged_takes_its_place_when_the_block_ends(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch.multiprocessing
 from helpers.gloo_pool import GlooPool
 from samft import distributed
 from samft.errors import DataError, TrainingError
-from samft.recipes.guard import naming_the_cause
-from samft.runtime import heartbeat as whereabouts
+from samft.runtime import heartbeat
+from samft.runtime.heartbeat import explain_distributed_errors
 
 ANSWER_SECONDS = 240.0  # three processes import torch, maybe on one busy core
 
@@ -30,37 +30,37 @@ def a_store() -> dist.TCPStore:
 
 @pytest.fixture(autouse=True)
 def _own_board(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whereabouts, "_BOARD", whereabouts._Board())
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT", heartbeat._Heartbeat())
 
 
 # One process
 
 
 def test_here_says_the_step_and_what_is_done() -> None:
-    assert whereabouts.here() == "step 0, starting"
-    whereabouts.at_step(7)
-    whereabouts.doing("saving")
-    assert whereabouts.here() == "step 7, saving"
+    assert heartbeat.describe_position() == "step 0, starting"
+    heartbeat.at_step(7)
+    heartbeat.set_activity("saving")
+    assert heartbeat.describe_position() == "step 7, saving"
 
 
 def test_samples_are_asked_for_when_they_are_told_and_few_are() -> None:
     named: list[Any] = []
-    whereabouts.doing("loading images", lambda: named)
-    assert whereabouts.here() == "step 0, loading images"
+    heartbeat.set_activity("loading images", lambda: named)
+    assert heartbeat.describe_position() == "step 0, loading images"
     named += [f"{n}.png" for n in range(8)]
     eight = "0.png, 1.png, 2.png, 3.png, 4.png, 5.png, 6.png, 7.png"
-    assert whereabouts.here() == f"step 0, loading images {eight}"
+    assert heartbeat.describe_position() == f"step 0, loading images {eight}"
     named.append("8.png")
-    assert whereabouts.here() == f"step 0, loading images {eight}, ..."
+    assert heartbeat.describe_position() == f"step 0, loading images {eight}, ..."
 
 
 def test_one_process_alone_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    whereabouts.start()
-    whereabouts.tell_failure("no one listens")
-    assert whereabouts.who_is_missing() == "another process failed, or does not answer."
-    whereabouts.stop()
+    heartbeat.start()
+    heartbeat.report_failure("no one listens")
+    assert heartbeat.find_failed_ranks() == "another process failed, or does not answer."
+    heartbeat.stop()
 
 
 GLOO_GONE = "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345"
@@ -83,7 +83,7 @@ NCCL_LATE = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(Seq
     ],
 )
 def test_collective_failures_are_told_from_others(error: BaseException, is_one: bool) -> None:
-    assert whereabouts.is_collective_failure(error) is is_one
+    assert heartbeat.is_collective_failure(error) is is_one
 
 
 def test_the_guard_leaves_other_errors_and_its_own_words_alone() -> None:
@@ -92,14 +92,14 @@ def test_the_guard_leaves_other_errors_and_its_own_words_alone() -> None:
         KeyError("a"),
         TrainingError("full: runs/gloo/DataLoader"),
     ):
-        with pytest.raises(type(error)) as caught, naming_the_cause():
+        with pytest.raises(type(error)) as caught, explain_distributed_errors():
             raise error
         assert caught.value is error
 
 
 def test_the_guard_words_a_collective_failure() -> None:
-    whereabouts.at_step(3)
-    with pytest.raises(TrainingError) as caught, naming_the_cause():
+    heartbeat.at_step(3)
+    with pytest.raises(TrainingError) as caught, explain_distributed_errors():
         raise RuntimeError(GLOO_GONE)
     told = "another process failed, or does not answer. (This process was at step 3, starting.)"
     assert str(caught.value) == told
@@ -111,29 +111,29 @@ def test_the_guard_words_a_collective_failure() -> None:
 def two_ranks(port: int, kind: str) -> str:
     """Rank 0 asks; what rank 1 did before."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    whereabouts._BOARD = whereabouts._Board()
-    whereabouts._GIVE_UP_SECONDS = 0.05
-    whereabouts.start()
-    assert whereabouts._BOARD.store is not None
+    heartbeat._HEARTBEAT = heartbeat._Heartbeat()
+    heartbeat._GIVE_UP_SECONDS = 0.05
+    heartbeat.start()
+    assert heartbeat._HEARTBEAT.store is not None
     rank = distributed.get_rank()
-    whereabouts.at_step(10 + rank)
-    whereabouts.doing("loading images", lambda: ["a.png", "b.png"])
+    heartbeat.at_step(10 + rank)
+    heartbeat.set_activity("loading images", lambda: ["a.png", "b.png"])
     if kind == "silent from the start":
-        whereabouts._BOARD.close()
+        heartbeat._HEARTBEAT.close()
     if rank == 1:
         if kind == "silent":
-            whereabouts._BOARD.post()
+            heartbeat._HEARTBEAT.post()
         elif kind == "failed":
-            whereabouts.tell_failure("DataError: a.png is broken\nsecond line")
+            heartbeat.report_failure("DataError: a.png is broken\nsecond line")
         elif kind == "gave up":
-            whereabouts.who_is_missing()
-            whereabouts.tell_failure("TrainingError: process 0 does not answer")
+            heartbeat.find_failed_ranks()
+            heartbeat.report_failure("TrainingError: process 0 does not answer")
     distributed.barrier()
     if rank == 0 and kind == "silent from the start":
-        whereabouts.start()
-    told = whereabouts.who_is_missing() if rank == 0 else ""
+        heartbeat.start()
+    told = heartbeat.find_failed_ranks() if rank == 0 else ""
     distributed.barrier()
-    whereabouts.stop()
+    heartbeat.stop()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     return told
@@ -173,24 +173,24 @@ def serve(pipe: Connection, port: int, rank: int) -> None:
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
     torch.set_num_threads(1)
-    whereabouts._GIVE_UP_SECONDS = 0.2
-    whereabouts._POST_SECONDS = 0.01
+    heartbeat._GIVE_UP_SECONDS = 0.2
+    heartbeat._POST_SECONDS = 0.01
     distributed.start("cpu", step_seconds=30)
-    whereabouts.start()
-    whereabouts.at_step(rank)
-    whereabouts.doing("counting")
-    while (whereabouts._BOARD.read("at", rank) or {}).get("doing") != "counting":
+    heartbeat.start()
+    heartbeat.at_step(rank)
+    heartbeat.set_activity("counting")
+    while (heartbeat._HEARTBEAT.read("at", rank) or {}).get("doing") != "counting":
         time.sleep(0.01)  # until the thread has posted it
     distributed.barrier()
     if rank == 1:
-        whereabouts.tell_failure("ValueError: one and one is three")
+        heartbeat.report_failure("ValueError: one and one is three")
         pipe.send("failed")
         os._exit(1)
     if rank == 2:
         pipe.send("hangs")
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        with naming_the_cause():
+        with explain_distributed_errors():
             distributed.agree(False, in_step=True)
     except TrainingError as error:
         pipe.send((str(error), str(error.__cause__)))

@@ -13,10 +13,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from helpers.gloo_pool import GlooPool
 from samft.distributed import all_reduce_sum, get_rank, get_world_size
-from samft.models.freezing import freeze
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam
-from samft.training import pixel_sums
+from samft.models.sam import build_sam, freeze
+from samft.training import losses as losses_module
 from samft.training.losses import MaskLosses, mask_losses
 
 S = 64  # the model frame; logits and low targets are 16 x 16
@@ -256,7 +255,7 @@ def test_every_mask_is_cut_to_its_own_image() -> None:
 def test_the_same_as_written_out_with_autograd(
     side: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pixel_sums.PIXELS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(losses_module.PIXELS_AT_ONCE, "cpu", at_once)
     cell, full = S // side, 255 if side == LOW else 1
     sizes, index = torch.tensor([[38, S], [S, S], [S, 46]]), torch.tensor([2, 0, 1, 0, 0])
     targets = torch.randint(0, full + 1, (5, side, side)).to(torch.uint8)
@@ -294,7 +293,7 @@ def test_gradients_in_float64_are_those_of_finite_differences() -> None:
     small = targets[:, :3, :3]
 
     def sums(values: Tensor, wanted: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
-        return pixel_sums.pixel_sums(values, wanted, shares, full=255.0)[:3]
+        return losses_module.pixel_sums(values, wanted, shares, full=255.0)[:3]
 
     assert torch.autograd.gradcheck(lambda z: sums(z, targets, sides), logits)
     assert torch.autograd.gradcheck(lambda z: sums(z, small, sides[..., :3]), logits)
@@ -306,7 +305,7 @@ def test_shrinking_is_the_transpose_of_upsampling(length: int) -> None:
     large = interpolate(small[:, None], scale_factor=4, mode="bilinear")[:, 0]
     weights = torch.randn_like(large)
     (expected,) = torch.autograd.grad(large, small, weights)
-    found = pixel_sums.shrink(pixel_sums.shrink(weights, 1), 2)
+    found = losses_module.shrink(losses_module.shrink(weights, 1), 2)
     torch.testing.assert_close(found, expected)
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from helpers.gloo_pool import GlooPool
-from samft.models.freezing import freeze
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam
+from samft.models.sam import build_sam, freeze
 from samft.training.losses import mask_losses
 from samft.training.optim import (
     build_optimizer,

@@ -1,0 +1,455 @@
+"""COCO segmentations: packed in arrays, drawn, RLE checked. Imports no torch.
+
+pycocotools crashes the process on huge coordinates and sizes and decodes an empty RLE as
+uninitialised memory. So every number is checked first (`mask_checks`), run lengths are read
+here, and pycocotools only ever draws polygons and writes RLE.
+
+Raw COCO segmentations, checked many at a time before anything draws them. Imports no torch.
+"""
+
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as mask_utils
+
+from samft.coco.images import MAX_PIXELS
+from samft.errors import DataError
+
+RLE = -1  # in the place of a number of polygons
+
+
+class MaskError(DataError):
+    """A segmentation that cannot be used; `code` is a key of `problems.KINDS`."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Segmentations:
+    """Checked segmentations of all objects in one buffer, which processes share without copying.
+
+    Item k is a COCO segmentation: a list of polygon arrays (x y x y ..., px, original frame), or an
+    uncompressed RLE dict with `size` [H, W] and `counts`. In `words` it is, from `starts[k]` on,
+    the number of polygons, their lengths and their coordinates (as float64), or -1, H, W, the
+    number of bytes and those bytes of COCO's compressed RLE.
+    """
+
+    words: NDArray[np.int64]
+    starts: NDArray[np.int64]  # [K]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def take(self, which: NDArray[np.int64]) -> "Segmentations":
+        """Some of the segmentations, in the order given; the buffer stays as it is."""
+        return Segmentations(self.words, self.starts[which])
+
+    def __getitem__(self, k: int) -> Any:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        words, start = self.words, int(self.starts[k])
+        if words[start] == RLE:
+            height, width, num_bytes = words[start + 1 : start + 4].tolist()
+            text = words[start + 4 : start + 4 + -(-num_bytes // 8)].tobytes()[:num_bytes]
+            return {"size": [height, width], "counts": _counts_from_string(text)}
+        first = start + 1 + int(words[start])
+        ends = first + np.cumsum(words[start + 1 : first])
+        return [
+            words[end - length : end].view(np.float64)
+            for end, length in zip(ends.tolist(), words[start + 1 : first].tolist(), strict=True)
+        ]
+
+
+def rle_words(rle: dict[str, Any]) -> NDArray[np.int64]:
+    """A checked RLE as `Segmentations.words` hold it."""
+    text = mask_utils.frPyObjects(rle, *rle["size"])["counts"]
+    padded = text + bytes(-len(text) % 8)
+    return np.concatenate(
+        [np.array([RLE, *rle["size"], len(text)]), np.frombuffer(padded, dtype=np.int64)]
+    )
+
+
+def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
+    """Checks a raw RLE dict; see `mask_checks.check_segmentation`.
+
+    Raises:
+        MaskError: `rle-empty`, `rle-too-large` or `rle-malformed`.
+    """
+    counts = raw.get("counts")
+    if isinstance(counts, str):
+        counts = counts.encode("ascii", "replace")
+    numbers = _counts_from_string(counts) if isinstance(counts, bytes) else _to_numbers(counts)
+    size = _to_numbers(raw.get("size"))
+    if len(size) != 2 or not (size >= 1).all():
+        raise MaskError("rle-malformed")
+    if size.prod() > MAX_PIXELS:
+        raise MaskError("rle-too-large")
+    if len(numbers) == 0 or not numbers[1::2].any():
+        raise MaskError("rle-empty")
+    whole = (numbers >= 0).all() and (numbers % 1 == 0).all() and (size % 1 == 0).all()
+    if not whole or numbers.sum() != size.prod():
+        raise MaskError("rle-malformed")
+    return {"size": size.astype(int).tolist(), "counts": numbers.astype(np.int64)}
+
+
+def _to_numbers(raw: Any) -> NDArray[np.float64]:
+    try:
+        numbers = np.asarray(raw, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise MaskError("rle-malformed") from None
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        raise MaskError("rle-malformed")
+    return numbers
+
+
+def _counts_from_string(text: bytes) -> NDArray[np.int64]:
+    # COCO's code: groups of 5 bits, low first, bit 5 says "more follow", the last group's bit 4 is
+    # the sign; from the fourth number on, what is stored is the difference to the last but one.
+    # Source: rleFrString in cocoapi/common/maskApi.c.
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if len(codes) == 0:
+        return codes
+    is_last = codes & 32 == 0
+    if codes.min() < 0 or codes.max() > 63 or not is_last[-1]:
+        raise MaskError("rle-malformed")
+    ends = np.flatnonzero(is_last) + 1
+    lengths = np.diff(ends, prepend=0)
+    if lengths.max() > 7:
+        raise MaskError("rle-malformed")
+    starts = ends - lengths
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    numbers = np.add.reduceat((codes & 31) << shifts, starts)
+    numbers -= (codes[ends - 1] >> 4 & 1) << (5 * lengths)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def decode_cropped(
+    segmentation: Any, height: int, width: int
+) -> tuple[int, int, NDArray[np.uint8]]:
+    """Draws a segmentation as pycocotools does on the whole image, and keeps the part that counts.
+
+    Args:
+        segmentation: What `mask_checks.check_segmentation` returned. An RLE of another size is
+            decoded at its own size and then cut.
+        height: Of the image, px.
+        width: Of the image, px.
+
+    Returns:
+        top, left, and the tight crop: uint8 [h, w] of 0 and 1, or [0, 0] if no pixel is left.
+    """
+    if isinstance(segmentation, dict):
+        counts, rows = segmentation["counts"], segmentation["size"][0]
+    else:
+        rle = _draw_polygons(segmentation, height, width)
+        counts, rows = _counts_from_string(rle["counts"]), height
+    ends = np.cumsum(counts)
+    filled = 2 * np.flatnonzero(counts[1::2]) + 1
+    if len(filled) == 0:
+        return 0, 0, np.zeros((0, 0), dtype=np.uint8)
+    # Only the columns between the first and the last pixel are ever written out.
+    first, last = int(filled[0]), int(filled[-1])
+    left, right = int(ends[first - 1]) // rows, (int(ends[last]) - 1) // rows + 1
+    runs = counts[first - 1 : last + 1].copy()
+    runs[0] = ends[first - 1] - left * rows
+    flat = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
+    flat = np.append(flat, np.zeros((right - left) * rows - len(flat), dtype=np.uint8))
+    mask = flat.reshape(right - left, rows).T[:height, : max(0, width - left)]
+    return _tight(mask, left)
+
+
+def encode_cropped(
+    top: int, left: int, mask: NDArray[np.bool_], *, height: int, width: int
+) -> dict[str, Any]:
+    """A mask as COCO's compressed RLE, as pycocotools would encode the whole image.
+
+    Args:
+        top: Of the crop, px.
+        left: Of the crop, px.
+        mask: bool [h, w], the crop, inside of the image.
+        height: Of the image, px.
+        width: Of the image, px.
+
+    Returns:
+        `size` [H, W], and `counts` as text, which JSON can hold.
+    """
+    num_rows, num_columns = mask.shape
+    # Column after column, with an empty pixel before the first and below each.
+    flat = np.zeros(1 + num_columns * (num_rows + 1), dtype=bool)
+    flat[1:].reshape(num_columns, num_rows + 1)[:, :num_rows] = mask.T
+    columns, rows = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), num_rows + 1)
+    positions = (left + columns) * height + top + rows
+    # A run that goes on at the top of the next column is one run.
+    joins = np.flatnonzero((positions[1:] == positions[:-1]) & (columns[1:] != columns[:-1]))
+    positions = np.delete(positions, np.concatenate([joins, joins + 1]))
+    counts = np.diff(positions, prepend=0, append=height * width)
+    if len(counts) % 2 == 1 and len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    size = [height, width]
+    rle = mask_utils.frPyObjects({"size": size, "counts": counts.tolist()}, height, width)
+    return {"size": size, "counts": rle["counts"].decode("ascii")}
+
+
+def decode_encoded(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.uint8]]:
+    """The mask that `encode_cropped` encoded, cropped tightly; see `decode_cropped`."""
+    counts = _counts_from_string(rle["counts"].encode("ascii"))
+    return decode_cropped({"size": rle["size"], "counts": counts}, *rle["size"])
+
+
+def _tight(mask: NDArray[np.uint8], left: int) -> tuple[int, int, NDArray[np.uint8]]:
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(ys) == 0:
+        return 0, 0, np.zeros((0, 0), dtype=np.uint8)
+    crop = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    return int(ys[0]), left + int(xs[0]), np.ascontiguousarray(crop)
+
+
+def _draw_polygons(polygons: Any, height: int, width: int) -> dict[str, Any]:
+    rles = mask_utils.frPyObjects(polygons, height, width)
+    rle: dict[str, Any] = mask_utils.merge(rles) if len(rles) > 1 else rles[0]
+    return rle
+
+
+def count_pixels(segmentation: Any, height: int, width: int) -> int:
+    """Pixels of an image of this size that a checked segmentation covers."""
+    if isinstance(segmentation, dict):
+        return int(decode_cropped(segmentation, height, width)[2].sum())
+    return int(mask_utils.area(_draw_polygons(segmentation, height, width)))
+
+
+_MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
+_MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
+
+
+class RawMasks:
+    """Raw segmentations of many objects, gathered flat, so that all are checked at once."""
+
+    def __init__(self) -> None:
+        """Begins with none."""
+        self.count = 0
+        self.numbers = array("d")
+        self.lengths: list[int] = []  # of the polygons
+        self.owners: list[int] = []  # the object of each polygon
+        self.rles: dict[int, dict[str, Any]] = {}
+        self.refused: dict[int, str] = {}
+        self.flat: list[int] = []  # objects whose polygon came without the outer list
+
+    def add(self, raw: Any) -> None:
+        """Takes the segmentation of the next object, whatever it is.
+
+        Args:
+            raw: Polygons (a list of lists, or one flat list), or an RLE dict whose counts are a
+                list or a compressed string, or anything else, which will be refused.
+        """
+        owner = self.count
+        self.count += 1
+        if isinstance(raw, dict):
+            try:
+                self.rles[owner] = check_rle(raw)
+            except MaskError as error:
+                self.refused[owner] = error.code
+        elif isinstance(raw, list) and raw:
+            if isinstance(raw[0], (int, float)):
+                self.flat.append(owner)
+                raw = [raw]
+            for part in raw:
+                try:
+                    self.numbers.fromlist(part)  # all of it or nothing
+                    self.lengths.append(len(part))
+                except (TypeError, OverflowError):
+                    self.lengths.append(-1)
+                self.owners.append(owner)
+        else:
+            self.refused[owner] = "mask-malformed" if raw else "mask-missing"
+
+    def check(self) -> "CheckedMasks":
+        """Checks all that were added."""
+        return CheckedMasks(self)
+
+
+_POLYGON_CODES = (
+    "",
+    "polygon-malformed",
+    "polygon-too-short",
+    "polygon-odd",
+    "polygon-not-finite",
+    "polygon-far-outside",
+)
+
+
+class CheckedMasks:
+    """What was found of many segmentations, for n objects.
+
+    Attributes:
+        codes: [n] why an object cannot be used, a key of `problems.KINDS`, or ''.
+        extents: float64 [n, 4], x0 y0 x1 y1 around the mask, px, original frame.
+        areas: float64 [n], px; of several polygons the sum.
+        perimeters: float64 [n], px, longer side of each edge; 0 for RLE.
+        num_parts: int64 [n] usable polygons; 1 for RLE.
+        part_left_out: [n] whether some polygon, but not all, was unusable.
+        rle_sizes: H, W of the objects that are RLE.
+        segmentations: Of all n; those with a code have the start -1.
+    """
+
+    def __init__(self, raw: RawMasks) -> None:
+        """Checks what was gathered."""
+        n = raw.count
+        self.codes = np.full(n, "", dtype=object)
+        self.extents, self.areas, self.perimeters = np.zeros((n, 4)), np.zeros(n), np.zeros(n)
+        self.num_parts = np.zeros(n, dtype=np.int64)
+        self.part_left_out = np.zeros(n, dtype=bool)
+        self.rle_sizes = {owner: tuple(rle["size"]) for owner, rle in raw.rles.items()}
+        for owner, code in raw.refused.items():
+            self.codes[owner] = code
+        words, starts = self._check_polygons(raw)
+        blobs = [words]
+        end = len(words)
+        for owner, rle in raw.rles.items():
+            self._measure_rle(owner, rle)
+            blobs.append(rle_words(rle))
+            starts[owner], end = end, end + len(blobs[-1])
+        starts = np.where(np.asarray(self.codes == "", dtype=bool), starts, -1)
+        self.segmentations = Segmentations(np.concatenate(blobs), starts)
+
+    def _check_polygons(self, raw: RawMasks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        lengths = np.asarray(raw.lengths, dtype=np.int64)
+        owners = np.asarray(raw.owners, dtype=np.int64)
+        numbers = np.frombuffer(raw.numbers, dtype=np.float64) if raw.numbers else np.zeros(0)
+        verdicts = judge_polygons(lengths, numbers)
+        good = verdicts == 0
+        unusable = np.bincount(owners[~good], minlength=raw.count) > 0
+        self.num_parts = np.bincount(owners[good], minlength=raw.count)
+        self.part_left_out = unusable & (self.num_parts > 0)
+        for part in np.flatnonzero(~good)[::-1]:  # the first one of an object gives the reason
+            if self.num_parts[owners[part]] == 0:
+                self.codes[owners[part]] = _POLYGON_CODES[verdicts[part]]
+        lengths = np.maximum(lengths, 0)
+        if not good.all():
+            numbers = numbers[np.repeat(good, lengths)]
+            lengths, owners = lengths[good], owners[good]
+        if len(lengths):
+            self._measure_polygons(lengths, owners, numbers)
+        self.codes[self.perimeters > _MAX_PERIMETER] = "polygon-too-long"
+        return _polygon_words(self.num_parts, lengths, owners, numbers)
+
+    def _measure_polygons(
+        self, lengths: NDArray[np.int64], owners: NDArray[np.int64], numbers: NDArray[np.float64]
+    ) -> None:
+        points = numbers.reshape(-1, 2)
+        starts = _starts(lengths) // 2
+        following = np.arange(1, len(points) + 1)
+        following[starts + lengths // 2 - 1] = starts
+        (x, y), (next_x, next_y) = points.T, points[following].T
+        longer = np.maximum(np.abs(next_x - x), np.abs(next_y - y))
+        parts = np.abs(np.add.reduceat(x * next_y - next_x * y, starts)) / 2
+        self.areas += np.bincount(owners, weights=parts, minlength=len(self.areas))
+        outline = np.add.reduceat(longer, starts)
+        self.perimeters += np.bincount(owners, weights=outline, minlength=len(self.areas))
+        has_parts = np.flatnonzero(self.num_parts)
+        first_points = starts[_starts(self.num_parts[has_parts])]
+        self.extents[has_parts, :2] = np.minimum.reduceat(points, first_points)
+        self.extents[has_parts, 2:] = np.maximum.reduceat(points, first_points)
+
+    def _measure_rle(self, owner: int, rle: dict[str, Any]) -> None:
+        top, left, crop = decode_cropped(rle, *rle["size"])
+        self.extents[owner] = left, top, left + crop.shape[1], top + crop.shape[0]
+        self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
+
+
+def judge_polygons(lengths: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.int8]:
+    """Which polygons cannot be used, and why.
+
+    Args:
+        lengths: int64 [P], numbers of each; -1 for one that is no list of numbers.
+        numbers: Of all polygons, one after the other.
+
+    Returns:
+        [P] places in `_POLYGON_CODES`; 0 is good.
+    """
+    verdicts = np.select([lengths < 0, lengths < 6, lengths % 2 == 1], [1, 2, 3], 0)
+    magnitude = np.abs(numbers)
+    if not (magnitude <= _MAX_COORDINATE).all():  # nan is not, either
+        some = np.flatnonzero(lengths > 0)
+        starts = _starts(np.maximum(lengths, 0))[some]
+        # A maximum hands nan on.
+        largest = np.zeros(len(lengths))
+        largest[some] = np.maximum.reduceat(magnitude, starts)
+        finite = np.isfinite(largest)
+        verdicts = np.where((verdicts == 0) & ~finite, 4, verdicts)
+        verdicts = np.where((verdicts == 0) & (largest > _MAX_COORDINATE), 5, verdicts)
+    return verdicts.astype(np.int8)
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.cumsum(lengths) - lengths
+
+
+def _polygon_words(
+    num_parts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    numbers: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    # See `Segmentations`; starts are -1 for objects without polygons.
+    sizes = np.bincount(owners, weights=lengths, minlength=len(num_parts)).astype(np.int64)
+    sizes += np.where(num_parts > 0, num_parts + 1, 0)
+    starts = _starts(sizes)
+    words = np.empty(sizes.sum(), dtype=np.int64)
+    words[starts[num_parts > 0]] = num_parts[num_parts > 0]
+    rank = np.arange(len(owners)) - _starts(num_parts)[owners]  # of a part within its object
+    words[starts[owners] + 1 + rank] = lengths
+    is_number = np.ones(len(words), dtype=bool)
+    is_number[starts[num_parts > 0]] = False
+    is_number[starts[owners] + 1 + rank] = False
+    words.view(np.float64)[is_number] = numbers
+    return words, np.where(num_parts > 0, starts, -1)
+
+
+def check_segmentation(raw: Any) -> Any:
+    """Checks one raw COCO segmentation so that nothing in it can hurt.
+
+    Args:
+        raw: See `RawMasks.add`.
+
+    Returns:
+        A list of polygon arrays, or an RLE dict with `size` [H, W] and an int64 array `counts`.
+
+    Raises:
+        MaskError: It is empty or malformed.
+    """
+    masks = RawMasks()
+    masks.add(raw)
+    checked = masks.check()
+    if checked.codes[0]:
+        raise MaskError(checked.codes[0])
+    return checked.segmentations[0]
+
+
+def decode_segmentation(raw: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """Checks and draws a raw segmentation: uint8 [height, width] of 0 and 1.
+
+    Raises:
+        MaskError: If the segmentation is empty or malformed.
+    """
+    top, left, crop = decode_cropped(check_segmentation(raw), height, width)
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
+    return mask
+
+
+@dataclass(frozen=True)
+class CroppedMask:
+    """A true mask at the original resolution, cropped tightly."""
+
+    top: int  # px, original frame
+    left: int
+    mask: NDArray[np.bool_]  # [h, w]
+
+
+Mask = NDArray[np.uint8] | NDArray[np.bool_]

@@ -1,0 +1,380 @@
+"""What a dataset holds, in numbers that settings are chosen by. Imports no torch.
+
+The splits of a dataset, checked one by one and against each other. Imports no torch.
+"""
+
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from samft.coco.entries import CROWD
+from samft.coco.index import CocoIndex, class_names, index_file
+from samft.coco.json_reader import UnusableFile
+from samft.coco.layout import find_split
+from samft.coco.problems import BAD_IMAGES, ERROR, Problems
+from samft.coco.subset import choose, find_shared
+from samft.errors import DataError
+
+CELL = 4  # px of the model's input: one cell of the decoder's masks
+COVERED = 0.99  # of the images have no more objects than the suggested max_masks_per_image
+FEW_VANISH = 0.01  # the suggested image_size lets no greater share of the objects vanish
+LARGEST_SUGGESTED = 2048
+_WINDOW_STEP = 64  # px; image sizes that keep the encoder's windows whole
+_COCO_SIZES = {"small": 0, "medium": 32**2, "large": 96**2}  # px, from that area on
+_SIDES = (CELL, 8, 16, 32, 64, 128, 256, 512)
+_BAR = 40  # characters
+_TOP_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a COCO file holds. Crowds count as objects nowhere but in `num_crowds`.
+
+    Attributes:
+        num_images: All files, those without objects included.
+        num_images_with_objects: Those that are trained on.
+        num_objects: Usable objects.
+        num_crowds: Crowd regions, not trained on.
+        objects_per_image: From a range of counts to images that have so many.
+        object_sizes: From COCO's sizes (by area of the mask, original px) to objects.
+        object_sides: From a range of px to objects whose box has its longer side in it, at the
+            model's input.
+        classes: From name to objects, most frequent first; ids of one name are one class.
+        image_size: The model's input that the sides refer to, px.
+        num_vanishing: Objects whose longer side at the input is under 4 px, less than one cell of
+            the decoder's masks.
+        most_objects: In one image.
+        max_masks_per_image: Suggested: the smallest power of two, at least 8, that is no less than
+            the number of objects in 99 % of the images.
+        suggested_image_size: The smallest multiple of 64 px, from `image_size` to 2048, at which no
+            more than 1 % of the objects vanish; the last if none is.
+    """
+
+    num_images: int
+    num_images_with_objects: int
+    num_objects: int
+    num_crowds: int
+    objects_per_image: dict[str, int]
+    object_sizes: dict[str, int]
+    object_sides: dict[str, int]
+    classes: dict[str, int]
+    image_size: int
+    num_vanishing: int
+    most_objects: int
+    max_masks_per_image: int
+    suggested_image_size: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "images": self.num_images,
+            "images_with_objects": self.num_images_with_objects,
+            "objects": self.num_objects,
+            "crowds": self.num_crowds,
+            "classes": self.classes,
+            "histograms": {
+                "objects_per_image": self.objects_per_image,
+                "object_sizes": self.object_sizes,
+                "object_sides": self.object_sides,
+            },
+            "image_size": self.image_size,
+            "vanishing": {"objects": self.num_vanishing, "share": self.vanishing_share},
+            "suggestions": {
+                "max_masks_per_image": self.max_masks_per_image,
+                "image_size": self.suggested_image_size,
+            },
+        }
+
+    @property
+    def vanishing_share(self) -> float:
+        """Of the objects, 0..1."""
+        return self.num_vanishing / max(self.num_objects, 1)
+
+
+def measure(file: CocoIndex, *, image_size: int) -> Statistics:
+    """Counts what a COCO file holds.
+
+    Args:
+        file: The checked file.
+        image_size: Longer side of the model's input, px.
+    """
+    row_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
+    plain = np.flatnonzero(file.flags & CROWD == 0)
+    usable = np.flatnonzero(~file.bad)
+    per_image = np.bincount(row_of[plain], minlength=file.num_images)[usable]
+    boxes = file.boxes[plain]
+    # Shares of the image's longer side, so that a model's input scales them.
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
+    sides = sides / file.sizes[row_of[plain]].max(axis=1, initial=1)
+    filled = per_image[per_image > 0]
+    return Statistics(
+        num_images=file.num_images,
+        num_images_with_objects=len(filled),
+        num_objects=len(plain),
+        num_crowds=len(file.flags) - len(plain),
+        objects_per_image=_count_powers(per_image),
+        object_sizes=_count_coco_sizes(file.areas[plain]),
+        object_sides=_count_sides(sides * image_size),
+        classes=_count_classes(file, plain),
+        image_size=image_size,
+        num_vanishing=int((sides * image_size < CELL).sum()),
+        most_objects=int(per_image.max(initial=0)),
+        max_masks_per_image=suggest_max_masks(filled),
+        suggested_image_size=suggest_image_size(sides, at_least=image_size),
+    )
+
+
+def suggest_max_masks(per_image: NDArray[np.int64]) -> int:
+    """The smallest power of two, at least 8, that holds all objects of 99 % of the images.
+
+    Args:
+        per_image: Objects in each image that has any.
+    """
+    enough = int(np.quantile(per_image, COVERED, method="higher")) if len(per_image) else 0
+    return max(8, 1 << max(enough - 1, 0).bit_length())
+
+
+def suggest_image_size(sides: NDArray[np.float64], *, at_least: int) -> int:
+    """The smallest input at which no more than 1 % of the objects vanish; see `Statistics`.
+
+    Args:
+        sides: Longer side of each object's box, as a share of the image's longer side.
+        at_least: px.
+    """
+    larger = range((at_least // _WINDOW_STEP + 1) * _WINDOW_STEP, LARGEST_SUGGESTED + 1, 64)
+    size = at_least
+    for size in (at_least, *larger):
+        if (sides * size < CELL).sum() <= FEW_VANISH * len(sides):
+            break
+    return size
+
+
+def _count_powers(per_image: NDArray[np.int64]) -> dict[str, int]:
+    # 0, 1, 2-3, 4-7, ...
+    counts = {"0": int((per_image == 0).sum())}
+    low = 1
+    while low <= per_image.max(initial=0):
+        label = f"{low}-{2 * low - 1}" if low > 1 else "1"
+        counts[label] = int(((per_image >= low) & (per_image < 2 * low)).sum())
+        low *= 2
+    return counts
+
+
+def _count_coco_sizes(areas: NDArray[np.float64]) -> dict[str, int]:
+    place = np.searchsorted(list(_COCO_SIZES.values()), areas, side="right") - 1
+    return dict(zip(_COCO_SIZES, np.bincount(place, minlength=3).tolist(), strict=True))
+
+
+def _count_sides(sides: NDArray[np.float64]) -> dict[str, int]:
+    place = np.searchsorted(_SIDES, sides, side="right")
+    labels = [f"under {_SIDES[0]} px"]
+    labels += [f"{low}-{2 * low} px" for low in _SIDES[:-1]] + [f"{_SIDES[-1]} px and more"]
+    return dict(zip(labels, np.bincount(place, minlength=len(labels)).tolist(), strict=True))
+
+
+def _count_classes(file: CocoIndex, plain: NDArray[np.int64]) -> dict[str, int]:
+    ids, numbers = np.unique(file.categories[plain], return_counts=True)
+    number_of = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
+    counts: Counter[str] = Counter()
+    for category_id, name in class_names(file).items():
+        counts[name] += number_of.get(category_id, 0)
+    return dict(counts.most_common())
+
+
+def statistics_lines(found: Statistics) -> list[str]:
+    """The counts as a person reads them, with bars."""
+    used = {name: number for name, number in found.classes.items() if number}
+    top = dict(list(used.items())[:_TOP_CLASSES])
+    lines = [
+        f"{found.num_images:,} images, {found.num_images_with_objects:,} of them with objects; "
+        f"{found.num_objects:,} objects in {len(used)} classes; {found.num_crowds:,} crowds",
+        *_histogram("objects per image: images", found.objects_per_image),
+        *_histogram("area (small < 32 x 32 px <= medium < 96 x 96): objects", found.object_sizes),
+        *_histogram(
+            f"longer side of the box at image_size {found.image_size}: objects", found.object_sides
+        ),
+        *_histogram(f"class (of {len(found.classes)}): objects", top),
+    ]
+    if len(used) > len(top):
+        rest = sum(used.values()) - sum(top.values())
+        lines.append(f"  and {len(used) - len(top)} more with {rest:,} objects")
+    return lines
+
+
+def suggestion_lines(found: Statistics) -> list[str]:
+    """What to set, and why."""
+    masks, size = found.max_masks_per_image, found.image_size
+    more = f"; one has {found.most_objects}" if found.most_objects > masks else ""
+    lines = [
+        f"suggested max_masks_per_image: {masks} (enough for all objects of 99 % of the images"
+        f"{more}; of more objects each epoch draws others)"
+    ]
+    if not found.num_vanishing:
+        return [*lines, f"at image_size {size} no object vanishes"]
+    lines.append(
+        f"at image_size {size} {found.num_vanishing:,} objects ({found.vanishing_share:.1%}) "
+        f"vanish: longer side under {CELL} px, less than one cell of the decoder's masks"
+    )
+    if found.vanishing_share > FEW_VANISH and found.suggested_image_size > size:
+        lines.append(f"suggested image_size: {found.suggested_image_size}")
+    if found.vanishing_share > FEW_VANISH and found.suggested_image_size >= LARGEST_SUGGESTED:
+        lines.append("or cut the images into tiles")
+    return lines
+
+
+def _histogram(title: str, counts: dict[str, int]) -> list[str]:
+    # Empty ranges at either end say nothing.
+    filled = [place for place, number in enumerate(counts.values()) if number]
+    shown = list(counts.items())[min(filled, default=0) : max(filled, default=-1) + 1]
+    width = max((len(label) for label, _ in shown), default=0)
+    longest = max((number for _, number in shown), default=1)
+    lines = ["", title]
+    for label, number in shown:
+        bar = "#" * -(-number * _BAR // longest)
+        lines.append(f"  {label:{width}}  {number:>9,}  {bar}".rstrip())
+    return lines
+
+
+TRAIN, VAL, TEST = "train", "val", "test"
+_WIDTH = 120  # characters
+_HANGING = 45  # where `Problems.lines` say what was found
+
+
+@dataclass
+class CheckedSplit:
+    """One annotation file, what was found in it, or why it could not be read.
+
+    Attributes:
+        annotations: The JSON file.
+        images: Its image folder.
+        problems: Of the file, and of the file beside the others.
+        file: The index; None if the JSON cannot be read.
+        statistics: None if the JSON cannot be read.
+        failure: The sentence that says why it cannot be read.
+        shared_rows: int64, rows of `file` whose images are in validation as well.
+    """
+
+    annotations: Path
+    images: Path
+    problems: Problems = field(default_factory=Problems)
+    file: CocoIndex | None = None
+    statistics: Statistics | None = None
+    failure: str = ""
+    shared_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def errors(self, *, on_bad_image: str = "error") -> dict[str, int]:
+        """Counts of what makes training impossible, by code; bad images are none with `skip`."""
+        passed = BAD_IMAGES if on_bad_image == "skip" else frozenset()
+        return {
+            code: found.count
+            for code, severity, found in self.problems
+            if severity == ERROR and code not in passed
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "annotations": str(self.annotations),
+            "image_folder": str(self.images),
+            **(self.statistics.to_json() if self.statistics else {}),
+            "problems": self.problems.to_json(),
+        }
+
+    def lines(self, *, suggest: bool) -> list[str]:
+        """What a person reads: problems, counts, and with `suggest` settings that suit."""
+        if self.statistics is None:
+            return [self.failure, "", *self._problem_lines()]
+        counts, *histograms = statistics_lines(self.statistics)
+        suggestions = ["", *suggestion_lines(self.statistics)] if suggest else []
+        problems = self._problem_lines() or ["no problems"]
+        return [counts, "", *problems, *histograms, *suggestions]
+
+    def _problem_lines(self) -> list[str]:
+        wrapper = textwrap.TextWrapper(
+            _WIDTH,
+            subsequent_indent=" " * _HANGING,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return [part for line in self.problems.lines() for part in wrapper.wrap(line)]
+
+
+def check_split(
+    annotations: Path, images: Path, *, root: Path | None = None, image_size: int
+) -> CheckedSplit:
+    """Checks one annotation file; one that cannot be read is a problem like any other.
+
+    Args:
+        annotations: The JSON file.
+        images: What its file names are relative to.
+        root: See `index_file`.
+        image_size: What sizes of objects refer to, px.
+    """
+    split = CheckedSplit(annotations, images)
+    try:
+        split.file = index_file(annotations, images, root=root)
+    except UnusableFile as error:
+        return _unusable(split, error.code, str(error))
+    split.problems = split.file.problems
+    split.statistics = measure(split.file, image_size=image_size)
+    return split
+
+
+def _unusable(split: CheckedSplit, code: str, failure: str) -> CheckedSplit:
+    split.failure = failure
+    split.problems.add(code, split.annotations.name)
+    return split
+
+
+def check_splits(
+    data_root: Path, *, train_split: str, val_split: str, image_size: int
+) -> dict[str, CheckedSplit]:
+    """Checks the splits that a dataset has, and whether images are in train and in val.
+
+    Args:
+        data_root: The dataset's folder.
+        train_split: Name of the training split.
+        val_split: Name of the validation split.
+        image_size: What sizes of objects refer to, px.
+
+    Returns:
+        By `train`, `val` and `test`. A missing training split is in it as a failure; the others may
+        be missing, for training can hold a part of its images out.
+
+    Raises:
+        DataError: There is none of them.
+    """
+    found: dict[str, CheckedSplit] = {}
+    missing: dict[str, DataError] = {}
+    for name, split in ((TRAIN, train_split), (VAL, val_split), (TEST, TEST)):
+        try:
+            annotations, images = find_split(data_root, split)
+        except DataError as error:
+            missing[name] = error
+            if name == TRAIN:
+                folder = data_root / split
+                found[name] = _unusable(CheckedSplit(folder, folder), "json-missing", str(error))
+            continue
+        found[name] = check_split(annotations, images, root=data_root, image_size=image_size)
+    if len(missing) == 3:
+        raise missing[TRAIN]
+    if VAL in found:
+        _compare(found[TRAIN], found[VAL])
+    return found
+
+
+def _compare(train: CheckedSplit, val: CheckedSplit) -> None:
+    name = val.images.name
+    if name.startswith("valid"):
+        val.problems.add("split-name", name)
+    if train.file and val.file:
+        index = choose(train.file)
+        shared = find_shared(index, choose(val.file))
+        train.shared_rows = index.rows[shared]
+        names = [index.file_name(i) for i in shared.tolist()]
+        train.problems.add("image-in-train-and-val", *names)

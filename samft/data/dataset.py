@@ -1,0 +1,334 @@
+"""What a dataset gives: one image with its objects; and several of them as one batch.
+
+The dataset: images with boxes and masks, drawn at random or as they are.
+
+What a sample looks like depends on (seed, epoch, image id, copy) only: not on workers, processes,
+accumulation or restarts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from samft.coco.images import EncodedImage, ImageError, open_image
+from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.coco.subset import CocoSubset, read_coco
+from samft.data.augment import (
+    boxes_in_frame,
+    change_colour,
+    draw_colour,
+    draw_frame,
+    filter_cropped_objects,
+)
+from samft.data.samplers import SAMPLE_STREAM, Key, generator_of
+from samft.data.targets import draw_targets, rasterize_ground_truth
+from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
+from samft.errors import DataError
+
+NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
+
+
+@dataclass
+class Sample:
+    """One image with its K objects."""
+
+    image: Tensor  # uint8 [3, S, S], RGB, input frame, channels last; `NO_PIXELS` with an embedding
+    boxes: Tensor  # float32 [K, 4], input frame
+    targets: Tensor  # uint8 [K, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
+    input_size: tuple[int, int]  # h, w of the image inside of the input frame
+    original_size: tuple[int, int]  # H, W of the file
+    image_id: int
+    object_ids: Tensor  # int64 [K]
+    truths: list[CroppedMask]  # K of them in validation, none in training
+    bad_images: dict[str, str] = field(default_factory=dict)  # met on the way: name, reason
+    embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], where it is cached
+
+
+@dataclass
+class Batch:
+    """N images, and the M objects of all of them one after the other."""
+
+    images: Tensor  # uint8 [N, 3, S, S], RGB, input frame, channels last; [N, 3, 0, 0] if cached
+    boxes: Tensor  # float32 [M, 4], input frame
+    image_index: Tensor  # int64 [M], which of the N images an object is in
+    targets: Tensor  # uint8 [M, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
+    input_sizes: Tensor  # int64 [N, 2], h, w inside of the input frame
+    original_sizes: Tensor  # int64 [N, 2], H, W of the file
+    image_ids: list[int]
+    object_ids: Tensor  # int64 [M]
+    truths: list[CroppedMask]  # M of them in validation, none in training
+    bad_images: dict[str, str] = field(default_factory=dict)  # met on the way: name, reason
+    embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], where they are cached
+
+    @property
+    def num_masks(self) -> int:
+        """M."""
+        return len(self.boxes)
+
+    @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """H and W of a batch's one image: `input_size` and `original_size`, as the metrics ask."""
+        (height, width), (original_height, original_width) = (
+            sizes[0].tolist() for sizes in (self.input_sizes, self.original_sizes)
+        )
+        return {
+            "input_size": (height, width),
+            "original_size": (original_height, original_width),
+        }
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with all tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory; the data loader calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of all tensors until the stream is done with them."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(stream)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**{**vars(self), **tensors})
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Puts samples one after the other into one batch; all have an embedding, or none."""
+    embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
+    num_objects = torch.tensor([len(sample.boxes) for sample in samples])
+    return Batch(
+        # Stacked as they lie in memory: a change of layout would cost more than all else here.
+        images=torch.stack([s.image.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2),
+        boxes=torch.cat([sample.boxes for sample in samples]),
+        image_index=torch.repeat_interleave(torch.arange(len(samples)), num_objects),
+        targets=torch.cat([sample.targets for sample in samples]),
+        input_sizes=torch.tensor([sample.input_size for sample in samples]),
+        original_sizes=torch.tensor([sample.original_size for sample in samples]),
+        image_ids=[sample.image_id for sample in samples],
+        object_ids=torch.cat([sample.object_ids for sample in samples]),
+        truths=[truth for sample in samples for truth in sample.truths],
+        bad_images={name: why for s in samples for name, why in s.bad_images.items()},
+        embeddings=torch.stack(embeddings) if embeddings else None,
+    )
+
+
+_MAX_DRAWS = 8  # of a crop that shows an object
+
+# The frame, the objects to use, and their boxes [K, 4] in the original frame.
+_Placement = tuple[Frame, NDArray[np.int64], NDArray[np.float64]]
+
+
+class EmbeddingSource(Protocol):
+    """The embeddings of a split's images, in the order of its index: `CachedEmbeddings`, say."""
+
+    def size(self, i: int) -> tuple[int, int]:
+        """H, W of the file of image i.
+
+        Raises:
+            ImageError: It cannot be used.
+        """
+        ...
+
+    def read(self, i: int, *, flipped: bool) -> NDArray[np.floating]:
+        """The embedding of image i, or of its mirror image: [C, h, w]."""
+        ...
+
+
+class Coco2MaskDataset(Dataset[Sample]):
+    """Images of a COCO file with a box and a mask for each object.
+
+    Training draws a subset of the objects, a flip and the jitter of the boxes; validation gives all
+    objects as annotated, with their masks at the original resolution as `truths`.
+
+    Args:
+        image_folder: What the file names are relative to.
+        annotations: The COCO file; not read if `index` is given.
+        image_size: Side S of the input frame.
+        resize_mode: `pad` or `squash`, see `make_frame`.
+        training: Whether to draw at random.
+        max_masks_per_image: Size of the subset; 0 takes all.
+        box_jitter: See `jitter_boxes`.
+        augment: `none`, `flip` or `scale`, see `augment.draw_frame`; `scale` changes colours too.
+        loss_resolution: Targets at `low` (S/4) or `input` (S).
+        on_bad_image: `error` raises where an image cannot be read. `skip` takes the next that can
+            in training, and gives a sample without objects in validation.
+        seed: Of everything random.
+        index: The checked file, if it has been read.
+
+    Raises:
+        DataError: As `read_coco`.
+    """
+
+    def __init__(
+        self,
+        image_folder: str | Path,
+        annotations: str | Path | None = None,
+        *,
+        image_size: int = 1024,
+        resize_mode: str = "pad",
+        training: bool = False,
+        max_masks_per_image: int = 64,
+        box_jitter: float = 0.1,
+        augment: str = "flip",
+        loss_resolution: str = "low",
+        on_bad_image: str = "error",
+        seed: int = 0,
+        index: CocoSubset | None = None,
+    ) -> None:
+        if index is None:
+            if annotations is None:
+                raise ValueError("Coco2MaskDataset needs annotations, or an index.")
+            index = read_coco(Path(annotations), Path(image_folder))
+        self.index = index
+        self.image_size = image_size
+        self.resize_mode = resize_mode
+        self.training = training
+        self.max_masks_per_image = max_masks_per_image
+        self.box_jitter = box_jitter
+        self.augment = augment
+        self.loss_resolution = loss_resolution
+        self.on_bad_image = on_bad_image
+        self.seed = seed
+        self.embeddings: EmbeddingSource | None = None  # in the place of pixels, once there are any
+
+    def __len__(self) -> int:
+        return self.index.num_images
+
+    def __getitem__(self, key: int | tuple[int, int] | Key) -> Sample:
+        """Loads an image by i, (epoch, i) or (epoch, i, copy), which decide what is drawn.
+
+        Raises:
+            DataError: If the image is missing or broken; with `skip`, if all are.
+        """
+        epoch, i, copy = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
+        i = range(len(self))[i]  # an IndexError past the end, so that the dataset can be iterated
+        words = (SAMPLE_STREAM, self.seed, epoch, self.index.image_id(i), copy)
+        bad_images: dict[str, str] = {}
+        for number in range(i, i + len(self)):
+            row = number % len(self)
+            try:
+                # With the draws of the image that was asked for: no twin of the row's own sample.
+                sample = self._load(row, generator_of(*words))
+            except ImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                bad_images[self.index.file_name(row)] = str(error)
+                if self.training:
+                    continue
+                sample = self._without_objects(row)
+            sample.bad_images = bad_images
+            return sample
+        first = next(iter(bad_images.values()))
+        raise DataError(f"none of the {len(self)} images can be read; the first: {first}")
+
+    def _load(self, row: int, generator: np.random.Generator) -> Sample:
+        file = self.index.file
+        encoded, size = self._open(row)
+        frame, objects, boxes = self._place(row, size, generator)
+        pixels = self.pixels(encoded, frame) if encoded else None
+        boxes = boxes_to_input(boxes, frame)
+        if self.training:
+            boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
+        if pixels is not None and self.training and self.augment == "scale":
+            visible = pixels[: frame.input_size[0], : frame.input_size[1]]
+            visible[:] = change_colour(visible, draw_colour(generator))
+        segmentations = [file.segmentations[k] for k in objects.tolist()]
+        truths: list[CroppedMask] = []
+        if self.training:
+            kept, targets = draw_targets(segmentations, frame, resolution=self.loss_resolution)
+        else:
+            find = rasterize_ground_truth(segmentations, frame, resolution=self.loss_resolution)
+            kept, targets, truths = find
+        return Sample(
+            image=NO_PIXELS if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1),
+            boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
+            targets=torch.from_numpy(targets),
+            input_size=frame.input_size,
+            original_size=size,
+            image_id=self.index.image_id(row),
+            object_ids=torch.from_numpy(file.object_ids[objects[kept]]),
+            truths=truths,
+            embedding=self._embedding(row, frame),
+        )
+
+    def _open(self, row: int) -> tuple[EncodedImage | None, tuple[int, int]]:
+        if self.embeddings is not None:
+            return None, self.embeddings.size(row)
+        encoded = open_image(self.index.path(row))
+        return encoded, encoded.size
+
+    def _embedding(self, row: int, frame: Frame) -> torch.Tensor | None:
+        if self.embeddings is None:
+            return None
+        return torch.from_numpy(self.embeddings.read(row, flipped=frame.flipped))
+
+    def pixels(self, encoded: EncodedImage, frame: Frame) -> NDArray[np.uint8]:
+        """Decodes an image into the input frame, uint8 [S, S, 3].
+
+        Raises:
+            ImageError: It is broken.
+        """
+        # Validation sees what SamPredictor would be given, to the level.
+        image = encoded.decode(at_least=frame.resized_size if self.training else None)
+        return resize_image(image, frame, exact=not self.training)
+
+    def frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
+        """The frame of a whole image of size H, W, as all but `scale` see it."""
+        return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
+
+    def _without_objects(self, row: int) -> Sample:
+        frame = self.frame(self.index.size(row))
+        side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
+        return Sample(
+            image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
+            boxes=torch.zeros(0, 4),
+            targets=torch.zeros(0, side, side, dtype=torch.uint8),
+            input_size=frame.input_size,
+            original_size=frame.original_size,
+            image_id=self.index.image_id(row),
+            object_ids=torch.zeros(0, dtype=torch.int64),
+            truths=[],
+        )
+
+    def _place(self, row: int, size: tuple[int, int], generator: np.random.Generator) -> _Placement:
+        if not self.training:
+            return self._draw_place(row, size, "none", generator=generator)
+        for _ in range(_MAX_DRAWS):
+            place = self._draw_place(row, size, self.augment, generator=generator)
+            if len(place[1]) or not place[0].is_cropped:
+                return place
+        # A crop never empties a sample.
+        return self._draw_place(row, size, "flip", generator=generator)
+
+    def _draw_place(
+        self, row: int, size: tuple[int, int], augment: str, *, generator: np.random.Generator
+    ) -> _Placement:
+        file, objects = self.index.file, self.index.objects_of(row)
+        frame = draw_frame(
+            size,
+            self.image_size,
+            resize_mode=self.resize_mode,
+            augment=augment,
+            generator=generator,
+        )
+        if frame.is_cropped:
+            objects = objects[boxes_in_frame(file.boxes[objects], frame)]
+        if self.training and 0 < self.max_masks_per_image < len(objects):
+            chosen = generator.choice(objects, self.max_masks_per_image, replace=False)
+            objects = np.sort(chosen)
+        kept, boxes = filter_cropped_objects(
+            file.boxes[objects],
+            frame,
+            draw=lambda k: decode_cropped(file.segmentations[int(objects[k])], *size),
+        )
+        return frame, objects[kept], boxes

@@ -1,6 +1,6 @@
 """Writes a small COCO dataset to try the trainer on: `python -m samft.demo --output_dir D`.
 
-Painted butterflies and flowers (see `samft.coco.synthetic`), in seconds and always the same for a seed,
+Painted butterflies and flowers (`samft.coco.synthetic`), in seconds and always the same for a seed,
 with every form of annotation that COCO knows: polygons of one part and of many, compressed and
 uncompressed run lengths, a crowd, an image without objects.
 """

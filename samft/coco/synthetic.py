@@ -219,7 +219,7 @@ def _fill(outlines: list[np.ndarray], size: int, *, width: float = 0) -> np.ndar
 
 
 def _blend(picture: np.ndarray, alpha: np.ndarray, colour: Colour, strength: float) -> None:
-    """Lays a transparent wash over `picture`, in place; pigment gathers at its edges, as it does."""
+    """Lays a transparent wash over a picture, in place; pigment gathers at its edges."""
     unit = picture.shape[0] / DESIGN_SIZE
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     if not width:

@@ -23,6 +23,7 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.errors import DataError
+from samft.recipes import build
 from samft.train import exit_code_for_launcher, main
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, plain
+from benchmarks import baseline, measure
 from benchmarks.measure import REST, PhaseClock, in_fresh_process, model_flops, ratios
 from benchmarks.scale import LOSS_TOLERANCE, sync_seconds
 from benchmarks.scale_model import Cluster, Costs, Run, all_reduce_seconds, forecast
@@ -77,7 +77,7 @@ def test_other_weights_are_noticed() -> None:
 
 
 def test_another_loss_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "FOCAL_WEIGHT", 20.01)
+    monkeypatch.setattr(baseline, "FOCAL_WEIGHT", 20.01)
     with pytest.raises(AssertionError, match="losses differ"):
         assert_equal(Variants(SMALL), start="images")
 

@@ -42,7 +42,7 @@ MAX_MASKS = 8  # of an image
 _TIMEOUT = timedelta(seconds=300)
 _LOOP_SPANS: list[Span] = [
     (engine, "fetch", "data"),
-    (engine, "agree", "waiting"),
+    (engine, "any_rank", "waiting"),
     (engine, "all_reduce_sum", "waiting"),
 ]
 

@@ -26,11 +26,11 @@ from samft.errors import (
     EXIT_USAGE,
     ConfigError,
     ExportError,
+    RunStopped,
     SharedError,
-    Stopped,
     TrainingError,
     UserError,
-    paragraph,
+    escape_paragraph,
 )
 
 
@@ -66,7 +66,7 @@ def user_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-class Checked(Protocol):
+class CheckedSettings(Protocol):
     """A dataclass that knows what is wrong with its values."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -76,7 +76,7 @@ class Checked(Protocol):
         ...
 
 
-Config = TypeVar("Config", bound=Checked)
+Config = TypeVar("Config", bound=CheckedSettings)
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: Any = None) -> Any:
@@ -109,7 +109,7 @@ def check_fields(config: Any) -> list[str]:
     return problems
 
 
-def parse(cls: type[Config], argv: list[str], *, prog: str, description: str) -> Config:
+def parse_settings(cls: type[Config], argv: list[str], *, prog: str, description: str) -> Config:
     """Merges defaults < the YAML file that `--config` names < flags, and checks the result.
 
     Args:
@@ -261,7 +261,7 @@ def exit_code(error: BaseException | None) -> int:
         return EXIT_DONE
     if isinstance(error, UserError):
         return EXIT_USAGE
-    if isinstance(error, Stopped):
+    if isinstance(error, RunStopped):
         return EXIT_STOPPED
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
@@ -284,14 +284,14 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
     arguments = sys.argv[1:] if argv is None else argv
     try:
         main(arguments)
-    except (UserError, TrainingError, ExportError, Stopped, KeyboardInterrupt) as error:
+    except (UserError, TrainingError, ExportError, RunStopped, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        word = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "error"
+        word = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "error"
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, (ConfigError, Stopped, SharedError)):
+        if rank == "0" or not isinstance(error, (ConfigError, RunStopped, SharedError)):
             name = "" if rank == "0" else f"[rank {rank}] "
-            words = paragraph(str(error) or "interrupted")
+            words = escape_paragraph(str(error) or "interrupted")
             print(f"{name}{word}: {words}", file=sys.stderr, flush=True)
         return exit_code(error)
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.cli import check_fields, parse, setting
+from samft.cli import check_fields, parse_settings, setting
 
 # What may differ between a run and its resume, because it does not change what is learnt. Batch
 # size and accumulation are held to their product with the number of processes elsewhere.
@@ -267,7 +267,7 @@ def to_yaml(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """The fields in which a saved run differs from a configuration, where that matters.
 
     Args:
@@ -298,4 +298,4 @@ def parse_config(argv: list[str]) -> TrainConfig:
         ConfigError: Listing every unknown key, wrong type and wrong value at once.
     """
     description = "Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags."
-    return parse(TrainConfig, argv, prog="python -m samft.train", description=description)
+    return parse_settings(TrainConfig, argv, prog="python -m samft.train", description=description)

@@ -110,7 +110,7 @@ def _rendezvous_name(store: dist.Store, rank: int, world_size: int) -> str:
         time.sleep(0.05)
 
 
-def start_name() -> str:
+def start_id() -> str:
     """A name that all processes of this start share, and no other start has; empty without one."""
     return _START_NAMES[0] if _START_NAMES else ""
 
@@ -159,7 +159,7 @@ def all_reduce_sum(tensor: Tensor, *, in_step: bool = False) -> Tensor:
     return tensor
 
 
-def agree(flag: bool, *, in_step: bool = False) -> bool:
+def any_rank(flag: bool, *, in_step: bool = False) -> bool:
     """Whether the flag is set on any rank. Collective: every rank must call.
 
     Args:
@@ -191,7 +191,7 @@ def raise_on_all_ranks(error: UserError | None) -> None:
 
 def barrier() -> None:
     """Waits until every rank is here. Collective: every rank must call."""
-    agree(False)
+    any_rank(False)
 
 
 def broadcast(value: Any) -> Any:

@@ -7,7 +7,7 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Text that may hold a name from outside, with escapes for what could steer a terminal.
 
     Args:
@@ -16,15 +16,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
-def paragraph(text: str) -> str:
+def escape_paragraph(text: str) -> str:
     """Text of which only the first line begins at the margin, so that it cannot forge others."""
-    return printable(text).replace("\n", "\n  ")
+    return escape_unprintable(text).replace("\n", "\n  ")
 
 
 class _SanitizedError(Exception):
     # Its words are printed and written to status.json, and may hold a file's name.
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return escape_unprintable(super().__str__())
 
 
 class UserError(_SanitizedError, ValueError):
@@ -55,5 +55,5 @@ class ExportError(_SanitizedError, RuntimeError):
     """A file that was written does not do what it should; a sentence, without a traceback."""
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
     """The run was asked to stop and has saved everything; running it again goes on from there."""

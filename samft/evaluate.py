@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from samft.cli import CommandParser, run_command, user_path
-from samft.errors import ConfigError, printable
+from samft.errors import ConfigError, escape_unprintable
 from samft.runtime.signals import die_with_parent
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     report, lines = run(options)
     for line in lines:
-        print(printable(line), flush=True)
+        print(escape_unprintable(line), flush=True)
     return report
 
 

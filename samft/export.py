@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samft.cli import EXTRAS, CommandParser, require_extra, run_command, user_path
-from samft.errors import CheckpointError, ConfigError, DataError, paragraph
+from samft.errors import CheckpointError, ConfigError, DataError, escape_paragraph
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -235,11 +235,11 @@ def _try_automatic_masks(
 
 
 def _say(line: str) -> None:
-    print(paragraph(line), flush=True)
+    print(escape_paragraph(line), flush=True)
 
 
 def _warn(text: str) -> None:
-    print(f"WARNING: {paragraph(text)}", file=sys.stderr, flush=True)
+    print(f"WARNING: {escape_paragraph(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from samft.cli import CommandParser, run_command, user_path
-from samft.errors import CheckpointError, ConfigError, DataError, printable
+from samft.errors import CheckpointError, ConfigError, DataError, escape_unprintable
 from samft.prediction.inputs import Task, find_task
 from samft.prediction.outputs import (
     Pictures,
@@ -37,8 +37,8 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
-from samft.runtime.files import replacing
-from samft.runtime.output_dir import lock_output_dir, make_writable
+from samft.runtime.files import atomic_replacement
+from samft.runtime.output_dir import create_writable_dir, lock_output_dir
 
 if TYPE_CHECKING:
     from samft.prediction.predictors import PredictedMask, Predictor, PreparedImage
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         min_score=options.min_score,
     )
     task = _without_bad_images(task, options)
-    make_writable(options.output_dir)
+    create_writable_dir(options.output_dir)
     with lock_output_dir(options.output_dir):
         return _predict(task, options)
 
@@ -222,7 +222,7 @@ def _predict(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         writer.close()
         found["masks"] = writer.num_rows
 
-    with _writing(folder), replacing(folder / RESULTS, write):
+    with _writing(folder), atomic_replacement(folder / RESULTS, write):
         rows = found.pop("rows")
         if not options.annotations:
             write_images_json(folder / IMAGES, task.images, rows)
@@ -288,7 +288,7 @@ def _predict_into(
         if isinstance(entries, DataError):
             if options.on_bad_image == "error":
                 raise entries
-            bar.write(printable(f"left out: {entries}"), file=sys.stderr)
+            bar.write(escape_unprintable(f"left out: {entries}"), file=sys.stderr)
             yield row, entries
             continue
         for entry in entries:
@@ -326,7 +326,7 @@ def _report(counts: dict[str, Any], options: argparse.Namespace, *, seconds: flo
 
 def _say(line: str, *, warn: bool = False) -> None:
     # The names of files may hold what steers a terminal.
-    print(printable(line), file=sys.stderr if warn else sys.stdout, flush=True)
+    print(escape_unprintable(line), file=sys.stderr if warn else sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     Raises:
         UserError: The configuration, the data or the checkpoint cannot be used.
-        Stopped: A signal or `stop_after` ended the run, and everything is saved.
+        RunStopped: A signal or `stop_after` ended the run, and everything is saved.
         TrainingError: The run cannot go on.
     """
     if "RANK" in os.environ:  # before the seconds that importing torch takes

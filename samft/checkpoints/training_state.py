@@ -18,7 +18,7 @@ import torch
 
 from samft.checkpoints.top_k import write_tensors
 from samft.errors import CheckpointError
-from samft.runtime.files import known_digests, replacing, sha256_of, write_json
+from samft.runtime.files import atomic_replacement, read_digests, sha256_of, write_json
 
 FORMAT_VERSION = 1
 LAST_NAME = "last.ckpt"
@@ -39,7 +39,7 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
     """
     last, previous = folder / LAST_NAME, folder / _PREVIOUS / LAST_NAME
     content = {"format": FORMAT_VERSION, **state}
-    with replacing(last, partial(write_tensors, content)) as part:
+    with atomic_replacement(last, partial(write_tensors, content)) as part:
         digest = sha256_of(part)
         coming = [digest]
         if last.exists():
@@ -59,7 +59,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _known(path: Path) -> list[str]:
-    return known_digests(_sidecar(path))
+    return read_digests(_sidecar(path))
 
 
 def _digest_of(path: Path) -> str:

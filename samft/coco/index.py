@@ -34,7 +34,7 @@ from samft.coco.layout import ImageFolder
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
-from samft.runtime.files import cache_folder, locked, write_json
+from samft.runtime.files import cache_folder, file_lock, write_json
 
 _CHUNK = 20_000  # entries that are decoded at a time
 
@@ -284,7 +284,7 @@ def index_file(
     key = hashlib.sha256("\n".join(map(str, words)).encode(errors=_ESCAPE)).hexdigest()[:32]
     try:
         cache = _writable(cache)
-        with locked(cache / f"{key}.lock"):
+        with file_lock(cache / f"{key}.lock"):
             place = cache / key
             if not _is_fresh(place, images):
                 started = time.monotonic()

@@ -24,7 +24,7 @@ from samft.data.samplers import Key, ShardSampler, StepSampler
 from samft.distributed import all_reduce_sum, raise_on_all_ranks
 from samft.errors import DataError, UserError
 from samft.runtime import heartbeat
-from samft.runtime.signals import STOP_SIGNALS, Interrupted, die_with_parent
+from samft.runtime.signals import STOP_SIGNALS, StopInterrupt, die_with_parent
 
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -76,12 +76,12 @@ def fetch(
     Args:
         stream: Of a loader.
         count: How many.
-        waiting: Entered for the wait; raises `Interrupted` to end it, and then there are none.
+        waiting: Entered for the wait; raises `StopInterrupt` to end it, and then there are none.
     """
     try:
         with waiting():
             return list(islice(stream, count)), None
-    except Interrupted:  # whoever asked for the batches is about to ask whether to stop
+    except StopInterrupt:  # whoever asked for the batches is about to ask whether to stop
         return [], None
     except UserError as error:  # say, a broken image: the other ranks must hear of it
         return [], error
@@ -106,7 +106,7 @@ def lockstep(
         The batches of this rank.
 
     Raises:
-        Interrupted: Any rank was asked to stop.
+        StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
     stream = iter(batches)
@@ -117,7 +117,7 @@ def lockstep(
         if failed:
             raise_on_all_ranks(error)
         if stopped:
-            raise Interrupted
+            raise StopInterrupt
         if not more:
             return
         yield from fetched
@@ -184,7 +184,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         while True:
-            heartbeat.loading(self.waiting_for)
+            heartbeat.set_loading(self.waiting_for)
             try:
                 batch = next(batches)
             except StopIteration:

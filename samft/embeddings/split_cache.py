@@ -127,7 +127,7 @@ def read_digests(
             found.digests[row] = np.frombuffer(sha256(encoded.content), np.uint8)
             found.sizes[row] = encoded.size
     distributed.raise_on_all_ranks(error if on_bad_image == "error" else None)
-    if distributed.agree(should_stop()):
+    if distributed.any_rank(should_stop()):
         return None
     share = (found.digests[rank::world_size], found.sizes[rank::world_size], found.bad_images)
     for other, (digests, sizes, bad_images) in enumerate(distributed.all_gather(share)):

@@ -153,7 +153,7 @@ def evaluate_split(
         read: name, what is wrong.
 
     Raises:
-        Interrupted: Any rank was asked to stop.
+        StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
     parts: list[EvaluatedObjects] = []

@@ -141,13 +141,13 @@ def validate(
         loss: `losses.mask_losses` with its weights and image size set.
         keep: Is offered every mask, for pictures.
         should_stop: Asked before each image on every rank; all stop if any says yes.
-        waiting: Entered to wait for batches; raises `Interrupted` to end the wait.
+        waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
 
     Returns:
         Means over all ranks.
 
     Raises:
-        Interrupted: Any rank was asked to stop.
+        StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
     means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}

@@ -30,7 +30,7 @@ from samft.exporters.weight_files import (
 )
 from samft.models.sam import build_sam, identify, load_state, open_checkpoint, read_state
 from samft.models.weights import find_local_weights
-from samft.runtime.files import sha256_of, staged
+from samft.runtime.files import sha256_of, staging_path
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def export(
         ExportError: Too far; nothing is left of it, and what was there before is untouched.
         OSError: It cannot be written.
     """
-    with staged(output) as part:
+    with staging_path(output) as part:
         _write(sam, part, metadata, format=format, opset=opset)
         answer = _read_again(sam, part, format=format)
         difference = compare([a for _, a in expected], [answer(sample) for sample, _ in expected])

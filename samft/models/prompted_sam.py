@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from samft.coco.segmentation import CroppedMask
 from samft.models.chunked_loss import BoxDecoder, Inputs, auto_mask_chunk
 from samft.models.mask_decoder import Tensors, choose_decoder
-from samft.runtime.device import free_memory
+from samft.runtime.device import free_memory_bytes
 
 LOGGER = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class PromptedSam(nn.Module):
     def _box_decoder(self, image_index: Tensor) -> BoxDecoder:
         if self.mask_chunk is None:  # once, so that steps add up in one order
             device, num_values = self.sam.device, math.prod(self.embedding_shape)
-            free = free_memory(device)
+            free = free_memory_bytes(device)
             self.mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
             LOGGER.info("mask_chunk auto: %d boxes decoded at once", self.mask_chunk)
         module = self.sam.mask_decoder

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from samft.errors import CheckpointError
 from samft.models.image_encoder import use_fast_attention
-from samft.runtime.files import is_known
+from samft.runtime.files import matches_sidecar
 
 # Box prompts reach none of these: they would get no gradient (and stop DistributedDataParallel),
 # or one of exactly zero (and weight decay would shrink them to nothing).
@@ -174,7 +174,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: give a SAM .pth or a .ckpt of samft.")
     sidecar = path.with_suffix(".json")
-    if path.suffix == ".ckpt" and sidecar.is_file() and not is_known(path, sidecar):
+    if path.suffix == ".ckpt" and sidecar.is_file() and not matches_sidecar(path, sidecar):
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one in {sidecar.name}. "
             "Copy it again, or take another checkpoint."

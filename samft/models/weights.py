@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from samft.errors import CheckpointError
-from samft.runtime.files import CHUNK_BYTES, cache_folder, locked, sha256_of
+from samft.runtime.files import CHUNK_BYTES, cache_folder, file_lock, sha256_of
 
 # The place and names that Meta publishes; SAMFT_SAM_URL points to a mirror.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -85,7 +85,7 @@ def download(url: str, target: Path, *, sha256: str) -> Path:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_suffix(".lock")):
+        with file_lock(target.with_suffix(".lock")):
             if target.is_file() and sha256_of(target) == sha256:
                 return target
             part = target.with_suffix(".part")

@@ -33,9 +33,9 @@ from samft.recipes.build import (
 )
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.embedding_cache import CacheEstimate, cache_folder_of, estimate_cache
-from samft.runtime.device import now, peak_memory_gib, pick_amp_dtype
+from samft.runtime.device import peak_memory_gib, pick_amp_dtype, synchronized_time
 from samft.runtime.logs import LOGGER, format_duration, format_gib
-from samft.runtime.output_dir import make_writable, write_status
+from samft.runtime.output_dir import create_writable_dir, write_status
 from samft.training.engine import SAVE_MEMORY, Progress, Trainer
 from samft.training.optim import gather_state
 
@@ -96,7 +96,7 @@ def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         UserError: Whatever the run would refuse, or no room on the disk.
     """
     folder = Path(config.output_dir).expanduser()
-    run_on_all_ranks(lambda: make_writable(folder))
+    run_on_all_ranks(lambda: create_writable_dir(folder))
     splits = run_on_all_ranks(lambda: load_splits(config))
     splits.announce()
     weights = run_on_all_ranks(lambda: load_weights(config))
@@ -204,9 +204,9 @@ class _Trial:
         )
 
     def _time(self, work: Callable[[], T]) -> tuple[float, T]:
-        start = now(self.device)
+        start = synchronized_time(self.device)
         result = work()
-        return now(self.device) - start, result
+        return synchronized_time(self.device) - start, result
 
     def _step(self, trainer: Trainer, batch: Batch) -> None:
         trainer.train_step([batch] * self.config.accumulate_steps)

@@ -29,7 +29,7 @@ from samft.recipes.datasets import Splits
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.files import try_lock
 from samft.runtime.logs import GIB, LOGGER, format_gib
-from samft.runtime.output_dir import make_writable
+from samft.runtime.output_dir import create_writable_dir
 from samft.training.engine import Progress
 
 
@@ -149,7 +149,7 @@ def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> b
 
 def _make(folder: Path) -> None:
     try:
-        make_writable(folder, field="cache_dir")
+        create_writable_dir(folder, field="cache_dir")
     except ConfigError as error:
         raise ConfigError(f"{error} `--cache_embeddings off` does without.") from error
 
@@ -160,9 +160,9 @@ def _exclusive_lock(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
     said = False
     while True:
         lock = try_lock(folder / "lock") if distributed.is_main() else None
-        if distributed.agree(lock is not None):
+        if distributed.any_rank(lock is not None):
             break
-        if distributed.agree(should_stop()):
+        if distributed.any_rank(should_stop()):
             yield False
             return
         if not said:

@@ -34,7 +34,7 @@ from samft.runtime import heartbeat
 from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, start_logging
-from samft.runtime.output_dir import make_writable
+from samft.runtime.output_dir import create_writable_dir
 
 STEP_SECONDS = 600.0  # after which a process that does not answer is named and given up
 
@@ -154,7 +154,7 @@ def _check_output(output: Path, sources: list[Path]) -> None:
                 f"--output: {target} is an annotation file, a checkpoint or its sidecar: choose "
                 "another name."
             )
-    make_writable(output.parent, field="--output")
+    create_writable_dir(output.parent, field="--output")
 
 
 def _evaluate(

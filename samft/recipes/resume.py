@@ -7,7 +7,7 @@ from typing import Any
 
 from samft import distributed
 from samft.checkpoints.training_state import LAST_NAME, load_latest, read_state_file, run_dir_of
-from samft.config import TrainConfig, differences
+from samft.config import TrainConfig, changed_settings
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
 from samft.runtime.logs import LOGGER
@@ -55,7 +55,7 @@ def find_resume(config: TrainConfig, output_dir: Path, fingerprint: str) -> Resu
     else:
         path = Path(config.resume).expanduser()
         found = Resume(read_state_file(path), path, [])
-    rows = differences(found.state["config"], config)
+    rows = changed_settings(found.state["config"], config)
     saved = found.state["fingerprint"]
     if saved != fingerprint:
         rows.append(f"{'training data':24} {saved[:12]:24} {fingerprint[:12]}")

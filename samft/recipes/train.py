@@ -19,7 +19,7 @@ from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
 from samft.cli import exit_code
 from samft.config import TrainConfig, to_yaml
 from samft.data.loaders import batch_by_objects, on_device
-from samft.errors import EXIT_STOPPED, ConfigError, Stopped, TrainingError
+from samft.errors import EXIT_STOPPED, ConfigError, RunStopped, TrainingError
 from samft.evaluation.validation import Validation, validate
 from samft.models.sam import constant_names
 from samft.recipes import build
@@ -36,11 +36,11 @@ from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, RunLog, format_duration, start_logging
 from samft.runtime.output_dir import (
     archive_previous_run,
+    create_writable_dir,
     lock_output_dir,
-    make_writable,
     write_status,
 )
-from samft.runtime.signals import Interrupted, StopRequest, end_of_job
+from samft.runtime.signals import StopInterrupt, StopRequest, job_deadline
 from samft.training.engine import Progress, train
 from samft.training.optim import gather_state
 
@@ -64,7 +64,7 @@ class Run:
         """
         self.folder, self.device, self.stop = folder, device, stop
         self.main = distributed.is_main()
-        self.ends_at = end_of_job(config.save_before_limit)
+        self.ends_at = job_deadline(config.save_before_limit)
         self.splits = load_splits(config)
         found = find_resume(config, folder, self.splits.fingerprint)
         self.asked = config  # what is saved, to tell the same command on yet other processes
@@ -109,7 +109,7 @@ class Run:
             What `summary.json` holds.
 
         Raises:
-            Stopped: Before the last step; everything is saved.
+            RunStopped: Before the last step; everything is saved.
         """
         config, progress = self.config, self.progress
         if len(set(distributed.all_gather(progress.step))) > 1:
@@ -153,7 +153,7 @@ class Run:
                     on_step=self._on_step,
                     on_interval=self._on_interval,
                 )
-        except Interrupted:
+        except StopInterrupt:
             finished = False
         if not finished:
             self._save()
@@ -165,7 +165,7 @@ class Run:
 
     def _check_host(self) -> None:
         if not self.main:
-            host_checks.raise_open_files()
+            host_checks.raise_open_file_limit()
             return
         config, side = self.config, self.config.image_size
         cells = side**2 // (16 if config.loss_resolution == "low" else 1)
@@ -321,7 +321,7 @@ class Run:
         reason = f"{why}: {done} in {self.folder}; the same command goes on from there."
         self._status("preempted", code=EXIT_STOPPED, reason=reason)
         distributed.barrier()  # torchrun ends all that run when the first one has ended
-        raise Stopped(reason)
+        raise RunStopped(reason)
 
     def _finish(self) -> dict[str, Any]:
         self.checkpointer.wait()
@@ -353,7 +353,7 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
 
     Raises:
         UserError: The configuration, the data or the checkpoint cannot be used.
-        Stopped: A signal or `stop_after` ended the run, and everything is saved.
+        RunStopped: A signal or `stop_after` ended the run, and everything is saved.
         TrainingError: The run cannot go on.
     """
     folder = Path(config.output_dir).expanduser()
@@ -373,7 +373,7 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         heartbeat.report_failure(f"{type(error).__name__}: {error}")
         if this_run is not None and not isinstance(error, KeyboardInterrupt):
             _end_saving(this_run)
-        if distributed.is_main() and not isinstance(error, Stopped):
+        if distributed.is_main() and not isinstance(error, RunStopped):
             step = this_run.progress.step if this_run else 0
             last = folder / LAST_NAME
             # A refused start says nothing about the run that the folder holds.
@@ -403,6 +403,6 @@ def _end_saving(this_run: Run) -> None:
 
 
 def _take(folder: Path, held: contextlib.ExitStack) -> None:
-    make_writable(folder)
+    create_writable_dir(folder)
     if distributed.is_main():
         held.enter_context(lock_output_dir(folder))

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.errors import printable
+from samft.errors import escape_unprintable
 from samft.evaluation.object_scores import Comparison, Group
 from samft.reports.charts import Line, calibration_chart, change_chart, dumbbell, line_chart
 
@@ -29,7 +29,7 @@ _QUALITY = 92  # of JPEG: what an outline of one pixel takes
 def text(value: object) -> str:
     """A value as text, whatever it holds: escaped, and without what is not printable."""
     # A file's name may hold what is no text at all (half of a surrogate pair), or turns it around.
-    return escape(printable(str(value)))
+    return escape(escape_unprintable(str(value)))
 
 
 def score(value: float | None) -> str:
@@ -48,7 +48,7 @@ def signed(value: float) -> str:
 def short(name: str) -> str:
     """The name of a file, without its middle if it is long."""
     # Begin and end of a long name tell it from others; the whole of it shows under the pointer.
-    whole = printable(name)
+    whole = escape_unprintable(name)
     cut = f"{whole[:16]}\N{HORIZONTAL ELLIPSIS}{whole[-20:]}" if len(whole) > 38 else whole
     return f'<span title="{escape(whole)}">{escape(cut)}</span>'
 

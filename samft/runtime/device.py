@@ -21,7 +21,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def free_memory(device: torch.device) -> float:
+def free_memory_bytes(device: torch.device) -> float:
     """Bytes that new tensors could take on a device; no end of them on a CPU."""
     if device.type != "cuda":
         return float("inf")
@@ -29,7 +29,7 @@ def free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def now(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, after all that the device has been given is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

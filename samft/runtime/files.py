@@ -23,12 +23,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
     """
-    with replacing(path, write):
+    with atomic_replacement(path, write):
         pass
 
 
 @contextmanager
-def replacing(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+def atomic_replacement(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
     """As `write_atomically`, with something to do when the new content is safe, but not in place.
 
     Args:
@@ -57,7 +57,7 @@ def replacing(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staging_path(target: Path) -> Iterator[Path]:
     """A place to write a file or a whole folder, which becomes `target` when the block ends well.
 
     Args:
@@ -124,7 +124,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def known_digests(sidecar: Path) -> list[str]:
+def read_digests(sidecar: Path) -> list[str]:
     """The SHA-256 that a checkpoint may have, as the JSON file beside it says; none if unreadable.
 
     A list under `sha256` names several, of which the file has one.
@@ -136,14 +136,14 @@ def known_digests(sidecar: Path) -> list[str]:
         return []
 
 
-def is_known(path: Path, sidecar: Path) -> bool:
+def matches_sidecar(path: Path, sidecar: Path) -> bool:
     """Whether a checkpoint is what its sidecar says; a sidecar without a hash says nothing."""
-    known = known_digests(sidecar)
+    known = read_digests(sidecar)
     return not known or sha256_of(path) in known
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Holds a lock that only one process of this node can hold at a time, by a file."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

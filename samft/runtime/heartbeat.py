@@ -44,7 +44,7 @@ class _Heartbeat:
             server = dist.TCPStore(
                 address, int(port), is_master=False, timeout=timedelta(seconds=10)
             )
-            self.store = dist.PrefixStore(f"heartbeat/{distributed.start_name()}", server)
+            self.store = dist.PrefixStore(f"heartbeat/{distributed.start_id()}", server)
             self.gave_up = False
             self._stop.clear()
             threading.Thread(target=self._post_now_and_then, daemon=True).start()
@@ -94,7 +94,7 @@ def stop() -> None:
     _HEARTBEAT.close()
 
 
-def at_step(step: int) -> None:
+def set_step(step: int) -> None:
     """Notes the optimizer step that this process is at."""
     _HEARTBEAT.step = step
 
@@ -116,7 +116,7 @@ def set_activity(what: str, samples: Callable[[], list[Any]] | None = None) -> N
     _HEARTBEAT.doing, _HEARTBEAT.since = describe, time.time()
 
 
-def loading(samples: Callable[[], list[Any]]) -> None:
+def set_loading(samples: Callable[[], list[Any]]) -> None:
     """Notes that this process waits for its loader, and what the workers are at from now on."""
     set_activity("loading images", samples)
     _HEARTBEAT.loading = samples

@@ -69,7 +69,7 @@ def check_host(
     Raises:
         ConfigError: The disk is too small.
     """
-    raise_open_files()
+    raise_open_file_limit()
     warn_of_shared_memory(num_workers=num_workers, batch_bytes=batch_bytes)
     warn_of_unused_gpus(device)
     # Those of earlier runs, which were set aside, stay.
@@ -81,7 +81,7 @@ def check_host(
     check_disk(folder, needed - there)
 
 
-def raise_open_files() -> None:
+def raise_open_file_limit() -> None:
     """Raises the limit of open files as far as it goes; says if that is not far."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

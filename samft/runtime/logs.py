@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from samft.errors import paragraph
+from samft.errors import escape_paragraph
 from samft.runtime.files import write_text
 
 LOGGER = logging.getLogger("samft")
@@ -30,7 +30,7 @@ _STARTUP_BUFFER = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=Fal
 class _Formatter(logging.Formatter):
     # File names come from outside: none can forge a line of the log, or steer a terminal.
     def format(self, record: logging.LogRecord) -> str:
-        return paragraph(super().format(record))
+        return escape_paragraph(super().format(record))
 
 
 def start_logging(rank: int) -> None:

@@ -11,7 +11,7 @@ from samft.errors import ConfigError
 from samft.runtime.files import try_lock, write_json
 
 
-def clear_parts(folder: Path) -> None:
+def delete_partial_files(folder: Path) -> None:
     """Deletes what a killed process left of files that it was writing. One process at a time."""
     for pattern in (".*.part", "*/.*.part"):
         for part in folder.glob(pattern):
@@ -60,7 +60,7 @@ RUN_FILES = (
 _LOCK_SECONDS = 10.0  # a killed run's last processes may take some to be gone
 
 
-def make_writable(folder: Path, *, field: str = "output_dir") -> None:
+def create_writable_dir(folder: Path, *, field: str = "output_dir") -> None:
     """Makes a folder and makes sure that files can be written there.
 
     Args:
@@ -96,7 +96,7 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
             )
         time.sleep(0.5)
     with lock:
-        clear_parts(folder)
+        delete_partial_files(folder)
         yield
 
 

@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
 
-class Interrupted(Exception):
+class StopInterrupt(Exception):
     """A stop was asked for in a wait, or all ranks have agreed to stop."""
 
 
@@ -38,12 +38,12 @@ class StopRequest:
         """Around a wait that may be long and may be broken off anywhere, as for a loader's batch.
 
         Raises:
-            Interrupted: At once, when a signal asks to stop.
+            StopInterrupt: At once, when a signal asks to stop.
         """
         self._waiting = True
         try:
             if self.received:
-                raise Interrupted
+                raise StopInterrupt
             yield
         finally:
             self._waiting = False
@@ -55,7 +55,7 @@ class StopRequest:
         self.received.append(signal.Signals(number).name)
         if self._waiting:
             self._waiting = False
-            raise Interrupted
+            raise StopInterrupt
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def end_of_job(save_before_limit: float | None) -> float:
+def job_deadline(save_before_limit: float | None) -> float:
     """When to stop before a SLURM job is ended, in seconds since 1970; without a limit, never.
 
     Args:

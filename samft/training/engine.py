@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, fetch
-from samft.distributed import agree, all_reduce_sum, get_world_size, raise_on_all_ranks, wrap_ddp
+from samft.distributed import all_reduce_sum, any_rank, get_world_size, raise_on_all_ranks, wrap_ddp
 from samft.errors import TrainingError
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
@@ -191,7 +191,7 @@ class Trainer:
     def _update(self) -> bool:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
-        finite = not agree(not bool(torch.isfinite(norm)), in_step=True)
+        finite = not any_rank(not bool(torch.isfinite(norm)), in_step=True)
         if finite:
             self.scaler.step(self.optimizer)
             self.progress.bad_steps = 0
@@ -286,7 +286,7 @@ def train(
         interval: Call `on_interval` every so many steps, and after the last.
         max_bad_steps: Skip no more steps in a row whose gradient is not finite.
         should_stop: Asked before each step on every rank; all stop if any says yes.
-        waiting: Entered to wait for batches; raises `Interrupted` to end the wait.
+        waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
         on_step: Called after each step with whether it was taken, and this rank's image ids.
         on_interval: Called with the window's metrics; validates, saves, logs.
 
@@ -300,9 +300,9 @@ def train(
     progress, stream = trainer.progress, iter(batches)
     while progress.step < steps:
         started = time.monotonic()
-        heartbeat.at_step(progress.step)
+        heartbeat.set_step(progress.step)
         micro_batches, error = fetch(stream, accumulate_steps, waiting)
-        if agree(should_stop() or error is not None, in_step=True):
+        if any_rank(should_stop() or error is not None, in_step=True):
             raise_on_all_ranks(error)
             return False
         taken = trainer.train_step(micro_batches)

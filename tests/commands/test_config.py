@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers import REPOSITORY
-from samft.config import FREE_ON_RESUME, TrainConfig, differences, parse_config, to_yaml
+from samft.config import FREE_ON_RESUME, TrainConfig, changed_settings, parse_config, to_yaml
 from samft.errors import ConfigError
 
 REQUIRED = ["--data_root", "data", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
@@ -348,11 +348,11 @@ def test_parsing_imports_no_torch() -> None:
 def test_differences_are_those_that_change_what_is_learnt() -> None:
     config = parse_config(REQUIRED)
     saved = dataclasses.asdict(config)
-    assert differences(saved, config) == []
+    assert changed_settings(saved, config) == []
     changed = dataclasses.replace(
         config, learning_rate=0.5, seed=3, output_dir="b", num_workers=0, device="cpu"
     )
-    rows = [row.split() for row in differences(saved, changed)]
+    rows = [row.split() for row in changed_settings(saved, changed)]
     assert rows == [["learning_rate", "0.0001", "0.5"], ["seed", "0", "3"]]
 
 
@@ -362,20 +362,20 @@ def test_each_field_is_either_free_on_resume_or_held() -> None:
     assert FREE_ON_RESUME < set(OTHER)
     for name, value in OTHER.items():
         if value != saved[name]:
-            rows = differences(saved, dataclasses.replace(config, **{name: value}))
+            rows = changed_settings(saved, dataclasses.replace(config, **{name: value}))
             assert len(rows) == (name not in FREE_ON_RESUME), name
 
 
 def test_more_steps_may_follow_only_where_the_schedule_is_constant() -> None:
     config = parse_config([*REQUIRED, "--lr_schedule", "constant"])
     longer = dataclasses.replace(config, steps=3000)
-    assert differences(dataclasses.asdict(config), longer) == []
+    assert changed_settings(dataclasses.asdict(config), longer) == []
     config, longer = (dataclasses.replace(c, lr_schedule="cosine") for c in (config, longer))
-    assert len(differences(dataclasses.asdict(config), longer)) == 1
+    assert len(changed_settings(dataclasses.asdict(config), longer)) == 1
 
 
 def test_a_field_that_the_saved_run_did_not_know_is_no_difference() -> None:
-    assert differences({}, parse_config(REQUIRED)) == []
+    assert changed_settings({}, parse_config(REQUIRED)) == []
 
 
 def test_the_readme_has_a_row_for_every_flag_with_its_default() -> None:

@@ -38,7 +38,7 @@ def sum_in_place(value: Tensor) -> tuple[Tensor, bool]:
 
 
 def agree_on(flags: list[bool]) -> bool:
-    return distributed.agree(flags[distributed.get_rank()])
+    return distributed.any_rank(flags[distributed.get_rank()])
 
 
 def broadcast_rank() -> Any:
@@ -93,8 +93,8 @@ def test_everything_works_without_a_group() -> None:
     assert distributed.all_gather(value) == [value]
     assert distributed.all_reduce_sum(tensor) is tensor
     assert tensor.tolist() == [1.0, 2.0]
-    assert distributed.agree(True) is True
-    assert distributed.agree(False) is False
+    assert distributed.any_rank(True) is True
+    assert distributed.any_rank(False) is False
     assert distributed.broadcast(value) is value
     distributed.barrier()
     distributed.shutdown()

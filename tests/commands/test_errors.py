@@ -7,8 +7,8 @@ from samft.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    RunStopped,
     SharedError,
-    Stopped,
     TrainingError,
     UserError,
 )
@@ -21,7 +21,7 @@ ENDINGS = [
     (SharedError("s"), 2),
     (UserError("u"), 2),
     (TrainingError("t"), 1),
-    (Stopped("w"), 75),
+    (RunStopped("w"), 75),
     (KeyboardInterrupt(), 130),
     (RuntimeError("bug"), 1),
 ]
@@ -77,7 +77,7 @@ def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_being_stopped_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    run_command(command(Stopped("saved at step 7.")), [])
+    run_command(command(RunStopped("saved at step 7.")), [])
     run_command(command(KeyboardInterrupt()), [])
     assert capsys.readouterr().err == "stopped: saved at step 7.\nstopped: interrupted\n"
 
@@ -86,7 +86,7 @@ def test_being_stopped_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     "error, said",
     [
         (ConfigError("x"), ""),  # every rank finds the same: rank 0 says it
-        (Stopped("x"), ""),
+        (RunStopped("x"), ""),
         (SharedError("x"), ""),
         (DataError("x"), "[rank 1] error: x\n"),
         (TrainingError("x"), "[rank 1] error: x\n"),

@@ -189,7 +189,7 @@ def test_of_a_worker_that_dies_or_hangs_the_images_are_named(
     loader = val_loader(
         a_dataset(annotations, kind, training=False), num_workers=1, timeout=timeout
     )
-    heartbeat.at_step(6)
+    heartbeat.set_step(6)
     found = []
     try:
         with pytest.raises(TrainingError) as caught, explain_distributed_errors():

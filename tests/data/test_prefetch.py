@@ -11,7 +11,7 @@ from helpers.trainers import val_batches
 from samft.data.dataset import Batch
 from samft.data.loaders import fetch, on_device
 from samft.errors import DataError
-from samft.runtime.signals import Interrupted, stop_on_signal
+from samft.runtime.signals import StopInterrupt, stop_on_signal
 
 CPU = torch.device("cpu")
 
@@ -126,7 +126,7 @@ def test_only_the_wait_is_guarded() -> None:
 
     @contextlib.contextmanager
     def refusing() -> Iterator[None]:
-        raise Interrupted
+        raise StopInterrupt
         yield
 
     assert fetch(source(), 2, refusing) == ([], None)

@@ -12,10 +12,10 @@ import pytest
 
 from samft.errors import ConfigError
 from samft.runtime.files import (
-    is_known,
-    known_digests,
-    replacing,
-    staged,
+    atomic_replacement,
+    matches_sidecar,
+    read_digests,
+    staging_path,
     try_lock,
     write_atomically,
     write_json,
@@ -23,7 +23,7 @@ from samft.runtime.files import (
 )
 from samft.runtime.output_dir import (
     archive_previous_run,
-    clear_parts,
+    delete_partial_files,
     lock_output_dir,
     write_status,
 )
@@ -134,7 +134,7 @@ def test_status_without_a_folder_reaches_the_launcher(
 def test_the_new_content_is_safe_before_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with replacing(path, lambda file: file.write(b"new")) as part:
+    with atomic_replacement(path, lambda file: file.write(b"new")) as part:
         assert (part.read_text(), path.read_text()) == ("new", "old")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -143,7 +143,7 @@ def test_the_new_content_is_safe_before_it_takes_the_place_of_the_old(tmp_path: 
 def test_what_fails_before_the_replacement_leaves_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(KeyError), replacing(path, lambda file: file.write(b"new")):
+    with pytest.raises(KeyError), atomic_replacement(path, lambda file: file.write(b"new")):
         raise KeyError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -154,7 +154,7 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
         folder.mkdir(exist_ok=True)
         for name in (".last.ckpt.abc123.part", ".last.ckpt.part", "mine.part", ".hidden", "a.txt"):
             (folder / name).touch()
-    clear_parts(tmp_path)
+    delete_partial_files(tmp_path)
     others = [".hidden", "a.txt", "mine.part"]
     assert sorted(os.listdir(tmp_path)) == [*others, "previous"]
     assert sorted(os.listdir(tmp_path / "previous")) == [*others[:2], "deeper", "mine.part"]
@@ -169,7 +169,7 @@ def test_the_parts_that_a_kill_leaves_are_what_is_cleared(
         write_atomically(tmp_path / "a.txt", fail_halfway)
     assert len(os.listdir(tmp_path)) == 1
     monkeypatch.undo()
-    clear_parts(tmp_path)
+    delete_partial_files(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -231,24 +231,24 @@ def test_a_folder_is_free_again_after_a_failure(tmp_path: Path) -> None:
 )
 def test_the_digests_that_a_sidecar_names(tmp_path: Path, told: Any, known: list[str]) -> None:
     write_json(tmp_path / "a.json", told)
-    assert known_digests(tmp_path / "a.json") == known
+    assert read_digests(tmp_path / "a.json") == known
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe\0"])
 def test_an_unreadable_sidecar_names_none(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
-    assert known_digests(tmp_path / "a.json") == []
+    assert read_digests(tmp_path / "a.json") == []
 
 
 def test_a_file_is_known_by_its_sidecar(tmp_path: Path) -> None:
     path, sidecar = tmp_path / "a.ckpt", tmp_path / "a.json"
     path.write_bytes(b"weights")
-    assert is_known(path, sidecar)  # none is there, so nothing is said against it
+    assert matches_sidecar(path, sidecar)  # none is there, so nothing is said against it
     digest = hashlib.sha256(b"weights").hexdigest()
     for told, known in ((digest, True), (["0", digest], True), ("0", False), (["0", "1"], False)):
         write_json(sidecar, {"sha256": told})
-        assert is_known(path, sidecar) is known
+        assert matches_sidecar(path, sidecar) is known
 
 
 def test_an_earlier_run_is_set_aside_with_its_state_before_the_last(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_an_earlier_run_is_set_aside_with_its_state_before_the_last(tmp_path: Pa
 
 def test_what_is_staged_takes_its_place_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
-    with staged(target) as part:
+    with staging_path(target) as part:
         assert part.name == "a.bin" and not part.exists() and not target.exists()
         part.touch(mode=0o600)
         part.write_bytes(b"new")
@@ -280,7 +280,7 @@ def test_a_staged_folder_replaces_a_folder_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "a"
     target.mkdir()
     (target / "old").write_text("old")
-    with staged(target) as part:
+    with staging_path(target) as part:
         part.mkdir()
         (part / "new").write_text("new")
         assert os.listdir(target) == ["old"]
@@ -294,7 +294,7 @@ def test_a_block_that_fails_leaves_what_was_there(kind: str, tmp_path: Path) -> 
     old = target / "old" if kind == "folder" else target
     old.parent.mkdir(exist_ok=True)
     old.write_text("old")
-    with pytest.raises(RuntimeError, match="no good"), staged(target) as part:
+    with pytest.raises(RuntimeError, match="no good"), staging_path(target) as part:
         part.write_text("new")
         raise RuntimeError("no good")
     assert old.read_text() == "old"
@@ -313,7 +313,7 @@ def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path: Path) -> None:
         replace(source, place)
 
     with mock.patch("os.replace", fail), pytest.raises(OSError, match="No space"):
-        with staged(target) as part:
+        with staging_path(target) as part:
             part.mkdir()
     assert (target / "old").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]

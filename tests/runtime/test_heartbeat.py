@@ -38,7 +38,7 @@ def _own_board(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_here_says_the_step_and_what_is_done() -> None:
     assert heartbeat.describe_position() == "step 0, starting"
-    heartbeat.at_step(7)
+    heartbeat.set_step(7)
     heartbeat.set_activity("saving")
     assert heartbeat.describe_position() == "step 7, saving"
 
@@ -98,7 +98,7 @@ def test_the_guard_leaves_other_errors_and_its_own_words_alone() -> None:
 
 
 def test_the_guard_words_a_collective_failure() -> None:
-    heartbeat.at_step(3)
+    heartbeat.set_step(3)
     with pytest.raises(TrainingError) as caught, explain_distributed_errors():
         raise RuntimeError(GLOO_GONE)
     told = "another process failed, or does not answer. (This process was at step 3, starting.)"
@@ -116,7 +116,7 @@ def two_ranks(port: int, kind: str) -> str:
     heartbeat.start()
     assert heartbeat._HEARTBEAT.store is not None
     rank = distributed.get_rank()
-    heartbeat.at_step(10 + rank)
+    heartbeat.set_step(10 + rank)
     heartbeat.set_activity("loading images", lambda: ["a.png", "b.png"])
     if kind == "silent from the start":
         heartbeat._HEARTBEAT.close()
@@ -177,7 +177,7 @@ def serve(pipe: Connection, port: int, rank: int) -> None:
     heartbeat._POST_SECONDS = 0.01
     distributed.start("cpu", step_seconds=30)
     heartbeat.start()
-    heartbeat.at_step(rank)
+    heartbeat.set_step(rank)
     heartbeat.set_activity("counting")
     while (heartbeat._HEARTBEAT.read("at", rank) or {}).get("doing") != "counting":
         time.sleep(0.01)  # until the thread has posted it
@@ -191,7 +191,7 @@ def serve(pipe: Connection, port: int, rank: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
         with explain_distributed_errors():
-            distributed.agree(False, in_step=True)
+            distributed.any_rank(False, in_step=True)
     except TrainingError as error:
         pipe.send((str(error), str(error.__cause__)))
 

@@ -152,7 +152,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", limits.get)
     monkeypatch.setattr(resource, "setrlimit", limits.set)
-    host_checks.raise_open_files()
+    host_checks.raise_open_file_limit()
     assert limits.now[0] == after
     assert len(caplog.messages) == bool(said) and said in "".join(caplog.messages)
 

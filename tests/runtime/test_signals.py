@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 
 from samft.errors import ConfigError
-from samft.runtime.signals import STOP_SIGNALS, Interrupted, StopRequest, end_of_job, stop_on_signal
+from samft.runtime.signals import (
+    STOP_SIGNALS,
+    StopInterrupt,
+    StopRequest,
+    job_deadline,
+    stop_on_signal,
+)
 
 WAIT_SECONDS = 30.0  # what no signal may take, however busy the machine is
 
@@ -36,7 +42,7 @@ def test_in_a_wait_a_signal_interrupts_at_once(number: signal.Signals) -> None:
     with stop_on_signal() as stop:
         start = time.monotonic()
         timer = threading.Timer(0.05, send, [number])
-        with pytest.raises(Interrupted), stop.waiting():
+        with pytest.raises(StopInterrupt), stop.waiting():
             timer.start()
             time.sleep(WAIT_SECONDS)
         timer.join()
@@ -50,7 +56,7 @@ def test_a_wait_is_not_begun_when_a_signal_came_before() -> None:
     entered = []
     with stop_on_signal() as stop:
         send(signal.SIGUSR1)
-        with pytest.raises(Interrupted), stop.waiting():
+        with pytest.raises(StopInterrupt), stop.waiting():
             entered.append(True)
         assert entered == []
         send(signal.SIGUSR2)
@@ -100,15 +106,15 @@ def test_outside_of_the_main_thread_there_are_no_handlers() -> None:
 def test_what_is_noted_by_hand_counts() -> None:
     stop = StopRequest()
     stop.received.append("the job's time limit")
-    with pytest.raises(Interrupted), stop.waiting():
+    with pytest.raises(StopInterrupt), stop.waiting():
         raise AssertionError("the wait was begun")
 
 
 def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
-    assert end_of_job(120) == 1799999880
-    assert end_of_job(0) == 1800000000
-    assert end_of_job(None) == math.inf
+    assert job_deadline(120) == 1799999880
+    assert job_deadline(0) == 1800000000
+    assert job_deadline(None) == math.inf
 
 
 @pytest.mark.parametrize("value", [None, "", "tomorrow", "-1"])
@@ -118,9 +124,9 @@ def test_a_job_whose_end_is_not_known_is_refused(
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     if value is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", value)
-    assert end_of_job(None) == math.inf
+    assert job_deadline(None) == math.inf
     with pytest.raises(ConfigError, match="save_before_limit: there is no SLURM_JOB_END_TIME"):
-        end_of_job(60)
+        job_deadline(60)
 
 
 CHILD = """

@@ -1,17 +1,20 @@
 """Predicts masks with a checkpoint, and writes them as COCO results.
 
-    python -m samft.predict --checkpoint FILE --images FOLDER --output_dir DIR
-    python -m samft.predict ... --images PHOTO.jpg --box 40,60,310,280 --overlays
-    python -m samft.predict ... --annotations COCO.json --images FOLDER [--boxes results.json]
+    python -m samft.predict --checkpoint FILE --images FOLDER --output_dir OUT
+    python -m samft.predict ... --images PHOTO.jpg --box 40,60,310,280
+    python -m samft.predict ... --images DIR --annotations COCO.json
+    python -m samft.predict ... --images DIR --annotations COCO.json --boxes FILE
 
-Boxes to be turned into masks are the --box that are given; or those of a detector's results
-(--boxes); or those of the objects in --annotations, with which masks are optional; or there are
-none, and then everything is masked that segment_anything's automatic mask generator finds.
+One mask is predicted for each box. Boxes are the ones given with --box, or
+those of a detector's COCO results file (--boxes), or those of the objects in
+--annotations, which need no masks. Without boxes, the automatic mask generator
+of segment_anything finds the masks.
 
-DIR gets results.json, which `COCO.loadRes` reads: image_id, category_id, bbox (the box that was
-given; of automatic masks their own), segmentation (RLE), score (the predicted IoU), and where there
-are any annotation_id, detector_score, stability_score. Without --annotations it gets images.json as
-well, a COCO file that gives each image its id.
+OUT/results.json can be read with pycocotools' COCO.loadRes. Each entry has
+image_id, category_id, bbox (the given box; for an automatic mask its own),
+segmentation (RLE), score (the predicted IoU) and, where they exist,
+annotation_id, detector_score and stability_score. Without --annotations,
+OUT/images.json is a COCO file with the id of each image.
 """
 
 import argparse
@@ -29,9 +32,9 @@ from tqdm import tqdm
 
 from samft.cli import CommandParser, run_command, user_path
 from samft.errors import CheckpointError, ConfigError, DataError, escape_unprintable
-from samft.prediction.inputs import Task, find_task
+from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
-    Pictures,
+    PictureWriter,
     ResultsWriter,
     picture_names,
     result_row,
@@ -48,20 +51,21 @@ _NUM_NAMED = 3  # bad images in an error
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    """Parses the command line, predicts, and writes what was found.
+    """Parses the command line, predicts, and writes the masks.
 
     Args:
         argv: The arguments after the program's name; `--help` lists them.
 
     Returns:
-        Counts: `images`, `masks`, `boxes_left_out` and `images_left_out` by reason.
+        Counts: `images`, `masks`, `boxes_left_out` by reason; and `images_left_out`, image name ->
+        reason.
 
     Raises:
         UserError: A flag, an image, a box, the checkpoint or the output folder cannot be used.
-        TrainingError: Memory is not enough.
+        TrainingError: There is not enough memory.
     """
-    options = _parse(argv)
-    task = find_task(
+    options = _parse_options(argv)
+    task = build_task(
         options.images,
         annotations=options.annotations,
         results=options.boxes,
@@ -72,30 +76,28 @@ def main(argv: list[str]) -> dict[str, Any]:
     task = _without_bad_images(task, options)
     create_writable_dir(options.output_dir)
     with lock_output_dir(options.output_dir):
-        return _predict(task, options)
+        return _write_outputs(task, options)
 
 
 # The command line.
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parse_options(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser("python -m samft.predict", __doc__)
-    _add_flags(parser.add_argument)
+    _add_input_flags(parser.add_argument)
+    _add_output_flags(parser.add_argument)
     options = parser.parse_args(argv)
-    _check(options)
+    _check_options(options)
     return options
 
 
-def _add_flags(add: Callable[..., Any]) -> None:
+def _add_input_flags(add: Callable[..., Any]) -> None:
     add(
-        "--checkpoint", type=user_path, required=True, metavar="FILE", help="a .ckpt or .pth of SAM"
-    )
-    add(
-        "--output_dir",
+        "--checkpoint",
         type=user_path,
         required=True,
-        metavar="DIR",
-        help="what is written goes there",
+        metavar="FILE",
+        help="SAM weights, .ckpt or .pth",
     )
     add(
         "--images",
@@ -103,48 +105,78 @@ def _add_flags(add: Callable[..., Any]) -> None:
         required=True,
         nargs="+",
         metavar="PATH",
-        help="files and folders; with --annotations the one folder that its names are relative to",
+        help="image files and folders; with --annotations the one folder that "
+        "its file names are relative to",
     )
     add("--annotations", type=user_path, metavar="FILE", help="COCO file that lists the images")
     add(
-        "--boxes", type=user_path, metavar="FILE", help="a detector's COCO results for these images"
+        "--boxes",
+        type=user_path,
+        metavar="FILE",
+        help="a detector's COCO results for the images of --annotations",
     )
-    add("--min_score", type=float, default=0.0, metavar="S", help="leave out lower --boxes")
+    add(
+        "--min_score",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="leave out --boxes with a lower score; default 0",
+    )
     add(
         "--box",
-        type=_box,
+        type=_parse_box,
         action="append",
         metavar="X0,Y0,X1,Y1",
-        help="in pixels of the original image; repeatable; the same for all images",
+        help="a box in pixels of the original image, used for every image; repeatable",
     )
-    add("--automatic", action="store_true", help="no boxes, also where --annotations has some")
-    add("--points_per_side", type=int, default=32, metavar="N", help="automatic; default 32")
+    add("--automatic", action="store_true", help="automatic masks even if --annotations has boxes")
+    add(
+        "--points_per_side",
+        type=int,
+        default=32,
+        metavar="N",
+        help="for automatic masks; default 32",
+    )
     for name, default in (("pred_iou_thresh", 0.88), ("stability_score_thresh", 0.95)):
-        words = f"automatic; lower finds more; default {default}"
-        add(f"--{name}", type=float, default=default, metavar="X", help=words)
+        text = f"for automatic masks; a lower threshold keeps more masks; default {default}"
+        add(f"--{name}", type=float, default=default, metavar="X", help=text)
+
+
+def _add_output_flags(add: Callable[..., Any]) -> None:
+    add("--output_dir", type=user_path, required=True, metavar="DIR", help="folder to write to")
     add(
         "--masks",
         action="store_true",
-        help="write masks/IMAGE.png: pixel k is the k-th mask of that image in results.json, 0 is "
-        "none, smaller masks on top; 8 bits with colours, or 16 bits beyond 255 masks; "
-        "np.array(PIL.Image.open(file)) reads either",
+        help="write masks/IMAGE.png: pixel value k is the image's k-th mask in "
+        "results.json, 0 is background, smaller masks lie on top; 8 bits with a "
+        "colour palette, 16 bits for more than 255 masks; "
+        "np.array(PIL.Image.open(file)) reads both",
     )
-    add("--overlays", action="store_true", help="write overlays/IMAGE.jpg, to look at")
+    add(
+        "--overlays",
+        action="store_true",
+        help="write overlays/IMAGE.jpg: masks and boxes drawn over the image",
+    )
     add(
         "--on_bad_image",
         choices=("error", "skip"),
         default="error",
-        help="skip: missing and broken images are left out, and named; default error",
+        help="skip: leave out and name missing and broken images; default error",
     )
     add("--num_workers", type=int, default=4, metavar="N", help="threads; default 4")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="off", help="default off")
+    add(
+        "--amp",
+        choices=("auto", "off", "bf16", "fp16"),
+        default="off",
+        help="mixed precision, for boxes; default off",
+    )
     add("--debug", action="store_true", help="show tracebacks of user errors too")
 
 
-def _box(text: str) -> list[float]:
+def _parse_box(text: str) -> list[float]:
     try:
-        x0, y0, x1, y1 = (float(word) for word in text.split(","))
+        x0, y0, x1, y1 = (float(number) for number in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not x0,y0,x1,y1") from None
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
@@ -154,14 +186,14 @@ def _box(text: str) -> list[float]:
     return [x0, y0, x1, y1]
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     sources = [name for name in ("boxes", "box", "automatic") if getattr(options, name)]
     if len(sources) > 1:
         raise ConfigError(f"--{' and --'.join(sources)} exclude each other: give one of them.")
     if options.boxes and not options.annotations:
         raise ConfigError(
-            "--boxes needs --annotations, a COCO file that says which image each image_id is; one "
-            f"without objects will do, such as the {IMAGES} that this command writes for a folder."
+            "--boxes needs --annotations, a COCO file that says which image each image_id is; it "
+            f"may list no objects, like the {IMAGES} that this command writes for a folder."
         )
     if options.annotations and (len(options.images) > 1 or not options.images[0].is_dir()):
         raise ConfigError("--annotations goes with one folder of --images.")
@@ -171,18 +203,18 @@ def _check(options: argparse.Namespace) -> None:
     if not options.checkpoint.is_file():
         raise CheckpointError(
             f"--checkpoint: there is no file {options.checkpoint}: give a SAM .pth or .ckpt file; "
-            "a run's summary.json names its best."
+            "summary.json of a run names its best checkpoint."
         )
     written = {(options.output_dir / name).resolve() for name in (RESULTS, IMAGES)}
     for name in ("annotations", "boxes"):
         source = getattr(options, name)
         if source and source.resolve() in written:
-            raise ConfigError(f"--output_dir: {source} would be written over: name another folder.")
+            raise ConfigError(f"--output_dir: {source} would be overwritten: name another folder.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("samft.predict is one process: start it without torchrun.")
+        raise ConfigError("samft.predict runs in one process: start it without torchrun.")
 
 
-def _without_bad_images(task: Task, options: argparse.Namespace) -> Task:
+def _without_bad_images(task: PredictionTask, options: argparse.Namespace) -> PredictionTask:
     images = task.images
     reasons = [f"{images.names[row]}: {images.bad[row]}" for row in task.rows if row in images.bad]
     if reasons and options.on_bad_image == "error":
@@ -193,47 +225,48 @@ def _without_bad_images(task: Task, options: argparse.Namespace) -> Task:
             "--on_bad_image skip."
         )
     for reason in reasons:
-        _say(f"left out: {reason}", warn=True)
+        _print_warning(f"left out: {reason}")
     for reason, count in task.boxes.left_out.items() if task.boxes else ():
-        _say(f"boxes left out: {count:,} with {reason}", warn=True)
+        _print_warning(f"boxes left out: {count:,} with {reason}")
     rows = [row for row in task.rows if row not in images.bad]
     if not rows:
-        words = "none of its images can be read" if reasons else "it has no box"
-        place = options.boxes or options.annotations or options.images[0]
-        raise DataError(f"{place}: {words}, so there is nothing to predict: check the input.")
+        reason = "none of its images can be read" if reasons else "it has no box"
+        source = options.boxes or options.annotations or options.images[0]
+        raise DataError(f"{source}: {reason}, so there is nothing to predict: check the input.")
     return replace(task, rows=rows)
 
 
-# The masks.
+# Prediction.
 
 
-def _predict(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[str, Any]:
     predictor = _build_predictor(task, options)
     folder, start = options.output_dir, time.monotonic()
-    found: dict[str, Any] = {"rows": [], "masks": 0, "images_left_out": {}}
+    rows: list[int] = []
+    counts: dict[str, Any] = {"images": 0, "masks": 0, "images_left_out": {}}
 
-    def write(file: BinaryIO) -> None:
+    def write_results(file: BinaryIO) -> None:
         writer = ResultsWriter(file)
-        for row, error in _predict_into(writer, task, predictor, options):
+        for row, error in _predict_rows(task, predictor, writer, options):
             if error is None:
-                found["rows"].append(row)
+                rows.append(row)
             else:
-                found["images_left_out"][task.images.names[row]] = str(error)
+                counts["images_left_out"][task.images.names[row]] = str(error)
         writer.close()
-        found["masks"] = writer.num_rows
+        counts["masks"] = writer.num_rows
 
-    with _writing(folder), atomic_replacement(folder / RESULTS, write):
-        rows = found.pop("rows")
+    # results.json is renamed into place last, so that it never exists without its images.json.
+    with _explain_write_errors(folder), atomic_replacement(folder / RESULTS, write_results):
         if not options.annotations:
             write_images_json(folder / IMAGES, task.images, rows)
-    found = {"images": len(rows), **found}
-    found["boxes_left_out"] = task.boxes.left_out if task.boxes else {}
-    _report(found, options, seconds=time.monotonic() - start)
-    return found
+    counts["images"] = len(rows)
+    counts["boxes_left_out"] = task.boxes.left_out if task.boxes else {}
+    _print_summary(counts, options, seconds=time.monotonic() - start)
+    return counts
 
 
-def _build_predictor(task: Task, options: argparse.Namespace) -> "Predictor":
-    # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
+def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Predictor":
+    # Imported here because torch takes seconds, and --help and wrong flags must answer at once.
     from samft.distributed import start
     from samft.models.prompted_sam import PromptedSam
     from samft.models.sam import open_checkpoint
@@ -247,43 +280,49 @@ def _build_predictor(task: Task, options: argparse.Namespace) -> "Predictor":
         amp_dtype = pick_amp_dtype(options.amp, device)
         return BoxPredictor(model, resize_mode=resize_mode, amp_dtype=amp_dtype)
     if resize_mode == "squash":
-        _say(
-            "the checkpoint was tuned with resize_mode squash, but automatic masks are stock's, "
-            "which pads: expect them to be worse than validation said",
-            warn=True,
+        _print_warning(
+            "the checkpoint was trained with resize_mode squash, but the automatic mask generator "
+            "always pads: expect worse masks than validation measured"
         )
     names = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")
     return AutomaticPredictor(model, **{name: getattr(options, name) for name in names})
 
 
-def _predict_into(
-    writer: ResultsWriter, task: Task, predictor: "Predictor", options: argparse.Namespace
+def _predict_rows(
+    task: PredictionTask,
+    predictor: "Predictor",
+    writer: ResultsWriter,
+    options: argparse.Namespace,
 ) -> Iterator[tuple[int, DataError | None]]:
-    # Gives the row of each image when its masks have been written, or why it cannot be read.
+    # Yields the row of each image once its masks are written, or with why it cannot be read.
     from samft.prediction.predictors import predict_images
 
     images = task.images
-    pictures = Pictures(options.output_dir, masks=options.masks, overlays=options.overlays)
+    pictures = PictureWriter(options.output_dir, masks=options.masks, overlays=options.overlays)
     names = picture_names(images.names, images.ids)
-    todo = [(images.paths[row], task.boxes_of(row)) for row in task.rows]
+    inputs = [(images.paths[row], task.boxes_of(row)) for row in task.rows]
 
-    def finish(
+    def to_entries(
         k: int, prepared: "PreparedImage", masks: Iterator["PredictedMask"]
     ) -> list[dict[str, Any]]:
-        row, entries, kept = task.rows[k], [], []
+        row, entries, drawn = task.rows[k], [], []
         for number, one in enumerate(masks):
-            words = {**task.describe(row, number), **one.words}
-            box, score = one.box_original, one.iou_predicted
             entries.append(
-                result_row(one.mask, box_original=box, size=prepared.size, score=score, words=words)
+                result_row(
+                    one.mask,
+                    box_original=one.box_original,
+                    size=prepared.size,
+                    score=one.iou_predicted,
+                    fields={**task.result_fields(row, number), **one.extra_fields},
+                )
             )
             if pictures:
-                kept.append(one.mask)
-        pictures.write(names[row], prepared.image, kept, boxes=todo[k][1])
+                drawn.append(one.mask)
+        pictures.write(names[row], prepared.image, drawn, boxes=inputs[k][1])
         return entries
 
-    found = predict_images(predictor, todo, finish, num_workers=options.num_workers)
-    bar = tqdm(zip(task.rows, found, strict=True), total=len(todo), unit="image", disable=None)
+    results = predict_images(predictor, inputs, to_entries, num_workers=options.num_workers)
+    bar = tqdm(zip(task.rows, results, strict=True), total=len(inputs), unit="image", disable=None)
     for row, entries in bar:
         if isinstance(entries, DataError):
             if options.on_bad_image == "error":
@@ -297,7 +336,7 @@ def _predict_into(
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _explain_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -307,26 +346,30 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _report(counts: dict[str, Any], options: argparse.Namespace, *, seconds: float) -> None:
+def _print_summary(counts: dict[str, Any], options: argparse.Namespace, *, seconds: float) -> None:
     rate = counts["images"] / max(seconds, 1e-9)
-    _say(
+    _print_line(
         f"{counts['masks']:,} masks of {counts['images']:,} images in {seconds:.1f} s "
         f"({rate:.2f} images/s): {options.output_dir / RESULTS}"
     )
     for name in ("masks", "overlays"):
         if getattr(options, name):
-            _say(f"{name}: {options.output_dir / name}")
+            _print_line(f"{name}: {options.output_dir / name}")
     if not counts["masks"]:
-        _say(
-            "no mask was found: lower --pred_iou_thresh and --stability_score_thresh, or give "
-            "boxes",
-            warn=True,
+        _print_warning(
+            "no mask was found: lower --pred_iou_thresh and --stability_score_thresh, or give boxes"
         )
 
 
-def _say(line: str, *, warn: bool = False) -> None:
-    # The names of files may hold what steers a terminal.
-    print(escape_unprintable(line), file=sys.stderr if warn else sys.stdout, flush=True)
+# File names may hold control characters of a terminal, so every line is escaped.
+
+
+def _print_line(line: str) -> None:
+    print(escape_unprintable(line), flush=True)
+
+
+def _print_warning(line: str) -> None:
+    print(escape_unprintable(line), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

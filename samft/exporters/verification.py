@@ -14,7 +14,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from samft.coco.synthetic import draw_scene
-from samft.prediction.predictors import build_mask_generator, points_at_once
+from samft.prediction.predictors import build_mask_generator, choose_points_per_batch
 
 TOLERANCE = 1e-3  # of logits up to 10, and in proportion above: float32 has seven digits
 EQUAL_PIXELS = 0.9999
@@ -219,7 +219,7 @@ def _generate(sam: Sam, image: NDArray[np.uint8], **options: float) -> list[dict
     generator = build_mask_generator(
         sam,
         points_per_side=POINTS_PER_SIDE,
-        points_per_batch=points_at_once((image.shape[0], image.shape[1])),
+        points_per_batch=choose_points_per_batch((image.shape[0], image.shape[1])),
         **options,
     )
     found: list[dict[str, Any]] = generator.generate(image)

@@ -1,12 +1,15 @@
-"""What masks are predicted for: images, and boxes in them. Imports no torch.
+"""The images to predict on, and the boxes to predict masks for. Imports no torch.
 
-Where boxes come from: the command line, a COCO file, a detector's results. Imports no torch.
+Images come from the command line or from a COCO file; boxes from the command line, from the objects
+of that COCO file, or from a detector's COCO results file.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,8 +24,10 @@ from samft.coco.subset import refuse_errors
 from samft.errors import DataError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of files in a folder
-PLAIN_CATEGORY = 1  # of objects in images without a COCO file
-NO_CATEGORY = 0  # of objects without a class, beside a COCO file's classes
+DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists
+NO_CATEGORY = 0  # of objects without a class, where a COCO file defines classes
+_NUM_NAMED = 3  # examples in an error
+_LOW_SCORE, _NO_AREA = "score below --min_score", "no width or height"
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,11 @@ class ImageList:
     """N images.
 
     Attributes:
-        names: What they are called in `images.json` and in errors.
-        paths: Where they are.
+        names: Their file names in `images.json` and in error messages.
+        paths: Their paths.
         ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the file, px; not known for those that cannot be read.
-        bad: From the row of an image that cannot be read to the reason.
+        sizes: int32 [N, 2], H, W of the file, px; undefined for unreadable images.
+        bad: Row of each unreadable image -> the reason.
     """
 
     names: list[str]
@@ -46,15 +51,15 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Boxes:
-    """K boxes to be turned into masks, grouped by image.
+    """K boxes to predict masks for, grouped by image.
 
     Attributes:
-        rows: int64 [K], the row in `ImageList` of each, ascending.
+        rows: int64 [K], row of each box's image in `ImageList`, ascending.
         boxes_original: float64 [K, 4], x0 y0 x1 y1, px, original frame.
         category_ids: int64 [K].
-        annotation_ids: int64 [K]; `coco_objects.NO_ID` where there is none.
-        scores: float64 [K], the detector's; NaN where there is none.
-        left_out: How many cannot be used, by reason.
+        annotation_ids: int64 [K]; `NO_ID` for boxes that are not of an annotation.
+        scores: float64 [K], the detector's; NaN for boxes without one.
+        left_out: Number of unusable boxes by reason.
     """
 
     rows: NDArray[np.int64]
@@ -68,20 +73,20 @@ class Boxes:
         return len(self.rows)
 
     def of_image(self, row: int) -> range:
-        """Which of the boxes are in an image."""
+        """Indices of the boxes of the image in this row."""
         first, last = np.searchsorted(self.rows, [row, row + 1]).tolist()
         return range(first, last)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What masks are wanted of.
+class PredictionTask:
+    """Images, and the boxes in them to predict masks for.
 
     Attributes:
         images: All images.
-        rows: Those to open.
+        rows: Those to predict on.
         boxes: None: automatic masks.
-        category: Of masks whose box has no class.
+        category: Category id of automatic masks.
     """
 
     images: ImageList
@@ -90,224 +95,258 @@ class Task:
     category: int
 
     def boxes_of(self, row: int) -> NDArray[np.float64]:
-        """The boxes of an image, [K, 4], x0 y0 x1 y1, px, original frame."""
+        """The boxes of an image, float64 [K, 4], x0 y0 x1 y1, px, original frame."""
         if self.boxes is None:
             return np.zeros((0, 4))
-        own = self.boxes.of_image(row)
-        return self.boxes.boxes_original[own.start : own.stop]
+        indices = self.boxes.of_image(row)
+        return self.boxes.boxes_original[indices.start : indices.stop]
 
-    def describe(self, row: int, k: int) -> dict[str, Any]:
-        """What results say of the k-th mask of an image beside the mask itself."""
-        words: dict[str, Any] = {"image_id": int(self.images.ids[row])}
+    def result_fields(self, row: int, k: int) -> dict[str, Any]:
+        """Fields of a COCO result that do not depend on the mask, for the k-th mask of an image."""
+        fields: dict[str, Any] = {"image_id": int(self.images.ids[row])}
         if self.boxes is None:
-            return {**words, "category_id": self.category}
-        place = self.boxes.of_image(row)[k]
-        words["category_id"] = int(self.boxes.category_ids[place])
-        if self.boxes.annotation_ids[place] != NO_ID:
-            words["annotation_id"] = int(self.boxes.annotation_ids[place])
-        if not np.isnan(self.boxes.scores[place]):
-            words["detector_score"] = float(self.boxes.scores[place])
-        return words
+            return {**fields, "category_id": self.category}
+        box = self.boxes.of_image(row)[k]
+        fields["category_id"] = int(self.boxes.category_ids[box])
+        if self.boxes.annotation_ids[box] != NO_ID:
+            fields["annotation_id"] = int(self.boxes.annotation_ids[box])
+        if not np.isnan(self.boxes.scores[box]):
+            fields["detector_score"] = float(self.boxes.scores[box])
+        return fields
 
 
-def list_images(places: Sequence[Path]) -> ImageList:
-    """Finds image files, and looks at the head and the end of each.
-
-    Args:
-        places: Files, and folders of which the image files are taken, not those of folders within.
-
-    Returns:
-        The images, with ids from 1 on, in the order given and by name within a folder.
-
-    Raises:
-        DataError: A place does not exist, or a folder has no image file.
-    """
-    found: dict[Path, str] = {}
-    for place in places:
-        if place.is_dir():
-            files = sorted(path for path in place.iterdir() if _is_image_name(path))
-            if not files:
-                raise DataError(
-                    f"--images: the folder {place} holds no image file ({', '.join(SUFFIXES)}; "
-                    "folders within are not looked into): check the path."
-                )
-        elif place.exists():
-            files = [place]
-        else:
-            raise DataError(f"--images: there is no file or folder {place}: check the path.")
-        for path in files:
-            # A name is relative to the one folder that was given; of several, all is said.
-            name = path.name if len(places) == 1 else str(path)
-            found.setdefault(path.absolute(), name)
-    paths, names = list(found), list(found.values())
-    facts = list(inspect_images(paths))
-    bad = {row: KINDS[fact.problem][1] for row, fact in enumerate(facts) if fact.problem}
-    sizes = np.array([(fact.height, fact.width) for fact in facts], dtype=np.int32)
-    return ImageList(names, paths, np.arange(1, len(paths) + 1), sizes, bad)
-
-
-def _is_image_name(path: Path) -> bool:
-    # Names that begin with a dot are what other systems leave beside a picture.
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def read_coco_images(annotations: Path, folder: Path) -> tuple[ImageList, CocoIndex]:
-    """The images of a COCO file, which need no objects.
-
-    Raises:
-        DataError: The file cannot be read, lists no image, or one id stands for several.
-    """
-    file = index_file(annotations, folder)
-    found = {code: one for code, one in file.problems.found.items() if code != "no-objects"}
-    refuse_errors(Problems(found), annotations, on_bad_image="skip")
-    if not file.num_images:
-        raise DataError(f"{annotations} lists no image: give a COCO file that does.")
-    names = file.file_names()
-    paths = [folder / name for name in names]
-    bad = {row: _why(file, names[row]) for row in np.flatnonzero(file.bad).tolist()}
-    return ImageList(names, paths, file.image_ids, file.sizes, bad), file
-
-
-def _why(file: CocoIndex, name: str) -> str:
-    code = file.bad_images.get(name)
-    if code is None and ".." not in Path(name).parts and not Path(name).is_absolute():
-        code = inspect_image(file.image_folder / name).problem
-    return KINDS[code or "image-outside"][1]
-
-
-_NUM_NAMED = 3  # examples in an error
-
-
-def find_task(
-    places: Sequence[Path],
+def build_task(
+    paths: Sequence[Path],
     *,
     annotations: Path | None = None,
     results: Path | None = None,
     boxes: Sequence[Sequence[float]] | None = None,
     automatic: bool = False,
     min_score: float = 0.0,
-) -> Task:
-    """Finds images and boxes; with neither annotations nor boxes, masks are automatic.
+) -> PredictionTask:
+    """Lists images and boxes; with neither annotations nor boxes, masks are automatic.
 
     Args:
-        places: Image files and folders; with `annotations` one folder.
-        annotations: COCO file that lists the images, and has boxes unless those below are given.
-        results: A detector's, see `detected_boxes`.
-        boxes: The same for all images, see `boxes_everywhere`.
-        automatic: No boxes, also where there are annotations.
+        paths: Image files and folders; with `annotations` one folder.
+        annotations: COCO file that lists the images; its boxes are used if no others are given.
+        results: A detector's COCO results file, see `detected_boxes`.
+        boxes: The same for all images, see `repeat_boxes`.
+        automatic: Automatic masks even if `annotations` has boxes.
         min_score: See `detected_boxes`.
 
     Returns:
-        The task, images that cannot be read included.
+        The task; its rows include unreadable images.
 
     Raises:
-        DataError: There are no images, or boxes are not of them.
+        DataError: There are no images, or the boxes do not belong to them.
     """
-    file, category = None, PLAIN_CATEGORY
+    index, category = None, DEFAULT_CATEGORY
     if annotations is None:
-        images = list_images(places)
+        images = list_images(paths)
     else:
-        images, file = read_coco_images(annotations, places[0])
+        images, index = read_coco_images(annotations, paths[0])
         category = NO_CATEGORY
     if results is not None:
         detected = detected_boxes(results, images, min_score=min_score)
-        return Task(images, sorted(set(detected.rows.tolist())), detected, category)
-    if annotations is not None and file is not None and not (boxes or automatic):
-        annotated = annotated_boxes(annotations, file)
-        lost = {row for row in images.bad if images.names[row] in file.bad_images}
-        return Task(images, sorted(lost | set(annotated.rows.tolist())), annotated, category)
-    rows = list(range(len(images.ids)))
-    everywhere = boxes_everywhere(boxes, images, category) if boxes else None
-    return Task(images, rows, everywhere, category)
+        return PredictionTask(images, sorted(set(detected.rows.tolist())), detected, category)
+    if annotations is not None and index is not None and not (boxes or automatic):
+        annotated = annotated_boxes(annotations, index)
+        # Unreadable images have no boxes, but are kept so that they are reported.
+        lost = {row for row in images.bad if images.names[row] in index.bad_images}
+        rows = sorted(lost | set(annotated.rows.tolist()))
+        return PredictionTask(images, rows, annotated, category)
+    repeated = repeat_boxes(boxes, images, category) if boxes else None
+    return PredictionTask(images, list(range(len(images.ids))), repeated, category)
 
 
-def boxes_everywhere(boxes: Sequence[Sequence[float]], images: ImageList, category: int) -> Boxes:
-    """The same boxes in every image.
+# Images.
+
+
+def list_images(paths: Sequence[Path]) -> ImageList:
+    """Lists image files, and checks the header and the end of each.
+
+    Args:
+        paths: Image files, and folders; subfolders are not searched.
+
+    Returns:
+        The images, each once, with ids from 1; in the order given, by name within a folder.
+
+    Raises:
+        DataError: A path does not exist, or a folder holds no image file.
+    """
+    name_of: dict[Path, str] = {}
+    for path in paths:
+        for file in _image_files(path):
+            # Names are relative to the folder if there is only one, so that they are unique.
+            name_of.setdefault(file.absolute(), file.name if len(paths) == 1 else str(file))
+    files, names = list(name_of), list(name_of.values())
+    facts = list(inspect_images(files))
+    bad = {row: KINDS[fact.problem][1] for row, fact in enumerate(facts) if fact.problem}
+    sizes = np.array([(fact.height, fact.width) for fact in facts], dtype=np.int32)
+    return ImageList(names, files, np.arange(1, len(files) + 1), sizes, bad)
+
+
+def _image_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"--images: there is no file or folder {path}: check the path.")
+        return [path]
+    files = sorted(file for file in path.iterdir() if _is_image_name(file))
+    if not files:
+        raise DataError(
+            f"--images: the folder {path} holds no image file ({', '.join(SUFFIXES)}; "
+            "subfolders are not searched): check the path."
+        )
+    return files
+
+
+def _is_image_name(path: Path) -> bool:
+    # macOS leaves files such as "._a.jpg" beside the image "a.jpg".
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def read_coco_images(annotations: Path, folder: Path) -> tuple[ImageList, CocoIndex]:
+    """The images that a COCO file lists, with or without objects.
+
+    Args:
+        annotations: The COCO file.
+        folder: What its file names are relative to.
+
+    Raises:
+        DataError: The file cannot be read, lists no image, or gives one id to several images.
+    """
+    index = index_file(annotations, folder)
+    problems = {code: issue for code, issue in index.problems.found.items() if code != "no-objects"}
+    refuse_errors(Problems(problems), annotations, on_bad_image="skip")
+    if not index.num_images:
+        raise DataError(f"{annotations} lists no image: give a COCO file that does.")
+    names = index.file_names()
+    paths = [folder / name for name in names]
+    bad = {row: _reason_unreadable(index, names[row]) for row in np.flatnonzero(index.bad).tolist()}
+    return ImageList(names, paths, index.image_ids, index.sizes, bad), index
+
+
+def _reason_unreadable(index: CocoIndex, name: str) -> str:
+    code = index.bad_images.get(name)
+    if code is None and ".." not in Path(name).parts and not Path(name).is_absolute():
+        code = inspect_image(index.image_folder / name).problem
+    return KINDS[code or "image-outside"][1]
+
+
+# Boxes of the command line.
+
+
+def repeat_boxes(boxes: Sequence[Sequence[float]], images: ImageList, category: int) -> Boxes:
+    """The same boxes in every readable image.
 
     Args:
         boxes: x0 y0 x1 y1 each, px, original frame.
-        images: Where.
-        category: Their category id.
+        images: All images.
+        category: Category id of the boxes.
 
     Raises:
-        DataError: A box reaches beyond an image by more than a pixel.
+        DataError: A box reaches out of an image by more than a pixel.
     """
     good = np.array([row for row in range(len(images.ids)) if row not in images.bad], dtype=int)
     for box in boxes:
-        beyond = _beyond(np.array([box], dtype=float), images.sizes[good])
-        for row in good[beyond > 1].tolist():
+        overhang = _overhang(np.array([box], dtype=float), images.sizes[good])
+        for row in good[overhang > 1].tolist():
             height, width = images.sizes[row].tolist()
-            words = ",".join(f"{side:g}" for side in box)
             raise DataError(
-                f"--box {words} lies outside of {images.names[row]}, which is {width} x {height} "
-                "px, or reaches beyond it: give x0,y0,x1,y1 in pixels of the original image."
+                f"--box {','.join(f'{side:g}' for side in box)} lies outside of {images.names[row]}"
+                f", which is {width} x {height} px, or reaches out of it: give x0,y0,x1,y1 in "
+                "pixels of the original image."
             )
     rows = np.repeat(good, len(boxes))
-    return _boxes(rows, np.tile(np.array(boxes, dtype=float), (len(good), 1)), category)
+    return _boxes_by_image(rows, np.tile(np.array(boxes, dtype=float), (len(good), 1)), category)
 
 
-def _beyond(boxes: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.float64]:
-    # By how many pixels a box reaches out of its image, at most.
+def _overhang(boxes: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.float64]:
+    # The most px by which a box reaches out of any side of its image; negative inside.
     return np.asarray(
         np.concatenate([-boxes[:, :2] + 0 * sizes, boxes[:, 2:] - sizes[:, ::-1]], axis=1).max(1)
     )
 
 
-def annotated_boxes(annotations: Path, file: CocoIndex) -> Boxes:
+# Boxes of a COCO file's objects.
+
+
+class _ImageBox(NamedTuple):
+    """A usable box of an annotation or of a detection."""
+
+    row: int  # of its image in `ImageList`
+    corners: list[float]  # x0 y0 x1 y1, px, original frame
+    category_id: int
+    annotation_id: int = NO_ID
+    score: float = math.nan
+
+
+def annotated_boxes(annotations: Path, index: CocoIndex) -> Boxes:
     """The boxes of a COCO file's objects, as training and validation use them, without crowds.
 
-    An object whose mask is missing or cannot be used has its box still.
+    Objects whose mask is missing or unusable are not in the index; their `bbox` is used.
 
     Args:
         annotations: The JSON file.
-        file: Its index.
+        index: Its index.
     """
-    plain = np.flatnonzero((file.flags & CROWD) == 0)
-    rows = np.repeat(np.arange(file.num_images), np.diff(file.first_object))[plain]
-    boxes, ids = file.boxes[plain], file.object_ids[plain]
-    categories = np.maximum(file.categories[plain], NO_CATEGORY)
+    plain = np.flatnonzero((index.flags & CROWD) == 0)
+    rows = np.repeat(np.arange(index.num_images), np.diff(index.first_object))[plain]
+    boxes, ids = index.boxes[plain], index.object_ids[plain]
+    categories = np.maximum(index.categories[plain], NO_CATEGORY)
     left_out: dict[str, int] = {}
-    if any(severity == WARNING and _is_of_a_mask(code) for code, severity, _ in file.problems):
-        more, left_out = _boxes_without_masks(annotations, file)
-        if more:
-            more_rows, more_boxes, more_categories, more_ids = zip(*more, strict=True)
-            rows, boxes = np.append(rows, more_rows), np.append(boxes, more_boxes, axis=0)
-            categories, ids = np.append(categories, more_categories), np.append(ids, more_ids)
-    return _boxes(rows, boxes, categories, annotation_ids=ids, left_out=left_out)
+    # The JSON is read a second time only if the index left out an object because of its mask.
+    if any(severity == WARNING and _is_mask_problem(code) for code, severity, _ in index.problems):
+        bare, left_out = _boxes_without_masks(annotations, index)
+        if bare:
+            rows = np.append(rows, [box.row for box in bare])
+            boxes = np.append(boxes, [box.corners for box in bare], axis=0)
+            categories = np.append(categories, [box.category_id for box in bare])
+            ids = np.append(ids, [box.annotation_id for box in bare])
+    return _boxes_by_image(rows, boxes, categories, annotation_ids=ids, left_out=left_out)
 
 
-def _is_of_a_mask(code: str) -> bool:
+def _is_mask_problem(code: str) -> bool:
     return code.startswith(("mask-", "polygon-", "rle-"))
 
 
-_Object = tuple[int, list[float], int, int]  # row, box, category, id
-
-
 def _boxes_without_masks(
-    annotations: Path, file: CocoIndex
-) -> tuple[list[_Object], dict[str, int]]:
-    known, taken = set(file.positions.tolist()), set(file.object_ids.tolist())
-    row_of = {image_id: row for row, image_id in enumerate(file.image_ids.tolist())}
-    found: list[_Object] = []
-    unusable = 0
+    annotations: Path, index: CocoIndex
+) -> tuple[list[_ImageBox], dict[str, int]]:
+    used_ids = set(index.object_ids.tolist())
+    boxes: list[_ImageBox] = []
+    num_unusable = 0
+    for row, entry in _objects_left_out(annotations, index):
+        object_id = to_id(entry.id)
+        if object_id in used_ids:
+            continue
+        corners = _bbox_to_corners(entry.bbox)
+        if corners is None or _is_outside(corners, index.sizes[row].tolist()):
+            num_unusable += 1
+            continue
+        used_ids.add(object_id)
+        category_id = to_id(entry.category_id) or NO_CATEGORY
+        boxes.append(
+            _ImageBox(row, corners, category_id, NO_ID if object_id is None else object_id)
+        )
+    return boxes, {"neither a mask nor a usable bbox": num_unusable} if num_unusable else {}
+
+
+def _objects_left_out(annotations: Path, index: CocoIndex) -> Iterator[tuple[int, ObjectEntry]]:
+    # Image row and entry of objects that are in the JSON but not in the index; no crowds.
+    indexed = set(index.positions.tolist())
+    row_of = {image_id: row for row, image_id in enumerate(index.image_ids.tolist())}
     entries = load_document(annotations, Problems()).annotations
     for position, entry in enumerate(read_entries(entries, ObjectEntry)):
-        if position in known or entry is None or to_id(entry.iscrowd):
+        if position in indexed or entry is None or to_id(entry.iscrowd):
             continue
-        row, object_id = row_of.get(to_id(entry.image_id) or 0), to_id(entry.id)
-        if row is None or file.bad[row] or object_id in taken:
-            continue
-        box = _corners(entry.bbox)
-        if box is None or _is_outside(box, file.sizes[row].tolist()):
-            unusable += 1
-            continue
-        category = to_id(entry.category_id)
-        taken.add(object_id)
-        found.append((row, box, category or NO_CATEGORY, NO_ID if object_id is None else object_id))
-    return found, {"neither a mask nor a usable bbox": unusable} if unusable else {}
+        row = row_of.get(to_id(entry.image_id) or 0)
+        if row is not None and not index.bad[row]:
+            yield row, entry
 
 
-def _corners(bbox: Any) -> list[float] | None:
+def _bbox_to_corners(bbox: Any) -> list[float] | None:
+    # COCO's x, y, width, height as x0, y0, x1, y1; None where that is not four usable numbers.
     try:
         x, y, width, height = (float(side) for side in bbox)
     except (TypeError, ValueError):
@@ -316,9 +355,12 @@ def _corners(bbox: Any) -> list[float] | None:
     return corners if np.isfinite(corners).all() and min(width, height) > 0 else None
 
 
-def _is_outside(box: Sequence[float], size: Iterable[int]) -> bool:
+def _is_outside(corners: Sequence[float], size: Iterable[int]) -> bool:
     height, width = size
-    return box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0
+    return corners[0] >= width or corners[1] >= height or corners[2] <= 0 or corners[3] <= 0
+
+
+# Boxes of a detector.
 
 
 class _Detection(msgspec.Struct):
@@ -333,38 +375,27 @@ def detected_boxes(results: Path, images: ImageList, *, min_score: float = 0.0) 
 
     Args:
         results: A list of image_id, category_id, bbox (x y width height, px) and score.
-        images: Those that it is of.
+        images: The images that were given to the detector.
         min_score: Boxes that score lower are left out.
 
     Raises:
-        DataError: It cannot be read, or is of other images.
+        DataError: The file cannot be read, or belongs to other images.
     """
     detections = _read_detections(results)
     row_of = {image_id: row for row, image_id in enumerate(images.ids.tolist())}
-    _refuse_others(
-        results,
-        [f"image_id {one.image_id}" for one in detections if one.image_id not in row_of],
-        len(detections),
-        "images that the annotation file does not list",
+    unknown = [f"image_id {one.image_id}" for one in detections if one.image_id not in row_of]
+    _refuse_foreign_boxes(
+        results, unknown, len(detections), "images that the annotation file does not list"
     )
-    left_out = {"no width or height": 0, "score below --min_score": 0}
-    kept: list[tuple[int, list[float], int, float]] = []
-    outside: list[str] = []
-    for one in detections:
-        row, box = row_of[one.image_id], _corners(one.bbox)
-        score = float("nan") if one.score is None else one.score
-        if score < min_score:
-            left_out["score below --min_score"] += 1
-        elif box is None:
-            left_out["no width or height"] += 1
-        elif row not in images.bad and _is_outside(box, images.sizes[row].tolist()):
-            outside.append(f"{list(one.bbox)} in {images.names[row]}")
-        else:
-            kept.append((row, box, one.category_id, score))
-    _refuse_others(results, outside, len(detections), "places outside of their images")
-    rows, boxes, categories, scores = zip(*kept, strict=True) if kept else ((), (), (), ())
-    left_out = {reason: count for reason, count in left_out.items() if count}
-    return _boxes(rows, boxes, categories, scores=scores, left_out=left_out)
+    boxes, outside, left_out = _select_detections(detections, images, row_of, min_score=min_score)
+    _refuse_foreign_boxes(results, outside, len(detections), "places outside of their images")
+    return _boxes_by_image(
+        [box.row for box in boxes],
+        [box.corners for box in boxes],
+        [box.category_id for box in boxes],
+        scores=[box.score for box in boxes],
+        left_out=left_out,
+    )
 
 
 def _read_detections(results: Path) -> list[_Detection]:
@@ -374,24 +405,46 @@ def _read_detections(results: Path) -> list[_Detection]:
         raise DataError(
             f"--boxes: {results} cannot be read ({error.strerror}): check the path."
         ) from error
-    except (ValueError, RecursionError) as error:  # msgspec's errors are of the first kind
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise DataError(
             f"--boxes: {results} is no COCO results file ({error}): it should be a list of objects "
             "with image_id, category_id, bbox [x, y, width, height] and score."
         ) from error
 
 
-def _refuse_others(results: Path, found: list[str], total: int, where: str) -> None:
-    if found:
-        some = ", ".join(list(dict.fromkeys(found))[:_NUM_NAMED])
+def _select_detections(
+    detections: list[_Detection], images: ImageList, row_of: dict[int, int], *, min_score: float
+) -> tuple[list[_ImageBox], list[str], dict[str, int]]:
+    # The usable boxes, those outside of their image as text, and the number left out by reason.
+    boxes: list[_ImageBox] = []
+    outside: list[str] = []
+    counts: Counter[str] = Counter()
+    for one in detections:
+        row, corners = row_of[one.image_id], _bbox_to_corners(one.bbox)
+        score = math.nan if one.score is None else one.score
+        if score < min_score:
+            counts[_LOW_SCORE] += 1
+        elif corners is None:
+            counts[_NO_AREA] += 1
+        elif row not in images.bad and _is_outside(corners, images.sizes[row].tolist()):
+            outside.append(f"{list(one.bbox)} in {images.names[row]}")
+        else:
+            boxes.append(_ImageBox(row, corners, one.category_id, score=score))
+    left_out = {reason: counts[reason] for reason in (_NO_AREA, _LOW_SCORE) if counts[reason]}
+    return boxes, outside, left_out
+
+
+def _refuse_foreign_boxes(results: Path, foreign: list[str], total: int, where: str) -> None:
+    if foreign:
+        some = ", ".join(list(dict.fromkeys(foreign))[:_NUM_NAMED])
         raise DataError(
-            f"--boxes: of the {total:,} boxes in {results}, {len(found):,} are of {where} "
-            f"({some}{', ...' if len(found) > _NUM_NAMED else ''}): give the results of these "
+            f"--boxes: of the {total:,} boxes in {results}, {len(foreign):,} are of {where} "
+            f"({some}{', ...' if len(foreign) > _NUM_NAMED else ''}): give the results of these "
             "images, with bbox as x, y, width, height in pixels of the original image."
         )
 
 
-def _boxes(
+def _boxes_by_image(
     rows: Any,
     boxes: Any,
     categories: Any,

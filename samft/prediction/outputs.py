@@ -1,4 +1,4 @@
-"""Predicted masks as COCO results, one row at a time, and the images they are of. No torch."""
+"""What a prediction writes: results.json, images.json, masks and overlays. Imports no torch."""
 
 import re
 from collections import Counter
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.segmentation import CroppedMask, encode_cropped
-from samft.prediction.inputs import PLAIN_CATEGORY, ImageList
+from samft.prediction.inputs import DEFAULT_CATEGORY, ImageList
 from samft.reports import drawing
 from samft.runtime.files import write_atomically, write_json
 
-_DIGITS = 6  # of a box's sides, which are sums and differences of what files give
+_DIGITS = 6  # of bbox: hides the rounding of x + width - x
 
 
 def result_row(
@@ -25,24 +25,24 @@ def result_row(
     box_original: Sequence[float],
     size: tuple[int, int],
     score: float,
-    words: dict[str, Any],
+    fields: dict[str, Any],
 ) -> dict[str, Any]:
     """One mask as an entry of a COCO results file.
 
     Args:
         mask: At the original resolution.
-        box_original: x0 y0 x1 y1, px, original frame: what the mask was predicted for.
+        box_original: The box that the mask was predicted for, x0 y0 x1 y1, px, original frame.
         size: H, W of the image, px.
         score: The predicted IoU.
-        words: `image_id`, `category_id` and what else there is to say of it.
+        fields: `image_id`, `category_id` and any further fields.
 
     Returns:
-        The words, `bbox` (x y width height, px), `segmentation` (compressed RLE) and `score`.
+        `fields`, `bbox` (x y width height, px), `segmentation` (compressed RLE) and `score`.
     """
     x0, y0, x1, y1 = box_original
     height, width = size
     return {
-        **words,
+        **fields,
         "bbox": [round(float(side), _DIGITS) for side in (x0, y0, x1 - x0, y1 - y0)],
         "score": score,
         "segmentation": encode_cropped(mask.top, mask.left, mask.mask, height=height, width=width),
@@ -50,10 +50,10 @@ def result_row(
 
 
 class ResultsWriter:
-    """Writes a JSON list, an entry a line, without ever holding more than one of them."""
+    """Writes a JSON list, one entry per line, and holds only one entry in memory."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Begins the list in an open file."""
+        """Takes an open file, which `close` leaves open."""
         self.file, self.num_rows = file, 0
         self._encode = msgspec.json.Encoder().encode
 
@@ -61,7 +61,7 @@ class ResultsWriter:
         """Appends an entry.
 
         Raises:
-            OSError: The disk is full, say.
+            OSError: The file cannot be written, for example because the disk is full.
         """
         self.file.write(b",\n" if self.num_rows else b"[\n")
         self.file.write(self._encode(row))
@@ -73,7 +73,7 @@ class ResultsWriter:
 
 
 def write_images_json(path: Path, images: ImageList, rows: Sequence[int]) -> None:
-    """Writes a COCO file of images without objects, so that the ids in results mean something.
+    """Writes a COCO file without objects, which says which image each `image_id` is.
 
     Args:
         path: The file.
@@ -92,27 +92,27 @@ def write_images_json(path: Path, images: ImageList, rows: Sequence[int]) -> Non
         }
         for row in rows
     ]
-    categories = [{"id": PLAIN_CATEGORY, "name": "object"}]
+    categories = [{"id": DEFAULT_CATEGORY, "name": "object"}]
     document = {"info": {}, "images": entries, "annotations": [], "categories": categories}
     write_json(path, document)
 
 
 def picture_names(names: Sequence[str], ids: NDArray[np.int64]) -> list[str]:
-    """What pictures of images are called, without a suffix: the image's name, and no two alike.
+    """A unique file name without a suffix for the pictures of each image.
 
     Args:
-        names: Of the images, maybe with folders.
-        ids: int64 [N], which tell those apart whose names are too much alike.
+        names: File names of the images, with or without folders.
+        ids: int64 [N], appended to names that would be equal.
 
     Returns:
-        Relative paths that stay inside of the folder that they are put into.
+        Relative paths that do not lead out of the folder that they are written to.
     """
     stems = []
     for name in names:
         path = PurePath(name).with_suffix("")
         outside = path.is_absolute() or ".." in path.parts
         stems.append(path.name if outside else path.as_posix())
-    # Some file systems do not tell upper from lower case.
+    # Some file systems ignore case, so "a" and "A" would be one file.
     counts = Counter(stem.casefold() for stem in stems)
     taken = {stem for stem, count in counts.items() if count == 1}
     unique = []
@@ -127,13 +127,13 @@ def picture_names(names: Sequence[str], ids: NDArray[np.int64]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures that go beside the results; none by default.
+class PictureWriter:
+    """Writes pictures of the masks beside the results; none by default.
 
     Attributes:
-        folder: Gets `masks/` and `overlays/`.
+        folder: The pictures go to `masks/` and `overlays/` in it.
         masks: Whether to write label images, see `drawing.label_image`.
-        overlays: Whether to write what a person looks at.
+        overlays: Whether to write images with masks and boxes drawn over them.
     """
 
     folder: Path
@@ -156,7 +156,7 @@ class Pictures:
         Args:
             name: One of `picture_names`.
             image: uint8 [H, W, 3] RGB.
-            masks: K of them.
+            masks: All masks of the image.
             boxes: [K, 4] to be drawn, x0 y0 x1 y1, px; or [0, 4].
 
         Raises:
@@ -165,12 +165,12 @@ class Pictures:
         height, width = image.shape[:2]
         if self.masks:
             labels = drawing.label_image(masks, (height, width))
-            _write(self.folder / "masks" / f"{name}.png", drawing.index_png(labels))
+            _write_picture(self.folder / "masks" / f"{name}.png", drawing.index_png(labels))
         if self.overlays:
             drawn = drawing.draw_objects(image, masks, boxes=boxes)
-            _write(self.folder / "overlays" / f"{name}.jpg", drawing.jpeg(drawn))
+            _write_picture(self.folder / "overlays" / f"{name}.jpg", drawing.jpeg(drawn))
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write_picture(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(content))

@@ -1,9 +1,8 @@
-"""Masks without prompts: stock's generator, also where torchvision lacks its operators.
+"""Masks of images: for boxes, or for everything that SAM's automatic mask generator finds.
 
-From images to masks: one encoder pass an image, all of its boxes after it, images read ahead.
-
-A way to predict (`BoxPredictor`, `AutomaticPredictor`) has two halves: `prepare` for a thread that
-reads ahead, and `predict` for the device, which on a CPU may do two images side by side.
+Each image is encoded once, and all of its boxes are decoded with that embedding. A predictor
+(`BoxPredictor`, `AutomaticPredictor`) has two halves: `prepare` runs ahead in another thread, and
+`predict` runs on the device; a CPU may predict two images at the same time.
 """
 
 import math
@@ -28,74 +27,16 @@ from samft.data.transforms import Frame, boxes_to_input, make_frame, resize_imag
 from samft.errors import TrainingError
 from samft.evaluation.validation import MASK_CHUNK
 from samft.models.prompted_sam import PromptedSam, original_masks
-from samft.runtime.torchvision_compat import LIBRARY
+from samft.runtime.torchvision_compat import replace_missing_nms
 
-_POINTS = 64  # decoded at once, as is stock's default
-_PIXELS = 1024 * 1024  # of an image that they are decoded at once for
-
-
-def build_mask_generator(sam: Sam, **options: Any) -> SamAutomaticMaskGenerator:
-    """The stock generator, with run lengths as its output.
-
-    Args:
-        sam: The model, at any image size.
-        options: Of `SamAutomaticMaskGenerator`: `points_per_side`, `pred_iou_thresh`, ...
-    """
-    if LIBRARY is not None:  # torchvision's own operators did not load, see `torchvision_compat`
-        automatic_mask_generator.batched_nms = _one_class_nms
-    return SamAutomaticMaskGenerator(sam, output_mode="uncompressed_rle", **options)
-
-
-def points_at_once(size: tuple[int, int]) -> int:
-    """How many points to decode at once, so that memory does not grow with the image.
-
-    The generator holds three masks a point at the image's own resolution. What it finds does not
-    depend on this number.
-
-    Args:
-        size: H, W of the image, px.
-    """
-    return max(1, min(_POINTS, _POINTS * _PIXELS // (size[0] * size[1])))
-
-
-def non_maximum_suppression(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Which boxes to keep: from the best score on, those that no kept one overlaps too much.
-
-    Args:
-        boxes: float [K, 4], x0 y0 x1 y1.
-        scores: float [K].
-        iou_threshold: The largest IoU of two boxes that are both kept.
-
-    Returns:
-        int64, the kept ones in the order of falling scores.
-
-    Source: `torchvision.ops.nms`, which it equals.
-    """
-    order = torch.argsort(scores, descending=True, stable=True)
-    sorted_boxes = boxes[order]
-    areas = (sorted_boxes[:, 2:] - sorted_boxes[:, :2]).prod(1)
-    alive = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
-    for k in range(len(order)):
-        if alive[k]:
-            low = torch.maximum(sorted_boxes[k, :2], sorted_boxes[k + 1 :, :2])
-            high = torch.minimum(sorted_boxes[k, 2:], sorted_boxes[k + 1 :, 2:])
-            common = (high - low).clamp(min=0).prod(1)
-            alive[k + 1 :] &= ~(common / (areas[k] + areas[k + 1 :] - common) > iou_threshold)
-    return order[alive]
-
-
-def _one_class_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    # In the place of `batched_nms`: the generator has one class only.
-    assert not idxs.any()
-    return non_maximum_suppression(boxes, scores, iou_threshold)
-
-
-# On a CPU, as many boxes are decoded at once as have so many values in their image tokens. With
-# vit_tiny that was the best of 1 to 20 at 256 px (20) and 1024 px (2), and near it at 512 px.
-_VALUES_AT_ONCE = 2**20
-# Images at once on a CPU. Its cores wait for each other between the small operations of one image;
-# more than two would hold too many of a large encoder's activations.
-_IMAGES_AT_ONCE = 2
+# Values of image tokens per chunk of boxes on a CPU: with vit_tiny the fastest of chunks of 1 to 20
+# boxes at 256 px (20 boxes) and at 1024 px (2 boxes), and near the fastest at 512 px.
+_TOKEN_VALUES_PER_CHUNK = 2**20
+# Images predicted at the same time on a CPU. The small operations of one image leave cores idle;
+# more than two images would hold too many of a large encoder's activations.
+_CPU_IMAGES_AT_ONCE = 2
+_DEFAULT_POINTS_PER_BATCH = 64  # the automatic mask generator's own
+_PIXELS_OF_DEFAULT = 1024 * 1024  # the largest image for which that many are decoded
 
 Item = TypeVar("Item")
 Finished = TypeVar("Finished")
@@ -103,24 +44,24 @@ Finished = TypeVar("Finished")
 
 @dataclass(frozen=True)
 class PredictedMask:
-    """A mask at the original resolution, cropped if not tightly.
+    """A mask at the original resolution.
 
     Attributes:
-        mask: [0, 0] where it is empty.
-        box_original: x0 y0 x1 y1, px: the box that it was predicted for, or its own without one.
-        iou_predicted: What the model says that its IoU with the truth is.
-        words: More that results are to say of it.
+        mask: Cropped, not always tightly; of shape [0, 0] if it is empty.
+        box_original: x0 y0 x1 y1, px: the box that was given, or an automatic mask's own.
+        iou_predicted: The model's estimate of the mask's IoU with the ground truth.
+        extra_fields: Further fields of its COCO result.
     """
 
     mask: CroppedMask
     box_original: Sequence[float]
     iou_predicted: float
-    words: dict[str, float] = field(default_factory=dict)
+    extra_fields: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as read, and as a predictor wants it."""
+    """An image, and the model input that `Predictor.prepare` made of it, if it makes one."""
 
     image: NDArray[np.uint8]  # [H, W, 3] RGB, original frame
     frame: Frame | None = None
@@ -134,27 +75,27 @@ class PreparedImage:
 
 
 class Predictor(Protocol):
-    """A way to predict the masks of an image.
+    """Predicts the masks of one image after the other.
 
     Attributes:
-        at_once: Images that may be predicted side by side, in threads.
+        images_at_once: Number of images that threads may predict at the same time.
     """
 
-    at_once: int
+    images_at_once: int
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
-        """What of the work can be done ahead, in another thread; `image` is [H, W, 3], RGB."""
+        """The part of the work that needs no device; `image` is uint8 [H, W, 3], RGB."""
         ...
 
     def predict(
         self, prepared: PreparedImage, boxes_original: NDArray[np.float64]
     ) -> Iterator[PredictedMask]:
-        """The masks, one at a time; `boxes_original` is [K, 4], x0 y0 x1 y1, px."""
+        """Yields masks one at a time; `boxes_original` is [K, 4], x0 y0 x1 y1, px."""
         ...
 
 
 class BoxPredictor:
-    """A mask for each box, as stock `SamPredictor` gives it with the same weights in float32."""
+    """One mask per box; in float32 the mask of `segment_anything.SamPredictor`."""
 
     def __init__(
         self,
@@ -163,18 +104,18 @@ class BoxPredictor:
         resize_mode: str = "pad",
         amp_dtype: torch.dtype | None = None,
     ) -> None:
-        """Puts the parts together.
+        """Sets the number of boxes per chunk and of images at once for the model's device.
 
         Args:
-            model: On its device.
-            resize_mode: What it was tuned with; stock knows `pad` only.
+            model: On its device, in eval mode.
+            resize_mode: The one that it was tuned with; `SamPredictor` always pads.
             amp_dtype: To autocast to; None: float32.
         """
         self.model, self.resize_mode, self.amp_dtype = model, resize_mode, amp_dtype
         on_cpu = model.sam.device.type == "cpu"
-        self.at_once = _IMAGES_AT_ONCE if on_cpu else 1
+        self.images_at_once = _CPU_IMAGES_AT_ONCE if on_cpu else 1
         if model.mask_chunk is None and on_cpu:
-            fitting = _VALUES_AT_ONCE // math.prod(model.embedding_shape)
+            fitting = _TOKEN_VALUES_PER_CHUNK // math.prod(model.embedding_shape)
             model.mask_chunk = min(max(fitting, 1), MASK_CHUNK)
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
@@ -188,7 +129,7 @@ class BoxPredictor:
     def predict(
         self, prepared: PreparedImage, boxes_original: NDArray[np.float64]
     ) -> Iterator[PredictedMask]:
-        """See `Predictor`; in the order of the boxes."""
+        """See `Predictor`; masks are in the order of the boxes."""
         frame, pixels = prepared.frame, prepared.pixels
         assert frame is not None and pixels is not None
         device = self.model.sam.device
@@ -198,10 +139,10 @@ class BoxPredictor:
             embedding = self.model.embed(pixels[None].to(device), input_sizes)
         for first in range(0, len(boxes), MASK_CHUNK):
             part = slice(first, first + MASK_CHUNK)
-            own = boxes[part].to(device)
+            chunk = boxes[part].to(device)
             with self._autocast():
-                index = torch.zeros(len(own), dtype=torch.int64, device=device)
-                logits, scores = self.model.decode(embedding, own, index)
+                image_index = torch.zeros(len(chunk), dtype=torch.int64, device=device)
+                logits, scores = self.model.decode(embedding, chunk, image_index)
             masks = original_masks(
                 logits,
                 input_size=frame.input_size,
@@ -218,12 +159,12 @@ class BoxPredictor:
 
 
 class AutomaticPredictor:
-    """All that stock `SamAutomaticMaskGenerator` finds; boxes are not asked for."""
+    """All masks that `SamAutomaticMaskGenerator` finds; takes no boxes."""
 
     def __init__(self, model: PromptedSam, **options: Any) -> None:
-        """As `mask_generation.build_mask_generator`."""
+        """Takes the options of `build_mask_generator`."""
         self.generator = build_mask_generator(model.sam, **options)
-        self.at_once = 1  # it keeps the image that it is at
+        self.images_at_once = 1  # the generator holds the current image
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """See `Predictor`."""
@@ -232,19 +173,43 @@ class AutomaticPredictor:
     def predict(
         self, prepared: PreparedImage, boxes_original: NDArray[np.float64]
     ) -> Iterator[PredictedMask]:
-        """See `Predictor`; in the generator's order."""
-        self.generator.points_per_batch = points_at_once(prepared.size)
-        for found in self.generator.generate(prepared.image):
-            counts = np.array(found["segmentation"]["counts"])
+        """See `Predictor`; masks are in the generator's order, and boxes are ignored."""
+        self.generator.points_per_batch = choose_points_per_batch(prepared.size)
+        for entry in self.generator.generate(prepared.image):
+            counts = np.array(entry["segmentation"]["counts"])
             rle = {"size": list(prepared.size), "counts": counts}
             top, left, crop = decode_cropped(rle, *prepared.size)
-            x, y, width, height = found["bbox"]
+            x, y, width, height = entry["bbox"]
             yield PredictedMask(
                 CroppedMask(top, left, crop.astype(bool)),
                 (x, y, x + width, y + height),
-                found["predicted_iou"],
-                {"stability_score": found["stability_score"]},
+                entry["predicted_iou"],
+                {"stability_score": entry["stability_score"]},
             )
+
+
+def build_mask_generator(sam: Sam, **options: Any) -> SamAutomaticMaskGenerator:
+    """SAM's own generator, which returns masks as uncompressed RLE.
+
+    Args:
+        sam: The model, at any image size.
+        options: Of `SamAutomaticMaskGenerator`: `points_per_side`, `pred_iou_thresh`, ...
+    """
+    replace_missing_nms(automatic_mask_generator)
+    return SamAutomaticMaskGenerator(sam, output_mode="uncompressed_rle", **options)
+
+
+def choose_points_per_batch(size: tuple[int, int]) -> int:
+    """The generator's `points_per_batch` for an image, so that memory does not grow with its size.
+
+    The generator holds three masks per point at the image's own resolution. The masks that it finds
+    do not depend on this number.
+
+    Args:
+        size: H, W of the image, px.
+    """
+    fitting = _DEFAULT_POINTS_PER_BATCH * _PIXELS_OF_DEFAULT // (size[0] * size[1])
+    return max(1, min(_DEFAULT_POINTS_PER_BATCH, fitting))
 
 
 def predict_images(
@@ -254,20 +219,20 @@ def predict_images(
     *,
     num_workers: int,
 ) -> Iterator[Finished | ImageError]:
-    """Predicts image after image; memory does not grow with their number.
+    """Predicts on image after image; memory does not grow with their number.
 
     Args:
-        predictor: How.
-        images: The file and the boxes of each, [K, 4] as `Predictor.predict` takes them.
-        finish: Is given the number of the image in `images`, what was read, and its masks, which it
-            takes one at a time. In several threads at once where images are predicted so.
+        predictor: Predicts the masks of one image.
+        images: File and boxes of each image; boxes are [K, 4] as `Predictor.predict` takes them.
+        finish: Called with the index of an image in `images`, the image and an iterator over its
+            masks; called from several threads if `predictor.images_at_once` is more than 1.
         num_workers: Threads; 0: none.
 
     Yields:
-        For each image, in order: what `finish` returned; or why it cannot be read.
+        For each image, in order: what `finish` returned, or the error of a file that is unreadable.
 
     Raises:
-        TrainingError: Memory is not enough.
+        TrainingError: There is not enough memory for an image.
     """
 
     def prepare(k: int) -> PreparedImage | ImageError:
@@ -281,24 +246,28 @@ def predict_images(
             return prepared
         path, boxes = images[k]
         masks = predictor.predict(prepared, boxes)
-        return finish(k, prepared, _naming_what_is_too_large(masks, path, len(boxes)))
+        return finish(k, prepared, _explain_out_of_memory(masks, path, len(boxes)))
 
-    rows, threads = range(len(images)), torch.get_num_threads()
-    at_once = min(predictor.at_once, threads, num_workers)
+    indices, torch_threads = range(len(images)), torch.get_num_threads()
+    at_once = min(predictor.images_at_once, torch_threads, num_workers)
     if at_once < 2:
-        for k, prepared in enumerate(work_ahead(rows, prepare, num_workers=num_workers)):
+        for k, prepared in enumerate(map_in_threads(prepare, indices, num_workers=num_workers)):
             yield complete(k, prepared)
         return
-    share = partial(torch.set_num_threads, threads // at_once)
+    share_cores = partial(torch.set_num_threads, torch_threads // at_once)
     try:
-        yield from work_ahead(
-            rows, lambda k: complete(k, prepare(k)), num_workers=at_once, begin=share
+        yield from map_in_threads(
+            lambda k: complete(k, prepare(k)),
+            indices,
+            num_workers=at_once,
+            initializer=share_cores,
         )
     finally:
-        torch.set_num_threads(threads)  # a part of it is shared by all threads
+        # Part of what torch.set_num_threads sets is per process, so the workers changed it here.
+        torch.set_num_threads(torch_threads)
 
 
-def _naming_what_is_too_large(
+def _explain_out_of_memory(
     masks: Iterator[PredictedMask], path: Path, num_boxes: int
 ) -> Iterator[PredictedMask]:
     try:
@@ -310,32 +279,32 @@ def _naming_what_is_too_large(
         ) from error
 
 
-def work_ahead(
+def map_in_threads(
+    function: Callable[[Item], Finished],
     items: Iterable[Item],
-    work: Callable[[Item], Finished],
     *,
     num_workers: int,
-    begin: Callable[[], object] | None = None,
+    initializer: Callable[[], object] | None = None,
 ) -> Iterator[Finished]:
-    """Works on items in threads, no further ahead of what is taken than there are threads.
+    """`map` in threads: results in order, at most `num_workers` of them ahead of the consumer.
 
-    Decoding and resizing an image, and the larger operations on tensors, leave Python free, so
-    threads do what processes would, without a copy of the pixels.
+    Decoding and resizing an image, and the larger operations on tensors, release the GIL, so that
+    threads are as fast as processes and need no copy of the pixels.
 
     Args:
-        items: What to work on.
-        work: What to do with each.
-        num_workers: Threads; 0: none, and nothing is done ahead.
-        begin: Called in each thread first.
+        function: Applied to each item.
+        items: Taken one at a time, as results are consumed.
+        num_workers: Threads; 0: none, and no result is computed ahead.
+        initializer: Called first in each thread.
     """
     if not num_workers:
-        yield from map(work, items)
+        yield from map(function, items)
         return
     ahead: deque[Future[Finished]] = deque()
-    with ThreadPoolExecutor(num_workers, initializer=begin) as pool:
+    with ThreadPoolExecutor(num_workers, initializer=initializer) as pool:
         try:
             for item in items:
-                ahead.append(pool.submit(work, item))
+                ahead.append(pool.submit(function, item))
                 if len(ahead) > num_workers:
                     yield ahead.popleft().result()
             while ahead:

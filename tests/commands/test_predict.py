@@ -1,4 +1,4 @@
-"""`python -m samft.predict`: what it writes, that nothing is left half written, how it refuses."""
+"""`python -m samft.predict`: its outputs, that they are written atomically, and its errors."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from samft.models.weights import PACKAGED_TINY
 from samft.predict import main
 from samft.prediction.predictors import BoxPredictor
 
-FOUND = [
+DETECTIONS = [
     {"image_id": 12, "category_id": 2, "bbox": [3, 4, 20, 21], "score": 0.75},
     {"image_id": 10, "category_id": 3, "bbox": [5, 6, 30, 25], "score": 0.5},
 ]
@@ -39,9 +39,9 @@ def coco(tmp_path: Path) -> Path:
     return write_coco(tmp_path / "data", 4)
 
 
-def predict(output: Path, *words: object, checkpoint: object = PACKAGED_TINY) -> dict[str, Any]:
-    own = ["--checkpoint", checkpoint, "--output_dir", output, "--device", "cpu"]
-    return main([str(word) for word in (*own, *words)])
+def predict(output: Path, *flags: object, checkpoint: object = PACKAGED_TINY) -> dict[str, Any]:
+    required = ["--checkpoint", checkpoint, "--output_dir", output, "--device", "cpu"]
+    return main([str(flag) for flag in (*required, *flags)])
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -59,43 +59,48 @@ def test_annotations_give_a_mask_for_each_object(coco: Path, tmp_path: Path) -> 
     output = tmp_path / "out"
     counts = predict(output, "--images", coco.parent, "--annotations", coco, "--num_workers", 2)
     assert counts == {"images": 4, "masks": 14, "images_left_out": {}, "boxes_left_out": {}}
-    truth, found = load(coco, output / "results.json")
-    assert sorted(one["annotation_id"] for one in found.anns.values()) == sorted(truth.anns)
-    for one in found.anns.values():
+    truth, predicted = load(coco, output / "results.json")
+    assert sorted(one["annotation_id"] for one in predicted.anns.values()) == sorted(truth.anns)
+    for one in predicted.anns.values():
         annotated = truth.anns[one["annotation_id"]]
         assert one["image_id"] == annotated["image_id"]
         assert one["bbox"] == pytest.approx(annotated["bbox"], abs=1e-5)
-        assert found.annToMask(one).shape == truth.annToMask(annotated).shape
+        assert predicted.annToMask(one).shape == truth.annToMask(annotated).shape
         assert isinstance(one["score"], float) and "detector_score" not in one
     assert sorted(path.name for path in output.iterdir()) == [".lock", "results.json"]
 
 
 def test_detections_keep_class_and_score(coco: Path, tmp_path: Path) -> None:
-    (tmp_path / "found.json").write_text(json.dumps(FOUND))
-    words = ("--images", coco.parent, "--annotations", coco, "--boxes", tmp_path / "found.json")
-    predict(tmp_path / "out", *words)
+    results = tmp_path / "detections.json"
+    results.write_text(json.dumps(DETECTIONS))
+    flags = ("--images", coco.parent, "--annotations", coco, "--boxes", results)
+    predict(tmp_path / "out", *flags)
     rows = rows_of(tmp_path / "out")
     assert [(row["image_id"], row["category_id"], row["detector_score"]) for row in rows] == [
         (10, 3, 0.5),
         (12, 2, 0.75),
     ]
     assert [row["bbox"] for row in rows] == [[5, 6, 30, 25], [3, 4, 20, 21]]
-    assert predict(tmp_path / "out", *words, "--min_score", 0.6)["masks"] == 1
+    assert predict(tmp_path / "out", *flags, "--min_score", 0.6)["masks"] == 1
 
 
 def test_a_folder_gets_ids_and_pictures(coco: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     boxes = ("--box", "2,3,30,31", "--box", "10,10,20,20")
     predict(output, "--images", coco.parent, *boxes, "--masks", "--overlays")
-    listed, found = load(output / "images.json", output / "results.json")
+    listed, predicted = load(output / "images.json", output / "results.json")
     assert [image["file_name"] for image in listed.imgs.values()] == [
         f"image_{k}.png" for k in range(4)
     ]
-    assert [one["bbox"] for one in found.anns.values()] == [[2, 3, 28, 28], [10, 10, 10, 10]] * 4
+    assert [one["bbox"] for one in predicted.anns.values()] == [
+        [2, 3, 28, 28],
+        [10, 10, 10, 10],
+    ] * 4
     for image_id, image in listed.imgs.items():
         labels = np.array(Image.open(output / "masks" / image["file_name"]))
         first, second = (
-            found.annToMask(one) > 0 for one in found.loadAnns(found.getAnnIds([image_id]))
+            predicted.annToMask(one) > 0
+            for one in predicted.loadAnns(predicted.getAnnIds([image_id]))
         )
         drawn = sorted([(first.sum(), 1), (second.sum(), 2)], reverse=True)
         expected = np.zeros_like(labels)
@@ -116,8 +121,8 @@ def test_without_boxes_masks_are_automatic(
     assert "no mask was found" in capsys.readouterr().err
     # The tiny model's heads for points are not trained: with any threshold, nothing is left.
     low = (*few, "--pred_iou_thresh", -10, "--stability_score_thresh", 0)
-    words = ("--images", coco.parent, "--annotations", coco, "--automatic")
-    assert predict(tmp_path / "some", *words, *low, "--overlays")["masks"] > 0
+    flags = ("--images", coco.parent, "--annotations", coco, "--automatic")
+    assert predict(tmp_path / "some", *flags, *low, "--overlays")["masks"] > 0
     for row in rows_of(tmp_path / "some"):
         assert row["category_id"] == 0 and 0 <= row["stability_score"] <= 1
 
@@ -128,29 +133,29 @@ def test_bad_images_are_refused_or_left_out(
     (coco.parent / "image_1.png").unlink()
     broken = coco.parent / "image_2.png"
     content = bytearray(broken.read_bytes())
-    content[60:90] = bytes(30)  # it has its head and its end still
+    content[60:90] = bytes(30)  # header and end are intact
     broken.write_bytes(content)
-    words = ("--images", coco.parent, "--annotations", coco)
+    flags = ("--images", coco.parent, "--annotations", coco)
     skip = ("--on_bad_image", "skip")
-    counts = predict(tmp_path / "out", *words, *skip)
+    counts = predict(tmp_path / "out", *flags, *skip)
     assert (counts["images"], list(counts["images_left_out"])) == (2, ["image_2.png"])
-    said = capsys.readouterr().err
-    assert "left out: image_1.png: there is no such image file" in said
-    assert "image_2.png is broken" in said
+    warnings = capsys.readouterr().err
+    assert "left out: image_1.png: there is no such image file" in warnings
+    assert "image_2.png is broken" in warnings
     assert {row["image_id"] for row in rows_of(tmp_path / "out")} == {10, 13}
     with pytest.raises(ValueError, match=r"1 of 4 images cannot be read \(image_1.png"):
-        predict(tmp_path / "none", *words)
+        predict(tmp_path / "none", *flags)
     assert not (tmp_path / "none").exists()
     (coco.parent / "image_1.png").write_bytes((coco.parent / "image_0.png").read_bytes())
     with pytest.raises(ValueError, match="image_2.png is broken"):
-        predict(tmp_path / "other", *words)
+        predict(tmp_path / "other", *flags)
     assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
 
 
 def test_an_earlier_result_stays_until_the_new_one_is_whole(coco: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    words = ("--images", coco.parent, "--annotations", coco, "--num_workers", 0)
-    predict(output, *words)
+    flags = ("--images", coco.parent, "--annotations", coco, "--num_workers", 0)
+    predict(output, *flags)
     before = (output / "results.json").read_bytes()
     calls = []
 
@@ -162,7 +167,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(coco: Path, tmp_path
 
     with mock.patch.object(BoxPredictor, "predict", fail_at_the_third):
         with pytest.raises(ConfigError, match=r"cannot be written \(No space left"):
-            predict(output, *words)
+            predict(output, *flags)
     assert (output / "results.json").read_bytes() == before
     assert not list(output.glob(".*.part"))
 
@@ -188,8 +193,8 @@ def test_a_killed_run_leaves_no_half_file(coco: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in output.iterdir()) == [".lock", "images.json", "results.json"]
 
 
-Words = Callable[[Path, Path], list[object]]  # of the annotation file and an empty folder
-REFUSALS: dict[str, tuple[Words, str]] = {
+Flags = Callable[[Path, Path], list[object]]  # from annotation file, empty folder
+REFUSALS: dict[str, tuple[Flags, str]] = {
     "checkpoint": (
         lambda coco, empty: ["--checkpoint", "none.ckpt", "--images", coco.parent],
         "there is no file none.ckpt",
@@ -248,25 +253,27 @@ REFUSALS: dict[str, tuple[Words, str]] = {
 def test_wrong_input_is_one_paragraph_and_exit_code_2(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    words, said = REFUSALS[case]
-    (coco.parent / "r.json").write_text(json.dumps([{**FOUND[0], "image_id": 99}]))
+    flags, message = REFUSALS[case]
+    (coco.parent / "r.json").write_text(json.dumps([{**DETECTIONS[0], "image_id": 99}]))
     (tmp_path / "empty").mkdir()
-    own = ["--checkpoint", PACKAGED_TINY, "--output_dir", tmp_path / "out"]
+    required = ["--checkpoint", PACKAGED_TINY, "--output_dir", tmp_path / "out"]
     with mock.patch("torch.cuda.is_available", return_value=False):
-        code = run_command(main, [str(w) for w in (*own, *words(coco, tmp_path / "empty"))])
+        code = run_command(
+            main, [str(flag) for flag in (*required, *flags(coco, tmp_path / "empty"))]
+        )
     error = capsys.readouterr().err
     assert code == 2
-    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-def test_what_is_read_is_never_written_over(coco: Path, tmp_path: Path) -> None:
+def test_input_files_are_never_overwritten(coco: Path, tmp_path: Path) -> None:
     results = coco.parent / "results.json"
-    results.write_text(json.dumps(FOUND))
-    words = ("--images", coco.parent, "--annotations", coco, "--boxes", results)
-    with pytest.raises(ConfigError, match="would be written over"):
-        predict(coco.parent, *words)
+    results.write_text(json.dumps(DETECTIONS))
+    flags = ("--images", coco.parent, "--annotations", coco, "--boxes", results)
+    with pytest.raises(ConfigError, match="would be overwritten"):
+        predict(coco.parent, *flags)
     shutil.move(results, tmp_path / "results.json")
-    assert predict(coco.parent, *words[:-1], tmp_path / "results.json")["masks"] == 2
+    assert predict(coco.parent, *flags[:-1], tmp_path / "results.json")["masks"] == 2
 
 
 def test_under_torchrun_it_refuses(coco: Path, tmp_path: Path) -> None:

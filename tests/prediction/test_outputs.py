@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from samft.coco.segmentation import CroppedMask
 from samft.prediction.inputs import ImageList
 from samft.prediction.outputs import (
-    Pictures,
+    PictureWriter,
     ResultsWriter,
     picture_names,
     result_row,
@@ -27,10 +27,10 @@ SIZE = (20, 30)
 CROP = CroppedMask(3, 5, np.tril(np.ones((6, 8), bool)))
 
 
-def a_row(image_id: int = 4) -> dict[str, Any]:
-    words = {"image_id": image_id, "category_id": 1, "annotation_id": 9}
+def example_row(image_id: int = 4) -> dict[str, Any]:
+    fields = {"image_id": image_id, "category_id": 1, "annotation_id": 9}
     box = (5.5, 3.25, 13.75, 9.0)
-    return result_row(CROP, box_original=box, size=SIZE, score=0.5, words=words)
+    return result_row(CROP, box_original=box, size=SIZE, score=0.5, fields=fields)
 
 
 def write_rows(rows: list[dict[str, Any]]) -> bytes:
@@ -43,8 +43,8 @@ def write_rows(rows: list[dict[str, Any]]) -> bytes:
     return file.getvalue()
 
 
-def test_a_row_is_a_box_a_mask_and_words() -> None:
-    row = a_row()
+def test_a_result_has_box_mask_score_and_fields() -> None:
+    row = example_row()
     segmentation = row.pop("segmentation")
     assert row == {
         "image_id": 4,
@@ -58,15 +58,15 @@ def test_a_row_is_a_box_a_mask_and_words() -> None:
     assert (mask_utils.decode(segmentation) == whole).all()
 
 
-def test_a_box_is_what_its_file_said() -> None:
+def test_bbox_is_rounded_back_to_the_given_numbers() -> None:
     x, width = 10.1, 20.2
-    row = result_row(CROP, box_original=(x, 0, x + width, 1), size=SIZE, score=0, words={})
+    row = result_row(CROP, box_original=(x, 0, x + width, 1), size=SIZE, score=0, fields={})
     assert row["bbox"] == [10.1, 0, 20.2, 1]  # and not 20.200000000000003
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_the_file_is_a_json_list(count: int) -> None:
-    rows = [a_row(k) for k in range(count)]
+    rows = [example_row(k) for k in range(count)]
     assert json.loads(write_rows(rows)) == rows
 
 
@@ -79,22 +79,22 @@ def test_pycocotools_reads_results_of_listed_images(tmp_path: Path) -> None:
         bad={},
     )
     write_images_json(tmp_path / "images.json", images, [0, 2])
-    (tmp_path / "results.json").write_bytes(write_rows([a_row(4), a_row(6)]))
+    (tmp_path / "results.json").write_bytes(write_rows([example_row(4), example_row(6)]))
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(tmp_path / "images.json"))
-        found = coco.loadRes(str(tmp_path / "results.json"))
+        results = coco.loadRes(str(tmp_path / "results.json"))
     assert [coco.imgs[key]["file_name"] for key in coco.getImgIds()] == ["a.png", "c.png"]
-    assert [(one["image_id"], one["annotation_id"]) for one in found.anns.values()] == [
+    assert [(one["image_id"], one["annotation_id"]) for one in results.anns.values()] == [
         (4, 9),
         (6, 9),
     ]
-    assert found.annToMask(found.anns[1]).sum() == CROP.mask.sum()
+    assert results.annToMask(results.anns[1]).sum() == CROP.mask.sum()
 
 
-def test_pictures_are_called_like_their_images_and_no_two_alike() -> None:
+def test_picture_names_are_unique_and_stay_in_the_folder() -> None:
     names = ["a.png", "a.jpg", "A.bmp", "sub/b.x.png", "/else/where/c.png", "../d.png", "e\n.png"]
-    found = picture_names(names, np.arange(1, 8))
-    assert found == ["a-1", "a-2", "A-3", "sub/b.x", "c", "d", "e_"]
+    unique = picture_names(names, np.arange(1, 8))
+    assert unique == ["a-1", "a-2", "A-3", "sub/b.x", "c", "d", "e_"]
     assert picture_names(["a-2.png", "a.png", "a.jpg"], np.array([1, 2, 3])) == [
         "a-2",
         "a-2_",
@@ -106,7 +106,7 @@ def test_pictures_are_called_like_their_images_and_no_two_alike() -> None:
 def test_label_images_are_read_back(tmp_path: Path, num_masks: int) -> None:
     masks = [CroppedMask(k // 20, k % 20, np.ones((1, 1), bool)) for k in range(num_masks)]
     image = np.full((20, 30, 3), 90, np.uint8)
-    pictures = Pictures(tmp_path, masks=True, overlays=True)
+    pictures = PictureWriter(tmp_path, masks=True, overlays=True)
     pictures.write("sub/a", image, masks, boxes=np.zeros((0, 4)))
     labels = np.array(Image.open(tmp_path / "masks" / "sub" / "a.png"))
     assert labels.dtype == (np.uint16 if num_masks > 255 else np.uint8)
@@ -118,6 +118,6 @@ def test_label_images_are_read_back(tmp_path: Path, num_masks: int) -> None:
 
 
 def test_no_pictures_by_default(tmp_path: Path) -> None:
-    pictures = Pictures(tmp_path)
+    pictures = PictureWriter(tmp_path)
     pictures.write("a", np.zeros((4, 4, 3), np.uint8), [CROP], boxes=np.zeros((0, 4)))
     assert not pictures and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Masks equal stock's, one encoder pass an image; images are read ahead and never all at once."""
+"""Masks equal `SamPredictor`'s; each image is encoded once; reading ahead is bounded."""
 
 import os
 import threading
@@ -18,14 +18,15 @@ from samft.errors import TrainingError
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, load_sam, load_state, open_checkpoint, read_state
 from samft.models.weights import PACKAGED_TINY
-from samft.prediction.inputs import Task, find_task
+from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.predictors import (
     AutomaticPredictor,
     BoxPredictor,
     PredictedMask,
     PreparedImage,
+    choose_points_per_batch,
+    map_in_threads,
     predict_images,
-    work_ahead,
 )
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
@@ -52,15 +53,19 @@ def predictor_of(path: Path) -> BoxPredictor:
     return BoxPredictor(PromptedSam(sam), resize_mode=resize_mode)
 
 
-def compare_with_stock(path: Path, task: Task, rows: list[int]) -> tuple[float, int, float]:
+def compare_with_stock(
+    path: Path, task: PredictionTask, rows: list[int]
+) -> tuple[float, int, float]:
     """Share of equal pixels, of the worst image; masks compared; largest difference of scores."""
     stock = SamPredictor(load_sam(path))
-    todo = todo_of(task, rows)
+    inputs = inputs_of(task, rows)
     shares, count, gap = [], 0, 0.0
-    for (image, boxes), found in zip(todo, predict(predictor_of(path), todo), strict=True):
+    for (image, boxes), masks_of_image in zip(
+        inputs, predict(predictor_of(path), inputs), strict=True
+    ):
         stock.set_image(read_image(image))
         equal = []
-        for box, predicted in zip(boxes, found, strict=True):
+        for box, predicted in zip(boxes, masks_of_image, strict=True):
             masks, scores, _ = stock.predict(box=box, multimask_output=False)
             equal.append((on_canvas(predicted.mask, masks[0].shape) == masks[0]).mean())
             gap = max(gap, abs(predicted.iou_predicted - float(scores[0])))
@@ -69,17 +74,17 @@ def compare_with_stock(path: Path, task: Task, rows: list[int]) -> tuple[float, 
     return min(shares), count, gap
 
 
-def todo_of(task: Task, rows: list[int]) -> list[tuple[Path, np.ndarray]]:
+def inputs_of(task: PredictionTask, rows: list[int]) -> list[tuple[Path, np.ndarray]]:
     return [(task.images.paths[row], task.boxes_of(row)) for row in rows]
 
 
 def predict(
-    predictor: BoxPredictor, todo: list[tuple[Path, np.ndarray]], *, num_workers: int = 1
+    predictor: BoxPredictor, inputs: list[tuple[Path, np.ndarray]], *, num_workers: int = 1
 ) -> Iterator[list[PredictedMask]]:
     """The masks of each image; no image may be broken."""
-    for found in predict_images(predictor, todo, take_all, num_workers=num_workers):
-        assert not isinstance(found, ImageError)
-        yield found
+    for masks in predict_images(predictor, inputs, take_all, num_workers=num_workers):
+        assert not isinstance(masks, ImageError)
+        yield masks
 
 
 def take_all(
@@ -104,11 +109,11 @@ FLAKES = ("hbn_flakes/valid", "hbn_flakes/valid/_annotations.coco.json")
         pytest.param(FLAKES, 1024, 20, marks=slow),
     ],
 )
-def test_masks_of_real_images_are_stocks(
+def test_masks_of_real_images_equal_sam_predictors(
     data_root: Path, tmp_path: Path, data: tuple[str, str], image_size: int, num_images: int
 ) -> None:
     folder, annotations = data
-    task = find_task([data_root / folder], annotations=data_root / annotations)
+    task = build_task([data_root / folder], annotations=data_root / annotations)
     # In a quick test the image of fewest objects; a slow one takes images from all over.
     few = sorted(task.rows, key=lambda row: len(task.boxes_of(row)))
     spread = np.linspace(0, len(task.rows) - 1, num_images).astype(int)
@@ -120,10 +125,10 @@ def test_masks_of_real_images_are_stocks(
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> PredictionTask:
     """Five small images with 1, 4, 2, 7, 3 boxes."""
     annotations = write_coco(tmp_path_factory.mktemp("data"), 5)
-    return find_task([annotations.parent], annotations=annotations)
+    return build_task([annotations.parent], annotations=annotations)
 
 
 @pytest.fixture(scope="module")
@@ -131,23 +136,27 @@ def tiny() -> BoxPredictor:
     return predictor_of(PACKAGED_TINY)
 
 
-def test_masks_of_drawn_images_are_stocks_in_any_chunk(drawn: Task) -> None:
+def test_masks_equal_sam_predictors_for_any_chunk_size(drawn: PredictionTask) -> None:
     with mock.patch("samft.prediction.predictors.MASK_CHUNK", 3):
         share, count, gap = compare_with_stock(PACKAGED_TINY, drawn, drawn.rows)
     assert (count, share >= 0.999, gap < 1e-4) == (17, True, True)
 
 
-def test_each_image_is_encoded_once(drawn: Task, tiny: BoxPredictor) -> None:
+def test_each_image_is_encoded_once(drawn: PredictionTask, tiny: BoxPredictor) -> None:
     encoder = tiny.model.sam.image_encoder
     with mock.patch.object(encoder, "forward", wraps=encoder.forward) as encode:
-        counts = [len(masks) for masks in predict(tiny, todo_of(drawn, drawn.rows), num_workers=0)]
+        counts = [
+            len(masks) for masks in predict(tiny, inputs_of(drawn, drawn.rows), num_workers=0)
+        ]
     assert counts == [1, 4, 2, 7, 3]
     assert encode.call_count == 5
 
 
-def test_images_side_by_side_have_the_same_masks(drawn: Task, tiny: BoxPredictor) -> None:
-    todo = todo_of(drawn, drawn.rows)
-    alone = list(predict(tiny, todo, num_workers=0))
+def test_images_predicted_in_parallel_have_the_same_masks(
+    drawn: PredictionTask, tiny: BoxPredictor
+) -> None:
+    inputs = inputs_of(drawn, drawn.rows)
+    alone = list(predict(tiny, inputs, num_workers=0))
     names, counts = set(), set()
 
     def finish(k: int, prepared: PreparedImage, masks: Iterator[PredictedMask]) -> object:
@@ -157,19 +166,19 @@ def test_images_side_by_side_have_the_same_masks(drawn: Task, tiny: BoxPredictor
 
     torch.set_num_threads(4)
     try:
-        found = list(predict_images(tiny, todo, finish, num_workers=4))
+        parallel = list(predict_images(tiny, inputs, finish, num_workers=4))
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(1)
     assert threading.current_thread().name not in names and len(names) <= 2
     assert counts == {2}
-    for one, masks in zip(found, alone, strict=True):
+    for one, masks in zip(parallel, alone, strict=True):
         assert [mask for mask, _ in one] == [mask.mask.mask.tobytes() for mask in masks]
         scores = [mask.iou_predicted for mask in masks]
         assert [score for _, score in one] == pytest.approx(scores, abs=1e-5)
 
 
-def test_squash_is_how_the_model_was_tuned(drawn: Task, tiny: BoxPredictor) -> None:
+def test_squash_resizes_as_in_training(drawn: PredictionTask, tiny: BoxPredictor) -> None:
     squashing = BoxPredictor(tiny.model, resize_mode="squash")
     image = read_image(drawn.images.paths[0])
     assert image.shape[:2] == (48, 64)
@@ -177,7 +186,7 @@ def test_squash_is_how_the_model_was_tuned(drawn: Task, tiny: BoxPredictor) -> N
     assert frame is not None and frame.input_size == (256, 256)
 
 
-def test_bf16_gives_nearly_the_same_masks(drawn: Task, tiny: BoxPredictor) -> None:
+def test_bf16_gives_nearly_the_same_masks(drawn: PredictionTask, tiny: BoxPredictor) -> None:
     half = BoxPredictor(tiny.model, amp_dtype=torch.bfloat16)
     prepared = tiny.prepare(read_image(drawn.images.paths[3]))
     boxes = drawn.boxes_of(3)
@@ -190,24 +199,24 @@ def test_bf16_gives_nearly_the_same_masks(drawn: Task, tiny: BoxPredictor) -> No
     assert any(one != other for one, other in scores)  # or it was not bfloat16
 
 
-def test_an_image_that_breaks_off_is_an_answer(
-    drawn: Task, tiny: BoxPredictor, tmp_path: Path
+def test_a_truncated_image_yields_its_error(
+    drawn: PredictionTask, tiny: BoxPredictor, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(drawn.images.paths[0].read_bytes()[:200])
-    good = todo_of(drawn, drawn.rows)
-    todo = [good[0], (broken, np.zeros((0, 4))), good[1]]
-    found = list(predict_images(tiny, todo, take_all, num_workers=2))
-    assert [isinstance(one, ImageError) for one in found] == [False, True, False]
+    good = inputs_of(drawn, drawn.rows)
+    inputs = [good[0], (broken, np.zeros((0, 4))), good[1]]
+    results = list(predict_images(tiny, inputs, take_all, num_workers=2))
+    assert [isinstance(one, ImageError) for one in results] == [False, True, False]
 
 
-def test_memory_that_is_not_enough_is_said(drawn: Task, tiny: BoxPredictor) -> None:
+def test_out_of_memory_names_the_image(drawn: PredictionTask, tiny: BoxPredictor) -> None:
     with mock.patch.object(tiny.model, "decode", side_effect=torch.OutOfMemoryError):
         with pytest.raises(TrainingError, match=r"not enough memory for .*image_0.png"):
-            list(predict(tiny, todo_of(drawn, [0])))
+            list(predict(tiny, inputs_of(drawn, [0])))
 
 
-def test_no_more_is_done_ahead_than_there_are_threads() -> None:
+def test_reading_ahead_is_bounded_by_the_number_of_threads() -> None:
     loading = threading.Semaphore(0)
     started: list[int] = []
 
@@ -216,35 +225,41 @@ def test_no_more_is_done_ahead_than_there_are_threads() -> None:
         loading.release()
         return item * item
 
-    found: Iterator[int] = work_ahead(range(50), load, num_workers=3)
+    results: Iterator[int] = map_in_threads(load, range(50), num_workers=3)
     for k in range(50):
-        assert next(found) == k * k
+        assert next(results) == k * k
         for _ in range(4 if k == 0 else int(k < 47)):
             assert loading.acquire(timeout=30)
         assert len(started) == min(k + 4, 50)
 
 
-def test_what_a_thread_raises_is_raised() -> None:
+def test_an_exception_in_a_thread_is_raised() -> None:
     def load(item: int) -> int:
         return 1 // item
 
-    found = work_ahead([1, 0], load, num_workers=1)
-    assert next(found) == 1
+    results = map_in_threads(load, [1, 0], num_workers=1)
+    assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
-        next(found)
+        next(results)
 
 
-def test_automatic_masks_are_the_generators(drawn: Task, tiny: BoxPredictor) -> None:
+def test_automatic_masks_equal_the_generators(drawn: PredictionTask, tiny: BoxPredictor) -> None:
     # The tiny model's heads for points are not trained: with stock's thresholds nothing is left.
     options = {"points_per_side": 3, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0}
     automatic = AutomaticPredictor(tiny.model, **options)
     image = read_image(drawn.images.paths[3])
     expected = automatic.generator.generate(image)
-    found = list(automatic.predict(automatic.prepare(image), np.zeros((0, 4))))
-    assert len(found) == len(expected) > 0
-    for one, stock in zip(found, expected, strict=True):
+    masks = list(automatic.predict(automatic.prepare(image), np.zeros((0, 4))))
+    assert len(masks) == len(expected) > 0
+    for one, stock in zip(masks, expected, strict=True):
         assert int(one.mask.mask.sum()) == stock["area"]
         assert one.iou_predicted == stock["predicted_iou"]
-        assert one.words == {"stability_score": stock["stability_score"]}
+        assert one.extra_fields == {"stability_score": stock["stability_score"]}
         x0, y0, x1, y1 = one.box_original
         assert [x0, y0, x1 - x0, y1 - y0] == stock["bbox"]
+
+
+def test_large_images_have_fewer_points_per_batch() -> None:
+    assert choose_points_per_batch((480, 640)) == choose_points_per_batch((1024, 1024)) == 64
+    assert choose_points_per_batch((2048, 2048)) == 16
+    assert choose_points_per_batch((20_000, 8_000)) == 1

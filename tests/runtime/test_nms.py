@@ -1,16 +1,18 @@
-"""The stock generator with or without torchvision's operators, in bounded memory."""
+"""Our own non-maximum suppression, for where torchvision's operator does not load."""
+
+from types import ModuleType
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor
 
-from samft.prediction.predictors import non_maximum_suppression, points_at_once
-from samft.runtime.torchvision_compat import LIBRARY
+from samft.runtime import torchvision_compat
+from samft.runtime.torchvision_compat import LIBRARY, non_maximum_suppression, replace_missing_nms
 
 
 def slow_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[int]:
-    """By the definition, pair after pair."""
+    """The definition, pair by pair."""
 
     def iou(one: list[float], other: list[float]) -> float:
         width = min(one[2], other[2]) - max(one[0], other[0])
@@ -33,7 +35,7 @@ def random_boxes(count: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("count", [0, 1, 120])
 @pytest.mark.parametrize("threshold", [0.3, 0.7])
-def test_suppression_is_by_the_definition(count: int, threshold: float) -> None:
+def test_suppression_follows_the_definition(count: int, threshold: float) -> None:
     boxes, scores = random_boxes(count)
     kept = non_maximum_suppression(boxes, scores, threshold).tolist()
     assert kept == slow_nms(boxes, scores, threshold)
@@ -41,7 +43,7 @@ def test_suppression_is_by_the_definition(count: int, threshold: float) -> None:
 
 
 @pytest.mark.skipif(LIBRARY is not None, reason="torchvision's operators do not load here")
-def test_suppression_is_torchvisions() -> None:
+def test_suppression_equals_torchvisions() -> None:
     boxes, scores = random_boxes(500)
     expected = torchvision.ops.nms(boxes, scores, 0.7)
     assert torch.equal(non_maximum_suppression(boxes, scores, 0.7), expected)
@@ -52,7 +54,17 @@ def test_of_two_equal_boxes_the_better_stays() -> None:
     assert non_maximum_suppression(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist() == [1, 2]
 
 
-def test_large_images_have_fewer_points_at_once() -> None:
-    assert points_at_once((480, 640)) == points_at_once((1024, 1024)) == 64
-    assert points_at_once((2048, 2048)) == 16
-    assert points_at_once((20_000, 8_000)) == 1
+@pytest.mark.parametrize("operators_load", [True, False])
+def test_only_a_missing_nms_is_replaced(
+    operators_load: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision_compat, "LIBRARY", None if operators_load else object())
+    module = ModuleType("mask_generator")
+    original = vars(module)["batched_nms"] = torchvision.ops.boxes.batched_nms
+    replace_missing_nms(module)
+    replaced = vars(module)["batched_nms"]
+    assert (replaced is original) == operators_load
+    if not operators_load:
+        boxes, scores = random_boxes(50)
+        kept = replaced(boxes, scores, torch.zeros(50), iou_threshold=0.7)
+        assert kept.tolist() == slow_nms(boxes, scores, 0.7)

@@ -15,10 +15,10 @@ from samft.errors import DataError
 from samft.prediction.inputs import (
     ImageList,
     annotated_boxes,
-    boxes_everywhere,
+    build_task,
     detected_boxes,
-    find_task,
     read_coco_images,
+    repeat_boxes,
 )
 
 
@@ -28,7 +28,7 @@ def coco(tmp_path: Path) -> Path:
     return write_coco(tmp_path, 3)
 
 
-def change(path: Path, entries: list[dict[str, Any]]) -> Path:
+def write_annotations(path: Path, entries: list[dict[str, Any]]) -> Path:
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "annotations": entries}))
     return path
@@ -49,17 +49,17 @@ def detection(image_id: int = 10, **fields: Any) -> dict[str, Any]:
 
 
 def test_annotated_boxes_are_those_of_validation(coco: Path) -> None:
-    task = find_task([coco.parent], annotations=coco)
+    task = build_task([coco.parent], annotations=coco)
     dataset = Coco2MaskDataset(coco.parent, coco, image_size=64)
     for row, sample in enumerate(dataset):  # type: ignore[arg-type]
         frame = dataset.frame(sample.original_size)
         expected = boxes_to_original(sample.boxes.numpy(), frame)
         np.testing.assert_allclose(task.boxes_of(row), expected, atol=1e-4)
-        ids = [task.describe(row, k)["annotation_id"] for k in range(len(expected))]
+        ids = [task.result_fields(row, k)["annotation_id"] for k in range(len(expected))]
         assert ids == sample.object_ids.tolist()
 
 
-def test_boxes_without_masks_are_boxes_still(coco: Path) -> None:
+def test_objects_without_masks_have_their_bbox(coco: Path) -> None:
     whole = json.loads(coco.read_text())["annotations"]
     bare = [{k: v for k, v in entry.items() if k != "segmentation"} for entry in whole]
     bare += [
@@ -71,8 +71,8 @@ def test_boxes_without_masks_are_boxes_still(coco: Path) -> None:
         {**bare[0]},  # the same id again
         {**whole[1], "id": 60, "segmentation": []},
     ]
-    _, file = read_coco_images(change(coco, [whole[0], *bare[1:]]), coco.parent)
-    boxes = annotated_boxes(coco, file)
+    _, index = read_coco_images(write_annotations(coco, [whole[0], *bare[1:]]), coco.parent)
+    boxes = annotated_boxes(coco, index)
     assert boxes.annotation_ids.tolist() == [1, 2, 3, 4, 5, 60, 6, 7]
     assert boxes.rows.tolist() == [0, 1, 1, 1, 1, 1, 2, 2]
     assert boxes.category_ids.tolist() == [1] * 8
@@ -83,13 +83,13 @@ def test_boxes_without_masks_are_boxes_still(coco: Path) -> None:
 
 def test_an_object_without_an_id_has_none(coco: Path) -> None:
     entry = {"image_id": 10, "category_id": 1, "bbox": [1, 2, 3, 4]}
-    _, file = read_coco_images(change(coco, [entry]), coco.parent)
-    boxes = annotated_boxes(coco, file)
+    _, index = read_coco_images(write_annotations(coco, [entry]), coco.parent)
+    boxes = annotated_boxes(coco, index)
     assert (boxes.annotation_ids.tolist(), len(boxes)) == ([NO_ID], 1)
 
 
-def test_a_given_box_is_in_every_image(coco: Path) -> None:
-    boxes = boxes_everywhere([[1, 2, 30, 40], [0, 0, 40, 40.5]], images_of(coco), 1)
+def test_given_boxes_are_repeated_in_every_image(coco: Path) -> None:
+    boxes = repeat_boxes([[1, 2, 30, 40], [0, 0, 40, 40.5]], images_of(coco), 1)
     assert boxes.rows.tolist() == [0, 0, 1, 1, 2, 2]
     assert boxes.boxes_original[4:].tolist() == [[1, 2, 30, 40], [0, 0, 40, 40.5]]
 
@@ -99,18 +99,18 @@ def test_a_given_box_is_in_every_image(coco: Path) -> None:
 )
 def test_a_given_box_outside_is_refused(coco: Path, box: list[float]) -> None:
     with pytest.raises(DataError, match=r"lies outside of image_\d.png, which is \d+ x \d+ px"):
-        boxes_everywhere([box], images_of(coco), 1)
+        repeat_boxes([box], images_of(coco), 1)
 
 
 def test_detections_are_grouped_by_image_and_filtered_by_score(coco: Path) -> None:
-    found = [
+    detections = [
         detection(12, score=0.9),
         detection(10, score=0.1),
         detection(10, score=0.3, bbox=[-2, 1.5, 10, 10]),
         detection(10, bbox=[1, 1, 0, 4]),
         {"image_id": "12", "bbox": [1, 2, 3, 4]},
     ]
-    boxes = detected_boxes(write_results(coco.parent, found), images_of(coco), min_score=0.2)
+    boxes = detected_boxes(write_results(coco.parent, detections), images_of(coco), min_score=0.2)
     assert boxes.rows.tolist() == [0, 2, 2]
     assert boxes.boxes_original[0].tolist() == [-2, 1.5, 8, 11.5]
     assert boxes.category_ids.tolist() == [3, 3, 0]
@@ -120,7 +120,7 @@ def test_detections_are_grouped_by_image_and_filtered_by_score(coco: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("entries", "words"),
+    ("entries", "message"),
     [
         ([detection(), detection(99)], "of the 2 boxes in .*, 1 are of images that the annotation"),
         ([detection(bbox=[64, 1, 5, 5])], "places outside of their images .*image_0.png"),
@@ -131,21 +131,23 @@ def test_detections_are_grouped_by_image_and_filtered_by_score(coco: Path) -> No
         ('[{"image_id": 10, "bbox": [1, 2, NaN, 3]}]', "no COCO results file"),
     ],
 )
-def test_results_of_something_else_are_refused(coco: Path, entries: Any, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+def test_other_files_and_results_of_other_images_are_refused(
+    coco: Path, entries: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
         detected_boxes(write_results(coco.parent, entries), images_of(coco))
 
 
-def test_results_that_are_absent_are_refused(coco: Path) -> None:
+def test_a_missing_results_file_is_refused(coco: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         detected_boxes(coco.parent / "absent.json", images_of(coco))
 
 
-def test_real_boxes_are_all_there(data_root: Path) -> None:
+def test_all_boxes_of_a_real_dataset_are_read(data_root: Path) -> None:
     folder = data_root / "hbn_flakes" / "test"
     annotations = folder / "_annotations.coco.json"
-    task = find_task([folder], annotations=annotations)
+    task = build_task([folder], annotations=annotations)
     entries = json.loads(annotations.read_text())["annotations"]
     assert task.boxes is not None
-    assert len(task.boxes) == len(entries) == 88  # one of which has no mask
+    assert len(task.boxes) == len(entries) == 88  # one object has no mask
     assert sorted(task.boxes.annotation_ids.tolist()) == sorted(entry["id"] for entry in entries)

@@ -1,6 +1,6 @@
-"""What a run says: log lines, metrics.jsonl, TensorBoard, a progress bar; rank 0 only.
+"""Log lines, metrics.jsonl, TensorBoard and the progress bar of a run. Imports no torch.
 
-`RunLog` of any other rank writes no file: it only warns and fails, with its rank in front.
+Files are written by rank 0 only. Other ranks log warnings and errors, with their rank in front.
 """
 
 import contextlib
@@ -9,45 +9,88 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from samft.errors import escape_paragraph
 from samft.runtime.files import write_text
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 LOGGER = logging.getLogger("samft")
-# What is said before train.log can be opened, because the folder may hold an earlier run's.
-_STARTUP_BUFFER = MemoryHandler(10_000, flushLevel=sys.maxsize, flushOnClose=False)
+GIB = 1 << 30
 
 
 class _Formatter(logging.Formatter):
-    # File names come from outside: none can forge a line of the log, or steer a terminal.
+    # A file name from outside must not forge a line of the log, or send codes to a terminal.
     def format(self, record: logging.LogRecord) -> str:
         return escape_paragraph(super().format(record))
 
 
-def start_logging(rank: int) -> None:
-    """Sends log lines to standard error; ranks other than 0 only warn and fail, named.
+class _StartupBuffer(MemoryHandler):
+    # Holds what is logged before `RunLog` opens train.log: the folder may still hold the files of
+    # an earlier run then, which are archived first.
+    def __init__(self) -> None:
+        super().__init__(10_000, flushLevel=sys.maxsize, flushOnClose=False)
+
+    def move_to(self, handler: logging.Handler) -> None:
+        """Hands everything held over to a handler, and holds no more."""
+        self.setTarget(handler)
+        self.flush()
+        logging.getLogger().removeHandler(self)
+
+
+@contextlib.contextmanager
+def logging_to_terminal(rank: int) -> Iterator[None]:
+    """Sends log lines and Python's warnings to standard error; undone when the block ends.
+
+    Ranks other than 0 show warnings and errors only, with their rank in front. The handlers of a
+    caller who has set up logging stay; if one of them writes to the terminal, none is added.
 
     Args:
         rank: This process's rank.
     """
-    logging.captureWarnings(True)
+    root, level, showwarning = logging.getLogger(), LOGGER.level, warnings.showwarning
     name = "" if rank == 0 else f"[rank {rank}] "
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
-    root = logging.getLogger()
-    _STARTUP_BUFFER.buffer.clear()
-    root.handlers = [handler, _STARTUP_BUFFER]
-    root.setLevel(logging.WARNING)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
+    handlers: list[logging.Handler] = [] if _logs_to_terminal(root) else [terminal]
+    if rank == 0:
+        handlers.append(_StartupBuffer())
+    for handler in handlers:
+        root.addHandler(handler)
     LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        if warnings.showwarning is not showwarning:
+            logging.captureWarnings(False)
+        LOGGER.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+
+
+def _logs_to_terminal(logger: logging.Logger) -> bool:
+    streams = (getattr(handler, "stream", None) for handler in logger.handlers)
+    return any(stream and stream in (sys.stdout, sys.stderr) for stream in streams)
+
+
+def start_logging(rank: int) -> None:
+    """Enters `logging_to_terminal` for the rest of the process."""
+    _ENTERED.append(logging_to_terminal(rank))
+    _ENTERED[-1].__enter__()
+
+
+_ENTERED: list[contextlib.AbstractContextManager[None]] = []
 
 
 def format_duration(seconds: float) -> str:
@@ -57,6 +100,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_gib(num_bytes: int) -> str:
+    """A number of bytes for a person."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
 @contextlib.contextmanager
 def _log_os_errors() -> Iterator[None]:
     # TensorBoard's files are a view of metrics.jsonl: no reason to end a run.
@@ -64,6 +112,13 @@ def _log_os_errors() -> Iterator[None]:
         yield
     except OSError as error:
         LOGGER.error("tensorboard/ cannot be written: %s", error.strerror)
+
+
+def _open_tensorboard(folder: Path, start_step: int) -> "SummaryWriter":
+    # It imports torch, which modules that only log, such as those of samft.coco, do without.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=start_step + 1)
 
 
 class RunLog:
@@ -92,16 +147,16 @@ class RunLog:
             return
         self._file = logging.FileHandler(folder / "train.log")
         self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
-        _STARTUP_BUFFER.setTarget(self._file)
-        _STARTUP_BUFFER.flush()
-        logging.getLogger().removeHandler(_STARTUP_BUFFER)
+        for handler in logging.getLogger().handlers[:]:
+            if isinstance(handler, _StartupBuffer):
+                handler.move_to(self._file)
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         logging.getLogger().addHandler(self._file)
-        self._forget_after(start_step)
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+        self._drop_records_after(start_step)
+        self.writer = _open_tensorboard(folder / "tensorboard", start_step)
 
-    def _forget_after(self, step: int) -> None:
+    def _drop_records_after(self, step: int) -> None:
         kept = [
             json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step
         ]
@@ -210,11 +265,3 @@ class RunLog:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
             self.writer = None
-
-
-def format_gib(num_bytes: int) -> str:
-    """A number of bytes for a person."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-GIB = 1 << 30

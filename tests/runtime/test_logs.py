@@ -17,18 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from samft.runtime.logs import LOGGER, RunLog, format_duration, start_logging
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level, own_level = root.handlers, root.level, LOGGER.level
-    yield
-    root.handlers = handlers
-    root.setLevel(level)
-    LOGGER.setLevel(own_level)
-    logging.captureWarnings(False)
+from samft.runtime.logs import LOGGER, RunLog, format_duration, logging_to_terminal
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -116,12 +105,12 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_the_log_file_has_what_was_logged_since_logging_began(tmp_path: Path) -> None:
     LOGGER.warning("too early")
-    start_logging(0)
-    LOGGER.info("before the file was opened")
-    with closing(RunLog(tmp_path, main=True, steps=9)):
-        LOGGER.info("in time")
-        LOGGER.debug("too fine")
-    LOGGER.info("too late")
+    with logging_to_terminal(0):
+        LOGGER.info("before the file was opened")
+        with closing(RunLog(tmp_path, main=True, steps=9)):
+            LOGGER.info("in time")
+            LOGGER.debug("too fine")
+        LOGGER.info("too late")
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert [line[24:] for line in lines] == ["before the file was opened", "in time"]
 
@@ -150,21 +139,78 @@ def test_the_bar_is_off_without_a_terminal(
 def test_other_ranks_only_warn_and_fail(
     rank: int, said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start_logging(rank)
-    LOGGER.info("note")
-    LOGGER.warning("careful")
-    LOGGER.error("broken")
-    logging.getLogger("another.library").info("chatter")
+    with logging_to_terminal(rank):
+        LOGGER.info("note")
+        LOGGER.warning("careful")
+        LOGGER.error("broken")
+        logging.getLogger("another.library").info("chatter")
     assert [line[9:] for line in capsys.readouterr().err.splitlines()] == said
 
 
 def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        start_logging(1)
-        warnings.warn("mind the step", stacklevel=1)
-        logging.captureWarnings(False)
+        with logging_to_terminal(1):
+            warnings.warn("mind the step", stacklevel=1)
     assert "[rank 1] " in (text := capsys.readouterr().err) and "mind the step" in text
+
+
+def logging_state() -> tuple[Any, ...]:
+    root = logging.getLogger()
+    return root.handlers[:], root.level, LOGGER.handlers[:], LOGGER.level, warnings.showwarning
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_logging_is_restored_when_the_block_ends_or_fails(tmp_path: Path, rank: int) -> None:
+    before = logging_state()
+    with logging_to_terminal(rank), closing(RunLog(tmp_path, main=rank == 0, steps=9)):
+        assert logging_state() != before
+    assert logging_state() == before
+    with pytest.raises(KeyError), logging_to_terminal(rank):
+        raise KeyError
+    assert logging_state() == before
+
+
+@pytest.fixture
+def root_handlers() -> Iterator[list[logging.Handler]]:
+    """The handlers of the root logger, which are as before after the test."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield root.handlers
+    root.handlers = before
+
+
+def test_handlers_of_the_caller_stay_and_get_the_lines(
+    tmp_path: Path, root_handlers: list[logging.Handler]
+) -> None:
+    own_log = logging.FileHandler(tmp_path / "own.log")
+    root_handlers.append(own_log)
+    with logging_to_terminal(0), closing(RunLog(tmp_path, main=True, steps=9)):
+        LOGGER.info("for both")
+    LOGGER.warning("afterwards")
+    own_log.close()
+    assert (tmp_path / "own.log").read_text() == "for both\nafterwards\n"
+    assert (tmp_path / "train.log").read_text().endswith(" for both\n")
+
+
+def test_a_caller_who_logs_to_the_terminal_sees_each_line_once(
+    capsys: pytest.CaptureFixture[str], root_handlers: list[logging.Handler]
+) -> None:
+    root_handlers.append(logging.StreamHandler())
+    with logging_to_terminal(0):
+        LOGGER.info("once")
+    assert capsys.readouterr().err == "once\n"
+
+
+def test_warnings_that_the_caller_logs_are_logged_afterwards_too() -> None:
+    logging.captureWarnings(True)
+    try:
+        captured = warnings.showwarning
+        with logging_to_terminal(0):
+            pass
+        assert warnings.showwarning is captured
+    finally:
+        logging.captureWarnings(False)
 
 
 @pytest.mark.parametrize(

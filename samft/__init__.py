@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samft.models.sam import load_sam
+    from samft.models.sam import build_sam, load_sam
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_sam"]
+__all__ = ["__version__", "build_sam", "load_sam"]
 
 
 def __getattr__(name: str) -> Any:
-    # `python -m samft.train --help` imports this file: torch must wait until it is asked for.
-    if name == "load_sam":
-        from samft.models.sam import load_sam
+    # `python -m samft.train --help` imports this file, and must answer without importing torch.
+    if name in ("build_sam", "load_sam"):
+        from samft.models import sam
 
-        return load_sam
+        return getattr(sam, name)
     raise AttributeError(f"module 'samft' has no attribute '{name}'")

@@ -1,6 +1,5 @@
 """PromptedSam: the module that is trained, and that DistributedDataParallel wraps."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,7 @@ from samft.coco.segmentation import CroppedMask
 from samft.models.chunked_loss import BoxDecoder, Inputs, auto_mask_chunk
 from samft.models.mask_decoder import Tensors, choose_decoder
 from samft.runtime.device import free_memory_bytes
-
-LOGGER = logging.getLogger(__name__)
+from samft.runtime.logs import LOGGER
 
 
 class PromptedSam(nn.Module):
@@ -26,13 +24,14 @@ class PromptedSam(nn.Module):
     Attributes:
         sam: The wrapped `segment_anything` model; its state dict is what is saved.
         decoder: `fast`, or `stock` for the package's own modules.
-        mask_chunk: Boxes decoded at once; None: as memory allows.
+        mask_chunk: Boxes decoded at once, as asked for; None: chosen by `boxes_at_once`.
     """
 
     def __init__(self, sam: Sam, *, decoder: str = "fast", mask_chunk: int | None = None) -> None:
         """Wraps a SAM without copying it."""
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
+        self._auto_mask_chunk: int | None = None
         self._known_pe: tuple[Tensor, int, Tensor] | None = None
 
     def preprocess(self, images: Tensor, input_sizes: Tensor | None) -> Tensor:
@@ -90,6 +89,7 @@ class PromptedSam(nn.Module):
         image_index: Tensor,
         *,
         points: Tensor | None = None,
+        mask_chunk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts the mask of each box, then of each single point, from image embeddings.
 
@@ -99,23 +99,31 @@ class PromptedSam(nn.Module):
             image_index: int64 [M + P], the image of each box and then of each point.
             points: float32 [P, 2], x y in pixels of the model frame, each inside of an object of
                 its own; the mask is the one that `multimask_output=False` gives.
+            mask_chunk: Boxes decoded at once, in this call; None: `boxes_at_once`.
 
         Returns:
             Mask logits [M + P, S/4, S/4] (positive inside the object) and predicted IoU [M + P].
         """
         prompted = self._prompted(embeddings, boxes, points)
-        return self._box_decoder(image_index).decode(prompted)
+        return self._box_decoder(image_index, mask_chunk or self.boxes_at_once()).decode(prompted)
 
-    def _box_decoder(self, image_index: Tensor) -> BoxDecoder:
-        if self.mask_chunk is None:  # once, so that steps add up in one order
+    def boxes_at_once(self) -> int:
+        """`mask_chunk`, or what fits into the memory that was free when this was first called.
+
+        The choice is kept: sums over boxes are then added up in the same order in all steps.
+        """
+        if self.mask_chunk is not None:
+            return self.mask_chunk
+        if self._auto_mask_chunk is None:
             device, num_values = self.sam.device, math.prod(self.embedding_shape)
             free = free_memory_bytes(device)
-            self.mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
-            LOGGER.info("mask_chunk auto: %d boxes decoded at once", self.mask_chunk)
+            self._auto_mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
+            LOGGER.info("mask_chunk auto: %d boxes decoded at once", self._auto_mask_chunk)
+        return self._auto_mask_chunk
+
+    def _box_decoder(self, image_index: Tensor, mask_chunk: int) -> BoxDecoder:
         module = self.sam.mask_decoder
-        return BoxDecoder(
-            module, choose_decoder(module, self.decoder), image_index, self.mask_chunk
-        )
+        return BoxDecoder(module, choose_decoder(module, self.decoder), image_index, mask_chunk)
 
     def _prompted(self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None) -> Inputs:
         prompt_encoder = self.sam.prompt_encoder
@@ -183,7 +191,8 @@ class PromptedSam(nn.Module):
             return loss(mask_logits, iou_predicted, targets=wanted, **sizes)
 
         gradient = boxes.new_ones(()) if gradient is None else gradient
-        inputs, decoder = self._prompted(embeddings, boxes), self._box_decoder(image_index)
+        inputs = self._prompted(embeddings, boxes)
+        decoder = self._box_decoder(image_index, self.boxes_at_once())
         return decoder.sum_losses(inputs, loss=loss_of, gradient=gradient)
 
 

@@ -103,6 +103,7 @@ class BoxPredictor:
         *,
         resize_mode: str = "pad",
         amp_dtype: torch.dtype | None = None,
+        mask_chunk: int | None = None,
     ) -> None:
         """Sets the number of boxes per chunk and of images at once for the model's device.
 
@@ -110,13 +111,16 @@ class BoxPredictor:
             model: On its device, in eval mode.
             resize_mode: The one that it was tuned with; `SamPredictor` always pads.
             amp_dtype: To autocast to; None: float32.
+            mask_chunk: Boxes decoded at once; None: the model's `mask_chunk`, and if that is None
+                as well, what is fastest on a CPU, or on a GPU what fits into its memory.
         """
         self.model, self.resize_mode, self.amp_dtype = model, resize_mode, amp_dtype
         on_cpu = model.sam.device.type == "cpu"
         self.images_at_once = _CPU_IMAGES_AT_ONCE if on_cpu else 1
-        if model.mask_chunk is None and on_cpu:
+        if mask_chunk is None and model.mask_chunk is None and on_cpu:
             fitting = _TOKEN_VALUES_PER_CHUNK // math.prod(model.embedding_shape)
-            model.mask_chunk = min(max(fitting, 1), MASK_CHUNK)
+            mask_chunk = min(max(fitting, 1), MASK_CHUNK)
+        self.mask_chunk = mask_chunk
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """See `Predictor`."""
@@ -142,7 +146,9 @@ class BoxPredictor:
             chunk = boxes[part].to(device)
             with self._autocast():
                 image_index = torch.zeros(len(chunk), dtype=torch.int64, device=device)
-                logits, scores = self.model.decode(embedding, chunk, image_index)
+                logits, scores = self.model.decode(
+                    embedding, chunk, image_index, mask_chunk=self.mask_chunk
+                )
             masks = original_masks(
                 logits,
                 input_size=frame.input_size,

@@ -70,7 +70,7 @@ def build_model(
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
     asked = [part for part in PARTS if getattr(config, f"freeze_{part}")]
     unreachable = freeze(sam, asked)
-    checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
+    sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile:
         for block in sam.image_encoder.blocks:
             block.compile(dynamic=False)

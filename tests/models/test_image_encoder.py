@@ -113,8 +113,7 @@ MAPS = [(5, 9, 0), (7, 4, 4), (4, 7, 4), (2, 9, 4), (8, 8, 4), (9, 9, 4), (1, 1,
 @pytest.mark.parametrize(("height", "width", "window_size"), MAPS)
 def test_block_is_stock_on_maps_of_any_shape(height: int, width: int, window_size: int) -> None:
     stock = stock_block(24, 2, size=(height, width), window_size=window_size)
-    fast = copy.deepcopy(stock)
-    fast.__class__ = FastBlock
+    fast = FastBlock(copy.deepcopy(stock))
     x = torch.randn(3, height, width, 24, dtype=torch.float64)
     check_same(fast, stock, x, output=TIGHT, grad=TIGHT)
 
@@ -125,8 +124,7 @@ def test_block_is_stock_at_metas_head_widths(
     width: int, num_heads: int, window_size: int
 ) -> None:  # 64 channels a head in vit_b and vit_l, 80 in vit_h; 16 x 16 tokens are 256 px
     stock = stock_block(width, num_heads, size=(16, 16), window_size=window_size).float()
-    fast = copy.deepcopy(stock)
-    fast.__class__ = FastBlock
+    fast = FastBlock(copy.deepcopy(stock))
     check_same(fast, stock, torch.randn(2, 16, 16, width), output=1e-5, grad=1e-4)
 
 
@@ -136,8 +134,7 @@ def test_tables_of_another_size_are_resampled_as_stock_does(window_size: int) ->
     for table, length in (("rel_pos_h", 5), ("rel_pos_w", 19)):
         values = torch.randn(length, 12, dtype=torch.float64)
         setattr(stock.attn, table, nn.Parameter(values))
-    fast = copy.deepcopy(stock)
-    fast.__class__ = FastBlock
+    fast = FastBlock(copy.deepcopy(stock))
     x = torch.randn(2, 6, 6, 24, dtype=torch.float64)
     check_same(fast, stock, x, output=TIGHT, grad=TIGHT)
 
@@ -208,8 +205,7 @@ def test_positions_are_a_mask_in_pieces_where_no_gradient_is_wanted(
         return kernel(*args, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
-    block = stock_block(24, 2, size=(12, 9), window_size=0)
-    block.__class__ = FastBlock
+    block = FastBlock(stock_block(24, 2, size=(12, 9), window_size=0))
     x = torch.randn(3, 12, 9, 24, dtype=torch.float64)
     block(x)
     assert masks == [[]]
@@ -279,8 +275,7 @@ def test_parameters_copies_and_pickles_stay() -> None:
 
 
 def test_it_is_one_graph_for_the_compiler() -> None:
-    block = copy.deepcopy(stock_encoder(80, torch.float32)).blocks[0]
-    block.__class__ = FastBlock
+    block = FastBlock(stock_encoder(80, torch.float32).blocks[0])
     x = torch.randn(1, 5, 5, 128)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), block(x))

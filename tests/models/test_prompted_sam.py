@@ -204,3 +204,34 @@ def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_chang
     model.sam.load_state_dict({**state, name: state[name] * 1.5})
     assert not torch.allclose(model.decode(embeddings, boxes, index)[0], first)
     assert len(calls) == 2
+
+
+def decoded_at_once(model: PromptedSam, **options: Any) -> list[int]:
+    """The number of boxes in each chunk of a call with seven of them."""
+    chunks: list[int] = []
+    hypernetwork = model.sam.mask_decoder.output_hypernetworks_mlps[0]
+    handle = hypernetwork.register_forward_pre_hook(lambda _, inputs: chunks.append(len(inputs[0])))
+    boxes, index = torch.tensor([[8.0, 8, 40, 40]]).expand(7, -1), torch.zeros(7, dtype=torch.int64)
+    with torch.no_grad():
+        model.decode(torch.zeros(1, 128, 4, 4), boxes, index, **options)
+    handle.remove()
+    return chunks
+
+
+def test_the_chunk_can_be_set_at_any_time_and_for_one_call() -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64))
+    assert decoded_at_once(model) == [7]  # of up to 8 on a CPU
+    assert model.mask_chunk is None and model.boxes_at_once() == 8
+    assert decoded_at_once(model, mask_chunk=5) == [5, 2]
+    assert model.mask_chunk is None and model.boxes_at_once() == 8
+    model.mask_chunk = 3
+    assert decoded_at_once(model) == [3, 3, 1]
+    assert decoded_at_once(model, mask_chunk=4) == [4, 3]
+
+
+def test_the_automatic_chunk_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64))
+    assert model.boxes_at_once() == 8
+    monkeypatch.setattr("samft.models.prompted_sam.free_memory_bytes", lambda device: 0.0)
+    assert model.boxes_at_once() == 8
+    assert PromptedSam(model.sam).boxes_at_once() == 1

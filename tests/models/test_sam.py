@@ -77,6 +77,13 @@ def test_metas_types_have_metas_keys_and_shapes(model_type: str) -> None:
     assert not ours.training
 
 
+def test_the_package_offers_what_builds_and_loads() -> None:
+    assert (samft.build_sam, samft.load_sam) == (build_sam, load_sam)
+    assert {"build_sam", "load_sam"} < set(samft.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'load'"):
+        samft.load  # noqa: B018
+
+
 def test_tiny_is_about_two_million_parameters(tiny: Sam) -> None:
     assert 1.5e6 < sum(parameter.numel() for parameter in tiny.parameters()) < 2.5e6
 

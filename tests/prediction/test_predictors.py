@@ -142,6 +142,13 @@ def test_masks_equal_sam_predictors_for_any_chunk_size(drawn: PredictionTask) ->
     assert (count, share >= 0.999, gap < 1e-4) == (17, True, True)
 
 
+def test_a_predictor_leaves_its_model_as_it_was(tiny: BoxPredictor) -> None:
+    assert tiny.model.mask_chunk is None and tiny.mask_chunk == 2**20 // (16 * 16 * 128)
+    model = PromptedSam(tiny.model.sam, mask_chunk=3)
+    assert BoxPredictor(model).mask_chunk is None and model.boxes_at_once() == 3
+    assert BoxPredictor(model, mask_chunk=5).mask_chunk == 5
+
+
 def test_each_image_is_encoded_once(drawn: PredictionTask, tiny: BoxPredictor) -> None:
     encoder = tiny.model.sam.image_encoder
     with mock.patch.object(encoder, "forward", wraps=encoder.forward) as encode:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import sigmoid_focal_loss
 
-from samft.data.samplers import Key
+from samft.data.samplers import SampleKey
 from samft.models.sam import PIXEL_MEAN, PIXEL_STD
 
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
@@ -154,7 +154,7 @@ class PlainDataset(Dataset[PlainSample]):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def __getitem__(self, key: int | Key) -> PlainSample:
+    def __getitem__(self, key: int | SampleKey) -> PlainSample:
         image_id, object_ids = self.objects[key[1] if isinstance(key, tuple) else key]
         path = self.image_folder / self.coco.loadImgs(image_id)[0]["file_name"]
         image: Any = cv2.imread(str(path))

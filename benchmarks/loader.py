@@ -32,7 +32,7 @@ from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import train_loader
-from samft.data.samplers import StepSampler
+from samft.data.samplers import EndlessBatchSampler, TrainingSampler
 
 Rounds: TypeAlias = dict[str, list[float]]  # seconds for each image, by loader
 Agreement: TypeAlias = tuple[float, float, float]  # IoU of samft's mask with each of _REFERENCES
@@ -161,8 +161,10 @@ def _samft_loader(dataset: Coco2MaskDataset) -> Iterable[Any]:
 
 
 def _plain_loader(dataset: PlainDataset) -> Iterable[Any]:
-    order = StepSampler(num_images=len(dataset), start_step=_first(len(dataset)))
-    return DataLoader(dataset, batch_sampler=order, num_workers=1, collate_fn=_only)
+    sampler = TrainingSampler(dataset)
+    sampler.load_state_dict({"position": _first(len(dataset))})
+    batches = EndlessBatchSampler(sampler)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=_only)
 
 
 def _first(num_images: int) -> int:

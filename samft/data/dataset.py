@@ -27,7 +27,7 @@ from samft.data.augment import (
     draw_frame,
     filter_cropped_objects,
 )
-from samft.data.samplers import SAMPLE_STREAM, Key, generator_of
+from samft.data.samplers import SAMPLE_STREAM, generator_of
 from samft.data.targets import draw_targets, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
@@ -204,7 +204,7 @@ class Coco2MaskDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return self.index.num_images
 
-    def __getitem__(self, key: int | tuple[int, int] | Key) -> Sample:
+    def __getitem__(self, key: int | tuple[int, int] | tuple[int, int, int]) -> Sample:
         """Loads an image by i, (epoch, i) or (epoch, i, copy), which decide what is drawn.
 
         Raises:

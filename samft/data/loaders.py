@@ -17,10 +17,15 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from samft.data.dataset import Batch, Coco2MaskDataset, Sample, collate
-from samft.data.samplers import Key, ShardSampler, StepSampler
+from samft.data.samplers import (
+    EndlessBatchSampler,
+    SampleKey,
+    TrainingSampler,
+    ValidationSampler,
+)
 from samft.distributed import all_reduce_sum, raise_on_all_ranks
 from samft.errors import DataError, UserError
 from samft.runtime import heartbeat
@@ -128,7 +133,7 @@ class _ErrorReturningDataset(Dataset[Sample | DataError]):
     def __init__(self, dataset: Coco2MaskDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: int | Key) -> Sample | DataError:
+    def __getitem__(self, key: int | SampleKey) -> Sample | DataError:
         try:
             return self.dataset[key]
         except DataError as error:
@@ -140,19 +145,19 @@ def _collate_or_error(items: list[Sample | DataError]) -> Batch | DataError:
     return errors[0] if errors else collate([item for item in items if isinstance(item, Sample)])
 
 
-class _TrackingSampler:
-    # A sampler that knows what it has handed out and has not come back yet, in order.
-    def __init__(self, sampler: Any) -> None:
-        self.sampler, self.out = sampler, collections.deque[Any]()
+class _TrackingSampler(Sampler[list[Any]]):
+    # Remembers the batches, as lists of keys, that were asked for and have not come back yet.
+    def __init__(self, batch_sampler: Sampler[list[Any]]) -> None:
+        self.batch_sampler, self.out = batch_sampler, collections.deque[list[Any]]()
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[list[Any]]:
         self.out.clear()
-        for keys in self.sampler:
+        for keys in self.batch_sampler:
             self.out.append(keys)
             yield keys
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.batch_sampler)  # type: ignore[arg-type]  # endless ones have no length
 
 
 class BatchLoader:
@@ -162,15 +167,15 @@ class BatchLoader:
         self,
         dataset: Coco2MaskDataset,
         *,
+        batch_sampler: Sampler[list[Any]],
         num_workers: int,
         timeout: float | None = None,
-        **options: Any,
     ) -> None:
         self.dataset, self.num_workers = dataset, num_workers
-        kind = "sampler" if "sampler" in options else "batch_sampler"
-        options[kind] = self.handed = _TrackingSampler(options[kind])
+        self.handed = _TrackingSampler(batch_sampler)
         self.loader = DataLoader(
             _ErrorReturningDataset(dataset),
+            batch_sampler=self.handed,
             num_workers=num_workers,
             timeout=timeout if timeout and num_workers else 0,
             collate_fn=_collate_or_error,
@@ -178,7 +183,6 @@ class BatchLoader:
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator
-            **options,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -196,9 +200,9 @@ class BatchLoader:
 
     def waiting_for(self) -> list[str]:
         """File names of the images that are being loaded, those of the next batch first."""
-        keys = list(self.handed.out)[: max(self.num_workers, 1)]
-        flat = [key for own in keys for key in (own if isinstance(own, list) else [own])]
-        rows = [key[1] if isinstance(key, tuple) else key for key in flat]
+        batches = list(self.handed.out)[: max(self.num_workers, 1)]
+        keys = [key for batch in batches for key in batch]
+        rows = [key.row if isinstance(key, SampleKey) else key for key in keys]
         return [self.dataset.index.file_name(row) for row in rows]
 
     def __len__(self) -> int:
@@ -244,19 +248,30 @@ def train_loader(
     repeats: NDArray[np.floating] | None = None,
     timeout: float | None = None,
 ) -> BatchLoader:
-    """Loads this process' micro-batches, step after step; see `StepSampler`."""
-    sampler = StepSampler(
-        num_images=len(dataset),
-        batch_size=batch_size,
-        accumulate_steps=accumulate_steps,
-        start_step=start_step,
-        steps=steps,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        repeats=repeats,
+    """Loads this process' micro-batches, step after step.
+
+    Args:
+        dataset: In training mode.
+        batch_size: Images per process and micro-batch.
+        accumulate_steps: Micro-batches per step.
+        start_step: Steps that a run has used the images of already, with as many images per step.
+        steps: The step to end before; None: endless.
+        num_workers: Processes that load.
+        rank: Of this process.
+        world_size: Number of processes.
+        seed: Of the order, see `TrainingSampler`.
+        repeats: [len(dataset)], how many times each image comes in an epoch.
+        timeout: Seconds that a worker may take for a batch; None: no limit.
+    """
+    sampler = TrainingSampler(
+        dataset, world_size, rank, seed=seed, batch_size=batch_size, repeats=repeats
     )
-    return BatchLoader(dataset, num_workers=num_workers, timeout=timeout, batch_sampler=sampler)
+    sampler.load_state_dict(
+        {"position": start_step * accumulate_steps * batch_size * world_size},
+    )
+    num_batches = None if steps is None else (steps - start_step) * accumulate_steps
+    batches = EndlessBatchSampler(sampler, num_batches=num_batches)
+    return BatchLoader(dataset, batch_sampler=batches, num_workers=num_workers, timeout=timeout)
 
 
 def val_loader(
@@ -267,10 +282,10 @@ def val_loader(
     world_size: int = 1,
     timeout: float | None = None,
 ) -> BatchLoader:
-    """Loads this process' share of the images, one per batch; see `ShardSampler`."""
-    sampler = ShardSampler(len(dataset), rank=rank, world_size=world_size)
-    options: dict[str, Any] = {"sampler": sampler, "batch_size": 1}
-    return BatchLoader(dataset, num_workers=num_workers, timeout=timeout, **options)
+    """Loads this process' share of the images, one per batch; see `ValidationSampler`."""
+    sampler = ValidationSampler(dataset, world_size, rank)
+    batches = BatchSampler(sampler, batch_size=1, drop_last=False)
+    return BatchLoader(dataset, batch_sampler=batches, num_workers=num_workers, timeout=timeout)
 
 
 def masks_per_image(dataset: Coco2MaskDataset) -> NDArray[np.int64]:

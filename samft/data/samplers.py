@@ -1,29 +1,36 @@
-"""Which images come when: samplers that any number of processes share and resume.
+"""Distributed samplers: the order of training images, and each rank's share of validation.
 
-What a step consists of depends on the seed and the number of images in a step only: not on workers,
-processes, accumulation or restarts.
+Which images an optimizer step is made of depends on the seed and the number of images per step
+only: not on the number of workers, processes or micro-batches, nor on restarts.
 """
 
-import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
-# First word of a seed, so that no two streams of random numbers are the same.
+from samft.distributed import get_rank, get_world_size
+
+# The first number of every seed, so that no two purposes share a stream of random numbers.
 _ORDER_STREAM, _REPEAT_STREAM, SAMPLE_STREAM, PROMPT_STREAM, RESAMPLE_STREAM = 1, 3, 2, 4, 5
-_WORD = 2**64 - 1
-
-Key = tuple[int, int, int]  # epoch, image (its row in the index), which copy of it in that epoch
+_UINT64_MAX = 2**64 - 1
 
 
-def generator_of(*words: int) -> np.random.Generator:
-    """A random generator of its own for each tuple of whole numbers."""
-    seed = np.random.SeedSequence([word & _WORD for word in words])
-    return np.random.Generator(np.random.Philox(seed))
+class SampleKey(NamedTuple):
+    """What a training sample is drawn from: the dataset's augmentation is seeded with it."""
+
+    epoch: int
+    row: int  # of the image in the index
+    copy: int  # 0, or 1, 2, ... where the image comes more than once in the epoch
+
+
+def generator_of(*seed: int) -> np.random.Generator:
+    """An independent random generator for each sequence of integers, negative ones included."""
+    sequence = np.random.SeedSequence([number & _UINT64_MAX for number in seed])
+    return np.random.Generator(np.random.Philox(sequence))
 
 
 def repeat_factors(
@@ -33,10 +40,10 @@ def repeat_factors(
     num_images: int,
     threshold: float,
 ) -> NDArray[np.float64]:
-    """How often each image should come in an epoch so that rare classes are seen more often.
+    """How many times per epoch each image should be sampled so that rare categories come often.
 
-    A category in a share f of the images asks for max(1, sqrt(threshold / f)) repeats; an image is
-    repeated as the rarest of its categories asks.
+    A category in a share f of the images has the factor max(1, sqrt(threshold / f)); the factor of
+    an image is the largest of its categories.
 
     Args:
         images: [K], the image of each object.
@@ -50,84 +57,215 @@ def repeat_factors(
     Source: repeat-factor sampling of LVIS, https://arxiv.org/abs/1908.03195, appendix B.2.
     """
     _, category = np.unique(categories, return_inverse=True)
-    pairs = np.unique(np.stack([images, category]), axis=1)  # an image counts once for a category
+    pairs = np.unique(np.stack([images, category]), axis=1)  # an image counts once per category
     shares = np.bincount(pairs[1]) / num_images
     repeats = np.ones(num_images)
     np.maximum.at(repeats, pairs[0], np.sqrt(threshold / shares)[pairs[1]])
     return repeats
 
 
-@dataclass(eq=False, kw_only=True)
-class StepSampler(Sampler[list[Key]]):
-    """The micro-batches of one process, as lists of keys, for a loader's `batch_sampler`.
+class TrainingSampler(DistributedSampler[SampleKey]):
+    """A `DistributedSampler` whose epochs join without padding, and that can resume anywhere.
 
-    All processes read one endless stream. An epoch has n places: each image once or, with
-    `repeats`, as often as that says, in an order drawn from (seed, epoch). Position p of the stream
-    is place p % n of epoch p // n. A step takes the next world_size * batch_size * accumulate_steps
-    positions, so it is made of the same images however that product comes about.
+    The epochs are one endless stream: position p is place p % n of epoch p // n, where n is
+    `total_size`, the number of places in an epoch. Rank r gets every `num_replicas`-th block of
+    `batch_size` positions, beginning with block r. So the ranks partition every epoch, and a global
+    batch is a contiguous piece of the stream, however it is divided among processes and
+    micro-batches. Iterating gives this rank's share of the current epoch, in which ranks may differ
+    by up to one batch: `EndlessBatchSampler` joins the epochs, so that all ranks have equally many
+    batches.
+
+    Args:
+        dataset: Anything with a length, in images.
+        num_replicas: Number of processes; None: of the process group, 1 without one.
+        rank: Of this process; None: in the process group, 0 without one.
+        shuffle: An order drawn from (seed, epoch); False: the order of the dataset.
+        seed: The same on all ranks.
+        drop_last: Shorten each epoch to a multiple of num_replicas * batch_size, so that every rank
+            gets equally many whole batches of it. False: the first images of the next epoch
+            complete the last batch.
+        batch_size: Images per process and micro-batch.
+        repeats: [len(dataset)], how many times each image comes in an epoch, each at least 1; see
+            `repeat_factors`. None: once.
+
+    Raises:
+        ValueError: An epoch has no images.
     """
 
-    num_images: int
-    batch_size: int = 1  # images per process per micro-batch
-    accumulate_steps: int = 1  # micro-batches per step
-    start_step: int = 0  # steps that are done already
-    steps: int | None = None  # the step to end before; None goes on for ever
-    rank: int = 0
-    world_size: int = 1
-    seed: int = 0
-    repeats: NDArray[np.floating] | None = None  # [num_images], each at least 1
-
-    def __post_init__(self) -> None:
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-
-    @property
-    def epoch_length(self) -> int:
-        """Places in an epoch."""
-        if self.repeats is None:
-            return self.num_images
-        # A sum that is whole but for rounding is that whole number.
-        return int(np.ceil(np.sum(self.repeats) - 1e-6))
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        ahead = itertools.count(self.start_step)
-        for step in ahead if self.steps is None else range(self.start_step, self.steps):
-            for micro in range(self.accumulate_steps):
-                shard = (step * self.accumulate_steps + micro) * self.world_size + self.rank
-                first = shard * self.batch_size
-                yield [self._at(position) for position in range(first, first + self.batch_size)]
-
-    def _at(self, position: int) -> Key:
-        epoch, place = divmod(position, self.epoch_length)
-        image, copy = self._order(epoch)[place].tolist()
-        return epoch, image, copy
-
-    def _draw_order(self, epoch: int) -> NDArray[np.int64]:
-        # [n, 2]: image and copy.
-        order = generator_of(_ORDER_STREAM, self.seed, epoch).permutation(self.epoch_length)
-        if self.repeats is None:
-            return np.stack([order, np.zeros_like(order)], axis=1)
-        # Systematic sampling: one random offset, then equal strides through the sum of repeats, so
-        # that each image comes floor or ceil of what it asks for times.
-        offset = generator_of(_REPEAT_STREAM, self.seed, epoch).random()
-        ends = np.cumsum(self.repeats)
-        ends *= self.epoch_length / ends[-1]
-        images = np.searchsorted(ends, np.arange(self.epoch_length) + offset, side="right")
-        images = np.minimum(images, self.num_images - 1)
-        copies = np.arange(self.epoch_length) - np.searchsorted(images, images)
-        return np.stack([images, copies], axis=1)[order]
-
-
-class ShardSampler(Sampler[int]):
-    """Every image exactly once over all processes: rank r takes r, r + world_size, ...
-
-    Processes get unequal numbers where n does not divide, some of them none: nothing is padded.
-    """
-
-    def __init__(self, num_images: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.rows = range(rank, num_images, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        *,
+        batch_size: int = 1,
+        repeats: NDArray[np.floating] | None = None,
+    ) -> None:
+        super().__init__(
+            dataset,  # type: ignore[arg-type]  # torch needs no more of it than its length
+            get_world_size() if num_replicas is None else num_replicas,
+            get_rank() if rank is None else rank,
+            shuffle,
+            seed,
+            drop_last,
+        )
+        self.num_images, self.batch_size, self.repeats = len(dataset), batch_size, repeats
+        self._num_places = self.num_images
+        if repeats is not None:
+            # Rounding errors must not turn a sum that is a whole number into the next one.
+            self._num_places = int(np.ceil(np.sum(repeats) - 1e-6))
+        # The base class counts padding, or dropped images, in these two.
+        global_batch = self.num_replicas * batch_size
+        self.total_size = self._num_places - (self._num_places % global_batch if drop_last else 0)
+        self.num_samples = -(-self.total_size // self.num_replicas)
+        if not self.total_size:
+            raise ValueError(f"an epoch of {self.num_images} images has no batch to give")
+        self._num_used = 0  # of this rank's share of the stream
+        self._num_to_skip = 0  # at the beginning of the next iteration, after a resume
 
     def __len__(self) -> int:
-        return len(self.rows)
+        """This rank's share of the current epoch."""
+        first = self.epoch * self.total_size
+        return int(self._num_own_before(first + self.total_size) - self._num_own_before(first))
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        """This rank's share of the current epoch, or what `load_state_dict` left of it."""
+        order = self._draw_order()
+        first = self.epoch * self.total_size
+        positions = np.arange(first, first + self.total_size)
+        positions = positions[positions // self.batch_size % self.num_replicas == self.rank]
+        numbers = self._num_own_before(positions)  # this rank's share counted from epoch 0 on
+        is_left = numbers >= self._num_to_skip
+        epoch, self._num_to_skip = self.epoch, 0
+        for place, number in zip(positions[is_left] - first, numbers[is_left], strict=True):
+            self._num_used = int(number) + 1
+            yield SampleKey(epoch, *order[place].tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the epoch that the next iteration gives.
+
+        The current epoch again leaves a resumed position as it is; another one begins at its start.
+        """
+        if epoch != self.epoch:
+            super().set_epoch(epoch)
+            self._num_used = int(self._num_own_before(epoch * self.total_size))
+            self._num_to_skip = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this rank is in the stream.
+
+        Returns:
+            `position`: images that all ranks together have been given, if each has been given as
+            many as this one. A `DataLoader` with workers asks for batches in advance: what it has
+            not handed out yet is counted, too.
+        """
+        return {"position": self._num_used * self.num_replicas}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Makes the next iteration begin at a position, and selects the epoch that it lies in.
+
+        Args:
+            state_dict: From `state_dict`. At a multiple of the global batch it may come from a
+                sampler with another number of processes or another batch size.
+
+        Raises:
+            ValueError: The position cannot be shared evenly among the processes.
+        """
+        position = int(state_dict["position"])
+        if position < 0 or position % self.num_replicas:
+            raise ValueError(
+                f"position {position} is not a multiple of the {self.num_replicas} processes"
+            )
+        self._num_used = self._num_to_skip = position // self.num_replicas
+        # The epoch of this rank's next image: in a batch that straddles two, ranks may differ.
+        block, place_in_block = divmod(self._num_used, self.batch_size)
+        next_position = (block * self.num_replicas + self.rank) * self.batch_size + place_in_block
+        super().set_epoch(next_position // self.total_size)
+
+    def _num_own_before(self, position: Any) -> Any:
+        # How many positions of the stream before this one (an int or an array) are this rank's.
+        global_batches, rest = np.divmod(position, self.num_replicas * self.batch_size)
+        in_block = np.clip(rest - self.rank * self.batch_size, 0, self.batch_size)
+        return global_batches * self.batch_size + in_block
+
+    def _draw_order(self) -> NDArray[np.int64]:
+        # int64 [n, 2]: row and copy of each place of the current epoch.
+        places = np.arange(self._num_places)
+        order = places
+        if self.shuffle:
+            order = generator_of(_ORDER_STREAM, self.seed, self.epoch).permutation(len(places))
+        order = order[: self.total_size]
+        if self.repeats is None:
+            return np.stack([order, np.zeros_like(order)], axis=1)
+        # Systematic sampling: from one random offset on, equal strides through the cumulative sum
+        # of the repeats, so that an image with a factor f comes floor(f) or ceil(f) times.
+        offset = generator_of(_REPEAT_STREAM, self.seed, self.epoch).random()
+        ends = np.cumsum(self.repeats)
+        ends *= len(places) / ends[-1]
+        rows = np.minimum(np.searchsorted(ends, places + offset, side="right"), self.num_images - 1)
+        copies = places - np.searchsorted(rows, rows)
+        return np.stack([rows, copies], axis=1)[order]
+
+
+class EndlessBatchSampler(Sampler[list[SampleKey]]):
+    """The batches of one epoch after the other, without end; a batch may straddle two epochs.
+
+    For the `batch_sampler` of a `DataLoader`. Each iteration begins at the position that the
+    sampler had when this object was made.
+
+    Args:
+        sampler: Gives the images, and their number in a batch.
+        num_batches: Ends after so many; None: never.
+    """
+
+    def __init__(self, sampler: TrainingSampler, *, num_batches: int | None = None) -> None:
+        self.sampler, self.num_batches = sampler, num_batches
+        self._start = sampler.state_dict()
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        self.sampler.load_state_dict(self._start)
+        keys = itertools.chain.from_iterable(self._epochs())
+        batches = iter(lambda: list(itertools.islice(keys, self.sampler.batch_size)), [])
+        return itertools.islice(batches, self.num_batches)
+
+    def _epochs(self) -> Iterator[TrainingSampler]:
+        while True:
+            yield self.sampler
+            self.sampler.set_epoch(self.sampler.epoch + 1)
+
+
+class ValidationSampler(DistributedSampler[int]):
+    """A `DistributedSampler` that pads nothing: over all ranks, each image comes exactly once.
+
+    Rank r takes r, r + num_replicas, ... Where the images cannot be divided evenly, ranks get
+    different numbers of them, some perhaps none.
+
+    Args:
+        dataset: Anything with a length, in images.
+        num_replicas: Number of processes; None: of the process group, 1 without one.
+        rank: Of this process; None: in the process group, 0 without one.
+        shuffle: In an order drawn from (seed, epoch), instead of the dataset's.
+        seed: The same on all ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            dataset,  # type: ignore[arg-type]  # torch needs no more of it than its length
+            get_world_size() if num_replicas is None else num_replicas,
+            get_rank() if rank is None else rank,
+            shuffle,
+            seed,
+        )
+        # The base class pads up to `total_size` and gives each rank `num_samples`.
+        self.total_size = len(dataset)
+        self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))

@@ -12,7 +12,7 @@ import torch
 
 from helpers.trainers import LOSS, SIZE, make_sample, make_trainer, unreadable, val_batches
 from samft.data.dataset import Batch, collate
-from samft.data.samplers import StepSampler
+from samft.data.samplers import EndlessBatchSampler, TrainingSampler
 from samft.distributed import get_rank, get_world_size
 from samft.errors import DataError, TrainingError, UserError
 from samft.evaluation.validation import validate
@@ -28,15 +28,11 @@ def run_steps(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Trains for some steps; the loss of each, and the weights after the last."""
     trainer = make_trainer()
-    sampler = StepSampler(
-        num_images=NUM_IMAGES,
-        batch_size=batch_size,
-        accumulate_steps=accumulate_steps,
-        rank=get_rank(),
-        world_size=get_world_size(),
-    )
+    sampler = TrainingSampler(range(NUM_IMAGES), batch_size=batch_size)
     losses: list[float] = []
-    batches = (collate([make_sample(i) for _, i, _ in rows]) for rows in sampler)
+    batches = (
+        collate([make_sample(i) for _, i, _ in rows]) for rows in EndlessBatchSampler(sampler)
+    )
     finished = train(
         trainer,
         batches,

@@ -54,17 +54,17 @@ def open_material(
 ) -> Material:
     """The first images of a split; each loader draws at most `max_masks` objects of an image."""
     annotations, folder = find_split(data_root, split)
-    index = read_coco(annotations, folder, cache=cache)
-    index = index.select(range(min(num_images, index.num_images)))
+    subset = read_coco(annotations, folder, cache=cache)
+    subset = subset.select(range(min(num_images, subset.num_images)))
     objects = [
-        (index.image_id(i), index.file.object_ids[index.objects_of(i)].tolist())
-        for i in range(index.num_images)
+        (subset.image_id(i), subset.index.object_ids[subset.objects_of(i)].tolist())
+        for i in range(subset.num_images)
     ]
     with contextlib.redirect_stdout(sys.stderr):  # its chatter would spoil the tables
         coco = COCO(annotations)
     own = Coco2MaskDataset(
         folder,
-        index=index,
+        subset=subset,
         image_size=image_size,
         training=True,
         max_masks_per_image=max_masks,
@@ -181,7 +181,7 @@ def with_embeddings(
     for store in stores:
         store.create({})
     options: dict[str, Any] = {"on_bad_image": "error", "should_stop": lambda: False}
-    files = read_digests(dataset.index, **options)
+    files = read_digests(dataset.subset, **options)
     assert files is not None
     split = SplitCache(copy.copy(dataset), trainer.amp_dtype, stores, files)
     split.look_up()

@@ -128,13 +128,13 @@ def _nothing_reader(source: Source) -> Reader:
 
 
 def _samft_reader(source: Source) -> Reader:
-    index = _open_samft(source)
+    subset = _open_samft(source)
 
     def read(rng: np.random.Generator) -> float:
-        rows = index.objects_of(int(rng.integers(index.num_images)))
-        total = float(index.file.boxes[rows].sum())
+        rows = subset.objects_of(int(rng.integers(subset.num_images)))
+        total = float(subset.index.boxes[rows].sum())
         for row in rows.tolist():
-            segmentation = index.file.segmentations[row]
+            segmentation = subset.index.segmentations[row]
             rle = isinstance(segmentation, dict)
             total += sum(float(part.sum()) for part in ([] if rle else segmentation))
         return total

@@ -79,9 +79,9 @@ def make_subject(
 ) -> Subject:
     """Opens a dataset both ways, compares all masks, and picks images evenly to be timed."""
     annotations, folder = find_split(data_root, split)
-    index, coco = read_coco(annotations, folder, cache=cache), open_pycocotools(annotations)
+    subset, coco = read_coco(annotations, folder, cache=cache), open_pycocotools(annotations)
     options: dict[str, Any] = {"image_size": image_size, "max_masks_per_image": 0, "training": True}
-    everything = Coco2MaskDataset(folder, index=index, augment="none", **options)
+    everything = Coco2MaskDataset(folder, subset=subset, augment="none", **options)
     # What samft gives decides, so that both have the same objects.
     targets, objects = [], []
     for i in range(len(everything)):
@@ -94,12 +94,12 @@ def make_subject(
         own = plain(objects=objects[i : i + 1], mask_type=torch.uint8)
         agreement += _compare(own, np.unpackbits(packed, axis=-1).astype(bool))
     timed = np.unique(np.linspace(0, len(objects) - 1, num_images).astype(int)).tolist()
-    index, objects = index.select(timed), [objects[i] for i in timed]
+    subset, objects = subset.select(timed), [objects[i] for i in timed]
     return Subject(
         name=data_root.name,
         image_size=image_size,
-        still=Coco2MaskDataset(folder, index=index, augment="none", **options),
-        flipping=Coco2MaskDataset(folder, index=index, augment="flip", **options),
+        still=Coco2MaskDataset(folder, subset=subset, augment="none", **options),
+        flipping=Coco2MaskDataset(folder, subset=subset, augment="flip", **options),
         plain=plain(objects=objects, mask_type=torch.uint8),
         plain_float=plain(objects=objects, mask_type=torch.float32),
         agreement=agreement,

@@ -63,7 +63,7 @@ class Job:
         annotations, folder = find_split(Path(self.data_root), split)
         return Coco2MaskDataset(
             folder,
-            index=read_coco(annotations, folder, cache=Path(self.cache)),
+            subset=read_coco(annotations, folder, cache=Path(self.cache)),
             image_size=self.image_size,
             training=split == "train",
             max_masks_per_image=MAX_MASKS,
@@ -107,7 +107,7 @@ def loader_seconds(job: Job, *, rounds: int) -> tuple[float, float]:
     batches = iter(train_loader(dataset, batch_size=1))
     count = len(dataset)
     seconds = _core_seconds(lambda: [next(batches) for _ in range(count)], rounds=rounds)
-    num_bytes = [dataset.index.path(i).stat().st_size for i in range(count)]
+    num_bytes = [dataset.subset.path(i).stat().st_size for i in range(count)]
     return seconds / count, statistics.mean(num_bytes) / 1e6
 
 
@@ -122,8 +122,8 @@ def checkpoint_rate(model_type: str, *, rounds: int) -> float:
 
 def step_seconds(job: Job, num_images: int, *, rounds: int) -> float:
     """Seconds of one core for a step on so many images that are in memory already."""
-    index = job.dataset().index
-    masks = [min(len(index.objects_of(i)), MAX_MASKS) for i in range(index.num_images)]
+    subset = job.dataset().subset
+    masks = [min(len(subset.objects_of(i)), MAX_MASKS) for i in range(subset.num_images)]
     setting = replace(job.setting(num_images), boxes=round(statistics.mean(masks)))
     step = Variants(setting).step(SAMFT)
     return _core_seconds(step, rounds=rounds)

@@ -175,7 +175,7 @@ def _refuse(found: dict[str, CheckedSplit], options: argparse.Namespace) -> None
     ]
     if not texts:
         return
-    readable = any(split.file for split in found.values())
+    readable = any(split.index for split in found.values())
     advice = " `--fix DIR` writes mended copies." if readable and not options.fix else ""
     if any(code in BAD_IMAGES for counts in errors.values() for code in counts):
         advice += " `--on_bad_image skip` leaves bad images out, here and in training."
@@ -188,13 +188,13 @@ def _fix(
     written: dict[str, Path] = {}
     _say([""])
     for name, split in found.items():
-        if split.file is None:
+        if split.index is None:
             _say([f"fix: {name} cannot be read, so there is no mended copy of it"])
             continue
         with _writing("fix", targets[name]):
             try:
                 mended = write_repaired(
-                    split.file,
+                    split.index,
                     split.annotations,
                     targets[name],
                     root=options.data_root,
@@ -234,8 +234,8 @@ def _draw(found: dict[str, CheckedSplit], folder: Path) -> None:
     with _writing("pictures", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, split in found.items():
-            if split.file is not None:
-                paths = write_sheets(split.file, split.problems, folder, name=name)
+            if split.index is not None:
+                paths = write_sheets(split.index, split.problems, folder, name=name)
                 _say([f"pictures: {len(paths)} sheets of {name} in {folder}"])
 
 

@@ -433,10 +433,10 @@ def _prune(cache: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def class_names(file: CocoIndex) -> dict[int, str]:
+def class_names(index: CocoIndex) -> dict[int, str]:
     """The names of all category ids that are listed or used: `category 99`, `unknown`."""
-    used = np.unique(file.categories).tolist()
-    missing = {one: f"category {one}" for one in used if one not in file.category_names}
+    used = np.unique(index.categories).tolist()
+    missing = {one: f"category {one}" for one in used if one not in index.category_names}
     if NO_CATEGORY in missing:
         missing[NO_CATEGORY] = "unknown"
-    return {**file.category_names, **missing}
+    return {**index.category_names, **missing}

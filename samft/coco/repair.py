@@ -45,7 +45,7 @@ class RepairedFile:
 
 
 def write_repaired(
-    file: CocoIndex,
+    index: CocoIndex,
     annotations: Path,
     target: Path,
     *,
@@ -59,7 +59,7 @@ def write_repaired(
     of several files are left out, since nobody can say which file they mean.
 
     Args:
-        file: The index of the COCO file.
+        index: The checked COCO file.
         annotations: The COCO file.
         target: The copy; its folder is made.
         root: See `index_file`.
@@ -74,17 +74,17 @@ def write_repaired(
         raise ConfigError(f"{target} exists, and nothing is overwritten: choose another folder.")
     others = _other_fields(annotations)
     document = load_document(annotations, Problems())
-    images = _Images(document.images, file, ImageFolder(file.image_folder, root=root), without)
-    objects = _objects_of(images, file, document.annotations)
-    if not (file.flags[objects] & CROWD == 0).any():
+    images = _Images(document.images, index, ImageFolder(index.image_folder, root=root), without)
+    objects = _objects_of(images, index, document.annotations)
+    if not (index.flags[objects] & CROWD == 0).any():
         raise DataError(f"{annotations} has no usable object, so there is nothing to mend.")
-    categories = _Categories(document.categories, file)
+    categories = _Categories(document.categories, index)
 
     def write(out: BinaryIO) -> None:
         out.write(b"{\n")
         for key, value in others.items():
             out.write(_encode({key: value})[1:-1] + b",\n")
-        entries = _mend_objects(objects, file, document.annotations, images, categories)
+        entries = _mend_objects(objects, index, document.annotations, images, categories)
         lists: tuple[Iterable[bytes], ...] = (categories.entries, images.entries(), entries)
         for name, lines in zip(_LISTS, lists, strict=True):
             end = b"\n]\n}\n" if name == _LISTS[-1] else b"\n],\n"
@@ -114,13 +114,13 @@ class _Images:
     def __init__(
         self,
         raw: list[Raw],
-        file: CocoIndex,
+        index: CocoIndex,
         folder: ImageFolder,
         without: NDArray[np.int64] | None,
     ) -> None:
-        self.raw, self.file = raw, file
+        self.raw, self.index = raw, index
         self.ambiguous: set[int] = set()  # image ids that stand for several files
-        rows = {name: row for row, name in enumerate(file.file_names())}
+        rows = {name: row for row, name in enumerate(index.file_names())}
         row_of: dict[int, int] = {}
         self.first_entry: dict[int, int] = {}  # row -> position of its entry
         for position, entry in enumerate(read_entries(raw, ImageEntry)):
@@ -137,7 +137,7 @@ class _Images:
         for image_id, row in row_of.items():
             if image_id not in self.ambiguous:
                 self.ids.setdefault(row, image_id)
-        left_out = set(np.flatnonzero(file.bad).tolist())
+        left_out = set(np.flatnonzero(index.bad).tolist())
         left_out |= set(() if without is None else without.tolist())
         for row in left_out | (self.first_entry.keys() - self.ids.keys()):
             self.first_entry.pop(row, None)
@@ -145,21 +145,23 @@ class _Images:
     def entries(self) -> Iterator[bytes]:
         """The mended entries, in the order of the file."""
         for row, position in self.first_entry.items():
-            height, width = self.file.sizes[row].tolist()
-            name = self.file.file_name(row)
+            height, width = self.index.sizes[row].tolist()
+            name = self.index.file_name(row)
             entry = value_of(self.raw[position])
             ours = {"id": self.ids[row], "file_name": name, "height": height, "width": width}
             yield _encode(entry, **ours)
 
 
-def _objects_of(images: _Images, file: CocoIndex, raw: list[Raw]) -> NDArray[np.int64]:
+def _objects_of(images: _Images, index: CocoIndex, raw: list[Raw]) -> NDArray[np.int64]:
     # The objects of the images that are kept, in the order of the file.
-    row_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
+    row_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     kept = np.isin(row_of, list(images.first_entry))
     objects = np.flatnonzero(kept)
-    objects = objects[np.argsort(file.positions[objects])]
+    objects = objects[np.argsort(index.positions[objects])]
     if images.ambiguous:
-        entries = read_entries([raw[position] for position in file.positions[objects]], ObjectEntry)
+        entries = read_entries(
+            [raw[position] for position in index.positions[objects]], ObjectEntry
+        )
         sure = [to_id(entry.image_id) not in images.ambiguous for entry in entries if entry]
         objects = objects[np.array(sure, dtype=bool)]
     return objects
@@ -168,8 +170,8 @@ def _objects_of(images: _Images, file: CocoIndex, raw: list[Raw]) -> NDArray[np.
 class _Categories:
     """The mended list of categories, and the id there of each category id."""
 
-    def __init__(self, raw: Any, file: CocoIndex) -> None:
-        names = class_names(file)
+    def __init__(self, raw: Any, index: CocoIndex) -> None:
+        names = class_names(index)
         free = max([0, *names]) + 1
         id_of_name: dict[str, int] = {}
         for category_id, name in names.items():
@@ -187,42 +189,42 @@ class _Categories:
 
 def _mend_objects(
     objects: NDArray[np.int64],
-    file: CocoIndex,
+    index: CocoIndex,
     raw: list[Raw],
     images: _Images,
     categories: _Categories,
 ) -> Iterator[bytes]:
-    ids = file.object_ids[objects]
-    taken = set(file.object_ids.tolist())
+    ids = index.object_ids[objects]
+    taken = set(index.object_ids.tolist())
     free = (number for number in itertools.count(1) if number not in taken)
     ids[ids == 0] = [next(free) for _ in range(int((ids == 0).sum()))]
-    row_of = np.searchsorted(file.first_object, objects, side="right") - 1
+    row_of = np.searchsorted(index.first_object, objects, side="right") - 1
     bar = tqdm(total=len(objects), desc="mending", unit="object", disable=None, delay=2)
     with bar:
         for k, row, object_id in zip(objects.tolist(), row_of.tolist(), ids.tolist(), strict=True):
-            entry = value_of(raw[file.positions[k]]) or {}
+            entry = value_of(raw[index.positions[k]]) or {}
             yield _encode(
                 entry,
                 id=object_id,
                 image_id=images.ids[row],
-                category_id=categories.id_of[int(file.categories[k])],
-                iscrowd=int(file.flags[k] & CROWD > 0),
-                **_shape(entry, file, k, row=row),
+                category_id=categories.id_of[int(index.categories[k])],
+                iscrowd=int(index.flags[k] & CROWD > 0),
+                **_shape(entry, index, k, row=row),
             )
             bar.update()
 
 
-def _shape(entry: dict[str, Any], file: CocoIndex, k: int, *, row: int) -> dict[str, Any]:
+def _shape(entry: dict[str, Any], index: CocoIndex, k: int, *, row: int) -> dict[str, Any]:
     # Segmentation, area and box of an object.
-    height, width = file.sizes[row].tolist()
-    checked = file.segmentations[k]
+    height, width = index.sizes[row].tolist()
+    checked = index.segmentations[k]
     if isinstance(checked, dict) and checked["size"] != [height, width]:
         top, left, crop = decode_cropped(checked, height, width)
         segmentation = _encode_mask(top, left, crop, size=(height, width))
         box = [left, top, left + crop.shape[1], top + crop.shape[0]]
     else:
         segmentation = _same_segmentation(entry["segmentation"], checked)
-        box = np.clip(file.boxes[k], 0, [width, height, width, height]).tolist()
+        box = np.clip(index.boxes[k], 0, [width, height, width, height]).tolist()
     area = count_pixels(checked, height, width)
     bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if _is_nearly(entry.get("bbox"), bbox):

@@ -96,31 +96,31 @@ class Statistics:
         return self.num_vanishing / max(self.num_objects, 1)
 
 
-def measure(file: CocoIndex, *, image_size: int) -> Statistics:
+def measure(index: CocoIndex, *, image_size: int) -> Statistics:
     """Counts what a COCO file holds.
 
     Args:
-        file: The checked file.
+        index: The checked file.
         image_size: Longer side of the model's input, px.
     """
-    row_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
-    plain = np.flatnonzero(file.flags & CROWD == 0)
-    usable = np.flatnonzero(~file.bad)
-    per_image = np.bincount(row_of[plain], minlength=file.num_images)[usable]
-    boxes = file.boxes[plain]
+    row_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
+    plain = np.flatnonzero(index.flags & CROWD == 0)
+    usable = np.flatnonzero(~index.bad)
+    per_image = np.bincount(row_of[plain], minlength=index.num_images)[usable]
+    boxes = index.boxes[plain]
     # Shares of the image's longer side, so that a model's input scales them.
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
-    sides = sides / file.sizes[row_of[plain]].max(axis=1, initial=1)
+    sides = sides / index.sizes[row_of[plain]].max(axis=1, initial=1)
     filled = per_image[per_image > 0]
     return Statistics(
-        num_images=file.num_images,
+        num_images=index.num_images,
         num_images_with_objects=len(filled),
         num_objects=len(plain),
-        num_crowds=len(file.flags) - len(plain),
+        num_crowds=len(index.flags) - len(plain),
         objects_per_image=_count_powers(per_image),
-        object_sizes=_count_coco_sizes(file.areas[plain]),
+        object_sizes=_count_coco_sizes(index.areas[plain]),
         object_sides=_count_sides(sides * image_size),
-        classes=_count_classes(file, plain),
+        classes=_count_classes(index, plain),
         image_size=image_size,
         num_vanishing=int((sides * image_size < CELL).sum()),
         most_objects=int(per_image.max(initial=0)),
@@ -177,11 +177,11 @@ def _count_sides(sides: NDArray[np.float64]) -> dict[str, int]:
     return dict(zip(labels, np.bincount(place, minlength=len(labels)).tolist(), strict=True))
 
 
-def _count_classes(file: CocoIndex, plain: NDArray[np.int64]) -> dict[str, int]:
-    ids, numbers = np.unique(file.categories[plain], return_counts=True)
+def _count_classes(index: CocoIndex, plain: NDArray[np.int64]) -> dict[str, int]:
+    ids, numbers = np.unique(index.categories[plain], return_counts=True)
     number_of = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
     counts: Counter[str] = Counter()
-    for category_id, name in class_names(file).items():
+    for category_id, name in class_names(index).items():
         counts[name] += number_of.get(category_id, 0)
     return dict(counts.most_common())
 
@@ -253,16 +253,16 @@ class CheckedSplit:
         annotations: The JSON file.
         images: Its image folder.
         problems: Of the file, and of the file beside the others.
-        file: The index; None if the JSON cannot be read.
+        index: The checked file; None if the JSON cannot be read.
         statistics: None if the JSON cannot be read.
         failure: The sentence that says why it cannot be read.
-        shared_rows: int64, rows of `file` whose images are in validation as well.
+        shared_rows: int64, rows of `index` whose images are in validation as well.
     """
 
     annotations: Path
     images: Path
     problems: Problems = field(default_factory=Problems)
-    file: CocoIndex | None = None
+    index: CocoIndex | None = None
     statistics: Statistics | None = None
     failure: str = ""
     shared_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -317,11 +317,11 @@ def check_split(
     """
     split = CheckedSplit(annotations, images)
     try:
-        split.file = index_file(annotations, images, root=root)
+        split.index = index_file(annotations, images, root=root)
     except UnusableFile as error:
         return _unusable(split, error.code, str(error))
-    split.problems = split.file.problems
-    split.statistics = measure(split.file, image_size=image_size)
+    split.problems = split.index.problems
+    split.statistics = measure(split.index, image_size=image_size)
     return split
 
 
@@ -372,9 +372,9 @@ def _compare(train: CheckedSplit, val: CheckedSplit) -> None:
     name = val.images.name
     if name.startswith("valid"):
         val.problems.add("split-name", name)
-    if train.file and val.file:
-        index = choose(train.file)
-        shared = find_shared(index, choose(val.file))
-        train.shared_rows = index.rows[shared]
-        names = [index.file_name(i) for i in shared.tolist()]
+    if train.index and val.index:
+        subset = choose(train.index)
+        shared = find_shared(subset, choose(val.index))
+        train.shared_rows = subset.rows[shared]
+        names = [subset.file_name(i) for i in shared.tolist()]
         train.problems.add("image-in-train-and-val", *names)

@@ -19,7 +19,7 @@ from samft.errors import DataError
 class CocoSubset:
     """What is trained or validated on: n images of a `CocoIndex`, each with some of its objects."""
 
-    file: CocoIndex
+    index: CocoIndex
     rows: NDArray[np.int64]  # [n] of the file's images
     first_object: NDArray[np.int64]  # [n + 1]; image i has objects[first_object[i:i + 2]]
     objects: NDArray[np.int64]  # [k] of the file's objects
@@ -37,33 +37,33 @@ class CocoSubset:
 
     def file_name(self, i: int) -> str:
         """Of image i, relative to the image folder."""
-        return self.file.file_name(int(self.rows[i]))
+        return self.index.file_name(int(self.rows[i]))
 
     def path(self, i: int) -> Path:
         """Of the file of image i."""
-        return self.file.image_folder / self.file_name(i)
+        return self.index.image_folder / self.file_name(i)
 
     def image_id(self, i: int) -> int:
         """Of image i, as annotated."""
-        return int(self.file.image_ids[self.rows[i]])
+        return int(self.index.image_ids[self.rows[i]])
 
     def size(self, i: int) -> tuple[int, int]:
         """H, W of the file of image i, px."""
-        height, width = self.file.sizes[self.rows[i]].tolist()
+        height, width = self.index.sizes[self.rows[i]].tolist()
         return height, width
 
     def objects_of(self, i: int) -> NDArray[np.int64]:
-        """The objects of image i, as indices into the arrays of `file`."""
+        """The objects of image i, as indices into the arrays of `index`."""
         return self.objects[self.first_object[i] : self.first_object[i + 1]]
 
     def select(self, images: Iterable[int]) -> "CocoSubset":
-        """The index of some of the images, in the order given; `counts` stays behind, empty."""
+        """Some of the images, in the order given; `counts` stays behind, empty."""
         chosen = np.fromiter(images, dtype=np.int64)
         lengths = np.diff(self.first_object)[chosen]
         first = np.cumsum([0, *lengths])
         within = np.arange(first[-1]) - np.repeat(first[:-1], lengths)
         objects = self.objects[np.repeat(self.first_object[chosen], lengths) + within]
-        return CocoSubset(self.file, self.rows[chosen], first, objects, {})
+        return CocoSubset(self.index, self.rows[chosen], first, objects, {})
 
 
 def read_coco(
@@ -91,18 +91,18 @@ def read_coco(
         DataError: The file cannot be read or holds no usable object, images are missing or broken,
             or ids contradict each other.
     """
-    file = index_file(annotations, image_folder, root=root, cache=cache)
-    refuse_errors(file.problems, annotations, on_bad_image=on_bad_image)
-    index = choose(
-        file, categories=find_categories(file, category_names), min_mask_area=min_mask_area
+    index = index_file(annotations, image_folder, root=root, cache=cache)
+    refuse_errors(index.problems, annotations, on_bad_image=on_bad_image)
+    subset = choose(
+        index, categories=find_categories(index, category_names), min_mask_area=min_mask_area
     )
-    if not index.num_objects:
+    if not subset.num_objects:
         raise DataError(
             f"{annotations}: no object is left with category_names "
             f"{', '.join(category_names) or 'empty'} and min_mask_area {min_mask_area}: choose "
             "others."
         )
-    return index
+    return subset
 
 
 def refuse_errors(problems: Problems, annotations: Path, *, on_bad_image: str = "error") -> None:
@@ -145,45 +145,45 @@ def left_out(problems: Problems) -> dict[str, int]:
 
 
 def choose(
-    file: CocoIndex, *, categories: set[int] | None = None, min_mask_area: float = 0
+    index: CocoIndex, *, categories: set[int] | None = None, min_mask_area: float = 0
 ) -> CocoSubset:
     """The objects of a file that are no crowds, and the images that have any.
 
     Args:
-        file: The checked file.
+        index: The checked file.
         categories: Of these only.
         min_mask_area: In pixels; of at least this only.
     """
-    plain = (file.flags & CROWD) == 0
-    chosen = plain & (file.areas >= min_mask_area)
+    plain = (index.flags & CROWD) == 0
+    chosen = plain & (index.areas >= min_mask_area)
     if categories is not None:
-        chosen &= np.isin(file.categories, list(categories))
+        chosen &= np.isin(index.categories, list(categories))
     objects = np.flatnonzero(chosen)
-    image_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
-    per_image = np.bincount(image_of[objects], minlength=file.num_images)
+    image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
+    per_image = np.bincount(image_of[objects], minlength=index.num_images)
     rows = np.flatnonzero(per_image)
-    counts = left_out(file.problems)
-    counts["image-without-objects"] = int((~file.bad).sum()) - len(rows)
+    counts = left_out(index.problems)
+    counts["image-without-objects"] = int((~index.bad).sum()) - len(rows)
     counts["objects-not-chosen"] = int(plain.sum()) - len(objects)
     counts = {code: number for code, number in counts.items() if number}
-    return CocoSubset(file, rows, np.cumsum([0, *per_image[rows]]), objects, counts)
+    return CocoSubset(index, rows, np.cumsum([0, *per_image[rows]]), objects, counts)
 
 
-def find_categories(file: CocoIndex, names: Iterable[str]) -> set[int] | None:
+def find_categories(index: CocoIndex, names: Iterable[str]) -> set[int] | None:
     """The ids of classes; None where none is named.
 
     Raises:
         DataError: There is no class of that name.
     """
     names = list(names)
-    known = set(file.category_names.values())
+    known = set(index.category_names.values())
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             some = ", ".join(sorted(known)[:20])
             raise DataError(f"category_names: there is no class {name!r} among {some}.{hint}")
-    return {key for key, name in file.category_names.items() if name in names} if names else None
+    return {key for key, name in index.category_names.items() if name in names} if names else None
 
 
 def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
@@ -198,16 +198,18 @@ def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
     Returns:
         int64, the positions of those images in `train`.
     """
-    keys = [_size_keys(index) for index in (train, val)]
+    keys = [_size_keys(subset) for subset in (train, val)]
     suspects = [np.flatnonzero(np.isin(mine, other)) for mine, other in (keys, keys[::-1])]
     known = {_begin(val.path(i)) for i in suspects[1].tolist()}
     shared = [i for i in suspects[0].tolist() if _begin(train.path(i)) in known]
     return np.array(shared, dtype=np.int64)
 
 
-def _size_keys(index: CocoSubset) -> NDArray[np.int64]:
-    height, width = index.file.sizes[index.rows].astype(np.int64).T
-    return np.asarray((height * 1_000_003 + width) * 1_000_003 + index.file.num_bytes[index.rows])
+def _size_keys(subset: CocoSubset) -> NDArray[np.int64]:
+    height, width = subset.index.sizes[subset.rows].astype(np.int64).T
+    return np.asarray(
+        (height * 1_000_003 + width) * 1_000_003 + subset.index.num_bytes[subset.rows]
+    )
 
 
 def _begin(path: Path) -> bytes:
@@ -218,32 +220,32 @@ def _begin(path: Path) -> bytes:
         return b""
 
 
-def split_by_hash(index: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
+def split_by_hash(subset: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
     """Holds out a share of the images for validation: those whose file names hash lowest.
 
     The choice depends on the file names only, not on their order or on a seed.
 
     Args:
-        index: Of all images.
+        subset: All images.
         val_fraction: Share to hold out; at least one image goes to either side.
 
     Returns:
-        The training index, which keeps `counts`, and the validation index.
+        The training images, which keeps `counts`, and the validation images.
 
     Raises:
         DataError: If there are fewer than two images to share out.
     """
     names = sorted(
-        {index.file_name(i) for i in range(index.num_images)},
+        {subset.file_name(i) for i in range(subset.num_images)},
         key=lambda name: hashlib.sha256(name.encode()).digest(),
     )
     if len(names) < 2:
         raise DataError(
-            f"{index.file.image_folder} has {len(names)} image with objects: holding out a share "
+            f"{subset.index.image_folder} has {len(names)} image with objects: holding out a share "
             "for validation takes at least two."
         )
     held_out = set(names[: min(max(round(val_fraction * len(names)), 1), len(names) - 1)])
-    rows = range(index.num_images)
-    train = index.select([i for i in rows if index.file_name(i) not in held_out])
-    val = index.select([i for i in rows if index.file_name(i) in held_out])
-    return replace(train, counts=index.counts), val
+    rows = range(subset.num_images)
+    train = subset.select([i for i in rows if subset.file_name(i) not in held_out])
+    val = subset.select([i for i in rows if subset.file_name(i) in held_out])
+    return replace(train, counts=subset.counts), val

@@ -129,7 +129,7 @@ _Placement = tuple[Frame, NDArray[np.int64], NDArray[np.float64]]
 
 
 class EmbeddingSource(Protocol):
-    """The embeddings of a split's images, in the order of its index: `CachedEmbeddings`, say."""
+    """Embeddings of the images of a `CocoSubset`, in its order; see `CachedEmbeddings`."""
 
     def size(self, i: int) -> tuple[int, int]:
         """H, W of the file of image i.
@@ -152,7 +152,7 @@ class Coco2MaskDataset(Dataset[Sample]):
 
     Args:
         image_folder: What the file names are relative to.
-        annotations: The COCO file; not read if `index` is given.
+        annotations: The COCO file; not read if `subset` is given.
         image_size: Side S of the input frame.
         resize_mode: `pad` or `squash`, see `make_frame`.
         training: Whether to draw at random.
@@ -163,7 +163,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         on_bad_image: `error` raises where an image cannot be read. `skip` takes the next that can
             in training, and gives a sample without objects in validation.
         seed: Of everything random.
-        index: The checked file, if it has been read.
+        subset: The images and objects to use, if they have been read.
 
     Raises:
         DataError: As `read_coco`.
@@ -183,13 +183,13 @@ class Coco2MaskDataset(Dataset[Sample]):
         loss_resolution: str = "low",
         on_bad_image: str = "error",
         seed: int = 0,
-        index: CocoSubset | None = None,
+        subset: CocoSubset | None = None,
     ) -> None:
-        if index is None:
+        if subset is None:
             if annotations is None:
-                raise ValueError("Coco2MaskDataset needs annotations, or an index.")
-            index = read_coco(Path(annotations), Path(image_folder))
-        self.index = index
+                raise ValueError("Coco2MaskDataset needs annotations, or a subset.")
+            subset = read_coco(Path(annotations), Path(image_folder))
+        self.subset = subset
         self.image_size = image_size
         self.resize_mode = resize_mode
         self.training = training
@@ -202,7 +202,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         self.embeddings: EmbeddingSource | None = None  # in the place of pixels, once there are any
 
     def __len__(self) -> int:
-        return self.index.num_images
+        return self.subset.num_images
 
     def __getitem__(self, key: int | tuple[int, int] | tuple[int, int, int]) -> Sample:
         """Loads an image by i, (epoch, i) or (epoch, i, copy), which decide what is drawn.
@@ -212,7 +212,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         """
         epoch, i, copy = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
         i = range(len(self))[i]  # an IndexError past the end, so that the dataset can be iterated
-        words = (SAMPLE_STREAM, self.seed, epoch, self.index.image_id(i), copy)
+        words = (SAMPLE_STREAM, self.seed, epoch, self.subset.image_id(i), copy)
         bad_images: dict[str, str] = {}
         for number in range(i, i + len(self)):
             row = number % len(self)
@@ -222,7 +222,7 @@ class Coco2MaskDataset(Dataset[Sample]):
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
-                bad_images[self.index.file_name(row)] = str(error)
+                bad_images[self.subset.file_name(row)] = str(error)
                 if self.training:
                     continue
                 sample = self._without_objects(row)
@@ -232,7 +232,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         raise DataError(f"none of the {len(self)} images can be read; the first: {first}")
 
     def _load(self, row: int, generator: np.random.Generator) -> Sample:
-        file = self.index.file
+        index = self.subset.index
         encoded, size = self._open(row)
         frame, objects, boxes = self._place(row, size, generator)
         pixels = self.pixels(encoded, frame) if encoded else None
@@ -242,7 +242,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         if pixels is not None and self.training and self.augment == "scale":
             visible = pixels[: frame.input_size[0], : frame.input_size[1]]
             visible[:] = change_colour(visible, draw_colour(generator))
-        segmentations = [file.segmentations[k] for k in objects.tolist()]
+        segmentations = [index.segmentations[k] for k in objects.tolist()]
         truths: list[CroppedMask] = []
         if self.training:
             kept, targets = draw_targets(segmentations, frame, resolution=self.loss_resolution)
@@ -255,8 +255,8 @@ class Coco2MaskDataset(Dataset[Sample]):
             targets=torch.from_numpy(targets),
             input_size=frame.input_size,
             original_size=size,
-            image_id=self.index.image_id(row),
-            object_ids=torch.from_numpy(file.object_ids[objects[kept]]),
+            image_id=self.subset.image_id(row),
+            object_ids=torch.from_numpy(index.object_ids[objects[kept]]),
             truths=truths,
             embedding=self._embedding(row, frame),
         )
@@ -264,7 +264,7 @@ class Coco2MaskDataset(Dataset[Sample]):
     def _open(self, row: int) -> tuple[EncodedImage | None, tuple[int, int]]:
         if self.embeddings is not None:
             return None, self.embeddings.size(row)
-        encoded = open_image(self.index.path(row))
+        encoded = open_image(self.subset.path(row))
         return encoded, encoded.size
 
     def _embedding(self, row: int, frame: Frame) -> torch.Tensor | None:
@@ -287,7 +287,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
 
     def _without_objects(self, row: int) -> Sample:
-        frame = self.frame(self.index.size(row))
+        frame = self.frame(self.subset.size(row))
         side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
         return Sample(
             image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
@@ -295,7 +295,7 @@ class Coco2MaskDataset(Dataset[Sample]):
             targets=torch.zeros(0, side, side, dtype=torch.uint8),
             input_size=frame.input_size,
             original_size=frame.original_size,
-            image_id=self.index.image_id(row),
+            image_id=self.subset.image_id(row),
             object_ids=torch.zeros(0, dtype=torch.int64),
             truths=[],
         )
@@ -313,7 +313,7 @@ class Coco2MaskDataset(Dataset[Sample]):
     def _draw_place(
         self, row: int, size: tuple[int, int], augment: str, *, generator: np.random.Generator
     ) -> _Placement:
-        file, objects = self.index.file, self.index.objects_of(row)
+        index, objects = self.subset.index, self.subset.objects_of(row)
         frame = draw_frame(
             size,
             self.image_size,
@@ -322,13 +322,13 @@ class Coco2MaskDataset(Dataset[Sample]):
             generator=generator,
         )
         if frame.is_cropped:
-            objects = objects[boxes_in_frame(file.boxes[objects], frame)]
+            objects = objects[boxes_in_frame(index.boxes[objects], frame)]
         if self.training and 0 < self.max_masks_per_image < len(objects):
             chosen = generator.choice(objects, self.max_masks_per_image, replace=False)
             objects = np.sort(chosen)
         kept, boxes = filter_cropped_objects(
-            file.boxes[objects],
+            index.boxes[objects],
             frame,
-            draw=lambda k: decode_cropped(file.segmentations[int(objects[k])], *size),
+            draw=lambda k: decode_cropped(index.segmentations[int(objects[k])], *size),
         )
         return frame, objects[kept], boxes

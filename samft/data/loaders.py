@@ -203,7 +203,7 @@ class BatchLoader:
         batches = list(self.handed.out)[: max(self.num_workers, 1)]
         keys = [key for batch in batches for key in batch]
         rows = [key.row if isinstance(key, SampleKey) else key for key in keys]
-        return [self.dataset.index.file_name(row) for row in rows]
+        return [self.dataset.subset.file_name(row) for row in rows]
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -290,7 +290,7 @@ def val_loader(
 
 def masks_per_image(dataset: Coco2MaskDataset) -> NDArray[np.int64]:
     """How many objects each image has that come in one sample."""
-    counts = np.diff(dataset.index.first_object).astype(np.int64)
+    counts = np.diff(dataset.subset.first_object).astype(np.int64)
     most = dataset.max_masks_per_image if dataset.training else 0
     return np.minimum(counts, most) if most else counts
 

@@ -23,7 +23,7 @@ class SampleKey(NamedTuple):
     """What a training sample is drawn from: the dataset's augmentation is seeded with it."""
 
     epoch: int
-    row: int  # of the image in the index
+    row: int  # of the image in the subset
     copy: int  # 0, or 1, 2, ... where the image comes more than once in the epoch
 
 

@@ -52,7 +52,7 @@ class _Pixels(Dataset[_Item]):
     def __getitem__(self, number: int) -> _Item:
         row, states = self.rows[number]
         try:
-            encoded = open_image(self.dataset.index.path(row))
+            encoded = open_image(self.dataset.subset.path(row))
             if sha256(encoded.content) != self.files.of(row):
                 raise DataError(f"{encoded.path} was changed while it was read: start again.")
             frame = self.dataset.frame(encoded.size)
@@ -195,7 +195,7 @@ class Precompute:
         dtype = getattr(torch, split.stores[0].dtype.name)
         kept = embeddings.to(dtype).cpu()
         if not bool(torch.isfinite(kept).all()):
-            name = split.dataset.index.file_name(item.row)
+            name = split.dataset.subset.file_name(item.row)
             raise ConfigError(
                 f"cache_dtype: the embedding of {name} is not finite as {split.stores[0].dtype}: "
                 "take float32, or cache_embeddings off."

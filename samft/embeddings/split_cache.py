@@ -93,12 +93,12 @@ def sha256(content: bytes) -> bytes:
 
 
 def read_digests(
-    index: CocoSubset, *, on_bad_image: str, should_stop: ShouldStop
+    subset: CocoSubset, *, on_bad_image: str, should_stop: ShouldStop
 ) -> Digests | None:
     """Hashes all image files, each rank its share. Collective.
 
     Args:
-        index: Of the images.
+        subset: The images.
         on_bad_image: `error` ends at one that cannot be used, `skip` notes why.
         should_stop: Asked before each image; all ranks stop if any says yes.
 
@@ -110,16 +110,16 @@ def read_digests(
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     found = Digests(
-        np.zeros((index.num_images, DIGEST_BYTES), dtype=np.uint8),
-        np.zeros((index.num_images, 2), dtype=np.int32),
+        np.zeros((subset.num_images, DIGEST_BYTES), dtype=np.uint8),
+        np.zeros((subset.num_images, 2), dtype=np.int32),
         {},
     )
     error: UserError | None = None
     for row in itertools.takewhile(
-        lambda _: not should_stop(), range(rank, index.num_images, world_size)
+        lambda _: not should_stop(), range(rank, subset.num_images, world_size)
     ):
         try:
-            encoded = open_image(index.path(row))
+            encoded = open_image(subset.path(row))
         except ImageError as caught:
             found.bad_images[row] = str(caught)
             error = error or caught

@@ -173,7 +173,7 @@ def _write_all(file: int, content: bytes, *, offset: int) -> None:
 
 @dataclass(frozen=True)
 class CachedEmbeddings:
-    """The embeddings of the N images of a split, in the order of its index.
+    """The embeddings of the N images of a split, in the order of its subset.
 
     Attributes:
         stores: Of the images as they are and, if training flips, of the flipped ones.

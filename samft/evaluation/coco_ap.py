@@ -22,12 +22,12 @@ USUAL_MAX_DETS = 100  # of a class in an image; COCOeval's default
 _SIZES = ("small", "medium", "large")  # in the order of COCOeval's area ranges, after all
 
 
-def categories_of(index: CocoSubset, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def categories_of(subset: CocoSubset, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The category id of each object, int64 [K]."""
-    known = index.file.object_ids[index.objects]
+    known = subset.index.object_ids[subset.objects]
     order = np.argsort(known)
     rows = order[np.searchsorted(known, object_ids, sorter=order)]
-    return np.asarray(index.file.categories[index.objects[rows]])
+    return np.asarray(subset.index.categories[subset.objects[rows]])
 
 
 def coco_results(
@@ -50,7 +50,7 @@ def coco_results(
     return [dict(zip(names, values, strict=True)) for values in columns]
 
 
-def coco_truth(objects: EvaluatedObjects, index: CocoSubset) -> dict[str, Any]:
+def coco_truth(objects: EvaluatedObjects, subset: CocoSubset) -> dict[str, Any]:
     """The true masks of objects, and the crowds in their images, as a COCO file's content.
 
     COCOeval takes annotation id 0 for "no match", so ids are given anew, from 1. Areas are those of
@@ -58,7 +58,7 @@ def coco_truth(objects: EvaluatedObjects, index: CocoSubset) -> dict[str, Any]:
 
     Args:
         objects: What has been evaluated.
-        index: What it is of.
+        subset: The images and objects that were evaluated.
     """
     sizes = {
         image_id: rle["size"]
@@ -66,16 +66,16 @@ def coco_truth(objects: EvaluatedObjects, index: CocoSubset) -> dict[str, Any]:
     }
     columns = zip(
         objects.image_ids.tolist(),
-        categories_of(index, objects.object_ids).tolist(),
+        categories_of(subset, objects.object_ids).tolist(),
         objects.rle_true,
         objects.areas.tolist(),
         strict=True,
     )
-    entries = [(*values, 0) for values in columns] + _crowds(index, sizes)
+    entries = [(*values, 0) for values in columns] + _crowds(subset, sizes)
     names = ("image_id", "category_id", "segmentation", "area", "iscrowd")
     return {
         "images": [{"id": key, "height": h, "width": w} for key, (h, w) in sizes.items()],
-        "categories": [{"id": key, "name": n} for key, n in index.file.category_names.items()],
+        "categories": [{"id": key, "name": n} for key, n in subset.index.category_names.items()],
         "annotations": [
             {"id": number, **dict(zip(names, entry, strict=True))}
             for number, entry in enumerate(entries, start=1)
@@ -83,19 +83,19 @@ def coco_truth(objects: EvaluatedObjects, index: CocoSubset) -> dict[str, Any]:
     }
 
 
-def _crowds(index: CocoSubset, sizes: dict[int, list[int]]) -> list[tuple[Any, ...]]:
+def _crowds(subset: CocoSubset, sizes: dict[int, list[int]]) -> list[tuple[Any, ...]]:
     # A mask that fits no object better but lies in a crowd is not held against the model.
-    file, entries = index.file, []
-    for row in np.flatnonzero(file.flags & CROWD).tolist():
-        image_row = int(np.searchsorted(file.first_object, row, side="right")) - 1
-        image_id = int(file.image_ids[image_row])
+    index, entries = subset.index, []
+    for row in np.flatnonzero(index.flags & CROWD).tolist():
+        image_row = int(np.searchsorted(index.first_object, row, side="right")) - 1
+        image_id = int(index.image_ids[image_row])
         if image_id not in sizes:
             continue
         height, width = sizes[image_id]
-        top, left, mask = decode_cropped(file.segmentations[row], height, width)
+        top, left, mask = decode_cropped(index.segmentations[row], height, width)
         if mask.size:
             rle = encode_cropped(top, left, mask.astype(bool), height=height, width=width)
-            entries.append((image_id, int(file.categories[row]), rle, float(mask.sum()), 1))
+            entries.append((image_id, int(index.categories[row]), rle, float(mask.sum()), 1))
     return entries
 
 

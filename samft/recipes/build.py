@@ -157,7 +157,7 @@ def build_loaders(
         accumulate_steps=config.accumulate_steps,
         start_step=start_step,
         seed=config.seed,
-        repeats=count_repeats(splits.train.index, config.repeat_threshold),
+        repeats=count_repeats(splits.train.subset, config.repeat_threshold),
         **shared,
     )
     return batches, val_loader(splits.val, **shared)

@@ -48,7 +48,7 @@ class Splits:
                 counts["masks"],
                 f"; left out: {skipped}" if skipped else "",
             )
-            for line in dataset.index.file.problems.lines(WARNING, NOTE, num_examples=1):
+            for line in dataset.subset.index.problems.lines(WARNING, NOTE, num_examples=1):
                 LOGGER.info("  %s", line)
             _announce_bad_images(counts["bad_images"])
 
@@ -67,22 +67,22 @@ def load_splits(config: TrainConfig) -> Splits:
     Raises:
         DataError: Files are missing or broken, or there is nothing to validate on.
     """
-    train_index = _read(config, _find_files(config, "train"))
+    train_subset = _read(config, _find_files(config, "train"))
     role, files = find_val(config)
     if role == "train":
         assert config.val_fraction is not None
-        train_index, val_index = _hold_out(train_index, config.val_fraction)
+        train_subset, val_subset = _hold_out(train_subset, config.val_fraction)
     else:
-        val_index = _read(config, files)
+        val_subset = _read(config, files)
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
-    train_index = _without_shared(train_index, val_index)
-    counts = {"train": _count(train_index), "val": _count(val_index)}
+    train_subset = _without_shared(train_subset, val_subset)
+    counts = {"train": _count(train_subset), "val": _count(val_subset)}
     return Splits(
-        train=_dataset(train_index, config, training=True),
-        val=_dataset(val_index, config, training=False),
+        train=_dataset(train_subset, config, training=True),
+        val=_dataset(val_subset, config, training=False),
         counts=counts,
-        fingerprint=_fingerprint(train_index),
+        fingerprint=_fingerprint(train_subset),
     )
 
 
@@ -125,15 +125,15 @@ def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
 
 
 def _hold_out(whole: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
-    train_index, val_index = split_by_hash(whole, val_fraction)
+    train_subset, val_subset = split_by_hash(whole, val_fraction)
     LOGGER.info(
         "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
-        val_index.num_images,
+        val_subset.num_images,
         whole.num_images,
-        ", ".join(val_index.file_name(i) for i in range(min(val_index.num_images, 5))),
-        ", ..." if val_index.num_images > 5 else "",
+        ", ".join(val_subset.file_name(i) for i in range(min(val_subset.num_images, 5))),
+        ", ..." if val_subset.num_images > 5 else "",
     )
-    return train_index, val_index
+    return train_subset, val_subset
 
 
 def _without_shared(train: CocoSubset, val: CocoSubset) -> CocoSubset:
@@ -157,22 +157,24 @@ def _without_shared(train: CocoSubset, val: CocoSubset) -> CocoSubset:
     return replace(kept, counts={**train.counts, code: len(shared)})
 
 
-def _count(index: CocoSubset) -> dict[str, Any]:
+def _count(subset: CocoSubset) -> dict[str, Any]:
     return {
-        "images": index.num_images,
-        "masks": index.num_objects,
-        "skipped": dict(index.counts),
-        "bad_images": dict(index.file.bad_images),
+        "images": subset.num_images,
+        "masks": subset.num_objects,
+        "skipped": dict(subset.counts),
+        "bad_images": dict(subset.index.bad_images),
     }
 
 
-def count_repeats(index: CocoSubset, threshold: float | None) -> NDArray[np.float64] | None:
+def count_repeats(subset: CocoSubset, threshold: float | None) -> NDArray[np.float64] | None:
     """How often each training image comes in an epoch; None: once each."""
     if threshold is None:
         return None
-    image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
-    categories = index.file.categories[index.objects]
-    repeats = repeat_factors(image_of, categories, num_images=index.num_images, threshold=threshold)
+    image_of = np.repeat(np.arange(subset.num_images), np.diff(subset.first_object))
+    categories = subset.index.categories[subset.objects]
+    repeats = repeat_factors(
+        image_of, categories, num_images=subset.num_images, threshold=threshold
+    )
     LOGGER.info(
         "repeat_threshold %g: %d of %d images come more than once in an epoch, up to %.1f times",
         threshold,
@@ -183,11 +185,11 @@ def count_repeats(index: CocoSubset, threshold: float | None) -> NDArray[np.floa
     return repeats
 
 
-def _dataset(index: CocoSubset, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
+def _dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
     return Coco2MaskDataset(
-        index.file.image_folder,
+        subset.index.image_folder,
         None,
-        index=index,
+        subset=subset,
         image_size=config.image_size,
         resize_mode=config.resize_mode,
         training=training,
@@ -200,11 +202,11 @@ def _dataset(index: CocoSubset, config: TrainConfig, *, training: bool) -> Coco2
     )
 
 
-def _fingerprint(index: CocoSubset) -> str:
-    file = index.file
-    names = "\n".join(index.file_name(i) for i in range(index.num_images))
+def _fingerprint(subset: CocoSubset) -> str:
+    index = subset.index
+    names = "\n".join(subset.file_name(i) for i in range(subset.num_images))
     digest = hashlib.sha256(names.encode(errors="surrogateescape"))
-    for array in (file.image_ids[index.rows], file.object_ids[index.objects]):
+    for array in (index.image_ids[subset.rows], index.object_ids[subset.objects]):
         digest.update(array.tobytes())
-    digest.update(file.boxes[index.objects].tobytes())
+    digest.update(index.boxes[subset.objects].tobytes())
     return digest.hexdigest()

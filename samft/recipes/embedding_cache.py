@@ -235,8 +235,8 @@ def _read(
 ) -> list[SplitCache] | None:
     found = []
     for plan in plans:
-        index = plan.dataset.index
-        files = read_digests(index, on_bad_image=on_bad_image, should_stop=should_stop)
+        subset = plan.dataset.subset
+        files = read_digests(subset, on_bad_image=on_bad_image, should_stop=should_stop)
         if files is None:
             return None
         found.append(SplitCache(plan.dataset, plan.amp_dtype, plan.stores, files))

@@ -68,17 +68,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     load_backend(options.ap_backend)  # before an hour of work
-    index = run_on_all_ranks(lambda: _prepare(options))
+    subset = run_on_all_ranks(lambda: _prepare(options))
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
     for path in options.checkpoint:
-        objects, about = _evaluate(path, index, options, device)
+        objects, about = _evaluate(path, subset, options, device)
         if distributed.is_main():
-            evaluations.append(_summarise(objects, index, about, backend=options.ap_backend))
+            evaluations.append(_summarise(objects, subset, about, backend=options.ap_backend))
             tables.append(objects)
             if len(tables) > 1:
                 found = summarise_change(tables[0], objects, seed=options.seed)
-                evaluations[-1]["comparison"] = _with_names(found, index)
+                evaluations[-1]["comparison"] = _with_names(found, subset)
     report: dict[str, Any] = {}
     lines: list[str] = []
     if distributed.is_main():
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
         lines = sheet(evaluations, data=_name_data(options))
         if options.output:
             report["objects_file"] = objects_file(options.output).name
-            _write(options.output, report, tables, index)
+            _write(options.output, report, tables, subset)
             lines += ["", f"written: {options.output} and {report['objects_file']} beside it"]
     distributed.barrier()  # torchrun ends all that run when the first one has ended
     return report, lines
@@ -117,7 +117,7 @@ def _prepare(options: argparse.Namespace) -> CocoSubset:
     if options.output:
         _check_output(options.output, [annotations, *options.checkpoint])
     names = [name.strip() for name in (options.category_names or "").split(",")]
-    index = read_coco(
+    subset = read_coco(
         annotations,
         images,
         root=options.data_root,
@@ -125,17 +125,17 @@ def _prepare(options: argparse.Namespace) -> CocoSubset:
         category_names=[name for name in names if name],
         min_mask_area=options.min_mask_area,
     )
-    skipped = ", ".join(f"{code} {number:,}" for code, number in index.counts.items())
+    skipped = ", ".join(f"{code} {number:,}" for code, number in subset.counts.items())
     if options.val_fraction is not None:
-        _, index = split_by_hash(index, options.val_fraction)
+        _, subset = split_by_hash(subset, options.val_fraction)
     LOGGER.info(
         "%s: %d images, %d masks%s",
         annotations,
-        index.num_images,
-        index.num_objects,
+        subset.num_images,
+        subset.num_objects,
         f"; left out: {skipped}" if skipped else "",
     )
-    return index
+    return subset
 
 
 def objects_file(output: Path) -> Path:
@@ -158,13 +158,13 @@ def _check_output(output: Path, sources: list[Path]) -> None:
 
 
 def _evaluate(
-    path: Path, index: CocoSubset, options: argparse.Namespace, device: torch.device
+    path: Path, subset: CocoSubset, options: argparse.Namespace, device: torch.device
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
     started = time.monotonic()
     model, about = run_on_all_ranks(lambda: _load(path, device))
     dataset = Coco2MaskDataset(
-        index.file.image_folder,
-        index=index,
+        subset.index.image_folder,
+        subset=subset,
         image_size=about["image_size"],
         resize_mode=about["resize_mode"],
         on_bad_image=options.on_bad_image,
@@ -182,9 +182,9 @@ def _evaluate(
     for why in bad_images.values():
         LOGGER.info("left out: %s", why)
     if not len(objects):
-        raise DataError(f"none of the images in {index.file.image_folder} can be read.")
+        raise DataError(f"none of the images in {subset.index.image_folder} can be read.")
     seconds = time.monotonic() - started
-    speed = index.num_images / seconds
+    speed = subset.num_images / seconds
     words = format_duration(seconds)
     LOGGER.info("%s evaluated in %s, %.1f images/s", path, words, speed)
     return objects, {**about, "bad_images": bad_images, "seconds": seconds}
@@ -198,11 +198,11 @@ def _load(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]
 
 
 def _summarise(
-    objects: EvaluatedObjects, index: CocoSubset, about: dict[str, Any], *, backend: str
+    objects: EvaluatedObjects, subset: CocoSubset, about: dict[str, Any], *, backend: str
 ) -> dict[str, Any]:
-    category_ids = categories_of(index, objects.object_ids)
-    found = summarise(objects, category_ids, names=index.file.category_names)
-    truth, results = coco_truth(objects, index), coco_results(objects, category_ids)
+    category_ids = categories_of(subset, objects.object_ids)
+    found = summarise(objects, category_ids, names=subset.index.category_names)
+    truth, results = coco_truth(objects, subset), coco_results(objects, category_ids)
     return {
         "per_mask_iou": found["per_mask_iou"],
         **about,
@@ -211,21 +211,21 @@ def _summarise(
     }
 
 
-def _file_names(index: CocoSubset) -> dict[int, str]:
-    return {index.image_id(row): index.file_name(row) for row in range(index.num_images)}
+def _file_names(subset: CocoSubset) -> dict[int, str]:
+    return {subset.image_id(row): subset.file_name(row) for row in range(subset.num_images)}
 
 
-def _with_names(comparison: dict[str, Any], index: CocoSubset) -> dict[str, Any]:
-    names = _file_names(index)
+def _with_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any]:
+    names = _file_names(subset)
     for row in comparison["most_improved"] + comparison["most_harmed"]:
-        category = int(categories_of(index, np.array([row["object_id"]]))[0])
-        row["category"] = index.file.category_names[category]
+        category = int(categories_of(subset, np.array([row["object_id"]]))[0])
+        row["category"] = subset.index.category_names[category]
         row["file_name"] = names[row["image_id"]]
     return comparison
 
 
 def _write(
-    output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], index: CocoSubset
+    output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], subset: CocoSubset
 ) -> None:
     checkpoints = [report["checkpoint"], *(one["checkpoint"] for one in report["others"])]
     text = io.StringIO()
@@ -234,13 +234,13 @@ def _write(
     others = [f"iou_{name}" for name in OTHER_PROMPTS]
     scores = ("iou_actual", "iou_predicted", "dice", "iou_boundary", "iou_box_fill", *others)
     writer.writerow([*ids, *scores])
-    names = _file_names(index)
+    names = _file_names(subset)
     for checkpoint, table in zip(checkpoints, tables, strict=True):
-        categories = categories_of(index, table.object_ids).tolist()
+        categories = categories_of(subset, table.object_ids).tolist()
         columns = [table.image_ids, table.object_ids, table.areas]
         columns += [getattr(table, name) for name in scores]
         for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):
-            known = index.file.category_names[category]
+            known = subset.index.category_names[category]
             writer.writerow([checkpoint, names[row[0]], known, *row])
     content = text.getvalue().encode(errors="surrogateescape")
     try:

@@ -80,7 +80,7 @@ def draw_pairs(
         return Pairs(why_none="It is not known how each object was scored before and after.")
     rows = comparison.choose(NUM_SHOWN)
     chosen = np.concatenate(list(rows.values()))
-    found = find_objects(dataset.index.file, comparison.before.keys()[chosen])
+    found = find_objects(dataset.subset.index, comparison.before.keys()[chosen])
     objects = dict(zip(chosen.tolist(), found.tolist(), strict=True))
     masks: list[dict[int, CroppedMask]] = []
     embeddings: dict[int, Tensor] = {}
@@ -143,22 +143,22 @@ def predict(
         By object; without those whose image cannot be read any more.
     """
     found: dict[int, CroppedMask] = {}
-    file, device = dataset.index.file, model.sam.device
+    index, device = dataset.subset.index, model.sam.device
     by_owner: dict[int, list[int]] = {}
     for k in objects:
-        by_owner.setdefault(owner_of(file, k), []).append(k)
+        by_owner.setdefault(owner_of(index, k), []).append(k)
     for owner, own in by_owner.items():
         if should_stop():
             break
-        (place,) = np.flatnonzero(dataset.index.rows == owner).tolist()
-        heartbeat.set_activity("drawing image", partial(list, [dataset.index.file_name(place)]))
+        (place,) = np.flatnonzero(dataset.subset.rows == owner).tolist()
+        heartbeat.set_activity("drawing image", partial(list, [dataset.subset.file_name(place)]))
         try:
             batch = collate([dataset[place]]).to(device)
         except ImageError:
             continue
         ids = batch.object_ids.tolist()
-        own = [k for k in own if int(file.object_ids[k]) in ids]
-        part = torch.tensor([ids.index(int(file.object_ids[k])) for k in own], device=device)
+        own = [k for k in own if int(index.object_ids[k]) in ids]
+        part = torch.tensor([ids.index(int(index.object_ids[k])) for k in own], device=device)
         if not own:
             continue
         known = batch.embeddings if batch.embeddings is not None else embeddings.get(owner)
@@ -171,9 +171,9 @@ def predict(
 
 
 def _iou(dataset: Coco2MaskDataset, k: int, mask: CroppedMask) -> float:
-    file = dataset.index.file
-    size = file.sizes[owner_of(file, k)].tolist()
-    top, left, crop = decode_cropped(file.segmentations[k], *size)
+    index = dataset.subset.index
+    size = index.sizes[owner_of(index, k)].tolist()
+    top, left, crop = decode_cropped(index.segmentations[k], *size)
     return cropped_iou(mask, CroppedMask(top, left, crop.astype(bool)))
 
 
@@ -183,25 +183,25 @@ def _draw(
     objects: dict[int, int],
     masks: list[dict[int, CroppedMask]],
 ) -> dict[int, Pair]:
-    file = dataset.index.file
-    names = class_names(file)
+    index = dataset.subset.index
+    names = class_names(index)
     drawn = {}
     for row, k in objects.items():
-        owner = owner_of(file, k)
+        owner = owner_of(index, k)
         try:
             view = view_of(
-                file.boxes[k], read_image(file.image_folder / file.file_name(owner)), tile=_TILE
+                index.boxes[k], read_image(index.image_folder / index.file_name(owner)), tile=_TILE
             )
         except ImageError:
             continue
         if any(k not in found for found in masks):
             continue
-        before, after = (mark(file, k, view, predicted=found[k]) for found in masks)
+        before, after = (mark(index, k, view, predicted=found[k]) for found in masks)
         scores = comparison.before.iou_actual[row], comparison.after.iou_actual[row]
         drawn[row] = Pair(
-            file_name=file.file_name(owner),
-            class_name=names[int(file.categories[k])],
-            object_id=int(file.object_ids[k]),
+            file_name=index.file_name(owner),
+            class_name=names[int(index.categories[k])],
+            object_id=int(index.object_ids[k]),
             area=float(comparison.before.areas[row]),
             ious=(float(scores[0]), float(scores[1])),
             tiles=(before, after),
@@ -329,12 +329,14 @@ class Ending:
     def _classes(self) -> list[Group]:
         if self.comparison is None:
             return []
-        file = self.gallery.file
-        objects = find_objects(file, self.comparison.before.keys())
-        names = class_names(file)
-        used = sorted({names[one] for one in np.unique(file.categories[objects]).tolist()})
+        index = self.gallery.index
+        objects = find_objects(index, self.comparison.before.keys())
+        names = class_names(index)
+        used = sorted({names[one] for one in np.unique(index.categories[objects]).tolist()})
         place = {one: used.index(name) for one, name in names.items() if name in used}
-        labels = np.array([place[one] for one in file.categories[objects].tolist()], dtype=np.int64)
+        labels = np.array(
+            [place[one] for one in index.categories[objects].tolist()], dtype=np.int64
+        )
         return sorted(group_by(self.comparison, labels, used), key=lambda one: -one.num_objects)
 
 

@@ -87,7 +87,7 @@ class Run:
         self.log = RunLog(folder, main=self.main, steps=config.steps, start_step=start_step)
         source = found.folder if found else folder
         self.gallery = ValidationImages(
-            folder, self.splits.val.index, self.log, found=source, start_step=start_step
+            folder, self.splits.val.subset, self.log, found=source, start_step=start_step
         )
         self.model = build.build_model(config, weights, device)
         best = TopK.from_list(resumed["best"]) if resumed else []

@@ -36,11 +36,11 @@ class Pick:
     predicted: CroppedMask | None = None
 
 
-def write_sheets(file: CocoIndex, problems: Problems, folder: Path, *, name: str) -> list[Path]:
+def write_sheets(index: CocoIndex, problems: Problems, folder: Path, *, name: str) -> list[Path]:
     """Writes contact sheets: per class, smallest, largest, odd.
 
     Args:
-        file: The checked file; crowds are not shown.
+        index: The checked file; crowds are not shown.
         problems: Objects that are examples of a problem with their box or mask are odd ones.
         folder: Must exist.
         name: What the files' names begin with: the split.
@@ -53,53 +53,53 @@ def write_sheets(file: CocoIndex, problems: Problems, folder: Path, *, name: str
         OSError: They cannot be written.
     """
     paths: list[Path] = []
-    sheets = _choose(file, problems)
+    sheets = _choose(index, problems)
     for kind, (title, picks) in tqdm(sheets.items(), desc=f"drawing {name}", disable=None):
         path = folder / f"{name}-{kind}.png"
-        write_png(path, draw_sheet(file, picks, title=f"{name}: {title}"))
+        write_png(path, draw_sheet(index, picks, title=f"{name}: {title}"))
         paths.append(path)
     return paths
 
 
-def _choose(file: CocoIndex, problems: Problems) -> dict[str, tuple[str, list[Pick]]]:
-    plain = np.flatnonzero(file.flags & CROWD == 0)
+def _choose(index: CocoIndex, problems: Problems) -> dict[str, tuple[str, list[Pick]]]:
+    plain = np.flatnonzero(index.flags & CROWD == 0)
     sheets: dict[str, tuple[str, list[Pick]]] = {}
-    for class_name, objects in _by_class(file, plain):
+    for class_name, objects in _by_class(index, plain):
         generator = np.random.default_rng(0)
         some = np.sort(generator.permutation(objects)[:NUM_TILES])
         kind = "class-" + re.sub(r"[^\w.-]+", "_", class_name)[:60]
         while kind in sheets:
             kind += "_"
         title = f"{class_name}, {len(some)} of {len(objects):,} objects"
-        sheets[kind] = title, _with_sizes(file, some)
-    by_area = plain[np.argsort(file.areas[plain], kind="stable")]
+        sheets[kind] = title, _with_sizes(index, some)
+    by_area = plain[np.argsort(index.areas[plain], kind="stable")]
     if len(plain):
-        sheets["smallest"] = "smallest objects", _with_sizes(file, by_area[:NUM_TILES])
-        sheets["largest"] = "largest objects", _with_sizes(file, by_area[::-1][:NUM_TILES])
-    odd = odd_objects(file, problems)
+        sheets["smallest"] = "smallest objects", _with_sizes(index, by_area[:NUM_TILES])
+        sheets["largest"] = "largest objects", _with_sizes(index, by_area[::-1][:NUM_TILES])
+    odd = odd_objects(index, problems)
     if odd:
         sheets["odd"] = "objects worth a second look", odd
     return sheets
 
 
-def _by_class(file: CocoIndex, plain: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
+def _by_class(index: CocoIndex, plain: NDArray[np.int64]) -> list[tuple[str, NDArray[np.int64]]]:
     ids = defaultdict(list)
-    for category_id, name in class_names(file).items():
+    for category_id, name in class_names(index).items():
         ids[name].append(category_id)
-    members = {name: plain[np.isin(file.categories[plain], own)] for name, own in ids.items()}
+    members = {name: plain[np.isin(index.categories[plain], own)] for name, own in ids.items()}
     ordered = sorted(members.items(), key=lambda item: -len(item[1]))
     return [(name, objects) for name, objects in ordered[:MAX_CLASSES] if len(objects)]
 
 
-def _with_sizes(file: CocoIndex, objects: NDArray[np.int64]) -> list[Pick]:
-    return [Pick(k, f"area {file.areas[k]:,.0f} px") for k in objects.tolist()]
+def _with_sizes(index: CocoIndex, objects: NDArray[np.int64]) -> list[Pick]:
+    return [Pick(k, f"area {index.areas[k]:,.0f} px") for k in objects.tolist()]
 
 
-def odd_objects(file: CocoIndex, problems: Problems) -> list[Pick]:
+def odd_objects(index: CocoIndex, problems: Problems) -> list[Pick]:
     """Objects that a person should look at, and why.
 
     Args:
-        file: The checked file.
+        index: The checked file.
         problems: Its problems.
 
     Returns:
@@ -116,12 +116,12 @@ def odd_objects(file: CocoIndex, problems: Problems) -> list[Pick]:
         if _ODD_CODES.match(code):
             named = [re.match(r"object (-?\d+)", example) for example in found.examples]
             ids = [int(match[1]) for match in named if match]
-            known = np.flatnonzero(np.isin(file.object_ids, ids))
+            known = np.flatnonzero(np.isin(index.object_ids, ids))
             add(known, [code] * len(known))
-    plain = np.flatnonzero(file.flags & CROWD == 0)
-    boxes = file.boxes[plain]
+    plain = np.flatnonzero(index.flags & CROWD == 0)
+    boxes = index.boxes[plain]
     width, height = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-9).T
-    sides = _sides_touched(file, plain)
+    sides = _sides_touched(index, plain)
     enclosing = np.flatnonzero(sides >= 3)
     enclosing = enclosing[np.argsort(-sides[enclosing], kind="stable")]
     add(plain[enclosing], [f"touches {sides[i]} sides" for i in enclosing])
@@ -129,22 +129,22 @@ def odd_objects(file: CocoIndex, problems: Problems) -> list[Pick]:
     order = np.argsort(-ratio, kind="stable")
     thin = order[ratio[order] >= _THIN]
     add(plain[thin], [f"sides 1 : {ratio[i]:.0f}" for i in thin])
-    fill = file.areas[plain] / (width * height)
+    fill = index.areas[plain] / (width * height)
     order = np.argsort(fill, kind="stable")
     sparse = order[fill[order] <= _SPARSE]
     add(plain[sparse], [f"fills {fill[i]:.0%} of box" for i in sparse])
     return [Pick(k, text) for k, text in remarks.items()]
 
 
-def _sides_touched(file: CocoIndex, objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    rows = np.searchsorted(file.first_object, objects, side="right") - 1
-    boxes, corner = file.boxes[objects], file.sizes[rows][:, ::-1]
+def _sides_touched(index: CocoIndex, objects: NDArray[np.int64]) -> NDArray[np.int64]:
+    rows = np.searchsorted(index.first_object, objects, side="right") - 1
+    boxes, corner = index.boxes[objects], index.sizes[rows][:, ::-1]
     near = np.concatenate([boxes[:, :2] < 1, boxes[:, 2:] > corner - 1], axis=1)
     return np.asarray(near.sum(axis=1))
 
 
 def draw_sheet(
-    file: CocoIndex,
+    index: CocoIndex,
     picks: list[Pick],
     *,
     title: str,
@@ -154,7 +154,7 @@ def draw_sheet(
     """Draws objects in rows, each under its image's name, id, class and remark.
 
     Args:
-        file: The checked file.
+        index: The checked file.
         picks: At least one.
         title: Stands above.
         columns: Objects in a row.
@@ -163,25 +163,25 @@ def draw_sheet(
     Returns:
         uint8 [H, W, 3] RGB.
     """
-    names = class_names(file)
+    names = class_names(index)
     tiles: dict[int, NDArray[np.uint8]] = {}
     views = {} if views is None else views
     image_row, image = -1, None
     for place in sorted(range(len(picks)), key=lambda place: picks[place].object):
         k = picks[place].object
-        owner = owner_of(file, k)
+        owner = owner_of(index, k)
         if k not in views and owner != image_row:  # each image is decoded once
-            image_row, image = owner, _read(file, owner)
+            image_row, image = owner, _read(index, owner)
         if k not in views and image is not None:
-            views[k] = view_of(file.boxes[k], image)
-        x0, y0, x1, y1 = file.boxes[k].tolist()
+            views[k] = view_of(index.boxes[k], image)
+        x0, y0, x1, y1 = index.boxes[k].tolist()
         caption = [
-            file.file_name(owner),
-            f"#{file.object_ids[k]}  {names[int(file.categories[k])]}",
+            index.file_name(owner),
+            f"#{index.object_ids[k]}  {names[int(index.categories[k])]}",
             f"{_round(x1 - x0)} x {_round(y1 - y0)} px   {picks[place].remark}",
         ]
         predicted = picks[place].predicted
-        tile = mark(file, k, views[k], predicted=predicted) if k in views else _blank()
+        tile = mark(index, k, views[k], predicted=predicted) if k in views else _blank()
         tiles[place] = np.concatenate([tile, _write_lines(caption, width=TILE, size=12)])
     # Filled up with white ones, so that all rows have one width.
     num_blank = -len(tiles) % columns
@@ -203,9 +203,9 @@ def _round(side: float) -> str:
     return f"{side:.0f}" if side >= 10 else f"{side:.1f}"
 
 
-def _read(file: CocoIndex, owner: int) -> NDArray[np.uint8] | None:
+def _read(index: CocoIndex, owner: int) -> NDArray[np.uint8] | None:
     try:
-        return read_image(file.image_folder / file.file_name(owner))
+        return read_image(index.image_folder / index.file_name(owner))
     except ImageError:
         return None
 

@@ -185,23 +185,23 @@ class View:
     side: int
 
 
-def owner_of(file: CocoIndex, k: int) -> int:
+def owner_of(index: CocoIndex, k: int) -> int:
     """The row of the image of object k."""
-    return int(np.searchsorted(file.first_object, k, side="right")) - 1
+    return int(np.searchsorted(index.first_object, k, side="right")) - 1
 
 
-def cut_out(file: CocoIndex, k: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def cut_out(index: CocoIndex, k: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Cuts an object out of its image, with a margin, its mask's outline and its box.
 
     Args:
-        file: The checked file.
+        index: The checked file.
         k: The object.
         image: uint8 [H, W, 3], its image.
 
     Returns:
         uint8 [TILE, TILE, 3]; what is beyond of the image is grey.
     """
-    return mark(file, k, view_of(file.boxes[k], image))
+    return mark(index, k, view_of(index.boxes[k], image))
 
 
 def view_of(box: NDArray[np.float64], image: NDArray[np.uint8], *, tile: int = TILE) -> View:
@@ -223,12 +223,12 @@ def view_of(box: NDArray[np.float64], image: NDArray[np.uint8], *, tile: int = T
 
 
 def mark(
-    file: CocoIndex, k: int, view: View, *, predicted: CroppedMask | None = None
+    index: CocoIndex, k: int, view: View, *, predicted: CroppedMask | None = None
 ) -> NDArray[np.uint8]:
     """A view with the object's true outline and its box, and what a model takes it for.
 
     Args:
-        file: The checked file.
+        index: The checked file.
         k: The object.
         view: Of it.
         predicted: The model's mask, original frame; it is filled.
@@ -242,11 +242,11 @@ def mark(
         covered = _in_view(view, predicted.top, predicted.left, predicted.mask.view(np.uint8))
         mixed = 0.5 * tile + 0.5 * np.array(_PREDICTED_COLOUR)
         tile[covered] = mixed[covered].astype(np.uint8)
-    owner = owner_of(file, k)
-    top, left, crop = decode_cropped(file.segmentations[k], *file.sizes[owner].tolist())
+    owner = owner_of(index, k)
+    top, left, crop = decode_cropped(index.segmentations[k], *index.sizes[owner].tolist())
     true = _in_view(view, top, left, crop).view(np.uint8)
     outline, _ = cv2.findContours(true, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    corners = (file.boxes[k].reshape(2, 2) - (view.left, view.top)) * (size / view.side)
+    corners = (index.boxes[k].reshape(2, 2) - (view.left, view.top)) * (size / view.side)
     (x0, y0), (x1, y1) = np.rint(corners).astype(int).tolist()
     cv2.rectangle(tile, (x0, y0), (x1 - 1, y1 - 1), _BOX_COLOUR, 1)
     # A dark rim: there is no colour that shows on every object.

@@ -86,23 +86,23 @@ _CELLS, _CELL, _MARGIN = 20, 16, 44  # of the picture of calibration: cells a si
 _INK, _SHADE = (40, 40, 40), np.array([20, 100, 90])
 
 
-def choose_fixed(index: CocoSubset, num: int = NUM_FIXED) -> NDArray[np.int64]:
+def choose_fixed(subset: CocoSubset, num: int = NUM_FIXED) -> NDArray[np.int64]:
     """Chooses objects evenly over sizes, classes and images; the same ones each time.
 
     Args:
-        index: Of the validation split.
+        subset: Of the validation split.
         num: How many, if there are so many.
 
     Returns:
-        int64, as indices into the arrays of `index.file`, the smallest object first.
+        int64, as indices into the arrays of `subset.index`, the smallest object first.
     """
-    file = index.file
-    objects = index.objects[np.random.default_rng(0).permutation(index.num_objects)]
-    ranks = np.argsort(np.argsort(file.areas[objects], kind="stable"))
+    index = subset.index
+    objects = subset.objects[np.random.default_rng(0).permutation(subset.num_objects)]
+    ranks = np.argsort(np.argsort(index.areas[objects], kind="stable"))
     traits = [
         ranks * _NUM_SIZES // max(len(objects), 1),
-        np.unique(file.categories[objects], return_inverse=True)[1],
-        np.searchsorted(file.first_object, objects, side="right"),
+        np.unique(index.categories[objects], return_inverse=True)[1],
+        np.searchsorted(index.first_object, objects, side="right"),
     ]
     # Each time the one that has least in common with those that were taken before.
     in_common = np.zeros(len(objects))
@@ -114,7 +114,7 @@ def choose_fixed(index: CocoSubset, num: int = NUM_FIXED) -> NDArray[np.int64]:
         for trait in traits:
             in_common += trait == trait[place]
     picked = np.array(chosen, dtype=np.int64)
-    return picked[np.argsort(file.areas[picked], kind="stable")]
+    return picked[np.argsort(index.areas[picked], kind="stable")]
 
 
 class ValidationImages:
@@ -122,17 +122,17 @@ class ValidationImages:
 
     Args:
         folder: The output folder.
-        index: Of the validation split.
+        subset: Of the validation split.
         log: Whose TensorBoard gets the pictures.
         found: The folder of the run that is resumed; `folder` of a fresh one.
         start_step: The step that the run goes on from.
     """
 
     def __init__(
-        self, folder: Path, index: CocoSubset, log: RunLog, *, found: Path, start_step: int
+        self, folder: Path, subset: CocoSubset, log: RunLog, *, found: Path, start_step: int
     ) -> None:
-        self.folder, self.log, self.file = folder, log, index.file
-        self.fixed = choose_fixed(index)
+        self.folder, self.log, self.index = folder, log, subset.index
+        self.fixed = choose_fixed(subset)
         self.objects = PerObjectLog(folder, found=found, start_step=start_step)
         self.has_new = False  # whether there was any validation since the start
         self._views: dict[int, View] = {}
@@ -142,7 +142,7 @@ class ValidationImages:
         return MaskSelection([self._key(k) for k in self.fixed.tolist()], num_worst=NUM_WORST)
 
     def _key(self, k: int) -> Key:
-        return int(self.file.image_ids[owner_of(self.file, k)]), int(self.file.object_ids[k])
+        return int(self.index.image_ids[owner_of(self.index, k)]), int(self.index.object_ids[k])
 
     def show(self, step: int, found: Validation) -> None:
         """Draws a validation, and keeps its rows if it is the first or the best.
@@ -172,7 +172,7 @@ class ValidationImages:
         kept = list(kept)
         if not kept:
             return None
-        objects = find_objects(self.file, np.array([one.key for one in kept]))
+        objects = find_objects(self.index, np.array([one.key for one in kept]))
         picks = [
             Pick(
                 k,
@@ -183,22 +183,22 @@ class ValidationImages:
         ]
         for k in list(self._views)[:-_MAX_VIEWS]:
             del self._views[k]
-        return draw_sheet(self.file, picks, title=title, columns=_COLUMNS, views=self._views)
+        return draw_sheet(self.index, picks, title=title, columns=_COLUMNS, views=self._views)
 
 
-def find_objects(file: CocoIndex, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Objects by the ids of their images and their own, as indices into the arrays of `file`.
+def find_objects(index: CocoIndex, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Objects by the ids of their images and their own, as indices into the arrays of `index`.
 
     Args:
-        file: The checked file, which holds them all.
+        index: The checked file, which holds them all.
         keys: int64 [K, 2].
 
     Returns:
         int64 [K].
     """
-    image_ids = np.repeat(file.image_ids, np.diff(file.first_object))
+    image_ids = np.repeat(index.image_ids, np.diff(index.first_object))
     near = np.flatnonzero(np.isin(image_ids, keys[:, 0]))
-    known = np.stack([image_ids[near], file.object_ids[near]], axis=1)
+    known = np.stack([image_ids[near], index.object_ids[near]], axis=1)
     both, places = np.unique(np.concatenate([known, keys]), axis=0, return_inverse=True)
     found = np.zeros(len(both), dtype=np.int64)
     found[places[: len(near)]] = near

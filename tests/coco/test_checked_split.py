@@ -74,7 +74,7 @@ def test_one_broken_file_does_not_hide_the_others(tmp_path: Path) -> None:
     file.write_text("[1, 2")
     found = check(root)
     assert codes(found["val"]) == {"json-invalid": 1}
-    assert found["val"].file is None and found["val"].statistics is None
+    assert found["val"].index is None and found["val"].statistics is None
     assert str(file) in found["val"].failure and found["val"].lines(suggest=True)[0]
     assert found["train"].errors() == {} and found["train"].statistics is not None
 

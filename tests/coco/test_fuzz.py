@@ -151,23 +151,23 @@ def _fuzz_documents(folder: Path) -> None:
         path.write_bytes(content)
         cases.append(1)
         try:
-            file = index_file(path, folder, cache=folder / "cache")
+            index = index_file(path, folder, cache=folder / "cache")
         except DataError as error:
             assert getattr(error, "code", None) in KINDS, error
             return
-        for _, severity, found in file.problems:
+        for _, severity, found in index.problems:
             assert found.count >= len(found.examples) >= 1 and severity
         try:
-            index = read_coco(path, folder, cache=folder / "cache", on_bad_image="skip")
+            subset = read_coco(path, folder, cache=folder / "cache", on_bad_image="skip")
         except DataError as error:
             assert "cannot be used" in str(error)
             return
-        boxes = index.file.boxes[index.objects]
+        boxes = subset.index.boxes[subset.objects]
         assert np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
-        assert len(np.unique(index.file.object_ids)) == len(index.file.object_ids)
-        for i in range(index.num_images):
-            for k in index.objects_of(i):
-                mask = decode_cropped(index.file.segmentations[int(k)], *index.size(i))[2]
+        assert len(np.unique(subset.index.object_ids)) == len(subset.index.object_ids)
+        for i in range(subset.num_images):
+            for k in subset.objects_of(i):
+                mask = decode_cropped(subset.index.segmentations[int(k)], *subset.size(i))[2]
                 assert mask.any()
 
     read()

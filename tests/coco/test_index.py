@@ -80,8 +80,8 @@ def _build(path: Path, cache: Path, results: "multiprocessing.Queue[tuple[int, i
     calls = []
     real = coco_index.check_file
     coco_index.check_file = lambda *given: calls.append(1) or time.sleep(0.3) or real(*given)
-    file = index_file(path, path.parent, cache=cache)
-    results.put((len(calls), len(file.object_ids)))
+    index = index_file(path, path.parent, cache=cache)
+    results.put((len(calls), len(index.object_ids)))
 
 
 def test_processes_that_come_together_build_one(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(coco_index.tempfile, "tempdir", str(tmp_path))
-    file = index_file(path, path.parent)
-    assert file.folder.parent == tmp_path / f"samft-{os.getuid()}" / "index"
+    index = index_file(path, path.parent)
+    assert index.folder.parent == tmp_path / f"samft-{os.getuid()}" / "index"
     assert "cannot be written" in said.text
 
 
@@ -145,9 +145,9 @@ def test_an_index_nobody_opened_for_a_month_is_deleted(tmp_path: Path) -> None:
 
 def test_arrays_that_hold_nothing_are_mapped_too(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [], [])
-    file = index_file(path, tmp_path, cache=tmp_path / "cache")
-    assert file.num_images == 0 and len(file.segmentations) == 0
-    assert file.problems["no-objects"] == 1 and file.file_names() == []
+    index = index_file(path, tmp_path, cache=tmp_path / "cache")
+    assert index.num_images == 0 and len(index.segmentations) == 0
+    assert index.problems["no-objects"] == 1 and index.file_names() == []
 
 
 def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
@@ -159,11 +159,11 @@ def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
         {"id": 2, "file_name": "näh.png", "height": 20, "width": 30},
     ]
     path = write_json(tmp_path / "a.json", images, [annotation(1, 1, SQUARE)])
-    file = index_file(path, tmp_path, cache=tmp_path / "cache")
-    assert file.file_names() == [name, "näh.png"] and not file.bad.any()
-    again = pickle.loads(pickle.dumps(file))
-    assert again.file_names() == file.file_names()
-    assert again.folder == file.folder and open_index(file.folder, tmp_path).category_names == {
+    index = index_file(path, tmp_path, cache=tmp_path / "cache")
+    assert index.file_names() == [name, "näh.png"] and not index.bad.any()
+    again = pickle.loads(pickle.dumps(index))
+    assert again.file_names() == index.file_names()
+    assert again.folder == index.folder and open_index(index.folder, tmp_path).category_names == {
         1: "thing"
     }
     assert "caf" in json.dumps(name)

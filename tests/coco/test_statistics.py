@@ -24,7 +24,7 @@ def square(x: float, y: float, side: float) -> list[float]:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> CocoIndex:
+def index(tmp_path: Path) -> CocoIndex:
     """Images of 20 x 30 px with 0, 1, 3 objects and one crowd; sides 3, 6, 12 and 15 px."""
     sides = {2: [(3, 1)], 3: [(6, 1), (12, 2), (15, 3)]}
     objects = [
@@ -47,8 +47,8 @@ def file(tmp_path: Path) -> CocoIndex:
     return index_file(path, tmp_path, cache=tmp_path / "cache")
 
 
-def test_counts(file: CocoIndex) -> None:
-    found = measure(file, image_size=30)
+def test_counts(index: CocoIndex) -> None:
+    found = measure(index, image_size=30)
     assert (found.num_images, found.num_images_with_objects) == (4, 2)
     assert (found.num_objects, found.num_crowds, found.most_objects) == (4, 1, 3)
     assert found.objects_per_image == {"0": 1, "1": 1, "2-3": 1}
@@ -57,25 +57,25 @@ def test_counts(file: CocoIndex) -> None:
     assert list(found.classes) == ["a", "b", "never"]
 
 
-def test_sides_are_those_at_the_models_input(file: CocoIndex) -> None:
+def test_sides_are_those_at_the_models_input(index: CocoIndex) -> None:
     """The image's longer side, 30 px, becomes image_size."""
-    shown = {name: n for name, n in measure(file, image_size=30).object_sides.items() if n}
+    shown = {name: n for name, n in measure(index, image_size=30).object_sides.items() if n}
     assert shown == {"under 4 px": 1, "4-8 px": 1, "8-16 px": 2}
-    shown = {name: n for name, n in measure(file, image_size=960).object_sides.items() if n}
+    shown = {name: n for name, n in measure(index, image_size=960).object_sides.items() if n}
     assert shown == {"64-128 px": 1, "128-256 px": 1, "256-512 px": 2}
 
 
-def test_objects_vanish_under_one_cell(file: CocoIndex) -> None:
-    assert measure(file, image_size=32).num_vanishing == 1  # 3 px become 3.2
-    assert measure(file, image_size=40).num_vanishing == 0  # 4 px
-    assert measure(file, image_size=16).num_vanishing == 2  # 6 px become 3.2
-    assert measure(file, image_size=16).vanishing_share == 0.5
+def test_objects_vanish_under_one_cell(index: CocoIndex) -> None:
+    assert measure(index, image_size=32).num_vanishing == 1  # 3 px become 3.2
+    assert measure(index, image_size=40).num_vanishing == 0  # 4 px
+    assert measure(index, image_size=16).num_vanishing == 2  # 6 px become 3.2
+    assert measure(index, image_size=16).vanishing_share == 0.5
 
 
-def test_coco_sizes_go_by_the_area_of_the_mask(file: CocoIndex) -> None:
-    areas = np.where(file.flags, 5, np.zeros(5))
-    areas[file.flags == 0] = [1023.9, 1024, 9215.9, 9216]
-    found = measure(replace(file, areas=areas), image_size=64)
+def test_coco_sizes_go_by_the_area_of_the_mask(index: CocoIndex) -> None:
+    areas = np.where(index.flags, 5, np.zeros(5))
+    areas[index.flags == 0] = [1023.9, 1024, 9215.9, 9216]
+    found = measure(replace(index, areas=areas), image_size=64)
     assert found.object_sizes == {"small": 1, "medium": 2, "large": 1}
 
 
@@ -114,31 +114,31 @@ def test_suggested_image_size(sides: list[float], at_least: int, expected: int) 
     assert suggest_image_size(np.array(sides), at_least=at_least) == expected
 
 
-def test_lines(file: CocoIndex) -> None:
-    lines = statistics_lines(measure(file, image_size=32))
+def test_lines(index: CocoIndex) -> None:
+    lines = statistics_lines(measure(index, image_size=32))
     assert lines[0] == "4 images, 2 of them with objects; 4 objects in 2 classes; 1 crowds"
     assert "  a          3  " + "#" * 40 in lines
     assert "  b          1  " + "#" * 14 in lines
     assert not any("never" in line or "large" in line for line in lines)
-    first, second, third = suggestion_lines(measure(file, image_size=32))
+    first, second, third = suggestion_lines(measure(index, image_size=32))
     assert first.startswith("suggested max_masks_per_image: 8 ")
     assert second.startswith("at image_size 32 1 objects (25.0%) vanish: ")
     assert third == "suggested image_size: 64"
-    assert suggestion_lines(measure(file, image_size=64))[1:] == [
+    assert suggestion_lines(measure(index, image_size=64))[1:] == [
         "at image_size 64 no object vanishes"
     ]
 
 
-def test_only_twenty_classes_are_shown(file: CocoIndex) -> None:
-    found = measure(file, image_size=64)
+def test_only_twenty_classes_are_shown(index: CocoIndex) -> None:
+    found = measure(index, image_size=64)
     many = {f"c{k}": 30 - k for k in range(25)}
     lines = statistics_lines(replace(found, classes=many))
     assert any("c19" in line for line in lines) and not any("c20" in line for line in lines)
     assert lines[-1] == "  and 5 more with 40 objects"
 
 
-def test_json_is_plain(file: CocoIndex) -> None:
-    found = json.loads(json.dumps(measure(file, image_size=32).to_json()))
+def test_json_is_plain(index: CocoIndex) -> None:
+    found = json.loads(json.dumps(measure(index, image_size=32).to_json()))
     assert found["vanishing"] == {"objects": 1, "share": 0.25}
     assert found["suggestions"] == {"max_masks_per_image": 8, "image_size": 64}
     assert set(found["histograms"]) == {"objects_per_image", "object_sizes", "object_sides"}

@@ -36,39 +36,39 @@ def _read(
     return read_coco(write_json(folder / "a.json", images, annotations), folder, **options)
 
 
-def _names(index: CocoSubset) -> list[str]:
-    return [index.file_name(i) for i in range(index.num_images)]
+def _names(subset: CocoSubset) -> list[str]:
+    return [subset.file_name(i) for i in range(subset.num_images)]
 
 
-def _ids(index: CocoSubset) -> list[int]:
-    ids: list[int] = index.file.object_ids[index.objects].tolist()
+def _ids(subset: CocoSubset) -> list[int]:
+    ids: list[int] = subset.index.object_ids[subset.objects].tolist()
     return ids
 
 
-def _boxes(index: CocoSubset) -> list[list[float]]:
-    boxes: list[list[float]] = index.file.boxes[index.objects].tolist()
+def _boxes(subset: CocoSubset) -> list[list[float]]:
+    boxes: list[list[float]] = subset.index.boxes[subset.objects].tolist()
     return boxes
 
 
 def test_index_groups_objects_by_image(tmp_path: Path) -> None:
-    index = read_coco(write_coco(tmp_path, 6, objects=(1, 0, 3)), tmp_path / "train")
-    assert _names(index) == [f"image_{i}.png" for i in (0, 2, 3, 5)]
-    assert [index.image_id(i) for i in range(4)] == [10, 12, 13, 15]
-    assert index.first_object.tolist() == [0, 1, 4, 5, 8]
-    assert index.counts == {"image-without-objects": 2}
-    assert [index.size(i) for i in range(4)] == [(48, 64), (40, 40), (48, 64), (40, 40)]
-    assert index.path(1) == tmp_path / "train" / "image_2.png"
-    assert (index.num_images, index.num_objects) == (4, 8)
-    assert index.objects_of(1).tolist() == [1, 2, 3]
+    subset = read_coco(write_coco(tmp_path, 6, objects=(1, 0, 3)), tmp_path / "train")
+    assert _names(subset) == [f"image_{i}.png" for i in (0, 2, 3, 5)]
+    assert [subset.image_id(i) for i in range(4)] == [10, 12, 13, 15]
+    assert subset.first_object.tolist() == [0, 1, 4, 5, 8]
+    assert subset.counts == {"image-without-objects": 2}
+    assert [subset.size(i) for i in range(4)] == [(48, 64), (40, 40), (48, 64), (40, 40)]
+    assert subset.path(1) == tmp_path / "train" / "image_2.png"
+    assert (subset.num_images, subset.num_objects) == (4, 8)
+    assert subset.objects_of(1).tolist() == [1, 2, 3]
 
 
 def test_annotations_of_an_image_may_be_scattered(tmp_path: Path) -> None:
     images = [_image(tmp_path), {**_image(tmp_path, "b.png"), "id": 2}]
     entries = [annotation(k, image_id, SQUARE) for k, image_id in ((1, 2), (2, 1), (3, 2), (4, 1))]
-    index = _read(tmp_path, entries, images)
-    assert _names(index) == ["a.png", "b.png"]
-    assert _ids(index) == [2, 4, 1, 3] and _boxes(index)[0] == [2, 3, 8, 9]
-    assert index.file.positions.tolist() == [1, 3, 0, 2]
+    subset = _read(tmp_path, entries, images)
+    assert _names(subset) == ["a.png", "b.png"]
+    assert _ids(subset) == [2, 4, 1, 3] and _boxes(subset)[0] == [2, 3, 8, 9]
+    assert subset.index.positions.tolist() == [1, 3, 0, 2]
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +82,15 @@ def test_everything_wrong_is_found_and_counted(
     broken: tuple[Path, dict[str, dict[str, int]]], split: str
 ) -> None:
     root, expected = broken
-    file = index_file(root / split / "_annotations.coco.json", root / split, root=root)
-    counts = {code: found.count for code, _, found in file.problems}
+    index = index_file(root / split / "_annotations.coco.json", root / split, root=root)
+    counts = {code: found.count for code, _, found in index.problems}
     wanted = {code: n for code, n in expected[split].items() if code in KINDS}
     wanted.pop("image-in-train-and-val", None)  # which takes both splits to see
     assert counts == wanted
-    index = choose(file)
-    assert index.num_objects == expected[split]["good_objects"]
-    assert index.num_images == expected[split]["good_images"]
-    assert all(found.examples for _, _, found in file.problems)
+    subset = choose(index)
+    assert subset.num_objects == expected[split]["good_objects"]
+    assert subset.num_images == expected[split]["good_images"]
+    assert all(found.examples for _, _, found in index.problems)
 
 
 def test_at_least_thirty_kinds(broken: tuple[Path, dict[str, dict[str, int]]]) -> None:
@@ -119,26 +119,26 @@ def test_errors_are_refused_and_broken_images_may_be_skipped(
     for code in BAD_IMAGES:
         assert f"{code}, {expected['train'][code]}:" in str(error.value)
     assert "samft.check" in str(error.value) and "--on_bad_image skip" in str(error.value)
-    index = read_coco(*files, root=root, on_bad_image="skip")
-    assert index.num_objects == expected["train"]["good_objects"]
-    assert set(index.file.bad_images.values()) == BAD_IMAGES
-    assert index.counts["image-missing"] == 1 and index.counts["mask-missing"] == 3
+    subset = read_coco(*files, root=root, on_bad_image="skip")
+    assert subset.num_objects == expected["train"]["good_objects"]
+    assert set(subset.index.bad_images.values()) == BAD_IMAGES
+    assert subset.counts["image-missing"] == 1 and subset.counts["mask-missing"] == 3
 
 
 def test_usable_objects_are_whole(broken: tuple[Path, dict[str, dict[str, int]]]) -> None:
     root, _ = broken
     files = root / "train" / "_annotations.coco.json", root / "train"
-    index = read_coco(*files, root=root, on_bad_image="skip")
-    assert len(set(_ids(index))) == index.num_objects
-    for i in range(index.num_images):
-        assert header_size(index.path(i)) == index.size(i) == (20, 30)
-        for k in index.objects_of(i):
-            top, left, mask = decode_cropped(index.file.segmentations[int(k)], 20, 30)
-            x0, y0, x1, y1 = index.file.boxes[k]
+    subset = read_coco(*files, root=root, on_bad_image="skip")
+    assert len(set(_ids(subset))) == subset.num_objects
+    for i in range(subset.num_images):
+        assert header_size(subset.path(i)) == subset.size(i) == (20, 30)
+        for k in subset.objects_of(i):
+            top, left, mask = decode_cropped(subset.index.segmentations[int(k)], 20, 30)
+            x0, y0, x1, y1 = subset.index.boxes[k]
             assert abs(x0 - left) < 3 and abs(y0 - top) < 3
             assert abs(x1 - left - mask.shape[1]) < 3 and abs(y1 - top - mask.shape[0]) < 3
-            if index.file.areas[k] < 40:
-                assert index.file.areas[k] == mask.sum()
+            if subset.index.areas[k] < 40:
+                assert subset.index.areas[k] == mask.sum()
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_usable_objects_are_whole(broken: tuple[Path, dict[str, dict[str, int]]]
     ],
 )
 def test_an_unusable_box_is_taken_from_the_mask(tmp_path: Path, bbox: Any) -> None:
-    index = _read(tmp_path, [annotation(1, 1, SQUARE, bbox=bbox)])
-    assert _boxes(index) == [[2, 3, 8, 9]] and index.counts == {}
+    subset = _read(tmp_path, [annotation(1, 1, SQUARE, bbox=bbox)])
+    assert _boxes(subset) == [[2, 3, 8, 9]] and subset.counts == {}
 
 
 def test_a_usable_box_stays_as_annotated(tmp_path: Path) -> None:
@@ -169,17 +169,17 @@ def test_a_usable_box_stays_as_annotated(tmp_path: Path) -> None:
         annotation(2, 1, [0.0, 0, 30, 0, 30, 20, 0, 20], bbox=[-0.5, 0.25, 31, 20]),
         annotation(3, 1, SQUARE, bbox=[1, 2, 7, 8]),
     ]
-    index = _read(tmp_path, entries)
+    subset = _read(tmp_path, entries)
     # The first has less than half in common with its mask.
-    assert _boxes(index) == [[2, 3, 8, 9], [-0.5, 0.25, 30.5, 20.25], [1, 2, 8, 10]]
+    assert _boxes(subset) == [[2, 3, 8, 9], [-0.5, 0.25, 30.5, 20.25], [1, 2, 8, 10]]
 
 
 def test_crowds_are_left_out_unless_alone(tmp_path: Path) -> None:
     crowd = annotation(1, 1, SQUARE, iscrowd=1)
-    index = _read(tmp_path, [crowd, annotation(2, 1, SQUARE)])
-    assert _ids(index) == [2] and index.counts == {"crowd": 1}
+    subset = _read(tmp_path, [crowd, annotation(2, 1, SQUARE)])
+    assert _ids(subset) == [2] and subset.counts == {"crowd": 1}
     alone = _read(tmp_path, [crowd])
-    assert _ids(alone) == [1] and alone.counts == {} and alone.file.problems["all-crowd"] == 1
+    assert _ids(alone) == [1] and alone.counts == {} and alone.index.problems["all-crowd"] == 1
 
 
 def test_ids_are_made_unique(tmp_path: Path) -> None:
@@ -187,10 +187,10 @@ def test_ids_are_made_unique(tmp_path: Path) -> None:
     last = annotation(2**63 - 1, 1, SQUARE)
     without = {key: value for key, value in other.items() if key != "id"}
     entries = [annotation(1, 1, SQUARE), {**other, "image_id": "1"}, last, without, other, other]
-    index = _read(tmp_path, entries)
+    subset = _read(tmp_path, entries)
     # The last is what the one before it is; that one and the second differ from the first.
-    assert _ids(index) == [1, 2, 2**63 - 1, 3, 4, 5]
-    assert index.file.problems["annotation-id-twice"] == 3
+    assert _ids(subset) == [1, 2, 2**63 - 1, 3, 4, 5]
+    assert subset.index.problems["annotation-id-twice"] == 3
 
 
 def test_masks_without_a_pixel_in_the_image_are_counted(tmp_path: Path) -> None:
@@ -200,18 +200,18 @@ def test_masks_without_a_pixel_in_the_image_are_counted(tmp_path: Path) -> None:
     entries = [
         annotation(k + 1, 1, polygon) for k, polygon in enumerate((SQUARE, far, tiny, one_pixel))
     ]
-    index = _read(tmp_path, entries)
-    assert _ids(index) == [1, 4]
-    assert index.counts == {"mask-outside": 1, "mask-without-pixels": 1}
-    assert index.file.areas.tolist() == [36, 1]
+    subset = _read(tmp_path, entries)
+    assert _ids(subset) == [1, 4]
+    assert subset.counts == {"mask-outside": 1, "mask-without-pixels": 1}
+    assert subset.index.areas.tolist() == [36, 1]
 
 
 def test_the_files_size_counts_where_the_json_is_wrong(tmp_path: Path) -> None:
     image = _image(tmp_path, height=200, width=300)
     far = [v + 150 for v in SQUARE]
     for size in ({"height": 20, "width": 30}, {"height": None, "width": 0}, {"height": 10**99}):
-        index = _read(tmp_path, [annotation(1, 1, far)], [{**image, **size}])
-        assert _boxes(index) == [[152, 153, 158, 159]] and index.size(0) == (200, 300)
+        subset = _read(tmp_path, [annotation(1, 1, far)], [{**image, **size}])
+        assert _boxes(subset) == [[152, 153, 158, 159]] and subset.size(0) == (200, 300)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def _classes(folder: Path) -> Path:
 def test_classes_and_sizes_are_chosen(
     tmp_path: Path, names: Sequence[str], area: float, ids: list[int], left: dict[str, int]
 ) -> None:
-    index = read_coco(_classes(tmp_path), tmp_path, category_names=names, min_mask_area=area)
-    assert _ids(index) == ids and index.counts == left
-    assert index.num_images == len({(0, 0, 0, 1, 2)[k] for k in ids})
+    subset = read_coco(_classes(tmp_path), tmp_path, category_names=names, min_mask_area=area)
+    assert _ids(subset) == ids and subset.counts == left
+    assert subset.num_images == len({(0, 0, 0, 1, 2)[k] for k in ids})
 
 
 def test_choosing_nothing_or_an_unknown_class_is_refused(tmp_path: Path) -> None:
@@ -307,33 +307,33 @@ def test_choosing_nothing_or_an_unknown_class_is_refused(tmp_path: Path) -> None
 
 
 def test_a_selection_keeps_its_objects(tmp_path: Path) -> None:
-    index = read_coco(write_coco(tmp_path, 6, objects=(1, 0, 3)), tmp_path / "train")
-    part = index.select([3, 0])
+    subset = read_coco(write_coco(tmp_path, 6, objects=(1, 0, 3)), tmp_path / "train")
+    part = subset.select([3, 0])
     assert _names(part) == ["image_5.png", "image_0.png"] and part.counts == {}
     assert part.objects.tolist() == [5, 6, 7, 0] and part.first_object.tolist() == [0, 3, 4]
-    assert index.select([]).num_objects == 0
+    assert subset.select([]).num_objects == 0
 
 
 def test_split_by_hash_depends_on_names_only(tmp_path: Path) -> None:
     path = write_coco(tmp_path, 20)
-    index = read_coco(path, path.parent)
-    train, val = split_by_hash(index, 0.2)
+    subset = read_coco(path, path.parent)
+    train, val = split_by_hash(subset, 0.2)
     assert (train.num_images, val.num_images) == (16, 4)
-    assert sorted(_names(train) + _names(val)) == sorted(_names(index))
-    assert train.num_objects + val.num_objects == index.num_objects
-    reverse_train, reverse_val = split_by_hash(index.select(range(19, -1, -1)), 0.2)
+    assert sorted(_names(train) + _names(val)) == sorted(_names(subset))
+    assert train.num_objects + val.num_objects == subset.num_objects
+    reverse_train, reverse_val = split_by_hash(subset.select(range(19, -1, -1)), 0.2)
     assert sorted(_names(reverse_val)) == sorted(_names(val))
-    row = _names(index).index(val.file_name(0))
-    assert val.objects_of(0).tolist() == index.objects_of(row).tolist()
+    row = _names(subset).index(val.file_name(0))
+    assert val.objects_of(0).tolist() == subset.objects_of(row).tolist()
 
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
 def test_split_by_hash_leaves_both_sides_an_image(tmp_path: Path, share: float) -> None:
     path = write_coco(tmp_path, 3)
-    index = read_coco(path, path.parent)
-    assert {part.num_images for part in split_by_hash(index, share)} == {1, 2}
+    subset = read_coco(path, path.parent)
+    assert {part.num_images for part in split_by_hash(subset, share)} == {1, 2}
     with pytest.raises(DataError, match="at least two"):
-        split_by_hash(index.select([0]), share)
+        split_by_hash(subset.select([0]), share)
 
 
 def test_images_in_both_splits_are_found_by_content(tmp_path: Path) -> None:
@@ -356,11 +356,11 @@ def test_images_in_both_splits_are_found_by_content(tmp_path: Path) -> None:
 
 
 def test_an_index_travels_as_a_path(tmp_path: Path) -> None:
-    index = read_coco(write_coco(tmp_path, 40), tmp_path / "train").select([3, 1])
-    content = pickle.dumps(index)
+    subset = read_coco(write_coco(tmp_path, 40), tmp_path / "train").select([3, 1])
+    content = pickle.dumps(subset)
     assert len(content) < 2000
     back = pickle.loads(content)
-    assert _names(back) == _names(index) and _boxes(back) == _boxes(index)
+    assert _names(back) == _names(subset) and _boxes(back) == _boxes(subset)
 
 
 AUDIT = """
@@ -370,8 +370,8 @@ opened = []
 sys.addaudithook(lambda event, given: opened.append(given[0]) if event == "open" else None)
 from samft.coco.subset import read_coco
 root = Path(sys.argv[1])
-index = read_coco(root / "train/a.json", root / "train", root=root, on_bad_image="skip")
-print(index.num_images, index.counts["image-outside"])
+subset = read_coco(root / "train/a.json", root / "train", root=root, on_bad_image="skip")
+print(subset.num_images, subset.counts["image-outside"])
 names = [os.path.realpath(name) for name in opened if isinstance(name, (str, bytes, Path))]
 outside = [name for name in names if "secret" in str(name) or "passwd" in str(name)]
 print(str(root / "train" / "a.png") in names, outside)
@@ -393,7 +393,7 @@ def test_what_lies_outside_is_never_opened(tmp_path: Path) -> None:
 
 
 def test_reading_imports_no_torch() -> None:
-    code = "import sys, samft.coco, samft.layout; sys.exit('torch' in sys.modules)"
+    code = "import sys, samft.coco.subset, samft.coco.layout; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -413,27 +413,27 @@ REAL = {
 def test_real_datasets_load_with_known_counts(data_root: Path, name: tuple[str, str]) -> None:
     root = data_root / name[0]
     explicit = root / "data" / "trainval.json", root / "data" / "images"
-    index = read_coco(*(find_split(root, name[1]) if name[1] else explicit))
-    assert (index.num_images, index.num_objects, index.counts) == REAL[name]
+    subset = read_coco(*(find_split(root, name[1]) if name[1] else explicit))
+    assert (subset.num_images, subset.num_objects, subset.counts) == REAL[name]
 
 
 @pytest.mark.parametrize("name", ["hbn_flakes/val", "hbn_flakes/train", "coco_open104/val"])
 def test_real_masks_are_pycocotools_at_the_real_size(data_root: Path, name: str) -> None:
     annotations, folder = find_split(data_root / name.split("/")[0], name.split("/")[1])
-    index = read_coco(annotations, folder)
+    subset = read_coco(annotations, folder)
     document = json.loads(annotations.read_text())
     entries = {entry["id"]: entry for entry in document["annotations"]}
-    assert index.num_images and not index.file.bad.any()
+    assert subset.num_images and not subset.index.bad.any()
     sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
-    differing = [i for i in range(index.num_images) if sizes[index.image_id(i)] != index.size(i)]
+    differing = [i for i in range(subset.num_images) if sizes[subset.image_id(i)] != subset.size(i)]
     # Of 71 such images, one has no objects.
     assert len(differing) == (70 if name == "hbn_flakes/train" else 0)
-    for i in (differing or range(index.num_images))[:6]:
-        size = header_size(index.path(i))
-        for k in index.objects_of(i):
-            raw = entries[int(index.file.object_ids[k])]["segmentation"]
+    for i in (differing or range(subset.num_images))[:6]:
+        size = header_size(subset.path(i))
+        for k in subset.objects_of(i):
+            raw = entries[int(subset.index.object_ids[k])]["segmentation"]
             expected = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(raw, *size)))
-            top, left, crop = decode_cropped(index.file.segmentations[int(k)], *size)
+            top, left, crop = decode_cropped(subset.index.segmentations[int(k)], *size)
             np.testing.assert_array_equal(
                 expected[top : top + crop.shape[0], left : left + crop.shape[1]], crop
             )

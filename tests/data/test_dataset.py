@@ -106,7 +106,7 @@ def test_samples_depend_on_seed_epoch_and_image_id_only(annotations: Path) -> No
     torch.manual_seed(7)
     _assert_equal(first, dataset[5, 3])
     # Another index with the same image at another place.
-    alone = _dataset(annotations, index=dataset.index.select([3]))
+    alone = _dataset(annotations, subset=dataset.subset.select([3]))
     _assert_equal(first, alone[5, 0])
     assert not torch.equal(first.boxes, dataset[6, 3].boxes)
     assert not torch.equal(first.boxes, _dataset(annotations, seed=1)[5, 3].boxes)
@@ -337,13 +337,13 @@ def test_the_dataset_needs_annotations_or_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["hbn_flakes", "mushrooms", "coco_open104"])
 def test_real_samples_are_whole(data_root: Path, name: str) -> None:
     annotations, folder = find_split(data_root / name, "train")
-    index = read_coco(annotations, folder)
-    dataset = Coco2MaskDataset(folder, index=index, image_size=256)
+    subset = read_coco(annotations, folder)
+    dataset = Coco2MaskDataset(folder, subset=subset, image_size=256)
     for i in range(0, len(dataset), len(dataset) // 3):
         sample = dataset[i]
-        count = int(index.first_object[i + 1] - index.first_object[i])
+        count = int(subset.first_object[i + 1] - subset.first_object[i])
         assert len(sample.boxes) == len(sample.truths) == len(sample.targets) == count
-        assert sample.original_size == header_size(index.path(i))
+        assert sample.original_size == header_size(subset.path(i))
         # What the target holds is the truth's area, but for rounding to 1/255 of a cell.
         scale = sample.input_size[0] / sample.original_size[0]
         for target, truth in zip(sample.targets, sample.truths, strict=True):

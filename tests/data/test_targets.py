@@ -129,11 +129,11 @@ def test_areas_of_outlines_survive_any_frame(seed: int, zoom: float, flipped: bo
 def test_real_targets_agree_with_the_masks_that_pycocotools_draws(
     data_root: Any, name: str, image_size: int
 ) -> None:
-    index = read_coco(*find_split(data_root / name, "train"))
+    subset = read_coco(*find_split(data_root / name, "train"))
     ious = []
-    for i in range(0, index.num_images, index.num_images // 6):
-        frame = make_frame(index.size(i), image_size, resize_mode="pad")
-        objects = [index.file.segmentations[k] for k in index.objects_of(i).tolist()[:40]]
+    for i in range(0, subset.num_images, subset.num_images // 6):
+        frame = make_frame(subset.size(i), image_size, resize_mode="pad")
+        objects = [subset.index.segmentations[k] for k in subset.objects_of(i).tolist()[:40]]
         for resolution in ("low", "input"):
             kept, targets = draw_targets(objects, frame, resolution=resolution)
             assert len(kept) == len(objects)

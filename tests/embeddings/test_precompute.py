@@ -45,8 +45,8 @@ def make_model(scale: float = 1.0) -> PromptedSam:
 
 def open_cache(root: Path, *, dtype: str = "float32", amp_dtype: Any = None) -> SplitCache:
     annotations = root / "train" / "_annotations.coco.json"
-    index = read_coco(annotations, annotations.parent, on_bad_image="skip")
-    dataset = Coco2MaskDataset(annotations.parent, index=index, image_size=64, training=True)
+    subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
+    dataset = Coco2MaskDataset(annotations.parent, subset=subset, image_size=64, training=True)
     stores = tuple(
         Store(root / "cache" / name, shape=(128, 4, 4), dtype=dtype) for name in ("plain", "flip")
     )
@@ -54,7 +54,7 @@ def open_cache(root: Path, *, dtype: str = "float32", amp_dtype: Any = None) -> 
         for store in stores:
             store.create({})
     distributed.barrier()
-    files = read_digests(index, on_bad_image="skip", should_stop=lambda: False)
+    files = read_digests(subset, on_bad_image="skip", should_stop=lambda: False)
     assert files is not None
     cache = SplitCache(dataset, amp_dtype, stores, files)
     cache.look_up()
@@ -80,7 +80,7 @@ def check_whole(root: Path, *, dtype: str = "float32", amp_dtype: Any = None) ->
     cached = cache.dataset.embeddings
     assert cached is not None
     for row in range(NUM_IMAGES):
-        encoded = open_image(cache.dataset.index.path(row))
+        encoded = open_image(cache.dataset.subset.path(row))
         frames = [cache.dataset.frame(encoded.size, flipped=flipped) for flipped in (False, True)]
         pixels = np.stack([cache.dataset.pixels(encoded, frame) for frame in frames])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -84,8 +84,8 @@ def index_of(annotations: Path) -> Any:
 
 
 def digests_of(annotations: Path, *, on_bad_image: str = "skip") -> Digests | None:
-    index = read_coco(annotations, annotations.parent, on_bad_image="skip")
-    return read_digests(index, on_bad_image=on_bad_image, should_stop=lambda: False)
+    subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
+    return read_digests(subset, on_bad_image=on_bad_image, should_stop=lambda: False)
 
 
 def test_digests_are_of_contents_whatever_the_number_of_ranks(gloo2: GlooPool, split: Path) -> None:
@@ -112,9 +112,9 @@ def test_an_unusable_image_ends_all_ranks(gloo2: GlooPool, split: Path) -> None:
 
 
 def stopped_on_rank_1(annotations: Path) -> Any:
-    index = read_coco(annotations, annotations.parent, on_bad_image="skip")
+    subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
     rank = distributed.get_rank()
-    return read_digests(index, on_bad_image="error", should_stop=lambda: rank == 1)
+    return read_digests(subset, on_bad_image="error", should_stop=lambda: rank == 1)
 
 
 def test_all_ranks_stop_if_one_is_asked_to(gloo2: GlooPool, split: Path) -> None:
@@ -123,15 +123,15 @@ def test_all_ranks_stop_if_one_is_asked_to(gloo2: GlooPool, split: Path) -> None
 
 
 def split_cache(annotations: Path) -> SplitCache:
-    index = read_coco(annotations, annotations.parent, on_bad_image="skip")
-    dataset = Coco2MaskDataset(annotations.parent, index=index, image_size=64, training=True)
+    subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
+    dataset = Coco2MaskDataset(annotations.parent, subset=subset, image_size=64, training=True)
     stores = tuple(
         Store(annotations.parent.parent / name, shape=(8, 4, 4), dtype="float16")
         for name in ("plain", "flipped")
     )
     for store in stores:
         store.create({})
-    files = read_digests(index, on_bad_image="skip", should_stop=lambda: False)
+    files = read_digests(subset, on_bad_image="skip", should_stop=lambda: False)
     assert files is not None
     return SplitCache(dataset, None, stores, files)
 

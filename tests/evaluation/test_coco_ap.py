@@ -39,10 +39,10 @@ def worsened(truth: CroppedMask, generator: np.random.Generator) -> CroppedMask:
     return CroppedMask(truth.top, truth.left, truth.mask[:rows, :columns])
 
 
-def worsened_rows(index: CocoSubset) -> EvaluatedObjects:
+def worsened_rows(subset: CocoSubset) -> EvaluatedObjects:
     generator = np.random.default_rng(0)
     parts = []
-    dataset = Coco2MaskDataset(index.file.image_folder, index=index, image_size=64)
+    dataset = Coco2MaskDataset(subset.index.image_folder, subset=subset, image_size=64)
     for batch in val_loader(dataset):
         masks = [worsened(truth, generator) for truth in batch.truths]
         others = {name: batch.truths for name in OTHER_PROMPTS}
@@ -52,9 +52,9 @@ def worsened_rows(index: CocoSubset) -> EvaluatedObjects:
     return EvaluatedObjects.join(parts)
 
 
-def numbers_of(index: CocoSubset, rows: EvaluatedObjects, **options: Any) -> dict[str, Any]:
-    results = coco_results(rows, categories_of(index, rows.object_ids))
-    return average_precision(coco_truth(rows, index), results, **options)
+def numbers_of(subset: CocoSubset, rows: EvaluatedObjects, **options: Any) -> dict[str, Any]:
+    results = coco_results(rows, categories_of(subset, rows.object_ids))
+    return average_precision(coco_truth(rows, subset), results, **options)
 
 
 def plain_cocoeval(annotations: Path, results: list[dict[str, Any]]) -> list[float]:
@@ -73,15 +73,15 @@ def photos(data_root: Path) -> tuple[Path, CocoSubset, EvaluatedObjects]:
     """Everyday photos of 80 classes, with crowds: the file, what is used of it, worsened masks."""
     root = data_root / "coco_open104"
     annotations = root / "annotations" / "instances_val2017.json"
-    index = read_coco(annotations, root / "val2017")
-    return annotations, index, worsened_rows(index)
+    subset = read_coco(annotations, root / "val2017")
+    return annotations, subset, worsened_rows(subset)
 
 
 def test_same_as_plain_cocoeval_on_the_annotation_file(
     photos: tuple[Path, CocoSubset, EvaluatedObjects], tmp_path: Path
 ) -> None:
-    annotations, index, rows = photos
-    found = numbers_of(index, rows)
+    annotations, subset, rows = photos
+    found = numbers_of(subset, rows)
     # With the areas of masks, as here, and not those of polygons.
     document = json.loads(annotations.read_text())
     areas = dict(zip(rows.object_ids.tolist(), rows.areas.tolist(), strict=True))
@@ -89,7 +89,7 @@ def test_same_as_plain_cocoeval_on_the_annotation_file(
         entry["area"] = areas.get(entry["id"], entry["area"])
     file = tmp_path / "annotations.json"
     file.write_text(json.dumps(document))
-    results = coco_results(rows, categories_of(index, rows.object_ids))
+    results = coco_results(rows, categories_of(subset, rows.object_ids))
     plain = plain_cocoeval(file, json.loads(json.dumps(results)))
     assert [found[name] for name in NAMES] == pytest.approx(plain, abs=1e-12)
     assert found["max_dets"] == 100
@@ -122,39 +122,39 @@ def write_squares(root: Path, *, count: int, first_id: int = 0) -> CocoSubset:
 
 
 def test_dense_images_are_not_cut(tmp_path: Path) -> None:
-    index = write_squares(tmp_path / "dense", count=150)
-    rows = worsened_rows(index)
+    subset = write_squares(tmp_path / "dense", count=150)
+    rows = worsened_rows(subset)
     perfect = EvaluatedObjects(**{**vars(rows), "rle_predicted": rows.rle_true})
-    found = numbers_of(index, perfect)
+    found = numbers_of(subset, perfect)
     assert (found["ap"], found["max_dets"]) == (pytest.approx(1, abs=1e-12), 150)
     # What plain COCOeval makes of them: of 150 it looks at 100.
-    results = coco_results(perfect, categories_of(index, perfect.object_ids))
+    results = coco_results(perfect, categories_of(subset, perfect.object_ids))
     truth = tmp_path / "truth.json"
-    truth.write_text(json.dumps(coco_truth(perfect, index)))
+    truth.write_text(json.dumps(coco_truth(perfect, subset)))
     assert plain_cocoeval(truth, results)[0] < 0.9
 
 
 def test_an_object_whose_id_is_0_counts(tmp_path: Path) -> None:
-    index = write_squares(tmp_path / "one", count=1)
-    rows = worsened_rows(index)
+    subset = write_squares(tmp_path / "one", count=1)
+    rows = worsened_rows(subset)
     assert rows.object_ids.tolist() == [0, 1, 2]
     perfect = EvaluatedObjects(**{**vars(rows), "rle_predicted": rows.rle_true})
-    truth = coco_truth(perfect, index)
+    truth = coco_truth(perfect, subset)
     assert [entry["id"] for entry in truth["annotations"]] == [1, 2, 3]
     assert [entry["area"] for entry in truth["annotations"]] == rows.areas.tolist()
-    found = numbers_of(index, perfect)
+    found = numbers_of(subset, perfect)
     assert (found["ap"], found["ap_small"]) == (1, 1)
     assert (found["ap_medium"], found["ap_large"]) == (None, None)
 
 
 def test_results_are_left_as_they_are_and_hold_for_a_file(tmp_path: Path) -> None:
-    index = write_squares(tmp_path / "some", count=3)
-    rows = worsened_rows(index)
-    category_ids = categories_of(index, rows.object_ids)
+    subset = write_squares(tmp_path / "some", count=3)
+    rows = worsened_rows(subset)
+    category_ids = categories_of(subset, rows.object_ids)
     assert category_ids.tolist() == [1, 1, 1, 2, 2]
     results = coco_results(rows, category_ids)
     before = json.dumps(results)
-    average_precision(coco_truth(rows, index), results)
+    average_precision(coco_truth(rows, subset), results)
     assert json.dumps(results) == before
     assert set(results[0]) == {"image_id", "category_id", "segmentation", "score"}
 
@@ -165,11 +165,11 @@ def test_the_faster_backend_gives_the_same(
 ) -> None:
     pytest.importorskip("faster_coco_eval", reason="the extra fast-ap is not installed")
     if set_name == "dense":
-        index = write_squares(tmp_path / "dense", count=150)
-        rows = worsened_rows(index)
+        subset = write_squares(tmp_path / "dense", count=150)
+        rows = worsened_rows(subset)
     else:
-        _, index, rows = request.getfixturevalue("photos")
-    plain, faster = (numbers_of(index, rows, backend=backend) for backend in BACKENDS)
+        _, subset, rows = request.getfixturevalue("photos")
+    plain, faster = (numbers_of(subset, rows, backend=backend) for backend in BACKENDS)
     assert (plain.pop("backend"), faster.pop("backend")) == BACKENDS
     assert faster.keys() == plain.keys()
     for name, value in plain.items():

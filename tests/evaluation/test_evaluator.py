@@ -48,8 +48,8 @@ def tiny() -> PromptedSam:
     return PromptedSam(load_sam(PACKAGED_TINY))
 
 
-def batches_of(index: CocoSubset, *, image_size: int = 256) -> Any:
-    dataset = Coco2MaskDataset(index.file.image_folder, index=index, image_size=image_size)
+def batches_of(subset: CocoSubset, *, image_size: int = 256) -> Any:
+    dataset = Coco2MaskDataset(subset.index.image_folder, subset=subset, image_size=image_size)
     return val_loader(dataset, rank=get_rank(), world_size=get_world_size())
 
 
@@ -79,12 +79,12 @@ def iou_of(mask: np.ndarray, truth: np.ndarray) -> float:
 
 def test_each_prompt_scores_what_stock_sam_gives(folder: Path, found: EvaluatedObjects) -> None:
     predictor = SamPredictor(load_sam(PACKAGED_TINY))
-    index = read(folder)
-    dataset = Coco2MaskDataset(folder, index=index, image_size=256)
+    subset = read(folder)
+    dataset = Coco2MaskDataset(folder, subset=subset, image_size=256)
     row, expected = 0, {name: [] for name in ("iou_actual", "iou_boundary", "iou_predicted")}
     expected |= {f"iou_{name}": [] for name in OTHER_PROMPTS}
-    for i in range(index.num_images):
-        sample, image = dataset[i], open_image(index.path(i)).decode()
+    for i in range(subset.num_images):
+        sample, image = dataset[i], open_image(subset.path(i)).decode()
         predictor.set_image(image)
         frame = dataset.frame(sample.original_size)
         for k, truth in enumerate(sample.truths):
@@ -128,13 +128,13 @@ def test_the_mean_is_that_of_validation(folder: Path, found: EvaluatedObjects) -
 
 def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any], dict[str, Any]]:
     """All numbers of the tiny model, on however many ranks there are."""
-    index = read(folder)
-    rows, _ = evaluate_split(tiny(), batches_of(index))
-    category_ids = categories_of(index, rows.object_ids)
+    subset = read(folder)
+    rows, _ = evaluate_split(tiny(), batches_of(subset))
+    category_ids = categories_of(subset, rows.object_ids)
     results = coco_results(rows, category_ids)
     return (
-        summarise(rows, category_ids, names=index.file.category_names),
-        average_precision(coco_truth(rows, index), results, backend=backend),
+        summarise(rows, category_ids, names=subset.index.category_names),
+        average_precision(coco_truth(rows, subset), results, backend=backend),
     )
 
 
@@ -151,14 +151,14 @@ def perfect(batch: Batch) -> EvaluatedObjects:
     return score_masks(batch, masks, torch.rand(len(part)), part=part)
 
 
-def check_perfect(index: CocoSubset) -> None:
-    rows = EvaluatedObjects.join([perfect(batch) for batch in batches_of(index, image_size=64)])
-    category_ids = categories_of(index, rows.object_ids)
-    summary = summarise(rows, category_ids, names=index.file.category_names)
+def check_perfect(subset: CocoSubset) -> None:
+    rows = EvaluatedObjects.join([perfect(batch) for batch in batches_of(subset, image_size=64)])
+    category_ids = categories_of(subset, rows.object_ids)
+    summary = summarise(rows, category_ids, names=subset.index.category_names)
     for name in ("iou", "dice", "boundary_iou"):
         assert summary[name] == {"mean": 1, "median": 1, "percentile_10": 1}
     assert all(spread["mean"] == 1 for spread in summary["by_prompt"].values())
-    found = average_precision(coco_truth(rows, index), coco_results(rows, category_ids))
+    found = average_precision(coco_truth(rows, subset), coco_results(rows, category_ids))
     for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"):
         assert found[name] in (None, pytest.approx(1, abs=1e-12)), name
     assert found["ap"] is not None

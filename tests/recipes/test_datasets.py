@@ -53,7 +53,7 @@ def test_skipped_objects_of_real_data(data_root):
 
 def test_valid_is_found_for_val(data_root):
     splits = load_splits(a_config(data_root / "hbn_flakes"))
-    assert splits.val.index.file.image_folder.name == "valid"
+    assert splits.val.subset.index.image_folder.name == "valid"
 
 
 def test_announcement_names_what_was_left_out(data, caplog):
@@ -109,9 +109,9 @@ def test_classes_and_small_masks_are_chosen(data_root):
     config = a_config(data_root / "coco_open104", category_names="person, dog", min_mask_area=100)
     splits = load_splits(config)
     for dataset in (splits.train, splits.val):
-        file, objects = dataset.index.file, dataset.index.objects
-        chosen = {file.category_names[k] for k in file.categories[objects].tolist()}
-        assert chosen <= {"person", "dog"} and file.areas[objects].min() >= 100
+        index, objects = dataset.subset.index, dataset.subset.objects
+        chosen = {index.category_names[k] for k in index.categories[objects].tolist()}
+        assert chosen <= {"person", "dog"} and index.areas[objects].min() >= 100
     assert splits.counts["train"]["skipped"]["objects-not-chosen"] > 100
     with pytest.raises(DataError, match=r"no class 'persons'.*Did you mean 'person'"):
         load_splits(a_config(data_root / "coco_open104", category_names="persons"))
@@ -119,9 +119,9 @@ def test_classes_and_small_masks_are_chosen(data_root):
 
 def test_rare_classes_are_repeated(data_root, caplog):
     caplog.set_level(logging.INFO, logger="samft")
-    index = load_splits(a_config(data_root / "coco_open104")).train.index
-    assert count_repeats(index, None) is None
-    repeats = count_repeats(index, 0.1)
+    subset = load_splits(a_config(data_root / "coco_open104")).train.subset
+    assert count_repeats(subset, None) is None
+    repeats = count_repeats(subset, 0.1)
     assert repeats is not None and len(repeats) == 47
     # A class in one of 47 images asks for sqrt(0.1 * 47) of them.
     assert repeats.max() == pytest.approx((0.1 * 47) ** 0.5)
@@ -129,7 +129,7 @@ def test_rare_classes_are_repeated(data_root, caplog):
 
 
 def names(dataset: Any) -> set[str]:
-    return {dataset.index.file_name(i) for i in range(dataset.index.num_images)}
+    return {dataset.subset.file_name(i) for i in range(dataset.subset.num_images)}
 
 
 def test_held_out_images_are_a_share_by_file_name_and_are_said(one_split, tmp_path, caplog):

@@ -59,13 +59,13 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
     model = build.build_model(config, None, torch.device("cpu"))
     load_state(model.sam, read_state(best_of(folder)))
     rows = comparison_of(folder).after
-    file = dataset.index.file
-    objects = find_objects(file, rows.keys())
+    index = dataset.subset.index
+    objects = find_objects(index, rows.keys())
     masks = predict(model, dataset, objects.tolist(), embeddings={})
-    image_of = np.repeat(np.arange(file.num_images), np.diff(file.first_object))
+    image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     for k, wanted in zip(objects.tolist(), rows.iou_actual, strict=True):
-        size = file.sizes[image_of[k]].tolist()
-        top, left, mask = decode_cropped(file.segmentations[k], *size)
+        size = index.sizes[image_of[k]].tolist()
+        top, left, mask = decode_cropped(index.segmentations[k], *size)
         truth = CroppedMask(top, left, mask.astype(bool))
         assert cropped_iou(masks[k], truth) == pytest.approx(wanted, abs=1e-9)
 
@@ -104,10 +104,12 @@ def test_an_image_that_is_gone_leaves_its_objects_out(
 ) -> None:
     config, folder = run
     dataset = load_splits(config).val
-    file = dataset.index.file
-    moved = replace(dataset.index, file=replace(file, image_folder=tmp_path))
-    (tmp_path / file.file_name(0)).write_bytes((file.image_folder / file.file_name(0)).read_bytes())
-    dataset.index = moved
+    index = dataset.subset.index
+    moved = replace(dataset.subset, index=replace(index, image_folder=tmp_path))
+    (tmp_path / index.file_name(0)).write_bytes(
+        (index.image_folder / index.file_name(0)).read_bytes()
+    )
+    dataset.subset = moved
     model = build.build_model(config, None, torch.device("cpu"))
-    found = predict(model, dataset, dataset.index.objects.tolist(), embeddings={})
-    assert found.keys() == set(dataset.index.objects_of(0).tolist())
+    found = predict(model, dataset, dataset.subset.objects.tolist(), embeddings={})
+    assert found.keys() == set(dataset.subset.objects_of(0).tolist())

@@ -23,8 +23,8 @@ HEAD, CAPTION = 44, 54  # px: two lines of 19 and three of 16, and 6 below
 @pytest.mark.parametrize("number", [1, 6, 7, 24])
 def test_a_sheet_has_rows_of_six(tmp_path: Path, number: int) -> None:
     objects = [annotation(k + 1, 1, rectangle(2 * k, 2 * k, 20, 10)) for k in range(number)]
-    file = write(tmp_path, objects)
-    sheet = draw_sheet(file, [Pick(k, "") for k in range(number)], title="t")
+    index = write(tmp_path, objects)
+    sheet = draw_sheet(index, [Pick(k, "") for k in range(number)], title="t")
     assert sheet.shape[1] == COLUMNS * (TILE + PADDING) - PADDING
     assert sheet.shape[0] == HEAD + -(-number // COLUMNS) * (TILE + CAPTION)
     assert (sheet[:4] == 255).all()
@@ -36,9 +36,9 @@ def test_tiles_stay_in_the_order_given(tmp_path: Path) -> None:
     objects = [
         annotation(k + 1, 2 - k % 2, rectangle(60, 20, *size)) for k, size in enumerate(sizes)
     ]
-    file = write(tmp_path, objects, images=2)
-    of_id = {int(one): k for k, one in enumerate(file.object_ids)}
-    sheet = draw_sheet(file, [Pick(of_id[one], "") for one in (1, 2, 3)], title="t")
+    index = write(tmp_path, objects, images=2)
+    of_id = {int(one): k for k, one in enumerate(index.object_ids)}
+    sheet = draw_sheet(index, [Pick(of_id[one], "") for one in (1, 2, 3)], title="t")
     shapes = []
     for column in range(3):
         tile = sheet[HEAD : HEAD + TILE, column * (TILE + PADDING) :][:, :TILE]
@@ -48,9 +48,9 @@ def test_tiles_stay_in_the_order_given(tmp_path: Path) -> None:
 
 
 def test_an_image_that_cannot_be_decoded_leaves_its_tile_grey(tmp_path: Path) -> None:
-    file = write(tmp_path, [annotation(1, 1, rectangle(50, 50, 10, 10))])
+    index = write(tmp_path, [annotation(1, 1, rectangle(50, 50, 10, 10))])
     (tmp_path / "1.png").write_text("not any more")
-    sheet = draw_sheet(file, [Pick(0, "")], title="t")
+    sheet = draw_sheet(index, [Pick(0, "")], title="t")
     assert (sheet[60 + TILE // 2, 2:TILE] == GREY).all()
 
 
@@ -61,9 +61,10 @@ def test_odd_objects_and_why(tmp_path: Path) -> None:
     leaving = annotation(8, 1, rectangle(50, 60, 20, 20), bbox=[50, 60, 20, 41])
     plain = annotation(9, 1, rectangle(50, 60, 20, 20), iscrowd=0)
     crowd = annotation(10, 1, rectangle(0, 0, WIDTH, HEIGHT), iscrowd=1)
-    file = write(tmp_path, [thin, sparse, whole, leaving, plain, crowd])
+    index = write(tmp_path, [thin, sparse, whole, leaving, plain, crowd])
     remarks = {
-        int(file.object_ids[pick.object]): pick.remark for pick in odd_objects(file, file.problems)
+        int(index.object_ids[pick.object]): pick.remark
+        for pick in odd_objects(index, index.problems)
     }
     assert remarks == {
         5: "sides 1 : 10",
@@ -79,20 +80,20 @@ def test_sheets_of_a_set(tmp_path: Path) -> None:
         annotation(k + 1, 1, rectangle(10, 10, 10 + k, 10 + k), category_id=1 + (k > 29) + (k > 30))
         for k in range(32)
     ]
-    file = write(tmp_path, objects)
+    index = write(tmp_path, objects)
     out = tmp_path / "out"
     out.mkdir()
-    paths = write_sheets(file, file.problems, out, name="train")
+    paths = write_sheets(index, index.problems, out, name="train")
     names = ["class-cat", "class-a_b_ä", "class-a_b_ä_", "smallest", "largest"]
     assert [path.name for path in paths] == [f"train-{name}.png" for name in names]
     assert sorted(out.iterdir()) == sorted(paths)
     full = read_png(paths[0])
     assert full.shape[0] == HEAD + NUM_TILES // COLUMNS * (TILE + CAPTION)
-    again = write_sheets(file, file.problems, out, name="again")
+    again = write_sheets(index, index.problems, out, name="again")
     np.testing.assert_array_equal(read_png(again[0])[HEAD:], full[HEAD:])
     assert (read_png(paths[1])[100] != full[100]).any()
 
 
 def test_a_set_without_objects_has_no_sheets(tmp_path: Path) -> None:
-    file = write(tmp_path, [])
-    assert write_sheets(file, file.problems, tmp_path, name="train") == []
+    index = write(tmp_path, [])
+    assert write_sheets(index, index.problems, tmp_path, name="train") == []

@@ -28,59 +28,59 @@ from samft.runtime.logs import RunLog
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> CocoSubset:
+def subset(tmp_path_factory: pytest.TempPathFactory) -> CocoSubset:
     """17 images with 57 objects."""
     folder = tmp_path_factory.mktemp("data")
     annotations = write_coco(folder, 17)
     return read_coco(annotations, annotations.parent, cache=folder / "cache")
 
 
-def test_the_objects_are_spread_over_sizes_and_images(index: CocoSubset) -> None:
-    chosen = choose_fixed(index)
+def test_the_objects_are_spread_over_sizes_and_images(subset: CocoSubset) -> None:
+    chosen = choose_fixed(subset)
     assert len(set(chosen.tolist())) == 16
-    areas = index.file.areas
+    areas = subset.index.areas
     assert (np.diff(areas[chosen]) >= 0).all()
-    quarters = np.quantile(areas[index.objects], [0.25, 0.5, 0.75])
+    quarters = np.quantile(areas[subset.objects], [0.25, 0.5, 0.75])
     sizes = Counter(np.searchsorted(quarters, areas[chosen]).tolist())
     assert max(sizes.values()) <= 5 and min(sizes.values()) >= 3
-    images = Counter(np.searchsorted(index.file.first_object, chosen, side="right").tolist())
+    images = Counter(np.searchsorted(subset.index.first_object, chosen, side="right").tolist())
     assert max(images.values()) <= 2
-    assert (choose_fixed(index) == chosen).all()
+    assert (choose_fixed(subset) == chosen).all()
 
 
-def test_few_objects_are_all_of_them(index: CocoSubset) -> None:
-    few = index.select([0, 1])
+def test_few_objects_are_all_of_them(subset: CocoSubset) -> None:
+    few = subset.select([0, 1])
     assert sorted(choose_fixed(few).tolist()) == sorted(few.objects.tolist())
-    assert len(choose_fixed(index.select([]))) == 0
+    assert len(choose_fixed(subset.select([]))) == 0
 
 
-def test_objects_are_found_by_their_ids(index: CocoSubset) -> None:
-    file = index.file
+def test_objects_are_found_by_their_ids(subset: CocoSubset) -> None:
+    index = subset.index
     wanted = np.array([40, 3, 3, 20])
-    image_ids = np.repeat(file.image_ids, np.diff(file.first_object))
-    keys = np.stack([image_ids[wanted], file.object_ids[wanted]], axis=1)
-    assert (find_objects(file, keys) == wanted).all()
+    image_ids = np.repeat(index.image_ids, np.diff(index.first_object))
+    keys = np.stack([image_ids[wanted], index.object_ids[wanted]], axis=1)
+    assert (find_objects(index, keys) == wanted).all()
 
 
-def a_validation(gallery: ValidationImages, index: CocoSubset, *, iou: float) -> Validation:
+def a_validation(gallery: ValidationImages, subset: CocoSubset, *, iou: float) -> Validation:
     """Each object's mask is a square in the corner of its image."""
-    file, keeper = index.file, gallery.keeper()
-    image_ids = np.repeat(file.image_ids, np.diff(file.first_object))
-    for image_id, object_id in zip(image_ids.tolist(), file.object_ids.tolist(), strict=True):
+    index, keeper = subset.index, gallery.keeper()
+    image_ids = np.repeat(index.image_ids, np.diff(index.first_object))
+    for image_id, object_id in zip(image_ids.tolist(), index.object_ids.tolist(), strict=True):
         mask = CroppedMask(0, 0, np.ones((8, 8), bool))
         keeper.add((image_id, object_id), mask, ious=(iou, 0.5), size=(40, 40))
     keeper.gather()
     values = np.full(len(image_ids), iou)
-    rows = ObjectScores(image_ids, file.object_ids, file.areas, values, values)
+    rows = ObjectScores(image_ids, index.object_ids, index.areas, values, values)
     return Validation({}, 0.0, objects=rows, kept=keeper)
 
 
-def test_a_run_leaves_its_pictures(index: CocoSubset, tmp_path: Path) -> None:
+def test_a_run_leaves_its_pictures(subset: CocoSubset, tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, index, log, found=tmp_path, start_step=0)
+        gallery = ValidationImages(tmp_path, subset, log, found=tmp_path, start_step=0)
         assert not gallery.has_new
         for step, iou in ((0, 0.5), (3, 0.6), (6, 0.4)):
-            gallery.show(step, a_validation(gallery, index, iou=iou))
+            gallery.show(step, a_validation(gallery, subset, iou=iou))
             if step == 3:
                 after = (tmp_path / AFTER).read_bytes()
         assert gallery.has_new
@@ -94,19 +94,19 @@ def test_a_run_leaves_its_pictures(index: CocoSubset, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_cannot_be_written_ends_nothing(
-    index: CocoSubset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    subset: CocoSubset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / BEFORE).mkdir()
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, index, log, found=tmp_path, start_step=0)
-        gallery.show(0, a_validation(gallery, index, iou=0.5))
+        gallery = ValidationImages(tmp_path, subset, log, found=tmp_path, start_step=0)
+        gallery.show(0, a_validation(gallery, subset, iou=0.5))
     assert f"{BEFORE} cannot be written" in caplog.text
 
 
-def test_other_ranks_draw_nothing(index: CocoSubset, tmp_path: Path) -> None:
+def test_other_ranks_draw_nothing(subset: CocoSubset, tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, index, log, found=tmp_path, start_step=0)
-        gallery.show(0, a_validation(gallery, index, iou=0.5))
+        gallery = ValidationImages(tmp_path, subset, log, found=tmp_path, start_step=0)
+        gallery.show(0, a_validation(gallery, subset, iou=0.5))
     assert list(tmp_path.iterdir()) == []
 
 

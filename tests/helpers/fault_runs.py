@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import TESTS
+from helpers.preloaded import run_preloaded
 from helpers.processes import processes_with
 from helpers.short_runs import arguments, clean_environment
 
@@ -101,9 +102,13 @@ def started(
 def run(command: list[str], fault: dict[str, Any] | None = None, **changes: str) -> Ended:
     """A command, to its end."""
     start = time.monotonic()
-    with started(command, fault, **changes) as process:
-        output, _ = process.communicate(timeout=SECONDS)
-    return Ended(process.returncode, output, time.monotonic() - start)
+    if command[0] == sys.executable:
+        code, output = run_preloaded(command, environment(fault, **changes), timeout=SECONDS)
+    else:
+        with started(command, fault, **changes) as process:
+            output, _ = process.communicate(timeout=SECONDS)
+        code = process.returncode
+    return Ended(code, output, time.monotonic() - start)
 
 
 def left_after(folder: Path, *, seconds: float = 5.0) -> list[int]:

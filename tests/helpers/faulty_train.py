@@ -25,7 +25,7 @@ from helpers.processes import children_of, descendants_of
 from samft.checkpoints import training_state
 from samft.cli import run_command
 from samft.data.dataset import Coco2MaskDataset
-from samft.evaluation.evaluator import validation
+from samft.evaluation import validation
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.files import write_json
 from samft.training.engine import Trainer

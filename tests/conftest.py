@@ -20,6 +20,18 @@ hypothesis.settings.register_profile("samft", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("samft")
 
 
+TIERS = {"unit", "smoke", "run", "processes", "chaos"}
+SEVERAL_PROCESSES = {"gloo2", "gloo3"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each test one tier: its own mark, `processes` by its fixtures, else `unit`."""
+    for item in items:
+        if not TIERS & {mark.name for mark in item.iter_markers()}:
+            in_a_group = SEVERAL_PROCESSES & set(getattr(item, "fixturenames", ()))
+            item.add_marker("processes" if in_a_group else "unit")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     # Of this process and of all that it starts; a person's own cache stays as it is.

@@ -14,6 +14,8 @@ import torch
 import torch.multiprocessing
 from torch import distributed
 
+from helpers.preloaded import preloading_context
+
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 # What a whole function may take, and what the others may take once one rank has failed: they may
 # wait for it in a collective, which ends in nothing but the collective's timeout.
@@ -87,7 +89,7 @@ class GlooPool:
             self._folder = None
 
     def _start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = preloading_context()
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
         for rank in range(self.world_size):

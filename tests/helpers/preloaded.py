@@ -27,6 +27,13 @@ from typing import Any
 PRELOADED = ["samft.recipes.train", "samft.recipes.evaluate", "torch.distributed.run"]
 
 
+def preloading_context() -> Any:
+    """Where processes come from: the server, which the first of them starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.preloaded", *PRELOADED])
+    return context
+
+
 class PreloadedCommand:
     """A command that runs in a fork of the server.
 
@@ -39,9 +46,7 @@ class PreloadedCommand:
     def __init__(
         self, command: Sequence[str], environment: dict[str, str], *, output: Path
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["helpers.preloaded", *PRELOADED])
-        self.process = context.Process(
+        self.process = preloading_context().Process(
             target=_become, args=(list(command), environment, os.getcwd(), str(output))
         )
         self.process.start()

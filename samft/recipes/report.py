@@ -33,7 +33,7 @@ from samft.models.sam import build_sam, load_state, read_state
 from samft.recipes import build
 from samft.recipes.datasets import Splits, find_val
 from samft.reports.drawing import mark, owner_of, view_of
-from samft.reports.page import Page, Pair, render
+from samft.reports.page import ObjectPair, ReportPage, render
 from samft.reports.summary import next_commands, report, summarise
 from samft.reports.validation_images import ValidationImages, find_objects
 from samft.runtime import heartbeat
@@ -50,7 +50,7 @@ _SAME_IOU = 0.02  # a model is scored like this again, in whatever precision
 class Pairs:
     """The objects of each kind (`improved`, `worst`, `harmed`); or why there are none."""
 
-    groups: dict[str, list[Pair]] = field(default_factory=dict)
+    groups: dict[str, list[ObjectPair]] = field(default_factory=dict)
     why_none: str = ""
 
 
@@ -182,7 +182,7 @@ def _draw(
     comparison: Comparison,
     objects: dict[int, int],
     masks: list[dict[int, CroppedMask]],
-) -> dict[int, Pair]:
+) -> dict[int, ObjectPair]:
     index = dataset.subset.index
     names = class_names(index)
     drawn = {}
@@ -198,7 +198,7 @@ def _draw(
             continue
         before, after = (mark(index, k, view, predicted=found[k]) for found in masks)
         scores = comparison.before.iou_actual[row], comparison.after.iou_actual[row]
-        drawn[row] = Pair(
+        drawn[row] = ObjectPair(
             file_name=index.file_name(owner),
             class_name=names[int(index.categories[k])],
             object_id=int(index.object_ids[k]),
@@ -297,7 +297,7 @@ class Ending:
         model: PromptedSam,
         commands: list[str],
         should_stop: Callable[[], bool],
-    ) -> Page:
+    ) -> ReportPage:
         pairs = draw_pairs(
             self.config,
             model,
@@ -308,7 +308,7 @@ class Ending:
         )
         changed, same = settings(self.config)
         config = self.config
-        return Page(
+        return ReportPage(
             title=f"{config.model_type} on {_data_name(config)}",
             meta=f"{config.image_size} px, {summary['steps']:,} steps, best at step "
             f"{summary['best_step']}, {format_duration(summary['wall_seconds'])}, "
@@ -319,7 +319,7 @@ class Ending:
             sizes=group_by_size(self.comparison) if self.comparison else [],
             classes=self._classes(),
             pairs=pairs.groups,
-            no_pairs=pairs.why_none,
+            why_no_pairs=pairs.why_none,
             settings=changed,
             defaults=same,
             environment=environment(config, model.sam.device),

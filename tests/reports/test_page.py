@@ -1,11 +1,13 @@
-"""report.html: what it says, that strangers' names do it no harm, and a browser's opinion of it."""
+"""report.html: its content, names from outside as text, and no complaint from a browser."""
 
+import base64
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -13,19 +15,29 @@ from helpers.browser import CHROMIUM, chromium
 from helpers.short_runs import arguments, train_here
 from samft.demo import write_demo
 from samft.evaluation.object_scores import Comparison, Group, ObjectScores
-from samft.reports.page import Page, Pair, render
+from samft.reports.page import (
+    ObjectPair,
+    ReportPage,
+    data_uri,
+    format_score,
+    render,
+    shorten_name,
+    split_command,
+    split_flags,
+)
 
 HOSTILE = (
     "</style></title></td>\"'><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[2J\u202e"
+    "{{ 7 * 7 }}{% raw %}&amp;"
 )
 
 
-def a_page(name: str = "plain", **changes: Any) -> Page:
+def a_page(name: str = "plain", **changes: Any) -> ReportPage:
     ids = np.arange(30)
     before, after = np.linspace(0, 0.8, 30), np.linspace(0.2, 0.9, 30)
     rows = [ObjectScores(ids, ids, ids + 9.0, iou, iou**2) for iou in (before, after)]
     tile = np.full((16, 16, 3), 90, np.uint8)
-    pair = Pair(name, name, 7, 1234.0, (0.25, 0.5), (tile, tile))
+    pair = ObjectPair(name, name, 7, 1234.0, (0.25, 0.5), (tile, tile))
     counts = {"images": 3, "masks": 30, "skipped": {name: 1}, "bad_images": {name: name}}
     summary = {
         "got_worse": [],
@@ -36,7 +48,7 @@ def a_page(name: str = "plain", **changes: Any) -> Page:
         "objects": {"compared": 30, "gained": 12, "lost": 0},
         "data": {"train": counts, "val": counts},
     }
-    page = Page(
+    page = ReportPage(
         title=name,
         meta=name,
         summary=summary,
@@ -49,7 +61,7 @@ def a_page(name: str = "plain", **changes: Any) -> Page:
         sizes=[Group(name, 30, 0.4, 0.55)],
         classes=[Group(f"{name} {number}", 1, 0.4, 0.5) for number in range(20)],
         pairs={"improved": [pair], "worst": [pair, pair], "harmed": []},
-        no_pairs="",
+        why_no_pairs="",
         settings=[("steps", name, 1500), (name, name, name)],
         defaults=[("seed", name)],
         environment=[("device", name)],
@@ -92,14 +104,15 @@ def test_names_from_outside_are_text_and_nothing_else() -> None:
     assert "<script>alert(1)</script>" in hostile.text  # to be read
     for text in (hostile.text, *(value for _, value in hostile.attributes)):
         assert "\x1b" not in text and "\u202e" not in text
+    assert "{{ 7 * 7 }}{% raw %}&amp;" in hostile.text
 
 
 def test_a_run_that_got_worse_says_so_before_anything_else() -> None:
     page = a_page()
     worse = {**page.summary, "got_worse": [f"IoU fell. {HOSTILE}"], "what_to_try": ["--steps 1"]}
     found = Reader(render(replace(page, summary=worse, title="the title")))
-    shown = found.text.split("the title", 2)[1]  # after the title of the window
-    assert shown.startswith("It got worseIoU fell.") and "--steps 1" in shown
+    shown = found.text.split("the title", 2)[1].strip()  # after the title of the window
+    assert shown.startswith("It got worse\nIoU fell.") and "--steps 1" in shown
     assert ("role", "alert") in found.attributes
     assert ("role", "alert") not in Reader(render(page)).attributes
 
@@ -119,10 +132,61 @@ def test_the_numbers_are_there() -> None:
 
 
 def test_what_is_not_known_is_said() -> None:
-    page = a_page(comparison=None, sizes=[], classes=[], pairs={}, no_pairs="Gone.", commands=[])
+    page = a_page(
+        comparison=None, sizes=[], classes=[], pairs={}, why_no_pairs="Gone.", commands=[]
+    )
     summary = {**page.summary, "objects": None, "best_val_per_mask_iou": None}
     text = Reader(render(replace(page, summary=summary, metrics=[]))).text
     assert "There are no pictures. Gone." in text and "Each object" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a < b & 'c' \"d\"", "a &lt; b &amp; &#39;c&#39; &#34;d&#34;"),
+        ("\x1b[2J\u202e\ud800", "\\x1b[2J\\u202e\\ud800"),
+        (None, "None"),
+        (1.5, "1.5"),
+    ],
+)
+def test_values_are_escaped_and_printable(value: object, expected: str) -> None:
+    shown = render(a_page(environment=[("<i>", value)]))
+    assert f"<tr><td>&lt;i&gt;</td><td>{expected}</td></tr>" in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.5, ">+0.500<"), (-0.25, ">\u22120.250<"), (-0.0004, ">\xb10<")]
+)
+def test_a_change_has_its_sign(value: float, expected: str) -> None:
+    shown = render(a_page(classes=[Group("cat", 1, 0.0, value)]))
+    assert expected in shown[shown.index("<td>cat</td>") :]
+
+
+def test_a_score_may_be_none() -> None:
+    assert format_score(0.12345) == "0.123" and format_score(None) == "none"
+
+
+def test_a_long_name_loses_its_middle_but_not_its_title() -> None:
+    name = "a" * 30 + "<" + "b" * 30
+    assert shorten_name(name) == "a" * 16 + "\N{HORIZONTAL ELLIPSIS}" + "b" * 20
+    pair = ObjectPair(name, "cat", 7, 1.0, (0.25, 0.5), (np.zeros((9, 9, 3), np.uint8),) * 2)
+    shown = render(a_page(pairs={"worst": [pair]}))
+    assert f'<span title="{"a" * 30}&lt;{"b" * 30}">{shorten_name(name)}</span>' in shown
+    assert shorten_name("a<b") == "a<b"
+
+
+def test_flags_and_commands_are_split_where_they_are_marked() -> None:
+    assert split_flags("Try --steps, or --lr 1.")[1::2] == ["--steps", "--lr"]
+    command = "python -m samft.predict --images 'a b' --output_dir c"
+    assert split_command(command)[1:] == ["--images 'a b'", "--output_dir c"]
+    assert " ".join(split_command(command)) == command
+
+
+def test_a_picture_keeps_its_colours() -> None:
+    address = data_uri(np.full((8, 8, 3), (250, 20, 20), np.uint8))
+    encoded = base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))
+    blue, green, red = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)[4, 4]
+    assert red > 240 and green < 30 and blue < 30
 
 
 @pytest.fixture(scope="module")

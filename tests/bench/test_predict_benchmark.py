@@ -10,6 +10,8 @@ from pycocotools import mask as mask_utils
 
 from benchmarks.predict import least_equal, main
 
+pytestmark = pytest.mark.run
+
 
 def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--images", "4", "--boxes", "3", "--parts", "2", "--image_size", "64"]

@@ -23,6 +23,8 @@ from benchmarks.variants import (
 from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 
+pytestmark = pytest.mark.run
+
 CPU = torch.device("cpu")
 SMALL = Setting("vit_tiny", 64, num_images=2, boxes=3, frozen=True, device=CPU)
 COSTS = Costs(0.01, 0.2, 0.02, 500.0, 500.0)

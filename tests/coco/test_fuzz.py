@@ -29,6 +29,8 @@ from samft.coco.segmentation import (
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 
+pytestmark = pytest.mark.processes
+
 CASES = 500
 SECONDS = 240  # for all cases of a test, however busy the machine is
 

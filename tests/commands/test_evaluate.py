@@ -30,6 +30,8 @@ from samft.cli import run_command
 from samft.evaluate import main
 from samft.models.weights import PACKAGED_TINY
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,6 +13,8 @@ import pytest
 
 from helpers import REPOSITORY
 
+pytestmark = pytest.mark.processes
+
 # What samft.train takes without complaint; whether the dataset exists is not launch.sh's business.
 RUN = ("--model_type", "vit_tiny", "--checkpoint_path", "auto", "--data_root", "nowhere")
 FOUR_GPUS = "".join(f"GPU {i}: NVIDIA (UUID: GPU-{i})\n" for i in range(4))

@@ -26,6 +26,8 @@ from samft.errors import DataError
 from samft.recipes import build
 from samft.train import exit_code_for_launcher, main
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

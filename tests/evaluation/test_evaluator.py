@@ -39,6 +39,8 @@ from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import load_sam
 from samft.models.weights import PACKAGED_TINY
 
+pytestmark = pytest.mark.run
+
 
 def read(folder: Path) -> CocoSubset:
     return read_coco(folder / "_annotations.coco.json", folder)

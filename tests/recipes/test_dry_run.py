@@ -24,6 +24,8 @@ from helpers.short_runs import (
 from samft.recipes import dry_run
 from samft.recipes.dry_run import Forecast, announce
 
+pytestmark = pytest.mark.run
+
 KEPT = ["config.yaml", "last.ckpt", "metrics.jsonl", "status.json", "summary.json", "train.log"]
 
 

@@ -35,6 +35,8 @@ from samft.recipes.embedding_cache import prepare_cache
 from samft.runtime import files
 from samft.training.engine import Progress
 
+pytestmark = pytest.mark.run
+
 NUM_TRAIN, NUM_VAL = 13, 5
 ALL = 2 * NUM_TRAIN + NUM_VAL  # training images as they are and flipped
 STEPS = 20

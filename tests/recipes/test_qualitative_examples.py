@@ -19,6 +19,8 @@ from samft.recipes.datasets import load_splits
 from samft.recipes.report import Pairs, draw_pairs, predict
 from samft.reports.validation_images import find_objects
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:

@@ -15,6 +15,8 @@ from samft.checkpoints.top_k import BestCheckpoint
 from samft.config import TrainConfig, parse_config
 from samft.recipes.report import Ending, environment, settings
 
+pytestmark = pytest.mark.run
+
 
 def short(data: Path, folder: Path, **changes: object) -> list[str]:
     return arguments(data, folder, steps=1, metrics_interval=1, **changes)

@@ -23,6 +23,8 @@ from samft.config import TrainConfig
 from samft.errors import CheckpointError, ConfigError
 from samft.recipes.resume import Resume, find_resume, keep_images_per_step
 
+pytestmark = pytest.mark.run
+
 DATA = Path("data")
 FIXTURE = TESTS / "fixtures" / "last-format-1.ckpt"
 

@@ -34,6 +34,8 @@ from samft.errors import DataError
 from samft.models.sam import build_sam
 from samft.training.engine import Trainer
 
+pytestmark = pytest.mark.run
+
 VAL_STEPS = [0, 5, 10, 15, 20]
 TRAIN_STEPS = VAL_STEPS[1:]
 

@@ -1,3 +1,3 @@
-"""A checkpoint written for other programs, read again, and compared with PyTorch."""
+"""Writes checkpoints in the formats of other programs, and verifies what was written."""
 
 import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)

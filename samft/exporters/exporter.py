@@ -1,7 +1,7 @@
-"""From a checkpoint to a file of another format that has been read again and compared."""
+"""Exports a checkpoint: writes the format, loads it again, and compares the predictions."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from samft.exporters.huggingface import open_huggingface, write_huggingface
 from samft.exporters.onnx import open_onnx, write_onnx
 from samft.exporters.verification import (
     Difference,
+    PredictFunction,
     Prediction,
     VerificationSample,
     bitwise_equal,
-    compare,
+    compare_predictions,
     predict_boxes,
 )
 from samft.exporters.weight_files import (
@@ -34,15 +35,15 @@ from samft.runtime.files import sha256_of, staging_path
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A checkpoint and what its sidecar says of it.
+class TunedCheckpoint:
+    """A fine-tuned checkpoint with its sidecar.
 
     Attributes:
         path: The file.
-        sam: With its weights, at the image size that it was tuned for, in eval mode.
-        model_type: A key of `samft.sam.MODEL_SHAPES`.
+        sam: With its weights, at the image size that it was trained at, in eval mode.
+        model_type: A key of `MODEL_SHAPES`.
         image_size: Side of the model input, px.
-        sidecar: What stands beside it, or nothing.
+        sidecar: Content of the sidecar; empty if there is none.
     """
 
     path: Path
@@ -52,12 +53,12 @@ class Tuned:
     sidecar: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self, *, image_size: int) -> dict[str, str]:
-        """What an exported file says of itself, as text.
+        """The metadata of an exported file.
 
         Args:
-            image_size: Of the model that is written, px.
+            image_size: Of the exported model, px.
         """
-        found = {
+        metadata = {
             "model_type": self.model_type,
             "image_size": str(image_size),
             "resize_mode": str(self.sidecar.get("resize_mode", "pad")),
@@ -65,23 +66,23 @@ class Tuned:
             "samft_version": samft.__version__,
         }
         if "step" in self.sidecar:
-            found["step"] = str(self.sidecar["step"])
+            metadata["step"] = str(self.sidecar["step"])
         if "metrics" in self.sidecar:
-            found["metrics"] = json.dumps(self.sidecar["metrics"])
-        return found
+            metadata["metrics"] = json.dumps(self.sidecar["metrics"])
+        return metadata
 
     def find_base(self) -> Path | None:
-        """The checkpoint that it was tuned from, as far as the sidecar says and it is here."""
+        """The checkpoint that training started from, if the sidecar names it and it is here."""
         config = self.sidecar.get("config")
-        named = config.get("checkpoint_path") if isinstance(config, dict) else None
-        return find_local_weights(str(named), self.model_type) if named else None
+        source = config.get("checkpoint_path") if isinstance(config, dict) else None
+        return find_local_weights(str(source), self.model_type) if source else None
 
 
-def open_tuned(path: Path) -> Tuned:
-    """Reads a checkpoint, and its sidecar if it has one.
+def open_tuned_checkpoint(path: Path) -> TunedCheckpoint:
+    """Reads a checkpoint, and its sidecar if it has a readable one.
 
     Raises:
-        CheckpointError: It cannot be read or is no SAM.
+        CheckpointError: The checkpoint cannot be read or is no SAM.
     """
     sam, model_type, image_size, _ = open_checkpoint(path)
     sidecar = {}
@@ -90,11 +91,12 @@ def open_tuned(path: Path) -> Tuned:
             sidecar = json.loads(path.with_suffix(".json").read_text())
         except (OSError, ValueError):
             pass
-    return Tuned(path, sam, model_type, image_size, sidecar if isinstance(sidecar, dict) else {})
+    sidecar = sidecar if isinstance(sidecar, dict) else {}
+    return TunedCheckpoint(path, sam, model_type, image_size, sidecar)
 
 
-def model_to_write(tuned: Tuned, format: str) -> Sam:
-    """The model that a file of this format holds: at 1024 px for `pth`, else as it was tuned."""
+def model_to_write(tuned: TunedCheckpoint, format: str) -> Sam:
+    """The model that a file of this format holds: at 1024 px for `pth`, else as it was trained."""
     if format != "pth" or tuned.image_size == META_SIZE:
         return tuned.sam
     sam = build_sam(tuned.model_type, META_SIZE)
@@ -102,22 +104,22 @@ def model_to_write(tuned: Tuned, format: str) -> Sam:
     return sam
 
 
-def open_base(path: Path, sam: Sam) -> Sam:
-    """The checkpoint that a model was tuned from, at the model's image size.
+def load_base(path: Path, sam: Sam) -> Sam:
+    """Loads the checkpoint that training started from, at the image size of the tuned model.
 
     Args:
         path: The checkpoint.
-        sam: The model.
+        sam: The tuned model.
 
     Raises:
-        CheckpointError: It cannot be read, or is of another model type.
+        CheckpointError: The checkpoint cannot be read, or is of another model type.
     """
     base = build_sam(*identify(sam.state_dict()))
     load_state(base, read_state(path), source=path)
     return base
 
 
-def export(
+def export_model(
     sam: Sam,
     output: Path,
     *,
@@ -126,37 +128,42 @@ def export(
     expected: Sequence[tuple[VerificationSample, Prediction]],
     opset: int,
 ) -> Difference:
-    """Writes a file, reads it again, and puts it in its place if it answers as the model does.
+    """Writes a model, loads it again, and keeps the file only if its predictions are the model's.
 
     Args:
-        sam: What is written, see `model_to_write`.
-        output: Where to; what is there is replaced.
+        sam: The model, see `model_to_write`.
+        output: The file or folder to write; an existing one is replaced.
         format: `pth`, `safetensors`, `onnx` or `huggingface`.
-        metadata: What the file says of itself, where its format can.
-        expected: Pictures, and what `sam` answers in the stock `SamPredictor`.
-        opset: Version of ONNX's operators.
+        metadata: Stored in the file, except in `pth`.
+        expected: Samples, and the predictions of `sam` for them.
+        opset: ONNX operator set version.
 
     Returns:
-        How far the file's answers are from those.
+        The difference between the predictions of the file and the expected ones.
 
     Raises:
-        ExportError: Too far; nothing is left of it, and what was there before is untouched.
-        OSError: It cannot be written.
+        ExportError: The difference is too large; nothing is written, an existing output is kept.
+        OSError: The output cannot be written.
     """
     with staging_path(output) as part:
-        _write(sam, part, metadata, format=format, opset=opset)
-        answer = _read_again(sam, part, format=format)
-        difference = compare([a for _, a in expected], [answer(sample) for sample, _ in expected])
+        _write_format(sam, part, metadata, format=format, opset=opset)
+        predict = _load_written(sam, part, format=format)
+        difference = compare_predictions(
+            [prediction for _, prediction in expected],
+            [predict(sample) for sample, _ in expected],
+        )
         if not difference.is_small:
             raise ExportError(
-                f"{output} was not written: what was read again does not answer as the checkpoint "
-                f"does ({difference}). Please report it, with the versions of torch and of the "
-                "packages of this format; another version of them may do."
+                f"{output} was not written: loaded again, it does not predict the masks of the "
+                f"checkpoint ({difference}). Please report this with the versions of torch and of "
+                "the packages of this format; another version of them may work."
             )
     return difference
 
 
-def _write(sam: Sam, part: Path, metadata: Mapping[str, str], *, format: str, opset: int) -> None:
+def _write_format(
+    sam: Sam, part: Path, metadata: Mapping[str, str], *, format: str, opset: int
+) -> None:
     if format == "pth":
         write_pth(sam, part)
     elif format == "safetensors":
@@ -167,15 +174,15 @@ def _write(sam: Sam, part: Path, metadata: Mapping[str, str], *, format: str, op
         write_huggingface(sam, part, metadata)
 
 
-def _read_again(sam: Sam, part: Path, *, format: str) -> Callable[[VerificationSample], Prediction]:
+def _load_written(sam: Sam, part: Path, *, format: str) -> PredictFunction:
     if format == "onnx":
         return open_onnx(part)
     if format == "huggingface":
         return open_huggingface(part)
-    again = read_pth(part) if format == "pth" else read_safetensors(part)
-    if not bitwise_equal(sam.state_dict(), again.state_dict()):
+    loaded = read_pth(part) if format == "pth" else read_safetensors(part)
+    if not bitwise_equal(sam.state_dict(), loaded.state_dict()):
         raise ExportError(
-            "the weights that were read again are not those that were written, so nothing is left "
-            "of the file: the disk or the memory may be at fault."
+            "the weights read back differ from those that were written, so the file was removed: "
+            "the disk or the memory may be faulty."
         )
-    return partial(predict_boxes, again)
+    return partial(predict_boxes, loaded)

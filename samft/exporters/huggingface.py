@@ -1,7 +1,7 @@
-"""The layout of `transformers`' SamModel: weights by its names, configuration, processor."""
+"""Writes the three files of `transformers`' SamModel: configuration, weights, preprocessor."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,15 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
-from samft.exporters.verification import Prediction, VerificationSample
+from samft.exporters.verification import PredictFunction, Prediction, VerificationSample
 from samft.exporters.weight_files import save_safetensors
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify
 from samft.runtime.files import write_json
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
-FILES = (CONFIG, WEIGHTS, PROCESSOR)
 
-# SAM's name -> theirs, applied in this order. Written from the two state dicts; held by a test that
-# loads every type's names into SamModel and finds none missing, none left over, all shapes equal.
+# segment_anything's parameter names -> transformers', applied in this order. A test loads the names
+# of every model type into SamModel: none may be missing or left over, and all shapes must be equal.
 _RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -52,26 +51,26 @@ _RENAMES = tuple(
 )
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SAM's state dict by the names of `transformers`' SamModel.
+def to_huggingface_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SAM's state dict with the parameter names of `transformers`' SamModel.
 
     Args:
-        state: SAM's own keys to tensors.
+        state: SAM's own keys -> tensors.
 
     Returns:
-        The same tensors. `prompt_encoder.shared_embedding` is tied to `shared_image_embedding`, and
-        so has no entry.
+        The same tensors. `prompt_encoder.shared_embedding` has no entry, because transformers ties
+        it to `shared_image_embedding`.
     """
-    found = {}
+    renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
-        found[name] = tensor.contiguous()
-    return found
+        renamed[name] = tensor.contiguous()
+    return renamed
 
 
 def model_config(model_type: str, image_size: int) -> dict[str, Any]:
-    """What `config.json` holds.
+    """The content of `config.json`.
 
     Args:
         model_type: A key of `MODEL_SHAPES`.
@@ -106,13 +105,13 @@ def model_config(model_type: str, image_size: int) -> dict[str, Any]:
             "hidden_size": shape.decoder_width,
             "mlp_dim": shape.decoder_mlp_width,
             "iou_head_hidden_dim": shape.decoder_width,
-            "layer_norm_eps": 1e-5,  # torch's default, which SAM's decoder has; theirs is 1e-6
+            "layer_norm_eps": 1e-5,  # of SAM's decoder; transformers' default is 1e-6
         },
     }
 
 
 def processor_config(image_size: int) -> dict[str, Any]:
-    """What `preprocessor_config.json` holds.
+    """The content of `preprocessor_config.json`.
 
     Args:
         image_size: Side of the model input, px.
@@ -141,8 +140,8 @@ def write_huggingface(sam: Sam, folder: Path, metadata: Mapping[str, str]) -> No
 
     Args:
         sam: The model.
-        folder: Where to put them; made here.
-        metadata: What else is to be known, as text; in the file of weights.
+        folder: Where to write them; created here.
+        metadata: Stored in the weights file.
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
@@ -150,43 +149,42 @@ def write_huggingface(sam: Sam, folder: Path, metadata: Mapping[str, str]) -> No
     folder.mkdir()
     state = sam.state_dict()
     model_type, image_size = identify(state)
-    weights = renamed(state)
-    save_safetensors(weights, folder / WEIGHTS, metadata)
+    save_safetensors(to_huggingface_names(state), folder / WEIGHTS, metadata)
     write_json(folder / CONFIG, model_config(model_type, image_size))
     write_json(folder / PROCESSOR, processor_config(image_size))
 
 
-def open_huggingface(folder: Path) -> Callable[[VerificationSample], Prediction]:
+def open_huggingface(folder: Path) -> PredictFunction:
     """Loads the folder into `transformers`' SamModel.
 
     Args:
         folder: Holds the three files.
 
     Returns:
-        What answers to boxes in a picture, all in one call.
+        A function from a sample to its prediction; it gives all boxes to the model in one call.
     """
-    import transformers  # an extra, and four seconds
+    import transformers  # an extra, and its import takes four seconds
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.SamModel.from_pretrained(folder, local_files_only=True).eval()
     processor = transformers.SamProcessor.from_pretrained(folder, local_files_only=True)
-    return lambda sample: _ask(model, processor, sample)
+    return lambda sample: _predict_sample(model, processor, sample)
 
 
-def _ask(model: Any, processor: Any, sample: VerificationSample) -> Prediction:
+def _predict_sample(model: Any, processor: Any, sample: VerificationSample) -> Prediction:
     size = sample.image.shape[:2]
-    # Resized beforehand, as `SamPredictor` does: their processor resizes with another rounding,
-    # which would show in the logits and says nothing about the weights.
+    # Resized here as `SamPredictor` does it: the processor of transformers rounds differently, so
+    # that logits would differ although the weights are right.
     resize = ResizeLongestSide(model.config.vision_config.image_size)
     boxes = resize.apply_boxes(sample.boxes, size).tolist()
     inputs = processor(resize.apply_image(sample.image), input_boxes=[boxes], return_tensors="pt")
     with torch.no_grad():
-        found = model(
+        outputs = model(
             pixel_values=inputs["pixel_values"],
             input_boxes=inputs["input_boxes"].float(),
             multimask_output=False,
         )
     (logits,) = processor.image_processor.post_process_masks(
-        found.pred_masks, [size], inputs["reshaped_input_sizes"], binarize=False
+        outputs.pred_masks, [size], inputs["reshaped_input_sizes"], binarize=False
     )
-    return Prediction(logits[:, 0].numpy(), found.iou_scores[0, :, 0].numpy())
+    return Prediction(logits[:, 0].numpy(), outputs.iou_scores[0, :, 0].numpy())

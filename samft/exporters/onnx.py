@@ -1,11 +1,11 @@
-"""SAM as two ONNX files: the image encoder with its preprocessing, and the decoder for prompts.
+"""Writes SAM as two ONNX files: image encoder with preprocessing, and prompt and mask decoder.
 
-They are made by PyTorch's TorchScript exporter (`dynamo=False`), which needs no package but `onnx`;
-the newer one needs another, and refuses `SamOnnxModel`, whose crop depends on the data.
+Both are traced by PyTorch's TorchScript exporter (`dynamo=False`), which needs only `onnx`. The
+newer exporter also needs `onnxscript`, and it refuses `SamOnnxModel`, whose crop depends on data.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +17,57 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samft.exporters.verification import Prediction, VerificationSample
+from samft.exporters.verification import PredictFunction, Prediction, VerificationSample
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 OPSET = 17
-_TOP_LEFT, _BOTTOM_RIGHT = 2, 3  # labels of a box's corners among points
+_TOP_LEFT, _BOTTOM_RIGHT = 2, 3  # point labels of a box's corners
 
 
 class _Encoder(nn.Module):
-    """RGB pixels of an image whose longest side is the model's -> embedding."""
+    """Image embedding of RGB pixels whose longer side is the model's image size."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.sam, self.side = sam, sam.image_encoder.img_size
 
     def forward(self, image: Tensor) -> Tensor:
-        """From float32 [1, 3, H, W], 0..255, to [1, C, S/16, S/16]."""
+        """Float32 [1, 3, H, W] in 0..255 -> [1, C, S/16, S/16]."""
         padded = self.sam.preprocess(image).reshape(1, 3, self.side, self.side)
         embedding: Tensor = self.sam.image_encoder(padded)
         return embedding
 
 
 class _Decoder(SamOnnxModel):
-    """The package's own, except that the size of the image is not baked in."""
+    """`SamOnnxModel`, except that tracing does not fix the size of the image."""
 
     def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
-        """As the package's; its release 1.0 crops by `int(...)`, which tracing makes a constant."""
+        """The inherited one crops by `int(...)` in release 1.0: in a trace, that is a constant."""
         side = (self.img_size, self.img_size)
         masks = F.interpolate(masks, size=side, mode="bilinear", align_corners=False)
         height, width = self.resize_longest_image_size(orig_im_size, self.img_size)
         inside = masks[..., :height, :width]
-        size: Any = tuple(orig_im_size.to(torch.int64))  # numbers that stay open in tracing
+        size: Any = tuple(orig_im_size.to(torch.int64))  # tensors stay variable in a trace
         return F.interpolate(inside, size=size, mode="bilinear", align_corners=False)
 
 
 def write_onnx(sam: Sam, folder: Path, metadata: Mapping[str, str], *, opset: int = OPSET) -> None:
     """Writes both files.
 
-    The encoder takes `image`: float32 [1, 3, H, W], RGB of 0..255, resized so that the longer of H
-    and W is the model's image size; it gives `image_embeddings`. The decoder has the inputs and
-    outputs of Meta's own ONNX export, with all four masks; index 0 is the one for boxes.
+    The encoder maps `image`, float32 [1, 3, H, W], RGB in 0..255, resized so that the longer of H
+    and W is the model's image size, to `image_embeddings`. The decoder has the inputs and outputs
+    of Meta's ONNX export, with all four masks; index 0 is the mask for a box.
 
     Args:
         sam: In eval mode.
-        folder: Where to put them; made here.
-        metadata: What else is to be known, as text; in both files.
-        opset: Version of ONNX's operators.
+        folder: Where to write them; created here.
+        metadata: Stored in both files.
+        opset: ONNX operator set version.
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
     """
-    import onnx  # an extra, and half a second
+    import onnx  # an extra, and its import takes half a second
 
     folder.mkdir()
     side = sam.image_encoder.img_size
@@ -83,18 +83,18 @@ def write_onnx(sam: Sam, folder: Path, metadata: Mapping[str, str], *, opset: in
         "orig_im_size": torch.tensor([float(side), float(side)]),
     }
     axes = {"image": {2: "height", 3: "width"}}
-    _trace(_Encoder(sam), folder / ENCODER, image, ["image_embeddings"], axes, opset=opset)
+    _export_traced(_Encoder(sam), folder / ENCODER, image, ["image_embeddings"], axes, opset=opset)
     axes = {name: {0: "num_prompts", 1: "num_points"} for name in ("point_coords", "point_labels")}
     outputs = ["masks", "iou_predictions", "low_res_masks"]
     decoder = _Decoder(sam, return_single_mask=False)
-    _trace(decoder, folder / DECODER, prompts, outputs, axes, opset=opset)
+    _export_traced(decoder, folder / DECODER, prompts, outputs, axes, opset=opset)
     for name in (ENCODER, DECODER):
         model = onnx.load(folder / name, load_external_data=False)
         onnx.helper.set_model_props(model, dict(metadata))
         onnx.save(model, folder / name)
 
 
-def _trace(
+def _export_traced(
     module: nn.Module,
     path: Path,
     inputs: Mapping[str, Tensor],
@@ -104,7 +104,7 @@ def _trace(
     opset: int,
 ) -> None:
     with torch.no_grad(), warnings.catch_warnings():
-        # That this exporter is the older one, and that sizes which never change are constants.
+        # Warnings: this exporter is the older one; sizes that never change became constants.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module.eval(),
@@ -118,14 +118,14 @@ def _trace(
         )
 
 
-def open_onnx(folder: Path) -> Callable[[VerificationSample], Prediction]:
+def open_onnx(folder: Path) -> PredictFunction:
     """Opens both files in onnxruntime.
 
     Args:
-        folder: Holds them.
+        folder: Holds both files.
 
     Returns:
-        What answers to boxes in a picture, all in one call.
+        A function from a sample to its prediction; it gives all boxes to the decoder in one call.
     """
     import onnxruntime
 
@@ -133,10 +133,10 @@ def open_onnx(folder: Path) -> Callable[[VerificationSample], Prediction]:
         onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
         for name in (ENCODER, DECODER)
     )
-    return lambda sample: _ask(encoder, decoder, sample)
+    return lambda sample: _predict_sample(encoder, decoder, sample)
 
 
-def _ask(encoder: Any, decoder: Any, sample: VerificationSample) -> Prediction:
+def _predict_sample(encoder: Any, decoder: Any, sample: VerificationSample) -> Prediction:
     low = next(i.shape[-2:] for i in decoder.get_inputs() if i.name == "mask_input")
     resize = ResizeLongestSide(4 * low[0])
     pixels = resize.apply_image(sample.image).astype(np.float32).transpose(2, 0, 1)[None]

@@ -1,11 +1,12 @@
-"""What `SamPredictor` answers to boxes in a picture, and how far another answer is from it.
+"""Verifies an exported model: its masks for boxes equal the checkpoint's in `SamPredictor`.
 
-Whether automatic mask generation still finds something: tuning on boxes can spoil it.
+Also counts automatic masks, because fine-tuning on boxes can leave the automatic mask generator
+without any.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,19 +17,21 @@ from segment_anything.modeling import Sam
 from samft.coco.synthetic import draw_scene
 from samft.prediction.predictors import build_mask_generator, choose_points_per_batch
 
-TOLERANCE = 1e-3  # of logits up to 10, and in proportion above: float32 has seven digits
-EQUAL_PIXELS = 0.9999
-_SIDE, _HEIGHT, _MAX_BOXES = 400, 300, 6
+# Absolute, for predicted IoU and logits up to 10; relative to larger logits. float32 has 7 digits.
+TOLERANCE = 1e-3
+EQUAL_PIXELS = 0.9999  # least share of mask pixels
+POINTS_PER_SIDE = 8  # of the automatic mask generator: few, since this is a check
+_WIDTH, _HEIGHT, _MAX_BOXES, _MIN_SIDE = 400, 300, 6, 8  # of the synthetic sample; px
 
 
 @dataclass(frozen=True)
 class VerificationSample:
-    """A picture with boxes to predict_boxes for.
+    """An image with boxes to predict masks for.
 
     Attributes:
-        name: What to call it.
+        name: Shown in messages.
         image: uint8 [H, W, 3], RGB.
-        boxes: float64 [M, 4], x0 y0 x1 y1 in pixels of the image.
+        boxes: float64 [K, 4], x0 y0 x1 y1, px, original frame.
     """
 
     name: str
@@ -38,26 +41,29 @@ class VerificationSample:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One mask for each box.
+    """The masks of a sample's K boxes.
 
     Attributes:
-        logits: float32 [M, H, W], at the resolution of the image.
-        iou_predicted: float32 [M].
+        mask_logits: float32 [K, H, W], at the resolution of the image.
+        iou_predicted: float32 [K].
     """
 
-    logits: NDArray[np.float32]
+    mask_logits: NDArray[np.float32]
     iou_predicted: NDArray[np.float32]
+
+
+PredictFunction: TypeAlias = Callable[[VerificationSample], Prediction]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one answer is from another.
+    """The difference between the predictions of two models.
 
     Attributes:
-        logits: Largest difference of a logit.
-        largest_logit: Largest absolute value of a logit, of either answer.
-        iou_predicted: Largest difference of a predicted IoU.
-        equal_pixels: Share of the mask pixels (logits above 0 or not) that are equal.
+        logits: Largest absolute difference of mask logits.
+        largest_logit: Largest absolute mask logit of either model.
+        iou_predicted: Largest absolute difference of predicted IoUs.
+        equal_pixels: Share of mask pixels (logits above 0) that are equal.
     """
 
     logits: float
@@ -67,7 +73,7 @@ class Difference:
 
     @property
     def is_small(self) -> bool:
-        """Whether both stand for the same model, to the accuracy of float32 arithmetic."""
+        """Whether both models are the same up to float32 rounding."""
         return (
             self.logits <= TOLERANCE * max(1.0, self.largest_logit / 10)
             and self.iou_predicted <= TOLERANCE
@@ -81,23 +87,24 @@ class Difference:
         )
 
 
-def painted_sample() -> VerificationSample:
-    """A picture that needs no file: butterflies and flowers, wider than high."""
-    picture, objects = draw_scene(np.random.default_rng(3), _SIDE)
-    points = [np.concatenate(item.polygons).reshape(-1, 2) for item in objects if not item.crowd]
-    edge = np.array([_SIDE, _HEIGHT], dtype=np.float64)
-    corners = [(np.minimum(p.min(0), edge), np.minimum(p.max(0), edge)) for p in points]
-    boxes = [np.concatenate(pair) for pair in corners if (pair[1] - pair[0] >= 8).all()]
+def synthetic_sample() -> VerificationSample:
+    """An image that needs no file, wider than high, with boxes around its drawn objects."""
+    image, objects = draw_scene(np.random.default_rng(3), _WIDTH)
+    # The scene is square; cropping it to another shape also tests the padding.
+    limit = np.array([_WIDTH, _HEIGHT], dtype=np.float64)
+    outlines = [np.concatenate(item.polygons).reshape(-1, 2) for item in objects if not item.crowd]
+    corners = [(np.minimum(p.min(0), limit), np.minimum(p.max(0), limit)) for p in outlines]
+    boxes = [np.concatenate(pair) for pair in corners if (pair[1] - pair[0] >= _MIN_SIDE).all()]
     return VerificationSample(
-        "the built-in picture", picture[:_HEIGHT], np.stack(boxes[-_MAX_BOXES:])
+        "the built-in picture", image[:_HEIGHT], np.stack(boxes[-_MAX_BOXES:])
     )
 
 
-def sample_of(name: str, image: NDArray[np.uint8]) -> VerificationSample:
-    """A picture of the user's own, with boxes around all of it, its middle, and its quarters.
+def image_sample(name: str, image: NDArray[np.uint8]) -> VerificationSample:
+    """A sample of the user's image, with boxes around the whole, its middle and two quarters.
 
     Args:
-        name: What to call it.
+        name: Shown in messages.
         image: uint8 [H, W, 3], RGB.
     """
     shares = [[0, 0, 1, 1], [0.25, 0.25, 0.75, 0.75], [0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
@@ -106,51 +113,51 @@ def sample_of(name: str, image: NDArray[np.uint8]) -> VerificationSample:
 
 
 def predict_boxes(sam: Sam, sample: VerificationSample) -> Prediction:
-    """What stock `SamPredictor.predict(box=...)` answers, box by box.
+    """The masks of `SamPredictor.predict(box=...)`, one box at a time.
 
     Args:
         sam: In eval mode.
-        sample: The picture and its boxes.
+        sample: The image and its boxes.
     """
     predictor = SamPredictor(sam)
     predictor.set_image(sample.image)
-    answers = [
+    outputs = [
         predictor.predict(box=box, multimask_output=False, return_logits=True)[:2]
         for box in sample.boxes
     ]
-    logits, iou_predicted = zip(*answers, strict=True)
-    return Prediction(np.concatenate(logits), np.concatenate(iou_predicted))
+    mask_logits, iou_predicted = zip(*outputs, strict=True)
+    return Prediction(np.concatenate(mask_logits), np.concatenate(iou_predicted))
 
 
-def compare(expected: Sequence[Prediction], found: Sequence[Prediction]) -> Difference:
-    """The largest differences over some samples.
+def compare_predictions(expected: Sequence[Prediction], actual: Sequence[Prediction]) -> Difference:
+    """The largest differences over all samples.
 
     Args:
-        expected: One answer for each sample.
-        found: The other model's, for the same samples.
+        expected: One model's prediction for each sample.
+        actual: The other model's, for the same samples.
 
     Returns:
-        With infinite differences where shapes differ or numbers are not finite.
+        Infinite differences if shapes differ or a difference is not finite.
     """
-    pairs = list(zip(expected, found, strict=True))
-    if any(a.logits.shape != b.logits.shape for a, b in pairs):
+    pairs = list(zip(expected, actual, strict=True))
+    if any(a.mask_logits.shape != b.mask_logits.shape for a, b in pairs):
         return Difference(np.inf, np.inf, np.inf, 0.0)
-    equal = sum(int(((a.logits > 0) == (b.logits > 0)).sum()) for a, b in pairs)
+    num_equal = sum(int(((a.mask_logits > 0) == (b.mask_logits > 0)).sum()) for a, b in pairs)
     return Difference(
-        logits=max(_gap(a.logits, b.logits) for a, b in pairs),
-        largest_logit=max(float(np.abs(x.logits).max()) for pair in pairs for x in pair),
-        iou_predicted=max(_gap(a.iou_predicted, b.iou_predicted) for a, b in pairs),
-        equal_pixels=equal / sum(a.logits.size for a, _ in pairs),
+        logits=max(_largest_difference(a.mask_logits, b.mask_logits) for a, b in pairs),
+        largest_logit=max(float(np.abs(x.mask_logits).max()) for pair in pairs for x in pair),
+        iou_predicted=max(_largest_difference(a.iou_predicted, b.iou_predicted) for a, b in pairs),
+        equal_pixels=num_equal / sum(a.mask_logits.size for a, _ in pairs),
     )
 
 
-def _gap(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    gap = float(np.abs(a - b).max())
-    return gap if np.isfinite(gap) else np.inf
+def _largest_difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    difference = float(np.abs(a - b).max())
+    return difference if np.isfinite(difference) else np.inf
 
 
 def bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dicts have the same keys, types, shapes and bits."""
+    """Whether two state dicts have the same keys, dtypes, shapes and bits (-0.0 is not 0.0)."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype
         and a[name].shape == b[name].shape
@@ -159,68 +166,66 @@ def bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> boo
     )
 
 
-POINTS_PER_SIDE = 8
-
-
 @dataclass(frozen=True)
 class AutomaticMaskCounts:
-    """How many masks automatic generation found in one picture.
+    """Number of automatic masks in one image, before and after fine-tuning.
 
     Attributes:
-        name: Of the picture.
-        tuned: By the tuned model.
-        base: By the one that it was tuned from; None if that is not known.
-        complaint: What is to be said loudly; None if nothing is.
+        name: The sample's.
+        tuned: Masks of the tuned model.
+        base: Masks of the model that training started from; None if it is not known.
+        warning: Message for the user if the tuned model lost all masks, else None.
     """
 
     name: str
     tuned: int
     base: int | None
-    complaint: str | None
+    warning: str | None
 
 
 def compare_automatic_masks(
     tuned: Sam, base: Sam | None, sample: VerificationSample
 ) -> AutomaticMaskCounts:
-    """Runs stock `SamAutomaticMaskGenerator`, with its own thresholds, on a grid of a few points.
+    """Runs `SamAutomaticMaskGenerator` with its default thresholds on a coarse grid of points.
 
     Args:
         tuned: In eval mode.
-        base: The model that it was tuned from, if it is known.
-        sample: Its picture is looked at.
+        base: The model that training started from, if it is known.
+        sample: Its image is used.
     """
-    after = len(_generate(tuned, sample.image))
-    before = None if base is None else len(_generate(base, sample.image))
-    words = None
-    if before and not after:
-        words = (
-            f"the automatic mask generator finds NOTHING in {sample.name} with the tuned model, "
-            f"and {before} masks with the base. Masks for boxes are not concerned. "
-            + _advice(tuned, sample.image)
+    num_tuned = len(_generate_masks(tuned, sample.image))
+    num_base = None if base is None else len(_generate_masks(base, sample.image))
+    warning = None
+    if num_base and not num_tuned:
+        warning = (
+            f"the automatic mask generator finds NO masks in {sample.name} with the tuned model, "
+            f"and {num_base} with the base model. Masks for boxes are not affected. "
+            + _suggest_thresholds(tuned, sample.image)
         )
-    return AutomaticMaskCounts(sample.name, after, before, words)
+    return AutomaticMaskCounts(sample.name, num_tuned, num_base, warning)
 
 
-def _advice(sam: Sam, image: NDArray[np.uint8]) -> str:
-    everything = _generate(sam, image, pred_iou_thresh=0.0, stability_score_thresh=0.0)
+def _suggest_thresholds(sam: Sam, image: NDArray[np.uint8]) -> str:
+    masks = _generate_masks(sam, image, pred_iou_thresh=0.0, stability_score_thresh=0.0)
     iou, stability = (
-        max((mask[name] for mask in everything if mask[name] == mask[name]), default=0.0)
+        # A score that equals itself is not NaN.
+        max((mask[name] for mask in masks if mask[name] == mask[name]), default=0.0)
         for name in ("predicted_iou", "stability_score")
     )
     return (
-        f"Without thresholds it finds {len(everything)}: their highest predicted IoU is {iou:.2f} "
+        f"Without thresholds it finds {len(masks)}: their highest predicted IoU is {iou:.2f} "
         f"(pred_iou_thresh is 0.88), their highest stability {stability:.2f} "
-        "(stability_score_thresh is 0.95). Lower these of SamAutomaticMaskGenerator, or tune with "
-        "--freeze_mask_decoder."
+        "(stability_score_thresh is 0.95). Lower these thresholds of SamAutomaticMaskGenerator, or "
+        "train with --freeze_mask_decoder."
     )
 
 
-def _generate(sam: Sam, image: NDArray[np.uint8], **options: float) -> list[dict[str, Any]]:
+def _generate_masks(sam: Sam, image: NDArray[np.uint8], **options: float) -> list[dict[str, Any]]:
     generator = build_mask_generator(
         sam,
         points_per_side=POINTS_PER_SIDE,
         points_per_batch=choose_points_per_batch((image.shape[0], image.shape[1])),
         **options,
     )
-    found: list[dict[str, Any]] = generator.generate(image)
-    return found
+    masks: list[dict[str, Any]] = generator.generate(image)
+    return masks

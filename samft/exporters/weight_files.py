@@ -1,4 +1,4 @@
-"""Weights in one file: Meta's flat `.pth`, which the stock registry reads, and safetensors."""
+"""Writes and reads weights as one file: Meta's flat `.pth`, and safetensors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch import Tensor
 from samft.checkpoints.top_k import save_tensors
 from samft.models.sam import build_sam, identify, load_sam, load_state
 
-META_SIZE = 1024  # the only image size that the stock registry builds
+META_SIZE = 1024  # px, the only image size that sam_model_registry builds
 
 
 def write_pth(sam: Sam, path: Path) -> None:
     """Writes SAM's own keys and nothing else, as Meta publishes them.
 
     Args:
-        sam: At image size 1024, or the stock registry cannot read it.
+        sam: At image size 1024; `sam_model_registry` can read no other.
         path: The file.
 
     Raises:
@@ -27,7 +27,7 @@ def write_pth(sam: Sam, path: Path) -> None:
 
 
 def read_pth(path: Path) -> Sam:
-    """Reads such a file as everyone else does: by the stock registry, where it knows the type."""
+    """Reads such a file with `sam_model_registry` if it knows the model type, else with samft."""
     sam = load_sam(path)
     model_type, _ = identify(sam.state_dict())
     if model_type in sam_model_registry:
@@ -41,7 +41,7 @@ def write_safetensors(sam: Sam, path: Path, metadata: Mapping[str, str]) -> None
     Args:
         sam: The model.
         path: The file.
-        metadata: What else is to be known, as text.
+        metadata: Stored in the file's header.
 
     Raises:
         OSError: The disk is full or the folder cannot be written.
@@ -61,12 +61,12 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt", **metadata})
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # raised for a full disk too
         raise OSError(str(error)) from error
 
 
 def read_safetensors(path: Path) -> Sam:
-    """Reads such a file into a model built for it."""
+    """Builds the model of a safetensors file, with its weights."""
     from safetensors.torch import load_file
 
     state = load_file(path)

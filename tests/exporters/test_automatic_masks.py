@@ -1,4 +1,4 @@
-"""Automatic masks of models that were made to find some, or none."""
+"""Counts of automatic masks, of models that are made to find some or none."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from segment_anything.modeling import Sam
 
 from helpers.tiny_checkpoint import tiny_sam
 from samft.exporters import verification
-from samft.exporters.verification import compare_automatic_masks, painted_sample
+from samft.exporters.verification import compare_automatic_masks, synthetic_sample
 
 
 @pytest.fixture(autouse=True)
@@ -14,8 +14,8 @@ def _few_points(monkeypatch) -> None:
     monkeypatch.setattr(verification, "POINTS_PER_SIDE", 4)
 
 
-def finder(*, iou_predicted: float = 1.0, steepness: float = 50.0) -> Sam:
-    """All masks of a point are the one that boxes get, with steep edges, and a set score."""
+def mask_finding_sam(*, iou_predicted: float = 1.0, steepness: float = 50.0) -> Sam:
+    """Gives points the mask that boxes get, with steep edges and a fixed predicted IoU."""
     sam = tiny_sam()
     decoder = sam.mask_decoder
     state = decoder.output_hypernetworks_mlps[0].state_dict()
@@ -30,31 +30,33 @@ def finder(*, iou_predicted: float = 1.0, steepness: float = 50.0) -> Sam:
     return sam
 
 
-def test_both_are_counted_and_nothing_is_said_where_both_find_some() -> None:
-    found = compare_automatic_masks(finder(), finder(), painted_sample())
-    assert found.tuned == found.base > 0
-    assert found.complaint is None
+def test_both_models_are_counted_and_there_is_no_warning_if_both_find_masks() -> None:
+    counts = compare_automatic_masks(mask_finding_sam(), mask_finding_sam(), synthetic_sample())
+    assert counts.tuned == counts.base > 0
+    assert counts.warning is None
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("options", "message"),
     [
         ({"iou_predicted": 0.5}, "highest predicted IoU is 0.50 (pred_iou_thresh is 0.88)"),
         ({"steepness": 0.1}, "(stability_score_thresh is 0.95)"),
     ],
 )
-def test_a_tuned_model_that_finds_nothing_is_complained_about(broken, said: str) -> None:
-    found = compare_automatic_masks(finder(**broken), finder(), painted_sample())
-    assert found.tuned == 0 < found.base
-    assert f"finds NOTHING in the built-in picture with the tuned model, and {found.base}" in (
-        found.complaint
+def test_a_tuned_model_without_masks_is_warned_about(options, message: str) -> None:
+    counts = compare_automatic_masks(
+        mask_finding_sam(**options), mask_finding_sam(), synthetic_sample()
     )
-    assert said in found.complaint
+    assert counts.tuned == 0 < counts.base
+    assert f"finds NO masks in the built-in picture with the tuned model, and {counts.base}" in (
+        counts.warning
+    )
+    assert message in counts.warning
 
 
-def test_it_is_no_loss_where_the_base_found_nothing_either_or_is_not_known() -> None:
-    nothing = finder(iou_predicted=0.5)
-    found = compare_automatic_masks(nothing, nothing, painted_sample())
-    assert (found.tuned, found.base, found.complaint) == (0, 0, None)
-    found = compare_automatic_masks(nothing, None, painted_sample())
-    assert (found.tuned, found.base, found.complaint) == (0, None, None)
+def test_no_warning_if_the_base_has_no_masks_or_is_unknown() -> None:
+    nothing = mask_finding_sam(iou_predicted=0.5)
+    counts = compare_automatic_masks(nothing, nothing, synthetic_sample())
+    assert (counts.tuned, counts.base, counts.warning) == (0, 0, None)
+    counts = compare_automatic_masks(nothing, None, synthetic_sample())
+    assert (counts.tuned, counts.base, counts.warning) == (0, None, None)

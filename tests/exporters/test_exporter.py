@@ -1,8 +1,7 @@
-"""What is kept and what is not: a file takes its place only if it answers as the model does."""
+"""An export is kept only if its predictions equal the model's; what a sidecar adds."""
 
 import json
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,31 @@ from segment_anything.modeling import Sam
 from helpers.tiny_checkpoint import SIZE, tiny_sam, write_tiny
 from samft.errors import CheckpointError, ExportError
 from samft.exporters import exporter, weight_files
-from samft.exporters.exporter import export, model_to_write, open_base, open_tuned
+from samft.exporters.exporter import (
+    export_model,
+    load_base,
+    model_to_write,
+    open_tuned_checkpoint,
+)
 from samft.exporters.verification import (
     Difference,
-    Prediction,
-    VerificationSample,
+    PredictFunction,
     bitwise_equal,
-    painted_sample,
     predict_boxes,
+    synthetic_sample,
 )
 from samft.models.sam import load_sam
 from samft.models.weights import PACKAGED_TINY
 
 
 def export_tiny(output: Path, *, format: str = "pth") -> Difference:
-    """Exports the tiny model, with what it answers beforehand."""
+    """Exports the tiny model, compared with its own predictions."""
     sam = tiny_sam()
-    expected = [(painted_sample(), predict_boxes(sam, painted_sample()))]
-    return export(sam, output, format=format, metadata={}, expected=expected, opset=17)
+    expected = [(synthetic_sample(), predict_boxes(sam, synthetic_sample()))]
+    return export_model(sam, output, format=format, metadata={}, expected=expected, opset=17)
 
 
-def disturbed(sam: Sam, *, by: float) -> Sam:
+def with_offset(sam: Sam, *, by: float) -> Sam:
     """The same model with an offset on the mask token, which moves all logits."""
     with torch.no_grad():
         sam.mask_decoder.mask_tokens.weight += by
@@ -42,56 +45,58 @@ def disturbed(sam: Sam, *, by: float) -> Sam:
 
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
-def test_a_file_of_weights_is_equal_to_the_bit(format: str, tmp_path) -> None:
+def test_weight_files_are_bitwise_equal(format: str, tmp_path) -> None:
     if format == "safetensors":
         pytest.importorskip("safetensors")
     output = tmp_path / "a"
-    found = export_tiny(output, format=format)
-    assert (found.logits, found.iou_predicted, found.equal_pixels) == (0.0, 0.0, 1.0)
+    difference = export_tiny(output, format=format)
+    assert (difference.logits, difference.iou_predicted, difference.equal_pixels) == (0.0, 0.0, 1.0)
     assert os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_file_that_answers_otherwise_is_not_kept(existed, tmp_path, monkeypatch) -> None:
+def test_an_export_with_other_predictions_is_not_kept(existed, tmp_path, monkeypatch) -> None:
     output = tmp_path / "a"
     if existed:
         output.write_text("an earlier export")
 
-    def read_wrongly(*_: Any, **__: Any) -> Callable[[VerificationSample], Prediction]:
-        return partial(predict_boxes, disturbed(tiny_sam(), by=0.05))
+    def load_another_model(*_: Any, **__: Any) -> PredictFunction:
+        return partial(predict_boxes, with_offset(tiny_sam(), by=0.05))
 
-    monkeypatch.setattr(exporter, "_read_again", read_wrongly)
-    with pytest.raises(ExportError, match="was not written: what was read again does not answer"):
+    monkeypatch.setattr(exporter, "_load_written", load_another_model)
+    with pytest.raises(
+        ExportError, match="was not written: loaded again, it does not predict the masks"
+    ):
         export_tiny(output)
     assert os.listdir(tmp_path) == (["a"] if existed else [])
     assert not existed or output.read_text() == "an earlier export"
 
 
-def test_one_bit_that_the_disk_changed_is_found(tmp_path, monkeypatch) -> None:
+def test_one_flipped_bit_is_detected(tmp_path, monkeypatch) -> None:
     write = weight_files.save_tensors
 
-    def save_wrongly(path: Path, state: dict[str, torch.Tensor]) -> None:
+    def save_with_flipped_bit(path: Path, state: dict[str, torch.Tensor]) -> None:
         state = {name: tensor.clone() for name, tensor in state.items()}
         state["prompt_encoder.not_a_point_embed.weight"].view(torch.int32)[0, 0] ^= 1
         write(path, state)
 
-    monkeypatch.setattr(weight_files, "save_tensors", save_wrongly)
-    with pytest.raises(ExportError, match="not those that were written"):
+    monkeypatch.setattr(weight_files, "save_tensors", save_with_flipped_bit)
+    with pytest.raises(ExportError, match="differ from those that were written"):
         export_tiny(tmp_path / "a.pth")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_checkpoint_is_opened_with_what_its_sidecar_says(tmp_path) -> None:
+def test_a_checkpoint_is_opened_with_its_sidecar(tmp_path) -> None:
     path = write_tiny(tmp_path)
-    tuned = open_tuned(path)
+    tuned = open_tuned_checkpoint(path)
     assert (tuned.model_type, tuned.image_size) == ("vit_tiny", SIZE)
     assert tuned.find_base() == PACKAGED_TINY
-    said = tuned.metadata(image_size=1024)
-    assert json.loads(said.pop("metrics")) == {"val_per_mask_iou": 0.674}
+    metadata = tuned.metadata(image_size=1024)
+    assert json.loads(metadata.pop("metrics")) == {"val_per_mask_iou": 0.674}
     sidecar = json.loads(path.with_suffix(".json").read_text())
-    assert said.pop("source_sha256") == sidecar["sha256"]
-    assert said.pop("samft_version")
-    assert said == {
+    assert metadata.pop("source_sha256") == sidecar["sha256"]
+    assert metadata.pop("samft_version")
+    assert metadata == {
         "model_type": "vit_tiny",
         "image_size": "1024",
         "resize_mode": "pad",
@@ -100,18 +105,18 @@ def test_a_checkpoint_is_opened_with_what_its_sidecar_says(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("sidecar", [None, "no JSON", "[]", '{"config": 3, "step": null}'])
-def test_a_sidecar_that_says_nothing_is_no_error(sidecar: str | None, tmp_path) -> None:
+def test_an_unreadable_or_empty_sidecar_is_no_error(sidecar: str | None, tmp_path) -> None:
     path = write_tiny(tmp_path)
     path.with_suffix(".json").unlink()
     if sidecar is not None:
         path.with_suffix(".json").write_text(sidecar)
-    tuned = open_tuned(path)
+    tuned = open_tuned_checkpoint(path)
     assert tuned.find_base() is None
     assert tuned.metadata(image_size=SIZE)["model_type"] == "vit_tiny"
 
 
-def test_only_pth_is_brought_to_metas_size_and_only_positions_change(tmp_path) -> None:
-    tuned = open_tuned(write_tiny(tmp_path))
+def test_only_pth_is_resized_to_1024_and_only_positions_change(tmp_path) -> None:
+    tuned = open_tuned_checkpoint(write_tiny(tmp_path))
     for format in ("safetensors", "onnx", "huggingface"):
         assert model_to_write(tuned, format) is tuned.sam
     sam = model_to_write(tuned, "pth")
@@ -123,7 +128,7 @@ def test_only_pth_is_brought_to_metas_size_and_only_positions_change(tmp_path) -
 
 
 def test_the_base_is_opened_at_the_models_size_and_must_be_of_its_type(tmp_path) -> None:
-    base = open_base(PACKAGED_TINY, tiny_sam())
+    base = load_base(PACKAGED_TINY, tiny_sam())
     assert base.image_encoder.img_size == SIZE
     name = "mask_decoder.iou_token.weight"
     assert torch.equal(base.state_dict()[name], load_sam(PACKAGED_TINY).state_dict()[name])
@@ -132,4 +137,4 @@ def test_the_base_is_opened_at_the_models_size_and_must_be_of_its_type(tmp_path)
     state = {**tiny_sam().state_dict(), name: torch.zeros(1, 7)}
     torch.save(state, other)
     with pytest.raises(CheckpointError, match="does not fit"):
-        open_base(other, tiny_sam())
+        load_base(other, tiny_sam())

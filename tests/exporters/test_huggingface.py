@@ -5,14 +5,16 @@ import torch
 
 from helpers.tiny_checkpoint import tiny_sam
 from samft.exporters.huggingface import (
-    FILES,
+    CONFIG,
+    PROCESSOR,
+    WEIGHTS,
     model_config,
     open_huggingface,
     processor_config,
-    renamed,
+    to_huggingface_names,
     write_huggingface,
 )
-from samft.exporters.verification import compare, painted_sample, predict_boxes
+from samft.exporters.verification import compare_predictions, predict_boxes, synthetic_sample
 from samft.models.sam import MODEL_SHAPES, build_sam
 
 transformers = pytest.importorskip(
@@ -23,39 +25,43 @@ TIED = "prompt_encoder.shared_embedding.positional_embedding"
 
 @pytest.mark.parametrize("model_type", MODEL_SHAPES)
 @pytest.mark.parametrize("image_size", [256, 1024])
-def test_every_type_has_their_names_and_shapes(model_type: str, image_size: int) -> None:
+def test_every_model_type_has_transformers_names_and_shapes(
+    model_type: str, image_size: int
+) -> None:
     config = transformers.SamConfig.from_dict(model_config(model_type, image_size))
     with torch.device("meta"):
-        ours = renamed(build_sam(model_type, image_size).state_dict())
+        ours = to_huggingface_names(build_sam(model_type, image_size).state_dict())
         theirs = transformers.SamModel(config).state_dict()
     assert {n: t.shape for n, t in ours.items()} == {
         n: t.shape for n, t in theirs.items() if n != TIED
     }
 
 
-def test_their_model_answers_as_the_stock_predictor(tmp_path) -> None:
-    sam, sample = tiny_sam(), painted_sample()
+def test_transformers_model_predicts_the_masks_of_sam_predictor(tmp_path) -> None:
+    sam, sample = tiny_sam(), synthetic_sample()
     folder = tmp_path / "tuned"
     write_huggingface(sam, folder, {"step": "30"})
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    found = compare([predict_boxes(sam, sample)], [open_huggingface(folder)(sample)])
-    assert found.logits < 1e-3
-    assert found.iou_predicted < 1e-5
-    assert found.equal_pixels == 1.0
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, WEIGHTS, PROCESSOR])
+    difference = compare_predictions(
+        [predict_boxes(sam, sample)], [open_huggingface(folder)(sample)]
+    )
+    assert difference.logits < 1e-3
+    assert difference.iou_predicted < 1e-5
+    assert difference.equal_pixels == 1.0
 
 
-def test_nothing_is_missing_left_over_or_made_up_when_it_is_loaded(tmp_path) -> None:
+def test_all_weights_are_loaded_and_no_key_is_missing_or_unexpected(tmp_path) -> None:
     folder = tmp_path / "tuned"
     write_huggingface(tiny_sam(), folder, {})
-    model, told = transformers.SamModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model, info = transformers.SamModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded = model.state_dict()
-    for name, tensor in renamed(tiny_sam().state_dict()).items():
+    for name, tensor in to_huggingface_names(tiny_sam().state_dict()).items():
         assert torch.equal(loaded[name], tensor), name
     assert torch.equal(loaded[TIED], loaded["shared_image_embedding.positional_embedding"])
 
 
-def test_their_processor_has_sams_normalisation() -> None:
+def test_the_processor_normalises_as_sam() -> None:
     config = processor_config(256)
     pixel = torch.tensor([10.0, 20.0, 30.0])
     mean, std = torch.tensor(config["image_mean"]), torch.tensor(config["image_std"])

@@ -1,4 +1,4 @@
-"""The two ONNX files in onnxruntime, beside the stock predictor."""
+"""The two ONNX files in onnxruntime, compared with `SamPredictor`."""
 
 from pathlib import Path
 
@@ -7,7 +7,12 @@ import pytest
 from segment_anything import SamPredictor
 
 from helpers.tiny_checkpoint import SIZE, tiny_sam
-from samft.exporters.verification import compare, painted_sample, predict_boxes, sample_of
+from samft.exporters.verification import (
+    compare_predictions,
+    image_sample,
+    predict_boxes,
+    synthetic_sample,
+)
 
 pytest.importorskip("onnx", reason="no onnx: pip install 'samft[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime: as above")
@@ -22,25 +27,25 @@ def folder(tmp_path_factory) -> Path:
     return target
 
 
-def test_masks_and_logits_are_the_stock_predictors_whatever_the_pictures_shape(folder) -> None:
-    # A crop or a size that is baked in by tracing would show in one of these.
-    answer, image = open_onnx(folder), painted_sample().image
+def test_predictions_equal_sam_predictors_for_any_image_shape(folder) -> None:
+    # A crop or a size that tracing made a constant would show in one of these.
+    predict, image = open_onnx(folder), synthetic_sample().image
     samples = [
-        painted_sample(),
-        sample_of("high", np.ascontiguousarray(image.transpose(1, 0, 2)[:, :101])),
-        sample_of("small", np.ascontiguousarray(image[100:130, 80:133])),
-        sample_of("square", np.ascontiguousarray(image[:256, :256])),
+        synthetic_sample(),
+        image_sample("high", np.ascontiguousarray(image.transpose(1, 0, 2)[:, :101])),
+        image_sample("small", np.ascontiguousarray(image[100:130, 80:133])),
+        image_sample("square", np.ascontiguousarray(image[:256, :256])),
     ]
     sam = tiny_sam()
     for sample in samples:
-        found = compare([predict_boxes(sam, sample)], [answer(sample)])
-        assert found.logits < 1e-3, sample.name
-        assert found.iou_predicted < 1e-5, sample.name
-        assert found.equal_pixels == 1.0, sample.name
+        difference = compare_predictions([predict_boxes(sam, sample)], [predict(sample)])
+        assert difference.logits < 1e-3, sample.name
+        assert difference.iou_predicted < 1e-5, sample.name
+        assert difference.equal_pixels == 1.0, sample.name
 
 
-def test_points_and_an_earlier_mask_are_taken_as_by_the_stock_predictor(folder) -> None:
-    sample = painted_sample()
+def test_points_and_mask_inputs_equal_sam_predictors(folder) -> None:
+    sample = synthetic_sample()
     predictor = SamPredictor(tiny_sam())
     predictor.set_image(sample.image)
     points, labels = np.array([[100.0, 80.0], [200.0, 30.0]]), np.array([1, 0])
@@ -50,7 +55,7 @@ def test_points_and_an_earlier_mask_are_taken_as_by_the_stock_predictor(folder) 
     )
     decoder = onnxruntime.InferenceSession(str(folder / DECODER))
     coords = predictor.transform.apply_coords(points, sample.image.shape[:2])
-    found = decoder.run(
+    outputs = decoder.run(
         None,
         {
             "image_embeddings": predictor.features.numpy(),
@@ -62,13 +67,13 @@ def test_points_and_an_earlier_mask_are_taken_as_by_the_stock_predictor(folder) 
             "orig_im_size": np.array(sample.image.shape[:2], np.float32),
         },
     )
-    for ours, stocks in zip(found, (expected, scores, low), strict=True):
+    for ours, stocks in zip(outputs, (expected, scores, low), strict=True):
         np.testing.assert_allclose(ours[0, 1:], stocks, atol=1e-3)
 
 
-def test_both_files_say_what_they_are(folder) -> None:
+def test_both_files_hold_the_metadata(folder) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted([ENCODER, DECODER])
     for name in (ENCODER, DECODER):
         session = onnxruntime.InferenceSession(str(folder / name))
-        said = session.get_modelmeta().custom_metadata_map
-        assert said == {"model_type": "vit_tiny", "image_size": str(SIZE)}
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert metadata == {"model_type": "vit_tiny", "image_size": str(SIZE)}

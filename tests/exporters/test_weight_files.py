@@ -1,4 +1,4 @@
-"""What the stock registry reads, and what comes back from safetensors, bit for bit."""
+"""`sam_model_registry` reads a .pth; safetensors keep every bit."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_a_pth_is_read_again_by_the_registry(tmp_path, monkeypatch) -> None:
     assert calls == [path]
 
 
-def test_safetensors_come_back_bit_for_bit_with_what_they_say_of_themselves(tmp_path) -> None:
+def test_safetensors_keep_every_bit_and_the_metadata(tmp_path) -> None:
     safetensors = pytest.importorskip("safetensors")
     path, sam = tmp_path / "a.safetensors", tiny_sam()
     with torch.no_grad():  # numbers that text or rounding would lose

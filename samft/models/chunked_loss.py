@@ -1,17 +1,19 @@
-"""All boxes of all images, a chunk of boxes at a time, so that memory does not grow with boxes.
+"""Decodes boxes, and sums their losses, a chunk at a time: memory does not grow with boxes.
 
 Decoding a box at 1024 px takes some 80 MB until backward. But the loss of a step is a sum over
-boxes, and the gradient of a sum is the sum of gradients: `sum_losses` decodes a chunk, takes its
-losses and their gradient right away, adds the gradient to what the chunks before it gave, and lets
-go of the chunk. Nothing is computed twice, as it would be with checkpointing. To autograd it is one
-function of the image side, the prompts and the parameters, whose backward has its answer ready; so
-DistributedDataParallel sees one forward and one backward, and its hooks run as ever.
+boxes, and the gradient of a sum is the sum of gradients. So `BoxDecoder.sum_losses` decodes a
+chunk, computes its losses and their gradient at once, adds the gradient to that of earlier chunks,
+and frees the chunk. Nothing is computed twice, as it would be with checkpointing.
+
+To autograd the whole is one function of image tensors, prompts and parameters, whose backward has
+its answer ready: DistributedDataParallel sees one forward and one backward, and its hooks run as
+ever. The price is that forward has to know by what the sum will be multiplied (`gradient`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from segment_anything.modeling import MaskDecoder
@@ -19,15 +21,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from samft.models.mask_decoder import Decoder, Tensors
+from samft.models.mask_decoder import DecoderImplementation, Tensors
 
-# What a box takes for each channel of each image token, in bytes: the slope of a step's peak memory
-# over the chunk, measured with vit_b at 1024 px in float32 (81 MB a box).
+# Bytes a box takes for each channel of each image token: the slope of a step's peak memory over the
+# chunk, measured with vit_b at 1024 px in float32 (81 MB a box).
 BYTES_PER_VALUE = 81
 SHARE_OF_FREE_MEMORY = 0.25
-# On a CPU more at once gains nothing: larger tensors are fetched anew from the system each time.
-MOST_BOXES = {"cpu": 8}
-OTHERWISE_MOST = 64
+# On a CPU more at once gains nothing: the larger tensors come fresh from the system each time.
+MAX_BOXES = {"cpu": 8}
+MAX_BOXES_ELSEWHERE = 64
+
+ChunkLoss = Callable[[Tensor, Tensor, slice], Tensors]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) -> int:
@@ -41,12 +47,12 @@ def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) ->
     Returns:
         1 to 64, and no more than a quarter of the memory can hold.
     """
-    most = MOST_BOXES.get(device_type, OTHERWISE_MOST)
+    most = MAX_BOXES.get(device_type, MAX_BOXES_ELSEWHERE)
     return int(max(1, min(most, SHARE_OF_FREE_MEMORY * free_memory / BYTES_PER_VALUE / num_values)))
 
 
-class Inputs(NamedTuple):
-    """What the decoder is given.
+class DecoderInputs(NamedTuple):
+    """The tensors that a mask decoder takes, for all boxes of all images.
 
     Attributes:
         image_embeddings: float [N, C, h, w].
@@ -63,54 +69,56 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class BoxDecoder:
-    """A mask decoder, with what it needs to know beside its inputs.
+    """A mask decoder for boxes of several images, applied to a chunk of boxes at a time.
 
     Attributes:
-        module: Stock's module, whose parameters are used.
-        way: How it is computed.
+        module: The stock module, whose parameters are used.
+        implementation: How it is computed.
         image_index: int64 [M], the image of each box, in 0..N-1.
         mask_chunk: Boxes decoded at once.
     """
 
     module: MaskDecoder
-    way: Decoder
+    implementation: DecoderImplementation
     image_index: Tensor
     mask_chunk: int
 
-    def parts(self) -> Iterator[slice]:
-        """The chunks of boxes; one, empty, where there are no boxes, so that gradients exist."""
+    def chunks(self) -> Iterator[slice]:
+        """The chunks of boxes; an empty one if there are no boxes, so that gradients exist."""
         starts = range(0, max(len(self.image_index), 1), self.mask_chunk)
         return (slice(start, start + self.mask_chunk) for start in starts)
 
-    def decode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Predicts one mask for each box; where there is a second chunk, backward decodes anew.
+    def decode(self, inputs: DecoderInputs) -> tuple[Tensor, Tensor]:
+        """Predicts one mask for each box; with several chunks, backward decodes each once more.
 
         Returns:
             Mask logits [M, 4h, 4w] and predicted IoU [M].
         """
-        per_image, shared = self.way.prepare(self.module, *inputs[:3])
-        run: Callable[..., tuple[Tensor, Tensor]] = self._decode_part
+        per_image, shared = self.implementation.prepare(self.module, *inputs[:3])
+        decode: Callable[..., tuple[Tensor, Tensor]] = self._decode_chunk
         if torch.is_grad_enabled() and len(self.image_index) > self.mask_chunk:
-            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        found = [run(per_image, shared, inputs.sparse_embeddings, part) for part in self.parts()]
-        logits, iou_predicted = zip(*found, strict=True)
+            # The masks are wanted, so no loss can be taken here: checkpoint each chunk.
+            decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+        sparse = inputs.sparse_embeddings
+        decoded = [decode(per_image, shared, sparse, chunk) for chunk in self.chunks()]
+        logits, iou_predicted = zip(*decoded, strict=True)
         return torch.cat(logits), torch.cat(iou_predicted)
 
-    def _decode_part(
-        self, per_image: Tensors, shared: Tensors, sparse: Tensor, part: slice
+    def _decode_chunk(
+        self, per_image: Tensors, shared: Tensors, sparse: Tensor, chunk: slice
     ) -> tuple[Tensor, Tensor]:
-        index = self.image_index[part]
-        chosen = tuple(tensor.index_select(0, index) for tensor in per_image)
-        return self.way.decode(self.module, chosen, shared, sparse[part])
+        index = self.image_index[chunk]
+        of_boxes = tuple(tensor.index_select(0, index) for tensor in per_image)
+        return self.implementation.decode(self.module, of_boxes, shared, sparse[chunk])
 
     def sum_losses(
-        self, inputs: Inputs, *, loss: Callable[[Tensor, Tensor, slice], Tensors], gradient: Tensor
+        self, inputs: DecoderInputs, *, loss: ChunkLoss, gradient: Tensor
     ) -> tuple[Tensor, Tensors]:
         """The losses of all boxes, with memory for one chunk of them.
 
         Args:
             inputs: Of all boxes of all images.
-            loss: (mask logits, predicted IoU, which boxes) to tensors [m], the first of them the
+            loss: (mask logits, predicted IoU, chunk of boxes) to tensors [m], the first of them the
                 loss.
             gradient: float32 scalar, the gradient that the sum is going to get in backward. Any
                 other is right, too, but in float16 small gradients would be lost.
@@ -118,97 +126,160 @@ class BoxDecoder:
         Returns:
             The sum of the loss over boxes, and the tensors [M], without a gradient.
         """
-        per_image, shared = self.way.prepare(self.module, *inputs[:3])
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        task = _Task(self, loss, gradient, len(per_image), len(shared))
-        tensors = (*per_image, inputs.sparse_embeddings, *shared, *parameters)
-        total, *values = _SumLosses.apply(task, *tensors)
+        per_image, shared = self.implementation.prepare(self.module, *inputs[:3])
+        groups = _Groups(
+            per_image=list(per_image),
+            per_box=[inputs.sparse_embeddings],
+            shared=list(shared),
+            parameters=[p for p in self.module.parameters() if p.requires_grad],
+        )
+        # autograd sees only tensors that are arguments themselves: a flat list, and its grouping.
+        step = _ChunkedStep(self, loss, gradient, groups.regroup(range(len(groups.flatten()))))
+        total, *values = _SumOfLosses.apply(step, *groups.flatten())
         return total, tuple(values)
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What `_SumLosses` does with its tensors: per image, the prompts, shared, parameters."""
+class _Groups(Generic[T]):
+    """The tensors that the losses depend on (or one thing for each), by what a chunk takes of them.
 
-    boxes: BoxDecoder
-    loss: Callable[[Tensor, Tensor, slice], Tensors]
+    Attributes:
+        per_image: [N, ...] each: the row of each box's image.
+        per_box: [M, ...] each: the rows of the chunk.
+        shared: The whole, the same for all images.
+        parameters: Themselves: the decoder module uses them without being given them.
+    """
+
+    per_image: list[T]
+    per_box: list[T]
+    shared: list[T]
+    parameters: list[T]
+
+    def flatten(self) -> list[T]:
+        """All of them in the order of the groups."""
+        return [*self.per_image, *self.per_box, *self.shared, *self.parameters]
+
+    def regroup(self, flat: Iterable[U]) -> "_Groups[U]":
+        """The reverse of `flatten`, for other things in the same order."""
+        items = iter(flat)
+        groups = (self.per_image, self.per_box, self.shared, self.parameters)
+        return _Groups(*([next(items) for _ in group] for group in groups))
+
+
+@dataclass(frozen=True)
+class _ChunkedStep:
+    """What `_SumOfLosses` does with a chunk of boxes.
+
+    Attributes:
+        decoder: Says which chunks there are.
+        loss: See `BoxDecoder.sum_losses`.
+        gradient: See `BoxDecoder.sum_losses`.
+        layout: How flat arguments are grouped.
+    """
+
+    decoder: BoxDecoder
+    loss: ChunkLoss
     gradient: Tensor
-    num_per_image: int
-    num_shared: int
+    layout: _Groups[int]
 
-    def cut(self, tensors: Tensors, part: slice) -> list[Tensor]:
-        """The tensors of a chunk of boxes, as leaves; parameters stay themselves."""
-        num, index = self.num_per_image, self.boxes.image_index[part]
-        end = num + 1 + self.num_shared
-        leaves = [t.index_select(0, index) for t in tensors[:num]]
-        leaves += [tensors[num][part].detach(), *(t.detach() for t in tensors[num + 1 : end])]
-        for leaf, tensor in zip(leaves, tensors, strict=False):
+    def slice_inputs(self, tensors: _Groups[Tensor], chunk: slice) -> _Groups[Tensor]:
+        """The chunk's inputs as leaves of a graph of its own, which can be freed with it."""
+        index = self.decoder.image_index[chunk]
+        leaves = _Groups(
+            [tensor.index_select(0, index) for tensor in tensors.per_image],
+            [tensor[chunk].detach() for tensor in tensors.per_box],
+            [tensor.detach() for tensor in tensors.shared],
+            tensors.parameters,  # leaves already
+        )
+        for leaf, tensor in zip(leaves.flatten(), tensors.flatten(), strict=True):
             leaf.requires_grad_(tensor.requires_grad)
-        return [*leaves, *tensors[end:]]
+        return leaves
 
-    def run(self, leaves: list[Tensor], part: slice) -> Tensors:
-        """The losses of a chunk of boxes; the first carries the gradient."""
-        num, end = self.num_per_image, self.num_per_image + 1 + self.num_shared
-        per_image, sparse, shared = tuple(leaves[:num]), leaves[num], tuple(leaves[num + 1 : end])
-        decoded = self.boxes.way.decode(self.boxes.module, per_image, shared, sparse)
-        return self.loss(*decoded, part)
+    def forward(self, leaves: _Groups[Tensor], chunk: slice) -> Tensors:
+        """The losses of a chunk of boxes; the first tensor carries the gradient."""
+        per_image, shared, (sparse,) = tuple(leaves.per_image), tuple(leaves.shared), leaves.per_box
+        decoder = self.decoder
+        decoded = decoder.implementation.decode(decoder.module, per_image, shared, sparse)
+        return self.loss(*decoded, chunk)
 
-    def add(self, sums: list[Tensor | None], found: list[Tensor | None], part: slice) -> None:
-        """Adds the gradients of a chunk's leaves to those of the whole tensors."""
-        index = self.boxes.image_index[part]
-        for number, (whole, gradient) in enumerate(zip(sums, found, strict=True)):
-            if gradient is None:
-                continue
-            if number < self.num_per_image:
-                assert whole is not None
-                whole.index_add_(0, index, gradient.to(whole.dtype))
-            elif number == self.num_per_image:
-                assert whole is not None
-                whole[part] = gradient
-            else:
-                sums[number] = gradient if whole is None else whole + gradient
+    def empty_sums(self, tensors: _Groups[Tensor]) -> _Groups[Tensor | None]:
+        """Zeros where a chunk adds to a part of a tensor; None where it adds to all or nothing."""
+
+        def zeros(tensor: Tensor) -> Tensor | None:
+            # In float32 also where autocast made halves: many boxes are added up in one image.
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            return torch.zeros_like(tensor, dtype=dtype) if tensor.requires_grad else None
+
+        return _Groups(
+            [zeros(tensor) for tensor in tensors.per_image],
+            [zeros(tensor) for tensor in tensors.per_box],
+            [None for _ in tensors.shared],
+            [None for _ in tensors.parameters],
+        )
+
+    def accumulate(
+        self, sums: _Groups[Tensor | None], gradients: _Groups[Tensor | None], chunk: slice
+    ) -> None:
+        """Adds the gradients of a chunk's leaves to those of the whole tensors, in place."""
+        index = self.decoder.image_index[chunk]
+        for total, gradient in zip(sums.per_image, gradients.per_image, strict=True):
+            if total is not None and gradient is not None:
+                total.index_add_(0, index, gradient.to(total.dtype))  # boxes of one image add up
+        for total, gradient in zip(sums.per_box, gradients.per_box, strict=True):
+            if total is not None and gradient is not None:
+                total[chunk] = gradient  # a box is in one chunk only
+        pairs = ((sums.shared, gradients.shared), (sums.parameters, gradients.parameters))
+        for totals, of_chunk in pairs:
+            for number, gradient in enumerate(of_chunk):
+                if gradient is not None:
+                    # Not added in place: the first total is a tensor of autograd's, which may be
+                    # the gradient of another leaf as well.
+                    total = totals[number]
+                    totals[number] = gradient if total is None else total + gradient
 
 
-class _SumLosses(torch.autograd.Function):
-    """Sums losses over chunks of boxes, with the gradients taken on the way forward."""
+class _SumOfLosses(torch.autograd.Function):
+    """Sums losses over chunks of boxes, and their gradients already on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, task: _Task, *tensors: Tensor) -> Any:
-        needed = [tensor.requires_grad for tensor in tensors]
-        sums: list[Tensor | None] = [None] * len(tensors)
-        for number, tensor in enumerate(tensors[: task.num_per_image + 1]):
-            if needed[number]:  # summed over boxes in float32 also where autocast made halves
-                dtype = torch.promote_types(tensor.dtype, torch.float32)
-                sums[number] = torch.zeros_like(tensor, dtype=dtype)
-        kept: list[Tensors] = []
-        for part in task.boxes.parts():
-            leaves = task.cut(tensors, part)
+    def forward(ctx: Any, step: _ChunkedStep, *flat: Tensor) -> Any:
+        tensors = step.layout.regroup(flat)
+        sums = step.empty_sums(tensors)
+        needed = [tensor.requires_grad for tensor in flat]
+        values_of_chunks: list[Tensors] = []
+        for chunk in step.decoder.chunks():
+            leaves = step.slice_inputs(tensors, chunk)
             with torch.enable_grad():
-                values = task.run(leaves, part)
-            kept.append(tuple(value.detach() for value in values))
+                values = step.forward(leaves, chunk)
+            values_of_chunks.append(tuple(value.detach() for value in values))
             if any(needed):
-                task.add(sums, _gradients(values[0], leaves, needed, task.gradient), part)
-            del values, leaves  # or the next chunk would be made beside this one
-        ctx.sums, ctx.gradient = sums, task.gradient
-        columns = tuple(torch.cat(column) for column in zip(*kept, strict=True))
+                gradients = _gradients_of(values[0], leaves.flatten(), needed, step.gradient)
+                step.accumulate(sums, step.layout.regroup(gradients), chunk)
+                del gradients
+            del values, leaves  # or the next chunk would be computed while this one is still held
+        ctx.sums, ctx.gradient = sums.flatten(), step.gradient
+        columns = tuple(torch.cat(column) for column in zip(*values_of_chunks, strict=True))
         ctx.mark_non_differentiable(*columns)
         return columns[0].sum(), *columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Any:
+        # Gradients are linear in that of the sum: scale from the expected one to the actual one.
+        # (What was too small for float16 is lost by now: forward has to expect the right order.)
         factor, sums = gradient / ctx.gradient, ctx.sums
         if sums is None:
             raise RuntimeError("the losses of this step have been through backward before")
-        ctx.sums = None  # free, as autograd's own saved tensors are
+        ctx.sums = None  # freed, as autograd's own saved tensors are
         return None, *(None if total is None else total * factor for total in sums)
 
 
-def _gradients(
+def _gradients_of(
     loss: Tensor, leaves: list[Tensor], needed: list[bool], gradient: Tensor
 ) -> list[Tensor | None]:
+    """The gradient of each leaf, for `gradient` as that of each loss; None where not needed."""
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
     weights = gradient.to(loss.dtype).expand_as(loss)
-    with torch.autocast(loss.device.type, enabled=False):  # backward takes forward's types
-        found = iter(torch.autograd.grad(loss, wanted, weights, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    with torch.autocast(loss.device.type, enabled=False):  # backward uses the types of forward
+        gradients = iter(torch.autograd.grad(loss, wanted, weights, allow_unused=True))
+    return [next(gradients) if need else None for need in needed]

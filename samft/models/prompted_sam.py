@@ -1,4 +1,8 @@
-"""PromptedSam: the module that is trained, and that DistributedDataParallel wraps."""
+"""PromptedSam: SAM driven by boxes, the module that is trained and wrapped for data parallelism.
+
+Beside it, SAM's own pre- and postprocessing for many images at once: which part of the model frame
+is image (`inside_sides`), and masks at the original resolution (`original_masks`).
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samft.coco.segmentation import CroppedMask
-from samft.models.chunked_loss import BoxDecoder, Inputs, auto_mask_chunk
+from samft.models.chunked_loss import BoxDecoder, DecoderInputs, auto_mask_chunk
 from samft.models.mask_decoder import Tensors, choose_decoder
 from samft.runtime.device import free_memory_bytes
 from samft.runtime.logs import LOGGER
@@ -23,8 +27,8 @@ class PromptedSam(nn.Module):
 
     Attributes:
         sam: The wrapped `segment_anything` model; its state dict is what is saved.
-        decoder: `fast`, or `stock` for the package's own modules.
-        mask_chunk: Boxes decoded at once, as asked for; None: chosen by `boxes_at_once`.
+        decoder: `fast`, or `stock` for the package's own modules; see `choose_decoder`.
+        mask_chunk: Boxes decoded at once; None: as many as `boxes_at_once` chooses.
     """
 
     def __init__(self, sam: Sam, *, decoder: str = "fast", mask_chunk: int | None = None) -> None:
@@ -32,14 +36,14 @@ class PromptedSam(nn.Module):
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
         self._auto_mask_chunk: int | None = None
-        self._known_pe: tuple[Tensor, int, Tensor] | None = None
+        self._cached_pe: tuple[Tensor, int, Tensor] | None = None
 
     def preprocess(self, images: Tensor, input_sizes: Tensor | None) -> Tensor:
         """Normalises images on the device; the padding becomes zero, as in `Sam.preprocess`.
 
         Args:
             images: uint8 [N, 3, S, S] RGB in the model frame, padded right and bottom; floating
-                point images are taken as preprocessed already and pass through.
+                point images count as preprocessed and are returned unchanged.
             input_sizes: int [N, 2], height and width of the image inside the frame, in pixels;
                 None where the images fill it.
 
@@ -51,11 +55,12 @@ class PromptedSam(nn.Module):
         normalised = (images.float() - self.sam.pixel_mean) / self.sam.pixel_std
         if input_sizes is None:
             return normalised
+        # SAM pads after normalising, with zeros. The padding in `images` is black, so not zero now.
         return normalised * inside_image(input_sizes, images.shape[-1])[:, None]
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:
-        """C, S/16, S/16 of the embedding of an image."""
+        """The shape of an image's embedding: C, S/16, S/16."""
         encoder = self.sam.prompt_encoder
         return (encoder.embed_dim, *encoder.image_embedding_size)
 
@@ -72,7 +77,8 @@ class PromptedSam(nn.Module):
         Args:
             images: See `preprocess`.
             input_sizes: See `preprocess`.
-            cached: float [N, C, S/16, S/16], what this gave before: then nothing is encoded.
+            cached: float [N, C, S/16, S/16], embeddings computed earlier: returned as float32, and
+                nothing is encoded.
 
         Returns:
             float [N, C, S/16, S/16].
@@ -91,26 +97,27 @@ class PromptedSam(nn.Module):
         points: Tensor | None = None,
         mask_chunk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicts the mask of each box, then of each single point, from image embeddings.
+        """Predicts the mask of each box, and then of each single point, from image embeddings.
 
         Args:
             embeddings: float [N, C, S/16, S/16].
             boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
             image_index: int64 [M + P], the image of each box and then of each point.
-            points: float32 [P, 2], x y in pixels of the model frame, each inside of an object of
-                its own; the mask is the one that `multimask_output=False` gives.
-            mask_chunk: Boxes decoded at once, in this call; None: `boxes_at_once`.
+            points: float32 [P, 2], x y in pixels of the model frame, each inside an object of its
+                own; the mask is the one that `multimask_output=False` gives.
+            mask_chunk: Boxes decoded at once in this call; None: `boxes_at_once`.
 
         Returns:
             Mask logits [M + P, S/4, S/4] (positive inside the object) and predicted IoU [M + P].
         """
-        prompted = self._prompted(embeddings, boxes, points)
-        return self._box_decoder(image_index, mask_chunk or self.boxes_at_once()).decode(prompted)
+        inputs = self._decoder_inputs(embeddings, boxes, points)
+        return self._box_decoder(image_index, mask_chunk or self.boxes_at_once()).decode(inputs)
 
     def boxes_at_once(self) -> int:
-        """`mask_chunk`, or what fits into the memory that was free when this was first called.
+        """`mask_chunk`, or else what fits into the memory that was free at the first call.
 
-        The choice is kept: sums over boxes are then added up in the same order in all steps.
+        Chosen once, because the chunk decides in which order sums over boxes are added up: all
+        steps of a run round alike.
         """
         if self.mask_chunk is not None:
             return self.mask_chunk
@@ -125,28 +132,32 @@ class PromptedSam(nn.Module):
         module = self.sam.mask_decoder
         return BoxDecoder(module, choose_decoder(module, self.decoder), image_index, mask_chunk)
 
-    def _prompted(self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None) -> Inputs:
+    def _decoder_inputs(
+        self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None
+    ) -> DecoderInputs:
         prompt_encoder = self.sam.prompt_encoder
-        with _exact(boxes.device):
+        with _full_precision(boxes.device):
             sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
-            if points is not None:  # two tokens, as a box: the point, and "not a point"
+            if points is not None:  # two tokens, like a box: the point, and SAM's "not a point"
                 labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
-                asked = (points.float()[:, None], labels)
-                of_points, _ = prompt_encoder(points=asked, boxes=None, masks=None)
-                sparse = torch.cat([sparse, of_points])
+                labelled = (points.float()[:, None], labels)
+                sparse_of_points, _ = prompt_encoder(points=labelled, boxes=None, masks=None)
+                sparse = torch.cat([sparse, sparse_of_points])
             image_pe = self._dense_pe()
         dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        return Inputs(embeddings, image_pe, dense, sparse)
+        return DecoderInputs(embeddings, image_pe, dense, sparse)
 
     def _dense_pe(self) -> Tensor:
-        # A constant, computed once: again only where the matrix it is made of was moved or loaded.
+        # A function of one matrix, computed again only when that matrix was moved (another tensor)
+        # or loaded in place (another version).
         matrix = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
-        known = self._known_pe
-        if known is None or known[0] is not matrix or known[1] != matrix._version:
+        cached = self._cached_pe
+        if cached is None or cached[0] is not matrix or cached[1] != matrix._version:
+            # Also if first wanted in inference mode: such a tensor could not be used in training.
             with torch.inference_mode(False):
-                known = (matrix, matrix._version, self.sam.prompt_encoder.get_dense_pe())
-            self._known_pe = known
-        return known[2]
+                cached = (matrix, matrix._version, self.sam.prompt_encoder.get_dense_pe())
+            self._cached_pe = cached
+        return cached[2]
 
     def forward(
         self,
@@ -160,18 +171,18 @@ class PromptedSam(nn.Module):
         targets: Tensor | None = None,
         gradient: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """Predicts the mask of each box; with a loss, only says how good they are.
+        """Predicts the mask of each box; with a loss, returns the losses instead of the masks.
 
-        See `preprocess` and `decode` for shapes and frames. With a loss, no more than `mask_chunk`
-        masks are in memory at a time (`box_chunks`).
+        See `preprocess` and `decode` for shapes and frames. With a loss, no more than
+        `boxes_at_once` masks are in memory at a time (`chunked_loss`).
 
         Args:
             images: uint8 [N, 3, S, S], or float already preprocessed.
             boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
             image_index: int64 [M].
             input_sizes: int [N, 2], or None where the images fill the frame.
-            embeddings: float [N, C, S/16, S/16], to be used in the place of images.
-            loss: `losses.mask_losses` with its weights and image size set, or alike.
+            embeddings: float [N, C, S/16, S/16], used instead of encoding the images.
+            loss: `losses.mask_losses` with its weights and image size set, or a like function.
             targets: uint8 [M, s, s], for the loss.
             gradient: float32 scalar, what the sum of the loss is going to be multiplied by before
                 backward; None: 1. Any is right, but in float16 small gradients could be lost.
@@ -185,20 +196,24 @@ class PromptedSam(nn.Module):
             return self.decode(embeddings, boxes, image_index)
         assert targets is not None and input_sizes is not None
 
-        def loss_of(mask_logits: Tensor, iou_predicted: Tensor, part: slice) -> Tensors:
-            index, wanted = image_index[part], targets[part]
-            sizes = {"image_index": index, "input_sizes": input_sizes}
-            return loss(mask_logits, iou_predicted, targets=wanted, **sizes)
+        def loss_of_chunk(mask_logits: Tensor, iou_predicted: Tensor, chunk: slice) -> Tensors:
+            return loss(
+                mask_logits,
+                iou_predicted,
+                targets=targets[chunk],
+                image_index=image_index[chunk],
+                input_sizes=input_sizes,
+            )
 
         gradient = boxes.new_ones(()) if gradient is None else gradient
-        inputs = self._prompted(embeddings, boxes)
+        inputs = self._decoder_inputs(embeddings, boxes)
         decoder = self._box_decoder(image_index, self.boxes_at_once())
-        return decoder.sum_losses(inputs, loss=loss_of, gradient=gradient)
+        return decoder.sum_losses(inputs, loss=loss_of_chunk, gradient=gradient)
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    # Positions are a matrix product: in bf16 or TF32, a corner would be off by pixels.
+def _full_precision(device: torch.device) -> Iterator[None]:
+    # The embedding of a position is a matrix product: in bf16 or TF32 corners would move by pixels.
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -235,8 +250,8 @@ def upsampling_matrix(low: int, frame: int, inside: int, original: int) -> Tenso
     """`Sam.postprocess_masks` along one axis, as a matrix.
 
     SAM upsamples logits bilinearly to the model frame, cuts the padding off, and resizes bilinearly
-    to the original image. Each step is linear and separable, so on one axis the whole is a matrix,
-    and any rectangle of the result can be had without the rest.
+    to the original image. Each step is linear and separable, so along one axis all three are one
+    matrix, and `rows @ logits @ columns.T` gives any rectangle of the result without the rest.
 
     Args:
         low: Logits along the axis, S/4.
@@ -249,6 +264,7 @@ def upsampling_matrix(low: int, frame: int, inside: int, original: int) -> Tenso
 
     Source: `segment_anything/modeling/sam.py`, `postprocess_masks`.
     """
+    # The images of unit vectors are the columns of a linear map (here as rows, hence the `.T`).
     to_frame = F.interpolate(torch.eye(low)[None], size=frame, mode="linear")[0]
     to_original = F.interpolate(to_frame[None, :, :inside], size=original, mode="linear")[0]
     return to_original.T.contiguous()
@@ -263,8 +279,8 @@ def original_masks(
 ) -> Iterator[CroppedMask]:
     """The masks of one image at its original resolution.
 
-    Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can hold
-    positive logits is computed: bilinear resizing makes no positive value out of negative ones.
+    Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can have
+    positive logits is computed: bilinear resizing makes no positive value of negative ones.
 
     Args:
         mask_logits: float [M, S/4, S/4], masks of one image.
@@ -273,7 +289,7 @@ def original_masks(
         image_size: S.
 
     Yields:
-        M masks, cropped, if not tightly; [0, 0] where the mask is empty.
+        M masks, each cropped to a rectangle that contains it; [0, 0] where no logit is positive.
     """
     low = mask_logits.shape[-1]
     device = mask_logits.device
@@ -282,17 +298,30 @@ def original_masks(
         for axis in (0, 1)
     )
     positive = mask_logits > 0
-    spans = torch.stack([_span(positive.any(2), rows), _span(positive.any(1), columns)], dim=1)
+    row_spans = _output_spans(positive.any(2), rows)
+    column_spans = _output_spans(positive.any(1), columns)
+    spans = torch.stack([row_spans, column_spans], dim=1)
     for logits, span in zip(mask_logits.float(), spans.tolist(), strict=True):
         (top, bottom), (left, right) = span
         mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
         yield CroppedMask(top, left, mask)
 
 
-def _span(positive: Tensor, matrix: Tensor) -> Tensor:
-    # Outputs that draw on at least one positive cell: first and one past the last; 0, 0 if none.
-    touched = (positive.float() @ (matrix != 0).float().T) > 0
-    numbers = torch.arange(1, touched.shape[1] + 1, device=touched.device)
-    last = (touched * numbers).amax(1)
-    first = (touched * numbers.flip(0)).amax(1)
-    return torch.stack([torch.where(last > 0, touched.shape[1] - first, 0), last], dim=1)
+def _output_spans(positive: Tensor, matrix: Tensor) -> Tensor:
+    """Where outputs can be positive: the first, and one past the last; 0, 0 if nowhere.
+
+    Args:
+        positive: bool [M, low], which rows (columns) of the logits have a positive value.
+        matrix: float32 [original, low], see `upsampling_matrix`.
+
+    Returns:
+        int64 [M, 2].
+    """
+    # An output can be positive if it draws on a positive input: has a weight that is not 0 for it.
+    reached = (positive.float() @ (matrix != 0).float().T) > 0
+    # The largest number of a reached output, from 1 up; counted from the other end for the first.
+    numbers = torch.arange(1, reached.shape[1] + 1, device=reached.device)
+    last = (reached * numbers).amax(1)
+    first_from_end = (reached * numbers.flip(0)).amax(1)
+    first = torch.where(last > 0, reached.shape[1] - first_from_end, 0)
+    return torch.stack([first, last], dim=1)

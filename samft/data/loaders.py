@@ -3,14 +3,16 @@
 Batches that any number of processes can share and resume, and workers that load them.
 """
 
-import atexit
 import collections
 import contextlib
-import multiprocessing
+import functools
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 import cv2
@@ -186,9 +188,11 @@ class BatchLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.loader)
+        batches = iterate_loader(self.loader)
+        # Weakly: the heartbeat must not keep a loader, and so its workers, after its last use.
+        waiting_for = weakref.WeakMethod(self.waiting_for)
         while True:
-            heartbeat.set_loading(self.waiting_for)
+            heartbeat.set_loading(lambda: method() if (method := waiting_for()) else [])
             try:
                 batch = next(batches)
             except StopIteration:
@@ -223,15 +227,43 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+# The worker processes that loaders of samft have started and that have not been joined yet.
+_WORKERS: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:
+    """`iter(loader)`, for loaders whose workers are set up by `start_worker`.
+
+    Such workers ignore SIGTERM, so at the exit of the interpreter multiprocessing would wait for
+    them for ever. Those that are alive then, and no other children of the process, are killed.
+    """
+    iterator = iter(loader)
+    if workers := getattr(iterator, "_workers", None):
+        _WORKERS.update(workers)
+        _register_exit_hook(os.getpid())
+    return iterator
+
+
+@functools.cache
+def _register_exit_hook(_pid: int) -> None:
+    # Once per process: a fork has no workers of its parent, and may start its own. multiprocessing
+    # calls its finalizers first of all at exit, before it waits for children, and after PyTorch has
+    # asked persistent workers to end.
+    Finalize(None, _kill_workers, exitpriority=0)
+
+
 def _kill_workers() -> None:
-    # Before multiprocessing's own ending, which would wait for workers to heed SIGTERM; and without
-    # PyTorch's handler, which would report them as killed.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
-
-
-atexit.register(_kill_workers)
+    workers = [worker for worker in _WORKERS if worker.is_alive()]
+    if not workers:
+        return
+    # PyTorch's handler of this signal would raise an error for each of them.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    if handler is not None:  # the handler was not installed from Python
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def train_loader(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from samft import distributed
 from samft.coco.images import ImageError, open_image
-from samft.data.loaders import start_worker
+from samft.data.loaders import iterate_loader, start_worker
 from samft.data.transforms import Frame
 from samft.embeddings.split_cache import ShouldStop, SplitCache, sha256
 from samft.embeddings.store import Entry
@@ -141,7 +141,7 @@ class Precompute:
                 store.close()
 
     def _run(self) -> bool:
-        items = iter(self.loader)
+        items = iterate_loader(self.loader)
         bad_images: dict[int, str] = {}
         with _progress(len(self.split.missing)) as advance:
             while True:

@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import REPOSITORY
 from helpers.coco_files import write_coco
+from helpers.processes import children_of
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import (
     BatchLoader,
@@ -223,3 +227,90 @@ class Telling(Coco2MaskDataset):
 def test_a_worker_is_in_a_group_of_its_own(annotations: Path) -> None:
     dataset = a_dataset(annotations, Telling, training=False)
     assert {batch.image_ids[0] for batch in val_loader(dataset, num_workers=1)} == {0}
+
+
+# A program that uses samft as a library, with a child of its own, which ends when it is told to.
+PROGRAM = """
+import multiprocessing, os, sys
+from pathlib import Path
+from samft.data.dataset import Coco2MaskDataset
+from samft.data.loaders import val_loader
+
+def wait(told):
+    os.read(told, 1)
+    print("the child ended by itself", flush=True)
+
+def load():
+    annotations = Path(sys.argv[1])
+    dataset = Coco2MaskDataset(annotations.parent, annotations, image_size=64, training=True)
+    loaders = [val_loader(dataset, num_workers=number) for number in (2, 1)]
+    batches = [iter(loader) for loader in loaders]
+    for each in batches:
+        next(each)
+    others = {other.pid for other in multiprocessing.active_children()} - {child.pid}
+    print(child.pid, *others, flush=True)
+    if sys.argv[3] == "closes":
+        del each, batches, loaders
+        return None
+    if sys.argv[3] == "raises":
+        raise RuntimeError("no more")
+    return batches
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=wait, args=(int(sys.argv[2]),))
+    child.start()
+    batches = load()
+    if sys.argv[3] == "closes":
+        child.join()
+"""
+
+
+@pytest.mark.parametrize("ending", ["exits", "raises", "closes"])
+def test_a_program_keeps_its_own_children_and_no_workers(
+    annotations: Path, tmp_path: Path, ending: str
+) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    told, teller = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), str(annotations), str(told), ending],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=[told],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    os.close(told)
+    try:
+        assert process.stdout is not None
+        child, *workers = map(int, process.stdout.readline().split())
+        assert len(workers) == 3
+        deadline = time.monotonic() + 60
+        while set(workers) & set(children_of(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # Without its workers the program waits for its own child, which it has not told to end.
+        assert children_of(process.pid) == [child]
+        os.write(teller, b"!")
+        output, errors = process.communicate(timeout=60)
+    finally:
+        os.close(teller)
+        process.kill()
+        process.wait()
+    assert output.splitlines() == ["the child ended by itself"]
+    assert process.returncode == (1 if ending == "raises" else 0)
+    assert errors.splitlines()[-1:] == (["RuntimeError: no more"] if ending == "raises" else [])
+
+
+def test_loading_the_module_registers_nothing_at_exit() -> None:
+    program = (
+        "import multiprocessing.util as util\n"
+        "from samft.data import loaders\n"
+        "callbacks = [each._callback for each in util._finalizer_registry.values()]\n"
+        "print(callbacks.count(loaders._kill_workers))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout == "0\n"

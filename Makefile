@@ -15,12 +15,13 @@ JOBS ?= 2
 # Real data sets, for `make bench`.
 DATA ?= ../shared/data
 
-.PHONY: help install check format-check lint types test fmt smoke soak bench bench-step bench-scale
+.PHONY: help install check format-check lint types test fmt docs smoke soak bench bench-step bench-scale
 
 help:
 	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
 	@echo "make test     tests only; ARGS=... goes to pytest, JOBS=2 is how many at a time"
+	@echo "make docs     writes docs/configuration.md from the help texts of samft/config.py"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
 	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
@@ -52,6 +53,9 @@ test: $(INSTALLED)
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --quiet $(TYPED) tests
 	$(BIN)/ruff format $(TYPED) tests
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate_configuration.py
 
 smoke: $(INSTALLED)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \

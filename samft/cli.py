@@ -1,14 +1,16 @@
-"""How every command parses its arguments, fails and exits. Imports no torch.
+"""How every command parses its arguments, and how it ends. Imports no torch.
 
-The parser that all commands share, a frozen dataclass read from flags and YAML, the extras that
-some commands need, and the exit codes.
+In this order: the argument parser of all commands; a dataclass of settings filled from defaults, a
+YAML file and flags; the optional packages of some commands; exit codes and error messages.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -33,21 +35,48 @@ from samft.errors import (
     escape_paragraph,
 )
 
+HELP_WIDTH = 80  # columns; the same in a terminal, a pipe and a test
+MOST_USED = "most used"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=HELP_WIDTH)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = textwrap.dedent(text).strip().split("\n\n")
+        return "\n\n".join(
+            _fold_commands(paragraph)
+            if paragraph.startswith(" ")
+            else textwrap.fill(paragraph, width)
+            for paragraph in paragraphs
+        )
+
+
+def _fold_commands(example: str) -> str:
+    # Commands that are too long for a line go on in the next, as a shell reads them.
+    return "\n".join(
+        " \\\n".join(
+            textwrap.wrap(line, HELP_WIDTH - 2, subsequent_indent=" " * 8, break_on_hyphens=False)
+        )
+        for line in example.splitlines()
+    )
+
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are a sentence, as all errors of users are.
+    """An argument parser that raises `ConfigError` instead of exiting with a usage message.
 
     Args:
-        prog: As a user starts it.
-        description: For `--help`, shown as it is.
-        options: As `argparse.ArgumentParser`.
+        prog: The command as a user types it.
+        description: For `--help`: paragraphs separated by empty lines; indented ones are kept.
+        options: See `argparse.ArgumentParser`.
     """
 
     def __init__(self, prog: str, description: str | None, **options: Any) -> None:
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
             **options,
         )
@@ -62,12 +91,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def user_path(text: str) -> Path:
-    """The type of a flag that names a file or folder; `~` is the home folder."""
+    """The argparse type of a flag that names a file or folder; `~` is the home folder."""
     return Path(text).expanduser()
 
 
 class CheckedSettings(Protocol):
-    """A dataclass that knows what is wrong with its values."""
+    """A dataclass of `setting`s that can check its values."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -79,21 +108,55 @@ class CheckedSettings(Protocol):
 Config = TypeVar("Config", bound=CheckedSettings)
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: Any = None) -> Any:
-    """A field of such a dataclass.
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    most_used: bool = False,
+    choices: tuple[str, ...] = (),
+    at_least: Any = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of a dataclass of settings: one attribute, YAML key and flag.
 
     Args:
-        default: Its value if nothing is given.
-        help: For `--help`.
-        choices: What it may be; empty: anything of its type.
-        at_least: The lowest number that it may be.
+        default: The value if none is given.
+        help: One sentence for `--help`.
+        group: The section of `--help` that lists the flag.
+        most_used: Whether `--help` lists it in its first section instead.
+        choices: The allowed values; empty: any value of the field's type.
+        at_least: The lowest number allowed.
+        metavar: What `--help` shows for the value; None: by the field's type.
     """
-    metadata = {"help": help, "choices": choices, "at_least": at_least}
+    metadata = {
+        "help": help,
+        "section": MOST_USED if most_used else f"{group} (advanced)",
+        "group": group,
+        "choices": choices,
+        "at_least": at_least,
+        "metavar": metavar,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def help_sections(cls: type[CheckedSettings]) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The settings of a dataclass as `--help` lists them: the most used ones, then by group."""
+    sections: dict[str, list[dataclasses.Field[Any]]] = {MOST_USED: []}
+    for field in dataclasses.fields(cls):
+        sections.setdefault(field.metadata["section"], []).append(field)
+    return sections
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default of a setting as one writes it in YAML; empty for None."""
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
+    return "" if field.default is None else str(field.default)
+
+
 def check_fields(config: Any) -> list[str]:
-    """The fields whose value is none of their choices, or too low: one sentence each."""
+    """One sentence for each setting that is none of its choices, or too low a number."""
     problems = []
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
@@ -110,13 +173,13 @@ def check_fields(config: Any) -> list[str]:
 
 
 def parse_settings(cls: type[Config], argv: list[str], *, prog: str, description: str) -> Config:
-    """Merges defaults < the YAML file that `--config` names < flags, and checks the result.
+    """Merges defaults < the YAML file named by `--config` < flags, and checks the result.
 
     Args:
-        cls: A dataclass made of `setting`s.
+        cls: A dataclass of `setting`s.
         argv: The arguments after the program's name; `--help` prints the flags and exits.
-        prog: What the command is called.
-        description: What it does.
+        prog: The command as a user types it.
+        description: For `--help`.
 
     Returns:
         The checked configuration.
@@ -125,77 +188,75 @@ def parse_settings(cls: type[Config], argv: list[str], *, prog: str, description
         ConfigError: Listing every unknown key, wrong type and wrong value at once.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    parser = _argument_parser(fields.values(), prog=prog, description=description)
+    parser = _settings_parser(cls, prog=prog, description=description)
     known, unknown = parser.parse_known_args(argv)
     flags = vars(known)
-    problems: list[str] = []
-    options = [f"--{name}" for name in ("config", "help", *fields)]
-    # A value that follows an unknown flag is reported with it, not as a problem of its own.
-    for word in [word for word in unknown if word.startswith("-")] or unknown[:1]:
-        problems.append(f"{word}: no such flag.{_nearest(word.split('=')[0], options)}")
+    problems = _unknown_flags(unknown, ["config", "help", *fields])
     file = flags.pop("config", None)
     merged = OmegaConf.structured(cls)
     OmegaConf.set_readonly(merged, False)  # it inherits the dataclass's frozenness
     for key, value in _read_yaml(Path(file)).items() if file is not None else ():
         if key in fields:
-            problems += _assign(merged, fields[key], value, source=f"{file}: ")
+            problems += _assign_value(merged, fields[key], value, source=f"{file}: ")
         else:
-            problems.append(f"{file}: {key}: no such key.{_nearest(str(key), fields)}")
+            problems.append(f"{file}: {key}: no such key.{_suggest_nearest(str(key), fields)}")
     for key, value in flags.items():
-        problems += _assign(merged, fields[key], value, source="--")
+        problems += _assign_value(merged, fields[key], value, source="--")
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
-        text = str(error).splitlines()[0]
-        raise ConfigError(f"the configuration cannot be resolved: {text}.") from error
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"the configuration cannot be resolved: {message}.") from error
     assert isinstance(config, cls)
     problems += config.check()
     if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        listed = "".join(f"\n  - {problem}" for problem in problems)
         raise ConfigError(
-            "the configuration has "
-            + (f"{len(problems)} problems" if len(problems) > 1 else "a problem")
-            + "".join(f"\n  - {problem}" for problem in problems)
-            + f"\n`{prog} --help` lists every flag."
+            f"the configuration has {count}{listed}\n`{prog} --help` lists every flag."
         )
     return config
 
 
-def _assign(merged: Any, field: dataclasses.Field[Any], value: Any, *, source: str) -> list[str]:
-    annotation = str(field.type)
-    if "None" in annotation and str(value).lower() in ("none", "null", ""):
-        value = None
-    if isinstance(value, bool) and "off" in field.metadata["choices"]:
-        value = "on" if value else "off"  # YAML reads a bare off as false
-    try:
-        OmegaConf.update(merged, field.name, value)
-    except OmegaConfBaseException:
-        words = {"bool": "yes or no", "int": "a whole number", "float": "a number"}
-        wanted = next((word for kind, word in words.items() if kind in annotation), "text")
-        return [f"{source}{field.name}: '{value}' is not {wanted}."]
-    return []
-
-
-def _argument_parser(
-    fields: Iterable[dataclasses.Field[Any]], *, prog: str, description: str
+def _settings_parser(
+    cls: type[CheckedSettings], *, prog: str, description: str
 ) -> argparse.ArgumentParser:
-    # Values stay text and absent flags stay absent: what they mean is decided in merging.
-    parser = CommandParser(prog, description, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the fields below")
-    for field in fields:
-        choices, default = field.metadata["choices"], field.default
-        text = field.metadata["help"].replace("%", "%%")
-        if choices:
-            text += f" ({', '.join(choices)})"
-        text += "" if default is None else f" [{default}]"
-        if isinstance(default, bool):
-            names = (f"--{field.name}", f"--no-{field.name}")
-            parser.add_argument(*names, action=_Switch, help=text)
-        else:
-            parser.add_argument(f"--{field.name}", metavar="VALUE", help=text)
+    # Values stay text, and absent flags stay absent: `parse_settings` converts and merges them.
+    parser = CommandParser(
+        prog,
+        description,
+        argument_default=argparse.SUPPRESS,
+        usage=f"{prog} [--config FILE.yaml] [--FLAG VALUE ...]",
+        add_help=False,
+    )
+    for title, fields in help_sections(cls).items():
+        section = parser.add_argument_group(title)
+        if title == MOST_USED:
+            section.add_argument("-h", "--help", action="help", help="print this help and exit")
+            section.add_argument(
+                "--config", metavar="FILE.yaml", help="YAML file of `flag: value` lines"
+            )
+        for field in fields:
+            default = default_text(field)
+            help = field.metadata["help"] + (f" (default: {default})" if default else "")
+            names = [f"--{field.name}"]
+            options: dict[str, Any] = {"metavar": _value_name(field)}
+            if isinstance(field.default, bool):
+                names, options = [*names, f"--no-{field.name}"], {"action": _SwitchAction}
+            section.add_argument(*names, help=help.replace("%", "%%"), **options)
     return parser
 
 
-class _Switch(argparse.Action):
+def _value_name(field: dataclasses.Field[Any]) -> str:
+    if field.metadata["metavar"] or field.metadata["choices"]:
+        return field.metadata["metavar"] or "{" + ",".join(field.metadata["choices"]) + "}"
+    return next((name for kind, name in _VALUE_NAMES.items() if kind in str(field.type)), "TEXT")
+
+
+_VALUE_NAMES = {"int": "N", "float": "X"}
+
+
+class _SwitchAction(argparse.Action):
     """`--x` is true, `--no-x` is false."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
@@ -205,21 +266,48 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no-"))
 
 
+def _unknown_flags(unknown: list[str], known: Iterable[str]) -> list[str]:
+    # A value that follows an unknown flag belongs to it, and is not a problem of its own.
+    options = [f"--{name}" for name in known]
+    flags = [argument for argument in unknown if argument.startswith("-")] or unknown[:1]
+    return [
+        f"{flag}: no such flag.{_suggest_nearest(flag.split('=')[0], options)}" for flag in flags
+    ]
+
+
+def _assign_value(
+    merged: Any, field: dataclasses.Field[Any], value: Any, *, source: str
+) -> list[str]:
+    # Sets one field of the merged configuration; the problem, if the value has the wrong type.
+    annotation = str(field.type)
+    if "None" in annotation and str(value).lower() in ("none", "null", ""):
+        value = None
+    if isinstance(value, bool) and "off" in field.metadata["choices"]:
+        value = "on" if value else "off"  # YAML reads a bare off as false
+    try:
+        OmegaConf.update(merged, field.name, value)
+    except OmegaConfBaseException:
+        kinds = {"bool": "yes or no", "int": "a whole number", "float": "a number"}
+        expected = next((text for kind, text in kinds.items() if kind in annotation), "text")
+        return [f"{source}{field.name}: '{value}' is not {expected}."]
+    return []
+
+
 def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}.")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:  # OmegaConf passes on what the YAML parser raises
-        text = " ".join(str(error).split())
-        raise ConfigError(f"--config: {path} is not readable as YAML: {text}") from error
+        message = " ".join(str(error).split())
+        raise ConfigError(f"--config: {path} is not readable as YAML: {message}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config: {path} must hold `key: value` lines.")
     return loaded
 
 
-def _nearest(word: str, options: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(options), n=1)
+def _suggest_nearest(name: str, options: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(options), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
@@ -231,14 +319,14 @@ EXTRAS = {
 
 
 def require_extra(extra: str, *, what: str) -> None:
-    """Makes sure that an extra's packages are installed, without importing them.
+    """Makes sure that the packages of an extra are installed, without importing them.
 
     Args:
-        extra: A key of `EXTRAS`, which is what `setup.cfg` calls it.
-        what: What needs them, for the error.
+        extra: A key of `EXTRAS`, named as in `setup.cfg`.
+        what: The feature that needs them, for the error message.
 
     Raises:
-        ConfigError: Some are missing; the command that installs them is named.
+        ConfigError: Some are missing; the message has the command that installs them.
     """
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
@@ -249,10 +337,10 @@ def require_extra(extra: str, *, what: str) -> None:
 
 
 def exit_code(error: BaseException | None) -> int:
-    """The exit code that stands for how a command ended.
+    """The exit code of a command.
 
     Args:
-        error: What it raised, or None if it returned.
+        error: What its `main` raised; None if it returned.
 
     Returns:
         0 done, 1 failed, 2 wrong usage or input, 75 stopped with everything saved, 130 interrupted.
@@ -269,10 +357,10 @@ def exit_code(error: BaseException | None) -> int:
 
 
 def run_command(main: Callable[[list[str]], object], argv: list[str] | None = None) -> int:
-    """Runs a command's `main` and reports how it ended.
+    """Runs a command's `main` and prints how it failed or stopped.
 
-    Expected endings are one paragraph on standard error; a traceback appears for bugs and with
-    `--debug`.
+    Errors of the user, and stops, are one paragraph on standard error; with `--debug` the traceback
+    comes before it. A bug is a traceback, also in the summary that `torchrun` prints.
 
     Args:
         main: Takes the arguments after the program's name.
@@ -287,14 +375,38 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
     except (UserError, TrainingError, ExportError, RunStopped, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        word = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "error"
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, (ConfigError, RunStopped, SharedError)):
-            name = "" if rank == "0" else f"[rank {rank}] "
-            words = escape_paragraph(str(error) or "interrupted")
-            print(f"{name}{word}: {words}", file=sys.stderr, flush=True)
+        _print_error(error)
         return exit_code(error)
     except Exception as error:
         traceback.print_exc()
+        _report_to_torchrun(error)
         return exit_code(error)
     return EXIT_DONE
+
+
+def _print_error(error: BaseException) -> None:
+    rank = os.environ.get("RANK", "0")
+    # Every rank has the same one of these, so rank 0 alone prints it.
+    if rank != "0" and isinstance(error, (ConfigError, RunStopped, SharedError)):
+        return
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    kind = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "error"
+    message = escape_paragraph(str(error) or "interrupted")
+    print(f"{prefix}{kind}: {message}", file=sys.stderr, flush=True)
+
+
+def _report_to_torchrun(error: Exception) -> None:
+    # torchrun's own decorator, applied to nothing but a bug: it writes the exception into the file
+    # that torchrun reads, which then names the first rank that failed, its host and its traceback.
+    # Applied to `main` itself, it would print a traceback of the user's errors too, and it would
+    # import torch before `--help`.
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    @record
+    def raise_again() -> None:
+        raise error
+
+    with contextlib.suppress(Exception):
+        raise_again()

@@ -1,6 +1,6 @@
-"""The configuration: one flat frozen dataclass; defaults < YAML < flags; every value checked.
+"""The settings of a training: one flat frozen dataclass, filled from defaults < YAML < flags.
 
-This module imports no torch, so that `--help` and a wrong flag answer at once.
+Imports no torch, so that `--help` and a wrong flag need no second.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from samft.cli import check_fields, parse_settings, setting
 
-# What may differ between a run and its resume, because it does not change what is learnt. Batch
-# size and accumulation are held to their product with the number of processes elsewhere.
+# Settings that may differ when a run is resumed, because they do not change what is learnt. Of
+# batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
 FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
@@ -26,179 +26,341 @@ MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a run is told; attribute, YAML key and flag are spelled alike."""
+    """The settings of a training run; attribute, YAML key and flag have the same name."""
 
     data_root: str | None = setting(
         None,
-        "dataset folder: SPLIT/_annotations.coco.json beside its images, or the official layout "
-        "annotations/instances_SPLIT.json + SPLIT/",
+        "dataset folder: SPLIT/_annotations.coco.json beside its images, or COCO's own layout, "
+        "annotations/instances_SPLIT.json and SPLIT/",
+        group="data",
+        most_used=True,
+        metavar="DIR",
     )
-    model_type: str | None = setting(None, "which SAM", choices=MODEL_TYPES)
-    checkpoint_path: str | None = setting(
-        None,
-        "SAM weights: Meta's .pth or any .ckpt/.pth of ours; auto: the packaged file for "
-        "vit_tiny, else a download; random: random weights",
-    )
-    freeze_image_encoder: bool = setting(False, "keep the image encoder as it is")
-    freeze_prompt_encoder: bool = setting(False, "keep the prompt encoder as it is")
-    freeze_mask_decoder: bool = setting(False, "keep the mask decoder as it is")
-    batch_size: int = setting(1, "images per process per micro-batch", at_least=1)
-    image_size: int = setting(1024, "side of the model input in pixels, a multiple of 16")
-    steps: int = setting(1500, "optimizer steps", at_least=1)
-    learning_rate: float = setting(1e-4, "peak learning rate")
-    weight_decay: float = setting(1e-2, "not on biases, norms, embeddings", at_least=0)
-    metrics_interval: int = setting(
-        50, "validate, save and write a train line every so many steps", at_least=1
-    )
-    output_dir: str = setting(".", "everything that a run writes")
-    train_split: str = setting("train", "name of the training split")
-    val_split: str = setting(
-        "val", "name of the validation split; valid and validation are tried where val is absent"
-    )
-    train_annotations: str | None = setting(None, "COCO file for training, over data_root")
-    train_images: str | None = setting(None, "folder of the training images, over data_root")
-    val_annotations: str | None = setting(None, "COCO file for validation, over data_root")
-    val_images: str | None = setting(None, "folder of the validation images, over data_root")
     val_fraction: float | None = setting(
-        None, "without a validation split: hold out this share of the images, by file name"
+        None,
+        "without a validation split, hold out this share of the training images, chosen by a hash "
+        "of their file names",
+        group="data",
+        most_used=True,
     )
-    max_masks_per_image: int = setting(
-        64, "random subset per epoch in training; validation takes all, in chunks", at_least=1
+    train_split: str = setting("train", "name of the training split", group="data", metavar="NAME")
+    val_split: str = setting(
+        "val",
+        "name of the validation split; if there is no val, valid and validation are tried",
+        group="data",
+        metavar="NAME",
     )
-    box_jitter: float = setting(
-        0.1,
-        "training moves each side of a box by up to this share of the side, at most 20 px at "
-        "1024; 0: off",
-        at_least=0,
+    train_annotations: str | None = setting(
+        None, "COCO file to train on, instead of data_root", group="data", metavar="FILE"
     )
-    augment: str = setting(
-        "flip",
-        "training augmentation; scale: resize by 0.5 to 2 with crop, flip and colour",
-        choices=("none", "flip", "scale"),
+    train_images: str | None = setting(
+        None, "folder of the images of train_annotations", group="data", metavar="DIR"
+    )
+    val_annotations: str | None = setting(
+        None, "COCO file to validate on, instead of data_root", group="data", metavar="FILE"
+    )
+    val_images: str | None = setting(
+        None, "folder of the images of val_annotations", group="data", metavar="DIR"
     )
     category_names: str | None = setting(
-        None, "train and validate on these classes only, separated by commas"
+        None,
+        "train and validate on these classes only, separated by commas",
+        group="data",
+        metavar="A,B",
     )
     min_mask_area: float = setting(
-        0.0, "leave out masks of fewer pixels than this, in the original image", at_least=0
+        0.0,
+        "leave out objects whose mask has fewer pixels than this in the original image",
+        group="data",
+        at_least=0,
+        metavar="PX",
+    )
+    max_masks_per_image: int = setting(
+        64,
+        "largest number of objects per image in training, a random subset in each epoch; "
+        "validation uses all",
+        group="data",
+        at_least=1,
     )
     repeat_threshold: float | None = setting(
         None,
-        "show images of rare classes more often: those in a smaller share of the images than this "
-        "(LVIS takes 0.001)",
+        "repeat images of rare classes: those in a smaller share of the images than this, as LVIS "
+        "does with 0.001",
+        group="data",
     )
     on_bad_image: str = setting(
         "error",
-        "missing or broken images: refuse to train, or leave them out and name them",
+        "missing and broken images: error: refuse to train; skip: leave them out and name them",
+        group="data",
         choices=("error", "skip"),
     )
-    resize_mode: str = setting(
-        "pad", "pad: longest side, as SAM does; squash: to a square", choices=("pad", "squash")
+    model_type: str | None = setting(
+        None,
+        "SAM model; vit_tiny is small, comes with samft, and suits tests and CPUs",
+        group="model",
+        most_used=True,
+        choices=MODEL_TYPES,
     )
-    num_workers: int = setting(4, "loader workers per process", at_least=0)
+    checkpoint_path: str | None = setting(
+        None,
+        "SAM weights to start from: Meta's .pth, or a .ckpt or .pth of samft; auto: the weights "
+        "of model_type, downloaded unless it is vit_tiny; random: random weights",
+        group="model",
+        most_used=True,
+        metavar="FILE",
+    )
+    freeze_image_encoder: bool = setting(
+        False,
+        "do not train the image encoder: much faster, as each image need be encoded only once",
+        group="model",
+        most_used=True,
+    )
+    image_size: int = setting(
+        1024,
+        "side of the model's input in pixels, a multiple of 16; smaller is faster, but loses small "
+        "objects",
+        group="model",
+        most_used=True,
+        metavar="PX",
+    )
+    freeze_prompt_encoder: bool = setting(False, "do not train the prompt encoder", group="model")
+    freeze_mask_decoder: bool = setting(False, "do not train the mask decoder", group="model")
+    augment: str = setting(
+        "flip",
+        "training augmentation: flip: mirror half of the images; scale: also resize by 0.5 to 2 "
+        "with a random crop, and vary the colours",
+        group="prompts and augmentation",
+        most_used=True,
+        choices=("none", "flip", "scale"),
+    )
+    box_jitter: float = setting(
+        0.1,
+        "move each side of a training box by up to this share of its length, at most 20 px at "
+        "1024; 0: off",
+        group="prompts and augmentation",
+        at_least=0,
+    )
+    resize_mode: str = setting(
+        "pad",
+        "fit images to image_size: pad: longest side, then zeros, as SAM does; squash: to a square",
+        group="prompts and augmentation",
+        choices=("pad", "squash"),
+    )
+    steps: int = setting(
+        1500, "number of optimizer steps", group="optimisation", most_used=True, at_least=1
+    )
+    batch_size: int = setting(
+        1,
+        "images per process and micro-batch",
+        group="optimisation",
+        most_used=True,
+        at_least=1,
+    )
+    learning_rate: float = setting(1e-4, "peak learning rate", group="optimisation", most_used=True)
+    accumulate_steps: int = setting(
+        1,
+        "micro-batches per optimizer step; larger steps at the memory of batch_size",
+        group="optimisation",
+        at_least=1,
+    )
+    lr_schedule: str = setting(
+        "multistep",
+        "learning rate after a linear warm-up: multistep: times 0.1 at 66.667 % and 86.666 % of "
+        "the steps, as SAM was trained; cosine: falling to 0; constant",
+        group="optimisation",
+        choices=("multistep", "cosine", "constant"),
+    )
+    warmup_steps: int = setting(
+        250, "steps of the warm-up, at most a tenth of steps", group="optimisation", at_least=0
+    )
+    weight_decay: float = setting(
+        1e-2,
+        "AdamW's weight decay, not on biases, norms and embeddings",
+        group="optimisation",
+        at_least=0,
+    )
+    clip_grad_norm: float = setting(
+        1.0, "largest norm of the gradient; 0: off", group="optimisation", at_least=0
+    )
+    loss_focal_weight: float = setting(
+        20.0, "weight of the focal loss", group="optimisation", at_least=0
+    )
+    loss_dice_weight: float = setting(
+        1.0, "weight of the dice loss", group="optimisation", at_least=0
+    )
+    loss_iou_weight: float = setting(
+        1.0, "weight of the loss of the predicted IoU", group="optimisation", at_least=0
+    )
+    loss_resolution: str = setting(
+        "low",
+        "compare masks at: low: the decoder's own resolution; input: upsampled to image_size",
+        group="optimisation",
+        choices=("low", "input"),
+    )
+    seed: int = setting(
+        0,
+        "seed of the order of images, augmentation and box jitter",
+        group="optimisation",
+        at_least=0,
+    )
+    device: str = setting(
+        "auto",
+        "where to train; auto: on GPUs if PyTorch can use them",
+        group="speed and memory",
+        most_used=True,
+        choices=("auto", "cuda", "cpu"),
+    )
+    num_workers: int = setting(
+        4,
+        "data loader workers per process",
+        group="speed and memory",
+        most_used=True,
+        at_least=0,
+    )
     amp: str = setting(
         "auto",
         "mixed precision; auto: bf16 on GPUs that have it, else off",
+        group="speed and memory",
         choices=("auto", "off", "bf16", "fp16"),
     )
-    accumulate_steps: int = setting(1, "micro-batches per optimizer step", at_least=1)
-    max_bad_steps: int = setting(
-        5, "steps in a row that may be skipped because the gradient is not finite", at_least=0
-    )
-    detect_anomaly: bool = setting(
-        False, "have PyTorch name the operation whose gradient is not finite; slow"
-    )
-    clip_grad_norm: float = setting(1.0, "largest gradient norm; 0: off", at_least=0)
-    lr_schedule: str = setting(
-        "multistep",
-        "multistep: linear warm-up, x0.1 at 66.667 and 86.666 per cent, as SAM was trained",
-        choices=("multistep", "cosine", "constant"),
-    )
-    warmup_steps: int = setting(250, "never more than a tenth of steps", at_least=0)
-    loss_focal_weight: float = setting(20.0, "weight of the focal loss", at_least=0)
-    loss_dice_weight: float = setting(1.0, "weight of the dice loss", at_least=0)
-    loss_iou_weight: float = setting(1.0, "weight of the predicted IoU's loss", at_least=0)
     attention: str = setting(
         "fast",
-        "the image encoder's attention, the same numbers: fast: without N x N tensors; stock: "
-        "segment_anything's own",
+        "image encoder's attention: fast: optimised, same outputs; stock: segment_anything's own",
+        group="speed and memory",
         choices=("fast", "stock"),
     )
     decoder: str = setting(
         "fast",
-        "the mask decoder, the same numbers: fast: image tokens not projected where prompts can "
-        "be; stock: segment_anything's own modules",
+        "mask decoder: fast: optimised, same outputs; stock: segment_anything's own",
+        group="speed and memory",
         choices=("fast", "stock"),
     )
     compile: bool = setting(
-        False, "compile the image encoder's blocks with torch.compile: slow to start, faster then"
+        False,
+        "compile the image encoder's blocks with torch.compile: a slow start, then faster steps",
+        group="speed and memory",
     )
     activation_checkpointing: str = setting(
         "none",
-        "image encoder's activations made again in backward, to save memory; blocks: inside of "
-        "each block, for a third more time; full: inside of groups of blocks, too, for two thirds",
+        "recompute the image encoder's activations in backward to save memory: blocks: within each "
+        "block, +1/3 time; full: within groups of blocks too, +2/3 time",
+        group="speed and memory",
         choices=("none", "blocks", "full"),
     )
     optimizer_sharding: bool = setting(
-        False, "each process keeps the optimizer's state of its share of the parameters only"
+        False,
+        "divide the optimizer's state among the processes, to save memory",
+        group="speed and memory",
     )
     bf16_compress: bool = setting(
-        False, "send gradients between processes in bfloat16: half the bytes, fewer digits"
+        False,
+        "send gradients between processes in bfloat16: half the traffic, less precision",
+        group="speed and memory",
     )
     mask_chunk: int | None = setting(
-        None, "boxes decoded at once, which bounds memory; empty: as memory allows", at_least=1
-    )
-    loss_resolution: str = setting(
-        "low",
-        "low: at the decoder's own resolution; input: upsampled to image_size",
-        choices=("low", "input"),
+        None,
+        "boxes to decode at once, which limits memory; not given: by the free memory",
+        group="speed and memory",
+        at_least=1,
     )
     cache_embeddings: str = setting(
         "auto",
-        "encode each image once and keep the result; auto: where the image encoder is frozen, "
-        "augment is not scale, and it pays",
+        "encode each image only once and store the result; auto: if the image encoder is frozen, "
+        "augment is not scale, and it saves time",
+        group="speed and memory",
         choices=("auto", "on", "off"),
     )
     cache_dir: str | None = setting(
-        None, "where to keep embeddings; runs may share it (default OUTPUT_DIR/embeddings)"
+        None,
+        "folder for these embeddings; runs may share it (default: OUTPUT_DIR/embeddings)",
+        group="speed and memory",
+        metavar="DIR",
     )
     cache_dtype: str = setting(
-        "float16", "type to keep embeddings in", choices=("float16", "float32")
+        "float16",
+        "type to store embeddings in",
+        group="speed and memory",
+        choices=("float16", "float32"),
     )
     cache_max_gib: float = setting(
-        100.0, "what cache_dir may hold; what has not been used longest goes first", at_least=0
+        100.0,
+        "largest size of cache_dir; the embeddings that were used least recently are deleted",
+        group="speed and memory",
+        at_least=0,
+        metavar="GIB",
     )
-    save_top_k: int = setting(1, "checkpoints kept, best by val_per_mask_iou", at_least=1)
+    probe_memory: bool = setting(
+        False,
+        "run the largest batch once before the first step, so that out-of-memory shows at once",
+        group="speed and memory",
+    )
+    output_dir: str = setting(
+        ".",
+        "folder for everything that the run writes",
+        group="output",
+        most_used=True,
+        metavar="DIR",
+    )
+    metrics_interval: int = setting(
+        50,
+        "steps between validations; metrics and checkpoints are written then, too",
+        group="output",
+        at_least=1,
+    )
+    save_top_k: int = setting(
+        1, "checkpoints to keep: those with the best val_per_mask_iou", group="output", at_least=1
+    )
     resume: str = setting(
         "auto",
-        "auto: go on from output_dir if it holds a run of the same configuration; never; or a "
-        "path to a last.ckpt",
+        "auto: resume the run in output_dir if its configuration is the same; never: start a new "
+        "run; or the path of a last.ckpt to resume from",
+        group="reliability",
+        most_used=True,
+        metavar="auto|never|FILE",
     )
-    seed: int = setting(0, "seed of all randomness", at_least=0)
-    device: str = setting("auto", "where to train", choices=("auto", "cuda", "cpu"))
-    hang_timeout: float = setting(
-        600.0,
-        "seconds after which a process or a loader worker that does not answer is named and given "
-        "up",
+    dry_run: bool = setting(
+        False,
+        "train nothing: take two steps on the largest batch, and report the memory, time and disk "
+        "space that the run needs",
+        group="reliability",
+        most_used=True,
+    )
+    stop_after: int | None = setting(
+        None,
+        "save and stop with exit code 75 after this step; the same command resumes",
+        group="reliability",
         at_least=1,
     )
     save_before_limit: float | None = setting(
         None,
         "save and stop with exit code 75 this many seconds before the time limit of the SLURM job",
+        group="reliability",
+        at_least=0,
+        metavar="SECONDS",
+    )
+    hang_timeout: float = setting(
+        600.0,
+        "fail if a process or a data loader worker does not respond for this long, and name it",
+        group="reliability",
+        at_least=1,
+        metavar="SECONDS",
+    )
+    max_bad_steps: int = setting(
+        5,
+        "fail if more steps in a row than this are skipped because the gradient is not finite",
+        group="reliability",
         at_least=0,
     )
-    probe_memory: bool = setting(
-        False, "before the first step, try the largest batch, so that memory gives out now or never"
-    )
-    stop_after: int | None = setting(
-        None, "save and stop with exit code 75 after this step; run again to go on", at_least=1
-    )
-    dry_run: bool = setting(
+    detect_anomaly: bool = setting(
         False,
-        "train nothing: take two steps on the largest batch, and say what memory, time and disk "
-        "the run takes",
+        "have PyTorch name the operation whose gradient is not finite; slow",
+        group="reliability",
     )
-    debug: bool = setting(False, "show tracebacks of errors in usage, data and checkpoints")
+    debug: bool = setting(
+        False,
+        "show tracebacks of errors in usage, data and checkpoints too",
+        group="reliability",
+    )
 
     def check(self) -> list[str]:
         """Checks every value.
@@ -268,14 +430,14 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """The fields in which a saved run differs from a configuration, where that matters.
+    """The settings that forbid to resume a run, because they change what is learnt.
 
     Args:
-        saved: The run's configuration as plain values.
-        config: What it is asked to go on with.
+        saved: The configuration of the saved run, as plain values.
+        config: The configuration to resume it with.
 
     Returns:
-        Lines of a table: field, the run's value, the value asked for.
+        Lines of a table: setting, its value in the saved run, its value now.
     """
     rows = []
     for name, value in dataclasses.asdict(config).items():
@@ -286,7 +448,7 @@ def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
 
 
 def parse_config(argv: list[str]) -> TrainConfig:
-    """Reads flags and the YAML file that they name; `--help` prints the flags and exits.
+    """Reads flags, and the YAML file named by `--config`; `--help` prints the flags and exits.
 
     Args:
         argv: The arguments after the program's name.
@@ -297,5 +459,8 @@ def parse_config(argv: list[str]) -> TrainConfig:
     Raises:
         ConfigError: Listing every unknown key, wrong type and wrong value at once.
     """
-    description = "Fine-tune Segment Anything on a COCO dataset. Defaults < --config < flags."
+    description = (
+        "Fine-tune Segment Anything on a COCO dataset. A flag wins over its key in the --config "
+        "file, and that over the default."
+    )
     return parse_settings(TrainConfig, argv, prog="python -m samft.train", description=description)

@@ -1,6 +1,9 @@
 """The configuration: its table of defaults, precedence, and every mistake that it must catch."""
 
 import dataclasses
+import importlib
+import itertools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import REPOSITORY
+from samft.cli import CommandParser
 from samft.config import FREE_ON_RESUME, TrainConfig, changed_settings, parse_config, to_yaml
 from samft.errors import ConfigError
 
@@ -329,11 +333,67 @@ def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         parse_config(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    words = set(text.replace(",", " ").split())
+    printed = set(text.replace(",", " ").split())
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name}" in words
-        assert (f"--no-{field.name}" in words) == isinstance(field.default, bool)
-    assert "--config" in words
+        assert f"--{field.name}" in printed
+        assert (f"--no-{field.name}" in printed) == isinstance(field.default, bool)
+    assert "--config" in printed
+
+
+GROUPS = (
+    "data",
+    "model",
+    "prompts and augmentation",
+    "optimisation",
+    "speed and memory",
+    "output",
+    "reliability",
+)
+
+
+def test_every_setting_is_in_one_group_and_each_group_is_in_one_place() -> None:
+    groups = [field.metadata["group"] for field in dataclasses.fields(TrainConfig)]
+    assert tuple(group for group, _ in itertools.groupby(groups)) == GROUPS
+
+
+def test_help_begins_with_what_is_used_most_and_goes_on_by_group(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["most used:", *(f"{group} (advanced):" for group in GROUPS)]
+    flags = [line.split()[0].strip(",") for line in lines if line.startswith("  --")]
+    first = flags[1 : flags.index("--train_split")]  # after --config
+    assert 12 <= len(first) <= 18
+    assert {"--data_root", "--model_type", "--checkpoint_path", "--output_dir"} < set(first)
+    assert sorted(flags) == sorted(["--config", *(f"--{name}" for name in OTHER)])
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "export", "check", "demo"])
+def test_help_fits_into_80_columns_on_any_terminal(
+    command: str,
+    columns: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"samft.{command}").main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) in range(60, 81)
+
+
+def test_long_example_commands_are_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--first_flag VALUE --second_flag LONGER_VALUE"
+    example = f"    python -m program {flags} --third-flag VALUE"
+    parser = CommandParser("program", f"Does\nthings.\n\n{example}\n    short")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    folded = f"    python -m program {flags} \\\n        --third-flag VALUE"
+    assert f"\nDoes things.\n\n{folded}\n    short\n" in capsys.readouterr().out
 
 
 def test_parsing_imports_no_torch() -> None:
@@ -378,13 +438,24 @@ def test_a_field_that_the_saved_run_did_not_know_is_no_difference() -> None:
     assert changed_settings({}, parse_config(REQUIRED)) == []
 
 
-def test_the_readme_has_a_row_for_every_flag_with_its_default() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+def configuration_page() -> str:
+    module = runpy.run_path(str(REPOSITORY / "docs" / "generate_configuration.py"))
+    page: str = module["configuration_page"]()
+    return page
+
+
+def test_the_page_of_the_configuration_is_the_generated_one() -> None:
+    committed = (REPOSITORY / "docs" / "configuration.md").read_text()
+    assert committed == configuration_page(), "run `make docs`"
+
+
+def test_the_page_has_a_row_for_every_setting_with_its_default() -> None:
+    page = configuration_page()
     for setting in dataclasses.fields(TrainConfig):
         default = setting.default
         shown = str(default).lower() if isinstance(default, bool) else str(default)
         cell = "" if default is None else f"`{shown}`"
-        assert f"| `{setting.name}` | {cell} |" in readme, setting.name
+        assert page.count(f"\n| `{setting.name}` | {cell} |") == 1, setting.name
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")))

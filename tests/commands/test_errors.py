@@ -1,7 +1,13 @@
 """Endings of a command: exit codes, one paragraph, and which rank speaks."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from helpers.short_runs import COMMAND_SECONDS, clean_environment
 from samft.cli import exit_code, run_command
 from samft.errors import (
     CheckpointError,
@@ -83,21 +89,24 @@ def test_being_stopped_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, printed",
     [
-        (ConfigError("x"), ""),  # every rank finds the same: rank 0 says it
+        (ConfigError("x"), ""),  # the same on every rank: rank 0 prints it
         (RunStopped("x"), ""),
         (SharedError("x"), ""),
         (DataError("x"), "[rank 1] error: x\n"),
         (TrainingError("x"), "[rank 1] error: x\n"),
     ],
 )
-def test_what_ranks_other_than_zero_say(
-    error: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_what_ranks_other_than_zero_print(
+    error: Exception,
+    printed: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     assert run_command(command(error), []) == exit_code(error)
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == printed
 
 
 def test_arguments_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +115,61 @@ def test_arguments_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["program", "--b"])
     run_command(seen.append)
     assert seen == [["--a", "1"], ["--b"]]
+
+
+@pytest.fixture
+def error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which torchrun looks for the exception of this process."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("faulthandler.enable", lambda **_: None)  # pytest has enabled its own
+    return tmp_path / "error.json"
+
+
+def test_a_bug_is_reported_to_torchrun(error_file: Path) -> None:
+    assert run_command(command(ZeroDivisionError("oops")), []) == 1
+    reported = json.loads(error_file.read_text())["message"]
+    assert reported["message"] == "ZeroDivisionError: oops"
+    assert "in main" in reported["extraInfo"]["py_callstack"]
+
+
+@pytest.mark.parametrize("error", [e for e, _ in ENDINGS if type(e) is not RuntimeError])
+def test_no_other_ending_is_reported_to_torchrun(
+    error: BaseException | None, error_file: Path
+) -> None:
+    run_command(command(error), [])
+    assert not error_file.exists()
+
+
+def test_a_bug_is_reported_even_if_the_file_cannot_be_written(
+    error_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error_file.mkdir()
+    assert run_command(command(ZeroDivisionError("oops")), []) == 1
+    assert capsys.readouterr().err.endswith("ZeroDivisionError: oops\n")
+
+
+BUGGY_COMMAND = """
+import sys
+from samft.cli import run_command
+
+def main(argv):
+    return 1 / 0
+
+sys.exit(run_command(main))
+"""
+
+
+def test_torchrun_names_the_rank_and_the_exception_of_a_bug(tmp_path: Path) -> None:
+    (tmp_path / "buggy.py").write_text(BUGGY_COMMAND)
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", str(tmp_path / "buggy.py")],
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        env=clean_environment(),
+        check=False,
+    )
+    assert ended.returncode == 1
+    summary = ended.stderr.partition("Root Cause (first observed failure)")[2]
+    assert "rank      : 0 " in summary and "host      : " in summary
+    assert "in main" in summary and "ZeroDivisionError: division by zero" in summary

@@ -26,7 +26,7 @@ help:
 	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
 	@echo "make bench-step   measures the training step beside the plain recipe (15 minutes, 16 GB)"
-	@echo "make bench-scale  measures the constants of docs/scale.md and prints its tables"
+	@echo "make bench-scale  measures the constants of docs/memory_and_speed.md and prints its tables"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes a minute or more"

@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{run}: {run.state_gb:.2f} GB of a GPU for weights, gradients and optimizer.\n")
         print(forecast_table(run, costs, cluster), flush=True)
     remedies = [f"| {name} | {remedy} |" for name, remedy in REMEDIES.items()]
-    print("\n" + table("| gives way first | remedy |", remedies))
+    print("\n" + table("| bottleneck | remedy |", remedies))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long a step takes, and what gives way first, for any number of GPUs and images.
+"""How long a step takes, and the bottleneck, for any number of GPUs and images.
 
 Plain arithmetic: seconds of a step on a GPU, of loading, reading, summing gradients, validating and
 writing checkpoints, from what was measured (`Costs`) and what is assumed (`Cluster`).
@@ -122,7 +122,7 @@ def all_reduce_seconds(megabytes: float, *, ranks: int, rate_mb_s: float) -> tup
 
 
 def forecast(run: Run, costs: Costs, cluster: Cluster, *, gpus: int, images: int) -> Forecast:
-    """What each part of a step takes; the largest gives way first."""
+    """What each part of a step takes; the largest is the bottleneck."""
     trained, total = run.parameters
     compute = run.batch_size * run.image_tflop / cluster.tflops
     hosts = -(-gpus // cluster.gpus_per_host)
@@ -167,7 +167,7 @@ def forecast_table(run: Run, costs: Costs, cluster: Cluster) -> str:
     """Markdown: a row for each number of GPUs and of images."""
     head = (
         "| GPUs | images | step, ms | of it compute | loader | all-reduce | validation "
-        "| checkpoints | epoch, h | cores for loading, a GPU | cache, GB | gives way first |"
+        "| checkpoints | epoch, h | cores for loading, a GPU | cache, GB | bottleneck |"
     )
     rows = []
     for gpus in NUM_GPUS:

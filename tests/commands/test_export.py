@@ -1,4 +1,4 @@
-"""`python -m samft.export`: its outputs, messages and errors; the README's snippets."""
+"""`python -m samft.export`: its outputs, messages and errors; the documented snippets."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from samft.exporters.verification import predict_boxes, synthetic_sample
 from samft.models.sam import load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
-README = REPOSITORY / "README.md"
+PAGE = REPOSITORY / "docs" / "export.md"
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +77,9 @@ def test_a_checkpoint_of_another_size_is_resized_for_pth(
     assert masks.shape == (1, *sample.image.shape[:2]) and low.shape == (1, size // 4, size // 4)
 
 
-def readme_snippets() -> dict[str, str]:
-    """The Python blocks of the README's section, by format; about vit_b at 1024 px there."""
-    section = README.read_text().split("## Take it away")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+def documented_snippets() -> dict[str, str]:
+    """The Python blocks of docs/export.md, by format; about vit_b at 1024 px there."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     return {
         format: block.replace('"vit_b", 1024', f'"vit_tiny", {SIZE}').replace("1024 /", f"{SIZE} /")
         for format, block in zip(FORMATS, blocks, strict=True)
@@ -93,12 +92,12 @@ def registered_tiny(checkpoint: str) -> Sam:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_each_format_equals_the_checkpoint_and_the_readmes_snippet_loads_it(
+def test_each_format_equals_the_checkpoint_and_the_documented_snippet_loads_it(
     format: str, checkpoint, tmp_path, monkeypatch, at_64, capsys
 ):
     for name in cli.EXTRAS.get(format, ()):
         pytest.importorskip(name)
-    snippet = readme_snippets()[format]
+    snippet = documented_snippets()[format]
     name = re.findall(r'"(tuned[^"/]*)', snippet)[0]
     picture, output = tmp_path / "mine.png", tmp_path / name
     cv2.imwrite(str(picture), np.ascontiguousarray(synthetic_sample().image[:200, 50:150]))

@@ -327,8 +327,7 @@ class ObjectChunk:
         codes = np.where(missing > 0, missing, codes)
         for k in np.flatnonzero(good & (codes > 0)).tolist():
             height, width = sizes[k].astype(int).tolist()
-            top, left, crop = decode_cropped(masks.segmentations[k], height, width)
-            drawn = left, top, left + crop.shape[1], top + crop.shape[0]
+            drawn = decode_cropped(masks.segmentations[k], height, width).extent
             # An outline that runs back on itself reaches further than what is drawn of it.
             if _BOX_CODES[codes[k]] == "box-unlike-mask" and np.abs(boxes[k] - drawn).max() <= 2:
                 codes[k] = 0

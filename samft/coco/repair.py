@@ -4,7 +4,7 @@ import codecs
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from samft.coco.entries import CROWD, NO_CATEGORY
@@ -28,7 +27,7 @@ from samft.coco.json_reader import (
 )
 from samft.coco.layout import ImageFolder
 from samft.coco.problems import Problems
-from samft.coco.segmentation import count_pixels, decode_cropped
+from samft.coco.segmentation import count_pixels, decode_cropped, encode_cropped
 from samft.errors import ConfigError, DataError
 from samft.runtime.files import write_atomically
 
@@ -219,9 +218,9 @@ def _shape(entry: dict[str, Any], index: CocoIndex, k: int, *, row: int) -> dict
     height, width = index.sizes[row].tolist()
     checked = index.segmentations[k]
     if isinstance(checked, dict) and checked["size"] != [height, width]:
-        top, left, crop = decode_cropped(checked, height, width)
-        segmentation = _encode_mask(top, left, crop, size=(height, width))
-        box = [left, top, left + crop.shape[1], top + crop.shape[0]]
+        crop = decode_cropped(checked, height, width)
+        segmentation = encode_cropped(crop, height=height, width=width)
+        box = list(crop.extent)
     else:
         segmentation = _same_segmentation(entry["segmentation"], checked)
         box = np.clip(index.boxes[k], 0, [width, height, width, height]).tolist()
@@ -243,15 +242,7 @@ def _same_segmentation(raw: Any, checked: Any) -> Any:
     return [polygon.tolist() for polygon in checked]
 
 
-def _encode_mask(
-    top: int, left: int, crop: NDArray[np.uint8], *, size: tuple[int, int]
-) -> dict[str, Any]:
-    mask = np.zeros(size, dtype=np.uint8, order="F")
-    mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
-    return {"size": list(size), "counts": mask_utils.encode(mask)["counts"].decode("ascii")}
-
-
-def _is_nearly(raw: Any, bbox: list[float]) -> bool:
+def _is_nearly(raw: Any, bbox: Sequence[float]) -> bool:
     if not isinstance(raw, list) or len(raw) != 4:
         return False
     return all(

@@ -30,6 +30,24 @@ class MaskError(DataError):
 
 
 @dataclass(frozen=True)
+class CroppedMask:
+    """A mask at the original resolution, cropped tightly; h and w are 0 if it has no pixel."""
+
+    top: int  # px, original frame
+    left: int
+    mask: NDArray[np.bool_]  # [h, w]
+
+    @property
+    def extent(self) -> tuple[int, int, int, int]:
+        """x0 y0 x1 y1 around the crop, px, original frame."""
+        height, width = self.mask.shape
+        return self.left, self.top, self.left + width, self.top + height
+
+
+_NO_PIXELS = CroppedMask(0, 0, np.zeros((0, 0), dtype=bool))
+
+
+@dataclass(frozen=True)
 class Segmentations:
     """Checked segmentations of all objects in one buffer, which processes share without copying.
 
@@ -75,7 +93,7 @@ def rle_words(rle: dict[str, Any]) -> NDArray[np.int64]:
 
 
 def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
-    """Checks a raw RLE dict; see `mask_checks.check_segmentation`.
+    """Checks a raw RLE dict; see `RawMasks`.
 
     Raises:
         MaskError: `rle-empty`, `rle-too-large` or `rle-malformed`.
@@ -130,19 +148,14 @@ def _counts_from_string(text: bytes) -> NDArray[np.int64]:
     return numbers
 
 
-def decode_cropped(
-    segmentation: Any, height: int, width: int
-) -> tuple[int, int, NDArray[np.uint8]]:
-    """Draws a segmentation as pycocotools does on the whole image, and keeps the part that counts.
+def decode_cropped(segmentation: Any, height: int, width: int) -> CroppedMask:
+    """Draws a segmentation exactly as pycocotools does on the whole image, and crops it tightly.
 
     Args:
-        segmentation: What `mask_checks.check_segmentation` returned. An RLE of another size is
-            decoded at its own size and then cut.
+        segmentation: An item of `Segmentations`. An RLE of another size than the image is decoded
+            at its own size and then cut.
         height: Of the image, px.
         width: Of the image, px.
-
-    Returns:
-        top, left, and the tight crop: uint8 [h, w] of 0 and 1, or [0, 0] if no pixel is left.
     """
     if isinstance(segmentation, dict):
         counts, rows = segmentation["counts"], segmentation["size"][0]
@@ -152,39 +165,35 @@ def decode_cropped(
     ends = np.cumsum(counts)
     filled = 2 * np.flatnonzero(counts[1::2]) + 1
     if len(filled) == 0:
-        return 0, 0, np.zeros((0, 0), dtype=np.uint8)
+        return _NO_PIXELS
     # Only the columns between the first and the last pixel are ever written out.
     first, last = int(filled[0]), int(filled[-1])
     left, right = int(ends[first - 1]) // rows, (int(ends[last]) - 1) // rows + 1
     runs = counts[first - 1 : last + 1].copy()
     runs[0] = ends[first - 1] - left * rows
-    flat = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs)
-    flat = np.append(flat, np.zeros((right - left) * rows - len(flat), dtype=np.uint8))
+    flat = np.repeat((np.arange(len(runs)) & 1).astype(bool), runs)
+    flat = np.append(flat, np.zeros((right - left) * rows - len(flat), dtype=bool))
     mask = flat.reshape(right - left, rows).T[:height, : max(0, width - left)]
-    return _tight(mask, left)
+    return _crop_tightly(mask, left=left)
 
 
-def encode_cropped(
-    top: int, left: int, mask: NDArray[np.bool_], *, height: int, width: int
-) -> dict[str, Any]:
+def encode_cropped(crop: CroppedMask, *, height: int, width: int) -> dict[str, Any]:
     """A mask as COCO's compressed RLE, as pycocotools would encode the whole image.
 
     Args:
-        top: Of the crop, px.
-        left: Of the crop, px.
-        mask: bool [h, w], the crop, inside of the image.
+        crop: The mask, inside of the image; it need not be tight.
         height: Of the image, px.
         width: Of the image, px.
 
     Returns:
         `size` [H, W], and `counts` as text, which JSON can hold.
     """
-    num_rows, num_columns = mask.shape
+    num_rows, num_columns = crop.mask.shape
     # Column after column, with an empty pixel before the first and below each.
     flat = np.zeros(1 + num_columns * (num_rows + 1), dtype=bool)
-    flat[1:].reshape(num_columns, num_rows + 1)[:, :num_rows] = mask.T
+    flat[1:].reshape(num_columns, num_rows + 1)[:, :num_rows] = crop.mask.T
     columns, rows = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), num_rows + 1)
-    positions = (left + columns) * height + top + rows
+    positions = (crop.left + columns) * height + crop.top + rows
     # A run that goes on at the top of the next column is one run.
     joins = np.flatnonzero((positions[1:] == positions[:-1]) & (columns[1:] != columns[:-1]))
     positions = np.delete(positions, np.concatenate([joins, joins + 1]))
@@ -196,18 +205,18 @@ def encode_cropped(
     return {"size": size, "counts": rle["counts"].decode("ascii")}
 
 
-def decode_encoded(rle: dict[str, Any]) -> tuple[int, int, NDArray[np.uint8]]:
-    """The mask that `encode_cropped` encoded, cropped tightly; see `decode_cropped`."""
+def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
+    """The mask that `encode_cropped` encoded, cropped tightly."""
     counts = _counts_from_string(rle["counts"].encode("ascii"))
     return decode_cropped({"size": rle["size"], "counts": counts}, *rle["size"])
 
 
-def _tight(mask: NDArray[np.uint8], left: int) -> tuple[int, int, NDArray[np.uint8]]:
+def _crop_tightly(mask: NDArray[np.bool_], *, left: int) -> CroppedMask:
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if len(ys) == 0:
-        return 0, 0, np.zeros((0, 0), dtype=np.uint8)
+        return _NO_PIXELS
     crop = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-    return int(ys[0]), left + int(xs[0]), np.ascontiguousarray(crop)
+    return CroppedMask(int(ys[0]), left + int(xs[0]), np.ascontiguousarray(crop))
 
 
 def _draw_polygons(polygons: Any, height: int, width: int) -> dict[str, Any]:
@@ -219,7 +228,7 @@ def _draw_polygons(polygons: Any, height: int, width: int) -> dict[str, Any]:
 def count_pixels(segmentation: Any, height: int, width: int) -> int:
     """Pixels of an image of this size that a checked segmentation covers."""
     if isinstance(segmentation, dict):
-        return int(decode_cropped(segmentation, height, width)[2].sum())
+        return int(decode_cropped(segmentation, height, width).mask.sum())
     return int(mask_utils.area(_draw_polygons(segmentation, height, width)))
 
 
@@ -357,8 +366,8 @@ class CheckedMasks:
         self.extents[has_parts, 2:] = np.maximum.reduceat(points, first_points)
 
     def _measure_rle(self, owner: int, rle: dict[str, Any]) -> None:
-        top, left, crop = decode_cropped(rle, *rle["size"])
-        self.extents[owner] = left, top, left + crop.shape[1], top + crop.shape[0]
+        crop = decode_cropped(rle, *rle["size"])
+        self.extents[owner] = crop.extent
         self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
 
 
@@ -409,47 +418,3 @@ def _polygon_words(
     is_number[starts[owners] + 1 + rank] = False
     words.view(np.float64)[is_number] = numbers
     return words, np.where(num_parts > 0, starts, -1)
-
-
-def check_segmentation(raw: Any) -> Any:
-    """Checks one raw COCO segmentation so that nothing in it can hurt.
-
-    Args:
-        raw: See `RawMasks.add`.
-
-    Returns:
-        A list of polygon arrays, or an RLE dict with `size` [H, W] and an int64 array `counts`.
-
-    Raises:
-        MaskError: It is empty or malformed.
-    """
-    masks = RawMasks()
-    masks.add(raw)
-    checked = masks.check()
-    if checked.codes[0]:
-        raise MaskError(checked.codes[0])
-    return checked.segmentations[0]
-
-
-def decode_segmentation(raw: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """Checks and draws a raw segmentation: uint8 [height, width] of 0 and 1.
-
-    Raises:
-        MaskError: If the segmentation is empty or malformed.
-    """
-    top, left, crop = decode_cropped(check_segmentation(raw), height, width)
-    mask = np.zeros((height, width), dtype=np.uint8)
-    mask[top : top + crop.shape[0], left : left + crop.shape[1]] = crop
-    return mask
-
-
-@dataclass(frozen=True)
-class CroppedMask:
-    """A true mask at the original resolution, cropped tightly."""
-
-    top: int  # px, original frame
-    left: int
-    mask: NDArray[np.bool_]  # [h, w]
-
-
-Mask = NDArray[np.uint8] | NDArray[np.bool_]

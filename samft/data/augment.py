@@ -14,9 +14,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 import samft.runtime.torchvision_compat  # noqa: F401  (before all that imports torchvision)
+from samft.coco.segmentation import CroppedMask
 from samft.data.transforms import Frame, make_frame, visible_box
-
-Crop = tuple[int, int, NDArray[np.uint8]]  # top, left and mask, as `decode_cropped` gives it
 
 _ZOOMS = (0.5, 2.0)  # of image_size, as in large-scale jitter
 _MIN_VISIBLE = 0.1  # share of an object's area below which it counts as gone
@@ -65,7 +64,7 @@ def boxes_in_frame(boxes_original: NDArray[np.floating], frame: Frame) -> NDArra
 
 
 def filter_cropped_objects(
-    boxes_original: NDArray[np.floating], frame: Frame, *, draw: Callable[[int], Crop]
+    boxes_original: NDArray[np.floating], frame: Frame, *, draw: Callable[[int], CroppedMask]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Drops the objects that a crop leaves little of; boxes of those cut follow their masks.
 
@@ -92,8 +91,8 @@ def filter_cropped_objects(
     return np.flatnonzero(kept), boxes[kept]
 
 
-def _visible_part(crop: Crop, corners: list[int]) -> tuple[int, int, int, int] | None:
-    top, left, mask = crop
+def _visible_part(crop: CroppedMask, corners: list[int]) -> tuple[int, int, int, int] | None:
+    top, left, mask = crop.top, crop.left, crop.mask
     x0, y0, x1, y1 = corners
     x, y = max(x0 - left, 0), max(y0 - top, 0)
     part = mask[y : max(y1 - top, 0), x : max(x1 - left, 0)]

@@ -92,10 +92,10 @@ def _crowds(subset: CocoSubset, sizes: dict[int, list[int]]) -> list[tuple[Any, 
         if image_id not in sizes:
             continue
         height, width = sizes[image_id]
-        top, left, mask = decode_cropped(index.segmentations[row], height, width)
-        if mask.size:
-            rle = encode_cropped(top, left, mask.astype(bool), height=height, width=width)
-            entries.append((image_id, int(index.categories[row]), rle, float(mask.sum()), 1))
+        crop = decode_cropped(index.segmentations[row], height, width)
+        if crop.mask.size:
+            rle = encode_cropped(crop, height=height, width=width)
+            entries.append((image_id, int(index.categories[row]), rle, float(crop.mask.sum()), 1))
     return entries
 
 

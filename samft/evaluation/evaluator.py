@@ -243,5 +243,5 @@ def score_masks(
 def _encode(masks: list[CroppedMask], size: tuple[int, int]) -> NDArray[np.object_]:
     encoded = np.empty(len(masks), dtype=object)
     for k, mask in enumerate(masks):
-        encoded[k] = encode_cropped(mask.top, mask.left, mask.mask, height=size[0], width=size[1])
+        encoded[k] = encode_cropped(mask, height=size[0], width=size[1])
     return encoded

@@ -40,8 +40,7 @@ class SelectedMask:
     @property
     def mask(self) -> CroppedMask:
         """The mask, cropped tightly."""
-        top, left, crop = decode_encoded(self.rle)
-        return CroppedMask(top, left, crop.astype(bool))
+        return decode_encoded(self.rle)
 
 
 class MaskSelection:
@@ -77,7 +76,7 @@ class MaskSelection:
         if key not in self._wanted and not is_bad:
             return
         height, width = size
-        rle = encode_cropped(mask.top, mask.left, mask.mask, height=height, width=width)
+        rle = encode_cropped(mask, height=height, width=width)
         kept = SelectedMask(ious[0], key, ious[1], rle)
         if key in self._wanted:
             self.fixed[key] = kept

@@ -45,7 +45,7 @@ def result_row(
         **fields,
         "bbox": [round(float(side), _DIGITS) for side in (x0, y0, x1 - x0, y1 - y0)],
         "score": score,
-        "segmentation": encode_cropped(mask.top, mask.left, mask.mask, height=height, width=width),
+        "segmentation": encode_cropped(mask, height=height, width=width),
     }
 
 

@@ -184,10 +184,9 @@ class AutomaticPredictor:
         for entry in self.generator.generate(prepared.image):
             counts = np.array(entry["segmentation"]["counts"])
             rle = {"size": list(prepared.size), "counts": counts}
-            top, left, crop = decode_cropped(rle, *prepared.size)
             x, y, width, height = entry["bbox"]
             yield PredictedMask(
-                CroppedMask(top, left, crop.astype(bool)),
+                decode_cropped(rle, *prepared.size),
                 (x, y, x + width, y + height),
                 entry["predicted_iou"],
                 {"stability_score": entry["stability_score"]},

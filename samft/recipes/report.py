@@ -173,8 +173,7 @@ def predict(
 def _iou(dataset: Coco2MaskDataset, k: int, mask: CroppedMask) -> float:
     index = dataset.subset.index
     size = index.sizes[owner_of(index, k)].tolist()
-    top, left, crop = decode_cropped(index.segmentations[k], *size)
-    return cropped_iou(mask, CroppedMask(top, left, crop.astype(bool)))
+    return cropped_iou(mask, decode_cropped(index.segmentations[k], *size))
 
 
 def _draw(

@@ -239,12 +239,12 @@ def mark(
     tile = view.pixels.copy()
     size = len(tile)
     if predicted is not None:
-        covered = _in_view(view, predicted.top, predicted.left, predicted.mask.view(np.uint8))
+        covered = _in_view(view, predicted)
         mixed = 0.5 * tile + 0.5 * np.array(_PREDICTED_COLOUR)
         tile[covered] = mixed[covered].astype(np.uint8)
     owner = owner_of(index, k)
-    top, left, crop = decode_cropped(index.segmentations[k], *index.sizes[owner].tolist())
-    true = _in_view(view, top, left, crop).view(np.uint8)
+    truth = decode_cropped(index.segmentations[k], *index.sizes[owner].tolist())
+    true = _in_view(view, truth).view(np.uint8)
     outline, _ = cv2.findContours(true, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     corners = (index.boxes[k].reshape(2, 2) - (view.left, view.top)) * (size / view.side)
     (x0, y0), (x1, y1) = np.rint(corners).astype(int).tolist()
@@ -256,11 +256,12 @@ def mark(
     return tile
 
 
-def _in_view(view: View, top: int, left: int, crop: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    size = len(view.pixels)
-    mask = _crop_square(crop, view.top - top, view.left - left, view.side, fill=0) * 255
+def _in_view(view: View, mask: CroppedMask) -> NDArray[np.bool_]:
+    size, pixels = len(view.pixels), mask.mask.view(np.uint8)
+    top, left = view.top - mask.top, view.left - mask.left
+    window = _crop_square(pixels, top, left, view.side, fill=0) * 255
     shrinks = cv2.INTER_AREA if view.side > size else cv2.INTER_NEAREST
-    return np.asarray(cv2.resize(mask, (size, size), interpolation=shrinks) > 64)
+    return np.asarray(cv2.resize(window, (size, size), interpolation=shrinks) > 64)
 
 
 def _crop_square(

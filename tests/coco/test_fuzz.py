@@ -18,14 +18,10 @@ from hypothesis import strategies as st
 
 from helpers.broken_coco import SQUARE, encode, rle
 from helpers.coco_files import annotation
+from helpers.segmentations import check_segmentation, decode_segmentation
 from samft.coco.index import index_file
 from samft.coco.problems import KINDS
-from samft.coco.segmentation import (
-    MaskError,
-    check_segmentation,
-    decode_cropped,
-    decode_segmentation,
-)
+from samft.coco.segmentation import MaskError, decode_cropped
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 
@@ -169,7 +165,7 @@ def _fuzz_documents(folder: Path) -> None:
         assert len(np.unique(subset.index.object_ids)) == len(subset.index.object_ids)
         for i in range(subset.num_images):
             for k in subset.objects_of(i):
-                mask = decode_cropped(subset.index.segmentations[int(k)], *subset.size(i))[2]
+                mask = decode_cropped(subset.index.segmentations[int(k)], *subset.size(i)).mask
                 assert mask.any()
 
     read()

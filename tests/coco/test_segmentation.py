@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
+from helpers.segmentations import check_segmentation, decode_segmentation
 from samft.coco.segmentation import (
+    CroppedMask,
     MaskError,
-    check_segmentation,
     count_pixels,
     decode_cropped,
-    decode_segmentation,
     encode_cropped,
 )
 
@@ -81,7 +81,7 @@ def test_pixels_are_counted_as_drawn() -> None:
         drawn = decode_segmentation(raw, 20, 30)
         assert count_pixels(check_segmentation(raw), 20, 30) == drawn.sum()
     assert count_pixels(check_segmentation(far), 20, 30) == 0
-    assert decode_cropped(check_segmentation(far), 20, 30)[2].shape == (0, 0)
+    assert decode_cropped(check_segmentation(far), 20, 30).mask.shape == (0, 0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
@@ -98,11 +98,11 @@ def test_a_crop_is_encoded_as_pycocotools_encodes_the_whole(density: float, edge
     whole = np.zeros((height, width), dtype=np.uint8)
     whole[top:bottom, left:right] = generator.random((bottom - top, right - left)) < density
     crop = whole[top:bottom, left:right].astype(bool)
-    found = encode_cropped(top, left, crop, height=height, width=width)
+    found = encode_cropped(CroppedMask(top, left, crop), height=height, width=width)
     assert found == _rle(whole, compressed=True)
 
 
 def test_an_empty_crop_is_encoded_as_an_empty_mask() -> None:
     nothing = np.zeros((0, 0), dtype=bool)
-    found = encode_cropped(0, 0, nothing, height=7, width=5)
+    found = encode_cropped(CroppedMask(0, 0, nothing), height=7, width=5)
     assert found == _rle(np.zeros((7, 5), dtype=np.uint8), compressed=True)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.broken_coco import rle
-from samft.coco.segmentation import MaskError, RawMasks, check_segmentation, decode_cropped
+from helpers.segmentations import check_segmentation
+from samft.coco.segmentation import MaskError, RawMasks, decode_cropped
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
 NAN, INF = float("nan"), float("inf")
@@ -116,4 +117,5 @@ def test_rle_comes_back(compressed: bool) -> None:
     raw = rle(compressed=compressed)
     checked = check_segmentation(raw)
     assert checked["size"] == [20, 30] and checked["counts"].sum() == 600
-    assert decode_cropped(checked, 20, 30)[:2] == (3, 2)
+    crop = decode_cropped(checked, 20, 30)
+    assert (crop.top, crop.left) == (3, 2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from samft.coco.segmentation import CroppedMask
 from samft.data.augment import (
     Colour,
     boxes_in_frame,
@@ -68,12 +69,12 @@ BOXES = np.array(
 )
 
 
-def _mask(k: int) -> tuple[int, int, np.ndarray]:
+def _mask(k: int) -> CroppedMask:
     left, top, right, bottom = np.clip(BOXES[k], 0, 100).astype(int)
-    mask = np.ones((bottom - top, right - left), np.uint8)
+    mask = np.ones((bottom - top, right - left), bool)
     if k == 5:
-        mask[:5, 5:] = 0
-    return int(top), int(left), mask
+        mask[:5, 5:] = False
+    return CroppedMask(int(top), int(left), mask)
 
 
 @pytest.mark.parametrize("frame", [QUARTER, FLIPPED])
@@ -90,19 +91,17 @@ def test_objects_that_leave_are_dropped_and_boxes_of_cut_ones_follow_their_masks
 def test_a_tenth_of_an_object_is_enough() -> None:
     for share, expected in ((9, []), (10, [0]), (11, [0])):
         box = np.array([[50.0 - (100 - share), 0, 50 + share, 1]])
-        mask = np.ones((1, 100), np.uint8)
-        kept, _ = filter_cropped_objects(
-            box, QUARTER, draw=lambda k, m=mask, b=box: (0, int(b[0, 0]), m)
-        )
+        crop = CroppedMask(0, 50 - (100 - share), np.ones((1, 100), bool))
+        kept, _ = filter_cropped_objects(box, QUARTER, draw=lambda k, crop=crop: crop)
         assert kept.tolist() == expected
 
 
 def test_the_visible_part_of_a_mask_bounds_the_box() -> None:
-    mask = np.zeros((30, 40), np.uint8)
-    mask[5:8, 0:25] = 1  # columns 40..65 of the image
-    mask[20:30, 0:5] = 1  # not in the crop
+    mask = np.zeros((30, 40), bool)
+    mask[5:8, 0:25] = True  # columns 40..65 of the image
+    mask[20:30, 0:5] = True  # not in the crop
     kept, boxes = filter_cropped_objects(
-        np.array([[40.0, 10, 80, 40]]), QUARTER, draw=lambda k: (10, 40, mask)
+        np.array([[40.0, 10, 80, 40]]), QUARTER, draw=lambda k: CroppedMask(10, 40, mask)
     )
     assert kept.tolist() == [0] and boxes.tolist() == [[50, 15, 65, 18]]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.short_runs import arguments, train_here, write_data
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.coco.segmentation import decode_cropped
 from samft.config import TrainConfig, parse_config
 from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import Comparison, ObjectScores, compare
@@ -67,8 +67,7 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
     image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     for k, wanted in zip(objects.tolist(), rows.iou_actual, strict=True):
         size = index.sizes[image_of[k]].tolist()
-        top, left, mask = decode_cropped(index.segmentations[k], *size)
-        truth = CroppedMask(top, left, mask.astype(bool))
+        truth = decode_cropped(index.segmentations[k], *size)
         assert cropped_iou(masks[k], truth) == pytest.approx(wanted, abs=1e-9)
 
 

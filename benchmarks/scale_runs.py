@@ -229,7 +229,7 @@ def _train(
     sam = random_sam(job.setting(job.global_batch), attention="fast")
     trainer = samft_trainer(PromptedSam(sam))
     if marks is not None and world_size > 1:
-        trainer.wrapped.register_comm_hook(None, marks.hook)  # type: ignore[operator]
+        trainer.ddp_model.register_comm_hook(None, marks.hook)  # type: ignore[operator]
     batch_size = job.global_batch // world_size
     loader = train_loader(job.dataset(), batch_size=batch_size, rank=rank, world_size=world_size)
     go = partial(

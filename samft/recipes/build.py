@@ -102,16 +102,13 @@ def build_loss(config: TrainConfig) -> LossFunction:
     )
 
 
-def build_trainer(
-    config: TrainConfig, model: PromptedSam, *, progress: Progress, state: dict[str, Any] | None
-) -> Trainer:
-    """The optimizer and what takes steps with it. Collective: every rank must call.
+def build_trainer(config: TrainConfig, model: PromptedSam, *, progress: Progress) -> Trainer:
+    """Builds the optimizer, and the trainer that takes steps with it. Collective.
 
     Args:
         config: The configuration.
-        model: On its device, with what is to stay frozen frozen.
-        progress: Where the run stands.
-        state: Of a run that is resumed; None for a fresh one.
+        model: On its device, with its frozen parts frozen.
+        progress: How far the run has come.
     """
     optimizer = build_optimizer(
         model,
@@ -119,7 +116,7 @@ def build_trainer(
         weight_decay=config.weight_decay,
         sharded=config.optimizer_sharding,
     )
-    trainer = Trainer(
+    return Trainer(
         model,
         optimizer,
         learning_rate_at=schedule_learning_rate(
@@ -134,10 +131,6 @@ def build_trainer(
         bf16_compress=config.bf16_compress,
         progress=progress,
     )
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
-    return trainer
 
 
 def build_loaders(

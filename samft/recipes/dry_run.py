@@ -36,7 +36,7 @@ from samft.recipes.embedding_cache import CacheEstimate, cache_folder_of, estima
 from samft.runtime.device import peak_memory_gib, pick_amp_dtype, synchronized_time
 from samft.runtime.logs import LOGGER, format_duration, format_gib
 from samft.runtime.output_dir import create_writable_dir, write_status
-from samft.training.engine import SAVE_MEMORY, Progress, Trainer
+from samft.training.engine import MEMORY_ADVICE, Progress, Trainer
 from samft.training.optim import gather_state
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ class _Trial:
             encode_seconds = self._time_encoding(usual)
             self.model.sam.image_encoder.cpu()
             usual, largest, seen = (self._with_embeddings(b) for b in (usual, largest, seen))
-        trainer = build_trainer(config, self.model, progress=Progress(), state=None)
+        trainer = build_trainer(config, self.model, progress=Progress())
         for batch in (largest, largest, usual):
             self._step(trainer, batch)
         step_seconds, _ = self._time(lambda: self._step(trainer, usual))
@@ -277,5 +277,5 @@ def announce(forecast: Forecast, config: TrainConfig) -> None:
         LOGGER.warning("THE DISK IS TOO SMALL: make room, or name another output_dir")
     if forecast.peak_memory_gib > 0.9 * forecast.memory_gib:
         LOGGER.warning(
-            "MEMORY IS SHORT, and what else runs here may take the rest. %s", SAVE_MEMORY
+            "MEMORY IS SHORT, and what else runs here may take the rest. %s", MEMORY_ADVICE
         )

@@ -214,7 +214,7 @@ _PACKAGES = ("torch", "torchvision", "segment-anything", "numpy", "opencv-python
 
 
 @dataclass
-class Ending:
+class RunReport:
     """What is left to do when the last step is done; all of it by rank 0.
 
     Attributes:
@@ -249,7 +249,7 @@ class Ending:
             comparison=self.comparison,
         )
 
-    def tell(
+    def write(
         self, summary: dict[str, Any], model: PromptedSam, *, should_stop: Callable[[], bool]
     ) -> None:
         """Writes report.html and says the last words; no failure of the page is one of the run.

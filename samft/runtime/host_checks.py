@@ -55,14 +55,22 @@ def warn_of_shared_memory(*, num_workers: int, batch_bytes: int) -> None:
 
 
 def check_host(
-    device: torch.device, folder: Path, *, needed: int, num_workers: int, batch_bytes: int
+    device: torch.device,
+    folder: Path,
+    *,
+    needed: int,
+    replaces_existing: bool = True,
+    num_workers: int,
+    batch_bytes: int,
 ) -> None:
     """Looks at all that a run will need of this host.
 
     Args:
         device: Where it trains.
         folder: The output folder.
-        needed: Bytes that its checkpoints take up there, with those that there are.
+        needed: Bytes that the run's checkpoints take up there.
+        replaces_existing: Whether the checkpoints in the folder will be replaced by new ones; if
+            not, they will be archived and keep their space.
         num_workers: Loader workers of one process.
         batch_bytes: Of the largest batch.
 
@@ -72,13 +80,12 @@ def check_host(
     raise_open_file_limit()
     warn_of_shared_memory(num_workers=num_workers, batch_bytes=batch_bytes)
     warn_of_unused_gpus(device)
-    # Those of earlier runs, which were set aside, stay.
-    there = sum(
+    existing = sum(
         path.stat().st_size
         for pattern in ("*.ckpt", "previous/*.ckpt")
         for path in folder.glob(pattern)
     )
-    check_disk(folder, needed - there)
+    check_disk(folder, needed - existing if replaces_existing else needed)
 
 
 def raise_open_file_limit() -> None:

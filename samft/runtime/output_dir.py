@@ -100,6 +100,12 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
         yield
 
 
+def holds_previous_run(folder: Path) -> bool:
+    """Whether a folder holds a run that has measured something, which a fresh start archives."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
 def archive_previous_run(folder: Path) -> Path | None:
     """Moves an earlier run's files into a folder of their own, so that a fresh start loses none.
 
@@ -110,8 +116,7 @@ def archive_previous_run(folder: Path) -> Path | None:
         Where they are now, `previous-1` or the next free number; None if there were none, or that
         run was stopped before it had measured anything.
     """
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists() or not metrics.stat().st_size:
+    if not holds_previous_run(folder):
         return None
     found = [folder / name for name in RUN_FILES]
     for checkpoint in folder.glob("*.ckpt"):

@@ -1,10 +1,8 @@
-"""How far a run has come: what a resumed run goes on from, beside the model.
-
-The loop: `train` and `train_step`. Read this page first, then `validation`.
+"""The training loop: `train`, and `Trainer.train_step`. Read this page first, then `validation`.
 
 A step is one optimizer update over `accumulate_steps` micro-batches on every rank. Its losses are
-summed over masks and divided by the number of masks of the whole step, so that one process or
-many, accumulated or not, learn the same.
+summed over masks and divided by the number of masks of the whole step, so one process or many,
+accumulated or not, learn the same.
 """
 
 import contextlib
@@ -29,11 +27,17 @@ from samft.runtime.device import peak_memory_gib
 from samft.training.losses import LossFunction, MaskLosses
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
+MEMORY_ADVICE = (
+    "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
+    "or take `--activation_checkpointing blocks`."
+)
 
 
 @dataclass
 class Progress:
-    """How far a run has come; plain values, so that it goes into `last.ckpt` as it is.
+    """How far a run has come: counters that `last.ckpt` stores beside the weights.
+
+    Plain values only, so `last.ckpt` can be loaded with `weights_only=True`.
 
     Attributes:
         step: Optimizer steps taken.
@@ -41,14 +45,14 @@ class Progress:
         bad_steps: Steps skipped in a row, up to now.
         skipped_steps: Steps skipped in all.
         window: Sums over the masks since the last train line: `LOSS_NAMES`, then masks, images.
-        window_seconds: Seconds of training in that window.
+        window_seconds: Seconds of training since the last train line.
         train_seconds: Seconds of training in all, without validation and saving.
         train_images: Images trained on in all.
         wall_seconds: Seconds since the start, without the time between a stop and its resume.
-        baseline: Validation of the untouched checkpoint.
-        box_fill_iou: What filling each box of the validation set would score.
-        bad_images: By split, images that could not be read on the way: name, what is wrong.
-        pending: The train line of an interval whose validation was broken off; else empty.
+        baseline: Validation metrics of the untouched checkpoint; empty until step 0 is validated.
+        box_fill_iou: Mean IoU of filling each box of the validation set.
+        bad_images: By split, the images that could not be read: file name to reason.
+        pending: The train line of an interval whose validation was interrupted; else empty.
     """
 
     step: int = 0
@@ -65,22 +69,85 @@ class Progress:
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
     pending: dict[str, float] = field(default_factory=dict)
 
-    def note_bad_images(self, split: str, found: dict[str, str]) -> dict[str, str]:
-        """Adds images that could not be read; gives those back that were not known yet."""
+    def add_bad_images(self, split: str, bad_images: dict[str, str]) -> dict[str, str]:
+        """Adds images that could not be read; returns those that were not known yet."""
         known = self.bad_images.setdefault(split, {})
-        new = {name: why for name, why in found.items() if name not in known}
+        new = {name: reason for name, reason in bad_images.items() if name not in known}
         known.update(new)
         return new
 
 
-SAVE_MEMORY = (
-    "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
-    "or take `--activation_checkpointing blocks`."
-)
+def train(
+    trainer: "Trainer",
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    accumulate_steps: int,
+    interval: int,
+    max_bad_steps: int = 5,
+    should_stop: Callable[[], bool],
+    waiting: Waiting = contextlib.nullcontext,
+    on_step: Callable[[bool, list[int]], None],
+    on_interval: Callable[[dict[str, float]], None],
+) -> bool:
+    """Trains until the last step, or until any rank is asked to stop. Collective.
+
+    Args:
+        trainer: Takes the steps; its progress says where to begin.
+        batches: This rank's endless micro-batches, from that position on.
+        steps: Optimizer steps of the whole run.
+        accumulate_steps: Micro-batches per step.
+        interval: Call `on_interval` every so many steps, and after the last.
+        max_bad_steps: Skip no more steps in a row whose gradient is not finite.
+        should_stop: Asked before each step on every rank; all stop if any says yes.
+        waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
+        on_step: Called after each step with whether it was taken, and this rank's image ids.
+        on_interval: Called with the metrics since its last call; validates, saves, logs.
+
+    Returns:
+        Whether the last step was reached.
+
+    Raises:
+        UserError: An image cannot be read, on any rank.
+        TrainingError: The gradient was not finite too many times in a row.
+    """
+    progress, stream = trainer.progress, iter(batches)
+    while progress.step < steps:
+        start = time.monotonic()
+        heartbeat.set_step(progress.step)
+        # All micro-batches of the step at once: their masks are counted before the first forward
+        micro_batches, error = fetch(stream, accumulate_steps, waiting)
+        # One rank cannot leave alone, the others would wait for it in the next all-reduce
+        if any_rank(should_stop() or error is not None, in_step=True):
+            raise_on_all_ranks(error)
+            return False
+        taken = trainer.train_step(micro_batches)
+        seconds = time.monotonic() - start
+        progress.window_seconds += seconds
+        progress.train_seconds += seconds
+        on_step(taken, [image_id for batch in micro_batches for image_id in batch.image_ids])
+        if progress.bad_steps > max_bad_steps:
+            raise TrainingError(
+                f"the gradient was not finite {progress.bad_steps} times in a row after step "
+                f"{progress.step}: lower learning_rate, or set amp to bf16 or off."
+            )
+        # A skipped step leaves `step` where it was, and must not repeat the interval's lines
+        if taken and (progress.step % interval == 0 or progress.step == steps):
+            on_interval(trainer.pop_metrics())
+    return True
 
 
 class Trainer:
-    """A model, its optimizer, and how a step is taken with them."""
+    """A model with its optimizer, and how a step is taken with them.
+
+    Attributes:
+        model: The model itself, as it is validated and saved.
+        ddp_model: The same, wrapped in DistributedDataParallel if there are several processes.
+        optimizer: Over the trainable parameters.
+        progress: How far the run has come.
+        metric_sums: float64, this rank's part of `Progress.window`, on the device.
+        bad_images: What this rank's batches could not read: file name to reason.
+    """
 
     def __init__(
         self,
@@ -97,14 +164,14 @@ class Trainer:
         """Wraps the model for data-parallel training. Collective: every rank must call.
 
         Args:
-            model: On its device, with what is to stay frozen frozen.
+            model: On its device, with its frozen parts frozen.
             optimizer: Over the model's trainable parameters.
             learning_rate_at: The learning rate of a step, a pure function of the step.
             loss: `losses.mask_losses` with its weights and image size set.
             amp_dtype: Autocast to this type; None: float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
             bf16_compress: Whether gradients travel between processes in bfloat16.
-            progress: Where a resumed run goes on.
+            progress: Of a run that is resumed; None for a fresh one.
         """
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.learning_rate_at = learning_rate_at
@@ -113,26 +180,11 @@ class Trainer:
         self.device = model.sam.device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
-        self.bad_images: dict[str, str] = {}  # that this rank's batches met: name, what is wrong
-        self.window = torch.tensor(self.progress.window, dtype=torch.float64, device=self.device)
-        self.wrapped = wrap_ddp(model, warm_up=self._warmup_pass, bf16_compress=bf16_compress)
-
-    def _warmup_pass(self, wrapped: nn.Module) -> None:
-        size = self.model.sam.image_encoder.img_size
-        images = torch.zeros(1, 3, size, size, device=self.device)
-        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
-        embeddings = None
-        if self.model.encoder_is_frozen:  # it may be on another device, for good
-            embeddings = images.new_zeros(1, *self.model.embedding_shape)
-        with self._autocast():
-            index = boxes.new_zeros(1, dtype=torch.int64)
-            logits, iou = wrapped(images, boxes, index, embeddings=embeddings)
-        (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.amp_dtype is not None
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled)
+        self.bad_images: dict[str, str] = {}
+        # On the device: reading the losses of every step would make the host wait for the GPU
+        window = self.progress.window
+        self.metric_sums = torch.tensor(window, dtype=torch.float64, device=self.device)
+        self.ddp_model = wrap_ddp(model, warm_up=self._warmup_pass, bf16_compress=bf16_compress)
 
     def train_step(self, micro_batches: list[Batch]) -> bool:
         """Takes one optimizer step. Collective: every rank must call.
@@ -143,40 +195,41 @@ class Trainer:
         Returns:
             Whether the step was taken; False where the gradient was not finite, on all ranks alike.
         """
+        # Normalise by the masks of the whole step, over micro-batches and ranks: a mean per
+        # micro-batch would weigh the masks of crowded images less than those of sparse ones
         counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
         num_masks = all_reduce_sum(counts, in_step=True).item()
+        # DDP averages gradients over ranks, hence the world size; a step may have no mask at all
+        weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
+
+        # The schedule is a function of the step, so a resumed run needs no state of it
         learning_rate = self.learning_rate_at(self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        window = torch.zeros_like(self.window)
-        # DDP averages over ranks, hence the world size.
-        weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
+
+        step_sums = torch.zeros_like(self.metric_sums)
         for number, batch in enumerate(micro_batches):
             heartbeat.set_activity("training on images", partial(list, batch.image_ids))
             self.bad_images.update(batch.bad_images)
-            with (
-                self._sync_gradients(number == len(micro_batches) - 1),
-                explain_out_of_memory(batch),
-            ):
+            # Gradients are sent between processes in the last backward of the step only
+            is_last = number == len(micro_batches) - 1
+            with self._sync_gradients(is_last), explain_out_of_memory(batch):
                 total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
                 self.scaler.scale(total * weight).backward()
-            window += _sums(losses, num_images=len(batch.image_ids))
+            step_sums += _sum_losses(losses, num_images=len(batch.image_ids))
+
         taken = self._update()
-        self.progress.position += 1
+        self.progress.position += 1  # the batch is consumed either way
         if taken:
-            self.window += window
+            self.metric_sums += step_sums
             self.progress.step += 1
         return taken
 
-    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        # Both forward and backward must lie inside no_sync: a forward outside of it syncs.
-        if last or not isinstance(self.wrapped, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.wrapped.no_sync()
-
     def _forward(self, batch: Batch, weight: Tensor) -> tuple[Tensor, MaskLosses]:
+        # Through the wrapper, or DDP would not see the backward. The loss is computed inside of
+        # the model, chunk by chunk, so it has to know what the total is multiplied by afterwards.
         with self._autocast():
-            total, losses = self.wrapped(
+            total, losses = self.ddp_model(
                 batch.images,
                 batch.boxes,
                 batch.image_index,
@@ -189,8 +242,11 @@ class Trainer:
         return total, MaskLosses(*losses)
 
     def _update(self) -> bool:
-        self.scaler.unscale_(self.optimizer)
+        # Clips, steps, and drops the gradients; False if the step was skipped.
+        self.scaler.unscale_(self.optimizer)  # before clipping, which means true gradients
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
+        # The norm is not finite if any gradient is not. After DDP's averaging all ranks should see
+        # the same; but if only some of them skipped a step, their weights would differ for good.
         finite = not any_rank(not bool(torch.isfinite(norm)), in_step=True)
         if finite:
             self.scaler.step(self.optimizer)
@@ -202,8 +258,34 @@ class Trainer:
             self.progress.bad_steps += settled
         if self.scaler.is_enabled():
             self.scaler.update()
+        # Free the gradients' memory before the next batch needs it.
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.amp_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled)
+
+    def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Both forward and backward must lie inside no_sync: a forward outside of it syncs.
+        if last or not isinstance(self.ddp_model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.ddp_model.no_sync()
+
+    def _warmup_pass(self, ddp_model: nn.Module) -> None:
+        # One forward and backward on an empty image, with zero gradients, after which DDP has its
+        # final gradient buckets: see `wrap_ddp`.
+        size = self.model.sam.image_encoder.img_size
+        images = torch.zeros(1, 3, size, size, device=self.device)
+        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
+        embeddings = None
+        if self.model.encoder_is_frozen:  # with cached embeddings, the encoder stays on the CPU
+            embeddings = images.new_zeros(1, *self.model.embedding_shape)
+        with self._autocast():
+            image_index = boxes.new_zeros(1, dtype=torch.int64)
+            logits, iou = ddp_model(images, boxes, image_index, embeddings=embeddings)
+        (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def probe_memory(self, batch: Batch) -> None:
         """One forward and backward pass that leaves nothing behind but the peak of memory.
@@ -218,40 +300,43 @@ class Trainer:
         """
         weight = torch.tensor(1 / max(batch.num_masks, 1), device=self.device)
         with explain_out_of_memory(batch):
-            # In the place of the optimizer's two moments, which the first step makes.
-            fresh = [] if self.optimizer.state else self.parameters * 2
-            moments = [torch.empty_like(parameter) for parameter in fresh]
+            # As much as AdamW's two moments, which the optimizer allocates in its first step.
+            missing = [] if self.optimizer.state else self.parameters * 2
+            moments = [torch.empty_like(parameter) for parameter in missing]
             total, _ = self._forward(batch.to(self.device), weight)
             (total * weight).backward()
             del moments
         self.optimizer.zero_grad(set_to_none=True)
 
-    def take_window(self) -> dict[str, float]:
-        """Mean losses and IoU over the masks since the last call, and rates. Collective.
+    def pop_metrics(self) -> dict[str, float]:
+        """Returns the metrics since the last call, and starts to sum anew. Collective.
 
         Returns:
-            `LOSS_NAMES`, `lr` of the last step, `images_per_second`, `masks_per_second`, and
-            `peak_memory_gib`.
+            Means over the masks of all ranks of `LOSS_NAMES`; `lr` of the last step,
+            `images_per_second`, `masks_per_second`, and `peak_memory_gib`.
         """
-        *sums, masks, images = all_reduce_sum(self.window.cpu()).tolist()
+        *sums, masks, images = all_reduce_sum(self.metric_sums.cpu()).tolist()
         seconds = max(self.progress.window_seconds, 1e-9)
-        values = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
-        values["images_per_second"] = images / seconds
-        values["masks_per_second"] = masks / seconds
-        values["peak_memory_gib"] = peak_memory_gib(self.device)
+        metrics = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["images_per_second"] = images / seconds
+        metrics["masks_per_second"] = masks / seconds
+        metrics["peak_memory_gib"] = peak_memory_gib(self.device)
         self.progress.train_images += int(images)
-        self.window.zero_()
+        self.metric_sums.zero_()
         self.progress.window_seconds = 0.0
-        return values
+        return metrics
 
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch: Batch) -> Iterator[None]:
-    """Turns running out of memory into an error that names the batch and the way out.
+    """Turns PyTorch's out-of-memory error into one that names the batch and the settings to lower.
+
+    Args:
+        batch: What is computed within the block.
 
     Raises:
-        TrainingError: Memory was not enough.
+        TrainingError: The device has not enough memory.
     """
     try:
         yield
@@ -259,68 +344,12 @@ def explain_out_of_memory(batch: Batch) -> Iterator[None]:
         named = ", ".join(str(image_id) for image_id in batch.image_ids)
         raise TrainingError(
             f"not enough memory for a batch of {len(batch.image_ids)} images with "
-            f"{batch.num_masks} objects (image ids {named}). {SAVE_MEMORY}"
+            f"{batch.num_masks} objects (image ids {named}). {MEMORY_ADVICE}"
         ) from error
 
 
-def train(
-    trainer: Trainer,
-    batches: Iterable[Batch],
-    *,
-    steps: int,
-    accumulate_steps: int,
-    interval: int,
-    max_bad_steps: int = 5,
-    should_stop: Callable[[], bool],
-    waiting: Waiting = contextlib.nullcontext,
-    on_step: Callable[[bool, list[int]], None],
-    on_interval: Callable[[dict[str, float]], None],
-) -> bool:
-    """Trains until the last step, or until any rank is asked to stop. Collective.
-
-    Args:
-        trainer: Knows how to take a step; its progress says where to begin.
-        batches: This rank's endless micro-batches, from that position on.
-        steps: Optimizer steps of the whole run.
-        accumulate_steps: Micro-batches of a step.
-        interval: Call `on_interval` every so many steps, and after the last.
-        max_bad_steps: Skip no more steps in a row whose gradient is not finite.
-        should_stop: Asked before each step on every rank; all stop if any says yes.
-        waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
-        on_step: Called after each step with whether it was taken, and this rank's image ids.
-        on_interval: Called with the window's metrics; validates, saves, logs.
-
-    Returns:
-        Whether the last step was reached.
-
-    Raises:
-        UserError: An image cannot be read, on any rank.
-        TrainingError: The gradient was not finite too many times in a row.
-    """
-    progress, stream = trainer.progress, iter(batches)
-    while progress.step < steps:
-        started = time.monotonic()
-        heartbeat.set_step(progress.step)
-        micro_batches, error = fetch(stream, accumulate_steps, waiting)
-        if any_rank(should_stop() or error is not None, in_step=True):
-            raise_on_all_ranks(error)
-            return False
-        taken = trainer.train_step(micro_batches)
-        seconds = time.monotonic() - started
-        progress.window_seconds += seconds
-        progress.train_seconds += seconds
-        on_step(taken, [id for batch in micro_batches for id in batch.image_ids])
-        if progress.bad_steps > max_bad_steps:
-            raise TrainingError(
-                f"the gradient was not finite {progress.bad_steps} times in a row after step "
-                f"{progress.step}: lower learning_rate, or set amp to bf16 or off."
-            )
-        if taken and (progress.step % interval == 0 or progress.step == steps):
-            on_interval(trainer.take_window())
-    return True
-
-
-def _sums(losses: MaskLosses, *, num_images: int) -> Tensor:
+def _sum_losses(losses: MaskLosses, *, num_images: int) -> Tensor:
+    # float64 [7], as `Progress.window`: LOSS_NAMES, number of masks, number of images.
     parts = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
     sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in parts])
     return torch.cat([sums, sums.new_tensor([len(losses.total), num_images])])

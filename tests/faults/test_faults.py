@@ -285,7 +285,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     assert command_here(run_arguments(data, folder)) == 0
     said = capsys.readouterr().err
     assert f"resume: {folder / 'last.ckpt'}" in said
-    assert "going on from step 4" in said  # the state before that of step 7
+    assert "resuming from step 4" in said  # the state before that of step 7
     check_equal(folder, undisturbed(1))
 
 

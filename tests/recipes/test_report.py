@@ -13,7 +13,7 @@ from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, train_here, write_data
 from samft.checkpoints.top_k import BestCheckpoint
 from samft.config import TrainConfig, parse_config
-from samft.recipes.report import Ending, environment, settings
+from samft.recipes.report import RunReport, environment, settings
 
 pytestmark = pytest.mark.run
 
@@ -27,7 +27,7 @@ def commands(data: Path, **changes: object) -> list[list[str]]:
     config = parse_config(short(data, Path("a run"), **changes))
     nothing: Any = SimpleNamespace(objects=SimpleNamespace(read=lambda step: None))
     best = BestCheckpoint("1-0.50.ckpt", 1, 0.5)
-    ending = Ending(config, Path("a run"), nothing, nothing, best)
+    ending = RunReport(config, Path("a run"), nothing, nothing, best)
     return [shlex.split(line) for line in ending.commands()]
 
 

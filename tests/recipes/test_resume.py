@@ -21,7 +21,7 @@ from helpers.short_runs import (
 from samft.checkpoints.training_state import FORMAT_VERSION, LAST_NAME, save_last
 from samft.config import TrainConfig
 from samft.errors import CheckpointError, ConfigError
-from samft.recipes.resume import Resume, find_resume, keep_images_per_step
+from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
 
 pytestmark = pytest.mark.run
 
@@ -34,13 +34,13 @@ def a_state(config: TrainConfig, **changes: Any) -> dict[str, Any]:
     return {**state, **changes}
 
 
-def find(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> Resume | None:
+def find(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePoint | None:
     for state in states:
         save_last(folder, state)
-    return find_resume(config, folder, "abc")
+    return find_resume_point(config, folder, "abc")
 
 
-def found_in(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> Resume:
+def found_in(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePoint:
     found = find(config, folder, *states)
     assert found is not None
     return found
@@ -53,11 +53,11 @@ def test_a_run_of_the_same_configuration_is_taken_up(tmp_path: Path) -> None:
     config = a_config(DATA)
     found = found_in(config, tmp_path, a_state(config))
     assert found.state == {"format": FORMAT_VERSION, **a_state(config)}
-    assert (found.path, found.folder, found.passed_over) == (tmp_path / LAST_NAME, tmp_path, [])
+    assert (found.path, found.output_dir, found.problems) == (tmp_path / LAST_NAME, tmp_path, [])
 
 
 def test_never_and_an_empty_folder_start_afresh(tmp_path: Path) -> None:
-    assert find_resume(a_config(DATA), tmp_path, "abc") is None
+    assert find_resume_point(a_config(DATA), tmp_path, "abc") is None
     config = a_config(DATA, resume="never")
     assert find(config, tmp_path, a_state(config)) is None
 
@@ -68,15 +68,15 @@ def test_a_damaged_state_gives_the_one_before_with_the_reason(tmp_path: Path) ->
         save_last(tmp_path, a_state(config, step=step))
     (tmp_path / LAST_NAME).write_bytes(b"")
     found = found_in(config, tmp_path)
-    assert (found.state["step"], found.folder) == (1, tmp_path)
-    assert found.passed_over == [f"{tmp_path / LAST_NAME} is empty."]
+    assert (found.state["step"], found.output_dir) == (1, tmp_path)
+    assert found.problems == [f"{tmp_path / LAST_NAME} is empty."]
 
 
 def test_when_all_states_are_damaged_nothing_is_started(tmp_path: Path) -> None:
     (tmp_path / LAST_NAME).write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of its states can be used"):
-        find_resume(a_config(DATA), tmp_path, "abc")
-    assert find_resume(a_config(DATA, resume="never"), tmp_path, "abc") is None
+        find_resume_point(a_config(DATA), tmp_path, "abc")
+    assert find_resume_point(a_config(DATA, resume="never"), tmp_path, "abc") is None
 
 
 def test_a_path_is_taken_wherever_it_is(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_a_path_is_taken_wherever_it_is(tmp_path: Path) -> None:
         save_last(there, a_state(a_config(DATA), step=step))
     for name, step in ((LAST_NAME, 2), (f"previous/{LAST_NAME}", 1)):
         found = found_in(a_config(DATA, resume=there / name), here)
-        assert (found.state["step"], found.folder) == (step, there)
+        assert (found.state["step"], found.output_dir) == (step, there)
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     config = a_config(DATA, resume=tmp_path / "gone.ckpt")
     with pytest.raises(CheckpointError, match="gone.ckpt"):
-        find_resume(config, tmp_path, "abc")
+        find_resume_point(config, tmp_path, "abc")
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage"])
@@ -105,14 +105,14 @@ def test_a_path_to_a_damaged_file_is_an_error_with_no_other_in_its_place(
         save_last(tmp_path, a_state(config, step=step))
     (tmp_path / LAST_NAME).write_bytes(damage)
     with pytest.raises(CheckpointError, match=r"last\.ckpt is (empty|damaged)"):
-        find_resume(config, tmp_path, "abc")
+        find_resume_point(config, tmp_path, "abc")
 
 
 def test_a_run_in_a_folder_called_previous_goes_on_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "previous"
     folder.mkdir()
     (folder / "metrics.jsonl").touch()
-    assert found_in(a_config(DATA), folder, a_state(a_config(DATA))).folder == folder
+    assert found_in(a_config(DATA), folder, a_state(a_config(DATA))).output_dir == folder
 
 
 @pytest.mark.parametrize(("count", "goes_on"), [(None, False), ("0", False), ("1", True)])
@@ -123,7 +123,7 @@ def test_started_again_by_torchrun_even_never_goes_on(
     if count is not None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     config = a_config(DATA, resume="never")
-    assert find_resume(config, tmp_path, "abc") is None
+    assert find_resume_point(config, tmp_path, "abc") is None
     found = find(config, tmp_path, a_state(config))
     assert (found is not None) == goes_on
 
@@ -170,7 +170,7 @@ def test_a_state_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     found = found_in(a_config(DATA, tmp_path, **changes), tmp_path)
     assert found.state["progress"]["step"] == 20
     with pytest.raises(ConfigError, match="learning_rate"):
-        find_resume(a_config(DATA, tmp_path), tmp_path, "abc")
+        find_resume_point(a_config(DATA, tmp_path), tmp_path, "abc")
 
 
 # Images per step
@@ -187,7 +187,7 @@ def divided(
     """The batch size and accumulation with which a run of so many images a step goes on."""
     monkeypatch.setattr("samft.distributed.get_world_size", lambda: processes)
     state = a_state(saved or config, global_batch=images)
-    kept = keep_images_per_step(config, Resume(state, Path("run/last.ckpt"), []))
+    kept = keep_images_per_step(config, ResumePoint(state, Path("run/last.ckpt"), []))
     assert processes * kept.batch_size * kept.accumulate_steps == images
     changed = {name for name, value in vars(kept).items() if value != getattr(config, name)}
     assert changed <= {"batch_size", "accumulate_steps"}

@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import time
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +427,43 @@ def test_resume_never_moves_the_old_run_aside(data, straight, tmp_path):
     assert "previous-1" in (folder / "train.log").read_text()
     assert command_here(argv) == 0
     assert (folder / "previous-2" / "metrics.jsonl").exists()
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Every file and folder below a folder; None for folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def damage_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (folder / "damaged.pth").write_bytes(b"PK\3\4 this was a checkpoint")
+    return {"checkpoint_path": folder / "damaged.pth"}
+
+
+def drop_a_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    state = build_sam("vit_tiny", 64).state_dict()
+    del state["mask_decoder.iou_token.weight"]
+    torch.save(state, folder / "incomplete.pth")
+    return {"checkpoint_path": folder / "incomplete.pth"}
+
+
+def fill_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    # Enough for checkpoints that replaced the earlier ones, too little for both.
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 40_000_000)
+    monkeypatch.setattr("samft.runtime.host_checks.shutil.disk_usage", lambda path: usage)
+    return {}
+
+
+@pytest.mark.parametrize("spoil", [damage_the_weights, drop_a_tensor, fill_the_disk])
+def test_a_refused_fresh_start_leaves_the_earlier_run_in_place(
+    spoil, data, straight, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = contents(folder)
+    changes = spoil(tmp_path, monkeypatch)
+    assert command_here(arguments(data, folder, resume="never", **changes)) == 2
+    assert "error: " in capsys.readouterr().err
+    assert contents(folder) == before
 
 
 def test_resume_of_a_path_goes_on_in_another_folder(data, straight, tmp_path):

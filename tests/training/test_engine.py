@@ -167,7 +167,7 @@ def test_mixed_precision_with_accumulation_and_clipping(amp: str) -> None:
             assert trainer.scaler.get_scale() > 1
     assert trainer.progress.step == 3
     assert norms == pytest.approx([0.01] * 3, rel=1e-2)
-    mixed, full = trainer.take_window(), plain.take_window()
+    mixed, full = trainer.pop_metrics(), plain.pop_metrics()
     assert mixed["loss"] == pytest.approx(full["loss"], rel=0.05)
     assert all(p.dtype == torch.float32 for p in trainer.parameters)
 
@@ -187,13 +187,13 @@ def test_window_is_a_mean_over_masks() -> None:
             input_sizes=batch.input_sizes,
         )
     assert trainer.train_step([batch])
-    window = trainer.take_window()
+    window = trainer.pop_metrics()
     expected = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
     for name, values in zip(LOSS_NAMES, expected, strict=True):
         assert window[name] == pytest.approx(float(values.mean()), rel=1e-5)
     assert window["lr"] == 1e-4
     assert trainer.progress.train_images == 2
-    assert trainer.window.sum() == 0
+    assert trainer.metric_sums.sum() == 0
 
 
 def test_the_memory_probe_counts_what_the_optimizer_will_hold(

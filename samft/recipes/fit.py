@@ -1,0 +1,206 @@
+"""The loop of a run: training steps, and at each interval a validation, a save and a log line."""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from samft import distributed
+from samft.checkpoints.async_saver import Checkpoint
+from samft.checkpoints.top_k import make_sidecar
+from samft.data.loaders import BatchLoader, on_device
+from samft.errors import TrainingError
+from samft.evaluation.validation import Validation, validate
+from samft.recipes.build import images_per_step
+from samft.recipes.prepare import Parts
+from samft.reports.validation_images import ValidationImages
+from samft.runtime import heartbeat
+from samft.runtime.device import peak_memory_gib
+from samft.runtime.logs import LOGGER, RunLog, format_duration
+from samft.runtime.signals import StopInterrupt
+from samft.training.engine import Trainer, train
+from samft.training.optim import gather_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(Parts):
+    """A run that has started: its parts, its open files, and what takes its steps.
+
+    Attributes:
+        log: Its metrics and log lines; open.
+        images: The pictures and the scores of single objects of its validations.
+        trainer: Takes optimizer steps with its model.
+        train_batches: This rank's endless micro-batches, from the next step on.
+        val_batches: This rank's share of the validation images.
+    """
+
+    log: RunLog
+    images: ValidationImages
+    trainer: Trainer
+    train_batches: BatchLoader
+    val_batches: BatchLoader
+
+
+def fit(run: TrainingRun) -> bool:
+    """Trains until the last step, or until any rank has to stop. Collective.
+
+    Args:
+        run: A run that has started.
+
+    Returns:
+        Whether the last step was reached. Everything is saved in either case.
+
+    Raises:
+        UserError: An image cannot be read, on any rank.
+        TrainingError: The run cannot continue, or its last state could not be saved.
+    """
+    config, progress = run.config, run.progress
+    try:
+        if not progress.baseline:
+            _validate_initial_weights(run)
+        if progress.pending:  # the run was stopped within the validation of this step
+            _finish_interval(run)
+        # Loader workers are forked at the first batch, and no thread survives a fork.
+        run.checkpointer.wait()
+        with torch.autograd.set_detect_anomaly(config.detect_anomaly):
+            finished = train(
+                run.trainer,
+                on_device(run.train_batches, run.device),
+                steps=config.steps,
+                accumulate_steps=config.accumulate_steps,
+                interval=config.metrics_interval,
+                max_bad_steps=config.max_bad_steps,
+                should_stop=lambda: run.stop_reason() is not None,
+                waiting=run.stop.waiting,
+                on_step=partial(_log_step, run),
+                on_interval=partial(_end_interval, run),
+            )
+    except StopInterrupt:  # in a wait for data, or within a validation
+        finished = False
+    if not finished:
+        _save(run)
+    run.checkpointer.wait()
+    if unsaved := run.checkpointer.unsaved:
+        raise TrainingError(
+            f"all steps are done, but {unsaved} Make room, and run again."
+            if finished
+            else f"stopped, and steps are lost: {unsaved}"
+        )
+    return finished
+
+
+def _validate_initial_weights(run: TrainingRun) -> None:
+    # Step 0: what the untouched checkpoint scores, which every later validation is compared with.
+    validation = _validate(run)
+    _log_validation(run, validation)
+    run.progress.baseline = validation.metrics
+    run.progress.box_fill_iou = validation.box_fill_iou
+    LOGGER.info(
+        "step 0: val_per_mask_iou %.4f before training (filling each box: %.4f)",
+        validation.metrics["per_mask_iou"],
+        validation.box_fill_iou,
+    )
+    _save(run, validation)
+
+
+def _log_step(run: TrainingRun, taken: bool, image_ids: list[int]) -> None:
+    if taken:
+        run.log.progress()
+        return
+    LOGGER.warning(
+        "after step %d: the gradient was not finite, so the step was skipped: see bad_steps.jsonl",
+        run.progress.step,
+    )
+    ids_by_rank = distributed.all_gather(image_ids)
+    run.log.bad_step(run.progress.step, position=run.progress.position, image_ids=ids_by_rank)
+
+
+def _end_interval(run: TrainingRun, train_metrics: dict[str, float]) -> None:
+    # Kept in `progress` until the validation is done: a stop within it must not lose them.
+    run.progress.pending = {**train_metrics, "skipped_steps": run.progress.skipped_steps}
+    _finish_interval(run)
+
+
+def _finish_interval(run: TrainingRun) -> None:
+    step, train_metrics = run.progress.step, run.progress.pending
+    _collect_bad_images(run, "train", run.trainer.bad_images)
+    validation = _validate(run)
+    run.log.metrics(step, "train", train_metrics)
+    _log_validation(run, validation)
+    score = validation.metrics["per_mask_iou"]
+    sidecar = make_sidecar(asdict(run.config), step=step, metrics=validation.metrics)
+    run.progress.pending = {}
+    _save(run, validation, Checkpoint(score, sidecar))
+    seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
+    LOGGER.info(
+        "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
+        "%.1f images/s, %s left",
+        step,
+        run.config.steps,
+        train_metrics["loss"],
+        train_metrics["per_mask_iou"],
+        score,
+        score - run.progress.baseline["per_mask_iou"],
+        train_metrics["images_per_second"],
+        format_duration(seconds_left),
+    )
+
+
+def _validate(run: TrainingRun) -> Validation:
+    start = time.monotonic()
+    validation = validate(
+        run.model,
+        run.val_batches,
+        loss=run.trainer.loss,
+        keep=run.images.keeper(),
+        should_stop=lambda: bool(run.stop),
+        waiting=run.stop.waiting,
+    )
+    seconds = time.monotonic() - start
+    _collect_bad_images(run, "val", validation.bad_images)
+    counts = run.splits.counts["val"]
+    rates = {
+        "lr": run.trainer.optimizer.param_groups[0]["lr"],
+        "images_per_second": counts["images"] / seconds,
+        "masks_per_second": counts["masks"] / seconds,
+        "peak_memory_gib": peak_memory_gib(run.device),
+    }
+    return replace(validation, rates=rates)
+
+
+def _log_validation(run: TrainingRun, validation: Validation) -> None:
+    run.log.metrics(run.progress.step, "val", {**validation.metrics, **validation.rates})
+
+
+def _collect_bad_images(run: TrainingRun, split: str, bad_images: dict[str, str]) -> None:
+    # Collective. Every image that any rank could not read is logged once.
+    if run.config.on_bad_image == "skip":
+        for bad_of_rank in distributed.all_gather(bad_images):
+            for reason in run.progress.add_bad_images(split, bad_of_rank).values():
+                LOGGER.info("%s, left out: %s", split, reason)
+
+
+def _save(
+    run: TrainingRun, validation: Validation | None = None, candidate: Checkpoint | None = None
+) -> None:
+    # Collective: the sums of the current window and the optimizer's state are spread over ranks.
+    run.progress.wall_seconds = time.monotonic() - run.started_at
+    sums = distributed.all_reduce_sum(run.trainer.metric_sums.cpu().clone()).tolist()
+    optimizer = gather_state(run.trainer.optimizer)
+    if distributed.is_main():
+        heartbeat.set_activity("saving")
+        state = {
+            "config": asdict(run.requested_config),
+            "global_batch": images_per_step(run.config),
+            "fingerprint": run.splits.fingerprint,
+            "model": run.model.sam.state_dict(),
+            "optimizer": optimizer,
+            "scaler": run.trainer.scaler.state_dict(),
+            "progress": {**asdict(run.progress), "window": sums},
+        }
+        # The pictures come before the state: a run that resumes from it must find them.
+        draw = partial(run.images.show, run.progress.step, validation) if validation else None
+        run.checkpointer.save(state, candidate=candidate, first=draw)
+    # With the long timeout: in the next step, the others would give up on a rank 0 that copies.
+    distributed.barrier()

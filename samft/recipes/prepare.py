@@ -1,0 +1,217 @@
+"""The first step of a run: checks everything that can be refused, and builds what trains.
+
+Nothing on the disk is moved, written or opened here, so a run that is refused leaves an earlier
+one in the same folder untouched.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samft import distributed
+from samft.checkpoints.async_saver import Checkpointer
+from samft.checkpoints.top_k import TopK
+from samft.checkpoints.training_state import LAST_NAME
+from samft.config import TrainConfig
+from samft.errors import ConfigError
+from samft.models.prompted_sam import PromptedSam
+from samft.models.sam import constant_names
+from samft.recipes.build import build_model, disk_bytes, load_weights
+from samft.recipes.datasets import Splits, load_splits
+from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
+from samft.runtime import host_checks
+from samft.runtime.logs import LOGGER
+from samft.runtime.output_dir import holds_previous_run, write_status
+from samft.runtime.signals import StopRequest, job_deadline
+from samft.training.engine import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of, before it writes anything.
+
+    Attributes:
+        config: The configuration to train with.
+        requested_config: The configuration as the user gave it; it differs in `batch_size` and
+            `accumulate_steps` where a run is resumed on another number of processes. This one goes
+            into `last.ckpt`, so that the same command is recognised on any number of processes.
+        output_dir: The output folder, locked by this run.
+        device: This process's device.
+        stop: Tells whether a signal has asked to stop.
+        deadline: When to stop before the job's time limit, in seconds since 1970; inf: never.
+        splits: The two datasets.
+        resume: The state to resume from; None for a fresh start. Its large entries are popped
+            where they are loaded, which frees their memory.
+        model: On its device, with its weights, its frozen parts frozen.
+        progress: How far the run has come.
+        checkpointer: Writes checkpoints into the output folder.
+        started_at: Of `time.monotonic`, as if the run had never been stopped and resumed.
+    """
+
+    config: TrainConfig
+    requested_config: TrainConfig
+    output_dir: Path
+    device: torch.device
+    stop: StopRequest
+    deadline: float
+    splits: Splits
+    resume: ResumePoint | None
+    model: PromptedSam
+    progress: Progress
+    checkpointer: Checkpointer
+    started_at: float
+
+    @property
+    def source_dir(self) -> Path:
+        """The output folder of the run that is resumed; of a fresh run its own."""
+        return self.resume.output_dir if self.resume else self.output_dir
+
+    @property
+    def resumes_in_place(self) -> bool:
+        """Whether a run is resumed in its own output folder."""
+        return _resumes_in_place(self.resume, self.output_dir)
+
+    @property
+    def logged_step(self) -> int:
+        """The last step that has its lines in metrics.jsonl."""
+        # A step whose validation was interrupted has none yet.
+        return self.progress.step - bool(self.progress.pending)
+
+    def stop_reason(self) -> str | None:
+        """Why this process has to stop before the last step; None if it has not to."""
+        stop_after = self.config.stop_after
+        if self.stop:
+            return self.stop.received[0]
+        if time.time() >= self.deadline:
+            return "the job's time limit"
+        if stop_after is not None and self.progress.step >= stop_after:
+            return f"stop_after {stop_after}"
+        return None
+
+
+def prepare(
+    config: TrainConfig, output_dir: Path, device: torch.device, *, stop: StopRequest
+) -> Parts:
+    """Checks everything that a user can get wrong and builds the model. Collective.
+
+    Args:
+        config: The checked configuration.
+        output_dir: The output folder, locked by this run.
+        device: This process's device.
+        stop: Tells whether a signal has asked to stop.
+
+    Returns:
+        The parts of the run; nothing on the disk has changed.
+
+    Raises:
+        UserError: The data, the weights, the state to resume from or the host cannot be used.
+    """
+    parts = distributed.run_on_all_ranks(lambda: _check_and_build(config, output_dir, device, stop))
+    if len(set(distributed.all_gather(parts.progress.step))) > 1:
+        raise ConfigError(
+            "output_dir: the processes do not see the same last.ckpt; put output_dir on a disk "
+            "that all hosts share."
+        )
+    return parts
+
+
+def _check_and_build(
+    requested: TrainConfig, output_dir: Path, device: torch.device, stop: StopRequest
+) -> Parts:
+    # Cheapest first: a typing error should not take the minute that loading weights may take.
+    deadline = job_deadline(requested.save_before_limit)
+    splits = load_splits(requested)
+    resume = find_resume_point(requested, output_dir, splits.fingerprint)
+    config = keep_images_per_step(requested, resume) if resume else requested
+    for problem in resume.problems if resume else ():
+        LOGGER.warning("resume: %s", problem)
+    model = build_model(config, _load_initial_weights(config, resume), device)
+    _check_host(config, model, output_dir, _resumes_in_place(resume, output_dir))
+    progress = _restore_progress(resume)
+    best = TopK.from_list(resume.state["best"]) if resume else []
+    return Parts(
+        config=config,
+        requested_config=requested,
+        output_dir=output_dir,
+        device=device,
+        stop=stop,
+        deadline=deadline,
+        splits=splits,
+        resume=resume,
+        model=model,
+        progress=progress,
+        checkpointer=Checkpointer(
+            output_dir,
+            top_k=TopK(output_dir, k=config.save_top_k, best=best),
+            constant=constant_names(model.sam),
+            on_saved=partial(write_run_status, output_dir, "running"),
+        ),
+        started_at=time.monotonic() - progress.wall_seconds,
+    )
+
+
+def _load_initial_weights(
+    config: TrainConfig, resume: ResumePoint | None
+) -> dict[str, Tensor] | None:
+    if resume is None:
+        return load_weights(config)
+    weights: dict[str, Tensor] = resume.state.pop("model")
+    return weights
+
+
+def _restore_progress(resume: ResumePoint | None) -> Progress:
+    if resume is None:
+        return Progress()
+    progress = Progress(**resume.state["progress"])
+    if not distributed.is_main():
+        # The saved sums are those of all ranks; rank 0 alone continues them.
+        progress.window = Progress().window
+    return progress
+
+
+def _resumes_in_place(resume: ResumePoint | None, output_dir: Path) -> bool:
+    return resume is not None and resume.output_dir.resolve() == output_dir.resolve()
+
+
+def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_place: bool) -> None:
+    if not distributed.is_main():
+        host_checks.raise_open_file_limit()
+        return
+    side = config.image_size
+    cells = side**2 // (16 if config.loss_resolution == "low" else 1)
+    host_checks.check_host(
+        model.sam.device,
+        output_dir,
+        needed=disk_bytes(model, save_top_k=config.save_top_k),
+        replaces_existing=in_place or not holds_previous_run(output_dir),
+        num_workers=config.num_workers,
+        batch_bytes=config.batch_size * (3 * side**2 + config.max_masks_per_image * cells),
+    )
+
+
+def write_run_status(
+    output_dir: Path, state: str, step: int, *, exit_code: int | None = None, reason: str = ""
+) -> None:
+    """Writes status.json on rank 0; see `write_status`.
+
+    Args:
+        output_dir: The output folder of the run.
+        state: `running`, `done`, `failed` or `preempted`.
+        step: Optimizer steps done.
+        exit_code: What the process is about to exit with; None while it runs.
+        reason: One sentence.
+    """
+    if distributed.is_main():
+        last = output_dir / LAST_NAME
+        write_status(
+            output_dir,
+            state=state,
+            step=step,
+            exit_code=exit_code,
+            reason=reason,
+            last_checkpoint=str(last) if last.exists() else None,
+        )

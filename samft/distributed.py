@@ -1,10 +1,11 @@
 """The process group: ranks, gathers, sums and agreement; all right without a group, too."""
 
+import contextlib
 import inspect
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -125,6 +126,31 @@ def shutdown() -> None:
 
 def _step_group() -> Any:
     return _STEP_GROUPS[0] if _STEP_GROUPS else None
+
+
+@contextlib.contextmanager
+def process_group(device: str, *, step_seconds: float | None = None) -> Iterator[torch.device]:
+    """Starts the process group, and ends it however the block ends. Collective.
+
+    A group that exists already, the caller's own say, is used and left alone.
+
+    Args:
+        device: See `start`.
+        step_seconds: See `start`.
+
+    Yields:
+        This process's device.
+
+    Raises:
+        ConfigError: See `start`.
+    """
+    is_callers_own = is_initialized()
+    chosen = start(device, step_seconds=step_seconds)
+    try:
+        yield chosen
+    finally:
+        if not is_callers_own:
+            shutdown()
 
 
 def all_gather(value: Any) -> list[Any]:

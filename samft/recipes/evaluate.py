@@ -33,7 +33,7 @@ from samft.models.sam import open_checkpoint
 from samft.runtime import heartbeat
 from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
-from samft.runtime.logs import LOGGER, format_duration, start_logging
+from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal
 from samft.runtime.output_dir import create_writable_dir
 
 STEP_SECONDS = 600.0  # after which a process that does not answer is named and given up
@@ -52,18 +52,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         UserError: The checkpoints, the data or the output cannot be used.
         TrainingError: Another process failed.
     """
-    device = distributed.start(options.device, step_seconds=STEP_SECONDS)
-    start_logging(distributed.get_rank())
-    heartbeat.start()
-    try:
-        with explain_distributed_errors():
-            return _run(options, device)
-    except BaseException as error:
-        heartbeat.report_failure(f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        heartbeat.stop()
-        distributed.shutdown()
+    with (
+        distributed.process_group(options.device, step_seconds=STEP_SECONDS) as device,
+        logging_to_terminal(distributed.get_rank()),
+        heartbeat.posting(),
+    ):
+        try:
+            with explain_distributed_errors():
+                return _run(options, device)
+        except BaseException as error:
+            heartbeat.report_failure(f"{type(error).__name__}: {error}")
+            raise
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:

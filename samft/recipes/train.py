@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
@@ -27,7 +25,7 @@ from samft.runtime import heartbeat
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.files import write_json, write_text
 from samft.runtime.heartbeat import explain_distributed_errors
-from samft.runtime.logs import LOGGER, RunLog, start_logging
+from samft.runtime.logs import LOGGER, RunLog, logging_to_terminal
 from samft.runtime.output_dir import (
     archive_previous_run,
     create_writable_dir,
@@ -53,7 +51,12 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         TrainingError: The run cannot continue.
     """
     output_dir = Path(config.output_dir).expanduser()
-    with _process_group(config) as device, contextlib.ExitStack() as open_until_end:
+    with (
+        distributed.process_group(config.device, step_seconds=config.hang_timeout) as device,
+        logging_to_terminal(distributed.get_rank()),
+        heartbeat.posting(),
+        contextlib.ExitStack() as open_until_end,
+    ):
         with _record_failure(output_dir):
             if config.dry_run:
                 return dry_run(config, device)
@@ -146,19 +149,6 @@ def finish(training: TrainingRun) -> dict[str, Any]:
         write_run_status(training.output_dir, "done", progress.step, exit_code=0, reason="finished")
         report.write(summary, training.model, should_stop=lambda: bool(training.stop))
     return summary
-
-
-@contextlib.contextmanager
-def _process_group(config: TrainConfig) -> Iterator[torch.device]:
-    # Collective. Joins the other processes; leaves them however the block ends.
-    device = distributed.start(config.device, step_seconds=config.hang_timeout)
-    start_logging(distributed.get_rank())
-    heartbeat.start()
-    try:
-        yield device
-    finally:
-        heartbeat.stop()
-        distributed.shutdown()
 
 
 @contextlib.contextmanager

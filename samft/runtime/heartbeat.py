@@ -50,9 +50,10 @@ class _Heartbeat:
             threading.Thread(target=self._post_now_and_then, daemon=True).start()
 
     def close(self) -> None:
-        """Posts no more."""
+        """Posts no more, and lets go of the loader whose images were to be named."""
         self._stop.set()
         self.store = None
+        self.doing, self.loading = lambda: "starting", list
 
     def _post_now_and_then(self) -> None:
         while not self._stop.wait(_POST_SECONDS):
@@ -92,6 +93,16 @@ def start() -> None:
 def stop() -> None:
     """Ends telling."""
     _HEARTBEAT.close()
+
+
+@contextlib.contextmanager
+def posting() -> Iterator[None]:
+    """Posts this process's activity to the other ranks while the block runs."""
+    start()
+    try:
+        yield
+    finally:
+        stop()
 
 
 def set_step(step: int) -> None:

@@ -84,15 +84,6 @@ def _logs_to_terminal(logger: logging.Logger) -> bool:
     return any(stream and stream in (sys.stdout, sys.stderr) for stream in streams)
 
 
-def start_logging(rank: int) -> None:
-    """Enters `logging_to_terminal` for the rest of the process."""
-    _ENTERED.append(logging_to_terminal(rank))
-    _ENTERED[-1].__enter__()
-
-
-_ENTERED: list[contextlib.AbstractContextManager[None]] = []
-
-
 def format_duration(seconds: float) -> str:
     """Seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(int(round(seconds)), 60)

@@ -1,7 +1,10 @@
 import json
+import logging
+import multiprocessing
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +284,39 @@ def test_debug_shows_the_traceback_of_a_users_error(debug, tmp_path, capsys):
 def test_main_raises_what_the_command_reports(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         main(arguments(tmp_path / "nowhere", tmp_path / "run"))
+
+
+def process_state() -> dict[str, Any]:
+    """What a library must not change for the program that calls it."""
+    root, ours = logging.getLogger(), logging.getLogger("samft")
+    # PyTorch installs a handler of SIGCHLD with its first loader worker, once per process.
+    numbers = signal.valid_signals() - {signal.SIGCHLD}
+    return {
+        "handlers": root.handlers[:],
+        "levels": (root.level, ours.level),
+        "warnings": warnings.showwarning,
+        "signals": {number: signal.getsignal(number) for number in numbers},
+        "children": multiprocessing.active_children(),
+    }
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e30], ids=["done", "failed"])
+def test_main_leaves_the_callers_process_as_it_was(learning_rate, data, tmp_path, capsys):
+    handler = logging.FileHandler(tmp_path / "mine.log")
+    logging.getLogger().addHandler(handler)
+    try:
+        before = process_state()
+        changes = {"steps": 6, "num_workers": 1, "learning_rate": learning_rate}
+        code = command_here(arguments(data, tmp_path / "run", **changes))
+        assert code == int(learning_rate > 1)
+        assert process_state() == before
+        logging.getLogger("mine").warning("the caller's own line")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    lines = (tmp_path / "mine.log").read_text().splitlines()
+    assert any(line.startswith("step 0: val_per_mask_iou") for line in lines)
+    assert lines[-1] == "the caller's own line"
 
 
 # Exit codes under launch.sh

@@ -1,15 +1,11 @@
 """Runs of a second or two by the trainer's own command line, and readers of what they leave."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -69,36 +65,19 @@ def a_config(data_root: Path, output_dir: Path = Path("nowhere"), **changes: Any
     return parse_config(arguments(data_root, output_dir, **changes))
 
 
-@contextmanager
-def _own_logging() -> Iterator[None]:
-    # A run takes the root logger for itself, which pytest and the next test need back.
-    root, level = logging.getLogger(), logging.getLogger("samft").level
-    handlers, root_level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        root.handlers = handlers
-        root.setLevel(root_level)
-        logging.getLogger("samft").setLevel(level)
-
-
 def train_here(argv: list[str]) -> dict[str, Any]:
     """`samft.train.main` in this process."""
-    with _own_logging():
-        return main(argv)
+    return main(argv)
 
 
 def evaluate_here(argv: list[str]) -> dict[str, Any]:
     """`samft.evaluate.main` in this process."""
-    with _own_logging():
-        return evaluate.main(argv)
+    return evaluate.main(argv)
 
 
 def command_here(argv: list[str]) -> int:
-    """The command in this process; its exit code. In a process pool, the group stays."""
-    with _own_logging(), mock.patch("samft.distributed.shutdown"):
-        return run_command(main, argv)
+    """The command in this process; its exit code."""
+    return run_command(main, argv)
 
 
 def command_line(argv: list[str], *, processes: int = 1) -> list[str]:

@@ -4,8 +4,6 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -110,14 +108,9 @@ def test_a_run_in_the_folder_is_left_as_it_is(data, tmp_path):
     assert len(read_metrics(tmp_path)) > 0
 
 
-def forecast_in_pool(argv: list[str]) -> dict[str, Any]:
-    with mock.patch("samft.distributed.shutdown"):  # the pool's group stays
-        return train_here(argv)
-
-
 def test_two_processes_forecast_one_run(gloo2: GlooPool, data, tmp_path):
     argv = arguments(data, tmp_path, dry_run=True, freeze_image_encoder=True, steps=200)
-    first, second = gloo2.run(forecast_in_pool, argv)
+    first, second = gloo2.run(train_here, argv)
     assert first == second
     assert first["checkpoint_bytes"] > 0
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """Parameter groups, and learning-rate schedules as pure functions of the step."""
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,21 +9,22 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
 from samft import distributed
+from samft.runtime.logs import LOGGER
 
-# SAM was trained with the rate divided by ten at 60,000 and 86,666 of 90,000 steps; the shares
-# here are those of the design. Source: Kirillov et al., Segment Anything, 2023, appendix A.
+# Shares of the run after which the rate is divided by ten, as the documentation of `lr_schedule`
+# says. SAM's own were 60,000 and 86,666 of 90,000 steps, the second a share of .963.
+# Source: Kirillov et al., Segment Anything, 2023, appendix A.
 MULTISTEP_SHARES = (0.66667, 0.86666)
 MULTISTEP_FACTOR = 0.1
-LOGGER = logging.getLogger(__name__)
 
 
 def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: int) -> float:
-    """The share of the peak learning rate at a step.
+    """The learning rate at a step, as a share of the peak.
 
     Args:
         step: The optimizer step about to be taken, from 0.
         steps: Optimizer steps of the whole run.
-        schedule: `multistep`, `cosine` or `constant`; all begin with the linear warm-up.
+        schedule: `multistep`, `cosine` or `constant`; all begin with a linear warm-up.
         warmup_steps: Steps until the peak.
 
     Returns:
@@ -49,15 +49,15 @@ def schedule_learning_rate(
         peak: The highest rate.
         steps: Optimizer steps of the whole run.
         schedule: See `learning_rate_factor`.
-        warmup_steps: Steps until the peak; cut to a tenth of `steps`, which the log says.
+        warmup_steps: Steps until the peak; cut to a tenth of `steps`, with a line in the log.
 
     Returns:
         A function from a step, from 0, to its learning rate.
     """
-    most = steps // 10
-    if warmup_steps > most:
-        LOGGER.info("warm-up: %d steps, a tenth of the run, not %d", most, warmup_steps)
-    warmup = min(warmup_steps, most)
+    longest = steps // 10
+    if warmup_steps > longest:
+        LOGGER.info("warm-up: %d steps, a tenth of the run, not %d", longest, warmup_steps)
+    warmup = min(warmup_steps, longest)
 
     def learning_rate_at(step: int) -> float:
         factor = learning_rate_factor(step, steps=steps, schedule=schedule, warmup_steps=warmup)
@@ -81,45 +81,47 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     """
     undecayed_ids: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.LayerNorm, LayerNorm2d, nn.Embedding)) or name.endswith(
-            "iou_prediction_head.layers.2"
-        ):
+        one_row_trains = name.endswith("iou_prediction_head.layers.2")
+        if isinstance(module, (nn.LayerNorm, LayerNorm2d, nn.Embedding)) or one_row_trains:
             undecayed_ids |= {id(parameter) for parameter in module.parameters()}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         position = name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
-        decays = not (parameter.ndim <= 1 or position or id(parameter) in undecayed_ids)
-        groups[decays].append(parameter)
+        bias_or_norm = parameter.ndim <= 1
+        exempt = bias_or_norm or position or id(parameter) in undecayed_ids
+        (undecayed if exempt else decayed).append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
 
 
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, sharded: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, fused where that runs.
+    """Fused AdamW over the trainable parameters.
 
-    Sharded, each process keeps the two moments of its share of the parameters, updates those and
-    sends them to the others: the same numbers, 8 bytes a parameter divided by the processes, and
-    as much to send again as the gradients. Collective then: every rank must call.
+    Sharded, each process keeps the two moments of its share of the parameters, updates these
+    parameters and sends them to the others. The numbers are the same; the moments, 8 bytes a
+    parameter, are divided by the number of processes; and as much is sent again as for gradients.
+    Collective if sharded: every rank must call.
 
     Args:
         model: A module that contains a SAM, already on its device.
         learning_rate: Peak rate; the schedule scales it at each step.
         weight_decay: See `parameter_groups`.
-        sharded: Whether to share the state out among processes, if there are more than one.
+        sharded: Whether to divide the state among processes, if there are several.
 
     Returns:
-        The optimizer. What `gather_state` gives can be loaded sharded or not.
+        The optimizer. The state that `gather_state` returns can be loaded sharded or not.
     """
-    groups = [group for group in parameter_groups(model, weight_decay=weight_decay)]
-    groups = [group for group in groups if group["params"]]
+    every_group = parameter_groups(model, weight_decay=weight_decay)
+    groups = [group for group in every_group if group["params"]]
     if sharded and distributed.get_world_size() > 1:
-        # Only now: its import takes a while, and warns.
+        # Imported only here: the import is slow, and warns.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(
@@ -129,14 +131,15 @@ def build_optimizer(
 
 
 def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state, of all parameters, on rank 0. Collective: every rank must call.
+    """The state of an optimizer for all parameters, on rank 0. Collective: every rank must call.
 
     Args:
         optimizer: From `build_optimizer`.
 
     Returns:
-        Its state dict; on other ranks empty where the state is shared out.
+        Its state dict; empty on other ranks if the state is sharded.
     """
+    # Only `ZeroRedundancyOptimizer` has this method.
     consolidate = getattr(optimizer, "consolidate_state_dict", None)
     if consolidate is None:
         return optimizer.state_dict()

@@ -293,7 +293,7 @@ def test_gradients_in_float64_are_those_of_finite_differences() -> None:
     small = targets[:, :3, :3]
 
     def sums(values: Tensor, wanted: Tensor, shares: Tensor) -> tuple[Tensor, ...]:
-        return losses_module.pixel_sums(values, wanted, shares, full=255.0)[:3]
+        return losses_module.focal_dice_sums(values, wanted, shares, full=255.0)[:3]
 
     assert torch.autograd.gradcheck(lambda z: sums(z, targets, sides), logits)
     assert torch.autograd.gradcheck(lambda z: sums(z, small, sides[..., :3]), logits)
@@ -305,7 +305,7 @@ def test_shrinking_is_the_transpose_of_upsampling(length: int) -> None:
     large = interpolate(small[:, None], scale_factor=4, mode="bilinear")[:, 0]
     weights = torch.randn_like(large)
     (expected,) = torch.autograd.grad(large, small, weights)
-    found = losses_module.shrink(losses_module.shrink(weights, 1), 2)
+    found = losses_module.upsampling_backward(losses_module.upsampling_backward(weights, 1), 2)
     torch.testing.assert_close(found, expected)
 
 

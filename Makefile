@@ -15,12 +15,14 @@ JOBS ?= 2
 # Real data sets, for `make bench`.
 DATA ?= ../shared/data
 
-.PHONY: help install check format-check lint types test fmt docs smoke soak bench bench-step bench-scale
+.PHONY: help install check check-full format-check lint types test test-fast test-slow fmt docs smoke soak bench bench-step bench-scale
 
 help:
-	@echo "make check    format check, lint, types and tests; installs into $(VENV) first"
+	@echo "make check    format check, lint, types, unit tests and one run of each command (6 minutes);"
+	@echo "              installs into $(VENV) first"
+	@echo "make check-full   that, and all other tests: whole runs, processes, faults (25 minutes)"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
-	@echo "make test     tests only; ARGS=... goes to pytest, JOBS=2 is how many at a time"
+	@echo "make test     all tests, only them; ARGS=... goes to pytest, JOBS=2 is how many at a time"
 	@echo "make docs     writes docs/configuration.md from the help texts of samft/config.py"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
 	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
@@ -36,7 +38,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 install: $(INSTALLED)
 
-check: format-check lint types test
+check: format-check lint types test-fast
+
+check-full: check test-slow
 
 format-check: $(INSTALLED)
 	$(BIN)/ruff format --check $(TYPED) tests
@@ -47,8 +51,17 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy $(TYPED)
 
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+FAST := unit or smoke
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "$(FAST)" $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m "not ($(FAST))" $(ARGS)
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --quiet $(TYPED) tests

@@ -7,6 +7,7 @@ BASE_PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.samft-dev
+DOCS_INSTALLED := $(VENV)/.samft-docs
 TYPED := samft $(wildcard benchmarks)
 # More for pytest, as in: make test ARGS="-k losses -x"
 ARGS ?=
@@ -23,7 +24,7 @@ help:
 	@echo "make check-full   that, and all other tests: whole runs, processes, faults (25 minutes)"
 	@echo "make fmt      formats, sorts imports and mends what ruff can mend"
 	@echo "make test     all tests, only them; ARGS=... goes to pytest, JOBS=2 is how many at a time"
-	@echo "make docs     writes docs/configuration.md from the help texts of samft/config.py"
+	@echo "make docs     writes docs/configuration.md from the help texts of samft/config.py, and builds the pages into site/"
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
 	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
@@ -60,15 +61,22 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "$(FAST)" $(ARGS)
 
-test-slow: $(INSTALLED)
+# With what builds the documentation, for the test of that.
+test-slow: $(DOCS_INSTALLED)
 	$(PYTEST) -m "not ($(FAST))" $(ARGS)
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix-only --quiet $(TYPED) tests
 	$(BIN)/ruff format $(TYPED) tests
 
-docs: $(INSTALLED)
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# A warning, such as a link that leads nowhere, is an error.
+docs: $(DOCS_INSTALLED)
 	$(BIN)/python docs/generate_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 smoke: $(INSTALLED)
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \

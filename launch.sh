@@ -281,7 +281,7 @@ main() {
             printf '\nArguments of samft.train:\n\n'
             exec "$python" -m samft.train --help
         fi
-        printf '\nThe arguments of samft.train are in README.md, and here once samft is installed.\n'
+        printf '\nThe arguments of samft.train are in docs/configuration.md, and here once samft is installed.\n'
         return
         ;;
     esac

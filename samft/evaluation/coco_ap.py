@@ -22,7 +22,7 @@ USUAL_MAX_DETS = 100  # of a class in an image; COCOeval's default
 _SIZES = ("small", "medium", "large")  # in the order of COCOeval's area ranges, after all
 
 
-def categories_of(subset: CocoSubset, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def category_ids_of(subset: CocoSubset, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The category id of each object, int64 [K]."""
     known = subset.index.object_ids[subset.objects]
     order = np.argsort(known)
@@ -66,7 +66,7 @@ def coco_truth(objects: EvaluatedObjects, subset: CocoSubset) -> dict[str, Any]:
     }
     columns = zip(
         objects.image_ids.tolist(),
-        categories_of(subset, objects.object_ids).tolist(),
+        category_ids_of(subset, objects.object_ids).tolist(),
         objects.rle_true,
         objects.areas.tolist(),
         strict=True,

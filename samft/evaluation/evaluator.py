@@ -31,7 +31,7 @@ from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime import heartbeat
 
 
-def moved_boxes(
+def jittered_boxes(
     boxes: NDArray[np.floating],
     object_ids: NDArray[np.int64],
     *,
@@ -164,7 +164,7 @@ def evaluate_split(
         if batch.num_masks:  # none if the image cannot be read
             parts += _evaluate_image(model, batch, seed=seed)
         on_image()
-    found = gather_scores(EvaluatedObjects.join(parts))
+    found = gather_scores(EvaluatedObjects.concatenate(parts))
     return found, {name: why for bad in all_gather(bad_images) for name, why in bad.items()}
 
 
@@ -192,7 +192,7 @@ def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[
 def _other_prompts(batch: Batch, part: Tensor, *, frame: Frame, seed: int) -> tuple[Tensor, Tensor]:
     boxes, object_ids = batch.boxes[part].numpy(), batch.object_ids[part].numpy()
     jittered = [
-        moved_boxes(boxes, object_ids, share=share, frame=frame, seed=seed)
+        jittered_boxes(boxes, object_ids, share=share, frame=frame, seed=seed)
         for share in JITTERS.values()
     ]
     points = np.array([centre_point(batch.truths[k]) for k in part.tolist()])

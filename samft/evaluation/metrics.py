@@ -25,7 +25,7 @@ def boundary_width(original_size: tuple[int, int]) -> int:
     return max(1, int(round(BOUNDARY_SHARE * float(np.hypot(height, width)))))
 
 
-def boundary_of(mask: CroppedMask, *, width: int) -> CroppedMask:
+def mask_boundary(mask: CroppedMask, *, width: int) -> CroppedMask:
     """The pixels of a mask that are at most so far from what is not the mask.
 
     The far side of the image's edge is not the mask. So a crop that holds the whole mask gives what
@@ -54,7 +54,7 @@ def boundary_iou(mask: CroppedMask, truth: CroppedMask, *, original_size: tuple[
         original_size: H, W of the image, whose diagonal says how wide a boundary is.
     """
     width = boundary_width(original_size)
-    return cropped_iou(boundary_of(mask, width=width), boundary_of(truth, width=width))
+    return cropped_iou(mask_boundary(mask, width=width), mask_boundary(truth, width=width))
 
 
 class MaskMean(Metric):

@@ -59,7 +59,7 @@ class ObjectScores:
         return ObjectScores(*(np.array(columns[name], dtype=_dtype(name)) for name in names))
 
     @classmethod
-    def join(cls: type[Table], parts: list[Table]) -> Table:
+    def concatenate(cls: type[Table], parts: list[Table]) -> Table:
         """The rows of several tables in one, in the order of image, then object."""
         names = [field.name for field in fields(cls)]
         columns = [
@@ -78,7 +78,7 @@ def _dtype(name: str) -> type:
 
 def gather_scores(scores: Table) -> Table:
     """The rows of all ranks, the same on each. Collective: every rank must call."""
-    return type(scores).join(all_gather(scores))
+    return type(scores).concatenate(all_gather(scores))
 
 
 LOST_IOU = 0.1  # a loss of more than this is one that a person sees
@@ -116,7 +116,7 @@ class Comparison(Generic[Table]):
         """Objects that lost more than `LOST_IOU`."""
         return int((self.change < -LOST_IOU).sum())
 
-    def choose(self, num: int) -> dict[str, NDArray[np.int64]]:
+    def choose_examples(self, num: int) -> dict[str, NDArray[np.int64]]:
         """Which objects to look at; none is in two of the groups.
 
         Args:
@@ -137,7 +137,7 @@ class Comparison(Generic[Table]):
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupMeans:
     """Some of the objects of a comparison, and their mean IoU before and after."""
 
     name: str
@@ -146,7 +146,7 @@ class Group:
     after: float
 
 
-def compare(before: Table, after: Table) -> Comparison[Table]:
+def compare_objects(before: Table, after: Table) -> Comparison[Table]:
     """Pairs the rows of the objects that are in both tables, in the order of image and object."""
     keys = np.concatenate([before.keys(), after.keys()])
     _, numbers = np.unique(keys, axis=0, return_inverse=True)
@@ -155,9 +155,9 @@ def compare(before: Table, after: Table) -> Comparison[Table]:
     return Comparison(before.take(first), after.take(second))
 
 
-def group_by(
+def mean_by_group(
     comparison: Comparison[ObjectScores], labels: NDArray[np.int64], names: list[str]
-) -> list[Group]:
+) -> list[GroupMeans]:
     """Means of groups of objects; groups without any are left out.
 
     Args:
@@ -171,14 +171,14 @@ def group_by(
         for rows in (comparison.before, comparison.after)
     ]
     columns = (names, counts.tolist(), *(mean.tolist() for mean in means))
-    return [Group(*row) for row in zip(*columns, strict=True) if row[1]]
+    return [GroupMeans(*row) for row in zip(*columns, strict=True) if row[1]]
 
 
-def group_by_size(comparison: Comparison[ObjectScores]) -> list[Group]:
+def mean_by_size(comparison: Comparison[ObjectScores]) -> list[GroupMeans]:
     """Means of objects of like size, the smallest first."""
     edges = np.square(_SIDES)
     labels = np.searchsorted(edges, comparison.before.areas, side="right")
-    return group_by(comparison, labels, list(SIZE_NAMES))
+    return mean_by_group(comparison, labels, list(SIZE_NAMES))
 
 
 def mean_change(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from samft.evaluation.coco_ap import USUAL_MAX_DETS
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects
-from samft.evaluation.object_scores import LOST_IOU, compare, mean_change
+from samft.evaluation.object_scores import LOST_IOU, compare_objects, mean_change
 
 Floats = NDArray[np.float64]
 
@@ -22,7 +22,7 @@ TIE = 0.01  # IoU; a difference that nobody sees
 NUM_SHOWN = 10
 
 
-def summarise(
+def summarise_scores(
     objects: EvaluatedObjects, category_ids: NDArray[np.int64], *, names: dict[int, str]
 ) -> dict[str, Any]:
     """All numbers of one model, as plain values.
@@ -40,21 +40,21 @@ def summarise(
         "per_mask_iou": float(objects.iou_actual.mean()),
         "images": len(np.unique(objects.image_ids)),
         "masks": len(objects),
-        "iou": spread(objects.iou_actual),
-        "dice": spread(objects.dice),
-        "boundary_iou": spread(objects.iou_boundary),
+        "iou": summary_statistics(objects.iou_actual),
+        "dice": summary_statistics(objects.dice),
+        "boundary_iou": summary_statistics(objects.iou_boundary),
         "box_fill_iou": float(objects.iou_box_fill.mean()),
         "by_size": _by_size(objects),
         "by_category": _by_category(objects, category_ids, names),
         "by_prompt": {
-            "box": spread(objects.iou_actual),
-            **{name: spread(values) for name, values in ious.items()},
+            "box": summary_statistics(objects.iou_actual),
+            **{name: summary_statistics(values) for name, values in ious.items()},
         },
         "calibration": calibration(objects.iou_predicted, objects.iou_actual),
     }
 
 
-def spread(values: Floats) -> dict[str, float]:
+def summary_statistics(values: Floats) -> dict[str, float]:
     """Mean, median and 10th percentile of K numbers, K at least 1."""
     return {
         "mean": float(values.mean()),
@@ -131,7 +131,7 @@ def calibration(predicted: Floats, actual: Floats) -> dict[str, Any]:
     }
 
 
-def summarise_change(
+def summarise_comparison(
     before: EvaluatedObjects, after: EvaluatedObjects, *, seed: int = 0
 ) -> dict[str, Any]:
     """What another model changes, object by object.
@@ -147,14 +147,14 @@ def summarise_change(
         more than `tie`. `lost`: objects that lost over `lost_over`. `most_improved` and
         `most_harmed`: objects with the largest changes, beginning with the largest.
     """
-    both = compare(before, after)
+    both = compare_objects(before, after)
     before, after, change = both.before, both.after, both.change
     columns = {"iou": "iou_actual", "boundary_iou": "iou_boundary", "iou_point": "iou_point"}
     intervals = {
         name: mean_change(getattr(after, c) - getattr(before, c), before.image_ids, seed=seed)
         for name, c in columns.items()
     }
-    chosen = both.choose(NUM_SHOWN)
+    chosen = both.choose_examples(NUM_SHOWN)
     return {
         **intervals,
         "wins": int((change > TIE).sum()),
@@ -182,8 +182,8 @@ def _named(
     return [dict(zip(names, values, strict=True)) for values in columns]
 
 
-MOST_CLASSES = 12
-MOST_OBJECTS = 5
+MAX_CLASSES_SHOWN = 12
+MAX_OBJECTS_SHOWN = 5
 _LABEL = 36
 
 _PROMPTS = {
@@ -203,7 +203,7 @@ _AP = {
 }
 
 
-def sheet(evaluations: list[dict[str, Any]], *, data: str) -> list[str]:
+def format_tables(evaluations: list[dict[str, Any]], *, data: str) -> list[str]:
     """Everything that is worth reading, as lines.
 
     Args:
@@ -281,7 +281,7 @@ def _classes(evaluations: list[dict[str, Any]], heads: list[str]) -> list[str]:
     )
     if len(rows) < 2:
         return []
-    shown = rows[:MOST_CLASSES]
+    shown = rows[:MAX_CLASSES_SHOWN]
     which = f", the {len(shown)} worst of {len(rows)}" if len(rows) > len(shown) else ""
     lines = [_line(f"IoU by class{which}", heads)]
     for row in shown:
@@ -315,7 +315,7 @@ def _comparison(comparison: dict[str, Any], letter: str) -> list[str]:
         f"{comparison['lost']:,}"
     )
     for name in ("most_improved", "most_harmed"):
-        for k, row in enumerate(comparison[name][:MOST_OBJECTS]):
+        for k, row in enumerate(comparison[name][:MAX_OBJECTS_SHOWN]):
             lines.append(
                 f"  {name.replace('_', ' ') if k == 0 else '':<18}"
                 f"{row['iou_before']:.3f} -> {row['iou_after']:.3f}   object {row['object_id']}"

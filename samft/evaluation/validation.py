@@ -106,15 +106,15 @@ class Validation:
             `per_mask_iou` is at the original resolution.
         box_fill_iou: What filling each box would score.
         objects: One row for each mask of all ranks.
-        kept: The masks that were kept to be looked at, of all ranks.
+        selection: The masks that were kept to be looked at, of all ranks.
         bad_images: This rank's images that could not be read: name, what is wrong.
         rates: How fast it went, for the log.
     """
 
     metrics: dict[str, float]
     box_fill_iou: float
-    objects: ObjectScores = field(default_factory=lambda: ObjectScores.join([]))
-    kept: MaskSelection | None = None
+    objects: ObjectScores = field(default_factory=lambda: ObjectScores.concatenate([]))
+    selection: MaskSelection | None = None
     bad_images: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
 
@@ -125,7 +125,7 @@ def validate(
     batches: Iterable[Batch],
     *,
     loss: LossFunction,
-    keep: MaskSelection | None = None,
+    selection: MaskSelection | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
 ) -> Validation:
@@ -138,7 +138,7 @@ def validate(
         model: Not wrapped; ranks may hold different numbers of images, or none.
         batches: This rank's images, one a batch, with their truths.
         loss: `losses.mask_losses` with its weights and image size set.
-        keep: Is offered every mask, for pictures.
+        selection: Is offered every mask, for pictures.
         should_stop: Asked before each image on every rank; all stop if any says yes.
         waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
 
@@ -159,12 +159,12 @@ def validate(
         heartbeat.set_activity("validating on image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # none if the image cannot be read
-            objects += _score_image(model, batch, loss=loss, means=means, keep=keep)
+            objects += _score_image(model, batch, loss=loss, means=means, selection=selection)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
-    table = gather_scores(ObjectScores.join(objects))
-    if keep is not None:
-        keep.gather()
-    return Validation(metrics, metrics.pop("box_fill_iou"), table, keep, bad_images)
+    table = gather_scores(ObjectScores.concatenate(objects))
+    if selection is not None:
+        selection.gather()
+    return Validation(metrics, metrics.pop("box_fill_iou"), table, selection, bad_images)
 
 
 def _score_image(
@@ -173,13 +173,13 @@ def _score_image(
     *,
     loss: LossFunction,
     means: dict[str, MaskMean],
-    keep: MaskSelection | None,
+    selection: MaskSelection | None,
 ) -> list[ObjectScores]:
     moved = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
     rows = []
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        scores = _score_masks(model, moved, embedding, part=part, loss=loss, keep=keep)
+        scores = _score_masks(model, moved, embedding, part=part, loss=loss, selection=selection)
         for name, values in scores.items():
             means[name].update(values.cpu())
         rows.append(_rows(batch, part, scores))
@@ -204,7 +204,7 @@ def _score_masks(
     *,
     part: Tensor,
     loss: LossFunction,
-    keep: MaskSelection | None,
+    selection: MaskSelection | None,
 ) -> dict[str, Tensor]:
     boxes, index = batch.boxes[part], batch.image_index[part]
     logits, iou_predicted = model.decode(embedding, boxes, index)
@@ -221,10 +221,10 @@ def _score_masks(
     ious = []
     for k, mask in zip(part.tolist(), masks, strict=True):
         ious.append(cropped_iou(mask, batch.truths[k]))
-        if keep is not None:
+        if selection is not None:
             key = batch.image_ids[0], int(batch.object_ids[k])
             both = ious[-1], float(iou_predicted[k - int(part[0])])
-            keep.add(key, mask, ious=both, size=batch.image_sizes["original_size"])
+            selection.add(key, mask, ious=both, size=batch.image_sizes["original_size"])
     iou = torch.tensor(ious, dtype=torch.float64)
     values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
     scores = dict(zip(LOSS_NAMES, values, strict=True))

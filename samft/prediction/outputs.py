@@ -165,10 +165,10 @@ class PictureWriter:
         height, width = image.shape[:2]
         if self.masks:
             labels = drawing.label_image(masks, (height, width))
-            _write_picture(self.folder / "masks" / f"{name}.png", drawing.index_png(labels))
+            _write_picture(self.folder / "masks" / f"{name}.png", drawing.encode_label_png(labels))
         if self.overlays:
             drawn = drawing.draw_objects(image, masks, boxes=boxes)
-            _write_picture(self.folder / "overlays" / f"{name}.jpg", drawing.jpeg(drawn))
+            _write_picture(self.folder / "overlays" / f"{name}.jpg", drawing.encode_jpeg(drawn))
 
 
 def _write_picture(path: Path, content: bytes) -> None:

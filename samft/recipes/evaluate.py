@@ -21,13 +21,13 @@ from samft.distributed import run_on_all_ranks
 from samft.errors import ConfigError, DataError
 from samft.evaluation.coco_ap import (
     average_precision,
-    categories_of,
+    category_ids_of,
     coco_results,
     coco_truth,
     load_backend,
 )
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
-from samft.evaluation.tables import sheet, summarise, summarise_change
+from samft.evaluation.tables import format_tables, summarise_comparison, summarise_scores
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
 from samft.runtime import heartbeat
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
             evaluations.append(_summarise(objects, subset, about, backend=options.ap_backend))
             tables.append(objects)
             if len(tables) > 1:
-                found = summarise_change(tables[0], objects, seed=options.seed)
+                found = summarise_comparison(tables[0], objects, seed=options.seed)
                 evaluations[-1]["comparison"] = _with_names(found, subset)
     report: dict[str, Any] = {}
     lines: list[str] = []
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
             "samft_version": samft.__version__,
             "torch_version": torch.__version__,
         }
-        lines = sheet(evaluations, data=_name_data(options))
+        lines = format_tables(evaluations, data=_name_data(options))
         if options.output:
             report["objects_file"] = objects_file(options.output).name
             _write(options.output, report, tables, subset)
@@ -199,8 +199,8 @@ def _load(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]
 def _summarise(
     objects: EvaluatedObjects, subset: CocoSubset, about: dict[str, Any], *, backend: str
 ) -> dict[str, Any]:
-    category_ids = categories_of(subset, objects.object_ids)
-    found = summarise(objects, category_ids, names=subset.index.category_names)
+    category_ids = category_ids_of(subset, objects.object_ids)
+    found = summarise_scores(objects, category_ids, names=subset.index.category_names)
     truth, results = coco_truth(objects, subset), coco_results(objects, category_ids)
     return {
         "per_mask_iou": found["per_mask_iou"],
@@ -217,7 +217,7 @@ def _file_names(subset: CocoSubset) -> dict[int, str]:
 def _with_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any]:
     names = _file_names(subset)
     for row in comparison["most_improved"] + comparison["most_harmed"]:
-        category = int(categories_of(subset, np.array([row["object_id"]]))[0])
+        category = int(category_ids_of(subset, np.array([row["object_id"]]))[0])
         row["category"] = subset.index.category_names[category]
         row["file_name"] = names[row["image_id"]]
     return comparison
@@ -235,7 +235,7 @@ def _write(
     writer.writerow([*ids, *scores])
     names = _file_names(subset)
     for checkpoint, table in zip(checkpoints, tables, strict=True):
-        categories = categories_of(subset, table.object_ids).tolist()
+        categories = category_ids_of(subset, table.object_ids).tolist()
         columns = [table.image_ids, table.object_ids, table.areas]
         columns += [getattr(table, name) for name in scores]
         for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):

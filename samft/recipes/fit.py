@@ -153,7 +153,7 @@ def _validate(run: TrainingRun) -> Validation:
         run.model,
         run.val_batches,
         loss=run.trainer.loss,
-        keep=run.images.keeper(),
+        selection=run.images.new_selection(),
         should_stop=lambda: bool(run.stop),
         waiting=run.stop.waiting,
     )
@@ -200,7 +200,11 @@ def _save(
             "progress": {**asdict(run.progress), "window": sums},
         }
         # The pictures come before the state: a run that resumes from it must find them.
-        draw = partial(run.images.show, run.progress.step, validation) if validation else None
+        draw = (
+            partial(run.images.record_validation, run.progress.step, validation)
+            if validation
+            else None
+        )
         run.checkpointer.save(state, candidate=candidate, first=draw)
     # With the long timeout: in the next step, the others would give up on a rank 0 that copies.
     distributed.barrier()

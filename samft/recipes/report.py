@@ -27,14 +27,20 @@ from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset, collate
 from samft.errors import UserError
 from samft.evaluation.metrics import cropped_iou
-from samft.evaluation.object_scores import Comparison, Group, compare, group_by, group_by_size
+from samft.evaluation.object_scores import (
+    Comparison,
+    GroupMeans,
+    compare_objects,
+    mean_by_group,
+    mean_by_size,
+)
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.sam import build_sam, load_state, read_state
 from samft.recipes import build
 from samft.recipes.datasets import Splits, find_val
-from samft.reports.drawing import mark, owner_of, view_of
+from samft.reports.drawing import annotate_crop, crop_around, image_row_of
 from samft.reports.page import ObjectPair, ReportPage, render
-from samft.reports.summary import next_commands, report, summarise
+from samft.reports.summary import log_summary, next_commands, summarise_run
 from samft.reports.validation_images import ValidationImages, find_objects
 from samft.runtime import heartbeat
 from samft.runtime.files import write_text
@@ -78,7 +84,7 @@ def draw_pairs(
     """
     if comparison is None or checkpoint is None or not len(comparison.before):
         return Pairs(why_none="It is not known how each object was scored before and after.")
-    rows = comparison.choose(NUM_SHOWN)
+    rows = comparison.choose_examples(NUM_SHOWN)
     chosen = np.concatenate(list(rows.values()))
     found = find_objects(dataset.subset.index, comparison.before.keys()[chosen])
     objects = dict(zip(chosen.tolist(), found.tolist(), strict=True))
@@ -146,7 +152,7 @@ def predict(
     index, device = dataset.subset.index, model.sam.device
     by_owner: dict[int, list[int]] = {}
     for k in objects:
-        by_owner.setdefault(owner_of(index, k), []).append(k)
+        by_owner.setdefault(image_row_of(index, k), []).append(k)
     for owner, own in by_owner.items():
         if should_stop():
             break
@@ -172,7 +178,7 @@ def predict(
 
 def _iou(dataset: Coco2MaskDataset, k: int, mask: CroppedMask) -> float:
     index = dataset.subset.index
-    size = index.sizes[owner_of(index, k)].tolist()
+    size = index.sizes[image_row_of(index, k)].tolist()
     return cropped_iou(mask, decode_cropped(index.segmentations[k], *size))
 
 
@@ -186,16 +192,16 @@ def _draw(
     names = class_names(index)
     drawn = {}
     for row, k in objects.items():
-        owner = owner_of(index, k)
+        owner = image_row_of(index, k)
         try:
-            view = view_of(
+            view = crop_around(
                 index.boxes[k], read_image(index.image_folder / index.file_name(owner)), tile=_TILE
             )
         except ImageError:
             continue
         if any(k not in found for found in masks):
             continue
-        before, after = (mark(index, k, view, predicted=found[k]) for found in masks)
+        before, after = (annotate_crop(index, k, view, predicted=found[k]) for found in masks)
         scores = comparison.before.iou_actual[row], comparison.after.iou_actual[row]
         drawn[row] = ObjectPair(
             file_name=index.file_name(owner),
@@ -236,11 +242,11 @@ class RunReport:
         before, after = rows.read(0), rows.read(self.best.step if self.best else None)
         self.comparison: Comparison | None = None
         if before is not None and after is not None:
-            self.comparison = compare(before, after)
+            self.comparison = compare_objects(before, after)
 
     def summarise(self, progress: Progress) -> dict[str, Any]:
         """What `summary.json` holds."""
-        return summarise(
+        return summarise_run(
             progress,
             self.best,
             folder=self.folder,
@@ -261,12 +267,12 @@ class RunReport:
         """
         commands = self.commands()
         path = self.folder / PAGE
-        if self.gallery.has_new or not path.exists():  # a finished run that is started again
+        if self.gallery.has_validation or not path.exists():  # a finished run that is started again
             try:
                 write_text(path, render(self._page(summary, model, commands, should_stop)))
             except Exception:
                 LOGGER.exception("%s could not be written; all else is whole", path)
-        report(summary, self.folder, commands=commands)
+        log_summary(summary, self.folder, commands=commands)
 
     def commands(self) -> list[str]:
         """See `report.next_commands`; none without a checkpoint."""
@@ -315,7 +321,7 @@ class RunReport:
             summary=summary,
             metrics=self.gallery.log.read_metrics(),
             comparison=self.comparison,
-            sizes=group_by_size(self.comparison) if self.comparison else [],
+            sizes=mean_by_size(self.comparison) if self.comparison else [],
             classes=self._classes(),
             pairs=pairs.groups,
             why_no_pairs=pairs.why_none,
@@ -325,7 +331,7 @@ class RunReport:
             commands=commands,
         )
 
-    def _classes(self) -> list[Group]:
+    def _classes(self) -> list[GroupMeans]:
         if self.comparison is None:
             return []
         index = self.gallery.index
@@ -336,7 +342,9 @@ class RunReport:
         labels = np.array(
             [place[one] for one in index.categories[objects].tolist()], dtype=np.int64
         )
-        return sorted(group_by(self.comparison, labels, used), key=lambda one: -one.num_objects)
+        return sorted(
+            mean_by_group(self.comparison, labels, used), key=lambda one: -one.num_objects
+        )
 
 
 def settings(config: TrainConfig) -> tuple[list[tuple[str, Any, Any]], list[tuple[str, Any]]]:

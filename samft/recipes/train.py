@@ -109,7 +109,7 @@ def start(parts: Parts, log: RunLog) -> TrainingRun | None:
         parts.output_dir,
         splits.val.subset,
         log,
-        found=parts.source_dir,
+        resumed_from=parts.source_dir,
         start_step=parts.logged_step,
     )
     return TrainingRun(

@@ -14,7 +14,7 @@ _MAX_POINTS = 500  # of a cloud: more would only be darker, and weigh
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """A line of a chart: its name, its style's class in the page, and its points."""
 
     name: str
@@ -22,7 +22,7 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
-def ticks(low: float, high: float, *, num: int = 5) -> list[float]:
+def tick_values(low: float, high: float, *, num: int = 5) -> list[float]:
     """Round numbers that span a range: steps of 1, 2 or 5 times a power of ten.
 
     Args:
@@ -97,7 +97,7 @@ def _numbers(values: Sequence[float]) -> list[str]:
     return [f"{value:g}" for value in values]
 
 
-def line_chart(lines: Sequence[Line], *, title: str, labels: tuple[str, str]) -> str:
+def line_chart(lines: Sequence[ChartLine], *, title: str, labels: tuple[str, str]) -> str:
     """Lines over a common axis; points that are not finite are left out.
 
     Args:
@@ -106,11 +106,11 @@ def line_chart(lines: Sequence[Line], *, title: str, labels: tuple[str, str]) ->
         labels: Of the axes, across and up.
     """
     finite = [
-        Line(one.name, one.style, [p for p in one.points if all(map(math.isfinite, p))])
+        ChartLine(one.name, one.style, [p for p in one.points if all(map(math.isfinite, p))])
         for one in lines
     ]
     xs, ys = ([p[axis] for one in finite for p in one.points] or [0.0] for axis in (0, 1))
-    plot = _Plot(ticks(min(xs), max(xs)), ticks(min(ys), max(ys)), labels=labels)
+    plot = _Plot(tick_values(min(xs), max(xs)), tick_values(min(ys), max(ys)), labels=labels)
     drawn = "".join(
         plot.path(one.points, f"line {one.style}")
         if len(one.points) > 1
@@ -160,12 +160,12 @@ def calibration_chart(
     parts = [plot.dots(_cloud(*after), "point", 2)]
     parts.append(plot.path([(0, 0), (1, 1)], "line reference"))
     for (predicted, actual), style in ((before, "before"), (after, "after")):
-        means = binned(predicted, actual)
+        means = bin_means(predicted, actual)
         parts += [plot.path(means, f"line {style}"), plot.dots(means, f"dot {style}", 3)]
     return plot.draw("".join(parts), title="predicted and actual IoU")
 
 
-def binned(
+def bin_means(
     predicted: NDArray[np.float64], actual: NDArray[np.float64], *, num: int = 10
 ) -> list[tuple[float, float]]:
     """The mean of the actual IoU, and of the predicted, in each tenth of the predicted.
@@ -183,7 +183,7 @@ def binned(
     return [(float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i])) for i in kept]
 
 
-def dumbbell(before: float, after: float) -> str:
+def dumbbell_chart(before: float, after: float) -> str:
     """A line from one score to another, on a scale from 0 to 1 as wide as it is given room."""
     at = [f"{min(max(value, 0), 1) * 96 + 2:.1f}%" for value in (before, after)]
     style = "after" if after >= before else "worse"

@@ -17,7 +17,16 @@ from samft.coco.images import ImageError, read_image
 from samft.coco.index import CocoIndex, class_names
 from samft.coco.problems import Problems
 from samft.coco.segmentation import CroppedMask
-from samft.reports.drawing import BEYOND, TILE, View, mark, owner_of, row, view_of, write_png
+from samft.reports.drawing import (
+    BEYOND,
+    TILE,
+    ObjectCrop,
+    annotate_crop,
+    crop_around,
+    image_row_of,
+    stack_horizontally,
+    write_png,
+)
 
 COLUMNS, NUM_TILES = 6, 24
 MAX_CLASSES = 100  # sheets of the most frequent ones
@@ -28,7 +37,7 @@ _ODD_CODES = re.compile("(box|mask|rle|polygon)-(?!parts|flat)")
 
 
 @dataclass(frozen=True)
-class Pick:
+class SheetEntry:
     """An object to show, as an index into a `CocoIndex`, what to say of it, a model's mask."""
 
     object: int
@@ -54,16 +63,16 @@ def write_sheets(index: CocoIndex, problems: Problems, folder: Path, *, name: st
     """
     paths: list[Path] = []
     sheets = _choose(index, problems)
-    for kind, (title, picks) in tqdm(sheets.items(), desc=f"drawing {name}", disable=None):
+    for kind, (title, entries) in tqdm(sheets.items(), desc=f"drawing {name}", disable=None):
         path = folder / f"{name}-{kind}.png"
-        write_png(path, draw_sheet(index, picks, title=f"{name}: {title}"))
+        write_png(path, draw_sheet(index, entries, title=f"{name}: {title}"))
         paths.append(path)
     return paths
 
 
-def _choose(index: CocoIndex, problems: Problems) -> dict[str, tuple[str, list[Pick]]]:
+def _choose(index: CocoIndex, problems: Problems) -> dict[str, tuple[str, list[SheetEntry]]]:
     plain = np.flatnonzero(index.flags & CROWD == 0)
-    sheets: dict[str, tuple[str, list[Pick]]] = {}
+    sheets: dict[str, tuple[str, list[SheetEntry]]] = {}
     for class_name, objects in _by_class(index, plain):
         generator = np.random.default_rng(0)
         some = np.sort(generator.permutation(objects)[:NUM_TILES])
@@ -91,11 +100,11 @@ def _by_class(index: CocoIndex, plain: NDArray[np.int64]) -> list[tuple[str, NDA
     return [(name, objects) for name, objects in ordered[:MAX_CLASSES] if len(objects)]
 
 
-def _with_sizes(index: CocoIndex, objects: NDArray[np.int64]) -> list[Pick]:
-    return [Pick(k, f"area {index.areas[k]:,.0f} px") for k in objects.tolist()]
+def _with_sizes(index: CocoIndex, objects: NDArray[np.int64]) -> list[SheetEntry]:
+    return [SheetEntry(k, f"area {index.areas[k]:,.0f} px") for k in objects.tolist()]
 
 
-def odd_objects(index: CocoIndex, problems: Problems) -> list[Pick]:
+def odd_objects(index: CocoIndex, problems: Problems) -> list[SheetEntry]:
     """Objects that a person should look at, and why.
 
     Args:
@@ -133,7 +142,7 @@ def odd_objects(index: CocoIndex, problems: Problems) -> list[Pick]:
     order = np.argsort(fill, kind="stable")
     sparse = order[fill[order] <= _SPARSE]
     add(plain[sparse], [f"fills {fill[i]:.0%} of box" for i in sparse])
-    return [Pick(k, text) for k, text in remarks.items()]
+    return [SheetEntry(k, text) for k, text in remarks.items()]
 
 
 def _sides_touched(index: CocoIndex, objects: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,17 +154,17 @@ def _sides_touched(index: CocoIndex, objects: NDArray[np.int64]) -> NDArray[np.i
 
 def draw_sheet(
     index: CocoIndex,
-    picks: list[Pick],
+    entries: list[SheetEntry],
     *,
     title: str,
     columns: int = COLUMNS,
-    views: MutableMapping[int, View] | None = None,
+    views: MutableMapping[int, ObjectCrop] | None = None,
 ) -> NDArray[np.uint8]:
     """Draws objects in rows, each under its image's name, id, class and remark.
 
     Args:
         index: The checked file.
-        picks: At least one.
+        entries: At least one.
         title: Stands above.
         columns: Objects in a row.
         views: Of objects that were drawn before; those of others are added.
@@ -167,29 +176,32 @@ def draw_sheet(
     tiles: dict[int, NDArray[np.uint8]] = {}
     views = {} if views is None else views
     image_row, image = -1, None
-    for place in sorted(range(len(picks)), key=lambda place: picks[place].object):
-        k = picks[place].object
-        owner = owner_of(index, k)
+    for place in sorted(range(len(entries)), key=lambda place: entries[place].object):
+        k = entries[place].object
+        owner = image_row_of(index, k)
         if k not in views and owner != image_row:  # each image is decoded once
             image_row, image = owner, _read(index, owner)
         if k not in views and image is not None:
-            views[k] = view_of(index.boxes[k], image)
+            views[k] = crop_around(index.boxes[k], image)
         x0, y0, x1, y1 = index.boxes[k].tolist()
         caption = [
             index.file_name(owner),
             f"#{index.object_ids[k]}  {names[int(index.categories[k])]}",
-            f"{_round(x1 - x0)} x {_round(y1 - y0)} px   {picks[place].remark}",
+            f"{_round(x1 - x0)} x {_round(y1 - y0)} px   {entries[place].remark}",
         ]
-        predicted = picks[place].predicted
-        tile = mark(index, k, views[k], predicted=predicted) if k in views else _blank()
+        predicted = entries[place].predicted
+        tile = annotate_crop(index, k, views[k], predicted=predicted) if k in views else _blank()
         tiles[place] = np.concatenate([tile, _write_lines(caption, width=TILE, size=12)])
     # Filled up with white ones, so that all rows have one width.
     num_blank = -len(tiles) % columns
-    ordered = [tiles[place] for place in range(len(picks))]
+    ordered = [tiles[place] for place in range(len(entries))]
     ordered += [np.full_like(ordered[0], 255)] * num_blank
-    rows = [row(ordered[first : first + columns]) for first in range(0, len(ordered), columns)]
+    rows = [
+        stack_horizontally(ordered[first : first + columns])
+        for first in range(0, len(ordered), columns)
+    ]
     legend = "outline: mask   rectangle: box   grey: beyond the image"
-    if any(pick.predicted is not None for pick in picks):
+    if any(entry.predicted is not None for entry in entries):
         legend = legend.replace("mask", "true mask   blue: the model's mask")
     head = _write_lines(
         [title, legend],

@@ -95,7 +95,7 @@ def label_image(masks: Sequence[CroppedMask], size: tuple[int, int]) -> NDArray[
     return labels
 
 
-def index_png(labels: NDArray[np.uint16]) -> bytes:
+def encode_label_png(labels: NDArray[np.uint16]) -> bytes:
     """A label image as PNG: with a palette of `mask_colour`s up to 255, else grey of 16 bits."""
     if labels.max(initial=0) > 255:
         picture = Image.fromarray(labels)
@@ -108,13 +108,13 @@ def index_png(labels: NDArray[np.uint16]) -> bytes:
     return buffer.getvalue()
 
 
-def jpeg(picture: NDArray[np.uint8]) -> bytes:
+def encode_jpeg(picture: NDArray[np.uint8]) -> bytes:
     """A picture, uint8 [H, W, 3] RGB, as JPEG: a tenth of the size of a PNG of a photograph."""
     turned = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     return bytes(cv2.imencode(".jpg", turned, [cv2.IMWRITE_JPEG_QUALITY, 92])[1])
 
 
-def row(pictures: list[np.ndarray]) -> np.ndarray:
+def stack_horizontally(pictures: list[np.ndarray]) -> np.ndarray:
     """Sets pictures side by side, tops aligned, with a white gap between.
 
     Args:
@@ -131,7 +131,7 @@ def row(pictures: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts, axis=1)[:, :-PADDING]
 
 
-def stack(rows: list[tuple[str, np.ndarray]]) -> np.ndarray:
+def stack_with_titles(rows: list[tuple[str, np.ndarray]]) -> np.ndarray:
     """Sets rows of pictures one below the other, each under its title.
 
     Args:
@@ -176,7 +176,7 @@ _RIM = (30, 30, 30)
 
 
 @dataclass(frozen=True)
-class View:
+class ObjectCrop:
     """A square of an image around an object, brought to the side of a tile."""
 
     pixels: NDArray[np.uint8]  # [T, T, 3]
@@ -185,26 +185,14 @@ class View:
     side: int
 
 
-def owner_of(index: CocoIndex, k: int) -> int:
+def image_row_of(index: CocoIndex, k: int) -> int:
     """The row of the image of object k."""
     return int(np.searchsorted(index.first_object, k, side="right")) - 1
 
 
-def cut_out(index: CocoIndex, k: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Cuts an object out of its image, with a margin, its mask's outline and its box.
-
-    Args:
-        index: The checked file.
-        k: The object.
-        image: uint8 [H, W, 3], its image.
-
-    Returns:
-        uint8 [TILE, TILE, 3]; what is beyond of the image is grey.
-    """
-    return mark(index, k, view_of(index.boxes[k], image))
-
-
-def view_of(box: NDArray[np.float64], image: NDArray[np.uint8], *, tile: int = TILE) -> View:
+def crop_around(
+    box: NDArray[np.float64], image: NDArray[np.uint8], *, tile: int = TILE
+) -> ObjectCrop:
     """The square of an image that holds a box, with a margin.
 
     Args:
@@ -219,11 +207,11 @@ def view_of(box: NDArray[np.float64], image: NDArray[np.uint8], *, tile: int = T
     window = _crop_square(image, top, left, side, fill=BEYOND)
     shrinks = cv2.INTER_AREA if side > tile else cv2.INTER_CUBIC
     resized = cv2.resize(window, (tile, tile), interpolation=shrinks)
-    return View(np.asarray(resized, dtype=np.uint8), top, left, side)
+    return ObjectCrop(np.asarray(resized, dtype=np.uint8), top, left, side)
 
 
-def mark(
-    index: CocoIndex, k: int, view: View, *, predicted: CroppedMask | None = None
+def annotate_crop(
+    index: CocoIndex, k: int, view: ObjectCrop, *, predicted: CroppedMask | None = None
 ) -> NDArray[np.uint8]:
     """A view with the object's true outline and its box, and what a model takes it for.
 
@@ -242,7 +230,7 @@ def mark(
         covered = _in_view(view, predicted)
         mixed = 0.5 * tile + 0.5 * np.array(_PREDICTED_COLOUR)
         tile[covered] = mixed[covered].astype(np.uint8)
-    owner = owner_of(index, k)
+    owner = image_row_of(index, k)
     truth = decode_cropped(index.segmentations[k], *index.sizes[owner].tolist())
     true = _in_view(view, truth).view(np.uint8)
     outline, _ = cv2.findContours(true, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
@@ -256,7 +244,7 @@ def mark(
     return tile
 
 
-def _in_view(view: View, mask: CroppedMask) -> NDArray[np.bool_]:
+def _in_view(view: ObjectCrop, mask: CroppedMask) -> NDArray[np.bool_]:
     size, pixels = len(view.pixels), mask.mask.view(np.uint8)
     top, left = view.top - mask.top, view.left - mask.left
     window = _crop_square(pixels, top, left, view.side, fill=0) * 255

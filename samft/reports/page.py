@@ -18,8 +18,14 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from samft.errors import escape_unprintable
-from samft.evaluation.object_scores import Comparison, Group
-from samft.reports.charts import Line, calibration_chart, change_chart, dumbbell, line_chart
+from samft.evaluation.object_scores import Comparison, GroupMeans
+from samft.reports.charts import (
+    ChartLine,
+    calibration_chart,
+    change_chart,
+    dumbbell_chart,
+    line_chart,
+)
 
 _QUALITY = 92  # of JPEG: an outline of one pixel needs it
 _ROWS_SHOWN = 15  # of a table of groups; the others are folded away
@@ -71,8 +77,8 @@ class ReportPage:
     summary: dict[str, Any]
     metrics: Sequence[dict[str, Any]]
     comparison: Comparison | None
-    sizes: Sequence[Group]
-    classes: Sequence[Group]
+    sizes: Sequence[GroupMeans]
+    classes: Sequence[GroupMeans]
     pairs: dict[str, list[ObjectPair]]
     why_no_pairs: str
     settings: Sequence[tuple[str, Any, Any]]
@@ -116,7 +122,7 @@ def _environment() -> jinja2.Environment:
         "split_flags": split_flags,
         "thousands": "{:,}".format,
     }
-    environment.globals["dumbbell"] = lambda before, after: Markup(dumbbell(before, after))
+    environment.globals["dumbbell"] = lambda before, after: Markup(dumbbell_chart(before, after))
     return environment
 
 
@@ -201,8 +207,8 @@ def _iou_figure(page: ReportPage) -> _Figure:
         "baseline": page.summary["baseline_val_per_mask_iou"],
         "filled": page.summary["box_fill_iou"],
     }
-    lines = [Line(name, name, [(0, value), (last, value)]) for name, value in levels.items()]
-    lines += [Line("train", "train", train), Line("val", "after", val)]
+    lines = [ChartLine(name, name, [(0, value), (last, value)]) for name, value in levels.items()]
+    lines += [ChartLine("train", "train", train), ChartLine("val", "after", val)]
     legend = [
         ("after", "validation"),
         ("train", "training, augmented"),
@@ -215,8 +221,8 @@ def _iou_figure(page: ReportPage) -> _Figure:
 
 def _loss_figure(page: ReportPage) -> _Figure:
     lines = [
-        Line("train", "train", _metric_points(page, "train", "loss")),
-        Line("val", "after", _metric_points(page, "val", "loss")),
+        ChartLine("train", "train", _metric_points(page, "train", "loss")),
+        ChartLine("val", "after", _metric_points(page, "val", "loss")),
     ]
     chart = line_chart(lines, title="loss by step", labels=("step", ""))
     return _Figure("Loss", Markup(chart), [("after", "validation"), ("train", "training")])

@@ -7,7 +7,7 @@ from typing import Any
 
 from samft.checkpoints.top_k import BestCheckpoint
 from samft.evaluation.object_scores import LOST_IOU, Comparison
-from samft.reports.validation_images import BOTH, draw_before_and_after
+from samft.reports.validation_images import BEFORE_AFTER, draw_before_and_after
 from samft.runtime.logs import LOGGER, format_duration
 from samft.training.engine import Progress
 
@@ -15,7 +15,7 @@ _USUAL_RATE, _SAM_SIZE = 1e-4, 1024
 LOST_SHARE = 0.1  # of objects that lost; above, the mean hides too much
 
 
-def summarise(
+def summarise_run(
     progress: Progress,
     best: BestCheckpoint | None,
     *,
@@ -40,10 +40,10 @@ def summarise(
         split: {**found, "bad_images": {**found["bad_images"], **met.get(split, {})}}
         for split, found in counts.items()
     }
-    worse = find_worse(before, after, comparison)
+    worse = find_regressions(before, after, comparison)
     return {
         "got_worse": worse,
-        "what_to_try": advise(config, progress, best) if worse else [],
+        "what_to_try": suggest_changes(config, progress, best) if worse else [],
         "best_step": best.step if best else None,
         "best_val_per_mask_iou": after,
         "baseline_val_per_mask_iou": before,
@@ -65,7 +65,9 @@ def summarise(
     }
 
 
-def find_worse(before: float, after: float | None, comparison: Comparison | None) -> list[str]:
+def find_regressions(
+    before: float, after: float | None, comparison: Comparison | None
+) -> list[str]:
     """In what a run got worse, a sentence each; none if it did not.
 
     Args:
@@ -91,7 +93,9 @@ def find_worse(before: float, after: float | None, comparison: Comparison | None
     return found
 
 
-def advise(config: dict[str, Any], progress: Progress, best: BestCheckpoint | None) -> list[str]:
+def suggest_changes(
+    config: dict[str, Any], progress: Progress, best: BestCheckpoint | None
+) -> list[str]:
     """What to try where a run got worse, the likeliest first, a sentence each.
 
     Args:
@@ -149,7 +153,7 @@ def next_commands(
     ]
 
 
-def report(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) -> None:
+def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) -> None:
     """Says how the run went, loudly if it got worse, where everything is, and what comes next.
 
     Args:
@@ -186,7 +190,7 @@ def report(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) ->
         "summary.json, metrics.jsonl, %s, tensorboard/ (look with `tensorboard --logdir %s`)",
         folder,
         Path(checkpoint).name if checkpoint else "no best checkpoint",
-        BOTH,
+        BEFORE_AFTER,
         shlex.quote(str(folder)),
     )
     if commands:  # one record, so that no time stands before what is to be copied

@@ -17,36 +17,43 @@ from samft.coco.index import CocoIndex
 from samft.coco.subset import CocoSubset
 from samft.evaluation.object_scores import ObjectScores
 from samft.evaluation.validation import Key, MaskSelection, SelectedMask, Validation
-from samft.reports.contact_sheets import Pick, draw_sheet
-from samft.reports.drawing import View, owner_of, read_png, row, stack, write_png
+from samft.reports.contact_sheets import SheetEntry, draw_sheet
+from samft.reports.drawing import (
+    ObjectCrop,
+    image_row_of,
+    read_png,
+    stack_horizontally,
+    stack_with_titles,
+    write_png,
+)
 from samft.runtime.files import write_text
 from samft.runtime.logs import LOGGER, RunLog
 
-NAME = "objects.json"
+FILE_NAME = "objects.json"
 _NUM_BEST = 2  # the best, and the one before it, which a resume from an older state may go back to
 
 
 class PerObjectLog:
     """The rows of step 0 and of the best validations, in a file that a resumed run goes on with."""
 
-    def __init__(self, folder: Path, *, found: Path, start_step: int) -> None:
+    def __init__(self, folder: Path, *, resumed_from: Path, start_step: int) -> None:
         """Reads what an earlier start left, and forgets what came after its checkpoint.
 
         Args:
             folder: The output folder.
-            found: The folder of the run that is resumed; `folder` of a fresh one.
+            resumed_from: The folder of the run that is resumed; `folder` of a fresh one.
             start_step: The step that the run goes on from.
         """
-        self.path = folder / NAME
+        self.path = folder / FILE_NAME
         self._steps: dict[int, ObjectScores] = {}
         try:
-            known = json.loads((found / NAME).read_text()).items()
+            known = json.loads((resumed_from / FILE_NAME).read_text()).items()
             rows = {int(step): ObjectScores.from_json(columns) for step, columns in known}
             self._steps = {step: scores for step, scores in rows.items() if step <= start_step}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             pass  # as good as none: only pictures and comparisons hang on it
 
-    def note(self, step: int, objects: ObjectScores) -> bool:
+    def record_scores(self, step: int, objects: ObjectScores) -> bool:
         """Writes the rows of a validation if it is the first, or the best of those that followed.
 
         Returns:
@@ -76,7 +83,7 @@ class PerObjectLog:
         return None if step is None else self._steps.get(step)
 
 
-BEFORE, AFTER, BOTH = "before.png", "after.png", "before_after.png"
+BEFORE, AFTER, BEFORE_AFTER = "before.png", "after.png", "before_after.png"
 NUM_FIXED = NUM_WORST = 16
 GOOD_IOU = 0.75  # what the precision and recall of the predicted IoU are taken against
 _COLUMNS = 4  # TensorBoard shows pictures in narrow columns
@@ -124,40 +131,40 @@ class ValidationImages:
         folder: The output folder.
         subset: Of the validation split.
         log: Whose TensorBoard gets the pictures.
-        found: The folder of the run that is resumed; `folder` of a fresh one.
+        resumed_from: The folder of the run that is resumed; `folder` of a fresh one.
         start_step: The step that the run goes on from.
     """
 
     def __init__(
-        self, folder: Path, subset: CocoSubset, log: RunLog, *, found: Path, start_step: int
+        self, folder: Path, subset: CocoSubset, log: RunLog, *, resumed_from: Path, start_step: int
     ) -> None:
         self.folder, self.log, self.index = folder, log, subset.index
         self.fixed = choose_fixed(subset)
-        self.objects = PerObjectLog(folder, found=found, start_step=start_step)
-        self.has_new = False  # whether there was any validation since the start
-        self._views: dict[int, View] = {}
+        self.objects = PerObjectLog(folder, resumed_from=resumed_from, start_step=start_step)
+        self.has_validation = False  # whether there was any validation since the start
+        self._views: dict[int, ObjectCrop] = {}
 
-    def keeper(self) -> MaskSelection:
+    def new_selection(self) -> MaskSelection:
         """What `validate` is to keep, on every rank."""
         return MaskSelection([self._key(k) for k in self.fixed.tolist()], num_worst=NUM_WORST)
 
     def _key(self, k: int) -> Key:
-        return int(self.index.image_ids[owner_of(self.index, k)]), int(self.index.object_ids[k])
+        return int(self.index.image_ids[image_row_of(self.index, k)]), int(self.index.object_ids[k])
 
-    def show(self, step: int, found: Validation) -> None:
+    def record_validation(self, step: int, found: Validation) -> None:
         """Draws a validation, and keeps its rows if it is the first or the best.
 
         Args:
             step: Optimizer steps done.
-            found: With the masks that `keeper` kept.
+            found: With the masks that `new_selection` kept.
         """
-        if not self.log.main or found.kept is None:
+        if not self.log.main or found.selection is None:
             return
-        self.has_new = True
-        is_best = self.objects.note(step, found.objects)
-        ordered = (found.kept.fixed.get(self._key(k)) for k in self.fixed.tolist())
+        self.has_validation = True
+        is_best = self.objects.record_scores(step, found.objects)
+        ordered = (found.selection.fixed.get(self._key(k)) for k in self.fixed.tolist())
         fixed = self._draw(filter(None, ordered), f"step {step}: the same objects each time")
-        worst = self._draw(found.kept.worst, f"step {step}: the worst of all, by IoU")
+        worst = self._draw(found.selection.worst, f"step {step}: the worst of all, by IoU")
         for name, sheet in (("val/same_objects", fixed), ("val/worst_objects", worst)):
             if sheet is not None:
                 self.log.picture(step, name, sheet)
@@ -173,8 +180,8 @@ class ValidationImages:
         if not kept:
             return None
         objects = find_objects(self.index, np.array([one.key for one in kept]))
-        picks = [
-            Pick(
+        entries = [
+            SheetEntry(
                 k,
                 f"IoU {one.iou_actual:.2f}, said {one.iou_predicted:.2f}",
                 predicted=one.mask,
@@ -183,7 +190,7 @@ class ValidationImages:
         ]
         for k in list(self._views)[:-_MAX_VIEWS]:
             del self._views[k]
-        return draw_sheet(self.index, picks, title=title, columns=_COLUMNS, views=self._views)
+        return draw_sheet(self.index, entries, title=title, columns=_COLUMNS, views=self._views)
 
 
 def find_objects(index: CocoIndex, keys: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -217,7 +224,10 @@ def draw_before_and_after(folder: Path, *, before: float, after: float) -> None:
     files = (folder / BEFORE, folder / AFTER)
     if all(file.exists() for file in files):
         sheets = zip(titles, map(read_png, files), strict=True)
-        _write(folder / BOTH, row([stack([sheet]) for sheet in sheets]))
+        _write(
+            folder / BEFORE_AFTER,
+            stack_horizontally([stack_with_titles([sheet]) for sheet in sheets]),
+        )
 
 
 def _write(path: Path, picture: NDArray[np.uint8]) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.boundary_reference import paper_boundary_iou
 from samft.coco.segmentation import CroppedMask
-from samft.evaluation.metrics import boundary_iou, boundary_of, boundary_width
+from samft.evaluation.metrics import boundary_iou, boundary_width, mask_boundary
 
 
 def crop(mask: np.ndarray, margin: int = 0) -> CroppedMask:
@@ -44,7 +44,7 @@ def test_a_rectangle_in_closed_form() -> None:
     size = (300, 400)  # the diagonal is 500: ten pixels
     assert boundary_width(size) == 10
     whole = CroppedMask(100, 100, np.ones((60, 80), dtype=bool))
-    ring = boundary_of(whole, width=10)
+    ring = mask_boundary(whole, width=10)
     assert ring.mask.sum() == 60 * 80 - 40 * 60
     # Ten columns less: 60 x 70, whose ring reaches ten pixels in from its own right side.
     less = CroppedMask(100, 100, np.ones((60, 70), dtype=bool))
@@ -55,7 +55,7 @@ def test_a_rectangle_in_closed_form() -> None:
 
 def test_the_images_edge_is_a_boundary() -> None:
     corner = CroppedMask(0, 0, np.ones((5, 5), dtype=bool))
-    assert boundary_of(corner, width=1).mask.sum() == 16
+    assert mask_boundary(corner, width=1).mask.sum() == 16
 
 
 def test_equal_masks_and_empty_ones() -> None:

@@ -23,7 +23,7 @@ from samft.errors import ConfigError
 from samft.evaluation.coco_ap import (
     BACKENDS,
     average_precision,
-    categories_of,
+    category_ids_of,
     coco_results,
     coco_truth,
     load_backend,
@@ -49,11 +49,11 @@ def worsened_rows(subset: CocoSubset) -> EvaluatedObjects:
         part = torch.arange(batch.num_masks)
         scores = torch.from_numpy(generator.random(len(part)))
         parts.append(score_masks(batch, {"box": masks, **others}, scores, part=part))
-    return EvaluatedObjects.join(parts)
+    return EvaluatedObjects.concatenate(parts)
 
 
 def numbers_of(subset: CocoSubset, rows: EvaluatedObjects, **options: Any) -> dict[str, Any]:
-    results = coco_results(rows, categories_of(subset, rows.object_ids))
+    results = coco_results(rows, category_ids_of(subset, rows.object_ids))
     return average_precision(coco_truth(rows, subset), results, **options)
 
 
@@ -89,7 +89,7 @@ def test_same_as_plain_cocoeval_on_the_annotation_file(
         entry["area"] = areas.get(entry["id"], entry["area"])
     file = tmp_path / "annotations.json"
     file.write_text(json.dumps(document))
-    results = coco_results(rows, categories_of(subset, rows.object_ids))
+    results = coco_results(rows, category_ids_of(subset, rows.object_ids))
     plain = plain_cocoeval(file, json.loads(json.dumps(results)))
     assert [found[name] for name in NAMES] == pytest.approx(plain, abs=1e-12)
     assert found["max_dets"] == 100
@@ -128,7 +128,7 @@ def test_dense_images_are_not_cut(tmp_path: Path) -> None:
     found = numbers_of(subset, perfect)
     assert (found["ap"], found["max_dets"]) == (pytest.approx(1, abs=1e-12), 150)
     # What plain COCOeval makes of them: of 150 it looks at 100.
-    results = coco_results(perfect, categories_of(subset, perfect.object_ids))
+    results = coco_results(perfect, category_ids_of(subset, perfect.object_ids))
     truth = tmp_path / "truth.json"
     truth.write_text(json.dumps(coco_truth(perfect, subset)))
     assert plain_cocoeval(truth, results)[0] < 0.9
@@ -150,7 +150,7 @@ def test_an_object_whose_id_is_0_counts(tmp_path: Path) -> None:
 def test_results_are_left_as_they_are_and_hold_for_a_file(tmp_path: Path) -> None:
     subset = write_squares(tmp_path / "some", count=3)
     rows = worsened_rows(subset)
-    category_ids = categories_of(subset, rows.object_ids)
+    category_ids = category_ids_of(subset, rows.object_ids)
     assert category_ids.tolist() == [1, 1, 1, 2, 2]
     results = coco_results(rows, category_ids)
     before = json.dumps(results)

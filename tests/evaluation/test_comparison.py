@@ -5,9 +5,9 @@ import pytest
 
 from samft.evaluation.object_scores import (
     ObjectScores,
-    compare,
-    group_by,
-    group_by_size,
+    compare_objects,
+    mean_by_group,
+    mean_by_size,
     mean_change,
 )
 
@@ -27,7 +27,7 @@ def rows(objects: dict[tuple[int, int], tuple[float, float]]) -> ObjectScores:
 def test_objects_are_paired_by_both_ids_and_the_others_left_out() -> None:
     before = rows({(1, 1): (9, 0.1), (1, 2): (9, 0.2), (2, 1): (9, 0.3), (5, 5): (9, 0.9)})
     after = rows({(2, 1): (9, 0.7), (1, 2): (9, 0.6), (1, 3): (9, 0.0), (1, 1): (9, 0.5)})
-    found = compare(before, after)
+    found = compare_objects(before, after)
     assert found.before.keys().tolist() == [[1, 1], [1, 2], [2, 1]]
     assert found.after.keys().tolist() == found.before.keys().tolist()
     assert found.change == pytest.approx([0.4, 0.4, 0.4])
@@ -41,25 +41,25 @@ def change_by(changes: list[float]) -> tuple[ObjectScores, ObjectScores]:
 
 
 def test_what_gained_and_lost_is_counted_beyond_a_tenth() -> None:
-    found = compare(*change_by([0.3, 0.11, 0.09, 0, -0.09, -0.11, -0.2, -0.3]))
+    found = compare_objects(*change_by([0.3, 0.11, 0.09, 0, -0.09, -0.11, -0.2, -0.3]))
     assert (found.num_gained, found.num_lost) == (2, 3)
 
 
 def test_each_object_is_shown_once_and_no_change_is_none() -> None:
-    found = compare(*change_by([0.3, 0.2, 0.001, 0, -0.001, -0.2, -0.3, 0.1]))
-    assert {kind: which.tolist() for kind, which in found.choose(2).items()} == {
+    found = compare_objects(*change_by([0.3, 0.2, 0.001, 0, -0.001, -0.2, -0.3, 0.1]))
+    assert {kind: which.tolist() for kind, which in found.choose_examples(2).items()} == {
         "improved": [0, 1],
         "harmed": [6, 5],
         "worst": [4, 3],
     }
-    assert found.choose(9)["improved"].tolist() == [0, 1, 7]
-    unchanged = compare(*change_by([0.0, 0.0])).choose(2)
+    assert found.choose_examples(9)["improved"].tolist() == [0, 1, 7]
+    unchanged = compare_objects(*change_by([0.0, 0.0])).choose_examples(2)
     assert [len(unchanged[kind]) for kind in ("improved", "harmed", "worst")] == [0, 0, 2]
 
 
 def test_groups_are_means_over_objects() -> None:
-    found = compare(*change_by([0.1, 0.3, -0.5]))
-    groups = group_by(found, np.array([1, 1, 0]), ["cat", "dog", "none"])
+    found = compare_objects(*change_by([0.1, 0.3, -0.5]))
+    groups = mean_by_group(found, np.array([1, 1, 0]), ["cat", "dog", "none"])
     assert [(one.name, one.num_objects) for one in groups] == [("cat", 1), ("dog", 2)]
     assert [one.before for one in groups] == pytest.approx([0.5, 0.5])
     assert [one.after for one in groups] == pytest.approx([0.0, 0.7])
@@ -68,7 +68,7 @@ def test_groups_are_means_over_objects() -> None:
 def test_sizes_are_of_the_root_of_the_area() -> None:
     areas = [63, 64, 32**2 - 1, 32**2, 96**2, 600**2]
     table = rows({(1, k): (area, 0.5) for k, area in enumerate(areas)})
-    names = [(one.name, one.num_objects) for one in group_by_size(compare(table, table))]
+    names = [(one.name, one.num_objects) for one in mean_by_size(compare_objects(table, table))]
     assert names == [
         ("under 8 px", 1),
         ("8 to 16 px", 1),
@@ -80,9 +80,9 @@ def test_sizes_are_of_the_root_of_the_area() -> None:
 
 
 def test_without_objects_there_is_nothing_to_compare() -> None:
-    found = compare(rows({}), rows({(1, 1): (9, 0.5)}))
+    found = compare_objects(rows({}), rows({(1, 1): (9, 0.5)}))
     assert len(found.before) == len(found.after) == found.num_lost == 0
-    assert group_by_size(found) == []
+    assert mean_by_size(found) == []
 
 
 def test_whole_images_are_drawn() -> None:

@@ -6,7 +6,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from samft.coco.segmentation import CroppedMask
 from samft.data.transforms import make_frame
-from samft.evaluation.evaluator import centre_point, moved_boxes, points_to_input
+from samft.evaluation.evaluator import centre_point, jittered_boxes, points_to_input
 
 FRAME = make_frame((600, 800), 1024, resize_mode="pad")
 BOXES = np.array([[100.0, 100, 500, 300], [400, 200, 700, 700], [300, 300, 310, 320]])
@@ -15,7 +15,7 @@ IDS = np.array([7, 8, 2**40])
 
 def moved(share: float, *, rows: tuple[int, ...] = (0, 1, 2), seed: int = 0) -> np.ndarray:
     which = list(rows)
-    return moved_boxes(BOXES[which], IDS[which], share=share, frame=FRAME, seed=seed)
+    return jittered_boxes(BOXES[which], IDS[which], share=share, frame=FRAME, seed=seed)
 
 
 def test_a_box_depends_on_its_object_and_the_seed_alone() -> None:
@@ -23,7 +23,7 @@ def test_a_box_depends_on_its_object_and_the_seed_alone() -> None:
     assert np.array_equal(moved(0.1, rows=(2, 0)), moved(0.1)[[2, 0]])
     assert not np.isclose(moved(0.1), moved(0.1, seed=1)).any()
     one, two = (
-        moved_boxes(BOXES[:1], np.array([k]), share=0.1, frame=FRAME, seed=0) for k in (1, 2)
+        jittered_boxes(BOXES[:1], np.array([k]), share=0.1, frame=FRAME, seed=0) for k in (1, 2)
     )
     assert not np.isclose(one, two).any()
 
@@ -35,7 +35,7 @@ def test_levels_are_one_draw_scaled_and_not_capped() -> None:
     sides = np.tile(BOXES[:, 2:] - BOXES[:, :2], 2)
     assert (np.abs(offsets[0.2]) <= 0.2 * sides).all()
     ids = np.arange(200)
-    many = moved_boxes(np.repeat(BOXES[:1], 200, axis=0), ids, share=0.2, frame=FRAME, seed=0)
+    many = jittered_boxes(np.repeat(BOXES[:1], 200, axis=0), ids, share=0.2, frame=FRAME, seed=0)
     reach = np.abs(many - BOXES[0])[:, [0, 2]].max()
     assert 70 < reach <= 80  # 20 % of 400 px; training's limit is 20 px
 
@@ -43,9 +43,9 @@ def test_levels_are_one_draw_scaled_and_not_capped() -> None:
 def test_no_side_leaves_the_image_and_none_stays_none() -> None:
     box = np.array([[0.0, 0, 1024, 768]])
     for number in range(20):
-        found = moved_boxes(box, np.array([number]), share=0.2, frame=FRAME, seed=0)[0]
+        found = jittered_boxes(box, np.array([number]), share=0.2, frame=FRAME, seed=0)[0]
         assert found.min() >= 0 and found[2] <= 1024 and found[3] <= 768
-    assert moved_boxes(np.zeros((0, 4)), IDS[:0], share=0.1, frame=FRAME, seed=0).shape == (0, 4)
+    assert jittered_boxes(np.zeros((0, 4)), IDS[:0], share=0.1, frame=FRAME, seed=0).shape == (0, 4)
 
 
 L_SHAPE = np.zeros((9, 9), dtype=bool)

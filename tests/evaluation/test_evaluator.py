@@ -23,17 +23,17 @@ from samft.data.loaders import val_loader
 from samft.data.transforms import boxes_to_original
 from samft.distributed import get_rank, get_world_size
 from samft.errors import DataError, UserError
-from samft.evaluation.coco_ap import average_precision, categories_of, coco_results, coco_truth
+from samft.evaluation.coco_ap import average_precision, category_ids_of, coco_results, coco_truth
 from samft.evaluation.evaluator import (
     OTHER_PROMPTS,
     EvaluatedObjects,
     centre_point,
     evaluate_split,
-    moved_boxes,
+    jittered_boxes,
     score_masks,
 )
 from samft.evaluation.metrics import boundary_iou, cropped_iou
-from samft.evaluation.tables import summarise
+from samft.evaluation.tables import summarise_scores
 from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import load_sam
@@ -94,7 +94,7 @@ def test_each_prompt_scores_what_stock_sam_gives(folder: Path, found: EvaluatedO
             right = whole(truth, sample.original_size)
             asked: dict[str, dict[str, Any]] = {"actual": {"box": boxes_to_original(box, frame)[0]}}
             for name, share in (("jitter_5", 0.05), ("jitter_10", 0.1), ("jitter_20", 0.2)):
-                moved = moved_boxes(box, object_id, share=share, frame=frame, seed=0)
+                moved = jittered_boxes(box, object_id, share=share, frame=frame, seed=0)
                 asked[name] = {"box": boxes_to_original(moved, frame)[0]}
             point = np.array([centre_point(truth)])
             asked["point"] = {"point_coords": point, "point_labels": np.array([1])}
@@ -132,10 +132,10 @@ def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any],
     """All numbers of the tiny model, on however many ranks there are."""
     subset = read(folder)
     rows, _ = evaluate_split(tiny(), batches_of(subset))
-    category_ids = categories_of(subset, rows.object_ids)
+    category_ids = category_ids_of(subset, rows.object_ids)
     results = coco_results(rows, category_ids)
     return (
-        summarise(rows, category_ids, names=subset.index.category_names),
+        summarise_scores(rows, category_ids, names=subset.index.category_names),
         average_precision(coco_truth(rows, subset), results, backend=backend),
     )
 
@@ -154,9 +154,11 @@ def perfect(batch: Batch) -> EvaluatedObjects:
 
 
 def check_perfect(subset: CocoSubset) -> None:
-    rows = EvaluatedObjects.join([perfect(batch) for batch in batches_of(subset, image_size=64)])
-    category_ids = categories_of(subset, rows.object_ids)
-    summary = summarise(rows, category_ids, names=subset.index.category_names)
+    rows = EvaluatedObjects.concatenate(
+        [perfect(batch) for batch in batches_of(subset, image_size=64)]
+    )
+    category_ids = category_ids_of(subset, rows.object_ids)
+    summary = summarise_scores(rows, category_ids, names=subset.index.category_names)
     for name in ("iou", "dice", "boundary_iou"):
         assert summary[name] == {"mean": 1, "median": 1, "percentile_10": 1}
     assert all(spread["mean"] == 1 for spread in summary["by_prompt"].values())

@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 
 from helpers.score_rows import rows_of as objects
-from samft.evaluation.tables import MOST_CLASSES, sheet, summarise, summarise_change
+from samft.evaluation.tables import (
+    MAX_CLASSES_SHOWN,
+    format_tables,
+    summarise_comparison,
+    summarise_scores,
+)
 
 COCO = {"ap": 0.5, "ap50": 0.7, "ap75": 0.4, "ap_small": 0.1, "ap_medium": None, "ap_large": 1.0}
 
@@ -17,13 +22,13 @@ def one(ious: list[float], *, classes: list[int], max_dets: int = 100) -> dict[s
         "model_type": "vit_b",
         "image_size": 1024,
         "resize_mode": "pad",
-        **summarise(objects(ious), np.array(classes), names=names),
+        **summarise_scores(objects(ious), np.array(classes), names=names),
         "coco": {**COCO, "max_dets": max_dets},
     }
 
 
 def test_one_model() -> None:
-    lines = sheet([one([0.25, 0.75], classes=[1, 2])], data="birds val")
+    lines = format_tables([one([0.25, 0.75], classes=[1, 2])], data="birds val")
     assert lines[0] == "birds val: 2 images, 2 masks"
     assert lines[2] == "a.pth (vit_b, 1024 px, pad)"
     rows = {line[:36].strip(): line[36:].split() for line in lines}
@@ -37,10 +42,12 @@ def test_one_model() -> None:
 def test_two_models_side_by_side() -> None:
     first, second = objects([0.25, 0.75]), objects([0.5, 0.25])
     other = one([0.5, 0.25], classes=[1, 2])
-    found = summarise_change(first, second)
+    found = summarise_comparison(first, second)
     for row in found["most_improved"] + found["most_harmed"]:
         row |= {"category": "bird", "file_name": "x.jpg"}
-    lines = sheet([one([0.25, 0.75], classes=[1, 2]), {**other, "comparison": found}], data="birds")
+    lines = format_tables(
+        [one([0.25, 0.75], classes=[1, 2]), {**other, "comparison": found}], data="birds"
+    )
     assert "B  a.pth (vit_b, 1024 px, pad)" in lines
     rows = {line[:36].strip(): line[36:].split() for line in lines}
     assert rows["IoU, mean over masks"] == ["0.5000", "0.3750", "-0.1250"]
@@ -53,13 +60,13 @@ def test_two_models_side_by_side() -> None:
 
 def test_many_classes_are_cut_to_the_worst() -> None:
     ious = [k / 100 for k in range(40)]
-    lines = sheet([one(ious, classes=list(range(40)))], data="d")
+    lines = format_tables([one(ious, classes=list(range(40)))], data="d")
     shown = [line for line in lines if line.startswith("  class ")]
-    assert len(shown) == MOST_CLASSES
+    assert len(shown) == MAX_CLASSES_SHOWN
     assert shown[0].startswith("  class 0 (1)")
     assert "IoU by class, the 12 worst of 40" in lines
 
 
 def test_a_raised_limit_is_said() -> None:
-    lines = sheet([one([0.5], classes=[1], max_dets=318)], data="d")
+    lines = format_tables([one([0.5], classes=[1], max_dets=318)], data="d")
     assert "COCO AP of masks from boxes, 318 of a class in an image" in lines

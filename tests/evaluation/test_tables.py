@@ -10,9 +10,9 @@ from samft.evaluation.evaluator import EvaluatedObjects
 from samft.evaluation.tables import (
     NUM_SHOWN,
     calibration,
-    spread,
-    summarise,
-    summarise_change,
+    summarise_comparison,
+    summarise_scores,
+    summary_statistics,
 )
 
 
@@ -33,7 +33,9 @@ def test_sizes_classes_and_prompts() -> None:
         iou_point=[0.0, 0.0, 1.0, 1.0, 0.5],
         iou_box_fill=[0.5] * 5,
     )
-    found = summarise(objects, np.array([3, 7, 7, 3, 3]), names={3: "cat", 5: "none", 7: "dog"})
+    found = summarise_scores(
+        objects, np.array([3, 7, 7, 3, 3]), names={3: "cat", 5: "none", 7: "dog"}
+    )
     assert next(iter(found)) == "per_mask_iou"
     assert found["per_mask_iou"] == found["iou"]["mean"] == pytest.approx(0.6)
     assert (found["images"], found["masks"], found["box_fill_iou"]) == (2, 5, 0.5)
@@ -65,7 +67,7 @@ def test_sizes_classes_and_prompts() -> None:
 
 
 def test_a_size_without_objects_has_no_mean() -> None:
-    found = summarise(rows(areas=[10.0], iou_actual=[0.5]), np.array([1]), names={1: "a"})
+    found = summarise_scores(rows(areas=[10.0], iou_actual=[0.5]), np.array([1]), names={1: "a"})
     assert found["by_size"]["large"] == {
         "masks": 0,
         "iou": None,
@@ -76,7 +78,7 @@ def test_a_size_without_objects_has_no_mean() -> None:
 
 
 def test_spread() -> None:
-    assert spread(np.arange(11.0)) == {"mean": 5, "median": 5, "percentile_10": 1}
+    assert summary_statistics(np.arange(11.0)) == {"mean": 5, "median": 5, "percentile_10": 1}
 
 
 def test_calibration_in_closed_form() -> None:
@@ -110,7 +112,7 @@ def test_perfect_and_constant_predictions() -> None:
 def test_differences_and_counts_in_closed_form() -> None:
     before = rows_of([0.5, 0.5, 0.5, 0.5, 0.9, 0.2])
     after = rows_of([0.8, 0.504, 0.5, 0.45, 0.7, 0.9])
-    found = summarise_change(before, after)
+    found = summarise_comparison(before, after)
     assert found["iou"]["difference"] == pytest.approx((0.3 + 0.004 - 0.05 - 0.2 + 0.7) / 6)
     assert (found["wins"], found["losses"], found["ties"], found["lost"]) == (2, 2, 2, 1)
     assert [row["object_id"] for row in found["most_improved"]] == [105, 100]
@@ -121,13 +123,13 @@ def test_differences_and_counts_in_closed_form() -> None:
 
 
 def test_only_so_many_are_named() -> None:
-    found = summarise_change(rows_of([0.1] * 30), rows_of([0.5] * 30))
+    found = summarise_comparison(rows_of([0.1] * 30), rows_of([0.5] * 30))
     assert (len(found["most_improved"]), found["most_harmed"]) == (NUM_SHOWN, [])
 
 
 def test_a_model_against_itself() -> None:
     one = rows_of([0.3, 0.6, 0.9])
-    found = summarise_change(one, one)
+    found = summarise_comparison(one, one)
     assert (found["wins"], found["losses"], found["ties"]) == (0, 0, 3)
     assert found["iou"] == {"difference": 0, "interval": [0, 0]}
     assert found["most_improved"] == found["most_harmed"] == []
@@ -135,7 +137,7 @@ def test_a_model_against_itself() -> None:
 
 def test_what_is_not_in_both_is_left_out() -> None:
     before, after = rows_of([0.1, 0.2, 0.3]), rows_of([0.4, 0.5, 0.6])
-    found = summarise_change(before, after.take(np.array([0, 2])))
+    found = summarise_comparison(before, after.take(np.array([0, 2])))
     assert found["iou"]["difference"] == pytest.approx(0.3)
     assert found["wins"] == 2
 
@@ -143,6 +145,6 @@ def test_what_is_not_in_both_is_left_out() -> None:
 def test_points_and_boundaries_are_compared_too() -> None:
     before = rows_of([0.5, 0.5])
     after = replace(before, iou_boundary=np.array([0.2, 0.4]), iou_point=np.array([0.0, 0.5]))
-    found = summarise_change(before, after)
+    found = summarise_comparison(before, after)
     assert found["boundary_iou"]["difference"] == pytest.approx(0.3)
     assert found["iou_point"]["difference"] == pytest.approx(0.25)

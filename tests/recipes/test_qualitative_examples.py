@@ -12,7 +12,7 @@ from helpers.short_runs import arguments, train_here, write_data
 from samft.coco.segmentation import decode_cropped
 from samft.config import TrainConfig, parse_config
 from samft.evaluation.metrics import cropped_iou
-from samft.evaluation.object_scores import Comparison, ObjectScores, compare
+from samft.evaluation.object_scores import Comparison, ObjectScores, compare_objects
 from samft.models.sam import load_state, read_state
 from samft.recipes import build
 from samft.recipes.datasets import load_splits
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
 def comparison_of(folder: Path) -> Comparison:
     steps = json.loads((folder / "objects.json").read_text())
     before, after = (ObjectScores.from_json(steps[step]) for step in ("0", "4"))
-    return compare(before, after)
+    return compare_objects(before, after)
 
 
 def draw(config: TrainConfig, folder: Path, checkpoint: Path, *, stop: bool = False) -> Pairs:

@@ -9,13 +9,13 @@ import pytest
 from samft.reports.charts import (
     HEIGHT,
     WIDTH,
-    Line,
-    binned,
+    ChartLine,
+    bin_means,
     calibration_chart,
     change_chart,
-    dumbbell,
+    dumbbell_chart,
     line_chart,
-    ticks,
+    tick_values,
 )
 
 
@@ -31,14 +31,14 @@ from samft.reports.charts import (
     ],
 )
 def test_ticks_are_round_and_span_the_range(low: float, high: float, expected: list[float]) -> None:
-    found = ticks(low, high)
+    found = tick_values(low, high)
     assert found[0] <= low and found[-1] >= high
     if low != high:
         assert found == pytest.approx(expected)
 
 
 def test_a_line_goes_where_its_numbers_are() -> None:
-    lines = [Line("a", "after", [(0, 0.0), (10, 1.0), (5, math.nan)])]
+    lines = [ChartLine("a", "after", [(0, 0.0), (10, 1.0), (5, math.nan)])]
     root = ElementTree.fromstring(line_chart(lines, title="a < b", labels=("step", "")))
     (drawn,) = root.iter("polyline")
     start, end = (tuple(map(float, p.split(","))) for p in drawn.attrib["points"].split())
@@ -58,7 +58,7 @@ def test_a_line_goes_where_its_numbers_are() -> None:
     ],
 )
 def test_large_numbers_have_one_unit(highest: float, labels: list[str]) -> None:
-    chart = line_chart([Line("a", "after", [(0, 0), (1, highest)])], title="", labels=("", ""))
+    chart = line_chart([ChartLine("a", "after", [(0, 0), (1, highest)])], title="", labels=("", ""))
     shown = [text.text for text in ElementTree.fromstring(chart).iter("text")]
     assert shown[: len(labels)] == labels
 
@@ -66,7 +66,7 @@ def test_large_numbers_have_one_unit(highest: float, labels: list[str]) -> None:
 @pytest.mark.parametrize("points", [[], [(0, math.nan)], [(3, 0.5)], [(0, 1e9), (1, -1e9)]])
 def test_odd_lines_still_make_a_chart(points: list[tuple[float, float]]) -> None:
     root = ElementTree.fromstring(
-        line_chart([Line("a", "after", points)], title="", labels=("", ""))
+        line_chart([ChartLine("a", "after", points)], title="", labels=("", ""))
     )
     assert "nan" not in ElementTree.tostring(root, encoding="unicode")
     assert len(list(root.iter("circle"))) == (points == [(3, 0.5)])
@@ -75,12 +75,12 @@ def test_odd_lines_still_make_a_chart(points: list[tuple[float, float]]) -> None
 def test_bins_hold_means_and_what_is_beyond_is_brought_inside() -> None:
     predicted = np.array([0.02, 0.08, 0.55, 1.0, 1.3, -0.2, np.nan])
     actual = np.array([0.1, 0.3, 0.5, 0.9, 0.7, 0.0, 0.2])
-    assert binned(predicted, actual) == [
+    assert bin_means(predicted, actual) == [
         pytest.approx((0.025, 0.15)),
         pytest.approx((0.55, 0.5)),
         pytest.approx((1.0, 0.8)),
     ]
-    assert binned(predicted[:0], actual[:0]) == []
+    assert bin_means(predicted[:0], actual[:0]) == []
 
 
 def test_clouds_have_a_point_for_each_object_up_to_a_number() -> None:
@@ -93,7 +93,7 @@ def test_clouds_have_a_point_for_each_object_up_to_a_number() -> None:
 
 
 def test_a_dumbbell_says_which_way_it_went() -> None:
-    up, down = dumbbell(0.25, 0.75), dumbbell(0.75, 0.25)
+    up, down = dumbbell_chart(0.25, 0.75), dumbbell_chart(0.75, 0.25)
     assert 'cx="26.0%"' in up and 'cx="74.0%"' in up
     assert "worse" in down and "worse" not in up
     ElementTree.fromstring(up)

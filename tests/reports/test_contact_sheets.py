@@ -10,7 +10,7 @@ from helpers.painted_objects import GREY, HEIGHT, MAGENTA, WIDTH, found_at, rect
 from samft.reports.contact_sheets import (
     COLUMNS,
     NUM_TILES,
-    Pick,
+    SheetEntry,
     draw_sheet,
     odd_objects,
     write_sheets,
@@ -24,7 +24,7 @@ HEAD, CAPTION = 44, 54  # px: two lines of 19 and three of 16, and 6 below
 def test_a_sheet_has_rows_of_six(tmp_path: Path, number: int) -> None:
     objects = [annotation(k + 1, 1, rectangle(2 * k, 2 * k, 20, 10)) for k in range(number)]
     index = write(tmp_path, objects)
-    sheet = draw_sheet(index, [Pick(k, "") for k in range(number)], title="t")
+    sheet = draw_sheet(index, [SheetEntry(k, "") for k in range(number)], title="t")
     assert sheet.shape[1] == COLUMNS * (TILE + PADDING) - PADDING
     assert sheet.shape[0] == HEAD + -(-number // COLUMNS) * (TILE + CAPTION)
     assert (sheet[:4] == 255).all()
@@ -38,7 +38,7 @@ def test_tiles_stay_in_the_order_given(tmp_path: Path) -> None:
     ]
     index = write(tmp_path, objects, images=2)
     of_id = {int(one): k for k, one in enumerate(index.object_ids)}
-    sheet = draw_sheet(index, [Pick(of_id[one], "") for one in (1, 2, 3)], title="t")
+    sheet = draw_sheet(index, [SheetEntry(of_id[one], "") for one in (1, 2, 3)], title="t")
     shapes = []
     for column in range(3):
         tile = sheet[HEAD : HEAD + TILE, column * (TILE + PADDING) :][:, :TILE]
@@ -50,7 +50,7 @@ def test_tiles_stay_in_the_order_given(tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_decoded_leaves_its_tile_grey(tmp_path: Path) -> None:
     index = write(tmp_path, [annotation(1, 1, rectangle(50, 50, 10, 10))])
     (tmp_path / "1.png").write_text("not any more")
-    sheet = draw_sheet(index, [Pick(0, "")], title="t")
+    sheet = draw_sheet(index, [SheetEntry(0, "")], title="t")
     assert (sheet[60 + TILE // 2, 2:TILE] == GREY).all()
 
 
@@ -63,8 +63,8 @@ def test_odd_objects_and_why(tmp_path: Path) -> None:
     crowd = annotation(10, 1, rectangle(0, 0, WIDTH, HEIGHT), iscrowd=1)
     index = write(tmp_path, [thin, sparse, whole, leaving, plain, crowd])
     remarks = {
-        int(index.object_ids[pick.object]): pick.remark
-        for pick in odd_objects(index, index.problems)
+        int(index.object_ids[entry.object]): entry.remark
+        for entry in odd_objects(index, index.problems)
     }
     assert remarks == {
         5: "sides 1 : 10",

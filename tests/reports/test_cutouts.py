@@ -8,7 +8,7 @@ import numpy as np
 from helpers.coco_files import annotation
 from helpers.painted_objects import CYAN, GREY, HEIGHT, MAGENTA, WIDTH, found_at, rectangle, write
 from samft.coco.segmentation import CroppedMask
-from samft.reports.drawing import TILE, cut_out, mark, view_of
+from samft.reports.drawing import TILE, annotate_crop, crop_around
 
 
 def test_a_tile_shows_mask_box_and_margin(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_a_tile_shows_mask_box_and_margin(tmp_path: Path) -> None:
     mask = rectangle(60, 20, 32, 64)
     index = write(tmp_path, [annotation(1, 1, mask, bbox=[60, 20, 64, 64])])
     image = cv2.imread(str(tmp_path / "1.png"))[..., ::-1]
-    tile = cut_out(index, 0, image)
+    tile = annotate_crop(index, 0, crop_around(index.boxes[0], image))
     assert tile.shape == (TILE, TILE, 3)
     scale = TILE / 84
     box = [round(v * scale) for v in (10, 10, 74, 74)]
@@ -31,7 +31,7 @@ def test_a_tile_shows_mask_box_and_margin(tmp_path: Path) -> None:
 def test_beyond_the_image_a_tile_is_grey(tmp_path: Path) -> None:
     index = write(tmp_path, [annotation(1, 1, rectangle(0, 40, 40, 20))])
     image = cv2.imread(str(tmp_path / "1.png"))[..., ::-1]
-    tile = cut_out(index, 0, image)
+    tile = annotate_crop(index, 0, crop_around(index.boxes[0], image))
     edge = 6 * TILE // 52
     assert (tile[:, : edge - 8] == GREY).all()  # where interpolation does not reach
     assert (tile[5, edge + 8 :] == [0, 90, 0]).all()
@@ -39,7 +39,9 @@ def test_beyond_the_image_a_tile_is_grey(tmp_path: Path) -> None:
 
 def test_a_tiny_object_is_shown_with_what_is_around_it(tmp_path: Path) -> None:
     index = write(tmp_path, [annotation(1, 1, rectangle(50, 50, 4, 4))])
-    tile = cut_out(index, 0, cv2.imread(str(tmp_path / "1.png"))[..., ::-1])
+    tile = annotate_crop(
+        index, 0, crop_around(index.boxes[0], cv2.imread(str(tmp_path / "1.png"))[..., ::-1])
+    )
     x0, _, x1, _ = found_at(tile, MAGENTA)
     np.testing.assert_allclose([x0, x1], [18 * TILE / 40, 22 * TILE / 40], atol=2)
 
@@ -51,7 +53,9 @@ def test_holes_are_outlined(tmp_path: Path) -> None:
     edges = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=0, append=2))
     runs = {"size": [HEIGHT, WIDTH], "counts": np.diff(edges, prepend=0).tolist()}
     index = write(tmp_path, [annotation(1, 1, rectangle(20, 20, 60, 60), segmentation=runs)])
-    tile = cut_out(index, 0, cv2.imread(str(tmp_path / "1.png"))[..., ::-1])
+    tile = annotate_crop(
+        index, 0, crop_around(index.boxes[0], cv2.imread(str(tmp_path / "1.png"))[..., ::-1])
+    )
     middle = (tile[TILE // 2] == MAGENTA).all(-1)
     assert middle.sum() == 4  # two outer edges, two inner ones
 
@@ -59,15 +63,15 @@ def test_holes_are_outlined(tmp_path: Path) -> None:
 def test_a_models_mask_is_mixed_in_where_it_is(tmp_path: Path) -> None:
     """The tile spans 84 px from 50, 10; the mask lies at 100 to 130, 20 to 60, and beyond it."""
     index = write(tmp_path, [annotation(1, 1, rectangle(60, 20, 64, 64))])
-    view = view_of(index.boxes[0], np.full((HEIGHT, WIDTH, 3), (0, 90, 0), np.uint8), tile=168)
+    view = crop_around(index.boxes[0], np.full((HEIGHT, WIDTH, 3), (0, 90, 0), np.uint8), tile=168)
     assert (view.left, view.top, view.side) == (50, 10, 84)
     predicted = CroppedMask(20, 100, np.ones((40, 90), bool))
-    plain, drawn = mark(index, 0, view), mark(index, 0, view, predicted=predicted)
+    plain, drawn = annotate_crop(index, 0, view), annotate_crop(index, 0, view, predicted=predicted)
     changed = (plain != drawn).any(-1)
     ys, xs = np.nonzero(changed)
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (100, 167, 20, 99)
     assert (drawn[60, 110] == [10, 90, 127]).all()
     assert (
-        mark(index, 0, view, predicted=CroppedMask(0, 0, np.zeros((0, 0), bool))) == plain
+        annotate_crop(index, 0, view, predicted=CroppedMask(0, 0, np.zeros((0, 0), bool))) == plain
     ).all()
     assert (view.pixels == (0, 90, 0)).all()  # stays, to be drawn on again

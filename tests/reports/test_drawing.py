@@ -12,8 +12,8 @@ from samft.reports.drawing import (
     label_image,
     mask_colour,
     read_png,
-    row,
-    stack,
+    stack_horizontally,
+    stack_with_titles,
     write_png,
 )
 
@@ -31,15 +31,15 @@ def test_colours_are_bright_and_neighbours_differ() -> None:
 
 
 def test_a_row_aligns_tops_and_leaves_gaps() -> None:
-    joined = row([grey(4, 5, 10), grey(7, 3, 20)])
+    joined = stack_horizontally([grey(4, 5, 10), grey(7, 3, 20)])
     assert joined.shape == (7, 5 + PADDING + 3, 3)
     assert (joined[:4, :5] == 10).all() and (joined[:, 5 + PADDING :] == 20).all()
     assert (joined[4:, :5] == 255).all() and (joined[:, 5 : 5 + PADDING] == 255).all()
-    assert row([grey(4, 5)]).shape == (4, 5, 3)
+    assert stack_horizontally([grey(4, 5)]).shape == (4, 5, 3)
 
 
 def test_a_stack_has_titles_and_one_width() -> None:
-    stacked = stack([("before", grey(4, 90, 10)), ("", grey(6, 50, 20))])
+    stacked = stack_with_titles([("before", grey(4, 90, 10)), ("", grey(6, 50, 20))])
     assert stacked.shape == (30 + 4 + 30 + 6, 90, 3)
     assert (stacked[:30] < 255).any()  # the title
     assert (stacked[30:34] == 10).all()

@@ -14,7 +14,7 @@ import pytest
 from helpers.browser import CHROMIUM, chromium
 from helpers.short_runs import arguments, train_here
 from samft.demo import write_demo
-from samft.evaluation.object_scores import Comparison, Group, ObjectScores
+from samft.evaluation.object_scores import Comparison, GroupMeans, ObjectScores
 from samft.reports.page import (
     ObjectPair,
     ReportPage,
@@ -58,8 +58,8 @@ def a_page(name: str = "plain", **changes: Any) -> ReportPage:
             {"step": 5, "split": "val", "per_mask_iou": 0.55, "loss": None},
         ],
         comparison=Comparison(*rows),
-        sizes=[Group(name, 30, 0.4, 0.55)],
-        classes=[Group(f"{name} {number}", 1, 0.4, 0.5) for number in range(20)],
+        sizes=[GroupMeans(name, 30, 0.4, 0.55)],
+        classes=[GroupMeans(f"{name} {number}", 1, 0.4, 0.5) for number in range(20)],
         pairs={"improved": [pair], "worst": [pair, pair], "harmed": []},
         why_no_pairs="",
         settings=[("steps", name, 1500), (name, name, name)],
@@ -158,7 +158,7 @@ def test_values_are_escaped_and_printable(value: object, expected: str) -> None:
     ("value", "expected"), [(0.5, ">+0.500<"), (-0.25, ">\u22120.250<"), (-0.0004, ">\xb10<")]
 )
 def test_a_change_has_its_sign(value: float, expected: str) -> None:
-    shown = render(a_page(classes=[Group("cat", 1, 0.0, value)]))
+    shown = render(a_page(classes=[GroupMeans("cat", 1, 0.0, value)]))
     assert expected in shown[shown.index("<td>cat</td>") :]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from samft.evaluation.object_scores import ObjectScores
-from samft.reports.validation_images import NAME, PerObjectLog
+from samft.reports.validation_images import FILE_NAME, PerObjectLog
 
 
 def rows(iou: float) -> ObjectScores:
@@ -15,14 +15,14 @@ def rows(iou: float) -> ObjectScores:
     return ObjectScores(ids, ids, np.array([9.0, 1.5]), np.array([iou, iou]), np.array([0.1, 0.2]))
 
 
-def open_log(folder: Path, start_step: int = 0, found: Path | None = None) -> PerObjectLog:
-    return PerObjectLog(folder, found=found or folder, start_step=start_step)
+def open_log(folder: Path, start_step: int = 0, resumed_from: Path | None = None) -> PerObjectLog:
+    return PerObjectLog(folder, resumed_from=resumed_from or folder, start_step=start_step)
 
 
 def test_the_first_the_best_and_the_one_before_are_kept(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     steps = [(0, 0.5), (10, 0.3), (20, 0.4), (30, 0.4), (40, 0.9), (50, 0.6)]
-    assert [log.note(*(step, rows(iou))) for step, iou in steps] == [
+    assert [log.record_scores(*(step, rows(iou))) for step, iou in steps] == [
         False,  # step 0 is what the others are measured against
         True,
         True,
@@ -30,7 +30,7 @@ def test_the_first_the_best_and_the_one_before_are_kept(tmp_path: Path) -> None:
         True,
         False,
     ]
-    assert set(json.loads((tmp_path / NAME).read_text())) == {"0", "20", "40"}
+    assert set(json.loads((tmp_path / FILE_NAME).read_text())) == {"0", "20", "40"}
     for step, iou in ((0, 0.5), (20, 0.4), (40, 0.9)):
         found = log.read(step)
         assert found is not None and found.iou_actual.tolist() == [iou, iou]
@@ -40,29 +40,29 @@ def test_the_first_the_best_and_the_one_before_are_kept(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_with_it_and_forgets_what_came_later(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for step, iou in ((0, 0.5), (10, 0.6), (20, 0.8)):
-        log.note(step, rows(iou))
+        log.record_scores(step, rows(iou))
     again = open_log(tmp_path, start_step=10)
     assert again.read(20) is None
     best = again.read(10)
     assert best is not None and best.areas.tolist() == [9.0, 1.5]
     assert best.image_ids.dtype == np.int64
-    assert again.note(20, rows(0.7)) and not again.note(30, rows(0.65))
+    assert again.record_scores(20, rows(0.7)) and not again.record_scores(30, rows(0.65))
 
 
 def test_a_run_that_is_resumed_from_elsewhere_takes_it_along(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
-    open_log(tmp_path / "old").note(0, rows(0.5))
-    log = open_log(tmp_path, start_step=5, found=tmp_path / "old")
-    log.note(10, rows(0.6))
-    assert set(json.loads((tmp_path / NAME).read_text())) == {"0", "10"}
+    open_log(tmp_path / "old").record_scores(0, rows(0.5))
+    log = open_log(tmp_path, start_step=5, resumed_from=tmp_path / "old")
+    log.record_scores(10, rows(0.6))
+    assert set(json.loads((tmp_path / FILE_NAME).read_text())) == {"0", "10"}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": {}}', '{"0": {"areas": [1]}}'])
 def test_a_damaged_file_is_as_good_as_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / NAME).write_text(text)
+    (tmp_path / FILE_NAME).write_text(text)
     log = open_log(tmp_path)
     assert log.read(0) is None
-    assert log.note(5, rows(0.5))
+    assert log.record_scores(5, rows(0.5))
 
 
 def test_a_full_disk_is_said_and_ends_nothing(
@@ -73,5 +73,5 @@ def test_a_full_disk_is_said_and_ends_nothing(
 
     monkeypatch.setattr("samft.reports.validation_images.write_text", refuse)
     log = open_log(tmp_path)
-    assert log.note(5, rows(0.5)) and log.read(5) is not None
+    assert log.record_scores(5, rows(0.5)) and log.read(5) is not None
     assert "No space left on device" in caplog.text

@@ -12,8 +12,14 @@ import pytest
 from samft.checkpoints.top_k import BestCheckpoint
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores
-from samft.reports.summary import advise, find_worse, next_commands, report, summarise
-from samft.reports.validation_images import BOTH
+from samft.reports.summary import (
+    find_regressions,
+    log_summary,
+    next_commands,
+    suggest_changes,
+    summarise_run,
+)
+from samft.reports.validation_images import BEFORE_AFTER
 from samft.training.engine import Progress
 
 CONFIG = {**vars(TrainConfig()), "image_size": 256}
@@ -62,25 +68,27 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_what_got_worse_is_said_with_its_numbers(
     after: float | None, num_lost: int, words: list[str]
 ) -> None:
-    found = find_worse(0.5, after, a_comparison(num_lost=num_lost, num_gained=5 * (num_lost < 15)))
+    found = find_regressions(
+        0.5, after, a_comparison(num_lost=num_lost, num_gained=5 * (num_lost < 15))
+    )
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
 def test_without_the_objects_the_means_still_count() -> None:
-    assert find_worse(0.5, 0.6, None) == []
-    assert len(find_worse(0.5, 0.4, None)) == 1
+    assert find_regressions(0.5, 0.6, None) == []
+    assert len(find_regressions(0.5, 0.4, None)) == 1
 
 
 def test_the_summary_holds_the_verdict_and_what_to_try() -> None:
     best = BestCheckpoint("10-0.45.ckpt", 10, 0.45)
     progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
     parts: dict[str, Any] = {"folder": Path("run"), "counts": {}, "config": CONFIG}
-    worse = summarise(progress, best, **parts, comparison=a_comparison(num_lost=3))
+    worse = summarise_run(progress, best, **parts, comparison=a_comparison(num_lost=3))
     assert len(worse["got_worse"]) == 2 and worse["what_to_try"]
     assert worse["objects"] == {"compared": 20, "gained": 0, "lost": 3}
     progress.baseline["per_mask_iou"] = 0.4
-    better = summarise(progress, best, **parts, comparison=None)
+    better = summarise_run(progress, best, **parts, comparison=None)
     assert better["got_worse"] == better["what_to_try"] == [] and better["objects"] is None
 
 
@@ -100,7 +108,7 @@ def test_advice_is_for_the_run_that_was(
 ) -> None:
     progress = Progress(baseline={"per_mask_iou": before}, box_fill_iou=0.6)
     best = BestCheckpoint("name", step, 0.4)
-    text = " ".join(advise({**CONFIG, **changes}, progress, best))
+    text = " ".join(suggest_changes({**CONFIG, **changes}, progress, best))
     assert all(word in text for word in words)
     assert not any(word in text for word in absent)
 
@@ -110,7 +118,7 @@ def test_the_log_is_loud_at_its_very_end(tmp_path, caplog):
     for changes, expected in (({}, 0), (verdict, 2)):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="samft"):
-            report(a_summary(tmp_path, **changes), tmp_path, commands=[])
+            log_summary(a_summary(tmp_path, **changes), tmp_path, commands=[])
         loud = [r for r in caplog.records if r.levelno >= logging.WARNING]
         assert len(loud) == expected
     assert caplog.messages[-2:] == [
@@ -121,17 +129,19 @@ def test_the_log_is_loud_at_its_very_end(tmp_path, caplog):
 
 def test_the_log_says_the_scores_the_places_and_what_comes_next(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="samft"):
-        report(a_summary(tmp_path), tmp_path, commands=["one", "two", "three"])
+        log_summary(a_summary(tmp_path), tmp_path, commands=["one", "two", "three"])
     score, objects, places, commands = caplog.messages
     assert "0.5000 -> 0.7500 (best at step 40; filling each box: 0.6000) in 1:23" in score
     assert objects == "of 20 objects, 4 gained more than 0.1 IoU and 1 lost as much"
-    assert all(name in places for name in (str(tmp_path), "40-0.75.ckpt", BOTH, "report.html"))
+    assert all(
+        name in places for name in (str(tmp_path), "40-0.75.ckpt", BEFORE_AFTER, "report.html")
+    )
     assert commands.splitlines()[1:] == ["one", "two", "three"]
 
 
 def test_the_log_counts_the_images_that_could_not_be_used(tmp_path, caplog):
     data = {"train": {"bad_images": {"a": "x", "b": "y"}}, "val": {"bad_images": {"a": "x"}}}
-    report(a_summary(tmp_path, data=data), tmp_path, commands=[])
+    log_summary(a_summary(tmp_path, data=data), tmp_path, commands=[])
     assert "3 images could not be used; summary.json names them all" in caplog.messages
 
 

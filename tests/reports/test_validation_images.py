@@ -17,7 +17,7 @@ from samft.reports import drawing
 from samft.reports.validation_images import (
     AFTER,
     BEFORE,
-    BOTH,
+    BEFORE_AFTER,
     ValidationImages,
     choose_fixed,
     draw_before_and_after,
@@ -64,7 +64,7 @@ def test_objects_are_found_by_their_ids(subset: CocoSubset) -> None:
 
 def a_validation(gallery: ValidationImages, subset: CocoSubset, *, iou: float) -> Validation:
     """Each object's mask is a square in the corner of its image."""
-    index, keeper = subset.index, gallery.keeper()
+    index, keeper = subset.index, gallery.new_selection()
     image_ids = np.repeat(index.image_ids, np.diff(index.first_object))
     for image_id, object_id in zip(image_ids.tolist(), index.object_ids.tolist(), strict=True):
         mask = CroppedMask(0, 0, np.ones((8, 8), bool))
@@ -72,18 +72,18 @@ def a_validation(gallery: ValidationImages, subset: CocoSubset, *, iou: float) -
     keeper.gather()
     values = np.full(len(image_ids), iou)
     rows = ObjectScores(image_ids, index.object_ids, index.areas, values, values)
-    return Validation({}, 0.0, objects=rows, kept=keeper)
+    return Validation({}, 0.0, objects=rows, selection=keeper)
 
 
 def test_a_run_leaves_its_pictures(subset: CocoSubset, tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, subset, log, found=tmp_path, start_step=0)
-        assert not gallery.has_new
+        gallery = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
+        assert not gallery.has_validation
         for step, iou in ((0, 0.5), (3, 0.6), (6, 0.4)):
-            gallery.show(step, a_validation(gallery, subset, iou=iou))
+            gallery.record_validation(step, a_validation(gallery, subset, iou=iou))
             if step == 3:
                 after = (tmp_path / AFTER).read_bytes()
-        assert gallery.has_new
+        assert gallery.has_validation
     assert (tmp_path / AFTER).read_bytes() == after  # step 6 was no better
     assert drawing.read_png(tmp_path / BEFORE).shape == drawing.read_png(tmp_path / AFTER).shape
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
@@ -98,15 +98,15 @@ def test_a_picture_that_cannot_be_written_ends_nothing(
 ) -> None:
     (tmp_path / BEFORE).mkdir()
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, subset, log, found=tmp_path, start_step=0)
-        gallery.show(0, a_validation(gallery, subset, iou=0.5))
+        gallery = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
+        gallery.record_validation(0, a_validation(gallery, subset, iou=0.5))
     assert f"{BEFORE} cannot be written" in caplog.text
 
 
 def test_other_ranks_draw_nothing(subset: CocoSubset, tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, subset, log, found=tmp_path, start_step=0)
-        gallery.show(0, a_validation(gallery, subset, iou=0.5))
+        gallery = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
+        gallery.record_validation(0, a_validation(gallery, subset, iou=0.5))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,7 +123,7 @@ def test_before_stands_left_of_after(tmp_path: Path) -> None:
     drawing.write_png(tmp_path / BEFORE, np.full((20, 40, 3), (200, 0, 0), np.uint8))
     drawing.write_png(tmp_path / AFTER, np.full((20, 40, 3), (0, 200, 0), np.uint8))
     draw_before_and_after(tmp_path, before=0.25, after=0.5)
-    both = drawing.read_png(tmp_path / BOTH)
+    both = drawing.read_png(tmp_path / BEFORE_AFTER)
     red, green = ((both == colour).all(axis=2) for colour in ((200, 0, 0), (0, 200, 0)))
     assert red.sum() == green.sum() == 20 * 40
     assert np.nonzero(red)[1].max() < np.nonzero(green)[1].min()
@@ -132,4 +132,4 @@ def test_before_stands_left_of_after(tmp_path: Path) -> None:
 def test_without_a_picture_of_the_best_step_there_is_no_comparison(tmp_path: Path) -> None:
     drawing.write_png(tmp_path / BEFORE, np.zeros((20, 40, 3), np.uint8))
     draw_before_and_after(tmp_path, before=0.25, after=float("nan"))
-    assert not (tmp_path / BOTH).exists()
+    assert not (tmp_path / BEFORE_AFTER).exists()

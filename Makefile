@@ -28,7 +28,7 @@ help:
 	@echo "make smoke    writes the demo dataset and tunes on it for 20 steps, in a temporary folder"
 	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
-	@echo "make bench-step   measures the training step beside the plain recipe (15 minutes, 16 GB)"
+	@echo "make bench-step   measures the training step beside the baseline (15 minutes, 16 GB)"
 	@echo "make bench-scale  measures the constants of docs/memory_and_speed.md and prints its tables"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -96,14 +96,14 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.loader --data_root $(DATA)/hbn_flakes --image_size 1024 256
 	$(BIN)/python -m benchmarks.loader --data_root $(DATA)/coco_open104 --split train2017 --image_size 1024 256
 
-# vit_b at 1024 px. What takes minutes a step has few rounds; memory has processes of its own.
+# vit_b at 1024 px. Few rounds where a step takes minutes; peak memory is measured in processes of its own.
 STEP := $(BIN)/python -m benchmarks.train_step
 bench-step: $(INSTALLED)
-	$(STEP) --scopes step --modes frozen cached --rounds 2 --warm_up 0
-	$(STEP) --scopes step --modes full --rounds 1 --warm_up 0
-	$(STEP) --scopes step --modes full --rounds 3 --image_size 256
-	$(STEP) --scopes decoder encoder --rounds 2
-	$(STEP) --scopes boxes end-to-end --modes frozen --rounds 2 --image_size 256
+	$(STEP) --benchmarks step --modes frozen cached --rounds 2 --warm_up 0
+	$(STEP) --benchmarks step --modes full --rounds 1 --warm_up 0
+	$(STEP) --benchmarks step --modes full --rounds 3 --image_size 256
+	$(STEP) --benchmarks decoder encoder --rounds 2
+	$(STEP) --benchmarks boxes end-to-end --modes frozen --rounds 2 --image_size 256
 
 bench-scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale

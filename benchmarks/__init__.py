@@ -1,3 +1,1 @@
-"""Studies and the making of the packaged weights; `samft` never imports from here."""
-
-import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
+"""Benchmarks, and the training of the packaged weights; `samft` never imports from here."""

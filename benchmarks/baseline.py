@@ -1,11 +1,14 @@
-"""The plain recipe that public fine-tuners of SAM follow, to measure samft beside.
+"""The baseline: how public fine-tuners of SAM train it, to compare samft with.
 
-Stock modules with explicit attention, one decoder call per image, the loss at the size of the input
-against float masks of that size, default AdamW over all that trains, float32, no workers. Only the
-semantics of the loss are samft's (`samft.losses`, `loss_resolution input`), so that the two can be
-held equal before they are timed.
+Stock modules with explicit attention, one decoder call per image, the loss at the input's
+resolution against float masks, default AdamW over all trainable parameters, float32, no loader
+workers. Only the definition of the loss is samft's (`samft.training.losses`, `loss_resolution
+input`), so that both can be checked to be equal before they are timed.
 """
 
+import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
+
+# isort: split
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,22 +36,22 @@ _MEAN, _STD = np.array(PIXEL_MEAN, np.float32), np.array(PIXEL_STD, np.float32)
 
 
 @dataclass
-class PlainSample:
+class BaselineSample:
     """One image with its K objects."""
 
     image: Tensor  # float32 [3, S, S], normalised, padded with zeros
     boxes: Tensor  # float32 [K, 4], input frame
     masks: Tensor  # float32 or uint8 [K, S, S], 0 and 1
-    input_size: tuple[int, int]  # h, w of the image inside of the frame
+    input_size: tuple[int, int]  # h, w of the image area in the input frame
 
-    def to(self, device: torch.device) -> "PlainSample":
+    def to(self, device: torch.device) -> "BaselineSample":
         """The sample with all tensors on a device."""
         image, boxes, masks = (t.to(device) for t in (self.image, self.boxes, self.masks))
-        return PlainSample(image, boxes, masks, self.input_size)
+        return BaselineSample(image, boxes, masks, self.input_size)
 
 
-def plain_losses(mask_logits: Tensor, iou_predicted: Tensor, sample: PlainSample) -> Tensor:
-    """Weighted loss of each mask of an image, [K], over the pixels that are not padding."""
+def baseline_losses(mask_logits: Tensor, iou_predicted: Tensor, sample: BaselineSample) -> Tensor:
+    """Weighted loss [K] of each mask of an image, over the pixels that are not padding."""
     height, width = sample.input_size
     size = sample.masks.shape[-1]
     logits = F.interpolate(mask_logits, (size, size), mode="bilinear", align_corners=False)
@@ -65,11 +68,11 @@ def plain_losses(mask_logits: Tensor, iou_predicted: Tensor, sample: PlainSample
     return FOCAL_WEIGHT * focal + DICE_WEIGHT * dice + IOU_WEIGHT * iou
 
 
-class PlainTrainer:
+class BaselineTrainer:
     """A stock SAM and its optimizer."""
 
     def __init__(self, sam: Sam, *, amp: bool = False) -> None:
-        """Optimizes all that requires a gradient; `amp` is bf16 autocast."""
+        """Optimizes all parameters that require a gradient; `amp` is bf16 autocast."""
         self.sam = sam
         self.amp = amp
         trainable = [p for p in sam.parameters() if p.requires_grad]
@@ -90,30 +93,30 @@ class PlainTrainer:
             multimask_output=False,
         )
 
-    def losses(self, mask_logits: Tensor, iou_predicted: Tensor, sample: PlainSample) -> Tensor:
-        """See `plain_losses`."""
-        return plain_losses(mask_logits, iou_predicted, sample)
+    def losses(self, mask_logits: Tensor, iou_predicted: Tensor, sample: BaselineSample) -> Tensor:
+        """See `baseline_losses`."""
+        return baseline_losses(mask_logits, iou_predicted, sample)
 
-    def decoder_loss(self, embeddings: Tensor, samples: Sequence[PlainSample]) -> Tensor:
-        """Mean loss over all masks, image after image."""
-        parts = []
+    def decoder_loss(self, embeddings: Tensor, samples: Sequence[BaselineSample]) -> Tensor:
+        """Mean loss over all masks; decodes one image after the other."""
+        losses = []
         for embedding, sample in zip(embeddings, samples, strict=True):
             mask_logits, iou_predicted = self.decode(embedding[None], sample.boxes)
-            parts.append(self.losses(mask_logits, iou_predicted, sample))
-        return torch.cat(parts).mean()
+            losses.append(self.losses(mask_logits, iou_predicted, sample))
+        return torch.cat(losses).mean()
 
-    def loss(self, samples: Sequence[PlainSample]) -> Tensor:
+    def loss(self, samples: Sequence[BaselineSample]) -> Tensor:
         """Mean loss over all masks of the batch."""
         with self.autocast():
             embeddings = self.encode(torch.stack([sample.image for sample in samples]))
             return self.decoder_loss(embeddings, samples)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Of forward and loss."""
+        """The autocast context of forward pass and loss."""
         return torch.autocast(self.sam.device.type, dtype=torch.bfloat16, enabled=self.amp)
 
-    def train_step(self, samples: Sequence[PlainSample]) -> float:
-        """One optimizer step; its loss."""
+    def train_step(self, samples: Sequence[BaselineSample]) -> float:
+        """Takes one optimizer step; returns its loss."""
         self.optimizer.zero_grad()
         loss = self.loss([sample.to(self.sam.device) for sample in samples])
         loss.backward()
@@ -121,16 +124,16 @@ class PlainTrainer:
         return loss.item()
 
 
-class PlainDataset(Dataset[PlainSample]):
-    """Samples as a loader gives them that was written without thought of what they cost.
+class BaselineDataset(Dataset[BaselineSample]):
+    """Samples of a straightforward loader: whole images, and one full-size mask per object.
 
     Args:
         coco: The annotation file.
         image_folder: What its file names are relative to.
         objects: For each image its id and the ids of its objects.
-        image_size: Side S of the input frame.
-        max_masks: Objects of an image, drawn at random where there are more; None: all, in order.
-        mask_type: What masks are handed on as: the float32 that the loss wants, or uint8.
+        image_size: Side S of the input frame, px.
+        max_masks: The most objects of an image, chosen at random; None: all, in order.
+        mask_type: Dtype of the masks: float32, which the loss takes, or uint8.
     """
 
     def __init__(
@@ -154,7 +157,7 @@ class PlainDataset(Dataset[PlainSample]):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def __getitem__(self, key: int | SampleKey) -> PlainSample:
+    def __getitem__(self, key: int | SampleKey) -> BaselineSample:
         image_id, object_ids = self.objects[key[1] if isinstance(key, tuple) else key]
         path = self.image_folder / self.coco.loadImgs(image_id)[0]["file_name"]
         image: Any = cv2.imread(str(path))
@@ -169,7 +172,7 @@ class PlainDataset(Dataset[PlainSample]):
         boxes = self.transform.apply_boxes(corners, image.shape[:2])
         resized = self.transform.apply_image(image)
         pixels = (resized.astype(np.float32) - _MEAN) / _STD
-        return PlainSample(
+        return BaselineSample(
             torch.from_numpy(self._pad(pixels).transpose(2, 0, 1).copy()),
             torch.from_numpy(boxes).float(),
             torch.from_numpy(np.stack([self._pad(mask) for mask in masks])).to(self.mask_type),
@@ -182,8 +185,8 @@ class PlainDataset(Dataset[PlainSample]):
         return np.pad(array, padding[: array.ndim])
 
 
-def plain_loader(dataset: PlainDataset, *, batch_size: int) -> Iterator[list[PlainSample]]:
-    """One epoch of whole batches in random order, loaded in the process that trains."""
+def baseline_loader(dataset: BaselineDataset, *, batch_size: int) -> Iterator[list[BaselineSample]]:
+    """One epoch of full batches in random order, loaded in the training process."""
     yield from DataLoader(
         dataset, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=list
     )

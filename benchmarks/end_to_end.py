@@ -1,4 +1,4 @@
-"""Epochs on a dataset, loader included: the plain recipe beside samft."""
+"""Benchmark of whole epochs on a dataset, loader included: the baseline and samft."""
 
 import contextlib
 import copy
@@ -14,10 +14,16 @@ from typing import Any, TypeAlias
 import torch
 from pycocotools.coco import COCO
 
-from benchmarks.baseline import PlainDataset, PlainTrainer, plain_loader
-from benchmarks.measure import AGAIN, Effort, PhaseClock, now, ratios, table
-from benchmarks.scopes import Result, make_ready, phase_table
-from benchmarks.variants import CACHED, PLAIN, PLAIN_AMP, SAMFT, Variants
+from benchmarks.baseline import BaselineDataset, BaselineTrainer, baseline_loader
+from benchmarks.measure import (
+    AGAIN,
+    MeasureOptions,
+    PhaseClock,
+    now,
+)
+from benchmarks.step_benchmarks import BenchmarkResult, init_optimizer_state, phase_table
+from benchmarks.tables import format_speedups, markdown_table
+from benchmarks.variants import BASELINE, BASELINE_AMP, CACHED, SAMFT, Variants, Workload
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
@@ -27,22 +33,22 @@ from samft.embeddings.precompute import Precompute
 from samft.embeddings.split_cache import SplitCache, read_digests
 from samft.embeddings.store import Store
 
-# Starts a loader; the batches, and what takes a step with one.
-Run: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]
+# Starts a loader; returns its batches, and the function that takes a step with one.
+StartTraining: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]
 
-_PHASE_STEPS = 2
+_PHASE_STEPS = 2  # over which phases are averaged
 
 
 @dataclass(frozen=True)
-class Material:
-    """A dataset as both kinds of loaders see it."""
+class DatasetPair:
+    """The same images as datasets of samft and of the baseline."""
 
     name: str
-    own: Coco2MaskDataset
-    plain: PlainDataset
+    samft: Coco2MaskDataset
+    baseline: BaselineDataset
 
 
-def open_material(
+def open_datasets(
     data_root: Path,
     split: str,
     *,
@@ -51,8 +57,8 @@ def open_material(
     max_masks: int,
     augment: str,
     cache: Path,
-) -> Material:
-    """The first images of a split; each loader draws at most `max_masks` objects of an image."""
+) -> DatasetPair:
+    """Opens the first images of a split, with at most `max_masks` random objects of an image."""
     annotations, folder = find_split(data_root, split)
     subset = read_coco(annotations, folder, cache=cache)
     subset = subset.select(range(min(num_images, subset.num_images)))
@@ -60,9 +66,11 @@ def open_material(
         (subset.image_id(i), subset.index.object_ids[subset.objects_of(i)].tolist())
         for i in range(subset.num_images)
     ]
-    with contextlib.redirect_stdout(sys.stderr):  # its chatter would spoil the tables
+    with contextlib.redirect_stdout(
+        sys.stderr
+    ):  # COCO prints its progress, and stdout is for the tables
         coco = COCO(annotations)
-    own = Coco2MaskDataset(
+    samft = Coco2MaskDataset(
         folder,
         subset=subset,
         image_size=image_size,
@@ -70,12 +78,14 @@ def open_material(
         max_masks_per_image=max_masks,
         augment=augment,
     )
-    plain = PlainDataset(coco, folder, objects=objects, image_size=image_size, max_masks=max_masks)
-    return Material(data_root.name, own, plain)
+    baseline = BaselineDataset(
+        coco, folder, objects=objects, image_size=image_size, max_masks=max_masks
+    )
+    return DatasetPair(data_root.name, samft, baseline)
 
 
 def measure_epochs(
-    wardrobe: Variants,
+    variants: Variants,
     *,
     data_root: Path | None,
     split: str,
@@ -84,96 +94,100 @@ def measure_epochs(
     num_workers: int,
     augment: str,
     names: Sequence[str],
-    effort: Effort,
-) -> Result:
-    """Seconds of each epoch; every round starts the loaders, and the cache, afresh."""
-    setting = wardrobe.setting
+    options: MeasureOptions,
+) -> BenchmarkResult:
+    """Measures the seconds of each epoch; every round starts new loaders and an empty cache."""
+    workload = variants.workload
     with tempfile.TemporaryDirectory() as scratch:
         if data_root is None:
             data_root = Path(scratch, "demo")
-            write_demo(data_root, num_train=num_images + 2, num_val=3, size=_demo_size(wardrobe))
-        material = open_material(
+            write_demo(data_root, num_train=num_images + 2, num_val=3, size=_demo_size(workload))
+        datasets = open_datasets(
             data_root,
             split,
-            image_size=setting.image_size,
+            image_size=workload.image_size,
             num_images=num_images,
-            max_masks=setting.boxes,
+            max_masks=workload.boxes,
             augment=augment,
             cache=Path(scratch, "cache"),
         )
-        shape = {"epochs": epochs, "steps": _steps_in_epoch(material, setting.num_images)}
-        runs = _runs(wardrobe, material, num_workers=num_workers, folder=Path(scratch), **shape)
+        shape = {"epochs": epochs, "steps": _steps_per_epoch(datasets, workload.num_images)}
+        runs = _training_runs(
+            variants, datasets, num_workers=num_workers, folder=Path(scratch), **shape
+        )
         runs = {name: runs[name] for name in names if name in runs}
         for name in runs:
-            make_ready(wardrobe, name)
+            init_optimizer_state(variants, name)
         again = [AGAIN] if AGAIN in names else []
         seconds: dict[str, list[list[float]]] = {name: [] for name in [*runs, *again]}
-        for _ in range(effort.rounds):
+        for _ in range(options.rounds):
             for name in seconds:
-                run = runs[PLAIN if name == AGAIN else name]
-                seconds[name].append(_time_epochs(run, device=setting.device, **shape))
-        phases = {name: _time_phases(wardrobe, name, run=run) for name, run in runs.items()}
-    images = _steps_in_epoch(material, setting.num_images) * setting.num_images
-    mode = "frozen" if setting.frozen else "full"
+                run = runs[BASELINE if name == AGAIN else name]
+                seconds[name].append(_time_epochs(run, device=workload.device, **shape))
+        phases = {name: _time_phases(variants, name, start=run) for name, run in runs.items()}
+    images = shape["steps"] * workload.num_images
+    mode = "frozen" if workload.frozen else "full"
     head = (
-        f"| end to end, {mode}, {material.name}, {images} images, {setting.image_size} px "
+        f"| end to end, {mode}, {datasets.name}, {images} images, {workload.image_size} px "
         "| first epoch, s | later, s | images/s | faster, first | faster, later | in all |"
     )
-    rows = [_row(name, seconds, images=images) for name in seconds]
-    text = f"{table(head, rows)}\n\n{phase_table(phases)}"
-    return Result(text, {"mode": mode, "seconds": seconds, "phases": phases, "images": images})
+    rows = [_epoch_row(name, seconds, images=images) for name in seconds]
+    text = f"{markdown_table(head, rows)}\n\n{phase_table(phases)}"
+    return BenchmarkResult(
+        text, {"mode": mode, "seconds": seconds, "phases": phases, "images": images}
+    )
 
 
-def _demo_size(wardrobe: Variants) -> int:
-    # As large as the model's input, so that decoding and resizing have their usual share.
-    return max(64, min(wardrobe.setting.image_size, 1024))
+def _demo_size(workload: Workload) -> int:
+    # As large as the model's input, so that decoding and resizing take their usual share.
+    return max(64, min(workload.image_size, 1024))
 
 
-def _steps_in_epoch(material: Material, batch_size: int) -> int:
-    return len(material.plain) // batch_size
+def _steps_per_epoch(datasets: DatasetPair, batch_size: int) -> int:
+    return len(datasets.baseline) // batch_size
 
 
-def _runs(
-    wardrobe: Variants,
-    material: Material,
+def _training_runs(
+    variants: Variants,
+    datasets: DatasetPair,
     *,
     epochs: int,
     steps: int,
     num_workers: int,
     folder: Path,
-) -> dict[str, Run]:
-    batch_size = wardrobe.setting.num_images
+) -> dict[str, StartTraining]:
+    batch_size = variants.workload.num_images
 
-    def plain(trainer: PlainTrainer) -> Run:
+    def baseline(trainer: BaselineTrainer) -> StartTraining:
         return lambda: (
             itertools.chain.from_iterable(
-                plain_loader(material.plain, batch_size=batch_size) for _ in range(epochs)
+                baseline_loader(datasets.baseline, batch_size=batch_size) for _ in range(epochs)
             ),
             trainer.train_step,
         )
 
-    def own(dataset: Coco2MaskDataset) -> tuple[Iterator[Any], Callable[[Any], Any]]:
+    def samft(dataset: Coco2MaskDataset) -> tuple[Iterator[Any], Callable[[Any], Any]]:
         loader = train_loader(
             dataset, batch_size=batch_size, steps=epochs * steps, num_workers=num_workers
         )
-        return iter(loader), lambda batch: wardrobe.samft.train_step([batch])
+        return iter(loader), lambda batch: variants.samft.train_step([batch])
 
     def cached() -> tuple[Iterator[Any], Callable[[Any], Any]]:
-        fresh = Path(tempfile.mkdtemp(dir=folder))
-        return own(with_embeddings(material.own, wardrobe, fresh, num_workers=num_workers))
+        cache = Path(tempfile.mkdtemp(dir=folder))
+        return samft(with_embeddings(datasets.samft, variants, cache, num_workers=num_workers))
 
-    runs = {PLAIN: plain(wardrobe.plain)}
-    if wardrobe.setting.device.type == "cuda":
-        runs[PLAIN_AMP] = plain(wardrobe.plain_amp)
-    runs[SAMFT] = lambda: own(material.own)
-    return {**runs, CACHED: cached} if wardrobe.setting.frozen else runs
+    runs = {BASELINE: baseline(variants.baseline)}
+    if variants.workload.device.type == "cuda":
+        runs[BASELINE_AMP] = baseline(variants.baseline_amp)
+    runs[SAMFT] = lambda: samft(datasets.samft)
+    return {**runs, CACHED: cached} if variants.workload.frozen else runs
 
 
 def with_embeddings(
-    dataset: Coco2MaskDataset, wardrobe: Variants, folder: Path, *, num_workers: int
+    dataset: Coco2MaskDataset, variants: Variants, folder: Path, *, num_workers: int
 ) -> Coco2MaskDataset:
-    """A copy of the dataset that reads embeddings, which are encoded now, as `samft.train` does."""
-    model, trainer = wardrobe.samft.model, wardrobe.samft
+    """Fills an embedding cache as `samft.train` does; returns a dataset that reads from it."""
+    model, trainer = variants.samft.model, variants.samft
     sides = ("as it is",) if dataset.augment == "none" else ("as it is", "flipped")
     stores = tuple(
         Store(folder / name, shape=model.embedding_shape, dtype="float16") for name in sides
@@ -190,35 +204,44 @@ def with_embeddings(
     return split.dataset
 
 
-def _time_epochs(run: Run, *, epochs: int, steps: int, device: torch.device) -> list[float]:
+def _time_epochs(
+    start: StartTraining, *, epochs: int, steps: int, device: torch.device
+) -> list[float]:
     times = [now(device)]
-    batches, take = run()
+    batches, take_step = start()
     for _ in range(epochs):
         for _ in range(steps):
-            take(next(batches))
+            take_step(next(batches))
         times.append(now(device))
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def _time_phases(wardrobe: Variants, name: str, *, run: Run) -> dict[str, float]:
-    # Of a few steps more: on a GPU, waiting after each phase would have slowed those above.
-    clock = PhaseClock(wardrobe.setting.device)
-    batches, take = run()
-    take(next(batches))  # starts the workers
-    fetch = clock.wrap(next, "data")
-    with clock.watch(wardrobe.spans(name)):
+def _time_phases(variants: Variants, name: str, *, start: StartTraining) -> dict[str, float]:
+    # On further steps: on a GPU, the synchronization after each phase slows steps down.
+    clock = PhaseClock(variants.workload.device)
+    batches, take_step = start()
+    take_step(next(batches))  # starts the workers
+    fetch = clock.wrap_function(next, "data")
+    with clock.watch(variants.spans(name)):
         for _ in range(_PHASE_STEPS):
-            take(fetch(batches))
+            take_step(fetch(batches))
     return {phase: spent / _PHASE_STEPS for phase, spent in clock.seconds.items()}
 
 
-def _row(name: str, seconds: Mapping[str, list[list[float]]], *, images: int) -> str:
-    own, plain = (
-        [(e[0], statistics.mean(e[1:]), sum(e)) for e in seconds[n]] for n in (name, PLAIN)
-    )
-    first, later, _ = (statistics.median(column) for column in zip(*own, strict=True))
-    faster = [
-        ratios(reference, column)
-        for reference, column in zip(zip(*plain, strict=True), zip(*own, strict=True), strict=True)
+def _epoch_row(name: str, seconds: Mapping[str, list[list[float]]], *, images: int) -> str:
+    columns, reference = (_epoch_columns(seconds[each]) for each in (name, BASELINE))
+    first, later, _ = (statistics.median(column) for column in columns)
+    speedups = [
+        format_speedups(expected, column)
+        for expected, column in zip(reference, columns, strict=True)
     ]
-    return f"| {name} | {first:.2f} | {later:.2f} | {images / later:.3g} | {' | '.join(faster)} |"
+    return f"| {name} | {first:.2f} | {later:.2f} | {images / later:.3g} | {' | '.join(speedups)} |"
+
+
+def _epoch_columns(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
+    # Seconds of the first epoch, of a later one, and of all, each by round.
+    return [
+        [epochs[0] for epochs in rounds],
+        [statistics.mean(epochs[1:]) for epochs in rounds],
+        [sum(epochs) for epochs in rounds],
+    ]

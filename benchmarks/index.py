@@ -1,12 +1,12 @@
-"""Measures samft's index of a COCO file beside pycocotools: time to open it, memory to share it.
+"""Compares samft's index of a COCO file with pycocotools: time to open, and memory when shared.
 
     python -m benchmarks.index --data_root DIR [--json FILE]
 
-Opening: each of samft's first index, samft's later starts and `pycocotools.coco.COCO` in a fresh
-process of its own. Sharing: processes are laid out as in training (ranks, each with forked loader
-workers), all of them read boxes and segmentations of random images, and then, all still alive, each
-looks at its own memory. The same layout without any data is taken off. The data set of COCO's size
-is written by `benchmarks/coco_like.py`. Memory is as Linux counts it, so it runs on Linux only.
+Opening: samft's first index, samft's later starts and `pycocotools.coco.COCO`, each in a fresh
+process. Sharing: processes are started as in training (ranks, each with forked loader workers); all
+read boxes and segmentations of random images, and measure their own memory while all are alive. The
+memory of the same processes without data is subtracted. `benchmarks/coco_like.py` writes a dataset
+of COCO's size. Memory is read from /proc, so this runs on Linux only.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from pycocotools.coco import COCO
 
+from benchmarks.tables import format_spread, markdown_table
 from samft.coco.layout import find_split
 from samft.coco.subset import CocoSubset, read_coco
 
@@ -35,8 +36,12 @@ Source: TypeAlias = tuple[str, str, str]  # annotation file, image folder, samft
 Reader: TypeAlias = Callable[[np.random.Generator], float]  # reads one random image
 
 _CHILD = "import sys; from benchmarks.index import open_once; open_once(*sys.argv[1:])"
-_PATIENCE = 1800  # s, until a process that waits for the others gives up
-_WAYS = {"first": "samft, first index", "again": "samft, later start", "pycocotools": "pycocotools"}
+_BARRIER_TIMEOUT = 1800  # s
+_METHODS = {
+    "first": "samft, first index",
+    "again": "samft, later start",
+    "pycocotools": "pycocotools",
+}
 
 
 def _open_samft(source: Source) -> CocoSubset:
@@ -45,73 +50,73 @@ def _open_samft(source: Source) -> CocoSubset:
 
 
 def open_pycocotools(annotations: str | Path) -> COCO:
-    """What all else uses; its chatter goes to where it does not spoil a table."""
+    """Opens the file with pycocotools; its messages go to stderr, since stdout is for tables."""
     with contextlib.redirect_stdout(sys.stderr):
         return COCO(annotations)
 
 
-def _memory(pid: int | str, name: str) -> dict[str, float]:
-    # Fields of a file under /proc that are given in kB, in MB.
+def _read_memory(pid: int | str, name: str) -> dict[str, float]:
+    # MB of the fields of a file under /proc that are in kB.
     lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
     fields = [line.split() for line in lines if line.endswith(" kB")]
     return {field[0].rstrip(":"): int(field[1]) * 1024 / 1e6 for field in fields}
 
 
-def open_once(way: str, *source: str) -> None:
-    """Opens the data set and prints what it took; runs in a fresh process."""
+def open_once(method: str, *source: str) -> None:
+    """Opens the dataset and prints seconds and memory as JSON; must run in a fresh process."""
     start = time.perf_counter()
-    if way == "pycocotools":
+    if method == "pycocotools":
         opened: Any = open_pycocotools(source[0])
         objects = len(opened.anns)
     else:
         opened = _open_samft((source[0], source[1], source[2]))
         objects = opened.num_objects
     seconds = time.perf_counter() - start
-    status = _memory("self", "status")
+    status = _read_memory("self", "status")
     result = {"call_seconds": seconds, "cpu_seconds": sum(os.times()[:4]), "objects": objects}
     print(json.dumps({**result, "peak_rss": status["VmHWM"], "rss": status["VmRSS"]}))
 
 
 def _resident_below(pid: int) -> float:
-    # RSS of a process and all that it has started, MB: indexing may have helpers.
-    total, waiting = 0.0, [pid]
-    while waiting:
-        parent = waiting.pop()
+    # RSS of a process and its descendants, MB: indexing may start helper processes.
+    total, pending = 0.0, [pid]
+    while pending:
+        parent = pending.pop()
         try:
-            total += _memory(parent, "status").get("VmRSS", 0.0)
+            total += _read_memory(parent, "status").get("VmRSS", 0.0)
             for task in Path(f"/proc/{parent}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-        except OSError:  # it has just ended
+                pending += map(int, (task / "children").read_text().split())
+        except OSError:  # the process has just ended
             continue
     return total
 
 
-def measure_opening(way: str, source: Source) -> dict[str, float]:
-    """Opens the data set in a fresh process; seconds and MB."""
+def measure_opening(method: str, source: Source) -> dict[str, float]:
+    """Seconds and MB of opening the dataset in a fresh process."""
     start, peak = time.perf_counter(), 0.0
-    command = [sys.executable, "-c", _CHILD, way, *source]
-    top = Path(__file__).resolve().parent.parent  # where `benchmarks` can be imported
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=top) as child:
+    command = [sys.executable, "-c", _CHILD, method, *source]
+    repository = Path(__file__).resolve().parent.parent  # where `benchmarks` can be imported
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository) as child:
         while child.poll() is None:
             peak = max(peak, _resident_below(child.pid))
             time.sleep(0.05)
         seconds = time.perf_counter() - start
         output = child.stdout.read() if child.stdout else ""
     if child.returncode:
-        raise RuntimeError(f"{way}: the process ended with {child.returncode}.")
+        raise RuntimeError(f"{method}: the process ended with {child.returncode}.")
     result = json.loads(output.splitlines()[-1])
     return {"process_seconds": seconds, **result, "peak_rss": max(peak, result["peak_rss"])}
 
 
 def measure_all_openings(source: Source, *, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """All ways in turn; every round's first index goes to a cache of its own."""
-    openings: dict[str, list[dict[str, float]]] = {way: [] for way in _WAYS}
+    """Measures all methods in turn; the first index of each round goes to a cache of its own."""
+    openings: dict[str, list[dict[str, float]]] = {method: [] for method in _METHODS}
     for number in range(rounds):
         annotations, folder, cache = source
-        if number < rounds - 1:  # the last one stays for what comes after
+        if number < rounds - 1:  # the cache of the last round is used again by measure_sharing
             cache += f"/round{number}"
-        for way in _WAYS:
-            openings[way].append(measure_opening(way, (annotations, folder, cache)))
+        for method in _METHODS:
+            openings[method].append(measure_opening(method, (annotations, folder, cache)))
     return openings
 
 
@@ -119,7 +124,7 @@ def measure_all_openings(source: Source, *, rounds: int) -> dict[str, list[dict[
 
 
 def _nothing_reader(source: Source) -> Reader:
-    # What the others do apart from holding data: draw, allocate, add up.
+    # The work of the other readers without their data: random numbers, allocations, sums.
     def read(rng: np.random.Generator) -> float:
         rng.integers(1 << 17)
         return float(sum(np.arange(46.0).sum() for _ in range(7)))
@@ -169,17 +174,19 @@ def _read_and_report(
     reader: Reader, role: str, *, seed: int, reads: int, barrier: Barrier, results: Any
 ) -> None:
     rng = np.random.default_rng(seed)
-    barrier.wait(_PATIENCE)  # until all have opened
+    barrier.wait(_BARRIER_TIMEOUT)  # until all have opened the dataset
     start = time.perf_counter()
     for _ in range(reads):
         reader(rng)
     speed = reads / (time.perf_counter() - start)
-    barrier.wait(_PATIENCE)  # a page is private until a second process has touched it
-    memory = _memory("self", "smaps_rollup")
+    barrier.wait(_BARRIER_TIMEOUT)  # a page counts as private until a second process has read it
+    memory = _read_memory("self", "smaps_rollup")
     uss = memory["Private_Clean"] + memory["Private_Dirty"]
     report = {"uss": uss, "private_dirty": memory["Private_Dirty"], "pss": memory["Pss"]}
     results.put({"role": role, **report, "images_per_second": speed})
-    barrier.wait(_PATIENCE)  # none leaves, and so makes pages private, before all have looked
+    barrier.wait(
+        _BARRIER_TIMEOUT
+    )  # no process ends, which would make shared pages private, before all have measured
 
 
 def _run_rank(
@@ -213,8 +220,8 @@ def _run_rank(
 def measure_sharing(
     kind: str, source: Source, *, ranks: int, num_workers: int, reads: int
 ) -> list[dict[str, Any]]:
-    """Memory of each process of a layout after random reads, MB."""
-    context = multiprocessing.get_context("spawn")  # ranks are started apart from each other
+    """Memory of each process after random reads, MB."""
+    context = multiprocessing.get_context("spawn")  # ranks are independent processes
     barrier, results = context.Barrier(ranks * (1 + num_workers)), context.Queue()
     options = {"num_workers": num_workers, "reads": reads, "barrier": barrier, "results": results}
     processes = [
@@ -224,13 +231,15 @@ def measure_sharing(
     for process in processes:
         process.start()
     try:
-        return _collect(results, processes, number=barrier.parties)
+        return _collect_reports(results, processes, number=barrier.parties)
     finally:
         for process in processes:
             process.join()
 
 
-def _collect(results: Any, processes: Sequence[Any], *, number: int) -> list[dict[str, Any]]:
+def _collect_reports(
+    results: Any, processes: Sequence[Any], *, number: int
+) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
     while len(reports) < number:
         try:
@@ -239,59 +248,57 @@ def _collect(results: Any, processes: Sequence[Any], *, number: int) -> list[dic
             if any(process.exitcode for process in processes):
                 for process in processes:
                     process.terminate()
-                raise RuntimeError("A process of the layout has died.") from None
+                raise RuntimeError("A process that shares the index has died.") from None
     return reports
 
 
-# What comes out.
+# Tables.
 
 
 def opening_table(openings: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Markdown: seconds of opening (median and range) and the largest memory."""
-    lines = [
-        "| | the call, s | whole process, s | its CPU time, s | peak RSS, MB |",
-        "|---|---|---|---|---|",
-    ]
-    for way, runs in openings.items():
+    """A Markdown table: seconds of opening, median (lowest to highest), and peak memory."""
+    rows = []
+    for method, runs in openings.items():
         keys = ("call_seconds", "process_seconds", "cpu_seconds")
         columns = [[run[key] for run in runs] for key in keys]
-        cells = [f"{statistics.median(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns]
+        cells = [format_spread(column) for column in columns]
         peak = max(run["peak_rss"] for run in runs)
-        lines.append(f"| {_WAYS[way]} | {' | '.join(cells)} | {peak:,.0f} |")
-    return "\n".join(lines)
+        rows.append(f"| {_METHODS[method]} | {' | '.join(cells)} | {peak:,.0f} |")
+    head = "| | the call, s | whole process, s | its CPU time, s | peak RSS, MB |"
+    return markdown_table(head, rows)
 
 
 def sharing_table(layouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown: what each kind of process has to itself, above the layout without data."""
-    lines = [
-        "| | process | USS, MB | added, mean | added, largest | of it dirty, largest "
-        "| PSS added, mean | images/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table: memory of each kind of process, and how much of it the data adds."""
+    rows = []
     for kind, reports in layouts.items():
         for role in ("rank", "worker"):
-            own = [report for report in reports if report["role"] == role]
-            bare = [report for report in layouts["nothing"] if report["role"] == role]
-            if not own:
+            of_role = [report for report in reports if report["role"] == role]
+            empty = [report for report in layouts["nothing"] if report["role"] == role]
+            if not of_role:
                 continue
-            base = {key: statistics.mean(r[key] for r in bare) for key in ("uss", "pss")}
-            dirty = statistics.mean(r["private_dirty"] for r in bare)
-            uss = [report["uss"] for report in own]
+            base = {key: statistics.mean(r[key] for r in empty) for key in ("uss", "pss")}
+            dirty = statistics.mean(r["private_dirty"] for r in empty)
+            uss = [report["uss"] for report in of_role]
             figures = [
                 statistics.mean(uss),
                 statistics.mean(uss) - base["uss"],
                 max(uss) - base["uss"],
-                max(report["private_dirty"] for report in own) - dirty,
-                statistics.mean(report["pss"] for report in own) - base["pss"],
+                max(report["private_dirty"] for report in of_role) - dirty,
+                statistics.mean(report["pss"] for report in of_role) - base["pss"],
             ]
-            speed = statistics.mean(report["images_per_second"] for report in own)
+            speed = statistics.mean(report["images_per_second"] for report in of_role)
             cells = " | ".join(f"{figure:,.1f}" for figure in figures)
-            lines.append(f"| {kind} | {role} | {cells} | {speed:,.0f} |")
-    return "\n".join(lines)
+            rows.append(f"| {kind} | {role} | {cells} | {speed:,.0f} |")
+    head = (
+        "| | process | USS, MB | added, mean | added, largest | of it dirty, largest "
+        "| PSS added, mean | images/s |"
+    )
+    return markdown_table(head, rows)
 
 
 def sharing_sum(layouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What the data cost the machine: PSS splits what is shared, so its sum is what is there."""
+    """The memory that the data takes in all processes: PSS divides shared pages among them."""
     total = {kind: sum(r["pss"] for r in reports) for kind, reports in layouts.items()}
     added = [
         f"{kind} {total[kind] - total['nothing']:,.0f} MB" for kind in layouts if kind != "nothing"
@@ -300,15 +307,15 @@ def sharing_sum(layouts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints both tables."""
+    """Measures opening and sharing, and prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--split", default="train2017")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--num_workers", type=int, default=2, help="per rank")
-    parser.add_argument("--reads", type=int, default=20_000, help="images, per process")
+    parser.add_argument("--reads", type=int, default=20_000, help="images per process")
     parser.add_argument("--rounds", type=int, default=3, help="of opening")
-    parser.add_argument("--json", type=Path, help="writes all figures into this file")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args(argv)
     annotations, folder = find_split(args.data_root, args.split)
     with tempfile.TemporaryDirectory() as cache:

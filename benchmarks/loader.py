@@ -1,13 +1,16 @@
-"""Measures samft's training loader beside a plain one, with one worker each, and compares masks.
+"""Compares samft's training loader with the baseline's, one worker each: speed and masks.
 
     python -m benchmarks.loader --data_root DIR --split train --image_size 1024 256
 
-The plain loader is written after the recipe of the public SAM fine-tuners: the whole image decoded,
-one full-size mask per object from pycocotools, image and every mask brought to the model's input by
-segment_anything's own transform, normalised and padded. All loaders give the same images with all
-of their objects. They take turns in every round, so that what else the machine does hits all.
+The baseline loads as public SAM fine-tuners do: it decodes the whole image, makes one full-size
+mask per object with pycocotools, and resizes, normalises and pads image and masks with
+segment_anything's own transform. All loaders return the same images with all of their objects.
+Every round times each loader in turn, so that other load on the machine affects all alike.
 """
 
+import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
+
+# isort: split
 import argparse
 import itertools
 import json
@@ -26,96 +29,110 @@ from numpy.typing import NDArray
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.utils.data import DataLoader
 
-from benchmarks.baseline import PlainDataset, PlainSample
+from benchmarks.baseline import BaselineDataset, BaselineSample
 from benchmarks.index import open_pycocotools
+from benchmarks.tables import format_speedups, markdown_table
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import train_loader
 from samft.data.samplers import EndlessBatchSampler, TrainingSampler
 
-Rounds: TypeAlias = dict[str, list[float]]  # seconds for each image, by loader
-Agreement: TypeAlias = tuple[float, float, float]  # IoU of samft's mask with each of _REFERENCES
+SecondsByLoader: TypeAlias = dict[str, list[float]]  # per image, by round
+MaskIous: TypeAlias = tuple[float, float, float]  # of samft's mask with each of _REFERENCES
 
 _WARM_UP = 4  # batches: the worker starts, and its queue fills
-_SAMFT_EPOCHS = 4  # of the timed images, to one of the plain loaders, which take long enough
-_SMALLEST = 32  # px at the loss resolution, longest side of the box
-# Masks in whole pixels of the input leave many cells that belong to exactly one half. Wherever they
-# are counted, all outlines move by an eighth of a cell, hence the third.
-_REFERENCES = ("pycocotools' mask, averaged", "the plain loader's", "the same, halved cells aside")
+_SAMFT_EPOCHS = 4  # per epoch of the baseline, which is slow enough to be timed on one
+_MIN_SIDE = 32  # px at the loss resolution, longer side of the box: smaller masks are not compared
+# The baseline's masks have whole input pixels, so that many cells are covered by exactly one half.
+# Counting all of these in or out moves every outline by an eighth of a cell; the third leaves them
+# out.
+_REFERENCES = (
+    "pycocotools' mask, averaged",
+    "the baseline loader's",
+    "the same, without half-covered cells",
+)
 _LOADERS = {
     "samft": "samft",
-    "again": "samft, once more",
+    "again": "samft, again",
     "flip": "samft, augment flip",
-    "uint8": "plain, uint8 masks",
-    "float32": "plain, float32 masks",
+    "uint8": "baseline, uint8 masks",
+    "float32": "baseline, float32 masks",
 }
 
 
-def _only(samples: list[PlainSample]) -> PlainSample:
+def _single_sample(samples: list[BaselineSample]) -> BaselineSample:
     return samples[0]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A dataset at an image size: images to time, as both kinds of loaders see them."""
+class LoaderDatasets:
+    """The same images as datasets of samft and of the baseline.
+
+    Attributes:
+        samft: Without augmentation.
+        samft_flip: With random flips.
+        baseline: With uint8 masks.
+        baseline_float: With float32 masks.
+        mask_ious: Of each compared object in all images of the split.
+    """
 
     name: str
     image_size: int
-    still: Coco2MaskDataset
-    flipping: Coco2MaskDataset
-    plain: PlainDataset
-    plain_float: PlainDataset
-    agreement: list[Agreement]  # of each object that is compared, in all images
+    samft: Coco2MaskDataset
+    samft_flip: Coco2MaskDataset
+    baseline: BaselineDataset
+    baseline_float: BaselineDataset
+    mask_ious: list[MaskIous]
 
     @property
     def masks_per_image(self) -> float:
-        """Mean over the images that are timed."""
-        return statistics.mean(len(object_ids) for _, object_ids in self.plain.objects)
+        """Mean over the timed images."""
+        return statistics.mean(len(object_ids) for _, object_ids in self.baseline.objects)
 
 
-def make_subject(
+def open_datasets(
     data_root: Path, split: str, *, image_size: int, num_images: int, cache: Path
-) -> Subject:
-    """Opens a dataset both ways, compares all masks, and picks images evenly to be timed."""
+) -> LoaderDatasets:
+    """Opens a split both ways, compares all masks, and selects evenly spaced images to time."""
     annotations, folder = find_split(data_root, split)
     subset, coco = read_coco(annotations, folder, cache=cache), open_pycocotools(annotations)
     options: dict[str, Any] = {"image_size": image_size, "max_masks_per_image": 0, "training": True}
     everything = Coco2MaskDataset(folder, subset=subset, augment="none", **options)
-    # What samft gives decides, so that both have the same objects.
+    # samft leaves out unusable objects, so the baseline is given those that samft has.
     targets, objects = [], []
     for i in range(len(everything)):
         sample = everything[i]
         targets.append(np.packbits(sample.targets.numpy() >= 128, axis=-1))
         objects.append((sample.image_id, sample.object_ids.tolist()))
-    plain = partial(PlainDataset, coco, folder, image_size=image_size)
-    agreement: list[Agreement] = []
+    baseline = partial(BaselineDataset, coco, folder, image_size=image_size)
+    mask_ious: list[MaskIous] = []
     for i, packed in enumerate(targets):
-        own = plain(objects=objects[i : i + 1], mask_type=torch.uint8)
-        agreement += _compare(own, np.unpackbits(packed, axis=-1).astype(bool))
+        one_image = baseline(objects=objects[i : i + 1], mask_type=torch.uint8)
+        mask_ious += _compare_masks(one_image, np.unpackbits(packed, axis=-1).astype(bool))
     timed = np.unique(np.linspace(0, len(objects) - 1, num_images).astype(int)).tolist()
     subset, objects = subset.select(timed), [objects[i] for i in timed]
-    return Subject(
+    return LoaderDatasets(
         name=data_root.name,
         image_size=image_size,
-        still=Coco2MaskDataset(folder, subset=subset, augment="none", **options),
-        flipping=Coco2MaskDataset(folder, subset=subset, augment="flip", **options),
-        plain=plain(objects=objects, mask_type=torch.uint8),
-        plain_float=plain(objects=objects, mask_type=torch.float32),
-        agreement=agreement,
+        samft=Coco2MaskDataset(folder, subset=subset, augment="none", **options),
+        samft_flip=Coco2MaskDataset(folder, subset=subset, augment="flip", **options),
+        baseline=baseline(objects=objects, mask_type=torch.uint8),
+        baseline_float=baseline(objects=objects, mask_type=torch.float32),
+        mask_ious=mask_ious,
     )
 
 
-def _compare(plain: PlainDataset, targets: NDArray[np.bool_]) -> Iterable[Agreement]:
-    # One image, at the loss resolution, where a mask is the cells that it has at least half of.
-    image_id, object_ids = plain.objects[0]
-    entries, image = plain.coco.loadAnns(object_ids), plain.coco.loadImgs(image_id)[0]
-    side = plain.image_size // 4
+def _compare_masks(baseline: BaselineDataset, targets: NDArray[np.bool_]) -> Iterable[MaskIous]:
+    # Of one image, at the loss resolution; a cell is in a mask if at least half of it is covered.
+    image_id, object_ids = baseline.objects[0]
+    entries, image = baseline.coco.loadAnns(object_ids), baseline.coco.loadImgs(image_id)[0]
+    side = baseline.image_size // 4
     scale = side / max(image["height"], image["width"])
-    compared = [k for k, e in enumerate(entries) if max(e["bbox"][2:]) * scale >= _SMALLEST]
-    masks = plain[0].masks.numpy() if compared else np.zeros(0)
+    compared = [k for k, e in enumerate(entries) if max(e["bbox"][2:]) * scale >= _MIN_SIDE]
+    masks = baseline[0].masks.numpy() if compared else np.zeros(0)
     for k in compared:
-        averaged = _average(plain.coco.annToMask(entries[k]), side)
+        averaged = _covered_share(baseline.coco.annToMask(entries[k]), side)
         cells = masks[k].reshape(side, 4, side, 4).sum(axis=(1, 3))
         yield (
             _iou(averaged >= 0.5 - 1e-9, targets[k]),
@@ -128,8 +145,8 @@ def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return float((one & other).sum() / max((one | other).sum(), 1))
 
 
-def _average(mask: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    # Which share of each cell a mask of the whole image covers, to the last digit.
+def _covered_share(mask: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
+    # The share of each cell that a mask of the whole image covers, exact up to rounding.
     frame = ResizeLongestSide.get_preprocess_shape(*mask.shape, 4 * side)
     rows, columns = (
         _overlaps(length, 4 * length / scaled, side=side)
@@ -139,14 +156,14 @@ def _average(mask: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
 
 
 def _overlaps(length: int, cell: float, *, side: int) -> NDArray[np.float64]:
-    # [side, length]: the share of each cell, `cell` pixels long, that each pixel makes up.
+    # [side, length]: the share of each cell, `cell` pixels long, that lies in each pixel.
     edges, pixels = np.arange(side + 1)[:, None] * cell, np.arange(length)
     shared = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
     return np.asarray(np.clip(shared, 0, None) / cell)
 
 
 def _seconds_per_image(loader: Iterable[Any], *, num_images: int) -> float:
-    # The loader goes on for ever, so its queue is as full at the end as it was at the start.
+    # The loader is endless, so its queue is as full after the timed batches as before them.
     batches = iter(loader)
     for _ in itertools.islice(batches, _WARM_UP):
         pass
@@ -157,91 +174,90 @@ def _seconds_per_image(loader: Iterable[Any], *, num_images: int) -> float:
 
 
 def _samft_loader(dataset: Coco2MaskDataset) -> Iterable[Any]:
-    return train_loader(dataset, batch_size=1, num_workers=1, start_step=_first(len(dataset)))
+    return train_loader(
+        dataset, batch_size=1, num_workers=1, start_step=_start_position(len(dataset))
+    )
 
 
-def _plain_loader(dataset: PlainDataset) -> Iterable[Any]:
+def _baseline_loader(dataset: BaselineDataset) -> Iterable[Any]:
     sampler = TrainingSampler(dataset)
-    sampler.load_state_dict({"position": _first(len(dataset))})
+    sampler.load_state_dict({"position": _start_position(len(dataset))})
     batches = EndlessBatchSampler(sampler)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=_only)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=1, collate_fn=_single_sample)
 
 
-def _first(num_images: int) -> int:
-    # So that what is timed are whole epochs, which hold each image once.
+def _start_position(num_images: int) -> int:
+    # After the warm-up, an epoch begins: whole epochs are timed, which have each image once.
     return -_WARM_UP % num_images
 
 
-def measure(subject: Subject, *, rounds: int) -> Rounds:
-    """Seconds for an image with each loader, in every round."""
+def time_loaders(datasets: LoaderDatasets, *, rounds: int) -> SecondsByLoader:
+    """Seconds per image of each loader, by round."""
     loaders: dict[str, tuple[Callable[[], Iterable[Any]], int]] = {
-        "samft": (lambda: _samft_loader(subject.still), _SAMFT_EPOCHS),
-        "uint8": (lambda: _plain_loader(subject.plain), 1),
-        "again": (lambda: _samft_loader(subject.still), _SAMFT_EPOCHS),
-        "float32": (lambda: _plain_loader(subject.plain_float), 1),
-        "flip": (lambda: _samft_loader(subject.flipping), _SAMFT_EPOCHS),
+        "samft": (lambda: _samft_loader(datasets.samft), _SAMFT_EPOCHS),
+        "uint8": (lambda: _baseline_loader(datasets.baseline), 1),
+        "again": (lambda: _samft_loader(datasets.samft), _SAMFT_EPOCHS),
+        "float32": (lambda: _baseline_loader(datasets.baseline_float), 1),
+        "flip": (lambda: _samft_loader(datasets.samft_flip), _SAMFT_EPOCHS),
     }
-    seconds: Rounds = {key: [] for key in loaders}
+    seconds: SecondsByLoader = {key: [] for key in loaders}
     for _ in range(rounds):
         for key, (start, epochs) in loaders.items():
-            num_images = epochs * len(subject.plain)
+            num_images = epochs * len(datasets.baseline)
             seconds[key].append(_seconds_per_image(start(), num_images=num_images))
     return seconds
 
 
-def speed_rows(subject: Subject, seconds: Mapping[str, Sequence[float]]) -> list[str]:
-    """Rows of a Markdown table: medians, and how much faster `samft` was round by round."""
-    rows, masks = [], subject.masks_per_image
+def speed_rows(datasets: LoaderDatasets, seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    """Rows of a Markdown table: median speeds, and how much faster `samft` was."""
+    rows, masks = [], datasets.masks_per_image
     for key, label in _LOADERS.items():
-        own = seconds[key]
-        speed = 1 / statistics.median(own)
-        ratios = [other / one for one, other in zip(seconds["samft"], own, strict=True)]
+        speed = 1 / statistics.median(seconds[key])
         rows.append(
-            f"| {subject.name} | {subject.image_size} | {label} | {speed:.1f} "
-            f"| {speed * masks:.0f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) |"
+            f"| {datasets.name} | {datasets.image_size} | {label} | {speed:.1f} "
+            f"| {speed * masks:.0f} | {format_speedups(seconds[key], seconds['samft'])} |"
         )
     return rows
 
 
-def agreement_row(subject: Subject) -> str:
-    """A row of a Markdown table: how far the masks agree, mean and lowest IoU."""
-    columns = np.array(subject.agreement).reshape(-1, len(_REFERENCES)).T
+def mask_iou_row(datasets: LoaderDatasets) -> str:
+    """A row of a Markdown table: mean (and lowest) IoU of the masks with each reference."""
+    columns = np.array(datasets.mask_ious).reshape(-1, len(_REFERENCES)).T
     cells = [f"{c.mean():.4f} ({c.min():.3f})" if c.size else "-" for c in columns]
-    head = f"| {subject.name} | {subject.image_size} | {len(subject.agreement)} | "
+    head = f"| {datasets.name} | {datasets.image_size} | {len(datasets.mask_ious)} | "
     return head + " | ".join(cells) + " |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints both tables."""
+    """Times the loaders, compares the masks, and prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_size", type=int, nargs="+", default=[1024])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=40, help="timed in every round")
-    parser.add_argument("--json", type=Path, help="writes all figures into this file")
+    parser.add_argument("--images", type=int, default=40, help="timed in each round")
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args(argv)
-    speeds = ["| data | image_size | loader | images/s | masks/s | samft is faster by |"]
-    masks = [f"| data | image_size | objects | {' | '.join(_REFERENCES)} |"]
-    tables, figures = (speeds, masks), []
-    for table in tables:
-        table.append("|---" * (table[0].count("|") - 1) + "|")
+    speeds: list[str] = []
+    ious: list[str] = []
+    figures = []
     with tempfile.TemporaryDirectory() as cache:
         for image_size in args.image_size:
-            subject = make_subject(
+            datasets = open_datasets(
                 args.data_root,
                 args.split,
                 image_size=image_size,
                 num_images=args.images,
                 cache=Path(cache),
             )
-            seconds = measure(subject, rounds=args.rounds)
-            speeds += speed_rows(subject, seconds)
-            masks.append(agreement_row(subject))
-            run = {"data": subject.name, "image_size": image_size, "agreement": subject.agreement}
+            seconds = time_loaders(datasets, rounds=args.rounds)
+            speeds += speed_rows(datasets, seconds)
+            ious.append(mask_iou_row(datasets))
+            run = {"data": datasets.name, "image_size": image_size, "mask_ious": datasets.mask_ious}
             figures.append({**run, "seconds_per_image": seconds})
-    print("\n\n".join("\n".join(table) for table in tables))
+    speed_head = "| data | image_size | loader | images/s | masks/s | samft is faster by |"
+    iou_head = f"| data | image_size | objects | {' | '.join(_REFERENCES)} |"
+    print(markdown_table(speed_head, speeds) + "\n\n" + markdown_table(iou_head, ious))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

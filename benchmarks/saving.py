@@ -1,13 +1,12 @@
-"""Measures what a save costs the loop: written at once, or in the background.
+"""Measures how much a checkpoint slows training down, waited for or written in the background.
 
     python -m benchmarks.saving --models vit_tiny:full vit_b:frozen vit_b:full
 
-Each round takes the same steps three times: without a save; with one that is waited for; with one
-that is written while the steps are taken. What the last two take longer is what the save costs.
+Each round takes the same steps three times: without a save; with a save that the loop waits for;
+with a save that a thread writes meanwhile. The cost of a save is the difference to the first.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,18 +16,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Effort, interleave, now
+from benchmarks.measure import MeasureOptions, now, time_interleaved
+from benchmarks.tables import format_spread
 from samft.checkpoints.async_saver import Checkpoint, Checkpointer
 from samft.checkpoints.top_k import TopK
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, constant_names, freeze
 from samft.training.optim import build_optimizer
 
-IMAGE_SIZE = 256  # of the steps; what is saved is as large at any
+IMAGE_SIZE = 256  # of the steps; the size of a checkpoint hardly depends on it
 
 
-class Trial:
-    """A model that trains on one image of noise, and what saves it."""
+class SavingTrial:
+    """A model in training on one blank image, with its checkpointer."""
 
     def __init__(
         self, model_type: str, trained: str, *, folder: Path, device: torch.device
@@ -47,7 +47,7 @@ class Trial:
         self.folder, self.device, self.saves = folder, device, 0
 
     def step(self) -> None:
-        """One training step."""
+        """Takes one training step."""
         index = torch.zeros(len(self.boxes), dtype=torch.int64, device=self.device)
         logits, iou = self.model(self.images, self.boxes, index)
         (logits.mean() + iou.mean()).backward()
@@ -55,7 +55,7 @@ class Trial:
         self.optimizer.zero_grad(set_to_none=True)
 
     def save(self) -> float:
-        """One save, of a state that is the best so far; the seconds until it is copied."""
+        """Saves a state as the best so far; returns the seconds until it is copied."""
         self.saves += 1
         state: dict[str, Any] = {
             "model": self.model.sam.state_dict(),
@@ -68,8 +68,8 @@ class Trial:
         self.checkpointer.save(state, candidate=best)
         return now(self.device) - start
 
-    def steps(self, number: int, *, save: str) -> None:
-        """Some steps, with a save before them: `none`, `waited for`, or `background`."""
+    def take_steps(self, number: int, *, save: str) -> None:
+        """Takes steps, with a save before them: `none`, `waited for`, or `background`."""
         if save != "none":
             self.save()
         if save == "waited for":
@@ -79,15 +79,15 @@ class Trial:
         now(self.device)
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """How long it takes."""
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
     start = time.perf_counter()
-    work()
+    function()
     return time.perf_counter() - start
 
 
-def measure(trial: Trial, *, rounds: int) -> list[str]:
-    """A row of the table."""
+def measure_saving(trial: SavingTrial, *, rounds: int) -> list[str]:
+    """Cells of a table row: size, seconds to copy and to write, cost to the loop of both kinds."""
     trial.step()
     trial.save()
     trial.checkpointer.wait()
@@ -95,50 +95,53 @@ def measure(trial: Trial, *, rounds: int) -> list[str]:
     for _ in range(rounds):
         copying.append(trial.save())
         writing.append(copying[-1] + seconds_of(trial.checkpointer.wait))
-    # Enough steps to write in, as between two intervals of a run.
+    # Enough steps to finish writing during them, as between two saves of a run.
     number = round(1.5 * max(writing) / seconds_of(trial.step)) + 2
     kinds = ("none", "waited for", "background")
-    work = {kind: partial(trial.steps, number, save=kind) for kind in kinds}
+    steps = {kind: partial(trial.take_steps, number, save=kind) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
-        found = interleave(work, effort=Effort(rounds=1, warm_up=0), device=trial.device)
+        options = MeasureOptions(rounds=1, warm_up=0)
+        timed = time_interleaved(steps, options=options, device=trial.device)
         trial.checkpointer.wait()
         for kind in kinds:
-            seconds[kind] += found[kind]
+            seconds[kind] += timed[kind]
     costs = [
-        [one - alone for one, alone in zip(seconds[kind], seconds["none"], strict=True)]
+        [
+            with_save - without
+            for with_save, without in zip(seconds[kind], seconds["none"], strict=True)
+        ]
         for kind in kinds[1:]
     ]
     size = sum(path.stat().st_size for path in trial.folder.glob("*.ckpt")) / 1e9
-    cells = [spread(copying), spread(writing), *(spread(cost) for cost in costs)]
+    cells = [
+        format_spread(copying),
+        format_spread(writing),
+        *(format_spread(cost) for cost in costs),
+    ]
     return [f"{size:.2f}", *cells]
 
 
-def spread(values: list[float]) -> str:
-    """Median (lowest to highest)."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def main() -> None:
-    """Prints the table."""
+    """Measures each model and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--models", nargs="+", default=["vit_tiny:full", "vit_b:frozen"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", help="on the disk to be measured (default: a temporary one)")
+    parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(
-        "| | GB written | until copied, s | until written, s | costs the loop, waited for, s "
-        "| costs the loop, in the background, s |\n|---|---|---|---|---|---|"
+        "| | GB written | until copied, s | until written, s | cost to the loop, waited for, s "
+        "| cost to the loop, in the background, s |\n|---|---|---|---|---|---|"
     )
     for name in args.models:
         model_type, _, trained = name.partition(":")
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            trial = Trial(
+            trial = SavingTrial(
                 model_type, trained, folder=Path(folder), device=torch.device(args.device)
             )
-            row = measure(trial, rounds=args.rounds)
+            row = measure_saving(trial, rounds=args.rounds)
         print(f"| {model_type}, {trained} | {' | '.join(row)} |", flush=True)
 
 

@@ -1,6 +1,6 @@
-"""What `benchmarks.scale` needs measured: loader, checkpoints, all-reduce, runs on 1 and 2 ranks.
+"""The measurements of `benchmarks.scale`: loader, checkpoints, all-reduce, runs on 1 and 2 ranks.
 
-Everything runs on the CPU, with one thread to a process; the ranks talk over gloo on one host.
+Everything runs on the CPU with one thread per process; ranks use gloo on one host.
 """
 
 import statistics
@@ -17,11 +17,11 @@ import torch
 import torch.multiprocessing
 from torch import Tensor, distributed
 
-from benchmarks.measure import Effort, PhaseClock, Span, interleave
+from benchmarks.measure import MeasureOptions, PhaseClock, PhaseSpan, time_interleaved
 from benchmarks.variants import (
     SAMFT,
-    Setting,
     Variants,
+    Workload,
     random_sam,
     samft_spans,
     samft_trainer,
@@ -38,9 +38,9 @@ from samft.training import engine
 from samft.training.engine import train
 
 CPU = torch.device("cpu")
-MAX_MASKS = 8  # of an image
+MAX_MASKS = 8  # per image
 _TIMEOUT = timedelta(seconds=300)
-_LOOP_SPANS: list[Span] = [
+_LOOP_SPANS: list[PhaseSpan] = [
     (engine, "fetch", "data"),
     (engine, "any_rank", "waiting"),
     (engine, "all_reduce_sum", "waiting"),
@@ -48,8 +48,8 @@ _LOOP_SPANS: list[Span] = [
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training run: the same global batch on any number of ranks."""
+class TrainingJob:
+    """A short training with the same global batch on any number of ranks."""
 
     data_root: str
     cache: str
@@ -59,7 +59,7 @@ class Job:
     steps: int
 
     def dataset(self, split: str = "train") -> Coco2MaskDataset:
-        """As `samft.train` makes it, but for the number of objects."""
+        """The dataset of `samft.train`, except for the number of objects."""
         annotations, folder = find_split(Path(self.data_root), split)
         return Coco2MaskDataset(
             folder,
@@ -69,21 +69,21 @@ class Job:
             max_masks_per_image=MAX_MASKS,
         )
 
-    def setting(self, num_images: int, *, frozen: bool = False) -> Setting:
-        """A synthetic batch of as many images."""
-        return Setting(self.model_type, self.image_size, num_images, MAX_MASKS, frozen, CPU)
+    def workload(self, num_images: int) -> Workload:
+        """A synthetic batch of the same model with this number of images."""
+        return Workload(self.model_type, self.image_size, num_images, MAX_MASKS, False, CPU)
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one rank saw.
+class RankReport:
+    """The measurements of one rank.
 
     Attributes:
-        losses: Of each step, over all ranks.
-        phases: Seconds a step, in a run without anything between the steps.
-        core_s: Of those, what this process had a core for.
-        launches: Per step, when the last gradients were handed to the all-reduce; monotonic clock.
-        arrivals: Per step, when their sum was there.
+        losses: Loss of each step, over all ranks.
+        phases: Wall-clock seconds per step by phase.
+        core_s: CPU seconds per step.
+        launches: By step, when the all-reduce of the last gradients started; monotonic clock.
+        arrivals: By step, when that all-reduce was complete.
     """
 
     losses: list[float]
@@ -94,15 +94,15 @@ class Report:
 
     @property
     def wall_s(self) -> float:
-        """Of a step, on the wall."""
+        """Wall-clock seconds per step."""
         return sum(self.phases.values())
 
 
 # Constants.
 
 
-def loader_seconds(job: Job, *, rounds: int) -> tuple[float, float]:
-    """Seconds of one core for a training image, and the mean size of its file in MB."""
+def loader_seconds(job: TrainingJob, *, rounds: int) -> tuple[float, float]:
+    """CPU seconds to load a training image, and the mean size of its file in MB."""
     dataset = job.dataset()
     batches = iter(train_loader(dataset, batch_size=1))
     count = len(dataset)
@@ -112,66 +112,66 @@ def loader_seconds(job: Job, *, rounds: int) -> tuple[float, float]:
 
 
 def checkpoint_rate(model_type: str, *, rounds: int) -> float:
-    """MB/s at which rank 0 writes a checkpoint to where temporary files go, fsync included."""
+    """MB/s of writing a checkpoint to the temporary folder, fsync included."""
     state = build_sam(model_type).state_dict()
     size = sum(tensor.nbytes for tensor in state.values()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.ckpt")
-        return size / _seconds(lambda: save_tensors(path, dict(state)), rounds=rounds)
+        return size / _wall_seconds(lambda: save_tensors(path, dict(state)), rounds=rounds)
 
 
-def step_seconds(job: Job, num_images: int, *, rounds: int) -> float:
-    """Seconds of one core for a step on so many images that are in memory already."""
+def step_seconds(job: TrainingJob, num_images: int, *, rounds: int) -> float:
+    """CPU seconds of a step on this number of images that are in memory already."""
     subset = job.dataset().subset
     masks = [min(len(subset.objects_of(i)), MAX_MASKS) for i in range(subset.num_images)]
-    setting = replace(job.setting(num_images), boxes=round(statistics.mean(masks)))
-    step = Variants(setting).step(SAMFT)
+    workload = replace(job.workload(num_images), boxes=round(statistics.mean(masks)))
+    step = Variants(workload).step(SAMFT)
     return _core_seconds(step, rounds=rounds)
 
 
-def validation_seconds(job: Job, *, rounds: int) -> float:
-    """Seconds of one core for loading a validation image, its truth at the original resolution."""
+def validation_seconds(job: TrainingJob, *, rounds: int) -> float:
+    """CPU seconds to load a validation image, with ground truth at the original resolution."""
     dataset = job.dataset("val")
     return _core_seconds(lambda: list(val_loader(dataset)), rounds=rounds) / len(dataset)
 
 
 def _core_seconds(function: Callable[[], Any], *, rounds: int) -> float:
-    # Of one core, however many others want it.
-    found = []
+    # CPU seconds do not depend on other load; the first round warms up.
+    seconds = []
     for _ in range(rounds + 1):
         start = time.process_time()
         function()
-        found.append(time.process_time() - start)
-    return statistics.median(found[1:])
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds[1:])
 
 
-def _seconds(function: Callable[[], Any], *, rounds: int) -> float:
-    found = interleave({"": function}, effort=Effort(rounds), device=CPU)
-    return statistics.median(found[""])
+def _wall_seconds(function: Callable[[], Any], *, rounds: int) -> float:
+    seconds = time_interleaved({"": function}, options=MeasureOptions(rounds), device=CPU)
+    return statistics.median(seconds[""])
 
 
 def reduce_rate(megabytes: int, rounds: int) -> float:
-    """MB/s of gradients summed over the group; runs on every rank."""
+    """MB/s of an all-reduce over the group. Collective: every rank must call."""
     tensor = torch.ones(megabytes * 250_000)
-    return megabytes / _seconds(lambda: distributed.all_reduce(tensor), rounds=rounds)
+    return megabytes / _wall_seconds(lambda: distributed.all_reduce(tensor), rounds=rounds)
 
 
 # Ranks.
 
 
-def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Results of a function on every rank of a fresh gloo group, in the order of the ranks."""
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs a function on every rank of a new gloo group; returns its results by rank."""
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         torch.multiprocessing.spawn(
-            _serve, (world_size, folder, results, function, args), nprocs=world_size
+            _run_rank, (world_size, folder, results, function, args), nprocs=world_size
         )
-        found = [results.get() for _ in range(world_size)]
-    return [value for _, value in sorted(found, key=lambda pair: pair[0])]
+        pairs = [results.get() for _ in range(world_size)]
+    return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
-def _serve(
+def _run_rank(
     rank: int, world_size: int, folder: str, results: Any, function: Callable[..., Any], args: Any
 ) -> None:
     torch.set_num_threads(1)
@@ -187,52 +187,54 @@ def _serve(
             distributed.destroy_process_group()
 
 
-def run_job(job: Job) -> Report:
-    """Trains, once to note the losses and once to time it; runs on every rank."""
+def run_job(job: TrainingJob) -> RankReport:
+    """Trains twice, to record losses and to time steps. Collective: every rank must call."""
     losses: list[float] = []
-    _train(job, on_interval=lambda metrics: losses.append(metrics["loss"]))
-    clock, marks = PhaseClock(CPU), _Marks()
-    core_s = _train(job, on_interval=lambda metrics: None, clock=clock, marks=marks) / job.steps
+    _train_job(job, on_interval=lambda metrics: losses.append(metrics["loss"]))
+    clock, times = PhaseClock(CPU), _AllReduceTimes()
+    core_s = _train_job(job, on_interval=lambda metrics: None, clock=clock, times=times) / job.steps
     phases = {phase: spent / job.steps for phase, spent in clock.seconds.items()}
-    return Report(losses, phases, core_s, marks.launches[1:], marks.arrivals[1:])
+    return RankReport(losses, phases, core_s, times.launches[1:], times.arrivals[1:])
 
 
-class _Marks:
-    # When the last bucket of each step was handed over, and when it came back.
+class _AllReduceTimes:
+    # By step, when the all-reduce of the last gradient bucket started and ended.
     def __init__(self) -> None:
         self.launches: list[float] = []
         self.arrivals: list[float] = []
 
-    def hook(self, state: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    def communication_hook(
+        self, state: object, bucket: distributed.GradBucket
+    ) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer().div_(distributed.get_world_size())
         last = bucket.is_last()
         if last:
             self.launches.append(time.monotonic())
         future = distributed.all_reduce(gradients, async_op=True).get_future()
 
-        def arrived(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        def record_arrival(done: torch.futures.Future[list[Tensor]]) -> Tensor:
             if last:
                 self.arrivals.append(time.monotonic())
             return done.value()[0]
 
-        return future.then(arrived)
+        return future.then(record_arrival)
 
 
-def _train(
-    job: Job,
+def _train_job(
+    job: TrainingJob,
     *,
     on_interval: Callable[[dict[str, float]], None],
     clock: PhaseClock | None = None,
-    marks: _Marks | None = None,
+    times: _AllReduceTimes | None = None,
 ) -> float:
     rank, world_size = get_rank(), get_world_size()
-    sam = random_sam(job.setting(job.global_batch), attention="fast")
+    sam = random_sam(job.workload(job.global_batch), attention="fast")
     trainer = samft_trainer(PromptedSam(sam))
-    if marks is not None and world_size > 1:
-        trainer.ddp_model.register_comm_hook(None, marks.hook)  # type: ignore[operator]
+    if times is not None and world_size > 1:
+        trainer.ddp_model.register_comm_hook(None, times.communication_hook)  # type: ignore[operator]
     batch_size = job.global_batch // world_size
     loader = train_loader(job.dataset(), batch_size=batch_size, rank=rank, world_size=world_size)
-    go = partial(
+    train_steps = partial(
         train,
         trainer,
         iter(loader),
@@ -242,10 +244,10 @@ def _train(
         on_interval=on_interval,
     )
     if clock is None:
-        go(steps=job.steps, interval=1)
+        train_steps(steps=job.steps, interval=1)
         return 0.0
-    go(steps=1, interval=2)  # starts what only the first step has to start
+    train_steps(steps=1, interval=2)  # allocations and worker starts of the first step
     start = time.process_time()
     with clock.watch([*samft_spans(trainer), *_LOOP_SPANS]):
-        go(steps=job.steps + 1, interval=job.steps + 2)
+        train_steps(steps=job.steps + 1, interval=job.steps + 2)
     return time.process_time() - start

@@ -1,4 +1,4 @@
-"""The benchmarks of the training step and of scale: they run, compare fairly, and add up."""
+"""The benchmarks of the training step and of scale run, compare equal work, and add up."""
 
 import json
 from dataclasses import replace
@@ -8,15 +8,22 @@ import pytest
 import torch
 
 from benchmarks import baseline, measure
-from benchmarks.measure import REST, PhaseClock, in_fresh_process, model_flops, ratios
+from benchmarks.measure import REST, PhaseClock, model_flops, run_in_fresh_process
 from benchmarks.scale import LOSS_TOLERANCE, sync_seconds
-from benchmarks.scale_model import Cluster, Costs, Run, all_reduce_seconds, forecast
-from benchmarks.scale_runs import Job, Report, run_job
-from benchmarks.train_step import SCOPES, main
+from benchmarks.scale_model import (
+    Cluster,
+    Costs,
+    TrainingPlan,
+    all_reduce_seconds,
+    forecast_training,
+)
+from benchmarks.scale_runs import RankReport, TrainingJob, run_job
+from benchmarks.tables import format_speedups
+from benchmarks.train_step import BENCHMARKS, main
 from benchmarks.variants import (
     SAMFT,
-    Setting,
     Variants,
+    Workload,
     assert_equal,
     gradient_difference,
 )
@@ -26,82 +33,82 @@ from helpers.gloo_pool import GlooPool
 pytestmark = pytest.mark.run
 
 CPU = torch.device("cpu")
-SMALL = Setting("vit_tiny", 64, num_images=2, boxes=3, frozen=True, device=CPU)
+SMALL = Workload("vit_tiny", 64, num_images=2, boxes=3, frozen=True, device=CPU)
 COSTS = Costs(0.01, 0.2, 0.02, 500.0, 500.0)
 CLUSTER = Cluster(250.0, 8, 4, 50.0, 200.0, 2.0)
-RUN = Run("vit_tiny", 64, "full", 2, 8, 50, 0.05)
+PLAN = TrainingPlan("vit_tiny", 64, "full", 2, 8, 50, 0.05)
 
 
-def test_a_quick_run_measures_every_scope(
+def test_a_quick_run_takes_every_benchmark(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = tmp_path / "figures.json"
-    # Memory needs a process for each dress; one is started below.
+    # Memory needs a process for each variant; the next test starts one.
     main(["--quick", "--memory_gib", "0", "--num_workers", "0", "--json", str(figures)])
     results = json.loads(figures.read_text())["results"]
-    assert {result["scope"] for result in results} == {"peak", *SCOPES}
-    assert [r["mode"] for r in results if r["scope"] == "step"] == ["frozen", "full"]
-    frozen = next(result for result in results if result["scope"] == "step")
-    assert {"plain", "samft", "samft cached", "plain, once more"} <= frozen["seconds"].keys()
+    assert {result["benchmark"] for result in results} == {"peak", *BENCHMARKS}
+    assert [r["mode"] for r in results if r["benchmark"] == "step"] == ["frozen", "full"]
+    frozen = next(result for result in results if result["benchmark"] == "step")
+    assert {"baseline", "samft", "samft cached", "baseline, again"} <= frozen["seconds"].keys()
     printed = capsys.readouterr().out
     assert "Equal (images): weights exactly" in printed
     assert "Equal (cached): weights exactly" in printed
 
 
 def test_memory_is_of_a_fresh_process() -> None:
-    words = ["--quick", "--scopes", "step", "--peak_of", SAMFT]
-    found = in_fresh_process("benchmarks.train_step", *words)
-    assert found is not None
-    assert 0 < found["before"] <= found["peak"]
+    flags = ["--quick", "--benchmarks", "step", "--peak_of", SAMFT]
+    memory = run_in_fresh_process("benchmarks.train_step", *flags)
+    assert memory is not None
+    assert 0 < memory["before"] <= memory["peak"]
 
 
-def test_a_process_that_fails_is_no_figure() -> None:
+def test_a_failed_process_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="No module named benchmarks.nothing"):
-        in_fresh_process("benchmarks.nothing")
+        run_in_fresh_process("benchmarks.nothing")
 
 
 @pytest.mark.parametrize("start", ["images", "cached", "embeddings"])
-def test_the_dresses_are_equal(start: str) -> None:
+def test_samft_equals_the_baseline(start: str) -> None:
     loss, gradient = assert_equal(Variants(SMALL), start=start)
     assert loss < 1e-6 and gradient < 1e-4
 
 
-def test_full_fine_tuning_is_equal() -> None:
+def test_full_fine_tuning_equals_the_baseline() -> None:
     assert_equal(Variants(replace(SMALL, frozen=False)), start="images")
 
 
-def test_other_weights_are_noticed() -> None:
-    wardrobe = Variants(SMALL)
+def test_different_weights_are_detected() -> None:
+    variants = Variants(SMALL)
     with torch.no_grad():
-        wardrobe.plain.sam.mask_decoder.iou_token.weight[0, 0] += 1e-3
+        variants.baseline.sam.mask_decoder.iou_token.weight[0, 0] += 1e-3
     with pytest.raises(AssertionError, match="weights mask_decoder.iou_token.weight differ"):
-        assert_equal(wardrobe, start="images")
+        assert_equal(variants, start="images")
 
 
-def test_another_loss_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_loss_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline, "FOCAL_WEIGHT", 20.01)
     with pytest.raises(AssertionError, match="losses differ"):
         assert_equal(Variants(SMALL), start="images")
 
 
-def test_another_batch_is_noticed() -> None:
-    wardrobe = Variants(SMALL)
-    wardrobe.samples[0].boxes[0] += 1
+def test_a_different_batch_is_detected() -> None:
+    variants = Variants(SMALL)
+    variants.samples[0].boxes[0] += 1
     with pytest.raises(AssertionError, match="losses differ"):
-        assert_equal(wardrobe, start="images")
+        assert_equal(variants, start="images")
 
 
-def test_a_missing_gradient_is_noticed() -> None:
-    wardrobe = Variants(SMALL)
-    wardrobe.samft.model.sam.mask_decoder.mask_tokens.weight.requires_grad_(False)
+def test_a_missing_gradient_is_detected() -> None:
+    variants = Variants(SMALL)
+    variants.samft.model.sam.mask_decoder.mask_tokens.weight.requires_grad_(False)
     with pytest.raises(AssertionError, match=r"gradients of mask_decoder.mask_tokens.weight"):
-        assert_equal(wardrobe, start="images")
+        assert_equal(variants, start="images")
 
 
-def test_gradients_are_measured_against_their_own_size() -> None:
+def test_gradient_differences_are_relative_to_each_gradient() -> None:
     expected = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
-    found = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0])}
-    assert gradient_difference(found, expected) == (pytest.approx(0.1), "a")
+    actual = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0])}
+    assert gradient_difference(actual, expected) == (pytest.approx(0.1), "a")
     assert gradient_difference({"a": expected["a"]}, expected) == (pytest.approx(1.0), "b")
 
 
@@ -111,8 +118,8 @@ def test_operations_are_those_of_the_published_models() -> None:
     assert 3 * decoder == pytest.approx(10.9e9, rel=0.005)
 
 
-class Ticking:
-    """Work that takes a known time by a clock of its own."""
+class FakeWork:
+    """Work that takes a known time on a clock of its own."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -126,7 +133,7 @@ class Ticking:
 
 
 def test_phases_are_counted_once_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Ticking()
+    work = FakeWork()
     monkeypatch.setattr(measure, "now", lambda device: work.time)
     clock = PhaseClock(CPU)
     with clock.watch([(work, "outer", "a"), (work, "inner", "b")]):
@@ -138,7 +145,7 @@ def test_phases_are_counted_once_and_add_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    assert ratios([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == "2.00 (1.00 to 3.00)"
+    assert format_speedups([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == "2.00 (1.00 to 3.00)"
 
 
 # Scale.
@@ -146,37 +153,41 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 def test_two_processes_reach_the_losses_of_one(tmp_path: Path, gloo2: GlooPool) -> None:
     write_coco(tmp_path, 8)
-    job = Job(str(tmp_path), str(tmp_path / "cache"), "vit_tiny", 64, global_batch=2, steps=3)
-    alone, together = run_job(job), gloo2.run(run_job, job)
-    assert len(alone.losses) == 3
-    for report in together:
-        assert report.losses == pytest.approx(alone.losses, rel=LOSS_TOLERANCE)
+    job = TrainingJob(
+        str(tmp_path), str(tmp_path / "cache"), "vit_tiny", 64, global_batch=2, steps=3
+    )
+    single, both = run_job(job), gloo2.run(run_job, job)
+    assert len(single.losses) == 3
+    for report in both:
+        assert report.losses == pytest.approx(single.losses, rel=LOSS_TOLERANCE)
         assert len(report.launches) == len(report.arrivals) == 3
-    assert alone.launches == []
-    assert {"data", "encoder", "decoder + loss", "backward", "optimizer", REST} <= set(alone.phases)
+    assert single.launches == []
+    assert {"data", "encoder", "decoder + loss", "backward", "optimizer", REST} <= set(
+        single.phases
+    )
 
 
-def test_waiting_for_the_other_rank_is_told_from_summing() -> None:
-    early = Report([], {}, 0.0, launches=[1.0, 11.0], arrivals=[4.0, 12.0])
-    late = Report([], {}, 0.0, launches=[3.0, 11.0], arrivals=[4.5, 12.0])
+def test_waiting_for_the_other_rank_is_separated_from_summing() -> None:
+    early = RankReport([], {}, 0.0, launches=[1.0, 11.0], arrivals=[4.0, 12.0])
+    late = RankReport([], {}, 0.0, launches=[3.0, 11.0], arrivals=[4.5, 12.0])
     assert sync_seconds([early, late]) == [(1.0, 1.0), (1.25, 0.0)]
-    assert sync_seconds([Report([], {}, 0.0, [], [])]) == [(0.0, 0.0)]
+    assert sync_seconds([RankReport([], {}, 0.0, [], [])]) == [(0.0, 0.0)]
 
 
-def test_a_ring_sends_almost_everything_twice() -> None:
+def test_a_ring_all_reduce_sends_almost_everything_twice() -> None:
     assert all_reduce_seconds(100.0, ranks=1, rate_mb_s=10.0) == (0.0, 0.0)
     assert all_reduce_seconds(100.0, ranks=4, rate_mb_s=10.0) == (150.0, 15.0)
 
 
 def test_a_forecast_adds_up() -> None:
-    found = forecast(RUN, COSTS, CLUSTER, gpus=1, images=1000)
-    assert found.steps_per_epoch == 500
-    assert found.reduced_mb == 0
-    assert found.parts["loader"] == pytest.approx(2 * 0.01 / 4)
-    slowest = max(found.parts[name] for name in ("compute", "loader", "disk"))
-    spread = found.parts["validation"] + found.parts["checkpoints"]
-    assert found.step_s == pytest.approx(slowest + spread)
-    assert found.epoch_s == pytest.approx(500 * found.step_s)
+    forecast = forecast_training(PLAN, COSTS, CLUSTER, gpus=1, images=1000)
+    assert forecast.steps_per_epoch == 500
+    assert forecast.reduced_mb == 0
+    assert forecast.parts["loader"] == pytest.approx(2 * 0.01 / 4)
+    slowest = max(forecast.parts[name] for name in ("compute", "loader", "disk"))
+    spread = forecast.parts["validation"] + forecast.parts["checkpoints"]
+    assert forecast.step_s == pytest.approx(slowest + spread)
+    assert forecast.epoch_s == pytest.approx(500 * forecast.step_s)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +199,14 @@ def test_a_forecast_adds_up() -> None:
         ({"image_mb": 1e9}, "disk"),
     ],
 )
-def test_what_costs_most_gives_way_first(changes: dict[str, float], expected: str) -> None:
-    found = forecast(RUN, replace(COSTS, **changes), CLUSTER, gpus=1, images=1000)
-    assert found.gives_way == expected
+def test_the_most_expensive_part_is_the_bottleneck(
+    changes: dict[str, float], expected: str
+) -> None:
+    forecast = forecast_training(PLAN, replace(COSTS, **changes), CLUSTER, gpus=1, images=1000)
+    assert forecast.bottleneck == expected
 
 
-def test_a_slow_network_gives_way_between_hosts_only() -> None:
+def test_a_slow_network_is_the_bottleneck_only_between_hosts() -> None:
     slow = replace(CLUSTER, network_gb_s=1e-4)
-    assert forecast(RUN, COSTS, slow, gpus=64, images=1000).gives_way == "network"
-    assert forecast(RUN, COSTS, slow, gpus=8, images=1000).gives_way != "network"
+    assert forecast_training(PLAN, COSTS, slow, gpus=64, images=1000).bottleneck == "network"
+    assert forecast_training(PLAN, COSTS, slow, gpus=8, images=1000).bottleneck != "network"

@@ -1,64 +1,58 @@
-"""Saving beside the training: a copy of the tensors, and a thread that writes it.
+"""Asynchronous saving: the training loop waits for a copy of the tensors, a thread writes it.
 
-The loop waits for the copy only. Writing, syncing and hashing take ten times as long, and happen
-while the next steps are taken.
+Writing, syncing and hashing take ten times as long as copying, and overlap with the next steps.
 """
 
 import threading
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import KeyPath, tree_map_with_path
 
-from samft.checkpoints.top_k import TopK
+from samft.checkpoints.top_k import SCORE, TopK
 from samft.checkpoints.training_state import LAST_NAME, save_last
 from samft.runtime.logs import LOGGER
 
 
 class HostCopy:
-    """A copy of nested tensors in host memory, made anew at each save, in the same place.
+    """Copies nested tensors into host memory that is allocated once and used again at each save.
 
-    Fresh memory would cost more than the copying: the system hands it out page by page, and a GPU
-    copies at a fraction of its speed into memory that is not page-locked.
+    Fresh memory would cost more than the copying: the operating system hands it out page by page,
+    and a GPU copies at a fraction of its speed into memory that is not page-locked.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._buffers: dict[KeyPath, Tensor] = {}
 
-    def of(self, value: Any, *, constant: Collection[str] = ()) -> Any:
-        """Copies all tensors of a value.
+    def copy(self, tree: Any, *, constant: Collection[str] = ()) -> Any:
+        """Copies all tensors of a tree of dicts, lists and tuples.
 
         Args:
-            value: Dicts, lists and tuples of tensors and of anything else, which is not copied.
-            constant: Keys of tensors that never change, and are copied once; on a CPU not at all.
+            tree: Its leaves are tensors, and plain values, which are not copied.
+            constant: Keys of tensors that never change. They are copied to the host once; on a CPU
+                they are not copied at all.
 
         Returns:
-            The same structure, with tensors on the CPU, which change with the next call.
+            The same structure with tensors on the CPU. The next call overwrites them.
         """
-        copied = self._of(value, frozenset(constant), ())
+        copied = tree_map_with_path(partial(self._copy_leaf, frozenset(constant)), tree)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies into page-locked memory are not waited for
+            torch.cuda.synchronize()  # copies into page-locked memory are asynchronous
         return copied
 
-    def _of(self, value: Any, constant: frozenset[str], path: tuple[Any, ...]) -> Any:
-        if isinstance(value, Tensor):
-            is_constant = bool(path) and path[-1] in constant
-            return self._tensor(value.detach(), path, is_constant=is_constant)
-        if isinstance(value, dict):
-            return {key: self._of(item, constant, (*path, key)) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = (self._of(item, constant, (*path, k)) for k, item in enumerate(value))
-            return type(value)(items)
-        return value
-
-    def _tensor(self, tensor: Tensor, path: tuple[Any, ...], *, is_constant: bool) -> Tensor:
-        buffer = self._buffers.get(path)
+    def _copy_leaf(self, constant: frozenset[str], path: KeyPath, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensor = leaf.detach()
+        is_constant = bool(path) and getattr(path[-1], "key", None) in constant
         if is_constant and not tensor.is_cuda:
             return tensor
+        buffer = self._buffers.get(path)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self._buffers[path] = buffer
@@ -68,14 +62,14 @@ class HostCopy:
 
 
 class BackgroundWriter:
-    """One piece of work at a time, in a thread of its own."""
+    """Runs one piece of work at a time in a background thread."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begins a piece of work, when the one before it has ended.
+        """Starts a piece of work in the background, once the one before it has ended.
 
         Args:
             work: Called in the thread; what it reads must not change meanwhile.
@@ -84,21 +78,24 @@ class BackgroundWriter:
             BaseException: What the piece before it raised.
         """
         self.wait()
-        # A second Ctrl-C ends the process at once, whatever is being written: hence a daemon.
-        self._thread = threading.Thread(target=self._run, args=(work,), name="saving", daemon=True)
+        # A daemon thread, so that a second Ctrl-C ends the process even in the middle of a write:
+        # every file is written so that this leaves a whole one.
+        self._thread = threading.Thread(
+            target=self._run_work, args=(work,), name="saving", daemon=True
+        )
         self._thread.start()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run_work(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # for whoever waits
+        except BaseException as error:  # raised again by `wait`
             self._error = error
 
     def wait(self) -> None:
-        """Waits for the end of the work, if there is any.
+        """Waits until the work, if there is any, has ended.
 
         Raises:
-            BaseException: What it raised.
+            BaseException: What the work raised.
         """
         if self._thread is not None:
             self._thread.join()
@@ -108,25 +105,12 @@ class BackgroundWriter:
             raise error
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A validated state that may be among the best.
-
-    Attributes:
-        score: Higher is better.
-        sidecar: See `checkpoint.make_sidecar`.
-    """
-
-    score: float
-    sidecar: dict[str, Any]
-
-
 class Checkpointer:
     """Writes the best checkpoints and the state to resume from, in the background.
 
     Attributes:
-        top_k: The best so far; to be read after `wait` only.
-        unsaved: What the last attempt could not write, and why; empty if it could.
+        top_k: The best checkpoints so far. Only valid after `wait`: the thread changes it.
+        unsaved: What the last save could not write, and why; empty if it wrote everything.
     """
 
     def __init__(
@@ -137,11 +121,11 @@ class Checkpointer:
         constant: Collection[str] = (),
         on_saved: Callable[[int], None],
     ) -> None:
-        """Of one run, on the one process that writes.
+        """Prepares saving into a run's output folder; for rank 0 only.
 
         Args:
             folder: The output folder.
-            top_k: The best so far.
+            top_k: The best checkpoints so far.
             constant: Names of the tensors that are not trained.
             on_saved: Called in the thread with the step of each state that was saved.
         """
@@ -154,63 +138,63 @@ class Checkpointer:
         self,
         state: dict[str, Any],
         *,
-        candidate: Checkpoint | None = None,
-        first: Callable[[], None] | None = None,
+        sidecar: dict[str, Any] | None = None,
+        before_writing: Callable[[], None] | None = None,
     ) -> None:
-        """Copies a state and begins to write it, once the one before it is written.
+        """Waits until the previous state is written, copies this one, and starts to write it.
 
         Args:
-            state: What `save_last` takes, but for the list of the best; `model` are SAM's own keys
-                to tensors, and `progress` has the step.
-            candidate: Where `model` may be among the best.
-            first: Called in the thread before anything is written, to write what a resume from
-                this state has to find.
+            state: What `save_last` takes, except for the list of the best checkpoints. `model` maps
+                SAM's own keys to tensors, and `progress` has the `step`.
+            sidecar: From `top_k.make_sidecar`, where `model` was validated and may be one of the
+                best; None: only the state is saved.
+            before_writing: Called in the thread before anything is written, to write what a resume
+                from this state has to find.
 
         Raises:
-            BaseException: What ended the writing of the one before it, other than `OSError`.
+            BaseException: What ended the previous writing, other than an `OSError`.
         """
         self._writer.wait()
-        copied = self._copy.of(state, constant=self.constant)
-        self._writer.start(partial(self._write, copied, candidate, first))
+        copied = self._copy.copy(state, constant=self.constant)
+        self._writer.start(partial(self._write_state, copied, sidecar, before_writing))
 
     def wait(self) -> None:
-        """Waits until all is written.
+        """Waits until the state is written.
 
         Raises:
-            BaseException: What ended the writing, other than `OSError`.
+            BaseException: What ended the writing, other than an `OSError`.
         """
         self._writer.wait()
 
-    def _write(
+    def _write_state(
         self,
         state: dict[str, Any],
-        candidate: Checkpoint | None,
-        first: Callable[[], None] | None,
+        sidecar: dict[str, Any] | None,
+        before_writing: Callable[[], None] | None,
     ) -> None:
+        # In the thread. Each of the three is tried, whether or not those before it succeeded.
         self.unsaved = ""
-        if first is not None:
-            try:
-                first()
-            except OSError as error:
-                self._could_not_write("pictures and scores", error)
-        if candidate is not None:
-            self._offer(state["model"], candidate)
-        try:
+        if before_writing is not None:
+            with self._logged_as("pictures and scores"):
+                before_writing()
+        if sidecar is not None:
+            with self._logged_as("a checkpoint"):
+                score = sidecar["metrics"][SCORE]
+                self.top_k.save_if_better(state["model"], score=score, sidecar=sidecar)
+        # After the checkpoints, so that a state never lists one that is not there.
+        with self._logged_as(LAST_NAME):
             save_last(self.folder, {**state, "best": self.top_k.to_list()})
             self.on_saved(int(state["progress"]["step"]))
-        except OSError as error:
-            self._could_not_write(LAST_NAME, error)
 
-    def _offer(self, weights: dict[str, Tensor], candidate: Checkpoint) -> None:
+    @contextmanager
+    def _logged_as(self, content: str) -> Iterator[None]:
+        # A full disk must not end the training: the next save may find room.
         try:
-            self.top_k.save_if_better(weights, score=candidate.score, sidecar=candidate.sidecar)
+            yield
         except OSError as error:
-            self._could_not_write("a checkpoint", error)
-
-    def _could_not_write(self, what: str, error: OSError) -> None:
-        self.unsaved = f"{what} could not be written into {self.folder}: {error}."
-        LOGGER.error(
-            "%s Files written before are whole; the run goes on and tries again at its next "
-            "interval. Make room until then",
-            self.unsaved,
-        )
+            self.unsaved = f"{content} could not be written into {self.folder}: {error}."
+            LOGGER.error(
+                "%s Files written before are whole. The run goes on and tries again at its next "
+                "interval: make room until then",
+                self.unsaved,
+            )

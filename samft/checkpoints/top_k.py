@@ -36,13 +36,16 @@ def write_tensors(state: dict[str, Any], file: BinaryIO) -> None:
         raise OSError(f"the disk may be full ({error})") from error
 
 
-@dataclass(frozen=True)
-class BestCheckpoint:
-    """One of the best k: its file name in the output folder, its step and its score."""
+SCORE = "val_per_mask_iou"  # the metric of a sidecar that checkpoints are ranked by
 
-    name: str
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One of the best k checkpoints of a run."""
+
+    name: str  # of the file in the output folder
     step: int
-    score: float
+    score: float  # higher is better
 
 
 class TopK:
@@ -52,7 +55,7 @@ class TopK:
     about it stands in its sidecar, the same name with `.json` for `.ckpt`.
     """
 
-    def __init__(self, folder: Path, *, k: int, best: list[BestCheckpoint] | None = None) -> None:
+    def __init__(self, folder: Path, *, k: int, best: list[Checkpoint] | None = None) -> None:
         """Starts from the list that an earlier run left, or empty.
 
         Args:
@@ -79,7 +82,7 @@ class TopK:
         step = int(sidecar["step"])
         others = [entry for entry in self.best if entry.step != step]  # a step may be repeated
         ranked = sorted(
-            [*others, BestCheckpoint(f"{step}-{score:.2f}.ckpt", step, score)],
+            [*others, Checkpoint(f"{step}-{score:.2f}.ckpt", step, score)],
             key=lambda entry: (-entry.score, entry.step),
         )
         if not score == score or all(entry.step != step for entry in ranked[: self.k]):
@@ -110,9 +113,9 @@ class TopK:
         return [vars(entry) for entry in self.best]
 
     @staticmethod
-    def from_list(entries: list[dict[str, Any]]) -> list[BestCheckpoint]:
+    def from_list(entries: list[dict[str, Any]]) -> list[Checkpoint]:
         """The list that `to_list` gave."""
-        return [BestCheckpoint(**entry) for entry in entries]
+        return [Checkpoint(**entry) for entry in entries]
 
 
 def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from samft import distributed
-from samft.checkpoints.async_saver import Checkpoint
 from samft.checkpoints.top_k import make_sidecar
 from samft.data.loaders import BatchLoader, on_device
 from samft.errors import TrainingError
@@ -131,7 +131,7 @@ def _finish_interval(run: TrainingRun) -> None:
     score = validation.metrics["per_mask_iou"]
     sidecar = make_sidecar(asdict(run.config), step=step, metrics=validation.metrics)
     run.progress.pending = {}
-    _save(run, validation, Checkpoint(score, sidecar))
+    _save(run, validation, sidecar)
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
     LOGGER.info(
         "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
@@ -182,7 +182,7 @@ def _collect_bad_images(run: TrainingRun, split: str, bad_images: dict[str, str]
 
 
 def _save(
-    run: TrainingRun, validation: Validation | None = None, candidate: Checkpoint | None = None
+    run: TrainingRun, validation: Validation | None = None, sidecar: dict[str, Any] | None = None
 ) -> None:
     # Collective: the sums of the current window and the optimizer's state are spread over ranks.
     run.progress.wall_seconds = time.monotonic() - run.started_at
@@ -205,6 +205,6 @@ def _save(
             if validation
             else None
         )
-        run.checkpointer.save(state, candidate=candidate, first=draw)
+        run.checkpointer.save(state, sidecar=sidecar, before_writing=draw)
     # With the long timeout: in the next step, the others would give up on a rank 0 that copies.
     distributed.barrier()

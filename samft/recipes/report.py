@@ -19,7 +19,7 @@ from torch import Tensor
 
 import samft
 from samft import distributed
-from samft.checkpoints.top_k import BestCheckpoint, git_commit
+from samft.checkpoints.top_k import Checkpoint, git_commit
 from samft.coco.images import ImageError, read_image
 from samft.coco.index import class_names
 from samft.coco.segmentation import CroppedMask, decode_cropped
@@ -235,7 +235,7 @@ class RunReport:
     folder: Path
     splits: Splits
     gallery: ValidationImages
-    best: BestCheckpoint | None
+    best: Checkpoint | None
 
     def __post_init__(self) -> None:
         rows = self.gallery.objects

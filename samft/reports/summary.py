@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from samft.checkpoints.top_k import BestCheckpoint
+from samft.checkpoints.top_k import Checkpoint
 from samft.evaluation.object_scores import LOST_IOU, Comparison
 from samft.reports.validation_images import BEFORE_AFTER, draw_before_and_after
 from samft.runtime.logs import LOGGER, format_duration
@@ -17,7 +17,7 @@ LOST_SHARE = 0.1  # of objects that lost; above, the mean hides too much
 
 def summarise_run(
     progress: Progress,
-    best: BestCheckpoint | None,
+    best: Checkpoint | None,
     *,
     folder: Path,
     counts: dict[str, dict[str, Any]],
@@ -94,7 +94,7 @@ def find_regressions(
 
 
 def suggest_changes(
-    config: dict[str, Any], progress: Progress, best: BestCheckpoint | None
+    config: dict[str, Any], progress: Progress, best: Checkpoint | None
 ) -> list[str]:
     """What to try where a run got worse, the likeliest first, a sentence each.
 

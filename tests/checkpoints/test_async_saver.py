@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from samft.checkpoints import training_state
-from samft.checkpoints.async_saver import BackgroundWriter, Checkpoint, Checkpointer, HostCopy
-from samft.checkpoints.top_k import TopK
+from samft.checkpoints.async_saver import BackgroundWriter, Checkpointer, HostCopy
+from samft.checkpoints.top_k import SCORE, TopK
 from samft.checkpoints.training_state import load_latest
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -26,8 +26,8 @@ def a_checkpointer(folder: Path, *, k: int = 1) -> tuple[Checkpointer, list[int]
     return made, saved
 
 
-def a_candidate(step: int, score: float) -> Checkpoint:
-    return Checkpoint(score, {"step": step, "metrics": {}})
+def a_sidecar(step: int, score: float) -> dict[str, Any]:
+    return {"step": step, "metrics": {SCORE: score}}
 
 
 # A copy
@@ -37,7 +37,7 @@ def a_candidate(step: int, score: float) -> Checkpoint:
 def test_a_copy_keeps_what_was_and_structure_and_plain_values(device: str) -> None:
     weight = torch.arange(4.0, device=device)
     value = {"a": [weight, (weight + 1, "text")], "b": {"step": 3, "none": None}}
-    copied = HostCopy().of(value)
+    copied = HostCopy().copy(value)
     weight.zero_()
     assert copied["a"][0].tolist() == [0, 1, 2, 3] and copied["a"][0].device.type == "cpu"
     assert copied["a"][1][0].tolist() == [1, 2, 3, 4] and copied["a"][1][1] == "text"
@@ -47,15 +47,15 @@ def test_a_copy_keeps_what_was_and_structure_and_plain_values(device: str) -> No
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 def test_a_copy_is_made_in_the_same_place_unless_the_shape_changes(device: str) -> None:
     copy = HostCopy()
-    first = copy.of({"a": torch.zeros(4, device=device)})["a"]
-    second = copy.of({"a": torch.ones(4, device=device)})["a"]
+    first = copy.copy({"a": torch.zeros(4, device=device)})["a"]
+    second = copy.copy({"a": torch.ones(4, device=device)})["a"]
     assert first.data_ptr() == second.data_ptr() and second.tolist() == [1, 1, 1, 1]
-    assert copy.of({"a": torch.ones(5, device=device)})["a"].shape == (5,)
+    assert copy.copy({"a": torch.ones(5, device=device)})["a"].shape == (5,)
 
 
 def test_what_is_constant_is_not_copied_on_a_cpu() -> None:
     frozen = torch.ones(3)
-    copied = HostCopy().of({"frozen": frozen, "w": frozen}, constant=["frozen"])
+    copied = HostCopy().copy({"frozen": frozen, "w": frozen}, constant=["frozen"])
     assert copied["frozen"].data_ptr() == frozen.data_ptr() != copied["w"].data_ptr()
 
 
@@ -114,8 +114,8 @@ def test_the_state_of_the_moment_is_saved_whatever_training_does_meanwhile(
 def test_the_state_knows_the_best_that_was_saved_with_it(tmp_path: Path) -> None:
     checkpointer, _ = a_checkpointer(tmp_path)
     for step, score in ((1, 0.5), (2, 0.4), (3, 0.6)):
-        candidate = a_candidate(step, score)
-        checkpointer.save(a_state(step, weight=float(step)), candidate=candidate)
+        sidecar = a_sidecar(step, score)
+        checkpointer.save(a_state(step, weight=float(step)), sidecar=sidecar)
     checkpointer.wait()
     found = load_latest(tmp_path)
     assert found is not None and [entry["step"] for entry in found.state["best"]] == [3]
@@ -137,11 +137,11 @@ def test_a_full_disk_is_said_and_the_next_save_tried(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", full)
-        checkpointer.save(a_state(1, weight=1.0), candidate=a_candidate(1, 0.5))
+        checkpointer.save(a_state(1, weight=1.0), sidecar=a_sidecar(1, 0.5))
         checkpointer.wait()
     assert "could not be written" in checkpointer.unsaved
     assert saved == ([] if what == "last.ckpt" else [1])
-    checkpointer.save(a_state(2, weight=2.0), candidate=a_candidate(2, 0.4))
+    checkpointer.save(a_state(2, weight=2.0), sidecar=a_sidecar(2, 0.4))
     checkpointer.wait()
     assert checkpointer.unsaved == "" and saved[-1] == 2
     assert not list(tmp_path.glob(".*.part"))
@@ -151,7 +151,7 @@ def test_what_comes_first_is_done_before_the_state_is_there(tmp_path: Path) -> N
     checkpointer, saved = a_checkpointer(tmp_path)
     seen: list[bool] = []
     first = lambda: seen.append((tmp_path / "last.ckpt").exists())  # noqa: E731
-    checkpointer.save(a_state(1, weight=1.0), candidate=a_candidate(1, 0.5), first=first)
+    checkpointer.save(a_state(1, weight=1.0), sidecar=a_sidecar(1, 0.5), before_writing=first)
     checkpointer.wait()
     assert seen == [False] and saved == [1]
 
@@ -162,6 +162,6 @@ def test_pictures_that_cannot_be_written_keep_nothing_from_being_saved(tmp_path:
     def full() -> None:
         raise OSError(28, "No space left on device")
 
-    checkpointer.save(a_state(1, weight=1.0), first=full)
+    checkpointer.save(a_state(1, weight=1.0), before_writing=full)
     checkpointer.wait()
     assert saved == [1] and "pictures and scores could not be written" in checkpointer.unsaved

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import samft
-from samft.checkpoints.top_k import BestCheckpoint, TopK, git_commit, save_tensors
+from samft.checkpoints.top_k import Checkpoint, TopK, git_commit, save_tensors
 from samft.checkpoints.training_state import load_latest, save_last
 
 
@@ -116,8 +116,8 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
         resumed.best
         == top_k.best
         == [
-            BestCheckpoint("20-0.70.ckpt", 20, 0.7),
-            BestCheckpoint("10-0.50.ckpt", 10, 0.5),
+            Checkpoint("20-0.70.ckpt", 20, 0.7),
+            Checkpoint("10-0.50.ckpt", 10, 0.5),
         ]
     )
     assert save_if_better(resumed, 30, 0.6)

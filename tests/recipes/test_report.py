@@ -11,7 +11,7 @@ import torch
 
 from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, train_here, write_data
-from samft.checkpoints.top_k import BestCheckpoint
+from samft.checkpoints.top_k import Checkpoint
 from samft.config import TrainConfig, parse_config
 from samft.recipes.report import RunReport, environment, settings
 
@@ -26,7 +26,7 @@ def commands(data: Path, **changes: object) -> list[list[str]]:
     """The commands of a run in `a run`, as a shell would split them."""
     config = parse_config(short(data, Path("a run"), **changes))
     nothing: Any = SimpleNamespace(objects=SimpleNamespace(read=lambda step: None))
-    best = BestCheckpoint("1-0.50.ckpt", 1, 0.5)
+    best = Checkpoint("1-0.50.ckpt", 1, 0.5)
     ending = RunReport(config, Path("a run"), nothing, nothing, best)
     return [shlex.split(line) for line in ending.commands()]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samft.checkpoints.top_k import BestCheckpoint
+from samft.checkpoints.top_k import Checkpoint
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores
 from samft.reports.summary import (
@@ -81,7 +81,7 @@ def test_without_the_objects_the_means_still_count() -> None:
 
 
 def test_the_summary_holds_the_verdict_and_what_to_try() -> None:
-    best = BestCheckpoint("10-0.45.ckpt", 10, 0.45)
+    best = Checkpoint("10-0.45.ckpt", 10, 0.45)
     progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
     parts: dict[str, Any] = {"folder": Path("run"), "counts": {}, "config": CONFIG}
     worse = summarise_run(progress, best, **parts, comparison=a_comparison(num_lost=3))
@@ -107,7 +107,7 @@ def test_advice_is_for_the_run_that_was(
     changes: dict[str, Any], before: float, step: int, words: list[str], absent: list[str]
 ) -> None:
     progress = Progress(baseline={"per_mask_iou": before}, box_fill_iou=0.6)
-    best = BestCheckpoint("name", step, 0.4)
+    best = Checkpoint("name", step, 0.4)
     text = " ".join(suggest_changes({**CONFIG, **changes}, progress, best))
     assert all(word in text for word in words)
     assert not any(word in text for word in absent)

@@ -1,9 +1,7 @@
-"""Which of SAM's parameters train: parts frozen as asked, and what boxes cannot reach.
+"""SAM of any model type at any image size: built, loaded from a checkpoint, and frozen in parts.
 
-Build and load Segment Anything models of any type at any image size, in SAM's own keys.
-
-Everything here is made of the modules of the `segment_anything` package, so what is saved is what
-that package reads.
+Everything is made of the modules of the `segment_anything` package, with its keys, so what is saved
+is what that package reads.
 """
 
 import json
@@ -29,6 +27,10 @@ from samft.errors import CheckpointError
 from samft.models.image_encoder import use_fast_attention
 from samft.runtime.files import matches_sidecar
 
+PATCH_SIZE = 16
+PIXEL_MEAN = [123.675, 116.28, 103.53]
+PIXEL_STD = [58.395, 57.12, 57.375]
+
 # Box prompts reach none of these: they would get no gradient (and stop DistributedDataParallel),
 # or one of exactly zero (and weight decay would shrink them to nothing).
 _UNREACHABLE_BY_BOXES = (
@@ -42,42 +44,9 @@ _UNREACHABLE_BY_BOXES = (
 )
 
 
-def freeze(sam: Sam, parts: Iterable[str]) -> list[str]:
-    """Freezes whole parts, and exactly the parameters that box prompts with one mask cannot reach.
-
-    Args:
-        sam: The model, changed in place.
-        parts: Any of `image_encoder`, `prompt_encoder`, `mask_decoder`.
-
-    Returns:
-        The names of the parameters frozen because box prompts cannot reach them, outside of
-        the parts that were asked for.
-    """
-    prefixes = tuple(f"{part}." for part in parts)
-    unreachable = []
-    for name, parameter in sam.named_parameters():
-        out_of_reach = name.startswith(_UNREACHABLE_BY_BOXES)
-        frozen = name.startswith(prefixes)
-        parameter.requires_grad_(not (frozen or out_of_reach))
-        if out_of_reach and not frozen:
-            unreachable.append(name)
-    return unreachable
-
-
-def constant_names(sam: Sam) -> list[str]:
-    """The keys of a SAM's state dict whose tensors training does not change; after `freeze`."""
-    trained = {name for name, parameter in sam.named_parameters() if parameter.requires_grad}
-    return [name for name in sam.state_dict() if name not in trained]
-
-
-PATCH_SIZE = 16
-PIXEL_MEAN = [123.675, 116.28, 103.53]
-PIXEL_STD = [58.395, 57.12, 57.375]
-
-
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that tell one SAM from another.
+    """The numbers in which one SAM differs from another.
 
     Source: `segment_anything/build_sam.py` for Meta's three; `vit_tiny` is ours.
     """
@@ -105,14 +74,14 @@ def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stoc
     Args:
         model_type: A key of `MODEL_SHAPES`.
         image_size: Side of the square model input in pixels, a multiple of 16.
-        attention: `fast` for the image encoder's attention of `samft.attention`, with the same
-            keys and numbers, or `stock`.
+        attention: Of the image encoder: `fast` for the one of `samft.models.image_encoder`, with
+            the same keys and numbers, or `stock`.
 
     Returns:
         A `segment_anything` Sam whose position embeddings fit `image_size`.
 
     Raises:
-        ValueError: `attention` is neither.
+        ValueError: `attention` is neither of these.
     """
     if attention not in ("fast", "stock"):
         raise ValueError(f"attention must be 'fast' or 'stock', not {attention!r}.")
@@ -163,7 +132,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Reads a flat SAM state dict: Meta's `.pth`, a top-k `.ckpt` of ours, or our `last.ckpt`.
 
     Args:
-        path: The file; only tensors and plain Python values in it are ever loaded.
+        path: The file; only tensors and plain Python values are ever loaded from it.
 
     Returns:
         SAM's own keys to tensors, on the CPU.
@@ -187,7 +156,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"({_first_sentence(error)}). It may be cut short: fetch or copy it again."
         ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
+        state = state["model"]  # of `last.ckpt`, a whole training state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path} holds no flat dict of SAM's tensors.")
     return state
@@ -199,17 +168,17 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def identify(state: dict[str, Tensor], *, source: object = "the checkpoint") -> tuple[str, int]:
-    """Tells which model a state dict belongs to from the shapes of its tensors.
+    """Identifies the model that a state dict belongs to, by the shapes of its tensors.
 
     Args:
         state: SAM's own keys to tensors.
-        source: What to call it in the error.
+        source: Names the state dict in the error.
 
     Returns:
         The model type and the image size in pixels.
 
     Raises:
-        CheckpointError: It is no SAM of a known type.
+        CheckpointError: It is not a SAM of a known type.
     """
     positions = state.get("image_encoder.pos_embed")
     if positions is None or positions.ndim != 4:
@@ -228,11 +197,11 @@ def fit_positions(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
     """Resizes position embeddings to another image size; everything else passes through.
 
     Absolute positions are resampled bicubically with antialiasing; relative positions linearly,
-    which is what SAM's attention itself does at run time, so those stay exact.
+    which is what SAM's attention itself does at run time: with these nothing changes.
 
     Args:
         state: SAM's own keys to tensors.
-        sam: The model to fit.
+        sam: The model that they are for.
 
     Returns:
         A new dict with every position tensor in the shape that `sam` has.
@@ -266,7 +235,7 @@ def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the chec
     Args:
         sam: The model.
         state: SAM's own keys to tensors, of the same model type.
-        source: What to call the weights in the error.
+        source: Names the weights in the error.
 
     Raises:
         CheckpointError: Keys or shapes do not fit; the first few are named.
@@ -275,48 +244,49 @@ def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the chec
     target = sam.state_dict()
     missing = [name for name in target if name not in fitted]
     extra = [name for name in fitted if name not in target]
-    unlike = [n for n in target if n in fitted and fitted[n].shape != target[n].shape]
+    misshapen = [n for n in target if n in fitted and fitted[n].shape != target[n].shape]
+    kinds = (("missing", missing), ("unknown", extra), ("of another shape", misshapen))
     problems = [
-        f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for word, names in (("missing", missing), ("unknown", extra), ("of another shape", unlike))
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds
         if names
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    bad = [name for name, tensor in fitted.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
+    infinite = [n for n, tensor in fitted.items() if not bool(torch.isfinite(tensor).all())]
+    if infinite:
         raise CheckpointError(
-            f"{source} holds values that are not finite, in {len(bad)} tensors ({bad[0]}, ...): "
-            "take an earlier checkpoint."
+            f"{source} holds values that are not finite, in {len(infinite)} tensors "
+            f"({infinite[0]}, ...): take an earlier checkpoint."
         )
     sam.load_state_dict(fitted)
 
 
 def saved_resize_mode(path: Path) -> str:
-    """How images were brought into the frame in training; `pad`, as SAM does, if nothing says so.
+    """The resize mode that a checkpoint was trained with; `pad`, SAM's own, if it is not recorded.
 
     Args:
-        path: A checkpoint: a sidecar says it, or a `last.ckpt` itself.
+        path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`.
     """
     try:
         sidecar = path.with_suffix(".json")
-        about = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-        if "resize_mode" not in about and path.suffix == ".ckpt":
+        metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        if "resize_mode" not in metadata and path.suffix == ".ckpt":
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            about = state.get("config", {})
-        return "squash" if about.get("resize_mode") == "squash" else "pad"
-    except Exception:  # not ours: a sidecar of something else, a format that cannot be mapped
+            metadata = state.get("config", {})
+        return "squash" if metadata.get("resize_mode") == "squash" else "pad"
+    except Exception:  # not ours: a JSON file of something else, a format that cannot be mapped
         return "pad"
 
 
 class OpenedSam(NamedTuple):
-    """A checkpoint's model, in eval mode, and what it was tuned as.
+    """A checkpoint's model, in eval mode, and the settings that it was tuned with.
 
     Attributes:
         sam: At the image size that it was tuned for.
         model_type: A key of `MODEL_SHAPES`.
         image_size: S.
-        resize_mode: `pad`, SAM's own, where nothing says otherwise.
+        resize_mode: `pad` or `squash`; `pad`, SAM's own, if it is not recorded.
     """
 
     sam: Sam
@@ -326,14 +296,14 @@ class OpenedSam(NamedTuple):
 
 
 def open_checkpoint(path: Path, *, attention: str = "stock") -> OpenedSam:
-    """Builds the model that a checkpoint was tuned as, with its weights.
+    """Builds the model of a checkpoint, at its image size, and loads its weights.
 
     Args:
         path: See `load_sam`.
         attention: See `build_sam`.
 
     Raises:
-        CheckpointError: The file cannot be read or is no SAM.
+        CheckpointError: The file cannot be read or is not a SAM.
     """
     state = read_state(path)
     model_type, image_size = identify(state, source=path)
@@ -345,18 +315,18 @@ def open_checkpoint(path: Path, *, attention: str = "stock") -> OpenedSam:
 def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     """Loads a SAM checkpoint of any type and image size, ready for `SamPredictor`.
 
-    Model type and image size are read off the tensors; a sidecar beside a checkpoint of ours is
-    used only to warn about a resize mode that `SamPredictor` does not have.
+    Model type and image size follow from the shapes of the tensors. The sidecar of a checkpoint of
+    samft is read only to warn about a resize mode that `SamPredictor` does not have.
 
     Args:
-        path: Meta's `.pth`, a `.ckpt` of ours, or `last.ckpt`.
-        device: Where to put it.
+        path: Meta's `.pth`, a `.ckpt` of samft, or `last.ckpt`.
+        device: The device to put it on.
 
     Returns:
         A `segment_anything` Sam in eval mode, at the image size that it was tuned for.
 
     Raises:
-        CheckpointError: The file cannot be read or is no SAM.
+        CheckpointError: The file cannot be read or is not a SAM.
     """
     opened = open_checkpoint(Path(path))
     if opened.resize_mode == "squash":
@@ -366,3 +336,33 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
             stacklevel=2,
         )
     return opened.sam.to(device).eval()
+
+
+def freeze(sam: Sam, parts: Iterable[str]) -> list[str]:
+    """Freezes whole parts, and exactly the parameters that box prompts with one mask cannot reach.
+
+    All other parameters are made trainable, whatever an earlier call froze.
+
+    Args:
+        sam: The model, changed in place.
+        parts: Any of `image_encoder`, `prompt_encoder`, `mask_decoder`.
+
+    Returns:
+        The names of the parameters that are frozen only because box prompts cannot reach them, and
+        not as part of `parts`.
+    """
+    prefixes = tuple(f"{part}." for part in parts)
+    unreachable = []
+    for name, parameter in sam.named_parameters():
+        out_of_reach = name.startswith(_UNREACHABLE_BY_BOXES)
+        frozen = name.startswith(prefixes)
+        parameter.requires_grad_(not (frozen or out_of_reach))
+        if out_of_reach and not frozen:
+            unreachable.append(name)
+    return unreachable
+
+
+def constant_names(sam: Sam) -> list[str]:
+    """The keys of a frozen SAM's state dict whose tensors training does not change."""
+    trained = {name for name, parameter in sam.named_parameters() if parameter.requires_grad}
+    return [name for name in sam.state_dict() if name not in trained]

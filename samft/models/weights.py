@@ -1,4 +1,4 @@
-"""Where weights come from: a file, Meta's download (checked, cached), or the packaged tiny SAM."""
+"""Finds the weights to start from: a file, Meta's (downloaded, checked, cached), or our own."""
 
 import http.client
 import os
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from samft.errors import CheckpointError
 from samft.runtime.files import CHUNK_BYTES, cache_folder, file_lock, sha256_of
 
-# The place and names that Meta publishes; SAMFT_SAM_URL points to a mirror.
+# Where Meta publishes the files, with their SHA-256; SAMFT_SAM_URL can name a mirror.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 SAM_FILES = {
     "vit_h": (
@@ -31,17 +31,17 @@ TIMEOUT_SECONDS = 60
 
 
 def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
-    """Turns `checkpoint_path` into a file, downloading it where that is asked for.
+    """Turns `checkpoint_path` into a file, and downloads it if it is `auto` and not cached yet.
 
     Args:
         checkpoint_path: A path, `auto` or `random`.
-        model_type: The model that it is for.
+        model_type: The model that the weights are for.
 
     Returns:
         The file; None for `random`.
 
     Raises:
-        CheckpointError: No such file, or the download failed or is not what it should be.
+        CheckpointError: There is no such file, or the download failed or has a wrong hash.
     """
     if checkpoint_path == "random":
         return None
@@ -61,7 +61,7 @@ def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
 
 
 def find_local_weights(checkpoint_path: str, model_type: str) -> Path | None:
-    """As `find_weights`, but what is not on this machine is not fetched, and None."""
+    """As `find_weights`, without downloading: None for a file that is not on this machine."""
     path = Path(checkpoint_path).expanduser()
     if checkpoint_path == "auto":
         packaged = model_type == "vit_tiny"
@@ -70,18 +70,18 @@ def find_local_weights(checkpoint_path: str, model_type: str) -> Path | None:
 
 
 def download(url: str, target: Path, *, sha256: str) -> Path:
-    """Fetches a file once per node, however many processes ask for it at once.
+    """Downloads a file once per node, however many processes call this at once.
 
     Args:
-        url: Where it is.
-        target: Where to keep it; a file there whose hash is right is used as it is.
-        sha256: What its content must hash to.
+        url: The file's address.
+        target: Where to store it; a file there with the right hash is used, and nothing downloaded.
+        sha256: The hash that its content must have.
 
     Returns:
         `target`.
 
     Raises:
-        CheckpointError: It cannot be fetched, or its hash is wrong; nothing is left behind.
+        CheckpointError: It cannot be downloaded, or its hash is wrong; no partial file stays.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,11 +90,11 @@ def download(url: str, target: Path, *, sha256: str) -> Path:
                 return target
             part = target.with_suffix(".part")
             try:
-                _fetch(url, part)
-                found = sha256_of(part)
-                if found != sha256:
+                _fetch_url(url, part)
+                digest = sha256_of(part)
+                if digest != sha256:
                     raise CheckpointError(
-                        f"{url} is not the file that it should be: its SHA-256 is {found}, not "
+                        f"{url} is not the file that it should be: its SHA-256 is {digest}, not "
                         f"{sha256}. It has been deleted; try again, or give checkpoint_path a file."
                     )
                 os.replace(part, target)
@@ -110,7 +110,7 @@ def download(url: str, target: Path, *, sha256: str) -> Path:
     return target
 
 
-def _fetch(url: str, part: Path) -> None:
+def _fetch_url(url: str, part: Path) -> None:
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, part.open("wb") as file:
         size = int(response.headers.get("Content-Length") or 0) or None
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"download {part.stem}") as bar:

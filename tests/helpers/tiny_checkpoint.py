@@ -1,4 +1,4 @@
-"""A tuned tiny checkpoint at a small image size, with a sidecar, as a run leaves it."""
+"""A tuned tiny checkpoint at a small image size, with a sidecar, as a run writes it."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SIZE = 64
 
 
 def tiny_sam(*, image_size: int = SIZE, seed: int = 1) -> Sam:
-    """The packaged model with every weight moved a little, so that no file of ours holds it."""
+    """The packaged model with every weight changed a little, so that it equals no packaged file."""
     sam = build_sam("vit_tiny", image_size)
     load_state(sam, read_state(PACKAGED_TINY))
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Losses and their gradients, a chunk of boxes at a time: the same sums in bounded memory."""
+"""Chunked losses and gradients equal those of all boxes at once, in bounded memory."""
 
 import copy
 import weakref
@@ -36,10 +36,12 @@ def boxes_and_targets(count: int, side: int) -> tuple[Tensor, Tensor]:
     return torch.cat([corners.amin(1), corners.amax(1)], 1), targets * (255 if side < S else 1)
 
 
-Found = tuple[MaskLosses, dict[str, Tensor]]
+LossesAndGradients = tuple[MaskLosses, dict[str, Tensor]]
 
 
-def step(start: PromptedSam, *, index: Tensor = INDEX, side: int = S // 4, **options: Any) -> Found:
+def run_step(
+    start: PromptedSam, *, index: Tensor = INDEX, side: int = S // 4, **options: Any
+) -> LossesAndGradients:
     """The losses of one step, and the gradients of half their sum."""
     model = copy.deepcopy(start)
     model.mask_chunk = options.get("mask_chunk", 64)
@@ -68,36 +70,37 @@ def step(start: PromptedSam, *, index: Tensor = INDEX, side: int = S // 4, **opt
     return losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(found: Found, expected: Found) -> None:
-    for mine, theirs in zip(found[0], expected[0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-    assert set(found[1]) == set(expected[1])
-    for name, gradient in expected[1].items():
+def assert_same(actual: LossesAndGradients, expected: LossesAndGradients) -> None:
+    (losses, gradients), (expected_losses, expected_gradients) = actual, expected
+    for loss, expected_loss in zip(losses, expected_losses, strict=True):
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    assert set(gradients) == set(expected_gradients)
+    for name, gradient in expected_gradients.items():
         # Some gradients are 0 but for rounding (a bias of keys cancels in the softmax).
         tolerance = 1e-6 + 1e-4 * gradient.abs().max().item()
-        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=tolerance)
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("decoder", ["fast", "stock"])
 @pytest.mark.parametrize("mask_chunk", [1, 3, 64])
 @pytest.mark.parametrize("side", [S // 4, S])
-def test_the_same_losses_and_gradients_as_all_at_once(
+def test_losses_and_gradients_equal_those_of_all_boxes_at_once(
     start: PromptedSam, decoder: str, mask_chunk: int, side: int
 ) -> None:
-    expected = step(start, in_chunks=False, decoder="stock", side=side)
+    expected = run_step(start, in_chunks=False, decoder="stock", side=side)
     assert sum(gradient.abs().max() > 1e-4 for gradient in expected[1].values()) > 100
-    assert_same(step(start, decoder=decoder, mask_chunk=mask_chunk, side=side), expected)
+    assert_same(run_step(start, decoder=decoder, mask_chunk=mask_chunk, side=side), expected)
 
 
-def test_the_foreseen_gradient_makes_no_difference(start: PromptedSam) -> None:
-    expected = step(start, mask_chunk=2)
-    assert_same(step(start, mask_chunk=2, gradient=torch.tensor(96.0)), expected)
+def test_the_expected_gradient_makes_no_difference(start: PromptedSam) -> None:
+    expected = run_step(start, mask_chunk=2)
+    assert_same(run_step(start, mask_chunk=2, gradient=torch.tensor(96.0)), expected)
 
 
-def test_no_boxes_give_zeros_to_all_that_boxes_reach(start: PromptedSam) -> None:
-    losses, gradients = step(start, index=INDEX[:0])
+def test_without_boxes_every_trainable_parameter_gets_a_zero_gradient(start: PromptedSam) -> None:
+    losses, gradients = run_step(start, index=INDEX[:0])
     assert losses.total.shape == (0,)
-    # DistributedDataParallel waits for every parameter, on a rank without objects, too.
+    # DistributedDataParallel waits for every parameter, also on a rank without objects.
     assert set(gradients) == {n for n, p in start.named_parameters() if p.requires_grad}
     assert not any(gradient.any() for gradient in gradients.values())
 
@@ -106,14 +109,14 @@ def test_no_boxes_give_zeros_to_all_that_boxes_reach(start: PromptedSam) -> None
 def test_frozen_parts_get_no_gradient(start: PromptedSam, frozen: str) -> None:
     model = copy.deepcopy(start)
     freeze(model.sam, [frozen])
-    _, every = step(start, mask_chunk=2)
-    losses, gradients = step(model, mask_chunk=2)
-    assert set(gradients) == {n for n in every if not n.startswith(f"sam.{frozen}.")}
+    _, all_gradients = run_step(start, mask_chunk=2)
+    _, gradients = run_step(model, mask_chunk=2)
+    assert set(gradients) == {n for n in all_gradients if not n.startswith(f"sam.{frozen}.")}
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, every[name])
+        torch.testing.assert_close(gradient, all_gradients[name])
 
 
-def test_backward_runs_once(start: PromptedSam) -> None:
+def test_a_second_backward_is_refused(start: PromptedSam) -> None:
     boxes, targets = boxes_and_targets(1, S // 4)
     total, _ = start(
         torch.zeros(3, 3, S, S), boxes, INDEX[:1], input_sizes=SIZES, loss=LOSS, targets=targets
@@ -124,17 +127,17 @@ def test_backward_runs_once(start: PromptedSam) -> None:
         total.backward()
 
 
-def test_small_gradients_survive_float16_where_they_are_foreseen(start: PromptedSam) -> None:
+def test_small_gradients_survive_float16_if_they_are_expected(start: PromptedSam) -> None:
     weight, scale = 1e-8, 2.0**20  # a gradient far below what float16 can hold, and a scaler's
-    found = {}
+    gradients = {}
     boxes, targets = boxes_and_targets(5, S // 4)
-    for foreseen in (None, weight, weight * scale):
+    for expected in (None, weight, weight * scale):
         model = copy.deepcopy(start)
         embeddings = torch.randn(3, 128, 4, 4, generator=torch.Generator().manual_seed(1))
         inputs = embeddings.requires_grad_()
         model.embed = lambda *_, inputs=inputs, **__: inputs  # type: ignore[method-assign]
-        gradient = None if foreseen is None else torch.tensor(foreseen)
-        with torch.autocast("cpu", torch.float16, enabled=foreseen is not None):
+        gradient = None if expected is None else torch.tensor(expected)
+        with torch.autocast("cpu", torch.float16, enabled=expected is not None):
             total, _ = model(
                 torch.zeros(3, 3, S, S),
                 boxes,
@@ -146,43 +149,45 @@ def test_small_gradients_survive_float16_where_they_are_foreseen(start: Prompted
             )
         (total * weight * scale).backward()
         assert inputs.grad is not None
-        found[foreseen] = inputs.grad
-    exact = found[None]
-    assert (found[weight * scale] - exact).norm() < 0.05 * exact.norm()
-    assert (found[weight] - exact).norm() > 0.5 * exact.norm()
+        gradients[expected] = inputs.grad
+    exact = gradients[None]
+    assert (gradients[weight * scale] - exact).norm() < 0.05 * exact.norm()
+    assert (gradients[weight] - exact).norm() > 0.5 * exact.norm()
 
 
-class Ledger:
-    """How many bytes of tensors kept for backward are held at a time."""
+class SavedBytes:
+    """The bytes of tensors saved for backward: those alive now, and the peak."""
 
     def __init__(self) -> None:
-        self.held: dict[int, tuple[int, int]] = {}  # place: tensors that lie there, bytes
+        self.alive: dict[int, tuple[int, int]] = {}  # storage address: tensors that use it, bytes
         self.peak = 0
 
-    def enter(self, tensor: Tensor) -> "Held":
-        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        count, _ = self.held.get(place, (0, 0))
-        self.held[place] = (count + 1, size)
-        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
-        held = Held(tensor)
-        weakref.finalize(held, self.leave, place)
-        return held
+    def add(self, tensor: Tensor) -> "SavedTensor":
+        address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        count, _ = self.alive.get(address, (0, 0))
+        self.alive[address] = (count + 1, size)
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        saved = SavedTensor(tensor)
+        weakref.finalize(saved, self.remove, address)
+        return saved
 
-    def leave(self, place: int) -> None:
-        count, size = self.held.pop(place)
+    def remove(self, address: int) -> None:
+        count, size = self.alive.pop(address)
         if count > 1:
-            self.held[place] = (count - 1, size)
+            self.alive[address] = (count - 1, size)
 
 
 @dataclass(eq=False)
-class Held:
-    """A tensor kept for backward."""
+class SavedTensor:
+    """A tensor saved for backward."""
 
     tensor: Tensor
 
 
-def bytes_kept(model: PromptedSam, num_boxes: int, side: int, *, with_loss: bool = True) -> int:
-    """The most bytes that are held for backward at a time, beside parameters."""
+def peak_saved_bytes(
+    model: PromptedSam, num_boxes: int, side: int, *, with_loss: bool = True
+) -> int:
+    """The most bytes that are saved for backward at a time, beside parameters."""
     boxes, targets = boxes_and_targets(num_boxes, side)
     index = torch.zeros(num_boxes, dtype=torch.int64)
     images = torch.zeros(1, 3, S, S)
@@ -191,42 +196,42 @@ def bytes_kept(model: PromptedSam, num_boxes: int, side: int, *, with_loss: bool
     extra: dict[str, Any] = {"loss": LOSS, "targets": targets} if with_loss else {}
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), targets)}
 
-    ledger = Ledger()
+    saved_bytes = SavedBytes()
 
-    def keep(tensor: Tensor) -> Tensor | Held:
-        return tensor if tensor.untyped_storage().data_ptr() in own else ledger.enter(tensor)
+    def pack(tensor: Tensor) -> Tensor | SavedTensor:
+        return tensor if tensor.untyped_storage().data_ptr() in own else saved_bytes.add(tensor)
 
-    def give(kept: Tensor | Held) -> Tensor:
-        return kept.tensor if isinstance(kept, Held) else kept
+    def unpack(saved: Tensor | SavedTensor) -> Tensor:
+        return saved.tensor if isinstance(saved, SavedTensor) else saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         total, _ = model(images, boxes, index, input_sizes=torch.tensor([[S, S]]), **extra)
         total.sum().backward()
-    return ledger.peak
+    return saved_bytes.peak
 
 
 @pytest.mark.parametrize("decoder", ["fast", "stock"])
-def test_what_is_kept_does_not_grow_with_boxes_beyond_the_chunk(
+def test_saved_bytes_do_not_grow_with_boxes_beyond_the_chunk(
     start: PromptedSam, decoder: str
 ) -> None:
     model = copy.deepcopy(start)
     model.decoder, model.mask_chunk = decoder, 4
-    few, many = (bytes_kept(model, count, S // 4) for count in (8, 64))
+    few, many = (peak_saved_bytes(model, count, S // 4) for count in (8, 64))
     assert many < 1.25 * few
-    # Without a loss the masks are all there, but not what they were made of.
-    masks_only = bytes_kept(model, 64, S // 4, with_loss=False)
+    # Without a loss all masks are in memory, but not what they were computed from.
+    masks_only = peak_saved_bytes(model, 64, S // 4, with_loss=False)
     model.mask_chunk = 64
-    assert bytes_kept(model, 64, S // 4) > 3 * many
-    assert bytes_kept(model, 64, S // 4, with_loss=False) > 10 * masks_only
+    assert peak_saved_bytes(model, 64, S // 4) > 3 * many
+    assert peak_saved_bytes(model, 64, S // 4, with_loss=False) > 10 * masks_only
 
 
-def test_what_is_kept_does_not_grow_with_the_resolution_of_the_loss(start: PromptedSam) -> None:
+def test_saved_bytes_do_not_grow_with_the_resolution_of_the_loss(start: PromptedSam) -> None:
     model = copy.deepcopy(start)
     model.mask_chunk = 4
-    assert bytes_kept(model, 8, S) < 1.1 * bytes_kept(model, 8, S // 4)
+    assert peak_saved_bytes(model, 8, S) < 1.1 * peak_saved_bytes(model, 8, S // 4)
 
 
-def test_a_chunk_is_what_a_quarter_of_the_memory_holds() -> None:
+def test_a_chunk_is_as_large_as_a_quarter_of_the_free_memory() -> None:
     at_1024 = 4096 * 256
     box = BYTES_PER_VALUE * at_1024
     assert auto_mask_chunk(at_1024, "cuda", free_memory=4 * 10 * box) == 10

@@ -1,4 +1,4 @@
-"""Fast attention against the stock image encoder: outputs, gradients, and what it never makes."""
+"""Fast attention against the stock image encoder: outputs, gradients, and no N x N tensor."""
 
 import copy
 import os
@@ -24,11 +24,11 @@ from samft.models.sam import build_sam, load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 
-TIGHT = 1e-10  # of float64; any error in the mathematics is far above it
+TIGHT = 1e-10  # relative, in float64; any error in the algebra is far above it
 
 
 def randomised(module: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
-    # Positions and biases start as zeros, which would hide whatever is done with them.
+    # Positions and biases are built as zeros, which would hide any error in their use.
     for name, parameter in module.named_parameters():
         if "pos" in name or "bias" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -52,7 +52,9 @@ def fast_copy(encoder: ImageEncoderViT) -> ImageEncoderViT:
     return fast
 
 
-def answer(module: nn.Module, x: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+def output_and_gradients(
+    module: nn.Module, x: Tensor, weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """The output, and the gradients of a weighted sum of it."""
     x = x.clone().requires_grad_()
     y = module(x)
@@ -69,14 +71,14 @@ def relative_error(ours: Tensor, stock: Tensor) -> float:
 
 
 def check_same(ours: nn.Module, stock: nn.Module, x: Tensor, *, output: float, grad: float) -> None:
-    mine, theirs = answer(ours, x), answer(stock, x)
-    assert mine.keys() == theirs.keys()
-    errors = {name: relative_error(mine[name], theirs[name]) for name in theirs}
+    actual, expected = output_and_gradients(ours, x), output_and_gradients(stock, x)
+    assert actual.keys() == expected.keys()
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     assert errors.pop("output") < output
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] < grad, worst
-    with torch.no_grad():  # another way, where a CPU attends over the whole map
-        assert relative_error(ours(x), theirs["output"]) < output
+    with torch.no_grad():  # where attention over the whole map passes positions as a mask
+        assert relative_error(ours(x), expected["output"]) < output
 
 
 # Windows are 8 tokens, 128 px, wide: smaller maps than a window, whole windows, maps that stick out
@@ -85,14 +87,14 @@ SIZES = [64, 80, 112, 128, 144, 192, 256]
 
 
 @pytest.mark.parametrize("image_size", SIZES)
-def test_encoder_is_stock_to_the_last_bits_in_float64(image_size: int) -> None:
+def test_encoder_equals_stock_in_float64_to_the_last_bits(image_size: int) -> None:
     stock = stock_encoder(image_size)
     images = torch.randn(2, 3, image_size, image_size, dtype=torch.float64)
     check_same(fast_copy(stock), stock, images, output=TIGHT, grad=TIGHT)
 
 
 @pytest.mark.parametrize("image_size", [64, 192, 256])
-def test_encoder_is_stock_in_float32(image_size: int) -> None:
+def test_encoder_equals_stock_in_float32(image_size: int) -> None:
     stock = stock_encoder(image_size, torch.float32)
     images = torch.randn(2, 3, image_size, image_size)
     check_same(fast_copy(stock), stock, images, output=1e-5, grad=1e-4)
@@ -100,7 +102,7 @@ def test_encoder_is_stock_in_float32(image_size: int) -> None:
 
 @slow
 @pytest.mark.parametrize("image_size", [256, 1024])
-def test_vit_b_is_stock(image_size: int) -> None:
+def test_vit_b_equals_stock(image_size: int) -> None:
     stock = stock_encoder(image_size, torch.float32, model_type="vit_b")
     images = torch.randn(1, 3, image_size, image_size)
     check_same(fast_copy(stock), stock, images, output=1e-5, grad=1e-4)
@@ -111,7 +113,7 @@ MAPS = [(5, 9, 0), (7, 4, 4), (4, 7, 4), (2, 9, 4), (8, 8, 4), (9, 9, 4), (1, 1,
 
 
 @pytest.mark.parametrize(("height", "width", "window_size"), MAPS)
-def test_block_is_stock_on_maps_of_any_shape(height: int, width: int, window_size: int) -> None:
+def test_block_equals_stock_on_maps_of_any_shape(height: int, width: int, window_size: int) -> None:
     stock = stock_block(24, 2, size=(height, width), window_size=window_size)
     fast = FastBlock(copy.deepcopy(stock))
     x = torch.randn(3, height, width, 24, dtype=torch.float64)
@@ -120,7 +122,7 @@ def test_block_is_stock_on_maps_of_any_shape(height: int, width: int, window_siz
 
 @pytest.mark.parametrize(("width", "num_heads"), [(768, 12), (160, 2)])
 @pytest.mark.parametrize("window_size", [0, 14])
-def test_block_is_stock_at_metas_head_widths(
+def test_block_equals_stock_at_metas_head_widths(
     width: int, num_heads: int, window_size: int
 ) -> None:  # 64 channels a head in vit_b and vit_l, 80 in vit_h; 16 x 16 tokens are 256 px
     stock = stock_block(width, num_heads, size=(16, 16), window_size=window_size).float()
@@ -129,7 +131,7 @@ def test_block_is_stock_at_metas_head_widths(
 
 
 @pytest.mark.parametrize("window_size", [0, 4])
-def test_tables_of_another_size_are_resampled_as_stock_does(window_size: int) -> None:
+def test_tables_of_another_size_are_resampled_as_in_stock(window_size: int) -> None:
     stock = stock_block(24, 2, size=(6, 6), window_size=window_size)
     for table, length in (("rel_pos_h", 5), ("rel_pos_w", 19)):
         values = torch.randn(length, 12, dtype=torch.float64)
@@ -156,7 +158,7 @@ def test_one_query_by_hand() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation gives."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     num_elements = 0
 
@@ -168,8 +170,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 @contextmanager
-def largest_saved() -> Iterator[list[int]]:
-    """Collects the number of elements of every tensor that is kept for backward."""
+def record_saved_sizes() -> Iterator[list[int]]:
+    """Collects the number of elements of every tensor that is saved for backward."""
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -180,31 +182,31 @@ def largest_saved() -> Iterator[list[int]]:
         yield sizes
 
 
-def test_no_tensor_of_all_pairs_is_made_or_kept() -> None:
+def test_no_tensor_of_all_pairs_is_computed_or_saved() -> None:
     stock = stock_encoder(512, torch.float32)
     images = torch.randn(1, 3, 512, 512)
     pairs = (512 // 16) ** 4
-    for encoder, under in ((stock, False), (fast_copy(stock), True)):
-        with LargestTensor() as made, largest_saved() as saved:
+    for encoder, is_smaller in ((stock, False), (fast_copy(stock), True)):
+        with LargestTensor() as largest, record_saved_sizes() as saved:
             encoder(images).sum().backward()
-        assert (max(saved) < pairs) is under
-        assert (made.num_elements < pairs) is under
-        with LargestTensor() as made, torch.no_grad():
+        assert (max(saved) < pairs) is is_smaller
+        assert (largest.num_elements < pairs) is is_smaller
+        with LargestTensor() as largest, torch.no_grad():
             encoder(images)
-        assert (made.num_elements < pairs) is under
+        assert (largest.num_elements < pairs) is is_smaller
 
 
-def test_positions_are_a_mask_in_pieces_where_no_gradient_is_wanted(
+def test_without_gradients_positions_are_a_mask_for_some_rows_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     masks: list[list[int]] = []
     kernel: Any = F.scaled_dot_product_attention
 
-    def noted(*args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def record_mask(*args: Any, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         masks.append([*attn_mask.shape] if attn_mask is not None else [])
         return kernel(*args, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_mask)
     block = FastBlock(stock_block(24, 2, size=(12, 9), window_size=0))
     x = torch.randn(3, 12, 9, 24, dtype=torch.float64)
     block(x)
@@ -217,11 +219,11 @@ def test_positions_are_a_mask_in_pieces_where_no_gradient_is_wanted(
 
 
 @pytest.mark.parametrize("image_size", [80, 192])
-def test_a_fused_kernel_takes_it(image_size: int) -> None:
+def test_a_fused_kernel_accepts_the_inputs(image_size: int) -> None:
     stock = stock_encoder(image_size, torch.float32)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where it does not
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises if it does not
         images = torch.randn(1, 3, image_size, image_size)
-        answer(fast_copy(stock), images)
+        output_and_gradients(fast_copy(stock), images)
         with torch.no_grad():
             fast_copy(stock)(images)
 
@@ -237,27 +239,27 @@ def test_projections_see_no_padding(image_size: int) -> None:
     assert num_tokens == [(image_size // 16) ** 2] * 8
 
 
-def test_bf16_is_as_near_to_the_truth_as_stock_bf16() -> None:
+def test_bf16_is_as_accurate_as_stock_bf16() -> None:
     exact = stock_encoder(144)
     images = torch.randn(2, 3, 144, 144)
-    truth = answer(exact, images.double())
+    truth = output_and_gradients(exact, images.double())
     stock = copy.deepcopy(exact).float()
     errors = []
     for encoder in (stock, fast_copy(stock)):
         encoder.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            found = answer(encoder, images)
-        differences = {name: found[name].double() - truth[name] for name in truth}
+            rounded = output_and_gradients(encoder, images)
+        differences = {name: rounded[name].double() - truth[name] for name in truth}
         errors.append({name: differences[name].norm() / truth[name].norm() for name in truth})
-    theirs, mine = errors
-    assert 1e-3 < theirs["output"] < 0.1
-    assert mine["output"] < 1.1 * theirs["output"]
-    # Each gradient has its luck in rounding; a lost digit would show in all of them.
-    ratios = torch.stack([mine[name] / theirs[name] for name in truth])
+    stock_errors, fast_errors = errors
+    assert 1e-3 < stock_errors["output"] < 0.1
+    assert fast_errors["output"] < 1.1 * stock_errors["output"]
+    # The rounding error of a single gradient is random; a lost digit would show in all of them.
+    ratios = torch.stack([fast_errors[name] / stock_errors[name] for name in truth])
     assert ratios.log().mean().exp() < 1.15 and ratios.max() < 2
 
 
-def test_parameters_copies_and_pickles_stay() -> None:
+def test_parameters_stay_and_copies_and_pickles_work() -> None:
     stock = stock_encoder(64, torch.float32)
     fast = copy.deepcopy(stock)
     names = list(fast.state_dict())
@@ -269,28 +271,28 @@ def test_parameters_copies_and_pickles_stay() -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = fast(images)
-        for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-            assert all(type(block) is FastBlock for block in twin.blocks)
-            assert torch.equal(twin(images), expected)
+        for duplicate in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert all(type(block) is FastBlock for block in duplicate.blocks)
+            assert torch.equal(duplicate(images), expected)
 
 
-def test_it_is_one_graph_for_the_compiler() -> None:
+def test_the_compiler_sees_one_graph() -> None:
     block = FastBlock(stock_encoder(80, torch.float32).blocks[0])
     x = torch.randn(1, 5, 5, 128)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), block(x))
 
 
-@pytest.mark.parametrize("lacking", [{"use_rel_pos": False}, {"qkv_bias": False}])
-def test_other_encoders_are_refused(lacking: dict[str, bool]) -> None:
-    kind = {"use_rel_pos": True, "qkv_bias": True, **lacking}
+@pytest.mark.parametrize("missing", [{"use_rel_pos": False}, {"qkv_bias": False}])
+def test_other_encoders_are_refused(missing: dict[str, bool]) -> None:
+    kind = {"use_rel_pos": True, "qkv_bias": True, **missing}
     encoder = ImageEncoderViT(64, embed_dim=16, depth=1, num_heads=2, **kind)
     with pytest.raises(ValueError, match="relative positions and a bias"):
         use_fast_attention(encoder)
     assert type(encoder.blocks[0]) is Block
 
 
-def test_what_users_load_is_stock(tmp_path: Path) -> None:
+def test_load_sam_returns_stock_blocks(tmp_path: Path) -> None:
     fast = build_sam("vit_tiny", 64, attention="fast")
     assert {type(block) for block in fast.image_encoder.blocks} == {FastBlock}
     save_tensors(tmp_path / "fast.ckpt", fast.state_dict())

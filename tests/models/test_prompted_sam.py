@@ -38,8 +38,8 @@ def compare_with_stock(sam: Sam, sizes: list[tuple[int, int]], counts: list[int]
         for image, box in zip(images, boxes, strict=True)
     ]
     stock = sam(records, multimask_output=False)
-    stock_logits = torch.cat([answer["low_res_logits"][:, 0] for answer in stock])
-    stock_iou = torch.cat([answer["iou_predictions"][:, 0] for answer in stock])
+    stock_logits = torch.cat([output["low_res_logits"][:, 0] for output in stock])
+    stock_iou = torch.cat([output["iou_predictions"][:, 0] for output in stock])
     with torch.no_grad():
         logits, iou = PromptedSam(sam)(
             padded(images, size),
@@ -50,7 +50,7 @@ def compare_with_stock(sam: Sam, sizes: list[tuple[int, int]], counts: list[int]
     assert logits.shape == (sum(counts), size // 4, size // 4)
     torch.testing.assert_close(logits, stock_logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(iou, stock_iou, atol=1e-4, rtol=1e-4)
-    assert stock_logits.std() > 1e-2  # or everything would be near everything
+    assert stock_logits.std() > 1e-2  # or any two masks would be near each other
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +76,20 @@ def test_points_beside_boxes_same_as_stock(tiny: Sam) -> None:
         records.append([{**frame, "boxes": own}, {**frame, **of_points}])
     stock = [tiny(pair, multimask_output=False) for pair in zip(*records, strict=True)]
     logits, iou = (
-        torch.cat([answer[name][:, 0] for answers in stock for answer in answers])
+        torch.cat([output[name][:, 0] for outputs in stock for output in outputs])
         for name in ("low_res_logits", "iou_predictions")
     )
-    model = PromptedSam(tiny, mask_chunk=2)  # a chunk has boxes and points
+    model = PromptedSam(tiny, mask_chunk=2)  # so that a chunk has boxes and points
     with torch.no_grad():
         embeddings = model.embed(padded(images, 64), torch.tensor(sizes))
         index = torch.tensor([0, 0, 1, 0, 1, 1])
-        found = model.decode(embeddings, torch.cat(boxes), index, points=torch.cat(points))
-        without = model.decode(embeddings, torch.zeros(0, 4), index[3:], points=torch.cat(points))
-    torch.testing.assert_close(found[0], logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found[1], iou, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(without[0], logits[3:], atol=1e-4, rtol=1e-4)
+        decoded = model.decode(embeddings, torch.cat(boxes), index, points=torch.cat(points))
+        points_only = model.decode(
+            embeddings, torch.zeros(0, 4), index[3:], points=torch.cat(points)
+        )
+    torch.testing.assert_close(decoded[0], logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decoded[1], iou, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(points_only[0], logits[3:], atol=1e-4, rtol=1e-4)
     assert (logits[:3] - logits[3:]).abs().max() > 1e-2
 
 
@@ -100,19 +102,19 @@ def test_vit_b_at_1024_same_as_stock() -> None:
     compare_with_stock(build_sam("vit_b", 1024), [(1024, 683), (768, 1024)], [1, 3])
 
 
-def test_what_stands_in_the_padding_makes_no_difference(tiny: Sam) -> None:
+def test_the_content_of_the_padding_makes_no_difference(tiny: Sam) -> None:
     images = [torch.randint(0, 256, (3, 40, 64), dtype=torch.uint8)]
     boxes, index = torch.tensor([[3.0, 4.0, 30.0, 39.0]]), torch.zeros(1, dtype=torch.int64)
     model = PromptedSam(tiny)
     with torch.no_grad():
-        answers = [
+        outputs = [
             model(padded(images, 64, filler=f), boxes, index, input_sizes=torch.tensor([[40, 64]]))
             for f in (0, 201)
         ]
-        unaware, _ = model(padded(images, 64, filler=0), boxes, index)
-    assert torch.equal(answers[0][0], answers[1][0])
+        without_sizes, _ = model(padded(images, 64, filler=0), boxes, index)
+    assert torch.equal(outputs[0][0], outputs[1][0])
     # Black pixels are not the zeros that SAM pads with.
-    assert not torch.equal(answers[0][0], unaware)
+    assert not torch.equal(outputs[0][0], without_sizes)
 
 
 def test_preprocessing_is_sams_own(tiny: Sam) -> None:
@@ -149,7 +151,7 @@ def test_a_frozen_encoder_keeps_no_graph() -> None:
     assert model.embed(image).requires_grad
 
 
-def test_it_wraps_without_copying(tiny: Sam) -> None:
+def test_sam_is_wrapped_without_copying(tiny: Sam) -> None:
     model = PromptedSam(tiny)
     assert model.sam is tiny
     assert list(model.state_dict()) == [f"sam.{name}" for name in tiny.state_dict()]
@@ -160,7 +162,7 @@ def test_inside_sides_are_the_shares_of_rows_and_columns() -> None:
     assert torch.equal(shares[0], torch.tensor([[1, 0.5, 0, 0], [1, 1, 0.25, 0]]))
     assert torch.equal(shares[1], torch.ones(2, 4))
     assert torch.equal(shares[2, 0], torch.tensor([0.25, 0, 0, 0]))
-    # The shares of all cells add up to the image's pixels.
+    # The shares of all cells sum to the image's pixels, in cells of 4 x 4.
     assert shares.sum(2).prod(1).tolist() == [6 * 9 / 16, 16.0, 1.0]
 
 
@@ -170,11 +172,11 @@ def test_inside_image_at_pixels_is_one_or_zero() -> None:
     assert inside.dtype == torch.float32
 
 
-def test_autocast_does_not_blur_where_a_box_is() -> None:
+def test_autocast_does_not_round_the_positions_of_boxes() -> None:
     sam = build_sam("vit_tiny", 1024)
-    seen: list[torch.Tensor] = []
+    embedded: list[torch.Tensor] = []
     sam.mask_decoder.transformer.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs[0][:, -2:].float())
+        lambda module, inputs: embedded.append(inputs[0][:, -2:].float())
     )
     model = PromptedSam(sam)
     embeddings = torch.zeros(1, 128, 64, 64)
@@ -183,7 +185,7 @@ def test_autocast_does_not_blur_where_a_box_is() -> None:
         model.decode(embeddings, boxes, index)
         with torch.autocast("cpu", torch.bfloat16):
             model.decode(embeddings, boxes, index)
-    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedded[1], embedded[0], rtol=0, atol=1e-6)
 
 
 def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_changes(

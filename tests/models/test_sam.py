@@ -1,4 +1,4 @@
-"""Building, reading, fitting and freezing SAM; what must be refused, and how."""
+"""Building, reading, fitting and freezing SAM, and which checkpoints are refused."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_tiny_is_about_two_million_parameters(tiny: Sam) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_SHAPES)
 @pytest.mark.parametrize("image_size", [256, 512, 768, 1024])
-def test_every_type_is_told_with_its_image_size(model_type: str, image_size: int) -> None:
+def test_type_and_image_size_are_identified(model_type: str, image_size: int) -> None:
     with torch.device("meta"):
         sam = build_sam(model_type, image_size)
     assert identify(sam.state_dict()) == (model_type, image_size)
@@ -116,14 +116,14 @@ def test_tiny_trains_at_every_image_size(state: State, image_size: int) -> None:
     forward_and_backward(sam)
 
 
-def test_the_stock_registry_reads_what_is_saved(tmp_path: Path) -> None:
+def test_the_stock_registry_reads_a_saved_model(tmp_path: Path) -> None:
     sam = build_sam("vit_b")
     save_tensors(tmp_path / "ours.ckpt", sam.state_dict())
     stock = sam_model_registry["vit_b"](checkpoint=str(tmp_path / "ours.ckpt"))
     torch.testing.assert_close(stock.state_dict(), sam.state_dict(), rtol=0, atol=0)
 
 
-def test_what_is_saved_is_read_back_bit_by_bit(tmp_path: Path, tiny: Sam) -> None:
+def test_a_saved_model_is_loaded_bit_identical(tmp_path: Path, tiny: Sam) -> None:
     path = tmp_path / "tiny.ckpt"
     save_tensors(path, tiny.state_dict())
     with warnings.catch_warnings():
@@ -133,7 +133,7 @@ def test_what_is_saved_is_read_back_bit_by_bit(tmp_path: Path, tiny: Sam) -> Non
     torch.testing.assert_close(loaded.state_dict(), tiny.state_dict(), rtol=0, atol=0)
 
 
-def test_a_training_state_is_read_for_its_model(tmp_path: Path, state: State) -> None:
+def test_the_model_is_read_from_a_training_state(tmp_path: Path, state: State) -> None:
     save_tensors(tmp_path / "last.ckpt", {"format": 1, "model": state, "step": 3})
     torch.testing.assert_close(read_state(tmp_path / "last.ckpt"), state, rtol=0, atol=0)
 
@@ -146,14 +146,14 @@ def test_a_loaded_sam_works_in_the_stock_predictor(tmp_path: Path, tiny: Sam) ->
     assert masks.shape == (1, 50, 90) and iou.shape == (1,)
 
 
-def test_a_squashed_model_is_announced(tmp_path: Path, tiny: Sam) -> None:
+def test_loading_a_squashed_model_warns(tmp_path: Path, tiny: Sam) -> None:
     save_tensors(tmp_path / "tiny.ckpt", tiny.state_dict())
     (tmp_path / "tiny.json").write_text(json.dumps({"resize_mode": "squash"}))
     with pytest.warns(UserWarning, match="squash"):
         load_sam(tmp_path / "tiny.ckpt")
 
 
-def test_relative_positions_are_resized_as_attention_does_itself(state: State) -> None:
+def test_relative_positions_are_resized_as_attention_does_at_run_time(state: State) -> None:
     # The stock attention interpolates a table of another length on every call.
     images = torch.randn(1, 3, 192, 192)
     fitted, unfitted = build_sam("vit_tiny", 192), build_sam("vit_tiny", 192)
@@ -172,7 +172,7 @@ def test_relative_positions_are_resized_as_attention_does_itself(state: State) -
 
 
 @pytest.mark.parametrize("image_size", [64, 192])
-def test_positions_are_resampled_and_nothing_else(state: State, image_size: int) -> None:
+def test_only_positions_are_resampled(state: State, image_size: int) -> None:
     sam = build_sam("vit_tiny", image_size)
     grid = image_size // 16
     rows = torch.linspace(-1, 1, 8)[None, :, None, None]
@@ -180,7 +180,7 @@ def test_positions_are_resampled_and_nothing_else(state: State, image_size: int)
     fitted = fit_positions(state, sam)
     assert {name: tensor.shape for name, tensor in fitted.items()} == shapes_of(sam)
     positions = fitted["image_encoder.pos_embed"][0]
-    # What was constant along an axis or over channels stays so, and a ramp stays a ramp.
+    # Constant along columns and channels as before, and still a ramp along rows.
     flat = positions[:, :1, :1].expand(grid, grid, 128)
     torch.testing.assert_close(positions, flat, atol=1e-5, rtol=0)
     assert (positions[1:, 0, 0] > positions[:-1, 0, 0]).all()
@@ -206,7 +206,7 @@ def without(state: State, *names: str) -> State:
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (
             lambda s: without(s, "mask_decoder.iou_token.weight"),
@@ -228,13 +228,13 @@ def without(state: State, *names: str) -> State:
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(state: State, change: Any, said: str) -> None:
+def test_weights_that_do_not_fit_are_refused(state: State, change: Any, message: str) -> None:
     sam = build_sam("vit_tiny", 128)
     before = {name: tensor.clone() for name, tensor in sam.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_state(sam, change(state), source="the.ckpt")
     assert str(caught.value).startswith("the.ckpt ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     torch.testing.assert_close(sam.state_dict(), before, rtol=0, atol=0)
 
 
@@ -246,7 +246,7 @@ def test_weights_of_another_type_are_refused(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    "state, said",
+    "state, message",
     [
         ({}, "no SAM image encoder"),
         ({"image_encoder.trunk.pos_embed": torch.zeros(1, 8, 8, 96)}, "no SAM image encoder"),
@@ -254,23 +254,23 @@ def test_weights_of_another_type_are_refused(state: State) -> None:
         ({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 96)}, "96 wide"),
     ],
 )
-def test_what_is_no_sam_of_a_known_type_is_refused(state: State, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said) as caught:
+def test_a_state_dict_of_another_model_is_refused(state: State, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
         identify(state, source="the.ckpt")
     assert str(caught.value).startswith("the.ckpt ")
 
 
-def check_refused(path: Path, *said: str) -> None:
+def assert_refused(path: Path, *messages: str) -> None:
     for read in (read_state, load_sam):
         with pytest.raises(CheckpointError) as caught:
             read(path)
-        for words in (str(path), *said):
-            assert words in str(caught.value)
+        for message in (str(path), *messages):
+            assert message in str(caught.value)
 
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
-    check_refused(tmp_path / "absent.pth", "there is no file")
-    check_refused(tmp_path, "there is no file")
+    assert_refused(tmp_path / "absent.pth", "there is no file")
+    assert_refused(tmp_path, "there is no file")
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path, state: State) -> None:
@@ -279,47 +279,49 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, state: State) -> None:
     whole = path.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        check_refused(path, "not a readable checkpoint", "cut short")
+        assert_refused(path, "not a readable checkpoint", "cut short")
 
 
-def test_a_file_that_is_not_what_its_sidecar_says_is_refused(tmp_path: Path, state: State) -> None:
+def test_a_file_with_another_hash_than_its_sidecars_is_refused(
+    tmp_path: Path, state: State
+) -> None:
     path, sidecar = tmp_path / "a.ckpt", tmp_path / "a.json"
     save_tensors(path, state)
     digest = sha256_of(path)
     whole = path.read_bytes()
-    at = len(whole) // 2
-    for told in (digest, ["0", digest]):
-        sidecar.write_text(json.dumps({"sha256": told}))
+    middle = len(whole) // 2
+    for recorded in (digest, ["0", digest]):
+        sidecar.write_text(json.dumps({"sha256": recorded}))
         path.write_bytes(whole)
         torch.testing.assert_close(read_state(path), state, rtol=0, atol=0)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        check_refused(path, "is damaged: its SHA-256 is not the one in a.json", "Copy it again")
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        assert_refused(path, "is damaged: its SHA-256 is not the one in a.json", "Copy it again")
 
 
-@pytest.mark.parametrize("told", [None, {"resize_mode": "pad"}, {"sha256": []}])
-def test_without_a_digest_to_compare_a_file_is_taken(
-    tmp_path: Path, state: State, told: dict[str, Any] | None
+@pytest.mark.parametrize("sidecar", [None, {"resize_mode": "pad"}, {"sha256": []}])
+def test_a_file_without_a_recorded_hash_is_read(
+    tmp_path: Path, state: State, sidecar: dict[str, Any] | None
 ) -> None:
     path = tmp_path / "a.ckpt"
     save_tensors(path, state)
-    if told is not None:
-        (tmp_path / "a.json").write_text(json.dumps(told))
+    if sidecar is not None:
+        (tmp_path / "a.json").write_text(json.dumps(sidecar))
     torch.testing.assert_close(read_state(path), state, rtol=0, atol=0)
 
 
-def test_what_lies_beside_a_file_of_metas_is_no_sidecar(tmp_path: Path, state: State) -> None:
+def test_a_json_file_beside_one_of_metas_is_not_a_sidecar(tmp_path: Path, state: State) -> None:
     save_tensors(tmp_path / "a.pth", state)
     (tmp_path / "a.json").write_text(json.dumps({"sha256": "0"}))
     torch.testing.assert_close(read_state(tmp_path / "a.pth"), state, rtol=0, atol=0)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_other_content_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_text("<html>404</html>\n")
-    check_refused(path, "not a readable checkpoint")
+    assert_refused(path, "not a readable checkpoint")
     for content in ([torch.ones(1)], {"step": 3}, {"model": {"lr": 0.1}}, torch.ones(2)):
         torch.save(content, path)
-        check_refused(path, "holds no flat dict of SAM's tensors")
+        assert_refused(path, "holds no flat dict of SAM's tensors")
 
 
 class Bomb:
@@ -335,21 +337,21 @@ class Bomb:
 def test_a_checkpoint_that_would_run_a_command_is_refused(tmp_path: Path, state: State) -> None:
     planted, path = tmp_path / "planted", tmp_path / "bomb.pth"
     torch.save({**state, "extra": Bomb(planted)}, path)
-    check_refused(path, "not a readable checkpoint")
+    assert_refused(path, "not a readable checkpoint")
     path.write_bytes(pickle.dumps(Bomb(planted), protocol=2))
-    check_refused(path, "not a readable checkpoint")
+    assert_refused(path, "not a readable checkpoint")
     assert not planted.exists()
-    pickle.loads(path.read_bytes())  # and yet the bomb was live
+    pickle.loads(path.read_bytes())  # to show that the bomb was live
     assert planted.exists()
 
 
-PROMPT_ENCODER_OUT_OF_REACH = [
+UNREACHABLE_IN_PROMPT_ENCODER = [
     "point_embeddings.0.weight",
     "point_embeddings.1.weight",
     "not_a_point_embed.weight",
     *[f"mask_downscaling.{n}.{kind}" for n in (0, 1, 3, 4, 6) for kind in ("weight", "bias")],
 ]
-HYPERNETWORKS_OUT_OF_REACH = [
+UNREACHABLE_IN_MASK_DECODER = [
     f"output_hypernetworks_mlps.{number}.layers.{layer}.{kind}"
     for number in (1, 2, 3)
     for layer in range(3)
@@ -357,15 +359,15 @@ HYPERNETWORKS_OUT_OF_REACH = [
 ]
 
 
-def test_exactly_what_boxes_cannot_reach_is_frozen() -> None:
+def test_exactly_the_parameters_that_boxes_cannot_reach_are_frozen() -> None:
     sam = build_sam("vit_tiny", 64)
-    prompt = [f"prompt_encoder.{name}" for name in PROMPT_ENCODER_OUT_OF_REACH]
-    decoder = [f"mask_decoder.{name}" for name in HYPERNETWORKS_OUT_OF_REACH]
+    prompt = [f"prompt_encoder.{name}" for name in UNREACHABLE_IN_PROMPT_ENCODER]
+    decoder = [f"mask_decoder.{name}" for name in UNREACHABLE_IN_MASK_DECODER]
     assert (len(prompt), len(decoder)) == (13, 18)
     assert freeze(sam, []) == prompt + decoder
     frozen = {name for name, p in sam.named_parameters() if not p.requires_grad}
     assert frozen == set(prompt + decoder)
-    # By experiment: every other parameter gets a gradient that is not zero, these get none.
+    # By experiment: all other parameters get a gradient that is not zero, and these get none.
     forward_and_backward(sam.requires_grad_(True))
     idle = {n for n, p in sam.named_parameters() if p.grad is None or not p.grad.any()}
     assert idle == frozen
@@ -380,12 +382,12 @@ def test_a_part_is_frozen_as_a_whole(part: str) -> None:
     frozen = {name for name, p in sam.named_parameters() if not p.requires_grad}
     whole = {f"{part}.{name}" for name, _ in getattr(sam, part).named_parameters()}
     assert frozen == whole | set(unreachable)
-    freeze(sam, [])  # and it thaws what the last call froze
+    freeze(sam, [])  # unfreezes what the last call froze
     assert {n for n, p in sam.named_parameters() if not p.requires_grad} == set(everything)
 
 
 @pytest.mark.parametrize("parts", [[], ["image_encoder"], ["image_encoder", "prompt_encoder"]])
-def test_what_is_constant_is_all_but_what_trains(parts: list[str]) -> None:
+def test_constant_names_are_all_but_the_trained_ones(parts: list[str]) -> None:
     sam = build_sam("vit_tiny", 64)
     freeze(sam, parts)
     constant = constant_names(sam)
@@ -407,13 +409,15 @@ def test_what_is_constant_is_all_but_what_trains(parts: list[str]) -> None:
         ("no JSON", "pad"),
     ],
 )
-def test_a_checkpoint_is_opened_as_it_was_tuned(
+def test_a_checkpoint_is_opened_with_its_resize_mode(
     tmp_path: Path, sidecar: str | None, resize_mode: str
 ) -> None:
     path = tmp_path / "tiny.pth"
     torch.save(build_sam("vit_tiny", 64).state_dict(), path)
     if sidecar is not None:
         path.with_suffix(".json").write_text(sidecar)
-    sam, *_, found = open_checkpoint(path, attention="fast")
-    assert (found, sam.image_encoder.img_size, sam.training) == (resize_mode, 64, False)
+    opened = open_checkpoint(path, attention="fast")
+    sam = opened.sam
+    assert (opened.resize_mode, sam.image_encoder.img_size) == (resize_mode, 64)
+    assert not sam.training
     assert type(sam.image_encoder.blocks[0]).__module__ == "samft.models.image_encoder"

@@ -1,4 +1,4 @@
-"""Where weights come from: paths, the packaged file, and downloads from a server of our own."""
+"""Finding weights: paths, the packaged file, and downloads from a local server."""
 
 import fcntl
 import hashlib
@@ -22,7 +22,7 @@ FILE_NAME = "sam_vit_b_01ec64.pth"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT under any name but /absent, counts, and waits for leave to answer."""
+    """Serves CONTENT under any name but /absent; records the paths, waits for `may_answer`."""
 
     daemon_threads = True
 
@@ -80,7 +80,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def test_a_download_is_checked_kept_and_not_repeated(
+def test_a_download_is_checked_cached_and_not_repeated(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAMFT_SAM_URL", f"{server.url}/mirror/")
@@ -114,7 +114,7 @@ def test_a_transfer_cut_short_leaves_nothing(server: Server, cache: Path) -> Non
     assert files_in(cache) == []
 
 
-def test_a_server_that_has_no_such_file_or_is_not_there(server: Server, cache: Path) -> None:
+def test_a_missing_file_and_a_missing_server(server: Server, cache: Path) -> None:
     closed = Server()
     closed.server_close()
     for url in (f"{server.url}/absent.pth", f"{closed.url}/a.pth"):
@@ -125,13 +125,13 @@ def test_a_server_that_has_no_such_file_or_is_not_there(server: Server, cache: P
     assert files_in(cache) == []
 
 
-def test_an_address_that_is_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_url_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMFT_SAM_URL", "no-address")
     with pytest.raises(CheckpointError, match="could not be downloaded"):
         find_weights("auto", "vit_b")
 
 
-def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(CheckpointError, match="could not be downloaded"):
@@ -165,28 +165,28 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path) -> Non
     assert target.read_bytes() == CONTENT
 
 
-def test_the_lock_is_freed_after_a_failure(server: Server, cache: Path) -> None:
+def test_the_lock_is_released_after_a_failure(server: Server, cache: Path) -> None:
     with pytest.raises(CheckpointError):
         download(f"{server.url}/absent", cache / FILE_NAME, sha256=SHA256)
     with (cache / FILE_NAME).with_suffix(".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.pth").write_bytes(b"x")
     assert find_weights(str(tmp_path / "my.pth"), "vit_b") == tmp_path / "my.pth"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_weights("~/my.pth", "vit_tiny") == tmp_path / "my.pth"
 
 
-def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.pth"):
         with pytest.raises(CheckpointError) as caught:
             find_weights(str(path), "vit_b")
         assert f"there is no file {path}" in str(caught.value)
 
 
-def test_random_is_no_file() -> None:
+def test_random_has_no_file() -> None:
     assert find_weights("random", "vit_b") is None
 
 
@@ -199,16 +199,18 @@ def test_tiny_comes_in_the_package_without_a_download(
     assert not cache.exists()
 
 
-def test_metas_files_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
+def test_metas_files_are_downloaded_by_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    urls = []
     monkeypatch.delenv("SAMFT_SAM_URL", raising=False)
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "download", lambda url, target, *, sha256: asked.append(url))
+    monkeypatch.setattr(weights, "download", lambda url, target, *, sha256: urls.append(url))
     for model_type in ("vit_h", "vit_l", "vit_b"):
         find_weights("auto", model_type)
     base = "https://dl.fbaipublicfiles.com/segment_anything"
     names = ("sam_vit_h_4b8939.pth", "sam_vit_l_0b3195.pth", "sam_vit_b_01ec64.pth")
-    assert asked == [f"{base}/{name}" for name in names]
+    assert urls == [f"{base}/{name}" for name in names]
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,13 +224,13 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert cache_folder() == tmp_path / "own"
 
 
-def test_sha256_is_the_standards(tmp_path: Path) -> None:
+def test_sha256_of_a_known_string(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_of(tmp_path / "abc") == expected
 
 
-def test_local_weights_are_found_and_nothing_is_fetched(tmp_path, monkeypatch) -> None:
+def test_local_weights_are_found_without_a_download(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
     monkeypatch.setattr(weights, "download", None)  # a call would fail
     assert find_local_weights("auto", "vit_tiny") == PACKAGED_TINY

@@ -52,7 +52,7 @@ def plain_losses(
     inside: Tensor,
     pixel_area: float = 1.0,
 ) -> MaskLosses:
-    """The recipe, written out for autograd, at the resolution of the targets.
+    """The losses written out for autograd, at the resolution of the targets.
 
     Logits, targets (shares of 1) and `inside` are float [M, s, s].
     """
@@ -70,23 +70,23 @@ def plain_losses(
     return MaskLosses(20 * focal + dice + iou, focal, dice, iou, iou_actual)
 
 
-def near(value: float, **tolerance: float) -> Any:
+def approx(value: float, **tolerance: float) -> Any:
     return pytest.approx(value, **{"rel": 1e-5, "abs": 1e-6, **tolerance})
 
 
 @pytest.mark.parametrize("size", [20.0, 1e4])
 def test_a_perfect_mask(size: float) -> None:
     losses = losses_of(size * (2 * truth() - 1), truth())
-    assert losses.focal.item() == near(0)
-    assert losses.dice.item() == near(0)
+    assert losses.focal.item() == approx(0)
+    assert losses.dice.item() == approx(0)
     assert losses.iou_actual.item() == 1
 
 
 @pytest.mark.parametrize("size", [20.0, 1e4])
 def test_an_empty_mask(size: float) -> None:
     losses = losses_of(torch.full((1, LOW, LOW), -size), truth())
-    assert losses.focal.item() == near(0.25 * size * AREA / PIXELS)
-    assert losses.dice.item() == near(1 - 1 / (CELL * AREA + 1))
+    assert losses.focal.item() == approx(0.25 * size * AREA / PIXELS)
+    assert losses.dice.item() == approx(1 - 1 / (CELL * AREA + 1))
     assert losses.iou_actual.item() == 0
 
 
@@ -94,28 +94,28 @@ def test_an_empty_mask(size: float) -> None:
 def test_an_inverted_mask(size: float) -> None:
     losses = losses_of(size * (1 - 2 * truth()), truth())
     expected = size * (0.25 * AREA + 0.75 * (PIXELS - AREA)) / PIXELS
-    assert losses.focal.item() == near(expected)
-    assert losses.dice.item() == near(1 - 1 / (CELL * PIXELS + 1))
+    assert losses.focal.item() == approx(expected)
+    assert losses.dice.item() == approx(1 - 1 / (CELL * PIXELS + 1))
     assert losses.iou_actual.item() == 0
 
 
 def test_an_undecided_mask() -> None:
     losses = losses_of(torch.zeros(1, LOW, LOW), truth())
     alpha = (0.25 * AREA + 0.75 * (PIXELS - AREA)) / PIXELS
-    assert losses.focal.item() == near(alpha * 0.5**2 * math.log(2))
-    assert losses.dice.item() == near(1 - (CELL * AREA + 1) / (CELL * (PIXELS / 2 + AREA) + 1))
+    assert losses.focal.item() == approx(alpha * 0.5**2 * math.log(2))
+    assert losses.dice.item() == approx(1 - (CELL * AREA + 1) / (CELL * (PIXELS / 2 + AREA) + 1))
     assert losses.iou_actual.item() == 0  # a logit of 0 is not above the threshold
 
 
-def test_half_of_the_object_is_found() -> None:
+def test_a_mask_of_half_the_object() -> None:
     logits = torch.full((1, LOW, LOW), -1e4)
     logits[:, 2:7, 4:8] = 1e4
     losses = losses_of(logits, truth())
-    assert losses.dice.item() == near(1 - (CELL * AREA + 1) / (CELL * 1.5 * AREA + 1))
+    assert losses.dice.item() == approx(1 - (CELL * AREA + 1) / (CELL * 1.5 * AREA + 1))
     assert losses.iou_actual.item() == 0.5
 
 
-def test_nothing_to_find_and_nothing_found() -> None:
+def test_an_empty_mask_of_an_empty_target() -> None:
     losses = losses_of(torch.full((1, LOW, LOW), -1e4), torch.zeros(1, LOW, LOW))
     assert (losses.focal.item(), losses.dice.item(), losses.iou_actual.item()) == (0, 0, 1)
 
@@ -126,8 +126,8 @@ def test_soft_targets() -> None:
     undecided = losses_of(torch.zeros(1, LOW, LOW), target)
     # p_t is 1/2 whatever the target; alpha_t is mixed by the share.
     alpha = 0.25 * share + 0.75 * (1 - share)
-    assert undecided.focal.item() == near(alpha * 0.25 * math.log(2))
-    assert undecided.dice.item() == near(
+    assert undecided.focal.item() == approx(alpha * 0.25 * math.log(2))
+    assert undecided.dice.item() == approx(
         1 - (CELL * PIXELS * share + 1) / (CELL * PIXELS * (0.5 + share) + 1)
     )
     logit = 1.5
@@ -135,7 +135,7 @@ def test_soft_targets() -> None:
     decided = losses_of(torch.full((1, LOW, LOW), logit), target)
     entropy = -(share * math.log(p) + (1 - share) * math.log(1 - p))
     missed = 1 - (p * share + (1 - p) * (1 - share))
-    assert decided.focal.item() == near(alpha * missed**2 * entropy)
+    assert decided.focal.item() == approx(alpha * missed**2 * entropy)
 
 
 def test_the_iou_of_soft_targets_counts_cells_at_least_half_full() -> None:
@@ -146,14 +146,14 @@ def test_the_iou_of_soft_targets_counts_cells_at_least_half_full() -> None:
     assert losses_of(logits, target).iou_actual.item() == 1
 
 
-def test_an_object_smaller_than_half_a_cell_is_held_to_the_cells_it_fills_most() -> None:
+def test_an_object_smaller_than_half_a_cell_counts_as_the_cells_it_fills_most() -> None:
     target = torch.zeros(1, LOW, LOW)
     target[0, 0, :3] = torch.tensor([60, 60, 20]) / 255
     logits = torch.full((1, LOW, LOW), -1.0)
     logits[0, 0, :2] = 1
     assert losses_of(logits, target).iou_actual.item() == 1
     logits[0, 0, 2] = 1
-    assert losses_of(logits, target).iou_actual.item() == near(2 / 3)
+    assert losses_of(logits, target).iou_actual.item() == approx(2 / 3)
 
 
 def test_the_iou_loss_is_the_squared_error_of_the_prediction() -> None:
@@ -161,9 +161,9 @@ def test_the_iou_loss_is_the_squared_error_of_the_prediction() -> None:
     logits[:, 2:7, 4:8] = 1e4
     predicted = torch.tensor([0.8], requires_grad=True)
     losses = losses_of(logits, truth(), iou_predicted=predicted)
-    assert losses.iou.item() == near(0.3**2)
+    assert losses.iou.item() == approx(0.3**2)
     losses.iou.sum().backward()
-    assert predicted.grad is not None and predicted.grad.item() == near(2 * 0.3)
+    assert predicted.grad is not None and predicted.grad.item() == approx(2 * 0.3)
     assert not losses.iou_actual.requires_grad
 
 
@@ -198,7 +198,7 @@ def test_gradients_of_huge_logits_are_finite(size: float, side: int) -> None:
     losses.total.sum().backward()
     assert torch.isfinite(losses.total).all()
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
-    assert logits.grad.any()  # a hopeless mask is still pulled in the right direction
+    assert logits.grad.any()  # and has the right sign, however wrong the mask is
     wrong = target[:, :: side // LOW, :: side // LOW] == (size < 0)
     assert (logits.grad[wrong] * size >= 0).all()
 
@@ -212,34 +212,34 @@ def test_logits_in_the_padding_change_nothing(side: int) -> None:
         "targets": torch.zeros(2, side, side, dtype=torch.uint8),
     }
     changes["targets"][:, : side // 4, : side // 4] = 255 if side == LOW else 1
-    loud = logits.clone()
+    changed = logits.clone()
     first_row, first_column = 10, 12
-    loud[:, first_row:] = 50
-    loud[:, :, first_column:] = 50
-    loud.requires_grad_()
-    quiet = losses_of(logits, truth(), **changes)
-    noisy = losses_of(loud, truth(), **changes)
+    changed[:, first_row:] = 50
+    changed[:, :, first_column:] = 50
+    changed.requires_grad_()
+    before = losses_of(logits, truth(), **changes)
+    after = losses_of(changed, truth(), **changes)
     for name in ("total", "focal", "dice", "iou", "iou_actual"):
-        assert torch.equal(getattr(quiet, name), getattr(noisy, name)), name
-    noisy.total.sum().backward()
-    assert loud.grad is not None
-    assert not loud.grad[:, first_row:].any() and not loud.grad[:, :, first_column:].any()
-    assert loud.grad[:, :first_row, :first_column].all()
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    after.total.sum().backward()
+    assert changed.grad is not None
+    assert not changed.grad[:, first_row:].any() and not changed.grad[:, :, first_column:].any()
+    assert changed.grad[:, :first_row, :first_column].all()
 
 
 def test_the_mean_is_over_the_image_not_the_padding() -> None:
     logits, target = torch.zeros(1, LOW, LOW), torch.zeros(1, LOW, LOW)
     losses = losses_of(logits, target, input_sizes=torch.tensor([[38, 46]]))
-    assert losses.focal.item() == near(0.75 * 0.25 * math.log(2))
-    assert losses.dice.item() == near(1 - 1 / (0.5 * 38 * 46 + 1))
+    assert losses.focal.item() == approx(0.75 * 0.25 * math.log(2))
+    assert losses.dice.item() == approx(1 - 1 / (0.5 * 38 * 46 + 1))
     one_wrong = logits.clone()
     one_wrong[0, 0, 0] = 1e4
     more = losses_of(one_wrong, target, input_sizes=torch.tensor([[38, 46]]))
     added = 0.75 * (1e4 - 0.25 * math.log(2)) / (38 * 46 / 16)
-    assert (more.focal - losses.focal).item() == near(added)
+    assert (more.focal - losses.focal).item() == approx(added)
 
 
-def test_every_mask_is_cut_to_its_own_image() -> None:
+def test_the_padding_of_each_mask_is_that_of_its_own_image() -> None:
     sizes, index = torch.tensor([[S, S], [24, S]]), torch.tensor([1, 0, 1])
     logits = torch.randn(3, LOW, LOW)
     together = losses_of(logits, truth(), image_index=index, input_sizes=sizes)
@@ -252,7 +252,7 @@ def test_every_mask_is_cut_to_its_own_image() -> None:
 
 @pytest.mark.parametrize("side", [LOW, S])
 @pytest.mark.parametrize("at_once", [1, 2 * S * S, 2**20])
-def test_the_same_as_written_out_with_autograd(
+def test_losses_and_gradients_equal_autograds(
     side: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(losses_module.PIXELS_AT_ONCE, "cpu", at_once)
@@ -264,11 +264,11 @@ def test_the_same_as_written_out_with_autograd(
         ((sizes[:, k, None] - torch.arange(side) * cell) / cell).clamp(0, 1) for k in (0, 1)
     )
     inside = (rows[:, :, None] * columns[:, None, :])[index]
-    found: list[tuple[MaskLosses, Tensor, Tensor]] = []
+    results: list[tuple[MaskLosses, Tensor, Tensor]] = []
     start, predicted = 4 * torch.randn(5, LOW, LOW), torch.rand(5)
-    for ours in (True, False):
+    for closed_form in (True, False):
         logits, iou = start.clone().requires_grad_(), predicted.clone().requires_grad_()
-        if ours:
+        if closed_form:
             places = {"image_index": index, "input_sizes": sizes, "image_size": S}
             losses = mask_losses(logits, iou, targets=targets, **places)
         else:
@@ -277,10 +277,10 @@ def test_the_same_as_written_out_with_autograd(
             losses = plain_losses(large, iou, targets=shares, inside=inside, pixel_area=cell**2)
         (losses.total * torch.arange(1, 6)).sum().backward()
         assert logits.grad is not None and iou.grad is not None
-        found.append((losses, logits.grad, iou.grad))
-    (ours_, gradient, iou_gradient), (plain, plain_gradient, plain_iou_gradient) = found
-    for mine, theirs in zip(ours_, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        results.append((losses, logits.grad, iou.grad))
+    (closed, gradient, iou_gradient), (plain, plain_gradient, plain_iou_gradient) = results
+    for loss, plain_loss in zip(closed, plain, strict=True):
+        torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=1e-6)
     scale = plain_gradient.abs().max().item()
     torch.testing.assert_close(gradient, plain_gradient, rtol=0, atol=1e-5 * scale)
     torch.testing.assert_close(iou_gradient, plain_iou_gradient)
@@ -300,28 +300,28 @@ def test_gradients_in_float64_are_those_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_shrinking_is_the_transpose_of_upsampling(length: int) -> None:
+def test_upsampling_backward_is_the_transpose_of_upsampling(length: int) -> None:
     small = torch.randn(2, length, length, dtype=torch.float64, requires_grad=True)
     large = interpolate(small[:, None], scale_factor=4, mode="bilinear")[:, 0]
     weights = torch.randn_like(large)
     (expected,) = torch.autograd.grad(large, small, weights)
-    found = losses_module.upsampling_backward(losses_module.upsampling_backward(weights, 1), 2)
-    torch.testing.assert_close(found, expected)
+    rows = losses_module.upsampling_backward(weights, 1)
+    torch.testing.assert_close(losses_module.upsampling_backward(rows, 2), expected)
 
 
 @pytest.mark.parametrize("side", [LOW, S])
-def test_what_is_kept_for_backward_does_not_grow_with_the_resolution(side: int) -> None:
+def test_saved_bytes_do_not_grow_with_the_resolution(side: int) -> None:
     logits = torch.randn(6, LOW, LOW, requires_grad=True)
     targets = torch.ones(6, side, side, dtype=torch.uint8)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = 0 if tensor.dtype == torch.uint8 else tensor.nbytes
+    def record_saved(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = 0 if tensor.dtype == torch.uint8 else tensor.nbytes
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record_saved, lambda tensor: tensor):
         losses_of(logits, truth(), targets=targets)
-    assert logits.nbytes <= sum(kept.values()) < 2 * logits.nbytes
+    assert logits.nbytes <= sum(saved.values()) < 2 * logits.nbytes
 
 
 def test_losses_are_float32_under_autocast() -> None:
@@ -340,7 +340,7 @@ def test_losses_are_float32_under_autocast() -> None:
     torch.testing.assert_close(halves.total, plain.total, rtol=0.02, atol=0.02)
 
 
-def test_no_masks_cost_nothing() -> None:
+def test_without_masks_the_loss_is_zero() -> None:
     losses = losses_of(torch.zeros(0, LOW, LOW), truth())
     assert losses.total.shape == (0,) and losses.total.sum().item() == 0
 
@@ -356,19 +356,19 @@ def step_gradients(model: torch.nn.Module, images: list[int]) -> dict[str, Tenso
     index = torch.arange(3).repeat_interleave(torch.tensor(NUM_MASKS))
     boxes = torch.tensor([[4.0, 8.0, 30.0, 40.0]]) + torch.arange(6)[:, None]
     targets = torch.randint(0, 256, (6, LOW, LOW), dtype=torch.uint8, generator=generator)
-    mine = torch.isin(index, torch.tensor(images))
+    of_rank = torch.isin(index, torch.tensor(images))
     sizes = torch.tensor([[S, S], [40, S], [S, 36]])[images]
-    local = torch.searchsorted(torch.tensor(images), index[mine])
-    logits, iou = model(pictures[images], boxes[mine], local, input_sizes=sizes)
+    local = torch.searchsorted(torch.tensor(images), index[of_rank])
+    logits, iou = model(pictures[images], boxes[of_rank], local, input_sizes=sizes)
     losses = mask_losses(
         logits,
         iou,
-        targets=targets[mine],
+        targets=targets[of_rank],
         image_index=local,
         input_sizes=sizes,
         image_size=S,
     )
-    num_masks = all_reduce_sum(torch.tensor([float(mine.sum())])).item()
+    num_masks = all_reduce_sum(torch.tensor([float(of_rank.sum())])).item()
     (losses.total.sum() * get_world_size() / num_masks).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -382,11 +382,11 @@ def prompted_model() -> PromptedSam:
 
 def gradients_of_rank() -> dict[str, Tensor]:
     wrapped = DistributedDataParallel(prompted_model())
-    found = step_gradients(wrapped, IMAGES_OF_RANK[get_rank()])
-    return {name.removeprefix("module."): grad.clone() for name, grad in found.items()}
+    gradients = step_gradients(wrapped, IMAGES_OF_RANK[get_rank()])
+    return {name.removeprefix("module."): grad.clone() for name, grad in gradients.items()}
 
 
-def test_two_ranks_learn_what_one_process_learns(gloo2: GlooPool) -> None:
+def test_two_ranks_have_the_gradients_of_one_process(gloo2: GlooPool) -> None:
     model = prompted_model()
     alone = step_gradients(copy.deepcopy(model), [0, 1, 2])
     assert set(alone) == {n for n, p in model.named_parameters() if p.requires_grad}
@@ -400,7 +400,7 @@ def test_two_ranks_learn_what_one_process_learns(gloo2: GlooPool) -> None:
 
 
 def test_dice_of_a_tiny_object_is_the_same_at_either_resolution() -> None:
-    # One cell: at a quarter of the resolution, an empty mask must not look almost right.
+    # One cell: at a quarter of the resolution, an empty mask must not have a small loss.
     low, full = torch.zeros(1, LOW, LOW), torch.zeros(1, S, S)
     low[0, 3, 5], full[0, 12:16, 20:24] = 1, 1
     for logit in (-20.0, 0.0, 20.0):

@@ -1,4 +1,4 @@
-"""Schedules in closed form, parameter groups, and what box prompts must leave as it was."""
+"""Schedules in closed form, parameter groups, and parameters that box prompts must not change."""
 
 import math
 import re
@@ -45,8 +45,8 @@ S = 64
     ],
 )
 def test_schedules(schedule: str, step: int, factor: float) -> None:
-    found = learning_rate_factor(step, steps=1000, schedule=schedule, warmup_steps=100)
-    assert found == pytest.approx(factor, rel=1e-12, abs=1e-12)
+    actual = learning_rate_factor(step, steps=1000, schedule=schedule, warmup_steps=100)
+    assert actual == pytest.approx(factor, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["multistep", "cosine", "constant"])
@@ -87,12 +87,14 @@ def test_each_trainable_parameter_is_in_the_right_group_once(
     decayed, undecayed = parameter_groups(model, weight_decay=0.3)
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = [{names[id(p)] for p in group["params"]} for group in (decayed, undecayed)]
+    decayed_names, undecayed_names = (
+        {names[id(p)] for p in group["params"]} for group in (decayed, undecayed)
+    )
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(decayed["params"]) + len(undecayed["params"]) == len(trainable)
-    assert found[1] == {name for name in trainable if WITHOUT_DECAY.search(name)}
-    assert found[0] == trainable - found[1]
-    # What decays is what multiplies: matrices and kernels.
+    assert undecayed_names == {name for name in trainable if WITHOUT_DECAY.search(name)}
+    assert decayed_names == trainable - undecayed_names
+    # Only what multiplies decays: matrices and kernels.
     assert all(p.ndim in (2, 4) for p in decayed["params"])
 
 
@@ -104,7 +106,7 @@ def test_an_empty_group_is_left_out(model: PromptedSam) -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0
 
 
-def test_boxes_move_only_what_they_reach(model: PromptedSam) -> None:
+def test_training_with_boxes_changes_only_what_they_reach(model: PromptedSam) -> None:
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.1)
     images = torch.randint(0, 256, (2, 3, S, S), dtype=torch.uint8)
@@ -138,7 +140,7 @@ def test_boxes_move_only_what_they_reach(model: PromptedSam) -> None:
         assert not torch.equal(start[name][0], end[name][0])
 
 
-def held_bytes(sharded: bool) -> int:
+def optimizer_state_bytes(sharded: bool) -> int:
     torch.manual_seed(6)
     model = PromptedSam(build_sam("vit_tiny", S))
     freeze(model.sam, [])
@@ -147,19 +149,19 @@ def held_bytes(sharded: bool) -> int:
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    held = getattr(optimizer, "optim", optimizer)
-    state = [value for own in held.state.values() for value in own.values()]
+    local_optimizer = getattr(optimizer, "optim", optimizer)
+    state = [value for of_one in local_optimizer.state.values() for value in of_one.values()]
     return sum(tensor.nbytes for tensor in state if isinstance(tensor, torch.Tensor))
 
 
-def test_sharded_each_process_holds_its_share(gloo2: GlooPool) -> None:
-    whole = held_bytes(False)
-    first, second = gloo2.run(held_bytes, True)
+def test_sharded_each_process_holds_half_of_the_state(gloo2: GlooPool) -> None:
+    whole = optimizer_state_bytes(False)
+    first, second = gloo2.run(optimizer_state_bytes, True)
     assert 0.4 * whole < first < 0.6 * whole
     assert first + second == pytest.approx(whole, rel=1e-3)
 
 
-def test_alone_there_is_nothing_to_share_out(model: PromptedSam) -> None:
+def test_a_single_process_does_not_shard(model: PromptedSam) -> None:
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=True)
     assert type(optimizer) is torch.optim.AdamW
     assert gather_state(optimizer)["param_groups"] == optimizer.state_dict()["param_groups"]

@@ -61,7 +61,8 @@ class GlooPool:
         answers = self._collect()
         failed = [rank for rank in answers if answers[rank][0] is not None]
         failed.sort(key=lambda rank: not isinstance(answers[rank][0], RankDied))
-        if len(answers) < self.world_size or 0 < len(failed) < self.world_size:
+        died = any(isinstance(answers[rank][0], RankDied) for rank in failed)
+        if len(answers) < self.world_size or died or 0 < len(failed) < self.world_size:
             self.stop(kill=True)
         if failed:
             rank = failed[0]

@@ -49,7 +49,7 @@ def test_it_says_what_the_run_takes_and_leaves_nothing(data, tmp_path, capsys):
 def test_time_is_steps_and_validations_times_what_one_takes(data, tmp_path, monkeypatch):
     # A clock that counts how often it is asked: every piece of work takes one second.
     ticks = iter(range(1000))
-    monkeypatch.setattr(dry_run, "now", lambda device: float(next(ticks)))
+    monkeypatch.setattr(dry_run, "synchronized_time", lambda device: float(next(ticks)))
     options = {"dry_run": True, "steps": 12, "metrics_interval": 5, "num_workers": 0}
     found = train_here(arguments(data, tmp_path, batch_size=2, accumulate_steps=3, **options))
     # A step, and its six images, loaded at two a second: without workers one after the other.

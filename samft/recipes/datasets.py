@@ -68,7 +68,7 @@ def load_splits(config: TrainConfig) -> Splits:
         DataError: Files are missing or broken, or there is nothing to validate on.
     """
     train_subset = _read(config, _find_files(config, "train"))
-    role, files = find_val(config)
+    role, files = find_val_files(config)
     if role == "train":
         assert config.val_fraction is not None
         train_subset, val_subset = _hold_out(train_subset, config.val_fraction)
@@ -86,7 +86,7 @@ def load_splits(config: TrainConfig) -> Splits:
     )
 
 
-def find_val(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
+def find_val_files(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
     """Where the validation images come from: `val`, or `train` where they are held out of it.
 
     Returns:

@@ -135,11 +135,11 @@ def finish(training: TrainingRun) -> dict[str, Any]:
     ranked = training.checkpointer.top_k.best
     progress.wall_seconds = time.monotonic() - training.started_at
     report = RunReport(
-        config,
-        training.output_dir,
-        training.splits,
-        training.images,
-        ranked[0] if ranked else None,
+        config=config,
+        output_dir=training.output_dir,
+        splits=training.splits,
+        images=training.images,
+        best=ranked[0] if ranked else None,
     )
     summary: dict[str, Any] = distributed.broadcast(report.summarise(progress))
     if distributed.is_main():

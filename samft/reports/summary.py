@@ -80,8 +80,8 @@ def find_regressions(
         found.append("There is no best checkpoint: no validation after step 0 gave a number.")
     elif not after >= before:
         found.append(
-            "No checkpoint of this run is better than the one that it started from: validation "
-            f"IoU {before:.4f} at step 0, {after:.4f} at its best."
+            f"Validation IoU fell from {before:.4f} at step 0 to {after:.4f} at its best: no "
+            "checkpoint of this run is better than the one that it started from."
         )
     lost = comparison.num_lost if comparison else 0
     if comparison and lost > LOST_SHARE * len(comparison.before):
@@ -196,5 +196,5 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
     if commands:  # one record, so that no time stands before what is to be copied
         LOGGER.info("score it, use it, load it in Python:\n%s", "\n".join(commands))
     if summary["got_worse"]:
-        LOGGER.warning("IT GOT WORSE. %s", " ".join(summary["got_worse"]))
+        LOGGER.warning("WARNING: %s", " ".join(summary["got_worse"]))
         LOGGER.warning("What to try: %s", " ".join(summary["what_to_try"]))

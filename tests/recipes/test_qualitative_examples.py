@@ -16,7 +16,11 @@ from samft.evaluation.object_scores import Comparison, ObjectScores, compare_obj
 from samft.models.sam import load_state, read_state
 from samft.recipes import build
 from samft.recipes.datasets import load_splits
-from samft.recipes.report import Pairs, draw_pairs, predict
+from samft.recipes.qualitative_examples import (
+    QualitativeExamples,
+    draw_examples,
+    predict_objects,
+)
 from samft.reports.validation_images import find_objects
 
 pytestmark = pytest.mark.run
@@ -38,9 +42,11 @@ def comparison_of(folder: Path) -> Comparison:
     return compare_objects(before, after)
 
 
-def draw(config: TrainConfig, folder: Path, checkpoint: Path, *, stop: bool = False) -> Pairs:
+def draw(
+    config: TrainConfig, folder: Path, checkpoint: Path, *, stop: bool = False
+) -> QualitativeExamples:
     model = build.build_model(config, None, torch.device("cpu"))
-    return draw_pairs(
+    return draw_examples(
         config,
         model,
         load_splits(config).val,
@@ -63,7 +69,7 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
     rows = comparison_of(folder).after
     index = dataset.subset.index
     objects = find_objects(index, rows.keys())
-    masks = predict(model, dataset, objects.tolist(), embeddings={})
+    masks = predict_objects(model, dataset, objects.tolist(), embeddings={})
     image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     for k, wanted in zip(objects.tolist(), rows.iou_actual, strict=True):
         size = index.sizes[image_of[k]].tolist()
@@ -73,9 +79,9 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
 
 def test_random_weights_are_drawn_again(run: tuple[TrainConfig, Path]) -> None:
     config, folder = run
-    found = draw(config, folder, best_of(folder))
-    assert found.why_none == ""
-    pairs = [pair for group in found.groups.values() for pair in group]
+    examples = draw(config, folder, best_of(folder))
+    assert examples.why_none == ""
+    pairs = [pair for kind in examples.pairs.values() for pair in kind]
     comparison = comparison_of(folder)
     assert 0 < len(pairs) <= len(comparison.before)
     for pair in pairs:
@@ -90,9 +96,9 @@ def test_weights_that_are_gone_or_others_leave_no_pictures(
 ) -> None:
     config, folder = run
     gone = draw(config, folder, tmp_path / "gone.ckpt")
-    assert "cannot be loaded any more" in gone.why_none and gone.groups == {}
+    assert "cannot be loaded any more" in gone.why_none and gone.pairs == {}
     other = draw(replace(config, seed=5), folder, best_of(folder))
-    assert "the file has changed" in other.why_none and other.groups == {}
+    assert "the file has changed" in other.why_none and other.pairs == {}
 
 
 def test_a_stop_is_heeded(run: tuple[TrainConfig, Path]) -> None:
@@ -112,5 +118,5 @@ def test_an_image_that_is_gone_leaves_its_objects_out(
     )
     dataset.subset = moved
     model = build.build_model(config, None, torch.device("cpu"))
-    found = predict(model, dataset, dataset.subset.objects.tolist(), embeddings={})
-    assert found.keys() == set(dataset.subset.objects_of(0).tolist())
+    masks = predict_objects(model, dataset, dataset.subset.objects.tolist(), embeddings={})
+    assert masks.keys() == set(dataset.subset.objects_of(0).tolist())

@@ -13,7 +13,7 @@ from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, train_here, write_data
 from samft.checkpoints.top_k import Checkpoint
 from samft.config import TrainConfig, parse_config
-from samft.recipes.report import RunReport, environment, settings
+from samft.recipes.report import RunReport, describe_environment, split_by_default
 
 pytestmark = pytest.mark.run
 
@@ -27,8 +27,8 @@ def commands(data: Path, **changes: object) -> list[list[str]]:
     config = parse_config(short(data, Path("a run"), **changes))
     nothing: Any = SimpleNamespace(objects=SimpleNamespace(read=lambda step: None))
     best = Checkpoint("1-0.50.ckpt", 1, 0.5)
-    ending = RunReport(config, Path("a run"), nothing, nothing, best)
-    return [shlex.split(line) for line in ending.commands()]
+    report = RunReport(config, Path("a run"), nothing, nothing, best)
+    return [shlex.split(line) for line in report.next_commands()]
 
 
 def test_commands_name_the_validation_split(tmp_path: Path) -> None:
@@ -88,13 +88,13 @@ def test_a_fresh_start_sets_the_report_aside(tmp_path: Path) -> None:
 
 
 def test_settings_are_told_apart_by_their_default() -> None:
-    changed, same = settings(TrainConfig(model_type="vit_b", steps=7))
+    changed, unchanged = split_by_default(TrainConfig(model_type="vit_b", steps=7))
     assert changed == [("model_type", "vit_b", ""), ("steps", 7, 1500)]
-    assert len(changed) + len(same) == len(vars(TrainConfig()))
-    assert ("learning_rate", 1e-4) in same
+    assert len(changed) + len(unchanged) == len(vars(TrainConfig()))
+    assert ("learning_rate", 1e-4) in unchanged
 
 
 def test_the_environment_names_versions_and_device() -> None:
-    found = dict(environment(TrainConfig(), torch.device("cpu")))
-    assert found["torch"].startswith(torch.__version__.split("+")[0])
-    assert found["amp"] == "off" and found["device"].startswith("CPU")
+    environment = dict(describe_environment(TrainConfig(), torch.device("cpu")))
+    assert environment["torch"].startswith(torch.__version__.split("+")[0])
+    assert environment["amp"] == "off" and environment["device"].startswith("CPU")

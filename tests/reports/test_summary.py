@@ -59,9 +59,9 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
     [
         (0.75, 0, []),
         (0.5, 2, []),  # a tenth of the objects is not more than a tenth
-        (0.4999, 0, ["IoU 0.5000 at step 0, 0.4999"]),
+        (0.4999, 0, ["from 0.5000 at step 0 to 0.4999"]),
         (0.75, 3, ["3 of 20 objects (15%) lost more than 0.1 IoU; 5 gained as much"]),
-        (0.4, 20, ["0.4000 at its best", "20 of 20 objects (100%)"]),
+        (0.4, 20, ["to 0.4000 at its best", "20 of 20 objects (100%)"]),
         (None, 0, ["no best checkpoint"]),
     ],
 )
@@ -122,7 +122,7 @@ def test_the_log_is_loud_at_its_very_end(tmp_path, caplog):
         loud = [r for r in caplog.records if r.levelno >= logging.WARNING]
         assert len(loud) == expected
     assert caplog.messages[-2:] == [
-        "IT GOT WORSE. IoU fell. 3 objects lost.",
+        "WARNING: IoU fell. 3 objects lost.",
         "What to try: Less.",
     ]
 

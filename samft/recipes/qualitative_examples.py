@@ -1,0 +1,228 @@
+"""A few objects of the validation set, with the masks of the initial and of the best weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samft.coco.images import ImageError, read_image
+from samft.coco.index import class_names
+from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.config import TrainConfig
+from samft.data.dataset import Coco2MaskDataset, collate
+from samft.errors import UserError
+from samft.evaluation.metrics import cropped_iou
+from samft.evaluation.object_scores import Comparison
+from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.models.sam import build_sam, load_state, read_state
+from samft.recipes import build
+from samft.reports.drawing import annotate_crop, crop_around, image_row_of
+from samft.reports.page import ObjectPair
+from samft.reports.validation_images import find_objects
+from samft.runtime import heartbeat
+
+NUM_EXAMPLES = 6  # of each kind
+_TILE = 288  # px: sharp where it is shown at half the size
+_IOU_TOLERANCE = 0.02  # by how much a mask's IoU may change with the precision of the model
+
+
+@dataclass
+class QualitativeExamples:
+    """Objects with both models' masks, by kind: `improved`, `worst`, `harmed`.
+
+    Attributes:
+        pairs: The objects of each kind.
+        why_none: Why there are no pairs, in a sentence; empty if there are.
+    """
+
+    pairs: dict[str, list[ObjectPair]] = field(default_factory=dict)
+    why_none: str = ""
+
+
+def draw_examples(
+    config: TrainConfig,
+    model: PromptedSam,
+    dataset: Coco2MaskDataset,
+    *,
+    comparison: Comparison | None,
+    checkpoint: Path | None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> QualitativeExamples:
+    """Chooses objects, predicts their masks with the initial and the best weights, draws both.
+
+    Only the images of those objects are encoded, or read from the cache of embeddings. Afterwards
+    the model has the weights of the checkpoint.
+
+    Args:
+        config: The run's configuration.
+        model: On its device; not wrapped.
+        dataset: The validation split.
+        comparison: Of all its objects; None if the scores of one of the two models are unknown.
+        checkpoint: The best one; None if there is none.
+        should_stop: Asked before each image.
+    """
+    if comparison is None or checkpoint is None or not len(comparison.before):
+        return QualitativeExamples(
+            why_none="The scores of each object before and after training are not known."
+        )
+    rows_by_kind = comparison.choose_examples(NUM_EXAMPLES)
+    rows = np.concatenate(list(rows_by_kind.values()))
+    positions = find_objects(dataset.subset.index, comparison.before.keys()[rows])
+    objects = dict(zip(rows.tolist(), positions.tolist(), strict=True))
+    try:
+        masks = _predict_with_both(
+            config, model, dataset, list(objects.values()), checkpoint, should_stop=should_stop
+        )
+    except UserError as error:
+        return QualitativeExamples(
+            why_none=f"The initial or the best weights cannot be loaded any more: {error}"
+        )
+    if should_stop():
+        return QualitativeExamples(why_none="The run was asked to stop while they were drawn.")
+    # The file of the initial weights, say, may have been replaced since the run began.
+    for which, predicted, table in zip(
+        ("initial", "best"), masks, (comparison.before, comparison.after), strict=True
+    ):
+        scored = {k: float(table.iou_actual[row]) for row, k in objects.items()}
+        if not _score_as_before(dataset, predicted, scored):
+            return QualitativeExamples(
+                why_none=f"The {which} weights of this run do not score as they did: the file has "
+                "changed since."
+            )
+    drawn = _draw_pairs(dataset, comparison, objects, masks)
+    return QualitativeExamples(
+        {kind: [drawn[r] for r in of.tolist() if r in drawn] for kind, of in rows_by_kind.items()}
+    )
+
+
+def _predict_with_both(
+    config: TrainConfig,
+    model: PromptedSam,
+    dataset: Coco2MaskDataset,
+    objects: list[int],
+    checkpoint: Path,
+    *,
+    should_stop: Callable[[], bool],
+) -> list[dict[int, CroppedMask]]:
+    embeddings: dict[int, Tensor] = {}  # the same for both weights if the encoder is frozen
+    masks = []
+    for load_weights in (partial(_load_initial_weights, config), partial(read_state, checkpoint)):
+        load_state(model.sam, load_weights(), source="the weights of this run")
+        masks.append(
+            predict_objects(
+                model,
+                dataset,
+                objects,
+                embeddings=embeddings if model.encoder_is_frozen else {},
+                should_stop=should_stop,
+            )
+        )
+    return masks
+
+
+def _load_initial_weights(config: TrainConfig) -> dict[str, Tensor]:
+    weights = build.load_weights(config, quiet=True)
+    if weights is not None:
+        return weights
+    torch.manual_seed(config.seed)  # as `build_model` does
+    assert config.model_type is not None
+    return build_sam(config.model_type, config.image_size, attention=config.attention).state_dict()
+
+
+@torch.no_grad()
+def predict_objects(
+    model: PromptedSam,
+    dataset: Coco2MaskDataset,
+    objects: list[int],
+    *,
+    embeddings: dict[int, Tensor],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[int, CroppedMask]:
+    """Predicts the masks of some objects of a validation split, at the original resolution.
+
+    Args:
+        model: On its device.
+        dataset: The split; its cached embeddings are used if it has any.
+        objects: As indices into the arrays of the dataset's `CocoIndex`.
+        embeddings: By image, those of this encoder that are known; the others are added.
+        should_stop: Asked before each image.
+
+    Returns:
+        By object; objects of an image that cannot be read any more are missing.
+    """
+    masks: dict[int, CroppedMask] = {}
+    index, device = dataset.subset.index, model.sam.device
+    objects_by_image: dict[int, list[int]] = {}
+    for k in objects:
+        objects_by_image.setdefault(image_row_of(index, k), []).append(k)
+    for image, wanted in objects_by_image.items():
+        if should_stop():
+            break
+        (row,) = np.flatnonzero(dataset.subset.rows == image).tolist()
+        heartbeat.set_activity("drawing image", partial(list, [dataset.subset.file_name(row)]))
+        try:
+            batch = collate([dataset[row]]).to(device)
+        except ImageError:
+            continue
+        ids = batch.object_ids.tolist()
+        wanted = [k for k in wanted if int(index.object_ids[k]) in ids]
+        if not wanted:
+            continue
+        part = torch.tensor([ids.index(int(index.object_ids[k])) for k in wanted], device=device)
+        known = batch.embeddings if batch.embeddings is not None else embeddings.get(image)
+        embeddings[image] = model.embed(batch.images, batch.input_sizes, cached=known)
+        logits, _ = model.decode(embeddings[image], batch.boxes[part], batch.image_index[part])
+        image_size = model.sam.image_encoder.img_size
+        predicted = original_masks(logits, image_size=image_size, **batch.image_sizes)
+        masks.update(zip(wanted, predicted, strict=True))
+    return masks
+
+
+def _score_as_before(
+    dataset: Coco2MaskDataset, predicted: dict[int, CroppedMask], scored: dict[int, float]
+) -> bool:
+    index = dataset.subset.index
+    for k, mask in predicted.items():
+        height, width = index.sizes[image_row_of(index, k)].tolist()
+        truth = decode_cropped(index.segmentations[k], height, width)
+        if abs(cropped_iou(mask, truth) - scored[k]) > _IOU_TOLERANCE:
+            return False
+    return True
+
+
+def _draw_pairs(
+    dataset: Coco2MaskDataset,
+    comparison: Comparison,
+    objects: dict[int, int],
+    masks: list[dict[int, CroppedMask]],
+) -> dict[int, ObjectPair]:
+    # By row of the comparison; without objects of images that cannot be read any more.
+    index = dataset.subset.index
+    names = class_names(index)
+    pairs = {}
+    for row, k in objects.items():
+        file_name = index.file_name(image_row_of(index, k))
+        try:
+            image = read_image(index.image_folder / file_name)
+        except ImageError:
+            continue
+        if any(k not in predicted for predicted in masks):
+            continue
+        view = crop_around(index.boxes[k], image, tile=_TILE)
+        before, after = (
+            annotate_crop(index, k, view, predicted=predicted[k]) for predicted in masks
+        )
+        ious = [float(t.iou_actual[row]) for t in (comparison.before, comparison.after)]
+        pairs[row] = ObjectPair(
+            file_name=file_name,
+            class_name=names[int(index.categories[k])],
+            object_id=int(index.object_ids[k]),
+            area=float(comparison.before.areas[row]),
+            ious=(ious[0], ious[1]),
+            tiles=(before, after),
+        )
+    return pairs

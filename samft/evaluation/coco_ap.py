@@ -1,7 +1,8 @@
-"""COCO's average precision of masks that were prompted by boxes, through COCOeval.
+"""COCO's average precision of masks prompted with boxes, computed by COCOeval.
 
-Each object gives one result, of its own class, with the predicted IoU as its score. So nothing is
-missed or found twice, and AP says how good masks are and whether their scores order them rightly.
+Each object gives one result, of its own class, with the predicted IoU as its score. So there are no
+missed and no double detections: AP measures how good the masks are, and how well the predicted IoU
+ranks them.
 """
 
 import contextlib
@@ -19,24 +20,24 @@ from samft.evaluation.evaluator import EvaluatedObjects
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
 USUAL_MAX_DETS = 100  # of a class in an image; COCOeval's default
-_SIZES = ("small", "medium", "large")  # in the order of COCOeval's area ranges, after all
+_SIZES = ("small", "medium", "large")  # COCOeval's area ranges, in its order, after "all"
 
 
 def category_ids_of(subset: CocoSubset, object_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The category id of each object, int64 [K]."""
-    known = subset.index.object_ids[subset.objects]
-    order = np.argsort(known)
-    rows = order[np.searchsorted(known, object_ids, sorter=order)]
+    ids = subset.index.object_ids[subset.objects]
+    order = np.argsort(ids)
+    rows = order[np.searchsorted(ids, object_ids, sorter=order)]
     return np.asarray(subset.index.categories[subset.objects[rows]])
 
 
 def coco_results(
     objects: EvaluatedObjects, category_ids: NDArray[np.int64]
 ) -> list[dict[str, Any]]:
-    """The masks in COCO's format of results, as `COCO.loadRes` reads it.
+    """The masks in COCO's results format, as `COCO.loadRes` reads it.
 
     Args:
-        objects: K of them.
+        objects: K evaluated objects.
         category_ids: int64 [K].
     """
     columns = zip(
@@ -51,13 +52,13 @@ def coco_results(
 
 
 def coco_truth(objects: EvaluatedObjects, subset: CocoSubset) -> dict[str, Any]:
-    """The true masks of objects, and the crowds in their images, as a COCO file's content.
+    """The true masks of objects, and the crowds in their images, as the content of a COCO file.
 
-    COCOeval takes annotation id 0 for "no match", so ids are given anew, from 1. Areas are those of
-    the masks, because what files say is now the mask's, now the box's.
+    Annotations are renumbered from 1, because COCOeval takes annotation id 0 for "no match". Areas
+    are recomputed from the masks, because the `area` of some files is that of the box.
 
     Args:
-        objects: What has been evaluated.
+        objects: The evaluated objects.
         subset: The images and objects that were evaluated.
     """
     sizes = {
@@ -71,7 +72,7 @@ def coco_truth(objects: EvaluatedObjects, subset: CocoSubset) -> dict[str, Any]:
         objects.areas.tolist(),
         strict=True,
     )
-    entries = [(*values, 0) for values in columns] + _crowds(subset, sizes)
+    entries = [(*values, 0) for values in columns] + _crowd_entries(subset, sizes)
     names = ("image_id", "category_id", "segmentation", "area", "iscrowd")
     return {
         "images": [{"id": key, "height": h, "width": w} for key, (h, w) in sizes.items()],
@@ -83,8 +84,8 @@ def coco_truth(objects: EvaluatedObjects, subset: CocoSubset) -> dict[str, Any]:
     }
 
 
-def _crowds(subset: CocoSubset, sizes: dict[int, list[int]]) -> list[tuple[Any, ...]]:
-    # A mask that fits no object better but lies in a crowd is not held against the model.
+def _crowd_entries(subset: CocoSubset, sizes: dict[int, list[int]]) -> list[tuple[Any, ...]]:
+    # COCOeval does not count a mask that matches no object as wrong if it lies in a crowd.
     index, entries = subset.index, []
     for row in np.flatnonzero(index.flags & CROWD).tolist():
         image_row = int(np.searchsorted(index.first_object, row, side="right")) - 1
@@ -104,9 +105,9 @@ def average_precision(
 ) -> dict[str, Any]:
     """COCO's AP, AP50, AP75 and AP by size.
 
-    COCOeval looks at no more than 100 results of a class in an image. Where an image has more
-    objects of a class than that, the limit is raised to what it has; else the numbers are those
-    that COCOeval prints.
+    COCOeval considers at most 100 results of a class in an image. If an image has more objects of a
+    class, the limit is raised to their number; otherwise the numbers are those that COCOeval prints
+    itself.
 
     Args:
         truth: From `coco_truth`.
@@ -114,48 +115,45 @@ def average_precision(
         backend: One of `BACKENDS`; they give the same numbers.
 
     Returns:
-        `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (None where there is no such
-        object), and the `max_dets` that was needed.
+        `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` (None if there is no such object),
+        the `max_dets` that was used, and the `backend`.
 
     Raises:
         ConfigError: The backend is not installed.
     """
     coco_class, eval_class = load_backend(backend)
-    most = max(np.unique([_group(result) for result in results], axis=0, return_counts=True)[1])
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells its progress
+    groups = [(result["image_id"], result["category_id"]) for result in results]
+    largest_group = np.unique(groups, axis=0, return_counts=True)[1].max()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = coco_class()
         coco.dataset = truth
         coco.createIndex()
-        # It writes into the results that it is given.
+        # Copies, because loadRes adds keys to the results it is given.
         evaluation = eval_class(coco, coco.loadRes([dict(result) for result in results]), "segm")
-        evaluation.params.maxDets = [1, 10, max(USUAL_MAX_DETS, int(most))]
+        evaluation.params.maxDets = [1, 10, max(USUAL_MAX_DETS, int(largest_group))]
         evaluation.evaluate()
         evaluation.accumulate()
     precision = np.asarray(evaluation.eval["precision"])[..., -1]  # [T, R, K, A]
     thresholds = np.asarray(evaluation.params.iouThrs)
-    scores = {"ap": _mean(precision[..., 0])}
+    scores = {"ap": _mean_precision(precision[..., 0])}
     for percent in (50, 75):
-        at = np.isclose(thresholds, percent / 100)
-        scores[f"ap{percent}"] = _mean(precision[at][..., 0])
+        is_threshold = np.isclose(thresholds, percent / 100)
+        scores[f"ap{percent}"] = _mean_precision(precision[is_threshold][..., 0])
     for area, name in enumerate(_SIZES, start=1):
-        scores[f"ap_{name}"] = _mean(precision[..., area])
+        scores[f"ap_{name}"] = _mean_precision(precision[..., area])
     return {**scores, "max_dets": evaluation.params.maxDets[-1], "backend": backend}
 
 
-def _group(result: dict[str, Any]) -> tuple[int, int]:
-    return result["image_id"], result["category_id"]
-
-
-def _mean(precision: NDArray[np.float64]) -> float | None:
-    known = precision[precision > -1]  # -1 where there is no object
-    return float(known.mean()) if known.size else None
+def _mean_precision(precision: NDArray[np.float64]) -> float | None:
+    defined = precision[precision > -1]  # -1 where there is no object
+    return float(defined.mean()) if defined.size else None
 
 
 def load_backend(backend: str) -> tuple[Any, Any]:
-    """The classes COCO and COCOeval of one of `BACKENDS`.
+    """Imports the classes COCO and COCOeval of one of `BACKENDS`.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: The backend is not installed.
     """
     if backend == "pycocotools":
         from pycocotools.coco import COCO

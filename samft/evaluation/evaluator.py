@@ -1,9 +1,7 @@
-"""What a model is asked beside the annotated boxes: boxes that are off, and single points.
+"""Scores every mask of a split for `samft.evaluate`: `evaluate_split`, one row per object.
 
-Every mask of a split scored in every way: `evaluate_split`, one row for each object.
-
-Each image is encoded once, and what its objects are prompted with (their boxes, boxes that are off,
-single points) is decoded from that. Masks become numbers and run lengths as soon as they are there.
+Each image is encoded once. Its objects are decoded from the annotated boxes, from jittered
+boxes, and from single points. Masks are reduced to scores and run lengths at once.
 """
 
 import contextlib
@@ -30,84 +28,25 @@ from samft.evaluation.validation import MASK_CHUNK
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime import heartbeat
 
-
-def jittered_boxes(
-    boxes: NDArray[np.floating],
-    object_ids: NDArray[np.int64],
-    *,
-    share: float,
-    frame: Frame,
-    seed: int,
-) -> NDArray[np.float64]:
-    """Moves each side of each box uniformly by up to a share of the box's width or height.
-
-    How depends on the seed and on the object alone, not on its image, the model, workers or
-    processes. All shares take the same draw, scaled, so that levels differ in nothing else.
-
-    Args:
-        boxes: [K, 4] in the input frame.
-        object_ids: [K].
-        share: Furthest that a side moves; unlike in training, there is no limit in pixels.
-        frame: Of the image, which no side leaves.
-        seed: Of the draws.
-
-    Returns:
-        [K, 4] in the input frame.
-    """
-    moved = np.zeros((len(boxes), 4))
-    for row, (box, object_id) in enumerate(zip(boxes, object_ids.tolist(), strict=True)):
-        generator = generator_of(PROMPT_STREAM, seed, object_id)
-        moved[row] = jitter_boxes(
-            box[None], share=share, frame=frame, generator=generator, most=math.inf
-        )
-    return moved
-
-
-def centre_point(mask: CroppedMask) -> tuple[int, int]:
-    """The pixel of a mask that is farthest from its border; the first of several.
-
-    Args:
-        mask: Not empty, in the original frame.
-
-    Returns:
-        x, y of the pixel, as `SamPredictor` is given them.
-
-    Source: the maximum of the mask's distance transform, where SAM's paper puts the first point
-    (Kirillov et al., Segment Anything, 2023, D.1); the image's edge is a border.
-    """
-    padded = np.pad(mask.mask.astype(np.uint8), 1)
-    distances = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    y, x = np.unravel_index(int(np.argmax(distances)), distances.shape)
-    return mask.left + int(x), mask.top + int(y)
-
-
-def points_to_input(points: NDArray[np.integer], frame: Frame) -> NDArray[np.float64]:
-    """Pixels [K, 2], x y, of the original to the input frame of a whole image, not flipped.
-
-    Source: `ResizeLongestSide.apply_coords` of segment_anything.
-    """
-    return np.asarray(points, dtype=np.float64).reshape(-1, 2) * (frame.scale_x, frame.scale_y)
-
-
-JITTERS = {"jitter_5": 0.05, "jitter_10": 0.1, "jitter_20": 0.2}  # prompt -> share of the side
-OTHER_PROMPTS = (*JITTERS, "point")  # than the box as annotated
+JITTERS = {"jitter_5": 0.05, "jitter_10": 0.1, "jitter_20": 0.2}  # name: share of the box's side
+OTHER_PROMPTS = (*JITTERS, "point")  # beside `box`, the annotated one
 
 Masks = Iterable[CroppedMask]
 
 
 @dataclass(frozen=True)
 class EvaluatedObjects(ObjectScores):
-    """`ObjectScores` (of the box as annotated), and what else is known of each of K masks.
+    """`ObjectScores` of the annotated boxes, with more scores and both masks of each of K objects.
 
     Attributes:
-        iou_boundary: float64 [K], boundary IoU, see `boundary`.
-        iou_box_fill: float64 [K], what filling the box would score.
-        iou_jitter_5: float64 [K], prompted by a box whose sides are off by up to 5 % of its size.
+        iou_boundary: float64 [K], see `metrics.boundary_iou`.
+        iou_box_fill: float64 [K], of filling the box, see `metrics.box_fill_ious`.
+        iou_jitter_5: float64 [K], prompted with a box whose sides are moved by up to 5 %.
         iou_jitter_10: The same, 10 %.
         iou_jitter_20: The same, 20 %.
-        iou_point: float64 [K], prompted by the centre point alone.
+        iou_point: float64 [K], prompted with one point, see `centre_point`.
         rle_predicted: object [K], the mask as COCO's compressed RLE, original frame.
-        rle_true: object [K], the true mask.
+        rle_true: object [K], the true mask, the same.
     """
 
     iou_boundary: NDArray[np.float64]
@@ -121,7 +60,7 @@ class EvaluatedObjects(ObjectScores):
 
     @property
     def dice(self) -> NDArray[np.float64]:
-        """2 |P T| / (|P| + |T|) of each mask, float64 [K]: a function of its IoU."""
+        """Dice, 2 |P T| / (|P| + |T|), of each mask, float64 [K]: 2 IoU / (1 + IoU)."""
         return 2 * self.iou_actual / (1 + self.iou_actual)
 
 
@@ -137,20 +76,20 @@ def evaluate_split(
 ) -> tuple[EvaluatedObjects, dict[str, str]]:
     """Scores a model on every mask of a split. Collective: every rank must call.
 
-    In float32, and with the boxes decoded as `validation.validate` does, so that their mean IoU is
-    the one in the log of the training.
+    In float32, with the annotated boxes decoded as `validation.validate` does: their mean IoU is
+    the one that the training logged.
 
     Args:
         model: On its device.
-        batches: This rank's images, one a batch, with their truths.
-        seed: Of the boxes that are off.
+        batches: This rank's images, one per batch, with their true masks.
+        seed: Of the jittered boxes.
         on_image: Called after each image of this rank.
-        should_stop: See `prefetch.lockstep`.
-        waiting: See `prefetch.lockstep`.
+        should_stop: See `loaders.lockstep`.
+        waiting: See `loaders.lockstep`.
 
     Returns:
         The rows of all ranks, in the order of image and object; and the images that could not be
-        read: name, what is wrong.
+        read: name, reason.
 
     Raises:
         StopInterrupt: Any rank was asked to stop.
@@ -161,16 +100,16 @@ def evaluate_split(
     for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
         heartbeat.set_activity("evaluating image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
-        if batch.num_masks:  # none if the image cannot be read
+        if batch.num_masks:  # 0 if the image cannot be read
             parts += _evaluate_image(model, batch, seed=seed)
         on_image()
-    found = gather_scores(EvaluatedObjects.concatenate(parts))
-    return found, {name: why for bad in all_gather(bad_images) for name, why in bad.items()}
+    objects = gather_scores(EvaluatedObjects.concatenate(parts))
+    return objects, {name: why for bad in all_gather(bad_images) for name, why in bad.items()}
 
 
 def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[EvaluatedObjects]:
-    moved = batch.to(model.sam.device, non_blocking=True)
-    embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
+    on_device = batch.to(model.sam.device, non_blocking=True)
+    embedding = model.embed(on_device.images, on_device.input_sizes, cached=on_device.embeddings)
     sizes, image_size = batch.image_sizes, model.sam.image_encoder.img_size
     frame = Frame(sizes["original_size"], sizes["input_size"], image_size)
 
@@ -178,11 +117,12 @@ def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[
         return original_masks(mask_logits, image_size=image_size, **sizes)
 
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        # By themselves, or other prompts would change the last bits of their logits.
-        logits, iou_predicted = model.decode(embedding, moved.boxes[part], moved.image_index[part])
+        # The annotated boxes have a call of their own, as in `validate`: in one with other prompts,
+        # the last bits of their logits would differ.
+        index = on_device.image_index[part]
+        logits, iou_predicted = model.decode(embedding, on_device.boxes[part], index)
         boxes, points = _other_prompts(batch, part, frame=frame, seed=seed)
-        index = moved.image_index[part].repeat(len(OTHER_PROMPTS))
-        device = embedding.device
+        device, index = embedding.device, index.repeat(len(OTHER_PROMPTS))
         others, _ = model.decode(embedding, boxes.to(device), index, points=points.to(device))
         by_prompt = zip(OTHER_PROMPTS, others.split(len(part)), strict=True)
         masks = {"box": masks_of(logits), **{name: masks_of(own) for name, own in by_prompt}}
@@ -203,13 +143,13 @@ def _other_prompts(batch: Batch, part: Tensor, *, frame: Frame, seed: int) -> tu
 def score_masks(
     batch: Batch, masks: Mapping[str, Masks], iou_predicted: Tensor, *, part: Tensor
 ) -> EvaluatedObjects:
-    """Scores some masks of one image against their truths.
+    """Scores masks of one image against the true ones.
 
     Args:
-        batch: Of one image, with its truths.
-        masks: By prompt (`box` and `OTHER_PROMPTS`), the masks of the objects, original frame.
-        iou_predicted: float [m], of the masks by box.
-        part: int64 [m], which of the batch's objects.
+        batch: Of one image, with its true masks.
+        masks: By prompt (`box` and `OTHER_PROMPTS`), m masks each, original frame.
+        iou_predicted: float [m], of the masks prompted with the annotated boxes.
+        part: int64 [m], the objects of the batch that the masks are of.
 
     Returns:
         m rows.
@@ -218,13 +158,13 @@ def score_masks(
     sizes = batch.image_sizes
     size = sizes["original_size"]
     by_box = list(masks["box"])
-    others = {
+    pairs = list(zip(by_box, truths, strict=True))
+    other_ious = {
         f"iou_{name}": np.array(
             [cropped_iou(*pair) for pair in zip(masks[name], truths, strict=True)]
         )
         for name in OTHER_PROMPTS
     }
-    pairs = list(zip(by_box, truths, strict=True))
     fill = box_fill_ious(batch.boxes[part], truths, **sizes)
     return EvaluatedObjects(
         image_ids=np.full(len(part), batch.image_ids[0]),
@@ -234,14 +174,72 @@ def score_masks(
         iou_predicted=iou_predicted.double().numpy(),
         iou_boundary=np.array([boundary_iou(*pair, original_size=size) for pair in pairs]),
         iou_box_fill=fill.numpy(),
-        rle_predicted=_encode(by_box, size),
-        rle_true=_encode(truths, size),
-        **others,
+        rle_predicted=_encode_masks(by_box, size),
+        rle_true=_encode_masks(truths, size),
+        **other_ious,
     )
 
 
-def _encode(masks: list[CroppedMask], size: tuple[int, int]) -> NDArray[np.object_]:
+def _encode_masks(masks: list[CroppedMask], size: tuple[int, int]) -> NDArray[np.object_]:
     encoded = np.empty(len(masks), dtype=object)
     for k, mask in enumerate(masks):
         encoded[k] = encode_cropped(mask, height=size[0], width=size[1])
     return encoded
+
+
+def jittered_boxes(
+    boxes: NDArray[np.floating],
+    object_ids: NDArray[np.int64],
+    *,
+    share: float,
+    frame: Frame,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Moves each side of each box uniformly by up to a share of the box's width or height.
+
+    The draw of an object depends on the seed and its id alone, not on its image, the model, workers
+    or processes. All shares scale the same draw, so that levels of jitter are comparable.
+
+    Args:
+        boxes: [K, 4] in the input frame.
+        object_ids: [K].
+        share: The most that a side moves; unlike in training, there is no limit in pixels.
+        frame: Of the image, which no side leaves.
+        seed: Of the draws.
+
+    Returns:
+        [K, 4] in the input frame.
+    """
+    jittered = np.zeros((len(boxes), 4))
+    for row, (box, object_id) in enumerate(zip(boxes, object_ids.tolist(), strict=True)):
+        generator = generator_of(PROMPT_STREAM, seed, object_id)
+        jittered[row] = jitter_boxes(
+            box[None], share=share, frame=frame, generator=generator, most=math.inf
+        )
+    return jittered
+
+
+def centre_point(mask: CroppedMask) -> tuple[int, int]:
+    """The pixel of a mask that is farthest from its border; the first of several.
+
+    Args:
+        mask: Not empty, in the original frame.
+
+    Returns:
+        x, y of the pixel, as `SamPredictor` takes them.
+
+    Source: the maximum of the mask's distance transform, where SAM's paper puts the first point
+    (Kirillov et al., Segment Anything, 2023, D.1); the image's edge is a border.
+    """
+    padded = np.pad(mask.mask.astype(np.uint8), 1)
+    distances = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    y, x = np.unravel_index(int(np.argmax(distances)), distances.shape)
+    return mask.left + int(x), mask.top + int(y)
+
+
+def points_to_input(points: NDArray[np.integer], frame: Frame) -> NDArray[np.float64]:
+    """Maps points [K, 2], x y, of the original frame to the input frame; not flipped, not cropped.
+
+    Source: `ResizeLongestSide.apply_coords` of segment_anything.
+    """
+    return np.asarray(points, dtype=np.float64).reshape(-1, 2) * (frame.scale_x, frame.scale_y)

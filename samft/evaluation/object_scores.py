@@ -1,6 +1,7 @@
-"""How good each mask is: one row for each, of all ranks, to be sorted and grouped.
+"""Scores per object as a table with one row per mask, and the comparison of two such tables.
 
-Two models on the same objects: what changed, and whether it could be chance.
+A table is gathered from all ranks, sorted by image and object. Two models are compared object by
+object: which gained, which lost, means of groups, and an interval for the mean change.
 """
 
 from dataclasses import dataclass, fields
@@ -14,17 +15,29 @@ from samft.distributed import all_gather
 
 Table = TypeVar("Table", bound="ObjectScores")
 
+LOST_IOU = 0.1  # a change of IoU by more than this is visible at a glance
+_NO_CHANGE_IOU = 0.005  # a change by less is not worth showing
+NUM_RESAMPLES = 10_000  # of the bootstrap
+_MAX_DRAWS = 2**22  # random indices in memory at once: 32 MiB
+# By the side of a square of the mask's area, px. 32 and 96 are COCO's bounds of small and large.
+_SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+SIZE_NAMES = (
+    f"under {_SIDES[0]} px",
+    *(f"{low} to {high} px" for low, high in zip(_SIDES, _SIDES[1:], strict=False)),
+    f"over {_SIDES[-1]} px",
+)
+
 
 @dataclass(frozen=True)
 class ObjectScores:
-    """One row for each of K masks.
+    """A table with one row for each of K masks.
 
     Attributes:
         image_ids: int64 [K].
         object_ids: int64 [K], of the annotation.
         areas: float64 [K], of the true mask in pixels of the original image.
         iou_actual: float64 [K], with the true mask, at the original resolution.
-        iou_predicted: float64 [K], what the model says that its IoU is.
+        iou_predicted: float64 [K], the model's own estimate of its IoU.
     """
 
     image_ids: NDArray[np.int64]
@@ -37,11 +50,11 @@ class ObjectScores:
         return len(self.object_ids)
 
     def keys(self) -> NDArray[np.int64]:
-        """The ids of each row's image and object, int64 [K, 2]."""
+        """Image id and object id of each row, int64 [K, 2]."""
         return np.stack([self.image_ids, self.object_ids], axis=1)
 
     def take(self: Table, which: NDArray[np.int64]) -> Table:
-        """Some of the rows, in the order given."""
+        """The rows at some indices, int64 [N], in that order."""
         return type(self)(*(getattr(self, field.name)[which] for field in fields(self)))
 
     def to_json(self) -> dict[str, list[float]]:
@@ -50,27 +63,28 @@ class ObjectScores:
 
     @staticmethod
     def from_json(columns: dict[str, list[float]]) -> "ObjectScores":
-        """The rows that `to_json` gave.
+        """The table from the columns that `to_json` returned.
 
         Raises:
             KeyError: A column is missing.
         """
         names = [field.name for field in fields(ObjectScores)]
-        return ObjectScores(*(np.array(columns[name], dtype=_dtype(name)) for name in names))
+        return ObjectScores(*(np.array(columns[name], dtype=_column_dtype(name)) for name in names))
 
     @classmethod
     def concatenate(cls: type[Table], parts: list[Table]) -> Table:
-        """The rows of several tables in one, in the order of image, then object."""
+        """The rows of several tables in one, sorted by image, then object."""
         names = [field.name for field in fields(cls)]
         columns = [
-            np.concatenate([np.zeros(0, dtype=_dtype(name)), *(getattr(p, name) for p in parts)])
+            # The empty array gives the column its dtype if there are no parts.
+            np.concatenate([np.zeros(0, _column_dtype(name)), *(getattr(p, name) for p in parts)])
             for name in names
         ]
-        joined = cls(*columns)
-        return joined.take(np.lexsort((joined.object_ids, joined.image_ids)))
+        table = cls(*columns)
+        return table.take(np.lexsort((table.object_ids, table.image_ids)))
 
 
-def _dtype(name: str) -> type:
+def _column_dtype(name: str) -> type:
     if name.startswith("rle_"):
         return object
     return np.int64 if name.endswith("_ids") else np.float64
@@ -81,29 +95,16 @@ def gather_scores(scores: Table) -> Table:
     return type(scores).concatenate(all_gather(scores))
 
 
-LOST_IOU = 0.1  # a loss of more than this is one that a person sees
-_SEEN_IOU = 0.005  # less is no change to look at
-NUM_RESAMPLES = 10_000
-_BLOCK = 2**22  # numbers at once
-# By the side of a square of the mask's area, px. 32 and 96 are COCO's bounds of small and large.
-_SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-SIZE_NAMES = (
-    f"under {_SIDES[0]} px",
-    *(f"{low} to {high} px" for low, high in zip(_SIDES, _SIDES[1:], strict=False)),
-    f"over {_SIDES[-1]} px",
-)
-
-
 @dataclass(frozen=True)
 class Comparison(Generic[Table]):
-    """The same K objects, row for row, as two models are scored on them."""
+    """The scores of two models on the same K objects, row for row."""
 
     before: Table
     after: Table
 
     @property
     def change(self) -> NDArray[np.float64]:
-        """float64 [K], what each object's IoU gained."""
+        """float64 [K], each object's IoU after less before."""
         return self.after.iou_actual - self.before.iou_actual
 
     @property
@@ -117,20 +118,21 @@ class Comparison(Generic[Table]):
         return int((self.change < -LOST_IOU).sum())
 
     def choose_examples(self, num: int) -> dict[str, NDArray[np.int64]]:
-        """Which objects to look at; none is in two of the groups.
+        """Chooses objects to show; none is in two of the groups.
 
         Args:
-            num: At most so many in a group.
+            num: The most in a group.
 
         Returns:
-            Rows of `improved` and `harmed`, the most first, and of those that are the `worst` now.
+            Rows, int64, of the objects that `improved` and that were `harmed`, the largest change
+            first, and of the `worst` among the others, the lowest IoU after first.
         """
         change = self.change
         order = np.argsort(change, kind="stable")
         improved = order[::-1][:num]
         harmed = order[:num]
-        improved = improved[change[improved] > _SEEN_IOU]
-        harmed = harmed[change[harmed] < -_SEEN_IOU]
+        improved = improved[change[improved] > _NO_CHANGE_IOU]
+        harmed = harmed[change[harmed] < -_NO_CHANGE_IOU]
         worst = np.argsort(self.after.iou_actual, kind="stable")
         worst = worst[~np.isin(worst, np.concatenate([improved, harmed]))][:num]
         return {"improved": improved, "worst": worst, "harmed": harmed}
@@ -138,7 +140,7 @@ class Comparison(Generic[Table]):
 
 @dataclass(frozen=True)
 class GroupMeans:
-    """Some of the objects of a comparison, and their mean IoU before and after."""
+    """The mean IoU before and after, over a group of the objects of a comparison."""
 
     name: str
     num_objects: int
@@ -149,16 +151,17 @@ class GroupMeans:
 def compare_objects(before: Table, after: Table) -> Comparison[Table]:
     """Pairs the rows of the objects that are in both tables, in the order of image and object."""
     keys = np.concatenate([before.keys(), after.keys()])
+    # One number for each (image id, object id), so that the two can be intersected.
     _, numbers = np.unique(keys, axis=0, return_inverse=True)
-    ours, theirs = np.split(numbers, [len(before)])
-    _, first, second = np.intersect1d(ours, theirs, return_indices=True)
-    return Comparison(before.take(first), after.take(second))
+    numbers_before, numbers_after = np.split(numbers, [len(before)])
+    _, rows_before, rows_after = np.intersect1d(numbers_before, numbers_after, return_indices=True)
+    return Comparison(before.take(rows_before), after.take(rows_after))
 
 
 def mean_by_group(
     comparison: Comparison[ObjectScores], labels: NDArray[np.int64], names: list[str]
 ) -> list[GroupMeans]:
-    """Means of groups of objects; groups without any are left out.
+    """Mean IoU of groups of objects; empty groups are left out.
 
     Args:
         comparison: K objects.
@@ -175,7 +178,7 @@ def mean_by_group(
 
 
 def mean_by_size(comparison: Comparison[ObjectScores]) -> list[GroupMeans]:
-    """Means of objects of like size, the smallest first."""
+    """Mean IoU by size of the object, the smallest first; see `SIZE_NAMES`."""
     edges = np.square(_SIDES)
     labels = np.searchsorted(edges, comparison.before.areas, side="right")
     return mean_by_group(comparison, labels, list(SIZE_NAMES))
@@ -184,19 +187,20 @@ def mean_by_size(comparison: Comparison[ObjectScores]) -> list[GroupMeans]:
 def mean_change(
     change: NDArray[np.float64], image_ids: NDArray[np.int64], *, seed: int
 ) -> dict[str, Any]:
-    """The mean of K numbers, and between what it may lie on other images of the same kind.
+    """Mean change with a 95 % bootstrap interval that resamples whole images.
 
-    Objects of one image are alike, so whole images are drawn anew, with replacement, and not single
-    objects; the mean is over objects.
+    Objects of one image are alike, so images, not objects, are drawn with replacement. The mean is
+    over objects.
 
     Args:
-        change: float64 [K].
+        change: float64 [K], one number per object.
         image_ids: int64 [K].
-        seed: Of the draws.
+        seed: Of the bootstrap.
 
     Returns:
-        `difference`, and `interval`: the 2.5th and 97.5th percentile of the mean; None with a
-        single image, which says nothing about others.
+        `difference`, the mean, and `interval`, the 2.5th and 97.5th percentile of the resampled
+        means: where it may lie on other images of the same kind. None with a single image, which
+        says nothing about others.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993: the percentile interval,
     of clusters.
@@ -207,7 +211,7 @@ def mean_change(
     if num_images < 2:
         return {"difference": difference, "interval": None}
     generator = generator_of(RESAMPLE_STREAM, seed)
-    block = max(1, _BLOCK // num_images)
+    block = max(1, _MAX_DRAWS // num_images)
     means = []
     for start in range(0, NUM_RESAMPLES, block):
         size = (min(block, NUM_RESAMPLES - start), num_images)

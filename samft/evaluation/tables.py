@@ -1,6 +1,8 @@
-"""The numbers of an evaluation, from one row for each object: by size, class and prompt.
+"""The summary of an evaluation, from one row per object, and its tables for a terminal.
 
-The numbers of evaluations as lines for a terminal: models side by side.
+`summarise_scores` computes the numbers of one model: by size, class and prompt.
+`summarise_comparison` compares two models, and `format_tables` prints one or several of them in
+columns.
 """
 
 from collections.abc import Iterator
@@ -15,17 +17,36 @@ from samft.evaluation.object_scores import LOST_IOU, compare_objects, mean_chang
 
 Floats = NDArray[np.float64]
 
-# Areas in pixels of the original image, as COCO has them: from, and below.
+# COCO's ranges of the mask's area, in pixels of the original image: from, and below.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
-NUM_BINS = 10
-TIE = 0.01  # IoU; a difference that nobody sees
-NUM_SHOWN = 10
+NUM_BINS = 10  # of the calibration
+TIE = 0.01  # IoU; changes up to this count as ties
+NUM_SHOWN = 10  # most improved and most harmed objects in the JSON
+MAX_CLASSES_SHOWN = 12  # on the terminal
+MAX_OBJECTS_SHOWN = 5  # on the terminal, of each kind
+
+_LABEL_WIDTH = 36  # characters
+_PROMPT_LABELS = {
+    "box": "box as annotated",
+    "jitter_5": "box, sides off by up to 5 %",
+    "jitter_10": "box, sides off by up to 10 %",
+    "jitter_20": "box, sides off by up to 20 %",
+    "point": "one point at the centre",
+}
+_AP_LABELS = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+}
 
 
 def summarise_scores(
     objects: EvaluatedObjects, category_ids: NDArray[np.int64], *, names: dict[int, str]
 ) -> dict[str, Any]:
-    """All numbers of one model, as plain values.
+    """The scores of one model, as plain values for JSON.
 
     Args:
         objects: K rows, at least one.
@@ -33,7 +54,8 @@ def summarise_scores(
         names: Of the categories, by id.
 
     Returns:
-        `per_mask_iou` first, then spreads, tables and calibration; None is "cannot be said".
+        `per_mask_iou` first, then `summary_statistics` of each score, means by size, class and
+        prompt, and `calibration`; None where there is no such object.
     """
     ious = {name: getattr(objects, f"iou_{name}") for name in OTHER_PROMPTS}
     return {
@@ -44,8 +66,8 @@ def summarise_scores(
         "dice": summary_statistics(objects.dice),
         "boundary_iou": summary_statistics(objects.iou_boundary),
         "box_fill_iou": float(objects.iou_box_fill.mean()),
-        "by_size": _by_size(objects),
-        "by_category": _by_category(objects, category_ids, names),
+        "by_size": _means_by_size(objects),
+        "by_category": _means_by_category(objects, category_ids, names),
         "by_prompt": {
             "box": summary_statistics(objects.iou_actual),
             **{name: summary_statistics(values) for name, values in ious.items()},
@@ -55,7 +77,7 @@ def summarise_scores(
 
 
 def summary_statistics(values: Floats) -> dict[str, float]:
-    """Mean, median and 10th percentile of K numbers, K at least 1."""
+    """Mean, median and 10th percentile of K numbers, K > 0."""
     return {
         "mean": float(values.mean()),
         "median": float(np.median(values)),
@@ -63,7 +85,7 @@ def summary_statistics(values: Floats) -> dict[str, float]:
     }
 
 
-def _means(objects: EvaluatedObjects) -> dict[str, Any]:
+def _mean_scores(objects: EvaluatedObjects) -> dict[str, Any]:
     columns = {
         "iou": objects.iou_actual,
         "dice": objects.dice,
@@ -76,37 +98,41 @@ def _means(objects: EvaluatedObjects) -> dict[str, Any]:
     return {"masks": len(objects), **means}
 
 
-def _by_size(objects: EvaluatedObjects) -> dict[str, dict[str, Any]]:
+def _means_by_size(objects: EvaluatedObjects) -> dict[str, dict[str, Any]]:
     inside = {
         name: (objects.areas >= least) & (objects.areas < below)
         for name, (least, below) in SIZES.items()
     }
-    return {name: _means(objects.take(np.flatnonzero(which))) for name, which in inside.items()}
+    return {
+        name: _mean_scores(objects.take(np.flatnonzero(which))) for name, which in inside.items()
+    }
 
 
-def _by_category(
+def _means_by_category(
     objects: EvaluatedObjects, category_ids: NDArray[np.int64], names: dict[int, str]
 ) -> list[dict[str, Any]]:
-    def rows() -> Iterator[dict[str, Any]]:
-        for key in np.unique(category_ids).tolist():
-            own = objects.take(np.flatnonzero(category_ids == key))
-            yield {"id": key, "name": names[key], **_means(own)}
-
-    return list(rows())
+    return [
+        {
+            "id": category_id,
+            "name": names[category_id],
+            **_mean_scores(objects.take(np.flatnonzero(category_ids == category_id))),
+        }
+        for category_id in np.unique(category_ids).tolist()
+    ]
 
 
 def calibration(predicted: Floats, actual: Floats) -> dict[str, Any]:
-    """How far the predicted IoU can be believed.
+    """Calibration of the predicted IoU: how well it agrees with the actual one.
 
     Args:
-        predicted: float64 [K]; the model's may lie a little outside of 0..1.
+        predicted: float64 [K]; may lie a little outside of 0..1.
         actual: float64 [K].
 
     Returns:
-        `expected_calibration_error`: over bins of equal width, the mean distance of a bin's mean
-        prediction from its mean IoU, weighted by its masks. `correlation`: Pearson's; None where
-        either does not vary. `bias`: mean prediction less mean IoU. `bins`: those that are not
-        empty.
+        `expected_calibration_error`: over bins of equal width, the mean difference between a bin's
+        mean prediction and its mean IoU, weighted by its number of masks. `correlation`:
+        Pearson's; None if either is constant. `bias`: mean prediction less mean IoU. `bins`: those
+        that are not empty.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, for the error.
     """
@@ -134,41 +160,43 @@ def calibration(predicted: Floats, actual: Floats) -> dict[str, Any]:
 def summarise_comparison(
     before: EvaluatedObjects, after: EvaluatedObjects, *, seed: int = 0
 ) -> dict[str, Any]:
-    """What another model changes, object by object.
+    """Compares two models, object by object, as plain values for JSON.
 
     Args:
-        before: Rows in the order of image and object.
-        after: The same; what is not in both is left out.
+        before: Scores of the first model.
+        after: Scores of the second; objects that are not in both are left out.
         seed: Of the bootstrap.
 
     Returns:
         Differences are after less before. `iou`, `boundary_iou`, `iou_point`: mean `difference`
-        and its 95 % `interval`. `wins`, `losses`, `ties`: objects by whether their IoU changed by
-        more than `tie`. `lost`: objects that lost over `lost_over`. `most_improved` and
-        `most_harmed`: objects with the largest changes, beginning with the largest.
+        and its 95 % `interval`. `wins`, `losses`, `ties`: how many objects gained or lost more
+        than `tie`, or neither. `lost`: how many lost more than `lost_over`. `most_improved` and
+        `most_harmed`: the objects with the largest changes, the largest first.
     """
-    both = compare_objects(before, after)
-    before, after, change = both.before, both.after, both.change
+    comparison = compare_objects(before, after)
+    before, after, change = comparison.before, comparison.after, comparison.change
     columns = {"iou": "iou_actual", "boundary_iou": "iou_boundary", "iou_point": "iou_point"}
     intervals = {
-        name: mean_change(getattr(after, c) - getattr(before, c), before.image_ids, seed=seed)
-        for name, c in columns.items()
+        name: mean_change(
+            getattr(after, column) - getattr(before, column), before.image_ids, seed=seed
+        )
+        for name, column in columns.items()
     }
-    chosen = both.choose_examples(NUM_SHOWN)
+    examples = comparison.choose_examples(NUM_SHOWN)
     return {
         **intervals,
         "wins": int((change > TIE).sum()),
         "losses": int((change < -TIE).sum()),
         "ties": int((np.abs(change) <= TIE).sum()),
         "tie": TIE,
-        "lost": both.num_lost,
+        "lost": comparison.num_lost,
         "lost_over": LOST_IOU,
-        "most_improved": _named(before, after, chosen["improved"]),
-        "most_harmed": _named(before, after, chosen["harmed"]),
+        "most_improved": _iou_changes(before, after, examples["improved"]),
+        "most_harmed": _iou_changes(before, after, examples["harmed"]),
     }
 
 
-def _named(
+def _iou_changes(
     before: EvaluatedObjects, after: EvaluatedObjects, which: NDArray[np.int64]
 ) -> list[dict[str, Any]]:
     columns = zip(
@@ -182,133 +210,115 @@ def _named(
     return [dict(zip(names, values, strict=True)) for values in columns]
 
 
-MAX_CLASSES_SHOWN = 12
-MAX_OBJECTS_SHOWN = 5
-_LABEL = 36
-
-_PROMPTS = {
-    "box": "box as annotated",
-    "jitter_5": "box, sides off by up to 5 %",
-    "jitter_10": "box, sides off by up to 10 %",
-    "jitter_20": "box, sides off by up to 20 %",
-    "point": "one point at the centre",
-}
-_AP = {
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-}
-
-
 def format_tables(evaluations: list[dict[str, Any]], *, data: str) -> list[str]:
-    """Everything that is worth reading, as lines.
+    """The tables that `samft.evaluate` prints, as lines; models are columns A, B, ...
 
     Args:
-        evaluations: What `evaluation_run` makes of each checkpoint; from the second on with a
-            `comparison` with the first.
-        data: What was evaluated on.
+        evaluations: Of each checkpoint: `summarise_scores` with `checkpoint`, `model_type`,
+            `image_size`, `resize_mode` and `coco` (`coco_ap.average_precision`); from the second
+            on with a `comparison` with the first.
+        data: Name of the dataset, for the heading.
     """
     first, letters = evaluations[0], [chr(ord("A") + k) for k in range(len(evaluations))]
-    several = len(evaluations) > 1
+    has_several = len(evaluations) > 1
     lines = [f"{data}: {first['images']:,} images, {first['masks']:,} masks", ""]
-    for letter, one in zip(letters, evaluations, strict=True):
-        mark = f"{letter}  " if several else ""
-        model = f"{one['model_type']}, {one['image_size']} px, {one['resize_mode']}"
-        lines.append(f"{mark}{one['checkpoint']} ({model})")
-    heads = [*letters, *(f"{letter} - A" for letter in letters[1:])] if several else [""]
-    lines += ["", _line("", heads)] if several else [""]
-    for label, values in _rows(evaluations):
-        lines.append(label if values is None else _line(label, _cells(values)))
-    lines += ["", *_classes(evaluations, heads)]
-    if not several:
-        lines += _bins(first["calibration"])
-    for letter, one in zip(letters[1:], evaluations[1:], strict=True):
-        lines += ["", *_comparison(one["comparison"], letter)]
+    for letter, evaluation in zip(letters, evaluations, strict=True):
+        model = "{model_type}, {image_size} px, {resize_mode}".format(**evaluation)
+        prefix = f"{letter}  " if has_several else ""
+        lines.append(f"{prefix}{evaluation['checkpoint']} ({model})")
+    heads = [*letters, *(f"{letter} - A" for letter in letters[1:])] if has_several else [""]
+    lines += ["", _format_line("", heads)] if has_several else [""]
+    for label, values in _score_rows(evaluations):
+        lines.append(label if values is None else _format_line(label, _format_cells(values)))
+    lines += ["", *_class_lines(evaluations, heads)]
+    if not has_several:
+        lines += _calibration_lines(first["calibration"])
+    for letter, evaluation in zip(letters[1:], evaluations[1:], strict=True):
+        lines += ["", *_comparison_lines(evaluation["comparison"], letter)]
     return lines
 
 
-def _line(label: str, cells: list[str]) -> str:
-    return (f"{label:<{_LABEL}}" + "".join(f"{cell:>9}" for cell in cells)).rstrip()
+def _format_line(label: str, cells: list[str]) -> str:
+    return (f"{label:<{_LABEL_WIDTH}}" + "".join(f"{cell:>9}" for cell in cells)).rstrip()
 
 
-def _cells(values: list[float | None]) -> list[str]:
-    first = values[0]
-    plain = ["-" if value is None else f"{value:.4f}" for value in values]
-    changes = [
-        "-" if value is None or first is None else f"{value - first:+.4f}" for value in values[1:]
+def _format_cells(scores: list[float | None]) -> list[str]:
+    # The score of each model, then the difference of each further model from the first.
+    first = scores[0]
+    values = ["-" if score is None else f"{score:.4f}" for score in scores]
+    differences = [
+        "-" if score is None or first is None else f"{score - first:+.4f}" for score in scores[1:]
     ]
-    return plain + changes
+    return values + differences
 
 
-def _rows(evaluations: list[dict[str, Any]]) -> Iterator[tuple[str, list[Any] | None]]:
-    def of(*path: str) -> list[Any]:
+def _score_rows(evaluations: list[dict[str, Any]]) -> Iterator[tuple[str, list[Any] | None]]:
+    # A row is a label with one score per model, or with None where it is a heading.
+    def scores_at(*path: str) -> list[Any]:
         values: list[Any] = evaluations
         for key in path:
             values = [value[key] for value in values]
         return values
 
-    yield "IoU, mean over masks", of("iou", "mean")
-    yield "  median", of("iou", "median")
-    yield "  10th percentile", of("iou", "percentile_10")
-    yield "Dice", of("dice", "mean")
-    yield "boundary IoU", of("boundary_iou", "mean")
-    yield "IoU of filling each box", of("box_fill_iou")
+    yield "IoU, mean over masks", scores_at("iou", "mean")
+    yield "  median", scores_at("iou", "median")
+    yield "  10th percentile", scores_at("iou", "percentile_10")
+    yield "Dice", scores_at("dice", "mean")
+    yield "boundary IoU", scores_at("boundary_iou", "mean")
+    yield "IoU of filling each box", scores_at("box_fill_iou")
     yield "IoU by size, pixels", None
     for name, (least, below) in SIZES.items():
         span = f"{least:,} to {below:,}" if below < float("inf") else f"{least:,} and more"
         masks = evaluations[0]["by_size"][name]["masks"]
-        yield f"  {name}, {span} ({masks:,})", of("by_size", name, "iou")
+        yield f"  {name}, {span} ({masks:,})", scores_at("by_size", name, "iou")
     yield "IoU by prompt", None
-    for name, label in _PROMPTS.items():
-        yield f"  {label}", of("by_prompt", name, "mean")
+    for name, label in _PROMPT_LABELS.items():
+        yield f"  {label}", scores_at("by_prompt", name, "mean")
     limit = evaluations[0]["coco"]["max_dets"]
     more = f", {limit} of a class in an image" if limit > USUAL_MAX_DETS else ""
     yield f"COCO AP of masks from boxes{more}", None
-    for name, label in _AP.items():
-        yield f"  {label}", of("coco", name)
+    for name, label in _AP_LABELS.items():
+        yield f"  {label}", scores_at("coco", name)
     yield "predicted IoU", None
-    yield "  mean error of calibration", of("calibration", "expected_calibration_error")
-    yield "  correlation with the actual IoU", of("calibration", "correlation")
+    yield "  mean error of calibration", scores_at("calibration", "expected_calibration_error")
+    yield "  correlation with the actual IoU", scores_at("calibration", "correlation")
 
 
-def _classes(evaluations: list[dict[str, Any]], heads: list[str]) -> list[str]:
+def _class_lines(evaluations: list[dict[str, Any]], heads: list[str]) -> list[str]:
     rows = sorted(
-        zip(*(one["by_category"] for one in evaluations), strict=True),
+        zip(*(evaluation["by_category"] for evaluation in evaluations), strict=True),
         key=lambda row: row[0]["iou"],
     )
     if len(rows) < 2:
         return []
     shown = rows[:MAX_CLASSES_SHOWN]
     which = f", the {len(shown)} worst of {len(rows)}" if len(rows) > len(shown) else ""
-    lines = [_line(f"IoU by class{which}", heads)]
+    lines = [_format_line(f"IoU by class{which}", heads)]
     for row in shown:
         name = row[0]["name"] if len(row[0]["name"]) <= 22 else f"{row[0]['name'][:21]}~"
         label = f"  {name} ({row[0]['masks']:,})"
-        lines.append(_line(label, _cells([one["iou"] for one in row])))
+        lines.append(_format_line(label, _format_cells([model["iou"] for model in row])))
     return lines
 
 
-def _bins(calibration: dict[str, Any]) -> list[str]:
-    lines = ["", _line("predicted IoU (masks)", ["predicted", "actual"])]
+def _calibration_lines(calibration: dict[str, Any]) -> list[str]:
+    lines = ["", _format_line("predicted IoU (masks)", ["predicted", "actual"])]
     for row in calibration["bins"]:
         label = f"  {row['from']:.1f} to {row['to']:.1f} ({row['masks']:,})"
-        lines.append(_line(label, [f"{row[name]:.4f}" for name in ("predicted", "actual")]))
+        lines.append(_format_line(label, [f"{row[name]:.4f}" for name in ("predicted", "actual")]))
     return lines
 
 
-def _comparison(comparison: dict[str, Any], letter: str) -> list[str]:
+def _comparison_lines(comparison: dict[str, Any], letter: str) -> list[str]:
     lines = [f"{letter} against A, on the same objects"]
     labels = {"iou": "IoU", "boundary_iou": "boundary IoU", "iou_point": "IoU from a point"}
     for name, label in labels.items():
-        found = comparison[name]
-        text = f"{found['difference']:+.4f}"
-        if found["interval"] is not None:
-            low, high = found["interval"]
-            text += f"   95 % interval {low:+.4f} to {high:+.4f}"
-        lines.append(f"  {label:<18}{text}")
+        change = comparison[name]
+        line = f"  {label:<18}{change['difference']:+.4f}"
+        if change["interval"] is not None:
+            low, high = change["interval"]
+            line += f"   95 % interval {low:+.4f} to {high:+.4f}"
+        lines.append(line)
     lines.append(
         f"  better {comparison['wins']:,}, worse {comparison['losses']:,}, within "
         f"{comparison['tie']}: {comparison['ties']:,}; lost over {comparison['lost_over']}: "

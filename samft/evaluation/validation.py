@@ -1,6 +1,7 @@
-"""The few masks of a validation that are kept to be looked at; the others are scored and let go.
+"""Validates a model on every mask of a split: `validate`, and the few masks kept for pictures.
 
-Scores on every mask of a split: `validate`, the number that is deployed.
+The IoU is that of `SamPredictor` with the same weights, at each image's original resolution. All
+masks are scored, but only those that a `MaskSelection` asks for are kept.
 """
 
 import contextlib
@@ -25,90 +26,95 @@ from samft.runtime import heartbeat
 from samft.training.engine import LOSS_NAMES
 from samft.training.losses import LossFunction
 
-Key = tuple[int, int]  # the ids of an image and of one of its objects
+MASK_CHUNK = 64  # masks decoded and scored at once
 
 
 @dataclass(frozen=True, order=True)
 class SelectedMask:
-    """A mask that a model predicted; ordered by how bad it is."""
+    """A predicted mask that was kept; the lower its IoU, the earlier in order."""
 
     iou_actual: float
-    key: Key
+    key: tuple[int, int]  # image id, object id
     iou_predicted: float = field(compare=False)
-    rle: dict[str, Any] = field(compare=False)  # at the original resolution
+    rle: dict[str, Any] = field(compare=False)  # COCO's compressed RLE, original frame
 
     @property
     def mask(self) -> CroppedMask:
-        """The mask, cropped tightly."""
+        """The mask, cropped tightly, original frame."""
         return decode_encoded(self.rle)
 
 
 class MaskSelection:
-    """Keeps the masks of certain objects, and the worst; in memory never more than those.
+    """Keeps the masks of chosen objects and the worst ones; never holds more than those.
 
     Args:
-        fixed: The objects whose masks are kept whatever they are.
-        num_worst: How many of the worst.
+        fixed: Objects whose masks are always kept, as (image id, object id).
+        num_worst: How many of the masks with the lowest IoU are kept.
     """
 
-    def __init__(self, fixed: Iterable[Key], *, num_worst: int) -> None:
-        self._wanted, self._num_worst = frozenset(fixed), num_worst
-        self.fixed: dict[Key, SelectedMask] = {}
-        self.worst: list[SelectedMask] = []
-        # The best of the worst first: what a worse one pushes out.
+    def __init__(self, fixed: Iterable[tuple[int, int]], *, num_worst: int) -> None:
+        self._fixed_keys, self._num_worst = frozenset(fixed), num_worst
+        self.fixed: dict[tuple[int, int], SelectedMask] = {}
+        self.worst: list[SelectedMask] = []  # filled by `gather`
+        # Negated, so that the heap's smallest is the best of the worst: the next to be replaced.
         self._heap: list[tuple[float, int, int]] = []
-        self._encoded: dict[Key, SelectedMask] = {}
+        self._worst_so_far: dict[tuple[int, int], SelectedMask] = {}
 
     def add(
-        self, key: Key, mask: CroppedMask, *, ious: tuple[float, float], size: tuple[int, int]
+        self,
+        key: tuple[int, int],
+        mask: CroppedMask,
+        *,
+        ious: tuple[float, float],
+        size: tuple[int, int],
     ) -> None:
-        """Keeps a mask if it is to be kept.
+        """Keeps a mask if its object is among the fixed ones, or if it is among the worst so far.
 
         Args:
-            key: Of its object.
-            mask: At the original resolution.
+            key: Image id, object id.
+            mask: In the original frame.
             ious: Actual and predicted.
             size: H, W of the image.
         """
         entry = (-ious[0], -key[0], -key[1])
         has_room = len(self._heap) < self._num_worst
         is_bad = has_room or (self._num_worst > 0 and entry > self._heap[0])
-        if key not in self._wanted and not is_bad:
-            return
+        if key not in self._fixed_keys and not is_bad:
+            return  # most masks: they are not even encoded
         height, width = size
         rle = encode_cropped(mask, height=height, width=width)
-        kept = SelectedMask(ious[0], key, ious[1], rle)
-        if key in self._wanted:
-            self.fixed[key] = kept
+        selected = SelectedMask(ious[0], key, ious[1], rle)
+        if key in self._fixed_keys:
+            self.fixed[key] = selected
         if is_bad:
             heapq.heappush(self._heap, entry)
-            self._encoded[key] = kept
+            self._worst_so_far[key] = selected
             if len(self._heap) > self._num_worst:
                 _, image_id, object_id = heapq.heappop(self._heap)
-                del self._encoded[-image_id, -object_id]
+                del self._worst_so_far[-image_id, -object_id]
 
     def gather(self) -> None:
-        """Puts those of all ranks into `fixed` and `worst`, the same on each. Collective."""
-        found = all_gather((self.fixed, list(self._encoded.values())))
-        self.fixed = {key: kept for fixed, _ in found for key, kept in fixed.items()}
-        self.worst = sorted(kept for _, some in found for kept in some)[: self._num_worst]
+        """Fills `fixed` and `worst` with the masks of all ranks. Collective: every rank must call.
 
-
-MASK_CHUNK = 64
+        Afterwards they are the same on each rank, whatever the number of ranks.
+        """
+        by_rank = all_gather((self.fixed, list(self._worst_so_far.values())))
+        self.fixed = {key: mask for fixed, _ in by_rank for key, mask in fixed.items()}
+        self.worst = sorted(mask for _, worst in by_rank for mask in worst)[: self._num_worst]
 
 
 @dataclass
 class Validation:
-    """What a validation pass found.
+    """The result of a validation pass.
 
     Attributes:
         metrics: `LOSS_NAMES` and `iou_predicted`, means over all masks of all ranks;
             `per_mask_iou` is at the original resolution.
-        box_fill_iou: What filling each box would score.
+        box_fill_iou: Mean IoU of filling each box, over the same masks.
         objects: One row for each mask of all ranks.
-        selection: The masks that were kept to be looked at, of all ranks.
-        bad_images: This rank's images that could not be read: name, what is wrong.
-        rates: How fast it went, for the log.
+        selection: The masks that were kept for pictures, of all ranks.
+        bad_images: This rank's images that could not be read: name, reason.
+        rates: Speed, for the log.
     """
 
     metrics: dict[str, float]
@@ -135,15 +141,16 @@ def validate(
     `SamPredictor` gets with the same weights.
 
     Args:
-        model: Not wrapped; ranks may hold different numbers of images, or none.
-        batches: This rank's images, one a batch, with their truths.
+        model: Not wrapped in DDP.
+        batches: This rank's images, one per batch, with their true masks; ranks may have different
+            numbers of images, or none.
         loss: `losses.mask_losses` with its weights and image size set.
-        selection: Is offered every mask, for pictures.
-        should_stop: Asked before each image on every rank; all stop if any says yes.
+        selection: Every mask is added to it; it decides which to keep.
+        should_stop: Called before each image on every rank; all stop if it is true on any.
         waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
 
     Returns:
-        Means over all ranks.
+        The same means, rows and selection on every rank.
 
     Raises:
         StopInterrupt: Any rank was asked to stop.
@@ -152,19 +159,19 @@ def validate(
     means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
     means["per_mask_iou"] = PerMaskIoU()
     for mean in means.values():
-        mean.update(torch.zeros(0))  # or torchmetrics warns of a rank that has no image
-    objects: list[ObjectScores] = []
+        mean.update(torch.zeros(0))  # else torchmetrics warns on a rank that has no image
+    rows: list[ObjectScores] = []
     bad_images: dict[str, str] = {}
     for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
         heartbeat.set_activity("validating on image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
-        if batch.num_masks:  # none if the image cannot be read
-            objects += _score_image(model, batch, loss=loss, means=means, selection=selection)
+        if batch.num_masks:  # 0 if the image cannot be read
+            rows += _score_image(model, batch, loss=loss, means=means, selection=selection)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
-    table = gather_scores(ObjectScores.concatenate(objects))
+    objects = gather_scores(ObjectScores.concatenate(rows))
     if selection is not None:
         selection.gather()
-    return Validation(metrics, metrics.pop("box_fill_iou"), table, selection, bad_images)
+    return Validation(metrics, metrics.pop("box_fill_iou"), objects, selection, bad_images)
 
 
 def _score_image(
@@ -175,18 +182,20 @@ def _score_image(
     means: dict[str, MaskMean],
     selection: MaskSelection | None,
 ) -> list[ObjectScores]:
-    moved = batch.to(model.sam.device, non_blocking=True)
-    embedding = model.embed(moved.images, moved.input_sizes, cached=moved.embeddings)
+    on_device = batch.to(model.sam.device, non_blocking=True)
+    embedding = model.embed(on_device.images, on_device.input_sizes, cached=on_device.embeddings)
     rows = []
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        scores = _score_masks(model, moved, embedding, part=part, loss=loss, selection=selection)
+        scores = _score_masks(
+            model, on_device, embedding, part=part, loss=loss, selection=selection
+        )
         for name, values in scores.items():
             means[name].update(values.cpu())
-        rows.append(_rows(batch, part, scores))
+        rows.append(_score_rows(batch, part, scores))
     return rows
 
 
-def _rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> ObjectScores:
+def _score_rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> ObjectScores:
     (image_id,) = batch.image_ids
     return ObjectScores(
         image_ids=np.full(len(part), image_id),
@@ -215,18 +224,19 @@ def _score_masks(
         image_index=index,
         input_sizes=batch.input_sizes,
     )
-    truths = [batch.truths[number] for number in part.tolist()]
+    truths = [batch.truths[k] for k in part.tolist()]
     image_size = model.sam.image_encoder.img_size
+    # A generator: one mask of the original resolution is in memory at a time.
     masks = original_masks(logits, image_size=image_size, **batch.image_sizes)
     ious = []
-    for k, mask in zip(part.tolist(), masks, strict=True):
-        ious.append(cropped_iou(mask, batch.truths[k]))
+    for row, (mask, truth) in enumerate(zip(masks, truths, strict=True)):
+        ious.append(cropped_iou(mask, truth))
         if selection is not None:
-            key = batch.image_ids[0], int(batch.object_ids[k])
-            both = ious[-1], float(iou_predicted[k - int(part[0])])
+            key = batch.image_ids[0], int(batch.object_ids[part[row]])
+            both = ious[row], float(iou_predicted[row])
             selection.add(key, mask, ious=both, size=batch.image_sizes["original_size"])
-    iou = torch.tensor(ious, dtype=torch.float64)
-    values = (losses.total, losses.focal, losses.dice, losses.iou, iou)
+    per_mask_iou = torch.tensor(ious, dtype=torch.float64)
+    values = (losses.total, losses.focal, losses.dice, losses.iou, per_mask_iou)
     scores = dict(zip(LOSS_NAMES, values, strict=True))
     scores["iou_predicted"] = iou_predicted
     scores["box_fill_iou"] = box_fill_ious(boxes, truths, **batch.image_sizes)

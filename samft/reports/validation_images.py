@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from samft.coco.index import CocoIndex
 from samft.coco.subset import CocoSubset
 from samft.evaluation.object_scores import ObjectScores
-from samft.evaluation.validation import Key, MaskSelection, SelectedMask, Validation
+from samft.evaluation.validation import MaskSelection, SelectedMask, Validation
 from samft.reports.contact_sheets import SheetEntry, draw_sheet
 from samft.reports.drawing import (
     ObjectCrop,
@@ -148,7 +148,7 @@ class ValidationImages:
         """What `validate` is to keep, on every rank."""
         return MaskSelection([self._key(k) for k in self.fixed.tolist()], num_worst=NUM_WORST)
 
-    def _key(self, k: int) -> Key:
+    def _key(self, k: int) -> tuple[int, int]:
         return int(self.index.image_ids[image_row_of(self.index, k)]), int(self.index.object_ids[k])
 
     def record_validation(self, step: int, found: Validation) -> None:

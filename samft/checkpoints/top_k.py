@@ -1,5 +1,6 @@
-"""The best k checkpoints with their sidecars."""
+"""The best k checkpoints of a run: flat state dicts with SAM's own keys, and JSON sidecars."""
 
+import math
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -24,15 +25,15 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_tensors(state: dict[str, Any], file: BinaryIO) -> None:
-    """`torch.save`, with a full disk as an `OSError`.
+    """Calls `torch.save`, and raises what torch reports of a full disk as an `OSError`.
 
     Raises:
-        OSError: The disk is full, say.
+        OSError: The file cannot be written; usually the disk is full.
     """
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        # torch reports a full disk as a failed write of its own archive, and says no more.
+        # torch's archive writer knows only that a write failed, not why.
         raise OSError(f"the disk may be full ({error})") from error
 
 
@@ -49,19 +50,19 @@ class Checkpoint:
 
 
 class TopK:
-    """Keeps the best k checkpoints by validation score; ties keep the earlier.
+    """Keeps the best k checkpoints by validation score; among equal scores the earlier ones.
 
-    A checkpoint is a flat state dict with SAM's own keys and nothing else; what is to be known
-    about it stands in its sidecar, the same name with `.json` for `.ckpt`.
+    A checkpoint is a flat state dict with SAM's own keys and nothing else, so that every SAM tool
+    reads it. Its metadata are in its sidecar, the same name with `.json` for `.ckpt`.
     """
 
     def __init__(self, folder: Path, *, k: int, best: list[Checkpoint] | None = None) -> None:
-        """Starts from the list that an earlier run left, or empty.
+        """Starts with the checkpoints of the run that is resumed, or with none.
 
         Args:
-            folder: Where the files are.
+            folder: The output folder.
             k: How many to keep.
-            best: From `to_list` of the run that is resumed.
+            best: From `from_list`.
         """
         self.folder, self.k = folder, k
         self.best = list(best or [])
@@ -69,65 +70,69 @@ class TopK:
     def save_if_better(
         self, state: dict[str, Tensor], *, score: float, sidecar: dict[str, Any]
     ) -> bool:
-        """Saves a checkpoint if it is among the best, then deletes the one that it pushed out.
+        """Saves a checkpoint if it is one of the best k, then deletes the one that it displaced.
 
         Args:
-            state: SAM's own keys to tensors.
-            score: Higher is better; nan is never good enough.
-            sidecar: What to write beside it; its file's SHA-256 is added.
+            state: Tensors by SAM's own keys.
+            score: Higher is better; nan never counts as one of the best.
+            sidecar: Metadata to write beside it, with the `step`; the file's SHA-256 is added.
 
         Returns:
             Whether it was saved.
         """
         step = int(sidecar["step"])
-        others = [entry for entry in self.best if entry.step != step]  # a step may be repeated
-        ranked = sorted(
-            [*others, Checkpoint(f"{step}-{score:.2f}.ckpt", step, score)],
-            key=lambda entry: (-entry.score, entry.step),
-        )
-        if not score == score or all(entry.step != step for entry in ranked[: self.k]):
+        new = Checkpoint(f"{step}-{score:.2f}.ckpt", step, score)
+        # After a resume a step may be validated again: it replaces its own earlier checkpoint.
+        others = [checkpoint for checkpoint in self.best if checkpoint.step != step]
+        ranked = sorted([*others, new], key=lambda each: (-each.score, each.step))[: self.k]
+        if math.isnan(score) or new not in ranked:
             return False
-        path = self.folder / f"{step}-{score:.2f}.ckpt"
+        path = self.folder / new.name
+        # Cloned, for a view would be saved with the whole of the storage that it is a part of.
         save_tensors(path, {name: tensor.detach().cpu().clone() for name, tensor in state.items()})
         write_json(path.with_suffix(".json"), {**sidecar, "sha256": sha256_of(path)})
-        before, self.best = self.best, ranked[: self.k]
-        for name in {entry.name for entry in before} - {entry.name for entry in self.best}:
+        # Only now, when the new one is on the disk with its sidecar, may others be deleted: a kill
+        # or a full disk before this line leaves the k best that there were. A kill after it, before
+        # `last.ckpt` lists the new one, is harmless: the resumed run takes the same steps again,
+        # saves the same checkpoint over this one, and finds the displaced one deleted already.
+        before, self.best = self.best, ranked
+        for name in {each.name for each in before} - {each.name for each in self.best}:
             (self.folder / name).unlink(missing_ok=True)
             (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
         return True
 
     def copy_from(self, folder: Path) -> None:
-        """Copies the best checkpoints of a run in another folder; forgets those that are gone.
+        """Copies the listed checkpoints from another folder; drops those whose files are missing.
 
         Args:
-            folder: Where the run that is resumed left them.
+            folder: The output folder of the run that is resumed.
         """
-        self.best = [entry for entry in self.best if (folder / entry.name).is_file()]
-        for entry in self.best:
-            for name in (entry.name, Path(entry.name).with_suffix(".json").name):
+        self.best = [each for each in self.best if (folder / each.name).is_file()]
+        for checkpoint in self.best:
+            for name in (checkpoint.name, Path(checkpoint.name).with_suffix(".json").name):
                 if (folder / name).is_file():
                     shutil.copy2(folder / name, self.folder / name)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The list as plain values, best first, for `last.ckpt`."""
-        return [vars(entry) for entry in self.best]
+        """The checkpoints as plain values, best first, for `last.ckpt`."""
+        return [vars(checkpoint) for checkpoint in self.best]
 
     @staticmethod
     def from_list(entries: list[dict[str, Any]]) -> list[Checkpoint]:
-        """The list that `to_list` gave."""
+        """Checkpoints from what `to_list` returned."""
         return [Checkpoint(**entry) for entry in entries]
 
 
 def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]) -> dict[str, Any]:
-    """What is to be known about a checkpoint, as plain values.
+    """The metadata of a checkpoint, as plain values.
 
     Args:
         config: The run's configuration.
-        step: Optimizer steps done.
-        metrics: Of the validation at that step.
+        step: Optimizer steps taken.
+        metrics: Of the validation at that step, without the prefix `val_`.
 
     Returns:
-        The sidecar's content, without the SHA-256 that `TopK.save_if_better` adds.
+        The content of the sidecar, except the SHA-256 that `TopK.save_if_better` adds.
     """
     return {
         **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},
@@ -141,11 +146,11 @@ def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree that samft runs from; None where there is none."""
+    """The git commit of the source tree that samft runs from; None if that is no repository."""
     folder = Path(samft.__file__).parent
     try:
-        answer = subprocess.run(
-            # The second name fails where the folder merely lies inside someone else's repository.
+        completed = subprocess.run(
+            # The second name fails where the folder merely lies in another project's repository.
             ["git", "-C", str(folder), "rev-parse", "HEAD", "HEAD:./__init__.py"],
             capture_output=True,
             text=True,
@@ -154,4 +159,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.split()[0] if answer.returncode == 0 else None
+    return completed.stdout.split()[0] if completed.returncode == 0 else None

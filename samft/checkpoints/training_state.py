@@ -1,13 +1,13 @@
-"""The state to resume from: `last.ckpt`, the one before it, and how to know that they are whole.
+"""The state to resume from: `last.ckpt` and the one before it, both verified by SHA-256 sidecars.
 
-A flipped bit in a checkpoint loads without an error, so beside each file stands a sidecar with the
-SHA-256 that it may have. File and sidecar cannot be replaced in one go; so the sidecar comes first,
-and names the content that is about to come as well as the one that is there. Killed at any moment,
-`last.ckpt` is one of the two, and `previous/last.ckpt` the one before it.
+A flipped bit in a checkpoint loads without an error, so beside each file there is a JSON sidecar
+with its SHA-256. Two files cannot be replaced at once; so the sidecar is written first, and lists
+two digests: of the content that is there, and of the content that is about to replace it. Whenever
+the process is killed, `last.ckpt` is the old state or the new one, `previous/last.ckpt` is the
+state before it, and each has a digest that its sidecar lists.
 """
 
 import contextlib
-import logging
 import os
 import shutil
 from functools import partial
@@ -19,12 +19,11 @@ import torch
 from samft.checkpoints.top_k import write_tensors
 from samft.errors import CheckpointError
 from samft.runtime.files import atomic_replacement, read_digests, sha256_of, write_json
+from samft.runtime.logs import LOGGER
 
 FORMAT_VERSION = 1
 LAST_NAME = "last.ckpt"
-_PREVIOUS = "previous"  # the folder of the one before it
-
-logger = logging.getLogger(__name__)
+_PREVIOUS = "previous"  # the folder of the state before it
 
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
@@ -35,65 +34,76 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
         state: Tensors and plain Python values.
 
     Raises:
-        OSError: The disk is full or the folder cannot be written; what was there is whole.
+        OSError: The disk is full or the folder cannot be written. What was there is whole.
     """
     last, previous = folder / LAST_NAME, folder / _PREVIOUS / LAST_NAME
     content = {"format": FORMAT_VERSION, **state}
+    # Every line below is one atomic change. In the comments O is the old last state, P the one
+    # before it, N the new one; "file | sidecar" shows what a process that is killed right after
+    # the line leaves. An interrupted save may have left two digests in a sidecar: then P stands for
+    # both. The next save starts from any of these and needs no clean-up.
     with atomic_replacement(last, partial(write_tensors, content)) as part:
-        digest = sha256_of(part)
-        coming = [digest]
+        # N is whole and synced under a temporary name. last: O | O   previous: P | P
+        new_digest = sha256_of(part)
+        digests = [new_digest]
         if last.exists():
-            there = _digest_of(last)
+            old_digest = _listed_digest(last)
             previous.parent.mkdir(exist_ok=True)
-            _note(previous, there, *_known(previous))
-            _link(last, previous)
-            _note(previous, there)
-            coming.append(there)
-        _note(last, *coming)
-    with contextlib.suppress(OSError):  # it is saved; a sidecar that names two is right, too
-        _note(last, digest)
+            _write_sidecar(previous, old_digest, *_read_sidecar(previous))  # previous: P | O P
+            _replace_with_link(previous, last)  # previous: O | O P
+            _write_sidecar(previous, old_digest)  # previous: O | O
+            digests.append(old_digest)
+        _write_sidecar(last, *digests)  # last: O | N O
+    # The end of the block moved N into place. last: N | N O   previous: O | O
+    with contextlib.suppress(OSError):  # N is saved, and a sidecar with two digests verifies it
+        _write_sidecar(last, new_digest)  # last: N | N
 
 
-def _sidecar(path: Path) -> Path:
+def _sidecar_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _known(path: Path) -> list[str]:
-    return read_digests(_sidecar(path))
+def _read_sidecar(path: Path) -> list[str]:
+    # The digests that the file may have; none without a readable sidecar.
+    return read_digests(_sidecar_of(path))
 
 
-def _digest_of(path: Path) -> str:
-    # The sidecar names one, but for a save that was broken off, of which it names two.
-    known = _known(path)
-    if len(known) == 1:
-        return known[0]
-    found = sha256_of(path)
-    return found if found in known or not known else known[0]
+def _write_sidecar(path: Path, *digests: str) -> None:
+    distinct = list(dict.fromkeys(digests))
+    write_json(_sidecar_of(path), {"format": FORMAT_VERSION, "sha256": distinct})
 
 
-def _note(path: Path, *digests: str) -> None:
-    known = list(dict.fromkeys(digests))
-    write_json(_sidecar(path), {"format": FORMAT_VERSION, "sha256": known})
+def _listed_digest(path: Path) -> str:
+    # What the sidecar says, not what the file has now: a file that has rotted on the disk since it
+    # was written must not get a fresh digest that vouches for it.
+    listed = _read_sidecar(path)
+    if len(listed) == 1:
+        return listed[0]
+    # An interrupted save left two, of which the file has one; an early version left none.
+    digest = sha256_of(path)
+    return digest if digest in listed or not listed else listed[0]
 
 
-def _link(path: Path, other: Path) -> None:
-    part = other.with_name(f".{other.name}.part")
+def _replace_with_link(path: Path, target: Path) -> None:
+    # A second name for the target's content costs no space and no time. `os.link` cannot replace a
+    # file, so it makes a temporary name, which is then moved into place.
+    part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     try:
-        os.link(path, part)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, part)
-    os.replace(part, other)
+        os.link(target, part)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(target, part)
+    os.replace(part, path)
 
 
 class LatestState(NamedTuple):
-    """What `load_latest` found.
+    """The newest usable training state of a folder.
 
     Attributes:
         state: What `save_last` was given.
-        path: Where it was.
-        passed_over: For each newer file that could not be used, why; also why this one could not be
-            checked, if so.
+        path: The file that it was read from.
+        passed_over: For each newer file that cannot be used, the reason. If this one could not be
+            verified, that, too.
     """
 
     state: dict[str, Any]
@@ -102,20 +112,20 @@ class LatestState(NamedTuple):
 
 
 def run_dir_of(path: Path) -> Path:
-    """The output folder that a state lies in, or in whose `previous` it lies."""
-    # An output folder may be called previous, too; but that one has more in it.
-    is_kept = path.parent.name == _PREVIOUS and not (path.parent / "metrics.jsonl").exists()
-    return path.parent.parent if is_kept else path.parent
+    """The output folder of the run that a `last.ckpt`, or `previous/last.ckpt`, belongs to."""
+    # An output folder may itself be called `previous`; but then it has a log of metrics.
+    is_previous = path.parent.name == _PREVIOUS and not (path.parent / "metrics.jsonl").exists()
+    return path.parent.parent if is_previous else path.parent
 
 
 def load_latest(folder: Path) -> LatestState | None:
-    """Reads the newest state of a folder that is whole.
+    """Loads the newest state of a folder that is whole.
 
     Args:
         folder: The output folder of a run.
 
     Returns:
-        The state, with what had to be passed over; None if the folder holds no state at all.
+        The state, and why newer ones were passed over; None if the folder has no state at all.
 
     Raises:
         CheckpointError: There are states, but none can be used; each is listed with its reason.
@@ -128,31 +138,31 @@ def load_latest(folder: Path) -> LatestState | None:
     unchecked: list[Path] = []
     for path in paths:
         try:
-            return LatestState(read_checked(path), path, problems)
-        except _NoSidecar as error:
+            return LatestState(load_verified_state(path), path, problems)
+        except _NoSidecarError as error:
             problems.append(str(error))
             unchecked.append(path)
         except CheckpointError as error:
             problems.append(str(error))
-    # Better a state that cannot be checked, as versions before the sidecar left them, than none.
+    # A state that cannot be verified, as the first version left them, is better than none.
     for path in unchecked:
         try:
-            return LatestState(_read(path), path, problems)
+            return LatestState(_load_state(path), path, problems)
         except CheckpointError as error:
             problems.append(str(error))
     listed = "".join(f"\n  - {problem}" for problem in problems)
     raise CheckpointError(
-        f"resume: {folder} holds a run, but none of its states can be used:{listed}\nPut a good "
-        "copy in the place of one, or start afresh with another output_dir or `--resume never`."
+        f"resume: {folder} holds a run, but none of its states can be used:{listed}\nReplace one "
+        "by a good copy, or start a new run with another output_dir or `--resume never`."
     )
 
 
-class _NoSidecar(CheckpointError):
+class _NoSidecarError(CheckpointError):
     pass
 
 
-def read_checked(path: Path) -> dict[str, Any]:
-    """Reads a state after it was compared with the SHA-256 in its sidecar.
+def load_verified_state(path: Path) -> dict[str, Any]:
+    """Loads a state whose SHA-256 is one of those in its sidecar.
 
     Args:
         path: A `last.ckpt`; loaded with `weights_only=True`.
@@ -167,32 +177,33 @@ def read_checked(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no file {path}.")
     if not path.stat().st_size:
         raise CheckpointError(f"{path} is empty.")
-    known = _known(path)
-    if not known:
-        raise _NoSidecar(f"{path} has no {_sidecar(path).name} beside it to be checked against.")
-    if sha256_of(path) not in known:
+    digests = _read_sidecar(path)
+    if not digests:
+        name = _sidecar_of(path).name
+        raise _NoSidecarError(f"{path} has no {name} beside it to be checked against.")
+    if sha256_of(path) not in digests:
         raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one in {_sidecar(path).name}."
+            f"{path} is damaged: its SHA-256 is not the one in {_sidecar_of(path).name}."
         )
-    return _read(path)
+    return _load_state(path)
 
 
-def read_state_file(path: Path) -> dict[str, Any]:
-    """Reads a state that a person named; without a sidecar it is taken as it is, which is said.
+def load_state_file(path: Path) -> dict[str, Any]:
+    """Loads a state that the user named; one without a sidecar is used, with a warning.
 
     Raises:
         CheckpointError: It is absent, damaged, or of another format.
     """
     try:
-        return read_checked(path)
-    except _NoSidecar as error:
-        logger.warning("resume: %s It is taken as it is.", error)
-        return _read(path)
+        return load_verified_state(path)
+    except _NoSidecarError as error:
+        LOGGER.warning("resume: %s It is used without this check.", error)
+        return _load_state(path)
     except CheckpointError as error:
         raise CheckpointError(f"resume: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged or hostile file
@@ -206,15 +217,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def quarantine_damaged(folder: Path, *, used: Path) -> None:
-    """Renames a `last.ckpt` that was passed over, or saving would put it in the place of the good.
+    """Renames a damaged `last.ckpt`, which the next save would keep instead of the good previous.
+
+    For one process at a time.
 
     Args:
-        folder: The output folder. One process at a time.
-        used: The state that is gone on from.
+        folder: The output folder.
+        used: The state that the run resumes from. Nothing is renamed if this is `last.ckpt`.
     """
     last = folder / LAST_NAME
     if used == last:
         return
+    # The file first: its sidecar alone would vouch for nothing, while the damaged file alone would
+    # count as a state that cannot be verified.
     if last.exists():
         last.rename(folder / f"{LAST_NAME}.damaged")
-    _sidecar(last).unlink(missing_ok=True)
+    _sidecar_of(last).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from samft import distributed
-from samft.checkpoints.training_state import LAST_NAME, load_latest, read_state_file, run_dir_of
+from samft.checkpoints.training_state import LAST_NAME, load_latest, load_state_file, run_dir_of
 from samft.config import TrainConfig, changed_settings
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
@@ -71,7 +71,7 @@ def _read_resume_point(config: TrainConfig, output_dir: Path) -> ResumePoint | N
     if config.resume == "never":
         return None
     path = Path(config.resume).expanduser()
-    return ResumePoint(read_state_file(path), path, [])
+    return ResumePoint(load_state_file(path), path, [])
 
 
 def _other_configuration(path: Path, rows: list[str]) -> ConfigError:

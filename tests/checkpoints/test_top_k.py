@@ -36,7 +36,10 @@ def test_the_best_k_stay_in_order_and_the_others_go(tmp_path: Path) -> None:
     scores = [(0, 0.5), (10, 0.4), (20, 0.7), (30, 0.6), (40, 0.45)]
     saved = [save_if_better(top_k, step, score) for step, score in scores]
     assert saved == [True, True, True, True, False]
-    assert [(entry.step, entry.score) for entry in top_k.best] == [(20, 0.7), (30, 0.6)]
+    assert [(checkpoint.step, checkpoint.score) for checkpoint in top_k.best] == [
+        (20, 0.7),
+        (30, 0.6),
+    ]
     assert names_in(tmp_path) == pairs("20-0.70", "30-0.60")
 
 
@@ -53,7 +56,7 @@ def test_a_checkpoint_is_deleted_only_when_the_better_one_is_whole(
     with pytest.raises(OSError, match="disk full"):
         save_if_better(top_k, 10, 0.6)
     assert set(pairs("0-0.50")) <= set(names_in(tmp_path))
-    assert [entry.step for entry in top_k.best] == [0]
+    assert [checkpoint.step for checkpoint in top_k.best] == [0]
 
 
 def test_ties_keep_the_earlier(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_a_step_that_is_repeated_replaces_itself(tmp_path: Path) -> None:
     assert names_in(tmp_path) == pairs("10-0.50")
     assert save_if_better(top_k, 10, 0.25)
     assert names_in(tmp_path) == pairs("10-0.25")
-    assert [entry.score for entry in top_k.best] == [0.25]
+    assert [checkpoint.score for checkpoint in top_k.best] == [0.25]
 
 
 def test_a_checkpoint_is_a_flat_dict_of_tensors_only(tmp_path: Path) -> None:
@@ -186,6 +189,6 @@ def test_a_run_taken_up_elsewhere_brings_its_best_along(tmp_path: Path) -> None:
     (old / "10-0.50.ckpt").unlink()
     top_k = TopK(new, k=2, best=first.best)
     top_k.copy_from(old)
-    assert [entry.step for entry in top_k.best] == [20]
+    assert [checkpoint.step for checkpoint in top_k.best] == [20]
     assert (new / "20-0.60.ckpt").read_bytes() == (old / "20-0.60.ckpt").read_bytes()
     assert (new / "20-0.60.json").is_file()

@@ -19,9 +19,9 @@ from samft.checkpoints.training_state import (
     FORMAT_VERSION,
     LAST_NAME,
     load_latest,
+    load_state_file,
+    load_verified_state,
     quarantine_damaged,
-    read_checked,
-    read_state_file,
     run_dir_of,
     save_last,
 )
@@ -75,8 +75,8 @@ def test_the_state_before_is_kept_and_checked(tmp_path: Path) -> None:
     assert not (tmp_path / PREVIOUS).exists()
     for step in range(2, 8):
         save(tmp_path, step)
-        assert step_of(read_checked(tmp_path / LAST_NAME)) == step
-        assert step_of(read_checked(tmp_path / PREVIOUS)) == step - 1
+        assert step_of(load_verified_state(tmp_path / LAST_NAME)) == step
+        assert step_of(load_verified_state(tmp_path / PREVIOUS)) == step - 1
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.json", "previous"]
     assert sorted(os.listdir(tmp_path / "previous")) == ["last.ckpt", "last.json"]
 
@@ -89,7 +89,7 @@ def test_without_links_the_state_before_is_copied(
 
     monkeypatch.setattr(os, "link", no_links)
     save(tmp_path, 1, 2, 3)
-    assert step_of(read_checked(tmp_path / PREVIOUS)) == 2
+    assert step_of(load_verified_state(tmp_path / PREVIOUS)) == 2
 
 
 def flip_a_bit(whole: bytes) -> bytes:
@@ -119,7 +119,7 @@ def test_of_a_damaged_state_the_one_before_is_taken(tmp_path: Path, kind: str) -
     assert (step_of(newest.state), newest.path) == (1, tmp_path / PREVIOUS)
     assert len(newest.passed_over) == 1 and reason in newest.passed_over[0]
     with pytest.raises(CheckpointError, match="^resume: ") as caught:
-        read_state_file(last)
+        load_state_file(last)
     assert reason in str(caught.value)
 
 
@@ -162,7 +162,7 @@ def test_a_lone_state_of_an_older_version_is_taken_and_it_is_said(tmp_path: Path
     assert len(newest.passed_over) == 1 and "has no last.json" in newest.passed_over[0]
     save(tmp_path, 2)
     for path, step in ((LAST_NAME, 2), (PREVIOUS, 1)):  # from now on both can be checked
-        assert step_of(read_checked(tmp_path / path)) == step
+        assert step_of(load_verified_state(tmp_path / path)) == step
 
 
 def test_when_no_state_is_good_each_is_listed_with_its_reason(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path, checked: bool) -
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_latest(run)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_state_file(run / LAST_NAME)
+        load_state_file(run / LAST_NAME)
     assert not planted.exists()
     torch.load(run / LAST_NAME, weights_only=False)  # and yet the bomb was live
     assert planted.exists()
@@ -212,20 +212,20 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path, checked: bool) -
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="is not the training state of a run"):
-        read_state_file(tmp_path / "a.ckpt")
+        load_state_file(tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"resume: there is no file .*b\.ckpt"):
-        read_state_file(tmp_path / "b.ckpt")
+        load_state_file(tmp_path / "b.ckpt")
 
 
 def test_a_named_state_without_a_sidecar_is_taken_and_it_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
-    assert step_of(read_state_file(tmp_path / LAST_NAME)) == 1
+    assert step_of(load_state_file(tmp_path / LAST_NAME)) == 1
     assert caplog.messages == []
     (tmp_path / "last.json").unlink()
-    assert step_of(read_state_file(tmp_path / LAST_NAME)) == 1
-    assert len(caplog.messages) == 1 and "It is taken as it is." in caplog.messages[0]
+    assert step_of(load_state_file(tmp_path / LAST_NAME)) == 1
+    assert len(caplog.messages) == 1 and "It is used without this check." in caplog.messages[0]
 
 
 def test_the_state_before_belongs_to_the_same_run(tmp_path: Path) -> None:
@@ -318,10 +318,10 @@ def test_killed_at_any_point_the_old_or_the_new_state_is_there(
             break
         found.append(newest_step(folder))
         if (folder / PREVIOUS).exists():  # it can be checked at any moment, too
-            assert step_of(read_checked(folder / PREVIOUS)) in (7, 8)
+            assert step_of(load_verified_state(folder / PREVIOUS)) in (7, 8)
         save(folder, 11)
-        assert step_of(read_checked(folder / LAST_NAME)) == 11
-        assert step_of(read_checked(folder / PREVIOUS)) == found[-1]
+        assert step_of(load_verified_state(folder / LAST_NAME)) == 11
+        assert step_of(load_verified_state(folder / PREVIOUS)) == found[-1]
     assert len(found) >= 3
     assert found == sorted(found) and set(found) <= {8, 10}
     assert newest_step(folder) == 10
@@ -373,8 +373,8 @@ def test_after_a_fallback_saving_keeps_the_good_state(tmp_path: Path) -> None:
     assert (tmp_path / "last.ckpt.damaged").read_bytes() == b"garbage"
     assert newest_step(tmp_path) == 1
     save(tmp_path, 3)
-    assert step_of(read_checked(tmp_path / LAST_NAME)) == 3
-    assert step_of(read_checked(tmp_path / PREVIOUS)) == 1
+    assert step_of(load_verified_state(tmp_path / LAST_NAME)) == 3
+    assert step_of(load_verified_state(tmp_path / PREVIOUS)) == 1
 
 
 def test_without_putting_it_aside_the_damaged_one_would_replace_the_good(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_state_that_rots_is_not_vouched_for_by_the_next_save(tmp_path: Path) -
     last.write_bytes(flip_a_bit(last.read_bytes()))
     save(tmp_path, 3)
     with pytest.raises(CheckpointError, match="is damaged"):
-        read_checked(tmp_path / PREVIOUS)
+        load_verified_state(tmp_path / PREVIOUS)
 
 
 def test_a_save_is_one_even_if_only_its_sidecar_finds_no_room(

@@ -103,7 +103,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "forward": (PromptedSam, "forward"),
     "dataset": (Coco2MaskDataset, "__getitem__"),
     "validation": (validation, "_score_image"),
-    "save": (training_state, "_note"),
+    "save": (training_state, "_write_sidecar"),
 }
 
 

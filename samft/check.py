@@ -1,11 +1,11 @@
-"""Looks through a COCO dataset before anything is trained on it.
+"""Checks a COCO dataset before anything is trained on it.
 
     python -m samft.check --data_root D
     python -m samft.check --annotations FILE --images DIR
 
-Says what is wrong and what becomes of it, what the set holds, and which settings suit it. `--fix`
-writes mended copies of the annotation files, `--pictures` contact sheets of objects. The exit code
-is 0 for a set that can be trained on, 2 for one that cannot.
+Prints what is wrong and what samft does about it, what the dataset holds, and which settings suit
+it. `--fix` writes repaired copies of the annotation files, `--pictures` contact sheets of objects.
+The exit code is 0 for a dataset that can be trained on, 2 for one that cannot.
 """
 
 import argparse
@@ -20,13 +20,15 @@ from samft.cli import CommandParser, run_command, user_path
 from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
-from samft.errors import ConfigError, DataError
+from samft.errors import ConfigError, DataError, escape_unprintable
 from samft.reports.contact_sheets import write_sheets
 from samft.runtime.files import write_json
 
+Splits = dict[str, CheckedSplit]  # by their names in the report
+
 
 def main(argv: list[str]) -> dict[str, Any]:
-    """Parses the command line, checks, and reports.
+    """Parses the command line, checks the dataset and reports.
 
     Args:
         argv: The arguments after the program's name; `--help` lists them.
@@ -38,30 +40,25 @@ def main(argv: list[str]) -> dict[str, Any]:
         ConfigError: A flag is wrong, or names a place that must not or cannot be written to.
         DataError: There is nothing to check, or a split cannot be trained on.
     """
-    options = _parse(argv)
-    found = _check(options)
-    targets = _find_targets(found, options)
-    for name, split in found.items():
-        title = f"{name}: {split.annotations}"
-        suggest = name == TRAIN or options.annotations is not None
-        _say(["", title, "=" * len(title), *split.lines(suggest=suggest)])
-    if options.data_root and not options.annotations and VAL not in found:
-        _say(["", "no validation split: name one (--val_split), or train with --val_fraction"])
-    report = _to_json(found, options)
+    options = _parse_options(argv)
+    splits = _check_dataset(options)
+    targets = _find_targets(splits, options)
+    _print_report(splits, options)
+    report = _to_json(splits, options)
     if options.json:
-        with _writing("json", options.json):
+        with _naming_flag("json", options.json):
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.json, report)
     if options.fix:
-        _fix(found, targets, options)
+        _write_repaired_copies(splits, targets, options)
     if options.pictures:
-        _draw(found, options.pictures)
-    _say(["", _verdict(report)])
-    _refuse(found, options)
+        _write_pictures(splits, options.pictures)
+    _print_lines(["", _verdict_line(report)])
+    _raise_for_errors(splits, options)
     return report
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parse_options(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser("python -m samft.check", __doc__)
     add = parser.add_argument
     add("--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train")
@@ -74,10 +71,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--on_bad_image",
         choices=("error", "skip"),
         default="error",
-        help="skip: missing and broken images are left out, and no errors; default error",
+        help="skip: leave missing and broken images out instead of refusing them; default error",
     )
     add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
-    add("--fix", type=user_path, metavar="DIR", help="write mended annotation files there")
+    add("--fix", type=user_path, metavar="DIR", help="write repaired annotation files there")
     add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
     add("--debug", action="store_true", help="show tracebacks of user errors too")
     options = parser.parse_args(argv)
@@ -90,7 +87,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _check(options: argparse.Namespace) -> dict[str, CheckedSplit]:
+def _check_dataset(options: argparse.Namespace) -> Splits:
     if options.annotations is None:
         return check_splits(
             options.data_root,
@@ -105,24 +102,23 @@ def _check(options: argparse.Namespace) -> dict[str, CheckedSplit]:
         root=options.data_root,
         image_size=options.image_size,
     )
-    file = options.annotations
-    beside_images = file.name.startswith("_annotations")
-    name = file.resolve().parent.name if beside_images else file.stem
-    return {name: split}
+    path = options.annotations
+    beside_images = path.name.startswith("_annotations")
+    return {path.resolve().parent.name if beside_images else path.stem: split}
 
 
-def _find_targets(found: dict[str, CheckedSplit], options: argparse.Namespace) -> dict[str, Path]:
-    """Where mended copies go, in the same layout.
+def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path]:
+    """Paths of the repaired copies, in the layout of the dataset; checks all places to write to.
 
     Raises:
-        ConfigError: Something that is there already would be in the way or among what is written.
+        ConfigError: A place is among the data, or a copy's exists.
     """
-    sources = {split.annotations.resolve() for split in found.values()}
+    sources = {split.annotations.resolve() for split in splits.values()}
     if options.json and options.json.resolve() in sources:
         raise ConfigError(f"--json: {options.json} is an annotation file: choose another name.")
     for flag in ("fix", "pictures"):
         target = getattr(options, flag)
-        if target and _is_among_data(target.resolve(), found, options.data_root):
+        if target and _is_among_data(target.resolve(), splits, options.data_root):
             raise ConfigError(
                 f"--{flag}: {target} lies among the data, where nothing is written: choose a "
                 "folder elsewhere."
@@ -130,7 +126,7 @@ def _find_targets(found: dict[str, CheckedSplit], options: argparse.Namespace) -
     if not options.fix:
         return {}
     targets = {}
-    for name, split in found.items():
+    for name, split in splits.items():
         home = split.annotations.parent if options.annotations else options.data_root
         targets[name] = options.fix / split.annotations.relative_to(home)
         if targets[name].exists():
@@ -138,120 +134,142 @@ def _find_targets(found: dict[str, CheckedSplit], options: argparse.Namespace) -
     return targets
 
 
-def _is_among_data(target: Path, found: dict[str, CheckedSplit], root: Path | None) -> bool:
-    own = [split.images for split in found.values()] + ([root] if root else [])
-    inside = any(target.is_relative_to(folder.resolve()) for folder in own)
-    return inside or target in {split.annotations.resolve().parent for split in found.values()}
+def _is_among_data(target: Path, splits: Splits, root: Path | None) -> bool:
+    data_folders = [split.images for split in splits.values()] + ([root] if root else [])
+    inside = any(target.is_relative_to(folder.resolve()) for folder in data_folders)
+    return inside or target in {split.annotations.resolve().parent for split in splits.values()}
 
 
-def _to_json(found: dict[str, CheckedSplit], options: argparse.Namespace) -> dict[str, Any]:
-    errors = [split.errors(on_bad_image=options.on_bad_image) for split in found.values()]
+def _print_report(splits: Splits, options: argparse.Namespace) -> None:
+    for name, split in splits.items():
+        title = f"{name}: {split.annotations}"
+        suggest = name == TRAIN or options.annotations is not None
+        _print_lines(["", title, "=" * len(title), *split.lines(suggest=suggest)])
+    if options.data_root and not options.annotations and VAL not in splits:
+        advice = "name one (--val_split), or train with --val_fraction"
+        _print_lines(["", f"no validation split: {advice}"])
+
+
+def _to_json(splits: Splits, options: argparse.Namespace) -> dict[str, Any]:
+    errors = _errors_of(splits, options)
     return {
         "image_size": options.image_size,
-        "errors": sum(sum(counts.values()) for counts in errors),
-        "warnings": sum(split.problems.count(WARNING) for split in found.values()),
-        "notes": sum(split.problems.count(NOTE) for split in found.values()),
-        "splits": {name: split.to_json() for name, split in found.items()},
+        "errors": sum(sum(counts.values()) for counts in errors.values()),
+        "warnings": sum(split.problems.count(WARNING) for split in splits.values()),
+        "notes": sum(split.problems.count(NOTE) for split in splits.values()),
+        "splits": {name: split.to_json() for name, split in splits.items()},
     }
 
 
-def _verdict(report: dict[str, Any]) -> str:
-    clean = not any(report[word] for word in ("errors", "warnings", "notes"))
-    words = (
-        "cannot be trained on" if report["errors"] else "clean" if clean else "can be trained on"
-    )
-    counts = ", ".join(f"{word} {report[word]:,}" for word in ("errors", "warnings", "notes"))
-    return f"verdict: {words} ({counts})"
-
-
-def _refuse(found: dict[str, CheckedSplit], options: argparse.Namespace) -> None:
-    errors = {
-        name: split.errors(on_bad_image=options.on_bad_image) for name, split in found.items()
+def _errors_of(splits: Splits, options: argparse.Namespace) -> dict[str, dict[str, int]]:
+    # Of each split, how often each error occurs.
+    return {
+        name: {
+            code: issue.count
+            for code, issue in split.problems.errors(on_bad_image=options.on_bad_image).items()
+        }
+        for name, split in splits.items()
     }
-    texts = [
+
+
+def _verdict_line(report: dict[str, Any]) -> str:
+    kinds = ("errors", "warnings", "notes")
+    verdict = "can be trained on"
+    if report["errors"]:
+        verdict = "cannot be trained on"
+    elif not any(report[kind] for kind in kinds):
+        verdict = "clean"
+    counts = ", ".join(f"{kind} {report[kind]:,}" for kind in kinds)
+    return f"verdict: {verdict} ({counts})"
+
+
+def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
+    errors = {name: counts for name, counts in _errors_of(splits, options).items() if counts}
+    if not errors:
+        return
+    listed = "; ".join(
         f"{name}: {', '.join(f'{code} {number:,}' for code, number in counts.items())}"
         for name, counts in errors.items()
-        if counts
-    ]
-    if not texts:
-        return
-    readable = any(split.index for split in found.values())
-    advice = " `--fix DIR` writes mended copies." if readable and not options.fix else ""
-    if any(code in BAD_IMAGES for counts in errors.values() for code in counts):
+    )
+    readable = any(split.index for split in splits.values())
+    advice = " `--fix DIR` writes repaired copies." if readable and not options.fix else ""
+    if any(counts.keys() & BAD_IMAGES for counts in errors.values()):
         advice += " `--on_bad_image skip` leaves bad images out, here and in training."
-    raise DataError(f"the dataset cannot be trained on ({'; '.join(texts)}).{advice}")
+    raise DataError(f"the dataset cannot be trained on ({listed}).{advice}")
 
 
-def _fix(
-    found: dict[str, CheckedSplit], targets: dict[str, Path], options: argparse.Namespace
+def _write_repaired_copies(
+    splits: Splits, targets: dict[str, Path], options: argparse.Namespace
 ) -> None:
     written: dict[str, Path] = {}
-    _say([""])
-    for name, split in found.items():
+    _print_lines([""])
+    for name, split in splits.items():
         if split.index is None:
-            _say([f"fix: {name} cannot be read, so there is no mended copy of it"])
+            _print_lines([f"fix: {name} cannot be read, so there is no repaired copy of it"])
             continue
-        with _writing("fix", targets[name]):
+        target = targets[name]
+        with _naming_flag("fix", target):
             try:
-                mended = write_repaired(
+                repaired = write_repaired(
                     split.index,
                     split.annotations,
-                    targets[name],
+                    target,
                     root=options.data_root,
                     without=split.shared_rows,
                 )
             except DataError as error:
-                _say([f"fix: {name}: {error}"])
+                _print_lines([f"fix: {name}: {error}"])
                 continue
-        written[name] = targets[name]
-        counts = f"{mended.num_images:,} images, {mended.num_objects:,} annotations"
-        _say([f"fix: {targets[name]} ({counts})"])
-    _say(_next_commands(found, written, options))
+        written[name] = target
+        counts = f"{repaired.num_images:,} images, {repaired.num_objects:,} annotations"
+        _print_lines([f"fix: {target} ({counts})"])
+    _print_lines(_next_commands(splits, written, options))
 
 
 def _next_commands(
-    found: dict[str, CheckedSplit], written: dict[str, Path], options: argparse.Namespace
+    splits: Splits, written: dict[str, Path], options: argparse.Namespace
 ) -> list[str]:
+    # How to check the copies, and how to train on them.
     root = ["--data_root", options.data_root] if options.data_root else []
     lines = ["to check again:"] * bool(written)
-    words: list[Any] = []
+    arguments: list[Any] = []
     for name, target in written.items():
-        place = [target, "--images", found[name].images]
-        lines.append(f"  python -m samft.check {_join(*root, '--annotations', *place)}")
+        images = splits[name].images
+        lines.append(_shell_line("samft.check", *root, "--annotations", target, "--images", images))
         role = TRAIN if options.annotations else name
         if role != TEST:
-            words += [f"--{role}_annotations", target, f"--{role}_images", found[name].images]
-    if words:
-        lines += ["to train:", f"  python -m samft.train {_join(*root, *words)}"]
+            arguments += [f"--{role}_annotations", target, f"--{role}_images", images]
+    if arguments:
+        lines += ["to train:", _shell_line("samft.train", *root, *arguments)]
     return lines
 
 
-def _join(*words: Any) -> str:
-    return shlex.join(map(str, words))
+def _shell_line(module: str, *arguments: Any) -> str:
+    return f"  python -m {module} {shlex.join(map(str, arguments))}"
 
 
-def _draw(found: dict[str, CheckedSplit], folder: Path) -> None:
-    with _writing("pictures", folder):
+def _write_pictures(splits: Splits, folder: Path) -> None:
+    with _naming_flag("pictures", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, split in found.items():
+        for name, split in splits.items():
             if split.index is not None:
                 paths = write_sheets(split.index, split.problems, folder, name=name)
-                _say([f"pictures: {len(paths)} sheets of {name} in {folder}"])
+                _print_lines([f"pictures: {len(paths)} sheets of {name} in {folder}"])
 
 
 @contextmanager
-def _writing(flag: str, path: Path) -> Iterator[None]:
+def _naming_flag(flag: str, path: Path) -> Iterator[None]:
+    # Turns an OSError into a ConfigError that names the flag.
     try:
         yield
     except OSError as error:
         raise ConfigError(f"--{flag}: {path} cannot be written ({error.strerror}).") from error
 
 
-def _say(lines: list[str]) -> None:
+def _print_lines(lines: list[str]) -> None:
+    # Names in a dataset may hold control characters and line ends, which must not forge a line.
     for line in lines:
-        # The names in a dataset may hold control characters, and what no terminal can show.
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(text, flush=True)
+        print(escape_unprintable(line).replace("\n", r"\n").replace("\t", r"\t"), flush=True)
 
 
 if __name__ == "__main__":

@@ -157,9 +157,9 @@ def read_objects(
             problems.add("image-unused-bad", images.names[row])
     objects = _make_ids_unique(_join(chunks), entries, problems)
     if len(objects.flags) and (objects.flags & CROWD).all():
-        problems.add_many("all-crowd", objects.ids, word="object")
+        problems.add_ids("all-crowd", objects.ids, noun="object")
         objects.flags[:] = 0
-    problems.add_many("crowd", objects.ids[objects.flags & CROWD > 0], word="object")
+    problems.add_ids("crowd", objects.ids[objects.flags & CROWD > 0], noun="object")
     return objects
 
 

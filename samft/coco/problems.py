@@ -1,4 +1,7 @@
-"""What can be wrong with a dataset: every kind has a code that never changes. Imports no torch."""
+"""The problems that a COCO dataset can have, each with a severity and a code that never changes.
+
+Imports no torch.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -7,13 +10,13 @@ from typing import Any
 ERROR, WARNING, NOTE, FACT = "error", "warning", "note", "fact"
 SEVERITIES = {
     ERROR: "training is refused",
-    WARNING: "left out",
-    NOTE: "mended, or used as it is",
-    FACT: "nothing wrong",
+    WARNING: "the entry is left out",
+    NOTE: "repaired when read, or used unchanged",
+    FACT: "nothing is wrong",
 }
 MAX_EXAMPLES = 20
 
-# code: severity, what was found and what is done about it.
+# code: severity, and what is wrong and what is done about it.
 KINDS = {
     # the file
     "json-missing": (ERROR, "there is no such annotation file"),
@@ -21,7 +24,7 @@ KINDS = {
     "json-invalid": (ERROR, "not valid JSON, or cut short"),
     "json-not-coco": (ERROR, "not an object with lists 'images' and 'annotations'"),
     "json-bom": (NOTE, "the file begins with a byte-order mark, which is skipped"),
-    "json-not-standard": (NOTE, "holds what standard JSON has no word for (NaN, Infinity)"),
+    "json-not-standard": (NOTE, "holds values outside of standard JSON (NaN, Infinity)"),
     "no-objects": (ERROR, "no usable object"),
     # images
     "image-malformed": (WARNING, "entry of 'images' without an id or a file_name"),
@@ -32,17 +35,17 @@ KINDS = {
     "image-empty": (ERROR, "the image file is empty"),
     "image-not-an-image": (ERROR, "the file is no image (HTML, text, ...)"),
     "image-truncated": (ERROR, "the image file is cut short"),
-    "image-too-large": (ERROR, "the image has more pixels than a picture should"),
+    "image-too-large": (ERROR, "the image has more than 179 million pixels"),
     "image-unreadable": (ERROR, "the image file cannot be read"),
     "image-unused-bad": (NOTE, "file of an image without objects is missing or broken"),
     "image-name-mended": (NOTE, "found under another spelling of its name"),
     "image-size-missing": (NOTE, "no usable width and height; the file's are used"),
     "image-size-differs": (NOTE, "width and height are not the file's; the file's are used"),
     "image-in-train-and-val": (WARNING, "also in the validation split, so not trained on"),
-    "image-exif-rotated": (FACT, "EXIF asks for a rotation, which COCO's annotations do not know"),
+    "image-exif-rotated": (FACT, "EXIF asks for a rotation; not applied, as in COCO's annotations"),
     "image-without-objects": (FACT, "no usable object; not trained on"),
     # categories
-    "categories-missing": (NOTE, "no list 'categories'; classes are called by their numbers"),
+    "categories-missing": (NOTE, "no list 'categories'; classes are named by their ids"),
     "category-malformed": (NOTE, "entry of 'categories' without an id or a name"),
     "category-id-twice": (NOTE, "one category id is listed again; the first counts"),
     "category-name-twice": (NOTE, "several category ids have one name; they count as one class"),
@@ -70,7 +73,7 @@ KINDS = {
     "box-empty": (NOTE, "bbox of zero or negative size; taken from the mask"),
     "box-outside": (NOTE, "bbox far outside of the image; taken from the mask"),
     "box-unlike-mask": (NOTE, "bbox is not where the mask is; taken from the mask"),
-    "box-leaves-image": (NOTE, "bbox reaches beyond the image; used as it is"),
+    "box-leaves-image": (NOTE, "bbox reaches beyond the image; used unchanged"),
     "box-thin": (FACT, "bbox less than 2 px wide or high"),
     "area-is-box": (NOTE, "'area' is width x height of the box; the mask's is used"),
     # masks
@@ -91,13 +94,13 @@ KINDS = {
     "polygon-parts": (FACT, "mask of several polygons"),
     "rle-malformed": (WARNING, "RLE that cannot be decoded, or does not fill its size"),
     "rle-empty": (WARNING, "RLE without a pixel"),
-    "rle-too-large": (WARNING, "RLE of more pixels than a picture should have"),
+    "rle-too-large": (WARNING, "RLE of more than 179 million pixels"),
     "rle-size-differs": (NOTE, "RLE of another size than the image; cut or padded"),
     # the set
     "split-name": (FACT, "the validation split is not called 'val'"),
     "objects-not-chosen": (FACT, "left out by category_names or min_mask_area"),
 }
-# Errors that may be let pass image by image, with `on_bad_image skip`.
+# Errors that `on_bad_image skip` turns into images left out.
 BAD_IMAGES = frozenset(
     """image-outside image-missing image-empty image-not-an-image image-truncated image-too-large
     image-unreadable""".split()
@@ -106,69 +109,94 @@ BAD_IMAGES = frozenset(
 
 @dataclass
 class Issue:
-    """How often a kind of problem occurs, and where."""
+    """The occurrences of one kind of problem: how many, and the first of them."""
 
     count: int = 0
-    examples: list[str] = field(default_factory=list)  # the first MAX_EXAMPLES of them
+    examples: list[str] = field(default_factory=list)  # ids or names, MAX_EXAMPLES at most
+
+    def shown(self, num_examples: int) -> str:
+        """The first examples as text, with `...` where there are more occurrences."""
+        shown = ", ".join(self.examples[:num_examples])
+        return f"{shown}, ..." if shown and self.count > num_examples else shown
 
 
 class Problems:
     """The problems of one annotation file, by code."""
 
-    def __init__(self, found: dict[str, Issue] | None = None) -> None:
-        """Begins with what was found before, if anything was."""
-        self.found: dict[str, Issue] = found or {}
+    def __init__(self, issues: dict[str, Issue] | None = None) -> None:
+        """Starts empty, or with the given issues by code."""
+        self.issues: dict[str, Issue] = issues or {}
 
     def add(self, code: str, *examples: Any, count: int | None = None) -> None:
-        """Notes occurrences of a kind.
+        """Records occurrences of a kind.
 
         Args:
             code: A key of `KINDS`.
             examples: Ids or names, one for each occurrence unless `count` says otherwise.
-            count: Occurrences, where that is more than there are examples.
+            count: Number of occurrences, where that is more than there are examples.
         """
         assert code in KINDS, code
         number = len(examples) if count is None else count
         if number:
-            found = self.found.setdefault(code, Issue())
-            found.count += number
-            room = MAX_EXAMPLES - len(found.examples)
-            found.examples += [str(example) for example in examples[: max(room, 0)]]
+            issue = self.issues.setdefault(code, Issue())
+            issue.count += number
+            room = MAX_EXAMPLES - len(issue.examples)
+            issue.examples += [str(example) for example in examples[: max(room, 0)]]
 
-    def add_many(self, code: str, ids: Iterable[Any], *, word: str) -> None:
-        """Notes one occurrence for each id, shown as `word id`."""
+    def add_ids(self, code: str, ids: Iterable[Any], *, noun: str) -> None:
+        """Records one occurrence for each id, shown as `noun id`."""
         ids = list(ids)
-        self.add(code, *(f"{word} {one}" for one in ids[:MAX_EXAMPLES]), count=len(ids))
+        self.add(code, *(f"{noun} {one}" for one in ids[:MAX_EXAMPLES]), count=len(ids))
 
     def __getitem__(self, code: str) -> int:
-        return self.found[code].count if code in self.found else 0
+        return self.issues[code].count if code in self.issues else 0
 
     def __iter__(self) -> Iterator[tuple[str, str, Issue]]:
-        # Code, severity, what was found: worst first, then in the order of KINDS.
+        # Code, severity and issue: the most severe first, then in the order of KINDS.
         order = list(SEVERITIES)
         codes = list(KINDS)
-        for code in sorted(self.found, key=lambda c: (order.index(KINDS[c][0]), codes.index(c))):
-            yield code, KINDS[code][0], self.found[code]
+        for code in sorted(self.issues, key=lambda c: (order.index(KINDS[c][0]), codes.index(c))):
+            yield code, KINDS[code][0], self.issues[code]
 
     def count(self, severity: str) -> int:
-        """Occurrences of a severity."""
-        return sum(found.count for _, kind, found in self if kind == severity)
+        """Number of occurrences of a severity."""
+        return sum(issue.count for _, kind, issue in self if kind == severity)
+
+    def errors(self, *, on_bad_image: str = "error") -> dict[str, Issue]:
+        """What makes training on the file impossible, by code.
+
+        Args:
+            on_bad_image: `skip` leaves bad images out of training, so they are no errors.
+        """
+        tolerated = BAD_IMAGES if on_bad_image == "skip" else frozenset()
+        return {
+            code: issue
+            for code, severity, issue in self
+            if severity == ERROR and code not in tolerated
+        }
+
+    def left_out(self) -> dict[str, int]:
+        """Number of images and objects of the file that are not used, by code."""
+        return {
+            code: issue.count
+            for code, severity, issue in self
+            if severity == WARNING or code == "crowd" or code in BAD_IMAGES
+        }
 
     def lines(self, *severities: str, num_examples: int = 3) -> list[str]:
-        """One line for each kind: severity, code, count, what it is, examples.
+        """One line for each kind: severity, code, count, meaning, examples.
 
         Args:
             severities: Of these only; all where none is given.
             num_examples: Shown at most.
         """
         lines = []
-        for code, severity, found in self:
+        for code, severity, issue in self:
             if severities and severity not in severities:
                 continue
-            shown = ", ".join(found.examples[:num_examples])
-            more = ", ..." if shown and found.count > num_examples else ""
-            where = f" ({shown}{more})" if shown else ""
-            lines.append(f"{severity:8}{code:28}{found.count:>7,}  {KINDS[code][1]}{where}")
+            shown = issue.shown(num_examples)
+            where = f" ({shown})" if shown else ""
+            lines.append(f"{severity:8}{code:28}{issue.count:>7,}  {KINDS[code][1]}{where}")
         return lines
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -177,14 +205,14 @@ class Problems:
             {
                 "code": code,
                 "severity": severity,
-                "count": found.count,
+                "count": issue.count,
                 "meaning": KINDS[code][1],
-                "examples": found.examples,
+                "examples": issue.examples,
             }
-            for code, severity, found in self
+            for code, severity, issue in self
         ]
 
     @classmethod
     def from_json(cls, items: list[dict[str, Any]]) -> "Problems":
-        """What `to_json` wrote."""
+        """The inverse of `to_json`."""
         return cls({item["code"]: Issue(item["count"], item["examples"]) for item in items})

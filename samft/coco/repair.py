@@ -1,4 +1,7 @@
-"""RepairedFile copies of COCO files: what is wrong is put right or left out. Imports no torch."""
+"""Writes repaired copies of COCO files: what is wrong is corrected or left out.
+
+Imports no torch.
+"""
 
 import codecs
 import itertools
@@ -6,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +40,7 @@ _LISTS = ("categories", "images", "annotations")
 
 @dataclass(frozen=True)
 class RepairedFile:
-    """What a mended copy holds."""
+    """A repaired copy, and how much it holds."""
 
     path: Path
     num_images: int
@@ -51,16 +55,16 @@ def write_repaired(
     root: Path | None = None,
     without: NDArray[np.int64] | None = None,
 ) -> RepairedFile:
-    """Writes a copy of a COCO file that checks without errors, warnings and notes.
+    """Writes a copy of a COCO file in which `samft.check` finds no errors, warnings or notes.
 
-    Every usable object is in it, with the fields that samft knows put right and all others as they
-    are. File names stay relative to the original image folder. Entries that point to an image id
-    of several files are left out, since nobody can say which file they mean.
+    It holds every usable object, with the fields that samft reads corrected and all others
+    unchanged. File names stay relative to the original image folder. Entries whose image id stands
+    for several files are left out, since it is unknown which file they mean.
 
     Args:
         index: The checked COCO file.
-        annotations: The COCO file.
-        target: The copy; its folder is made.
+        annotations: The COCO file itself.
+        target: The copy; its folder is created.
         root: See `index_file`.
         without: Rows of images to leave out, with their objects.
 
@@ -71,34 +75,40 @@ def write_repaired(
     """
     if target.exists():
         raise ConfigError(f"{target} exists, and nothing is overwritten: choose another folder.")
-    others = _other_fields(annotations)
     document = load_document(annotations, Problems())
-    images = _Images(document.images, index, ImageFolder(index.image_folder, root=root), without)
-    objects = _objects_of(images, index, document.annotations)
+    folder = ImageFolder(index.image_folder, root=root)
+    images = _RepairedImages(document.images, index, folder, without=without)
+    objects = _select_objects(images, index, document.annotations)
     if not (index.flags[objects] & CROWD == 0).any():
-        raise DataError(f"{annotations} has no usable object, so there is nothing to mend.")
-    categories = _Categories(document.categories, index)
-
-    def write(out: BinaryIO) -> None:
-        out.write(b"{\n")
-        for key, value in others.items():
-            out.write(_encode({key: value})[1:-1] + b",\n")
-        entries = _mend_objects(objects, index, document.annotations, images, categories)
-        lists: tuple[Iterable[bytes], ...] = (categories.entries, images.entries(), entries)
-        for name, lines in zip(_LISTS, lists, strict=True):
-            end = b"\n]\n}\n" if name == _LISTS[-1] else b"\n],\n"
-            out.write(f'"{name}": ['.encode())
-            for number, line in enumerate(lines):
-                out.write((b",\n" if number else b"\n") + line)
-            out.write(end)
-
+        raise DataError(f"{annotations} has no usable object, so there is nothing to repair.")
+    categories = _RepairedCategories(document.categories, index)
+    lists: dict[str, Iterable[bytes]] = {
+        "categories": categories.entries,
+        "images": images.entries(),
+        "annotations": _repair_objects(objects, index, document.annotations, images, categories),
+    }
+    write_document = partial(_write_document, _other_fields(annotations), lists)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, write)
+    write_atomically(target, write_document)
     return RepairedFile(target, len(images.first_entry), len(objects))
 
 
+def _write_document(
+    others: dict[str, Any], lists: dict[str, Iterable[bytes]], out: BinaryIO
+) -> None:
+    # A JSON object with one line for each field and for each entry of the lists.
+    out.write(b"{\n")
+    for key, value in others.items():
+        out.write(_encode_entry({key: value})[1:-1] + b",\n")
+    for name, entries in lists.items():
+        out.write(f'"{name}": ['.encode())
+        for number, entry in enumerate(entries):
+            out.write((b",\n" if number else b"\n") + entry)
+        out.write(b"\n]\n}\n" if name == _LISTS[-1] else b"\n],\n")
+
+
 def _other_fields(annotations: Path) -> dict[str, Any]:
-    # Info, licences and whatever else stands beside the lists.
+    # The info, the licences and whatever else stands beside the lists.
     content = annotations.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         whole = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
@@ -107,21 +117,29 @@ def _other_fields(annotations: Path) -> dict[str, Any]:
     return {key: value_of(raw) for key, raw in whole.items() if key not in _LISTS}
 
 
-class _Images:
-    """Which entry stands for which file, and under which id."""
+class _RepairedImages:
+    """The images of the copy.
+
+    Attributes:
+        first_entry: From the row in `index` to the position of its first entry in the file, in the
+            order of the file; images that are left out are not in it.
+        ids: From the row to the id that the image gets: its first unambiguous one.
+        ambiguous: Image ids that stand for several files.
+    """
 
     def __init__(
         self,
         raw: list[Raw],
         index: CocoIndex,
         folder: ImageFolder,
+        *,
         without: NDArray[np.int64] | None,
     ) -> None:
-        self.raw, self.index = raw, index
-        self.ambiguous: set[int] = set()  # image ids that stand for several files
+        self._raw, self._index = raw, index
+        self.ambiguous: set[int] = set()
+        self.first_entry: dict[int, int] = {}
         rows = {name: row for row, name in enumerate(index.file_names())}
-        row_of: dict[int, int] = {}
-        self.first_entry: dict[int, int] = {}  # row -> position of its entry
+        row_of: dict[int, int] = {}  # image id -> row
         for position, entry in enumerate(read_entries(raw, ImageEntry)):
             image_id = None if entry is None else to_id(entry.id)
             if entry is None or image_id is None or not isinstance(entry.file_name, str):
@@ -142,16 +160,20 @@ class _Images:
             self.first_entry.pop(row, None)
 
     def entries(self) -> Iterator[bytes]:
-        """The mended entries, in the order of the file."""
+        """The repaired entries, encoded, in the order of the file."""
         for row, position in self.first_entry.items():
-            height, width = self.index.sizes[row].tolist()
-            name = self.index.file_name(row)
-            entry = value_of(self.raw[position])
-            ours = {"id": self.ids[row], "file_name": name, "height": height, "width": width}
-            yield _encode(entry, **ours)
+            height, width = self._index.sizes[row].tolist()
+            name = self._index.file_name(row)
+            yield _encode_entry(
+                value_of(self._raw[position]),
+                id=self.ids[row],
+                file_name=name,
+                height=height,
+                width=width,
+            )
 
 
-def _objects_of(images: _Images, index: CocoIndex, raw: list[Raw]) -> NDArray[np.int64]:
+def _select_objects(images: _RepairedImages, index: CocoIndex, raw: list[Raw]) -> NDArray[np.int64]:
     # The objects of the images that are kept, in the order of the file.
     row_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     kept = np.isin(row_of, list(images.first_entry))
@@ -166,8 +188,13 @@ def _objects_of(images: _Images, index: CocoIndex, raw: list[Raw]) -> NDArray[np
     return objects
 
 
-class _Categories:
-    """The mended list of categories, and the id there of each category id."""
+class _RepairedCategories:
+    """The categories of the copy, each name once.
+
+    Attributes:
+        id_of: From a category id in the index to the id in the copy.
+        entries: The entries, encoded.
+    """
 
     def __init__(self, raw: Any, index: CocoIndex) -> None:
         names = class_names(index)
@@ -181,40 +208,42 @@ class _Categories:
             if isinstance(entry, dict) and isinstance(entry.get("name"), str):
                 fields.setdefault(to_id(entry.get("id")), entry)
         self.entries = [
-            _encode(fields.get(category_id, {}), id=category_id, name=name)
+            _encode_entry(fields.get(category_id, {}), id=category_id, name=name)
             for name, category_id in id_of_name.items()
         ]
 
 
-def _mend_objects(
+def _repair_objects(
     objects: NDArray[np.int64],
     index: CocoIndex,
     raw: list[Raw],
-    images: _Images,
-    categories: _Categories,
+    images: _RepairedImages,
+    categories: _RepairedCategories,
 ) -> Iterator[bytes]:
     ids = index.object_ids[objects]
     taken = set(index.object_ids.tolist())
     free = (number for number in itertools.count(1) if number not in taken)
     ids[ids == 0] = [next(free) for _ in range(int((ids == 0).sum()))]
     row_of = np.searchsorted(index.first_object, objects, side="right") - 1
-    bar = tqdm(total=len(objects), desc="mending", unit="object", disable=None, delay=2)
+    bar = tqdm(total=len(objects), desc="repairing", unit="object", disable=None, delay=2)
     with bar:
         for k, row, object_id in zip(objects.tolist(), row_of.tolist(), ids.tolist(), strict=True):
             entry = value_of(raw[index.positions[k]]) or {}
-            yield _encode(
+            yield _encode_entry(
                 entry,
                 id=object_id,
                 image_id=images.ids[row],
                 category_id=categories.id_of[int(index.categories[k])],
                 iscrowd=int(index.flags[k] & CROWD > 0),
-                **_shape(entry, index, k, row=row),
+                **_repair_geometry(entry, index, k, row=row),
             )
             bar.update()
 
 
-def _shape(entry: dict[str, Any], index: CocoIndex, k: int, *, row: int) -> dict[str, Any]:
-    # Segmentation, area and box of an object.
+def _repair_geometry(
+    entry: dict[str, Any], index: CocoIndex, k: int, *, row: int
+) -> dict[str, Any]:
+    # Segmentation, area and box of object k, in the numbers of the file wherever they are right.
     height, width = index.sizes[row].tolist()
     checked = index.segmentations[k]
     if isinstance(checked, dict) and checked["size"] != [height, width]:
@@ -222,17 +251,17 @@ def _shape(entry: dict[str, Any], index: CocoIndex, k: int, *, row: int) -> dict
         segmentation = encode_cropped(crop, height=height, width=width)
         box = list(crop.extent)
     else:
-        segmentation = _same_segmentation(entry["segmentation"], checked)
+        segmentation = _checked_segmentation(entry["segmentation"], checked)
         box = np.clip(index.boxes[k], 0, [width, height, width, height]).tolist()
     area = count_pixels(checked, height, width)
     bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if _is_nearly(entry.get("bbox"), bbox):
-        bbox = entry["bbox"]  # 5.3, not 15.4 - 10.1
+        bbox = entry["bbox"]  # 5.3 instead of 15.4 - 10.1
     return {"segmentation": segmentation, "area": area, "bbox": bbox}
 
 
-def _same_segmentation(raw: Any, checked: Any) -> Any:
-    # What was checked, in the numbers of the file wherever they can stay.
+def _checked_segmentation(raw: Any, checked: Any) -> Any:
+    # The usable part of a segmentation, as the file writes it where all of it is usable.
     if isinstance(checked, dict):
         text = isinstance(raw["counts"], str)
         counts = raw["counts"] if text else checked["counts"].tolist()
@@ -251,20 +280,21 @@ def _is_nearly(raw: Any, bbox: Sequence[float]) -> bool:
     )
 
 
-def _encode(entry: Any, **ours: Any) -> bytes:
-    """An entry as a line of standard JSON; NaN and infinity become null."""
+def _encode_entry(entry: dict[str, Any], **corrected: Any) -> bytes:
+    # A line of standard JSON: the entry with corrected fields; NaN and infinity become null.
     try:
-        return msgspec.json.encode({**entry, **ours})
+        return msgspec.json.encode({**entry, **corrected})
     except (UnicodeEncodeError, OverflowError):
-        # A file name that is not UTF-8 stays as it is, for the file could not be found otherwise.
-        return json.dumps({**_standard(entry), **ours}).encode()
+        # Only corrected fields hold file names. One that is not UTF-8 is written with escapes,
+        # unchanged, or the file could not be found.
+        return json.dumps({**_to_standard_json(entry), **corrected}).encode()
 
 
-def _standard(value: Any) -> Any:
+def _to_standard_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {_standard(key): _standard(item) for key, item in value.items()}
+        return {_to_standard_json(key): _to_standard_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_standard(item) for item in value]
+        return [_to_standard_json(item) for item in value]
     if isinstance(value, str):
         return value.encode(errors="replace").decode()
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,6 +1,6 @@
-"""What a dataset holds, in numbers that settings are chosen by. Imports no torch.
+"""What `samft.check` reports of a split: its problems, its numbers, and settings that suit it.
 
-The splits of a dataset, checked one by one and against each other. Imports no torch.
+Imports no torch.
 """
 
 import textwrap
@@ -16,24 +16,29 @@ from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, class_names, index_file
 from samft.coco.json_reader import UnusableFile
 from samft.coco.layout import find_split
-from samft.coco.problems import BAD_IMAGES, ERROR, Problems
-from samft.coco.subset import choose, find_shared
+from samft.coco.problems import Problems
+from samft.coco.subset import find_shared, select_objects
 from samft.errors import DataError
 
+TRAIN, VAL, TEST = "train", "val", "test"
+
 CELL = 4  # px of the model's input: one cell of the decoder's masks
-COVERED = 0.99  # of the images have no more objects than the suggested max_masks_per_image
-FEW_VANISH = 0.01  # the suggested image_size lets no greater share of the objects vanish
-LARGEST_SUGGESTED = 2048
+COVERED = 0.99  # share of the images that the suggested max_masks_per_image suffices for
+FEW_VANISH = 0.01  # largest share of the objects that may vanish at the suggested image_size
+LARGEST_SUGGESTED = 2048  # px
 _WINDOW_STEP = 64  # px; image sizes that keep the encoder's windows whole
 _COCO_SIZES = {"small": 0, "medium": 32**2, "large": 96**2}  # px, from that area on
-_SIDES = (CELL, 8, 16, 32, 64, 128, 256, 512)
-_BAR = 40  # characters
+_SIDES = (CELL, 8, 16, 32, 64, 128, 256, 512)  # px
 _TOP_CLASSES = 20
+
+_LINE_WIDTH = 120  # characters
+_HANGING_INDENT = 45  # characters; the column in which `Problems.lines` put the meaning
+_BAR_LENGTH = 40  # characters
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a COCO file holds. Crowds count as objects nowhere but in `num_crowds`.
+    """The numbers of a COCO file. Crowds count as objects nowhere but in `num_crowds`.
 
     Attributes:
         num_images: All files, those without objects included.
@@ -69,6 +74,11 @@ class Statistics:
     max_masks_per_image: int
     suggested_image_size: int
 
+    @property
+    def vanishing_share(self) -> float:
+        """Share of the objects that vanish, 0..1."""
+        return self.num_vanishing / max(self.num_objects, 1)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -90,14 +100,133 @@ class Statistics:
             },
         }
 
-    @property
-    def vanishing_share(self) -> float:
-        """Of the objects, 0..1."""
-        return self.num_vanishing / max(self.num_objects, 1)
+
+@dataclass
+class CheckedSplit:
+    """One annotation file and its problems, or the reason why it cannot be read.
+
+    Attributes:
+        annotations: The JSON file.
+        images: Its image folder.
+        problems: Of the file, and of the file beside the other splits.
+        index: The checked file; None if the JSON cannot be read.
+        statistics: None if the JSON cannot be read.
+        failure: Why the JSON cannot be read, as a sentence.
+        shared_rows: int64, rows of `index` whose images are in validation as well.
+    """
+
+    annotations: Path
+    images: Path
+    problems: Problems = field(default_factory=Problems)
+    index: CocoIndex | None = None
+    statistics: Statistics | None = None
+    failure: str = ""
+    shared_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "annotations": str(self.annotations),
+            "image_folder": str(self.images),
+            **(self.statistics.to_json() if self.statistics else {}),
+            "problems": self.problems.to_json(),
+        }
+
+    def lines(self, *, suggest: bool) -> list[str]:
+        """The report as text: problems, numbers and, with `suggest`, settings that suit."""
+        if self.statistics is None:
+            return [self.failure, "", *self._problem_lines()]
+        counts, *histograms = statistics_lines(self.statistics)
+        suggestions = ["", *suggestion_lines(self.statistics)] if suggest else []
+        problems = self._problem_lines() or ["no problems"]
+        return [counts, "", *problems, *histograms, *suggestions]
+
+    def _problem_lines(self) -> list[str]:
+        wrapper = textwrap.TextWrapper(
+            _LINE_WIDTH,
+            subsequent_indent=" " * _HANGING_INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return [part for line in self.problems.lines() for part in wrapper.wrap(line)]
 
 
-def measure(index: CocoIndex, *, image_size: int) -> Statistics:
-    """Counts what a COCO file holds.
+def check_splits(
+    data_root: Path, *, train_split: str, val_split: str, image_size: int
+) -> dict[str, CheckedSplit]:
+    """Checks the splits that a dataset has, and whether images are in train and in val.
+
+    Args:
+        data_root: The dataset's folder.
+        train_split: Name of the training split.
+        val_split: Name of the validation split.
+        image_size: The model's input that sizes of objects refer to, px.
+
+    Returns:
+        By `train`, `val` and `test`. A missing training split is in it as a failure; the others may
+        be missing, for training can hold a part of its images out.
+
+    Raises:
+        DataError: There is none of them.
+    """
+    splits: dict[str, CheckedSplit] = {}
+    missing: dict[str, DataError] = {}
+    for role, name in ((TRAIN, train_split), (VAL, val_split), (TEST, TEST)):
+        try:
+            annotations, images = find_split(data_root, name)
+        except DataError as error:
+            missing[role] = error
+            if role == TRAIN:
+                folder = data_root / name
+                splits[role] = _unreadable_split(folder, folder, "json-missing", error)
+            continue
+        splits[role] = check_split(annotations, images, root=data_root, image_size=image_size)
+    if len(missing) == 3:
+        raise missing[TRAIN]
+    if VAL in splits:
+        _compare_splits(splits[TRAIN], splits[VAL])
+    return splits
+
+
+def check_split(
+    annotations: Path, images: Path, *, root: Path | None = None, image_size: int
+) -> CheckedSplit:
+    """Checks one annotation file; that it cannot be read is a problem like any other.
+
+    Args:
+        annotations: The JSON file.
+        images: What its file names are relative to.
+        root: See `index_file`.
+        image_size: The model's input that sizes of objects refer to, px.
+    """
+    try:
+        index = index_file(annotations, images, root=root)
+    except UnusableFile as error:
+        return _unreadable_split(annotations, images, error.code, error)
+    statistics = compute_statistics(index, image_size=image_size)
+    return CheckedSplit(annotations, images, index.problems, index, statistics)
+
+
+def _unreadable_split(annotations: Path, images: Path, code: str, error: DataError) -> CheckedSplit:
+    split = CheckedSplit(annotations, images, failure=str(error))
+    split.problems.add(code, annotations.name)
+    return split
+
+
+def _compare_splits(train: CheckedSplit, val: CheckedSplit) -> None:
+    name = val.images.name
+    if name.startswith("valid"):
+        val.problems.add("split-name", name)
+    if train.index and val.index:
+        subset = select_objects(train.index)
+        shared = find_shared(subset, select_objects(val.index))
+        train.shared_rows = subset.rows[shared]
+        names = [subset.file_name(i) for i in shared.tolist()]
+        train.problems.add("image-in-train-and-val", *names)
+
+
+def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:
+    """Counts images and objects of a checked file.
 
     Args:
         index: The checked file.
@@ -117,7 +246,7 @@ def measure(index: CocoIndex, *, image_size: int) -> Statistics:
         num_images_with_objects=len(filled),
         num_objects=len(plain),
         num_crowds=len(index.flags) - len(plain),
-        objects_per_image=_count_powers(per_image),
+        objects_per_image=_count_by_powers_of_two(per_image),
         object_sizes=_count_coco_sizes(index.areas[plain]),
         object_sides=_count_sides(sides * image_size),
         classes=_count_classes(index, plain),
@@ -133,7 +262,7 @@ def suggest_max_masks(per_image: NDArray[np.int64]) -> int:
     """The smallest power of two, at least 8, that holds all objects of 99 % of the images.
 
     Args:
-        per_image: Objects in each image that has any.
+        per_image: Number of objects in each image that has any.
     """
     enough = int(np.quantile(per_image, COVERED, method="higher")) if len(per_image) else 0
     return max(8, 1 << max(enough - 1, 0).bit_length())
@@ -144,7 +273,7 @@ def suggest_image_size(sides: NDArray[np.float64], *, at_least: int) -> int:
 
     Args:
         sides: Longer side of each object's box, as a share of the image's longer side.
-        at_least: px.
+        at_least: The smallest size to suggest, px.
     """
     larger = range((at_least // _WINDOW_STEP + 1) * _WINDOW_STEP, LARGEST_SUGGESTED + 1, 64)
     size = at_least
@@ -154,7 +283,7 @@ def suggest_image_size(sides: NDArray[np.float64], *, at_least: int) -> int:
     return size
 
 
-def _count_powers(per_image: NDArray[np.int64]) -> dict[str, int]:
+def _count_by_powers_of_two(per_image: NDArray[np.int64]) -> dict[str, int]:
     # 0, 1, 2-3, 4-7, ...
     counts = {"0": int((per_image == 0).sum())}
     low = 1
@@ -186,19 +315,20 @@ def _count_classes(index: CocoIndex, plain: NDArray[np.int64]) -> dict[str, int]
     return dict(counts.most_common())
 
 
-def statistics_lines(found: Statistics) -> list[str]:
-    """The counts as a person reads them, with bars."""
-    used = {name: number for name, number in found.classes.items() if number}
+def statistics_lines(statistics: Statistics) -> list[str]:
+    """The numbers as text: a line of totals, then histograms."""
+    used = {name: number for name, number in statistics.classes.items() if number}
     top = dict(list(used.items())[:_TOP_CLASSES])
+    sides_title = f"longer side of the box at image_size {statistics.image_size}: objects"
+    sizes_title = "area (small < 32 x 32 px <= medium < 96 x 96): objects"
     lines = [
-        f"{found.num_images:,} images, {found.num_images_with_objects:,} of them with objects; "
-        f"{found.num_objects:,} objects in {len(used)} classes; {found.num_crowds:,} crowds",
-        *_histogram("objects per image: images", found.objects_per_image),
-        *_histogram("area (small < 32 x 32 px <= medium < 96 x 96): objects", found.object_sizes),
-        *_histogram(
-            f"longer side of the box at image_size {found.image_size}: objects", found.object_sides
-        ),
-        *_histogram(f"class (of {len(found.classes)}): objects", top),
+        f"{statistics.num_images:,} images, {statistics.num_images_with_objects:,} of them with "
+        f"objects; {statistics.num_objects:,} objects in {len(used)} classes; "
+        f"{statistics.num_crowds:,} crowds",
+        *_histogram_lines("objects per image: images", statistics.objects_per_image),
+        *_histogram_lines(sizes_title, statistics.object_sizes),
+        *_histogram_lines(sides_title, statistics.object_sides),
+        *_histogram_lines(f"class (of {len(statistics.classes)}): objects", top),
     ]
     if len(used) > len(top):
         rest = sum(used.values()) - sum(top.values())
@@ -206,175 +336,36 @@ def statistics_lines(found: Statistics) -> list[str]:
     return lines
 
 
-def suggestion_lines(found: Statistics) -> list[str]:
-    """What to set, and why."""
-    masks, size = found.max_masks_per_image, found.image_size
-    more = f"; one has {found.most_objects}" if found.most_objects > masks else ""
+def suggestion_lines(statistics: Statistics) -> list[str]:
+    """Settings that suit the split, with reasons."""
+    masks, size = statistics.max_masks_per_image, statistics.image_size
+    share, suggested = statistics.vanishing_share, statistics.suggested_image_size
+    more = f"; one has {statistics.most_objects}" if statistics.most_objects > masks else ""
     lines = [
         f"suggested max_masks_per_image: {masks} (enough for all objects of 99 % of the images"
         f"{more}; of more objects each epoch draws others)"
     ]
-    if not found.num_vanishing:
+    if not statistics.num_vanishing:
         return [*lines, f"at image_size {size} no object vanishes"]
     lines.append(
-        f"at image_size {size} {found.num_vanishing:,} objects ({found.vanishing_share:.1%}) "
+        f"at image_size {size} {statistics.num_vanishing:,} objects ({share:.1%}) "
         f"vanish: longer side under {CELL} px, less than one cell of the decoder's masks"
     )
-    if found.vanishing_share > FEW_VANISH and found.suggested_image_size > size:
-        lines.append(f"suggested image_size: {found.suggested_image_size}")
-    if found.vanishing_share > FEW_VANISH and found.suggested_image_size >= LARGEST_SUGGESTED:
+    if share > FEW_VANISH and suggested > size:
+        lines.append(f"suggested image_size: {suggested}")
+    if share > FEW_VANISH and suggested >= LARGEST_SUGGESTED:
         lines.append("or cut the images into tiles")
     return lines
 
 
-def _histogram(title: str, counts: dict[str, int]) -> list[str]:
-    # Empty ranges at either end say nothing.
+def _histogram_lines(title: str, counts: dict[str, int]) -> list[str]:
+    # Empty ranges at either end are not shown.
     filled = [place for place, number in enumerate(counts.values()) if number]
     shown = list(counts.items())[min(filled, default=0) : max(filled, default=-1) + 1]
     width = max((len(label) for label, _ in shown), default=0)
     longest = max((number for _, number in shown), default=1)
     lines = ["", title]
     for label, number in shown:
-        bar = "#" * -(-number * _BAR // longest)
+        bar = "#" * -(-number * _BAR_LENGTH // longest)
         lines.append(f"  {label:{width}}  {number:>9,}  {bar}".rstrip())
     return lines
-
-
-TRAIN, VAL, TEST = "train", "val", "test"
-_WIDTH = 120  # characters
-_HANGING = 45  # where `Problems.lines` say what was found
-
-
-@dataclass
-class CheckedSplit:
-    """One annotation file, what was found in it, or why it could not be read.
-
-    Attributes:
-        annotations: The JSON file.
-        images: Its image folder.
-        problems: Of the file, and of the file beside the others.
-        index: The checked file; None if the JSON cannot be read.
-        statistics: None if the JSON cannot be read.
-        failure: The sentence that says why it cannot be read.
-        shared_rows: int64, rows of `index` whose images are in validation as well.
-    """
-
-    annotations: Path
-    images: Path
-    problems: Problems = field(default_factory=Problems)
-    index: CocoIndex | None = None
-    statistics: Statistics | None = None
-    failure: str = ""
-    shared_rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-    def errors(self, *, on_bad_image: str = "error") -> dict[str, int]:
-        """Counts of what makes training impossible, by code; bad images are none with `skip`."""
-        passed = BAD_IMAGES if on_bad_image == "skip" else frozenset()
-        return {
-            code: found.count
-            for code, severity, found in self.problems
-            if severity == ERROR and code not in passed
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "annotations": str(self.annotations),
-            "image_folder": str(self.images),
-            **(self.statistics.to_json() if self.statistics else {}),
-            "problems": self.problems.to_json(),
-        }
-
-    def lines(self, *, suggest: bool) -> list[str]:
-        """What a person reads: problems, counts, and with `suggest` settings that suit."""
-        if self.statistics is None:
-            return [self.failure, "", *self._problem_lines()]
-        counts, *histograms = statistics_lines(self.statistics)
-        suggestions = ["", *suggestion_lines(self.statistics)] if suggest else []
-        problems = self._problem_lines() or ["no problems"]
-        return [counts, "", *problems, *histograms, *suggestions]
-
-    def _problem_lines(self) -> list[str]:
-        wrapper = textwrap.TextWrapper(
-            _WIDTH,
-            subsequent_indent=" " * _HANGING,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        return [part for line in self.problems.lines() for part in wrapper.wrap(line)]
-
-
-def check_split(
-    annotations: Path, images: Path, *, root: Path | None = None, image_size: int
-) -> CheckedSplit:
-    """Checks one annotation file; one that cannot be read is a problem like any other.
-
-    Args:
-        annotations: The JSON file.
-        images: What its file names are relative to.
-        root: See `index_file`.
-        image_size: What sizes of objects refer to, px.
-    """
-    split = CheckedSplit(annotations, images)
-    try:
-        split.index = index_file(annotations, images, root=root)
-    except UnusableFile as error:
-        return _unusable(split, error.code, str(error))
-    split.problems = split.index.problems
-    split.statistics = measure(split.index, image_size=image_size)
-    return split
-
-
-def _unusable(split: CheckedSplit, code: str, failure: str) -> CheckedSplit:
-    split.failure = failure
-    split.problems.add(code, split.annotations.name)
-    return split
-
-
-def check_splits(
-    data_root: Path, *, train_split: str, val_split: str, image_size: int
-) -> dict[str, CheckedSplit]:
-    """Checks the splits that a dataset has, and whether images are in train and in val.
-
-    Args:
-        data_root: The dataset's folder.
-        train_split: Name of the training split.
-        val_split: Name of the validation split.
-        image_size: What sizes of objects refer to, px.
-
-    Returns:
-        By `train`, `val` and `test`. A missing training split is in it as a failure; the others may
-        be missing, for training can hold a part of its images out.
-
-    Raises:
-        DataError: There is none of them.
-    """
-    found: dict[str, CheckedSplit] = {}
-    missing: dict[str, DataError] = {}
-    for name, split in ((TRAIN, train_split), (VAL, val_split), (TEST, TEST)):
-        try:
-            annotations, images = find_split(data_root, split)
-        except DataError as error:
-            missing[name] = error
-            if name == TRAIN:
-                folder = data_root / split
-                found[name] = _unusable(CheckedSplit(folder, folder), "json-missing", str(error))
-            continue
-        found[name] = check_split(annotations, images, root=data_root, image_size=image_size)
-    if len(missing) == 3:
-        raise missing[TRAIN]
-    if VAL in found:
-        _compare(found[TRAIN], found[VAL])
-    return found
-
-
-def _compare(train: CheckedSplit, val: CheckedSplit) -> None:
-    name = val.images.name
-    if name.startswith("valid"):
-        val.problems.add("split-name", name)
-    if train.index and val.index:
-        subset = choose(train.index)
-        shared = find_shared(subset, choose(val.index))
-        train.shared_rows = subset.rows[shared]
-        names = [subset.file_name(i) for i in shared.tolist()]
-        train.problems.add("image-in-train-and-val", *names)

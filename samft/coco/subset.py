@@ -1,4 +1,7 @@
-"""What a run uses of a COCO file: images, each with some of its objects. Imports no torch."""
+"""The images and objects of a checked COCO file that a run uses, and how they are split.
+
+Imports no torch.
+"""
 
 import difflib
 import hashlib
@@ -11,53 +14,61 @@ from numpy.typing import NDArray
 
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import BAD_IMAGES, ERROR, KINDS, WARNING, Problems
+from samft.coco.problems import BAD_IMAGES, KINDS, Issue, Problems
 from samft.errors import DataError
 
 
 @dataclass(frozen=True)
 class CocoSubset:
-    """What is trained or validated on: n images of a `CocoIndex`, each with some of its objects."""
+    """A selection of n images of a `CocoIndex`, each with some of its objects: k in all.
+
+    Attributes:
+        index: The checked file.
+        rows: int64 [n], the images, as rows of `index`.
+        first_object: int64 [n + 1]; image i has `objects[first_object[i] : first_object[i + 1]]`.
+        objects: int64 [k], as indices into the object arrays of `index`.
+        counts: Images and objects left out, by code of `problems.KINDS`.
+    """
 
     index: CocoIndex
-    rows: NDArray[np.int64]  # [n] of the file's images
-    first_object: NDArray[np.int64]  # [n + 1]; image i has objects[first_object[i:i + 2]]
-    objects: NDArray[np.int64]  # [k] of the file's objects
-    counts: dict[str, int]  # what was left out, by code
+    rows: NDArray[np.int64]
+    first_object: NDArray[np.int64]
+    objects: NDArray[np.int64]
+    counts: dict[str, int]
 
     @property
     def num_images(self) -> int:
-        """n, images with at least one object."""
+        """n; each image has at least one object."""
         return len(self.rows)
 
     @property
     def num_objects(self) -> int:
-        """Objects of these images, k."""
+        """k, the selected objects of all images."""
         return len(self.objects)
 
     def file_name(self, i: int) -> str:
-        """Of image i, relative to the image folder."""
+        """File name of image i, relative to the image folder."""
         return self.index.file_name(int(self.rows[i]))
 
     def path(self, i: int) -> Path:
-        """Of the file of image i."""
+        """Path of the file of image i."""
         return self.index.image_folder / self.file_name(i)
 
     def image_id(self, i: int) -> int:
-        """Of image i, as annotated."""
+        """Id of image i in the COCO file."""
         return int(self.index.image_ids[self.rows[i]])
 
     def size(self, i: int) -> tuple[int, int]:
-        """H, W of the file of image i, px."""
+        """Height and width of image i, px: those of its file, not of the JSON."""
         height, width = self.index.sizes[self.rows[i]].tolist()
         return height, width
 
     def objects_of(self, i: int) -> NDArray[np.int64]:
-        """The objects of image i, as indices into the arrays of `index`."""
+        """The objects of image i, as indices into the object arrays of `index`."""
         return self.objects[self.first_object[i] : self.first_object[i + 1]]
 
     def select(self, images: Iterable[int]) -> "CocoSubset":
-        """Some of the images, in the order given; `counts` stays behind, empty."""
+        """The subset of the given images, in that order, with empty `counts`."""
         chosen = np.fromiter(images, dtype=np.int64)
         lengths = np.diff(self.first_object)[chosen]
         first = np.cumsum([0, *lengths])
@@ -76,7 +87,7 @@ def read_coco(
     category_names: Iterable[str] = (),
     min_mask_area: float = 0,
 ) -> CocoSubset:
-    """Reads and checks a COCO file; what was left out is counted, by code, in `counts`.
+    """Reads and checks a COCO file; what is left out is counted in `CocoSubset.counts`.
 
     Args:
         annotations: The JSON file.
@@ -84,16 +95,16 @@ def read_coco(
         root: See `index_file`.
         cache: See `index_file`.
         on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
-        category_names: Use objects of these classes only; all where none is named.
-        min_mask_area: Use masks of at least so many pixels only.
+        category_names: Only objects of these classes are used; all if empty.
+        min_mask_area: Only masks of at least so many pixels are used.
 
     Raises:
         DataError: The file cannot be read or holds no usable object, images are missing or broken,
             or ids contradict each other.
     """
     index = index_file(annotations, image_folder, root=root, cache=cache)
-    refuse_errors(index.problems, annotations, on_bad_image=on_bad_image)
-    subset = choose(
+    raise_for_errors(index.problems, annotations, on_bad_image=on_bad_image)
+    subset = select_objects(
         index, categories=find_categories(index, category_names), min_mask_area=min_mask_area
     )
     if not subset.num_objects:
@@ -105,54 +116,42 @@ def read_coco(
     return subset
 
 
-def refuse_errors(problems: Problems, annotations: Path, *, on_bad_image: str = "error") -> None:
-    """Ends with all that makes training on a file impossible.
+def raise_for_errors(problems: Problems, annotations: Path, *, on_bad_image: str = "error") -> None:
+    """Refuses a file whose problems make training on it impossible.
 
     Raises:
         DataError: There is an error; missing and broken images are none with `skip`.
     """
-    passed = BAD_IMAGES if on_bad_image == "skip" else frozenset()
-    errors = [
-        (code, found)
-        for code, severity, found in problems
-        if severity == ERROR
-        if code not in passed
-    ]
-    if not errors:
-        return
-    # Without objects for want of images: the images are the matter.
-    errors = [pair for pair in errors if pair[0] != "no-objects" or len(errors) == 1]
+    errors = problems.errors(on_bad_image=on_bad_image)
+    if len(errors) > 1:
+        # Where images are missing, too, they are the reason why no object is left.
+        errors.pop("no-objects", None)
+    if errors:
+        raise DataError("\n".join(_describe_errors(errors, problems, annotations)))
+
+
+def _describe_errors(errors: dict[str, Issue], problems: Problems, annotations: Path) -> list[str]:
     lines = [f"{annotations} cannot be used:"]
-    for code, found in errors:
-        shown = ", ".join(found.examples[:3]) + (", ..." if found.count > 3 else "")
-        lines.append(f"  - {code}, {found.count}: {KINDS[code][1]} ({shown})")
-    if errors[0][0] == "no-objects":
-        left = ", ".join(f"{code} {n}" for code, n in left_out(problems).items())
-        lines.append(f"  - left out: {left or 'nothing; it has no annotations'}")
-    if any(code in BAD_IMAGES for code, _ in errors):
+    for code, issue in errors.items():
+        lines.append(f"  - {code}, {issue.count}: {KINDS[code][1]} ({issue.shown(3)})")
+    if "no-objects" in errors:
+        counts = ", ".join(f"{code} {number}" for code, number in problems.left_out().items())
+        lines.append(f"  - left out: {counts or 'nothing; it has no annotations'}")
+    if errors.keys() & BAD_IMAGES:
         lines.append("`--on_bad_image skip` leaves such images out.")
-    lines.append("`python -m samft.check` names everything, and mends what it can with `--fix`.")
-    raise DataError("\n".join(lines))
+    lines.append("`python -m samft.check` lists everything, and repairs what it can with `--fix`.")
+    return lines
 
 
-def left_out(problems: Problems) -> dict[str, int]:
-    """What of a file is not used, by code."""
-    return {
-        code: found.count
-        for code, severity, found in problems
-        if severity == WARNING or code == "crowd" or code in BAD_IMAGES
-    }
-
-
-def choose(
+def select_objects(
     index: CocoIndex, *, categories: set[int] | None = None, min_mask_area: float = 0
 ) -> CocoSubset:
-    """The objects of a file that are no crowds, and the images that have any.
+    """The objects of a file that are no crowds, and the images that have any of them.
 
     Args:
         index: The checked file.
-        categories: Of these only.
-        min_mask_area: In pixels; of at least this only.
+        categories: Ids of the classes to keep; None: all.
+        min_mask_area: Area from which on masks are kept, px.
     """
     plain = (index.flags & CROWD) == 0
     chosen = plain & (index.areas >= min_mask_area)
@@ -162,7 +161,7 @@ def choose(
     image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     per_image = np.bincount(image_of[objects], minlength=index.num_images)
     rows = np.flatnonzero(per_image)
-    counts = left_out(index.problems)
+    counts = index.problems.left_out()
     counts["image-without-objects"] = int((~index.bad).sum()) - len(rows)
     counts["objects-not-chosen"] = int(plain.sum()) - len(objects)
     counts = {code: number for code, number in counts.items() if number}
@@ -170,7 +169,7 @@ def choose(
 
 
 def find_categories(index: CocoIndex, names: Iterable[str]) -> set[int] | None:
-    """The ids of classes; None where none is named.
+    """The category ids of class names; None if no name is given.
 
     Raises:
         DataError: There is no class of that name.
@@ -200,23 +199,24 @@ def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
     """
     keys = [_size_keys(subset) for subset in (train, val)]
     suspects = [np.flatnonzero(np.isin(mine, other)) for mine, other in (keys, keys[::-1])]
-    known = {_begin(val.path(i)) for i in suspects[1].tolist()}
-    shared = [i for i in suspects[0].tolist() if _begin(train.path(i)) in known]
+    known = {_hash_start(val.path(i)) for i in suspects[1].tolist()}
+    shared = [i for i in suspects[0].tolist() if _hash_start(train.path(i)) in known]
     return np.array(shared, dtype=np.int64)
 
 
 def _size_keys(subset: CocoSubset) -> NDArray[np.int64]:
+    # One number for height, width and bytes, to compare images before any file is read.
     height, width = subset.index.sizes[subset.rows].astype(np.int64).T
     return np.asarray(
         (height * 1_000_003 + width) * 1_000_003 + subset.index.num_bytes[subset.rows]
     )
 
 
-def _begin(path: Path) -> bytes:
+def _hash_start(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return hashlib.sha256(file.read(1 << 16)).digest()
-    except OSError:  # it will be named when it is read
+    except OSError:  # whoever loads the image reports it
         return b""
 
 
@@ -230,14 +230,14 @@ def split_by_hash(subset: CocoSubset, val_fraction: float) -> tuple[CocoSubset, 
         val_fraction: Share to hold out; at least one image goes to either side.
 
     Returns:
-        The training images, which keeps `counts`, and the validation images.
+        The training subset, which keeps `counts`, and the validation subset.
 
     Raises:
         DataError: If there are fewer than two images to share out.
     """
     names = sorted(
         {subset.file_name(i) for i in range(subset.num_images)},
-        key=lambda name: hashlib.sha256(name.encode()).digest(),
+        key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest(),
     )
     if len(names) < 2:
         raise DataError(

@@ -20,7 +20,7 @@ from samft.coco.images import inspect_image
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.json_reader import ObjectEntry, load_document, read_entries, to_id
 from samft.coco.problems import KINDS, WARNING, Problems
-from samft.coco.subset import refuse_errors
+from samft.coco.subset import raise_for_errors
 from samft.errors import DataError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of files in a folder
@@ -216,8 +216,10 @@ def read_coco_images(annotations: Path, folder: Path) -> tuple[ImageList, CocoIn
         DataError: The file cannot be read, lists no image, or gives one id to several images.
     """
     index = index_file(annotations, folder)
-    problems = {code: issue for code, issue in index.problems.found.items() if code != "no-objects"}
-    refuse_errors(Problems(problems), annotations, on_bad_image="skip")
+    problems = {
+        code: issue for code, issue in index.problems.issues.items() if code != "no-objects"
+    }
+    raise_for_errors(Problems(problems), annotations, on_bad_image="skip")
     if not index.num_images:
         raise DataError(f"{annotations} lists no image: give a COCO file that does.")
     names = index.file_names()

@@ -36,7 +36,7 @@ class Splits:
     fingerprint: str
 
     def announce(self) -> None:
-        """Says how many images and masks there are, what was left out, and what was mended."""
+        """Logs how many images and masks there are, what was left out, and what was repaired."""
         for dataset, (split, counts) in zip(
             (self.train, self.val), self.counts.items(), strict=True
         ):

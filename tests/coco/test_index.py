@@ -53,7 +53,7 @@ def test_it_is_indexed_anew_when_anything_changes(
         return _builds(said)
 
     assert [built(), built()] == [1, 0]
-    broken.write_bytes(encode(1))  # mended
+    broken.write_bytes(encode(1))  # repaired
     assert [built(), built()] == [1, 0]
     assert index_file(path, path.parent, cache=cache).bad_images == {}
     broken.unlink()

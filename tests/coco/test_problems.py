@@ -10,23 +10,23 @@ from samft.coco.problems import (
 )
 
 
-def test_every_kind_has_a_severity_and_words() -> None:
-    for code, (severity, words) in KINDS.items():
+def test_every_kind_has_a_severity_and_a_meaning() -> None:
+    for code, (severity, meaning) in KINDS.items():
         assert severity in (ERROR, WARNING, NOTE, FACT), code
-        assert code == code.lower() and " " not in code and len(words) > 10
+        assert code == code.lower() and " " not in code and len(meaning) > 10
     assert all(KINDS[code][0] == ERROR for code in BAD_IMAGES)
 
 
 def test_all_are_counted_and_the_first_are_shown() -> None:
     problems = Problems()
     problems.add("crowd", *range(30))
-    problems.add_many("crowd", range(5), word="object")
+    problems.add_ids("crowd", range(5), noun="object")
     problems.add("crowd", "many", count=1000)
     assert problems["crowd"] == 1035 and problems["mask-tiny"] == 0
-    assert problems.found["crowd"].examples == [str(k) for k in range(MAX_EXAMPLES)]
+    assert problems.issues["crowd"].examples == [str(k) for k in range(MAX_EXAMPLES)]
     problems.add("mask-tiny")
-    problems.add_many("mask-tiny", [], word="object")
-    assert "mask-tiny" not in problems.found
+    problems.add_ids("mask-tiny", [], noun="object")
+    assert "mask-tiny" not in problems.issues
 
 
 def test_the_worst_comes_first() -> None:

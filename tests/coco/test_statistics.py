@@ -11,7 +11,7 @@ from helpers.broken_coco import HEIGHT, WIDTH, encode
 from helpers.coco_files import annotation
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.statistics import (
-    measure,
+    compute_statistics,
     statistics_lines,
     suggest_image_size,
     suggest_max_masks,
@@ -48,35 +48,39 @@ def index(tmp_path: Path) -> CocoIndex:
 
 
 def test_counts(index: CocoIndex) -> None:
-    found = measure(index, image_size=30)
-    assert (found.num_images, found.num_images_with_objects) == (4, 2)
-    assert (found.num_objects, found.num_crowds, found.most_objects) == (4, 1, 3)
-    assert found.objects_per_image == {"0": 1, "1": 1, "2-3": 1}
-    assert found.object_sizes == {"small": 4, "medium": 0, "large": 0}
-    assert found.classes == {"a": 3, "b": 1, "never": 0}
-    assert list(found.classes) == ["a", "b", "never"]
+    statistics = compute_statistics(index, image_size=30)
+    assert (statistics.num_images, statistics.num_images_with_objects) == (4, 2)
+    assert (statistics.num_objects, statistics.num_crowds, statistics.most_objects) == (4, 1, 3)
+    assert statistics.objects_per_image == {"0": 1, "1": 1, "2-3": 1}
+    assert statistics.object_sizes == {"small": 4, "medium": 0, "large": 0}
+    assert statistics.classes == {"a": 3, "b": 1, "never": 0}
+    assert list(statistics.classes) == ["a", "b", "never"]
 
 
 def test_sides_are_those_at_the_models_input(index: CocoIndex) -> None:
     """The image's longer side, 30 px, becomes image_size."""
-    shown = {name: n for name, n in measure(index, image_size=30).object_sides.items() if n}
+    shown = {
+        name: n for name, n in compute_statistics(index, image_size=30).object_sides.items() if n
+    }
     assert shown == {"under 4 px": 1, "4-8 px": 1, "8-16 px": 2}
-    shown = {name: n for name, n in measure(index, image_size=960).object_sides.items() if n}
+    shown = {
+        name: n for name, n in compute_statistics(index, image_size=960).object_sides.items() if n
+    }
     assert shown == {"64-128 px": 1, "128-256 px": 1, "256-512 px": 2}
 
 
 def test_objects_vanish_under_one_cell(index: CocoIndex) -> None:
-    assert measure(index, image_size=32).num_vanishing == 1  # 3 px become 3.2
-    assert measure(index, image_size=40).num_vanishing == 0  # 4 px
-    assert measure(index, image_size=16).num_vanishing == 2  # 6 px become 3.2
-    assert measure(index, image_size=16).vanishing_share == 0.5
+    assert compute_statistics(index, image_size=32).num_vanishing == 1  # 3 px become 3.2
+    assert compute_statistics(index, image_size=40).num_vanishing == 0  # 4 px
+    assert compute_statistics(index, image_size=16).num_vanishing == 2  # 6 px become 3.2
+    assert compute_statistics(index, image_size=16).vanishing_share == 0.5
 
 
 def test_coco_sizes_go_by_the_area_of_the_mask(index: CocoIndex) -> None:
     areas = np.where(index.flags, 5, np.zeros(5))
     areas[index.flags == 0] = [1023.9, 1024, 9215.9, 9216]
-    found = measure(replace(index, areas=areas), image_size=64)
-    assert found.object_sizes == {"small": 1, "medium": 2, "large": 1}
+    statistics = compute_statistics(replace(index, areas=areas), image_size=64)
+    assert statistics.object_sizes == {"small": 1, "medium": 2, "large": 1}
 
 
 @pytest.mark.parametrize(
@@ -115,30 +119,30 @@ def test_suggested_image_size(sides: list[float], at_least: int, expected: int) 
 
 
 def test_lines(index: CocoIndex) -> None:
-    lines = statistics_lines(measure(index, image_size=32))
+    lines = statistics_lines(compute_statistics(index, image_size=32))
     assert lines[0] == "4 images, 2 of them with objects; 4 objects in 2 classes; 1 crowds"
     assert "  a          3  " + "#" * 40 in lines
     assert "  b          1  " + "#" * 14 in lines
     assert not any("never" in line or "large" in line for line in lines)
-    first, second, third = suggestion_lines(measure(index, image_size=32))
+    first, second, third = suggestion_lines(compute_statistics(index, image_size=32))
     assert first.startswith("suggested max_masks_per_image: 8 ")
     assert second.startswith("at image_size 32 1 objects (25.0%) vanish: ")
     assert third == "suggested image_size: 64"
-    assert suggestion_lines(measure(index, image_size=64))[1:] == [
+    assert suggestion_lines(compute_statistics(index, image_size=64))[1:] == [
         "at image_size 64 no object vanishes"
     ]
 
 
 def test_only_twenty_classes_are_shown(index: CocoIndex) -> None:
-    found = measure(index, image_size=64)
+    statistics = compute_statistics(index, image_size=64)
     many = {f"c{k}": 30 - k for k in range(25)}
-    lines = statistics_lines(replace(found, classes=many))
+    lines = statistics_lines(replace(statistics, classes=many))
     assert any("c19" in line for line in lines) and not any("c20" in line for line in lines)
     assert lines[-1] == "  and 5 more with 40 objects"
 
 
 def test_json_is_plain(index: CocoIndex) -> None:
-    found = json.loads(json.dumps(measure(index, image_size=32).to_json()))
-    assert found["vanishing"] == {"objects": 1, "share": 0.25}
-    assert found["suggestions"] == {"max_masks_per_image": 8, "image_size": 64}
-    assert set(found["histograms"]) == {"objects_per_image", "object_sizes", "object_sides"}
+    statistics = json.loads(json.dumps(compute_statistics(index, image_size=32).to_json()))
+    assert statistics["vanishing"] == {"objects": 1, "share": 0.25}
+    assert statistics["suggestions"] == {"max_masks_per_image": 8, "image_size": 64}
+    assert set(statistics["histograms"]) == {"objects_per_image", "object_sizes", "object_sides"}

@@ -18,7 +18,7 @@ from samft.coco.index import index_file
 from samft.coco.layout import find_split
 from samft.coco.problems import BAD_IMAGES, KINDS
 from samft.coco.segmentation import decode_cropped
-from samft.coco.subset import CocoSubset, choose, find_shared, read_coco, split_by_hash
+from samft.coco.subset import CocoSubset, find_shared, read_coco, select_objects, split_by_hash
 from samft.errors import DataError
 
 
@@ -87,7 +87,7 @@ def test_everything_wrong_is_found_and_counted(
     wanted = {code: n for code, n in expected[split].items() if code in KINDS}
     wanted.pop("image-in-train-and-val", None)  # which takes both splits to see
     assert counts == wanted
-    subset = choose(index)
+    subset = select_objects(index)
     assert subset.num_objects == expected[split]["good_objects"]
     assert subset.num_images == expected[split]["good_images"]
     assert all(found.examples for _, _, found in index.problems)

@@ -141,7 +141,7 @@ def test_real_sets_have_the_quirks_that_are_known_and_no_error(data_root: Path, 
 
 
 @pytest.mark.parametrize("name", ["hbn_flakes", "coco_open104"])
-def test_real_sets_are_clean_once_mended(
+def test_real_sets_are_clean_once_repaired(
     data_root: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*of_set(data_root, name), "--fix", str(tmp_path / "fixed")])
@@ -286,7 +286,7 @@ def test_the_report_never_replaces_the_annotations(good: Path) -> None:
         main(["--data_root", str(good), "--json", str(file)])
 
 
-def test_a_mended_copy_is_never_replaced(good: Path, tmp_path: Path) -> None:
+def test_a_repaired_copy_is_never_replaced(good: Path, tmp_path: Path) -> None:
     fixed = tmp_path / "fixed"
     (fixed / "val").mkdir(parents=True)
     (fixed / "val" / "_annotations.coco.json").write_text("mine")

@@ -72,9 +72,11 @@ def compare(before: Content, after: Content) -> str:
     if not before.values and not after.values:
         return "nothing was found to compare"
     names = dict.fromkeys([*before.values, *after.values])
-    found = [text for name in names if (text := _difference(name, before.values, after.values))]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{found[0]}{more}" if found else "equal"
+    differences = [
+        text for name in names if (text := _difference(name, before.values, after.values))
+    ]
+    more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+    return f"{differences[0]}{more}" if differences else "equal"
 
 
 def _difference(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

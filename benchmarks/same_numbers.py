@@ -70,11 +70,11 @@ class Side:
         """Makes the folder of the runs, and sure that no samft but this one is run."""
         (self.runs / "site").mkdir(parents=True)
         (self.runs / "site" / "sitecustomize.py").write_text(_SITE)
-        found = self.python(["-c", "import samft; print(samft.__file__)"]).strip()
-        if not Path(found).resolve().is_relative_to(self.code.resolve()):
-            sys.exit(f"{found} would be run, not the samft of {self.code}")
+        imported_from = self.python(["-c", "import samft; print(samft.__file__)"]).strip()
+        if not Path(imported_from).resolve().is_relative_to(self.code.resolve()):
+            sys.exit(f"{imported_from} would be run, not the samft of {self.code}")
 
-    def python(self, words: Sequence[str], *, expect: int = 0) -> str:
+    def python(self, arguments: Sequence[str], *, expect: int = 0) -> str:
         """Runs Python with this revision's samft; its standard output.
 
         Raises:
@@ -84,11 +84,13 @@ class Side:
         ours["PYTHONPATH"] = os.pathsep.join([str(self.code), str(self.runs / "site")])
         ours["OMP_NUM_THREADS"] = "1"
         ours["SAMFT_CACHE"] = str(self.runs / "cache")  # or the other side's index would be taken
-        command = [sys.executable, *words]
+        command = [sys.executable, *arguments]
         ended = subprocess.run(command, cwd=self.runs, env=ours, capture_output=True, text=True)
         if ended.returncode != expect:
-            said = f"{ended.stdout}\n{ended.stderr}"[-4000:]
-            sys.exit(f"{said}\nended with {ended.returncode}: {' '.join(command)}\nof {self.code}")
+            output = f"{ended.stdout}\n{ended.stderr}"[-4000:]
+            sys.exit(
+                f"{output}\nended with {ended.returncode}: {' '.join(command)}\nof {self.code}"
+            )
         return ended.stdout
 
     def samft(self, command: str, *flags: str, processes: int = 1, expect: int = 0) -> None:
@@ -101,16 +103,16 @@ class Side:
         """A training run of the demo; its output folder."""
         config = str(self.code / "configs" / "demo.yaml")
         common = f"--data_root ../data --output_dir {name} --device cpu"
-        words = f"{common} --batch_size {GLOBAL_BATCH // processes} {flags}".split()
-        self.samft("train", "--config", config, *words, processes=processes, expect=expect)
+        arguments = f"{common} --batch_size {GLOBAL_BATCH // processes} {flags}".split()
+        self.samft("train", "--config", config, *arguments, processes=processes, expect=expect)
         return self.runs / name
 
     def evaluate(self, runs: Sequence[str], *, processes: int = 1) -> Path:
         """Evaluates the last checkpoints of runs, all in one go; the folder of the scores."""
         checkpoints = [f"{run}/last.ckpt" for run in runs]
         folder = f"scores-{processes}"
-        words = f"--output {folder}/scores.json --data_root ../data --device cpu --num_workers 0"
-        flags = ["--checkpoint", *checkpoints, *words.split()]
+        options = f"--output {folder}/scores.json --data_root ../data --device cpu --num_workers 0"
+        flags = ["--checkpoint", *checkpoints, *options.split()]
         self.samft("evaluate", *flags, processes=processes)
         return self.runs / folder
 

@@ -53,13 +53,13 @@ def too_long_file(source: str, module: str) -> list[str]:
 
 def too_long_functions(source: str, module: str) -> list[str]:
     """Functions of more lines than fit on a screen, docstring included."""
-    found = []
+    complaints = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, Function):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > MAX_FUNCTION_LINES:
-                found.append(f"{node.name}: {lines} lines, over {MAX_FUNCTION_LINES}")
-    return found
+                complaints.append(f"{node.name}: {lines} lines, over {MAX_FUNCTION_LINES}")
+    return complaints
 
 
 def imported_rooms(source: str) -> set[str]:
@@ -126,11 +126,11 @@ def public_definitions(tree: ast.Module | ast.ClassDef) -> Iterator[Function | a
 def missing_docstrings(source: str, module: str) -> list[str]:
     """Modules and public names that do not say what they are."""
     tree = ast.parse(source)
-    found = [] if ast.get_docstring(tree) else ["the module has no docstring"]
+    complaints = [] if ast.get_docstring(tree) else ["the module has no docstring"]
     for node in public_definitions(tree):
         if not ast.get_docstring(node):
-            found.append(f"{node.name} has no docstring")
-    return found
+            complaints.append(f"{node.name} has no docstring")
+    return complaints
 
 
 def methods(tree: ast.Module) -> set[ast.AST]:
@@ -149,7 +149,7 @@ def missing_annotations(source: str, module: str) -> list[str]:
     """Arguments and results without a type."""
     tree = ast.parse(source)
     bound = methods(tree)
-    found = []
+    complaints = []
     for node in ast.walk(tree):
         if not isinstance(node, Function):
             continue
@@ -159,8 +159,8 @@ def missing_annotations(source: str, module: str) -> list[str]:
         names = [arg.arg for arg in every if arg is not None and arg.annotation is None]
         if node.returns is None:
             names.append("result")
-        found += [f"{node.name}: {name} has no type" for name in names]
-    return found
+        complaints += [f"{node.name}: {name} has no type" for name in names]
+    return complaints
 
 
 RULES = (

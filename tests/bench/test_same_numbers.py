@@ -74,18 +74,18 @@ def test_same_files_are_equal_and_counted(folders) -> None:
 
 def test_changed_weight_is_named_with_its_size(folders) -> None:
     write_state(folders[1], weight=1.0 + 2**-20)
-    found = verdict(read_weights, folders)
-    assert found == "5-0.50.ckpt: decoder.weight: up to 9.54e-07 apart (and 1 more)"
+    result = verdict(read_weights, folders)
+    assert result == "5-0.50.ckpt: decoder.weight: up to 9.54e-07 apart (and 1 more)"
 
 
 def test_changed_optimizer_is_named(folders) -> None:
     write_state(folders[1], moment=3.0)
-    found = verdict(read_weights, folders)
-    assert found == "last.ckpt: optimizer: state: 0: exp_avg: up to 1 apart"
+    result = verdict(read_weights, folders)
+    assert result == "last.ckpt: optimizer: state: 0: exp_avg: up to 1 apart"
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("model", "difference"),
     [
         ({"decoder.weight": torch.zeros(3)}, "before torch.float32 [2], after torch.float32 [3]"),
         (
@@ -96,9 +96,9 @@ def test_changed_optimizer_is_named(folders) -> None:
     ],
     ids=["shape", "type", "name"],
 )
-def test_other_tensors_are_no_equal_ones(folders, model, words: str) -> None:
+def test_other_tensors_are_no_equal_ones(folders, model, difference: str) -> None:
     write_state(folders[1], model=model)
-    assert verdict(read_weights, folders).startswith(f"5-0.50.ckpt: decoder.weight: {words}")
+    assert verdict(read_weights, folders).startswith(f"5-0.50.ckpt: decoder.weight: {difference}")
 
 
 def test_settings_and_clocks_of_a_state_may_differ(folders) -> None:
@@ -108,8 +108,8 @@ def test_settings_and_clocks_of_a_state_may_differ(folders) -> None:
 
 def test_checkpoint_of_another_score_is_named(folders) -> None:
     (folders[1] / "5-0.50.ckpt").rename(folders[1] / "5-0.51.ckpt")
-    found = verdict(read_weights, folders)
-    assert found == "5-0.50.ckpt: decoder.weight: only before (and 1 more)"
+    result = verdict(read_weights, folders)
+    assert result == "5-0.50.ckpt: decoder.weight: only before (and 1 more)"
 
 
 def test_missing_line_is_named(folders) -> None:
@@ -122,8 +122,8 @@ def test_changed_loss_is_named_and_a_rate_is_not(folders) -> None:
     write_lines(folders[1], [{**LINES[0], "images_per_second": 4.0}, *LINES[1:]])
     assert verdict(read_metrics, folders) == "equal"
     write_lines(folders[1], [{**LINES[0], "loss": 0.5 + 2**-53}, *LINES[1:]])
-    found = verdict(read_metrics, folders)
-    assert found == "metrics.jsonl: line 1, step 0: loss: before 0.5, after 0.5000000000000001"
+    result = verdict(read_metrics, folders)
+    assert result == "metrics.jsonl: line 1, step 0: loss: before 0.5, after 0.5000000000000001"
 
 
 def test_value_that_is_not_finite_any_more_is_named(folders) -> None:
@@ -137,8 +137,8 @@ def test_changed_scores_are_named(folders) -> None:
     write_scores(folders[1], iou={"mean": 0.5})
     assert verdict(read_scores, folders) == "scores.json: iou: mean: before 0.625, after 0.5"
     write_scores(folders[1], objects=OBJECTS.replace("0.75", "0.750"))
-    found = verdict(read_scores, folders)
-    assert found == "objects.csv: row: 1: iou_actual: before '0.75', after '0.750'"
+    result = verdict(read_scores, folders)
+    assert result == "objects.csv: row: 1: iou_actual: before '0.75', after '0.750'"
 
 
 def test_nothing_on_both_sides_is_not_equal(folders) -> None:
@@ -172,9 +172,9 @@ def test_other_code_is_refused(tmp_path: Path) -> None:
         side.prepare()
 
 
-def git(*words: str, folder: Path) -> str:
+def git(*arguments: str, folder: Path) -> str:
     name = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    command = ["git", "-C", str(folder), *name, *words]
+    command = ["git", "-C", str(folder), *name, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -55,10 +55,10 @@ class GlooPool:
         with the traceback of that rank as its cause.
         """
         if not self._processes:
-            self._start()
+            self._start_processes()
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = self._collect()
+        answers = self._collect_answers()
         failed = [rank for rank in answers if answers[rank][0] is not None]
         failed.sort(key=lambda rank: not isinstance(answers[rank][0], RankDied))
         died = any(isinstance(answers[rank][0], RankDied) for rank in failed)
@@ -89,7 +89,7 @@ class GlooPool:
             self._folder.cleanup()
             self._folder = None
 
-    def _start(self) -> None:
+    def _start_processes(self) -> None:
         context = preloading_context()
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
@@ -103,7 +103,7 @@ class GlooPool:
             self._processes.append(process)
             self._pipes.append(here)
 
-    def _collect(self) -> dict[int, tuple[Exception | None, Any]]:
+    def _collect_answers(self) -> dict[int, tuple[Exception | None, Any]]:
         """The answers by rank, in the order of their coming: (None, result) or (error, text)."""
         answers: dict[int, tuple[Exception | None, Any]] = {}
         deadline = time.monotonic() + RUN_SECONDS

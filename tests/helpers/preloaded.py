@@ -94,14 +94,14 @@ def _run_as_main(command: list[str]) -> None:
     _set_command_line(command)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
-    words = [word for word in command[1:] if word != "-u"]
+    arguments = [argument for argument in command[1:] if argument != "-u"]
     code: Any = 0
     try:
-        if words[0] == "-m":
-            _run_module(words[1], words[2:])
+        if arguments[0] == "-m":
+            _run_module(arguments[1], arguments[2:])
         else:
-            sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-            runpy.run_path(words[0], run_name="__main__")
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
+            runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
     except KeyboardInterrupt:

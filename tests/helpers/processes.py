@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def _parents() -> dict[int, int]:
-    found = {}
+    parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -12,8 +12,8 @@ def _parents() -> dict[int, int]:
             except OSError:  # gone meanwhile
                 continue
             if fields[0] != "Z":
-                found[int(entry.name)] = int(fields[1])
-    return found
+                parents[int(entry.name)] = int(fields[1])
+    return parents
 
 
 def children_of(pid: int) -> list[int]:
@@ -23,23 +23,23 @@ def children_of(pid: int) -> list[int]:
 
 def descendants_of(pid: int) -> list[int]:
     """All living processes that a process started, directly or not."""
-    parents, found = _parents(), [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+    parents, family = _parents(), [pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    return family[1:]
 
 
 def processes_with(word: str) -> list[int]:
     """Living processes that have a word in their command line."""
-    found = []
+    pids = []
     for pid in _parents():
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
         if word.encode() in command:
-            found.append(pid)
-    return sorted(found)
+            pids.append(pid)
+    return sorted(pids)
 
 
 def catches(pid: int, number: int) -> bool:

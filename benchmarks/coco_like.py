@@ -1,12 +1,12 @@
-"""Writes a drawn dataset of COCO train2017's size and statistics, to measure at full scale.
+"""Writes a synthetic dataset of COCO train2017's size and statistics, for benchmarks at full scale.
 
     python -m benchmarks.coco_like --output_dir DIR
 
-118,287 images, 860,001 objects, a JSON of about 450 MiB in the official layout. What the JSON says
-is a function of the seed. Objects are star-shaped polygons whose sizes, points, parts and numbers
-per image follow COCO's; none is smaller than a few pixels. As in the original file, the objects of
-an image are spread over the whole list, and crowds come last. There is one JPEG of a plain colour
-per image size; all other image files are hard links to those, or copies where links are refused.
+118,287 images, 860,001 objects, a JSON of about 450 MiB in the official layout. The JSON depends
+only on the seed. Objects are star-shaped polygons whose sizes, points, parts and numbers per image
+follow COCO's; none is smaller than a few pixels. As in the original file, the objects of an image
+are spread over the whole list, and crowds come last. There is one JPEG of a single colour per image
+size; the other image files are hard links to these, or copies where links are not possible.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CATEGORY_IDS = np.setdiff1d(np.arange(1, 91), [12, 26, 29, 30, 45, 66, 68, 69, 7
 CROWD_SHARE, EMPTY_SHARE, MULTIPART_SHARE = 0.0122, 0.0086, 0.1
 
 _LARGEST_ID = 581_930
-_SIDE = 640  # px, the longest of any image
+_SIDE = 640  # px, the longest side of any image
 _BATCH = 8192  # objects
 _FIXED_STREAM, _OBJECT_STREAM, _CROWD_STREAM = 0, 1, 2
 _SIZES = np.array(  # W, H
@@ -39,23 +39,23 @@ _SIZES = np.array(  # W, H
     + [(500, 400), (360, 640), (640, 393)]
 )
 _SIZE_WEIGHTS = np.array([22, 15, 9, 6, 6, 5, 5, 3, 3, 2, 2, 1.5, 1.5, 1.5] + [1] * 10)
-_TEXT_OF = [repr(i / 100) for i in range(_SIDE * 100 + 1)]  # of a coordinate in 1/100 px
+_TEXT_OF = [repr(i / 100) for i in range(_SIDE * 100 + 1)]  # JSON of a coordinate in 1/100 px
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which images there are and how many objects each has, for N images."""
+class DatasetPlan:
+    """N images, and the images that the objects are in."""
 
     seed: int
     ids: np.ndarray  # [N]
     sizes: np.ndarray  # [N, 2] W, H
-    polygon_images: np.ndarray  # rows of the images that the polygon objects are in, in file order
-    crowd_images: np.ndarray  # and of the crowds
+    polygon_images: np.ndarray  # row of the image of each polygon object, in file order
+    crowd_images: np.ndarray  # row of the image of each crowd
 
 
 @dataclass(frozen=True)
 class Outlines:
-    """Polygons of K objects, one after the other, in 1/100 px."""
+    """The polygons of K objects, concatenated, in 1/100 px."""
 
     points: np.ndarray  # int64 [P, 2]
     first_point: np.ndarray  # [parts + 1]
@@ -70,7 +70,7 @@ class Outlines:
 
     @property
     def areas(self) -> np.ndarray:
-        """Areas [K] in px, parts added."""
+        """Areas [K] in px, summed over parts."""
         following = np.arange(1, len(self.points) + 1)
         following[self.first_point[1:] - 1] = self.first_point[:-1]
         (x, y), (next_x, next_y) = self.points.T, self.points[following].T
@@ -78,26 +78,26 @@ class Outlines:
         return np.add.reduceat(twice, self.first_part[:-1]) / 20_000
 
 
-def _generator(*words: int) -> np.random.Generator:
-    return np.random.default_rng(words)
+def _generator(*seeds: int) -> np.random.Generator:
+    return np.random.default_rng(seeds)
 
 
-def make_plan(seed: int, *, num_images: int, num_objects: int) -> Plan:
-    """Draws images, and shares out exactly `num_objects` objects among them."""
+def make_plan(seed: int, *, num_images: int, num_objects: int) -> DatasetPlan:
+    """Plans the images, and distributes exactly `num_objects` objects over them."""
     rng = _generator(seed, _FIXED_STREAM)
     weights = _SIZE_WEIGHTS / _SIZE_WEIGHTS.sum()
     empty = int(np.ceil(num_images * EMPTY_SHARE)) if num_images > 1 else 0
     used = rng.permutation(num_images)[: min(num_images - empty, num_objects)]
-    # A Poisson number with an exponential mean is geometric, which COCO's numbers nearly are.
+    # A Poisson number with an exponential mean is geometric; COCO's counts nearly are.
     shares = rng.exponential(size=len(used))
     counts = np.zeros(num_images, dtype=np.int64)
     counts[used] = 1 + rng.multinomial(num_objects - len(used), shares / shares.sum())
-    # One crowd at most in an image, and never as its only object.
+    # At most one crowd per image, and never as its only object.
     several = np.flatnonzero(counts > 1)
     num_crowds = min(round(num_objects * CROWD_SHARE), len(several))
     crowds = rng.permutation(several)[:num_crowds]
     counts[crowds] -= 1
-    return Plan(
+    return DatasetPlan(
         seed=seed,
         ids=rng.permutation(max(_LARGEST_ID, 2 * num_images))[:num_images] + 1,
         sizes=_SIZES[rng.choice(len(_SIZES), num_images, p=weights)],
@@ -111,14 +111,14 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def draw_outlines(rng: np.random.Generator, sizes: np.ndarray) -> Outlines:
-    """One object for each image size [K, 2]: star-shaped parts side by side, within the image."""
+    """One object per image size [K, 2]: star-shaped parts beside each other, inside the image."""
     # 41 % of the areas below 32 x 32 px and 24 % above 96 x 96 px in a photo of 640 x 480.
     side = np.exp(rng.normal(-2.5, 1.17, len(sizes))) * np.sqrt(sizes.prod(axis=1) / 0.5)
     aspect = np.exp(rng.normal(0, 0.4, len(sizes)))
     half = np.stack([side * aspect, side / aspect], axis=1) / 2
     half = np.clip(half, 2.5, 0.48 * sizes)
     centre = half + rng.random(sizes.shape) * (sizes - 2 * half)
-    # Thin objects stay whole, so of the others a few more are in parts.
+    # Thin objects have one part, so a larger share of the others has several.
     in_parts = (half[:, 0] > 8) & (rng.random(len(sizes)) < 1.2 * MULTIPART_SHARE)
     num_parts = np.where(in_parts, rng.integers(2, 5, len(sizes)), 1)
     first_part = _starts(num_parts)
@@ -140,7 +140,7 @@ def draw_outlines(rng: np.random.Generator, sizes: np.ndarray) -> Outlines:
 def _draw_stars(
     rng: np.random.Generator, num_points: np.ndarray, *, centre: np.ndarray, half: np.ndarray
 ) -> np.ndarray:
-    # Points go round the centre in order, so no outline crosses itself.
+    # Points are sorted by angle around the centre, so no outline crosses itself.
     first = _starts(num_points)
     owner = np.repeat(np.arange(len(num_points)), num_points)
     step = np.arange(first[-1]) - first[owner] + 0.8 * rng.random(first[-1])
@@ -161,8 +161,8 @@ def _polygon_texts(outlines: Outlines) -> Iterator[str]:
         yield "],[".join(parts[i:j])
 
 
-def _polygon_objects(plan: Plan) -> Iterator[str]:
-    # Most things in COCO are persons, the rest thin out.
+def _polygon_entries(plan: DatasetPlan) -> Iterator[str]:
+    # The most frequent class in COCO is person; frequencies fall quickly.
     weights = 1 / np.arange(1, len(CATEGORY_IDS) + 1)
     first_id = 0
     for start in range(0, len(plan.polygon_images), _BATCH):
@@ -184,13 +184,13 @@ def _polygon_objects(plan: Plan) -> Iterator[str]:
 
 
 def draw_crowd(rng: np.random.Generator, size: tuple[int, int]) -> dict[str, Any]:
-    """A band of one run per column: `counts`, `size` (H, W), `area` and `bbox` as COCO has them."""
+    """A band with one run per column, as COCO's `counts`, `size` (H, W), `area` and `bbox`."""
     width, height = size
     across = int(rng.uniform(0.2, 1) * width)
     left = int(rng.integers(0, width - across + 1))
     middle = np.cumsum(rng.normal(0, 2, across)) + rng.uniform(0.3, 0.7) * height
     thick = rng.uniform(0.05, 0.25) * height + rng.uniform(0, 6, across)
-    # Off the first and last row, so that runs of neighbouring columns never touch end to end.
+    # Not in the first and last row, so that runs of neighbouring columns never join.
     top = np.clip(middle - thick, 1, height - 3).astype(np.int64)
     bottom = np.clip(middle + thick, top + 1, height - 1).astype(np.int64)
     offsets = (left + np.arange(across)) * height
@@ -204,7 +204,7 @@ def draw_crowd(rng: np.random.Generator, size: tuple[int, int]) -> dict[str, Any
     }
 
 
-def _crowd_objects(plan: Plan) -> Iterator[str]:
+def _crowd_entries(plan: DatasetPlan) -> Iterator[str]:
     rng = _generator(plan.seed, _CROWD_STREAM)
     for row in plan.crowd_images.tolist():
         crowd = draw_crowd(rng, (int(plan.sizes[row, 0]), int(plan.sizes[row, 1])))
@@ -222,7 +222,7 @@ def _file_name(image_id: int) -> str:
     return f"{image_id:012d}.jpg"
 
 
-def _images(plan: Plan) -> Iterator[str]:
+def _image_entries(plan: DatasetPlan) -> Iterator[str]:
     rng = _generator(plan.seed, _FIXED_STREAM, 1)
     for image_id, (width, height) in zip(plan.ids.tolist(), plan.sizes.tolist(), strict=True):
         name, number = _file_name(image_id), int(rng.integers(1 << 62))
@@ -236,42 +236,44 @@ def _images(plan: Plan) -> Iterator[str]:
         )
 
 
-def _categories() -> Iterator[str]:
+def _category_entries() -> Iterator[str]:
     for category in CATEGORY_IDS.tolist():
         group = f"group {category // 10}"
         yield f'{{"supercategory": "{group}","id": {category},"name": "thing {category}"}}'
 
 
-def _licenses() -> Iterator[str]:
+def _license_entries() -> Iterator[str]:
     for number in range(1, 9):
         yield f'{{"url": "http://example.org/licenses/{number}","id": {number},"name": "none"}}'
 
 
-def _write_list(file: TextIO, key: str, entries: Iterator[str]) -> None:
+def _write_json_list(file: TextIO, key: str, entries: Iterator[str]) -> None:
     file.write(f',"{key}": [')
     for position, entry in enumerate(entries):
         file.write("," + entry if position else entry)
     file.write("]")
 
 
-def write_json(path: Path, plan: Plan) -> None:
-    """Writes the annotation file entry by entry; no more than a batch is ever in memory."""
+def write_json(path: Path, plan: DatasetPlan) -> None:
+    """Writes the annotation file entry by entry; at most a batch of objects is in memory."""
     with path.open("w", encoding="ascii", buffering=1 << 20) as file:
         file.write('{"info": {"description": "drawn, of the size of COCO 2017","year": 2017}')
-        _write_list(file, "licenses", _licenses())
-        _write_list(file, "images", _images(plan))
-        objects = itertools.chain(_polygon_objects(plan), _crowd_objects(plan))
-        _write_list(file, "annotations", objects)
-        _write_list(file, "categories", _categories())
+        _write_json_list(file, "licenses", _license_entries())
+        _write_json_list(file, "images", _image_entries(plan))
+        objects = itertools.chain(_polygon_entries(plan), _crowd_entries(plan))
+        _write_json_list(file, "annotations", objects)
+        _write_json_list(file, "categories", _category_entries())
         file.write("}")
 
 
-def write_images(folder: Path, plan: Plan) -> None:
-    """Writes an image file of the right size under every name."""
+def write_images(folder: Path, plan: DatasetPlan) -> None:
+    """Writes an image file of the planned size for every image."""
     base_of: dict[tuple[int, int], Path] = {}
     for image_id, (width, height) in zip(plan.ids.tolist(), plan.sizes.tolist(), strict=True):
         path = folder / _file_name(image_id)
-        path.unlink(missing_ok=True)  # of an earlier run; writing through a link changes them all
+        path.unlink(
+            missing_ok=True
+        )  # of an earlier run: writing to one of several hard links changes all
         base = base_of.get((width, height))
         if base is None:
             colour = (90 + width % 97, 90 + height % 89, 120)
@@ -280,7 +282,7 @@ def write_images(folder: Path, plan: Plan) -> None:
         else:
             try:
                 os.link(base, path)
-            except OSError:  # a file system without links, or that has no more for this file
+            except OSError:  # no hard links here, or this file has the most possible
                 shutil.copyfile(base, path)
                 base_of[width, height] = path
 
@@ -288,9 +290,9 @@ def write_images(folder: Path, plan: Plan) -> None:
 def write_dataset(
     output_dir: Path, *, num_images: int, num_objects: int, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Writes the dataset in the official layout; gives the JSON and the image folder."""
+    """Writes the dataset in the official layout; returns the JSON file and the image folder."""
     if num_images < 1 or num_objects < 1:
-        raise ValueError("A dataset needs an image and an object.")
+        raise ValueError("A dataset needs at least one image and one object.")
     annotations = output_dir / "annotations" / f"instances_{SPLIT}.json"
     folder = output_dir / SPLIT
     for directory in (annotations.parent, folder):
@@ -302,7 +304,7 @@ def write_dataset(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the dataset and says what it has become."""
+    """Writes the dataset and prints its size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--images", type=int, default=NUM_IMAGES)

@@ -1,12 +1,11 @@
-"""Pre-trains `vit_tiny` from nothing on procedural images; writes the weights that samft ships.
+"""Pre-trains `vit_tiny` from scratch on procedural images: the weights in the samft package.
 
     python -m benchmarks.pretrain_tiny --output_dir runs/tiny
 
-Every step draws fresh scenes (`benchmarks/procedural.py`), so nothing can be over-fitted. Most
-steps are taken at a small image size, where they are cheap, the last ones at the size that the
-model is meant for. The learning rate is constant and then falls linearly to zero over the last
-`--decay_steps`, so that a longer run can go on from the same checkpoint. Interrupted, the same
-command goes on. The recipe of the shipped file, its time and its scores: `docs/experiments.md`.
+Every step draws new scenes (`benchmarks/procedural.py`), so the model cannot overfit. Most steps
+use a small image size, where they are cheap; the last ones use the final size. The learning rate is
+constant and then falls linearly to zero over the last `--decay_steps`. After an interruption, the
+same command resumes. `docs/experiments.md` has the settings, time and scores of the packaged file.
 """
 
 import argparse
@@ -28,23 +27,23 @@ from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze, load_state
 from samft.training.losses import mask_losses
 
-HELD_BACK_SEED = 1_000_000_000
+HELD_OUT_SEED = 1_000_000_000
 BOX_JITTER = 0.1
 
 
 @dataclass
 class SceneBatch:
-    """Scenes as PromptedSam takes them: all boxes of all images, each with its image's index."""
+    """Scenes as the input of PromptedSam: all boxes of all images, with their image's index."""
 
     images: Tensor  # uint8 [N, 3, S, S]
     boxes: Tensor  # float32 [M, 4]
     image_index: Tensor  # int64 [M]
-    targets: Tensor  # uint8 [M, S/4, S/4], share of each cell in 0..255
-    masks: list[np.ndarray]  # uint8 [K, S, S] for each image
+    targets: Tensor  # uint8 [M, S/4, S/4], covered share of each cell, times 255
+    masks: list[np.ndarray]  # uint8 [K, S, S] of each image
 
 
 def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
-    """Draws one scene for each seed; jitter moves each side of a box by up to that share of it."""
+    """Draws one scene per seed; each side of a box moves by up to `jitter` of its length."""
     images, boxes, index, targets, masks = [], [], [], [], []
     for position, seed in enumerate(seeds):
         scene = make_scene(seed, size=size)
@@ -65,16 +64,16 @@ def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
     )
 
 
-class FreshScenes(IterableDataset):
-    """Batches of scenes nobody has seen, from `start_step` on; a pure function of the step."""
+class SceneStream(IterableDataset):
+    """Batches of new scenes for a range of steps; each batch depends only on its step."""
 
     def __init__(self, *, size: int, batch_size: int, start_step: int, end_step: int) -> None:
-        """Takes the image size, images a step, and the range of steps."""
+        """Takes the image size, the images per step, and the range of steps."""
         self.size, self.batch_size = size, batch_size
         self.steps = range(start_step, end_step)
 
     def __iter__(self) -> Iterator[SceneBatch]:
-        """Yields the steps of this worker; the loader asks its workers in turn, so in order."""
+        """Yields this worker's steps; the loader takes from its workers in turn, so in order."""
         cv2.setNumThreads(0)
         info = torch.utils.data.get_worker_info()
         first, stride = (info.id, info.num_workers) if info else (0, 1)
@@ -84,11 +83,11 @@ class FreshScenes(IterableDataset):
 
 
 @torch.no_grad()
-def score(model: PromptedSam, *, size: int, num_scenes: int) -> dict[str, float]:
-    """Mean IoU over the objects of held-back scenes, and what filling each box would score."""
+def score_held_out(model: PromptedSam, *, size: int, num_scenes: int) -> dict[str, float]:
+    """Mean IoU over the objects of held-out scenes, and that of filling each box."""
     ious, fills = [], []
     device = model.sam.device
-    for seed in range(HELD_BACK_SEED, HELD_BACK_SEED + num_scenes):
+    for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + num_scenes):
         batch = make_batch(range(seed, seed + 1), size=size, jitter=0.0)
         logits, _ = model(
             batch.images.to(device), batch.boxes.to(device), batch.image_index.to(device)
@@ -103,7 +102,7 @@ def score(model: PromptedSam, *, size: int, num_scenes: int) -> dict[str, float]
     return {"iou": float(np.mean(ious)), "box_fill_iou": float(np.mean(fills))}
 
 
-def learning_rate_share(step: int, *, warmup: int, decay: int, total: int) -> float:
+def learning_rate_factor(step: int, *, warmup: int, decay: int, total: int) -> float:
     """Linear warm-up, constant, linear decay to zero."""
     return min(1.0, (step + 1) / warmup, (total - step) / decay)
 
@@ -112,19 +111,19 @@ def train_stage(
     model: PromptedSam, optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, size: int
 ) -> None:
     """Trains from `args.step` to `args.stage_end` at one image size, saving every 1000 steps."""
-    scenes = FreshScenes(
+    scenes = SceneStream(
         size=size, batch_size=args.batch_size, start_step=args.step, end_step=args.stage_end
     )
     loader = DataLoader(scenes, batch_size=None, num_workers=args.num_workers, prefetch_factor=4)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device, started, window = model.sam.device, time.monotonic(), []
+    device, started, ious = model.sam.device, time.monotonic(), []
     input_sizes = torch.full((args.batch_size, 2), size, device=device)
     for batch in loader:
-        share = learning_rate_share(
+        factor = learning_rate_factor(
             args.step, warmup=500, decay=args.decay_steps, total=args.total_steps
         )
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * share
+            group["lr"] = args.learning_rate * factor
         image_index = batch.image_index.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             logits, iou_predicted = model(
@@ -143,16 +142,16 @@ def train_stage(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         args.step += 1
-        window.append(losses.iou_actual.mean().item())
+        ious.append(losses.iou_actual.mean().item())
         if args.step % 1000 == 0 or args.step == args.stage_end:
             seconds = time.monotonic() - started
-            save(
-                model, optimizer, args, size=size, train_iou=float(np.mean(window)), seconds=seconds
+            save_state(
+                model, optimizer, args, size=size, train_iou=float(np.mean(ious)), seconds=seconds
             )
-            started, window = time.monotonic(), []
+            started, ious = time.monotonic(), []
 
 
-def save(
+def save_state(
     model: PromptedSam,
     optimizer: torch.optim.Optimizer,
     args: argparse.Namespace,
@@ -161,7 +160,7 @@ def save(
     train_iou: float,
     seconds: float,
 ) -> None:
-    """Writes weights and optimizer state, and one line of scores to `log.jsonl`."""
+    """Writes weights and optimizer state, and appends a line of scores to `log.jsonl`."""
     state = {
         "step": args.step,
         "image_size": size,
@@ -175,7 +174,7 @@ def save(
     line |= {"seconds": round(seconds, 1)}
     last = args.step == args.total_steps
     if last or args.step % 2000 == 0:
-        line |= score(model.eval(), size=size, num_scenes=1000 if last else 200)
+        line |= score_held_out(model.eval(), size=size, num_scenes=1000 if last else 200)
         model.train()
     with (args.output_dir / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
@@ -183,7 +182,7 @@ def save(
 
 
 def main() -> None:
-    """Runs the stages that are left and writes `vit_tiny.pth`."""
+    """Runs the remaining stages and writes `vit_tiny.pth`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--stages", default="128:6000,256:14000", help="SIZE:STEPS,...")

@@ -1,4 +1,4 @@
-"""The drawn pre-training scenes: a pure function of the seed, with exact masks and boxes."""
+"""The procedural scenes: a pure function of the seed, with exact masks and boxes."""
 
 import numpy as np
 import pytest
@@ -55,20 +55,20 @@ def test_the_number_of_objects_is_limited() -> None:
     assert min(counts) >= 1 and max(counts) == 3
 
 
-def test_every_object_can_be_told_from_its_surroundings(scenes: list[Scene]) -> None:
-    """Some scenes are dim and noisy, but an object's mean colour mostly differs from its rim's."""
+def test_objects_differ_from_the_background(scenes: list[Scene]) -> None:
+    """Some scenes are dim and noisy, but objects mostly differ from the background in colour."""
     differences = []
     for scene in scenes:
-        taken = scene.masks.sum(0) > 0
-        ground = scene.image[~taken].mean(0)
+        covered = scene.masks.sum(0) > 0
+        ground = scene.image[~covered].mean(0)
         for mask in scene.masks:
             differences.append(np.abs(scene.image[mask > 0].mean(0) - ground).max())
     assert np.median(differences) > 20
     assert np.mean(np.array(differences) > 5) > 0.9
 
 
-def test_filling_the_box_is_a_mediocre_answer() -> None:
-    """The scenes teach outlines only while boxes hold much that is not the object."""
+def test_filling_the_boxes_is_a_poor_prediction() -> None:
+    """Scenes teach outlines only if boxes also contain much background."""
     fills: list[float] = []
     for seed in range(100, 180):
         scene = make_scene(seed, size=128)

@@ -1,4 +1,4 @@
-"""From the configuration to the parts of a run: model, precision, trainer, loaders."""
+"""Builds the parts of a run from its configuration: weights, model, loss, trainer, loaders."""
 
 from functools import partial
 from typing import Any
@@ -21,15 +21,19 @@ from samft.training.engine import Progress, Trainer
 from samft.training.losses import LossFunction, mask_losses
 from samft.training.optim import build_optimizer, schedule_learning_rate
 
+# The three parts of a SAM, each of which the configuration may freeze.
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
 def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tensor] | None:
-    """Finds, reads and identifies the weights to start from; None for random ones.
+    """Finds, reads and identifies the weights to start from.
 
     Args:
         config: The configuration.
-        quiet: Not to say which they are, a second time.
+        quiet: Whether to log nothing, because the weights are read once more.
+
+    Returns:
+        The state dict with SAM's own keys, on the CPU; None for random weights.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it is of another model type.
@@ -40,7 +44,7 @@ def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tenso
         if not quiet:
             LOGGER.warning(
                 "checkpoint_path random: the weights of %s are RANDOM; without hundreds of "
-                "thousands of images the result will be worthless for anything but a test",
+                "thousands of images the result will be of no use but for tests",
                 config.model_type,
             )
         return None
@@ -62,14 +66,26 @@ def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tenso
 def build_model(
     config: TrainConfig, weights: dict[str, Tensor] | None, device: torch.device
 ) -> PromptedSam:
-    """Builds the model on its device, loads the weights, and freezes what is to be frozen."""
+    """Builds the model on its device, loads the weights, and freezes parts as configured.
+
+    Args:
+        config: The configuration.
+        weights: With SAM's own keys; None: random weights, which depend on the seed only.
+        device: Where to train.
+
+    Returns:
+        The model, not wrapped.
+
+    Raises:
+        CheckpointError: The weights do not fit the model.
+    """
     assert config.model_type is not None
     torch.manual_seed(config.seed)
     sam = build_sam(config.model_type, config.image_size, attention=config.attention)
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
-    asked = [part for part in PARTS if getattr(config, f"freeze_{part}")]
-    unreachable = freeze(sam, asked)
+    frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
+    unreachable = freeze(sam, frozen)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile:
         for block in sam.image_encoder.blocks:
@@ -78,21 +94,21 @@ def build_model(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     LOGGER.info(
-        "%s: %.2f of %.2f M parameters train", config.model_type, trainable / 1e6, total / 1e6
+        "%s: %.2f of %.2f M parameters are trained", config.model_type, trainable / 1e6, total / 1e6
     )
-    if asked:
-        LOGGER.info("frozen as asked: %s", ", ".join(asked))
+    if frozen:
+        LOGGER.info("frozen as configured: %s", ", ".join(frozen))
     if unreachable:
         LOGGER.info(
-            "frozen because box prompts cannot reach them, %d tensors: %s",
+            "frozen because box prompts do not reach them: %d tensors%s",
             len(unreachable),
-            ", ".join(unreachable),
+            f": {', '.join(unreachable)}" if config.debug else " (--debug lists them)",
         )
     return model
 
 
 def build_loss(config: TrainConfig) -> LossFunction:
-    """The losses of masks, weighted as configured."""
+    """Builds the loss function with the weights of the configuration."""
     return partial(
         mask_losses,
         image_size=config.image_size,
@@ -136,7 +152,16 @@ def build_trainer(config: TrainConfig, model: PromptedSam, *, progress: Progress
 def build_loaders(
     config: TrainConfig, splits: Splits, *, start_step: int
 ) -> tuple[BatchLoader, BatchLoader]:
-    """This rank's endless training batches from a step on, and its share of the validation's."""
+    """Builds this rank's loaders.
+
+    Args:
+        config: The configuration.
+        splits: The two datasets.
+        start_step: The global batch to begin with, see `Progress.position`.
+
+    Returns:
+        Endless training batches, and this rank's share of the validation images, one a batch.
+    """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     shared: dict[str, Any] = {
         "num_workers": config.num_workers,
@@ -157,15 +182,19 @@ def build_loaders(
 
 
 def disk_bytes(model: PromptedSam, *, save_top_k: int) -> int:
-    """What a run's checkpoints take up: the states to resume from, and the best weights.
+    """Bytes that a run's checkpoints take up on the disk, at most.
 
-    Of each there is one more than is kept, while it is written.
+    Args:
+        model: With its frozen parts frozen.
+        save_top_k: Best checkpoints that are kept.
     """
+    # `last.ckpt` and the one before it, the best checkpoints, and one more of each while it is
+    # written. AdamW has two float32 moments for each trained parameter.
     weights = sum(tensor.nbytes for tensor in model.sam.state_dict().values())
     moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
     return 3 * (weights + moments) + (save_top_k + 1) * weights
 
 
 def images_per_step(config: TrainConfig) -> int:
-    """Images of an optimizer step, of all processes."""
+    """Images per optimizer step, over all processes."""
     return config.batch_size * config.accumulate_steps * distributed.get_world_size()

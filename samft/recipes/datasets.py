@@ -1,4 +1,4 @@
-"""The two datasets of a run: found, read, checked, counted."""
+"""The training and the validation dataset of a run, read and checked as configured."""
 
 import hashlib
 import itertools
@@ -18,16 +18,19 @@ from samft.data.samplers import repeat_factors
 from samft.errors import DataError
 from samft.runtime.logs import LOGGER
 
+_MAX_LOGGED = 100  # names of images that could not be read
+
 
 @dataclass(frozen=True)
 class Splits:
-    """The two datasets, and what was counted while reading them.
+    """The two datasets of a run, and what was counted while reading them.
 
     Attributes:
         train: Augmented, at random.
-        val: As it is, with truths at the original resolution.
-        counts: For each split: `images`, `masks`, `skipped` by reason.
-        fingerprint: Changes when the training images or objects do.
+        val: Not augmented, with masks at the original resolution.
+        counts: For each split: `images`, `masks`, `skipped` by reason, `bad_images` by name.
+        fingerprint: SHA-256 of the training images' names and of all ids and boxes; a resumed run
+            must have the same.
     """
 
     train: Coco2MaskDataset
@@ -35,8 +38,8 @@ class Splits:
     counts: dict[str, dict[str, Any]]
     fingerprint: str
 
-    def announce(self) -> None:
-        """Logs how many images and masks there are, what was left out, and what was repaired."""
+    def log_counts(self) -> None:
+        """Logs the number of images and masks, what was left out, and what was repaired."""
         for dataset, (split, counts) in zip(
             (self.train, self.val), self.counts.items(), strict=True
         ):
@@ -50,47 +53,57 @@ class Splits:
             )
             for line in dataset.subset.index.problems.lines(WARNING, NOTE, num_examples=1):
                 LOGGER.info("  %s", line)
-            _announce_bad_images(counts["bad_images"])
+            _log_bad_images(counts["bad_images"])
 
 
-def _announce_bad_images(bad_images: dict[str, str]) -> None:
+def _log_bad_images(bad_images: dict[str, str]) -> None:
     if bad_images:
-        named = [f"{name} ({code})" for name, code in itertools.islice(bad_images.items(), 100)]
-        more = len(bad_images) - len(named)
-        words = f", and {more} more in summary.json" if more else ""
-        LOGGER.info("  images left out: %s%s", ", ".join(named), words)
+        first = itertools.islice(bad_images.items(), _MAX_LOGGED)
+        names = ", ".join(f"{name} ({code})" for name, code in first)
+        num_more = len(bad_images) - _MAX_LOGGED
+        more = f", and {num_more} more in summary.json" if num_more > 0 else ""
+        LOGGER.info("  images left out: %s%s", names, more)
 
 
 def load_splits(config: TrainConfig) -> Splits:
     """Reads and checks the annotation files and sets up both datasets.
 
+    Args:
+        config: The configuration.
+
+    Returns:
+        Datasets without an image in common.
+
     Raises:
         DataError: Files are missing or broken, or there is nothing to validate on.
     """
-    train_subset = _read(config, _find_files(config, "train"))
-    role, files = find_val_files(config)
-    if role == "train":
+    train_subset = _read_subset(config, _find_files(config, "train"))
+    split, files = find_val_files(config)
+    if split == "train":
         assert config.val_fraction is not None
         train_subset, val_subset = _hold_out(train_subset, config.val_fraction)
     else:
-        val_subset = _read(config, files)
+        val_subset = _read_subset(config, files)
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
-    train_subset = _without_shared(train_subset, val_subset)
-    counts = {"train": _count(train_subset), "val": _count(val_subset)}
+    train_subset = _remove_shared_images(train_subset, val_subset)
+    counts = {"train": _count_subset(train_subset), "val": _count_subset(val_subset)}
     return Splits(
-        train=_dataset(train_subset, config, training=True),
-        val=_dataset(val_subset, config, training=False),
+        train=_build_dataset(train_subset, config, training=True),
+        val=_build_dataset(val_subset, config, training=False),
         counts=counts,
-        fingerprint=_fingerprint(train_subset),
+        fingerprint=_hash_training_data(train_subset),
     )
 
 
 def find_val_files(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
-    """Where the validation images come from: `val`, or `train` where they are held out of it.
+    """Finds the files of the validation images, which may be held out of the training split.
+
+    Args:
+        config: The configuration.
 
     Returns:
-        Which of the two, its COCO file, and its image folder.
+        The split that the images belong to, `val` or `train`; its COCO file and its image folder.
 
     Raises:
         DataError: There is no validation split, and none is to be held out.
@@ -104,7 +117,7 @@ def find_val_files(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
         return "train", _find_files(config, "train")
 
 
-def _read(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
+def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
     names = [name.strip() for name in (config.category_names or "").split(",")]
     return read_coco(
         *files,
@@ -136,13 +149,13 @@ def _hold_out(whole: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoS
     return train_subset, val_subset
 
 
-def _without_shared(train: CocoSubset, val: CocoSubset) -> CocoSubset:
+def _remove_shared_images(train: CocoSubset, val: CocoSubset) -> CocoSubset:
     shared = find_shared(train, val)
     if len(shared) in (0, train.num_images):
         if len(shared):
             LOGGER.warning(
-                "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT: its scores say how well the "
-                "images are remembered, and nothing about new ones"
+                "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT: validation scores tell how "
+                "well the model remembers these images, and nothing about new ones"
             )
         return train
     code = "image-in-train-and-val"
@@ -157,7 +170,7 @@ def _without_shared(train: CocoSubset, val: CocoSubset) -> CocoSubset:
     return replace(kept, counts={**train.counts, code: len(shared)})
 
 
-def _count(subset: CocoSubset) -> dict[str, Any]:
+def _count_subset(subset: CocoSubset) -> dict[str, Any]:
     return {
         "images": subset.num_images,
         "masks": subset.num_objects,
@@ -167,7 +180,15 @@ def _count(subset: CocoSubset) -> dict[str, Any]:
 
 
 def count_repeats(subset: CocoSubset, threshold: float | None) -> NDArray[np.float64] | None:
-    """How often each training image comes in an epoch; None: once each."""
+    """How often each training image is shown in an epoch, to show rare classes more often.
+
+    Args:
+        subset: The training images and objects.
+        threshold: See `samplers.repeat_factors`; None: show each image once.
+
+    Returns:
+        float64 [N]; None without a threshold.
+    """
     if threshold is None:
         return None
     image_of = np.repeat(np.arange(subset.num_images), np.diff(subset.first_object))
@@ -176,7 +197,8 @@ def count_repeats(subset: CocoSubset, threshold: float | None) -> NDArray[np.flo
         image_of, categories, num_images=subset.num_images, threshold=threshold
     )
     LOGGER.info(
-        "repeat_threshold %g: %d of %d images come more than once in an epoch, up to %.1f times",
+        "repeat_threshold %g: %d of %d images are shown more than once in an epoch, up to %.1f "
+        "times",
         threshold,
         (repeats > 1).sum(),
         len(repeats),
@@ -185,7 +207,7 @@ def count_repeats(subset: CocoSubset, threshold: float | None) -> NDArray[np.flo
     return repeats
 
 
-def _dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
+def _build_dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -> Coco2MaskDataset:
     return Coco2MaskDataset(
         subset.index.image_folder,
         None,
@@ -202,7 +224,7 @@ def _dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -> Coco
     )
 
 
-def _fingerprint(subset: CocoSubset) -> str:
+def _hash_training_data(subset: CocoSubset) -> str:
     index = subset.index
     names = "\n".join(subset.file_name(i) for i in range(subset.num_images))
     digest = hashlib.sha256(names.encode(errors="surrogateescape"))

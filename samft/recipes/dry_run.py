@@ -1,8 +1,9 @@
-"""What a run is going to take, from a few steps that train nothing that is kept.
+"""`--dry_run`: what memory, time and disk a run takes, measured on a few steps.
 
-All parts are built as for the run. Two steps on the largest batch say how much memory is needed;
-the time comes from a batch of images with a usual number of objects, from loading it, from one
-image each of validation and encoding, and from one checkpoint that is written and deleted.
+All parts are built as for the run. Two steps on the largest batch tell the peak memory. The time of
+the run is extrapolated from one step on a batch with the median number of objects, from loading
+that batch, from validating and encoding one image, and from one checkpoint that is written and
+deleted. Nothing that is trained is kept.
 """
 
 import os
@@ -32,7 +33,7 @@ from samft.recipes.build import (
     load_weights,
 )
 from samft.recipes.datasets import Splits, load_splits
-from samft.recipes.embedding_cache import CacheEstimate, cache_folder_of, estimate_cache
+from samft.recipes.embedding_cache import CacheEstimate, cache_dir_of, estimate_cache
 from samft.runtime.device import peak_memory_gib, pick_amp_dtype, synchronized_time
 from samft.runtime.logs import LOGGER, format_duration, format_gib
 from samft.runtime.output_dir import create_writable_dir, write_status
@@ -44,21 +45,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes. Seconds are of all processes at work run_on_all_ranks.
+    """What a run takes; durations are of all processes working at the same time.
 
     Attributes:
         peak_memory_gib: Of the process that takes most: allocated on its GPU, or resident.
-        memory_gib: What there is of it.
-        largest_batch: Objects of a micro-batch of the images that have most.
+        memory_gib: The total memory of that GPU, or of the host.
+        largest_batch: Objects in a micro-batch of the images that have most.
         images_per_second: In training, all processes.
         masks_per_second: In training, all processes.
         encoding_seconds: For embeddings that are cached before the first step.
         training_seconds: For all steps.
         validation_seconds: For all validations.
-        saving_seconds: For all writing of checkpoints.
-        embedding_bytes: To come on the disk of the cache.
-        checkpoint_bytes: Of last.ckpt, the one before it and the one that replaces it, and the
-            best ones.
+        saving_seconds: For all checkpoints.
+        embedding_bytes: That will be added to the cache of embeddings.
+        checkpoint_bytes: Of all checkpoints, see `build.disk_bytes`.
         free_bytes: Of the disk of output_dir.
     """
 
@@ -77,13 +77,13 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """The duration of the whole run."""
         work = self.encoding_seconds + self.training_seconds
         return work + self.validation_seconds + self.saving_seconds
 
 
 def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """Builds everything, takes a few steps, says what the run takes. Collective.
+    """Builds all parts of a run, takes a few steps, logs what the run will take. Collective.
 
     Args:
         config: The checked configuration.
@@ -95,70 +95,71 @@ def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     Raises:
         UserError: Whatever the run would refuse, or no room on the disk.
     """
-    folder = Path(config.output_dir).expanduser()
-    run_on_all_ranks(lambda: create_writable_dir(folder))
+    output_dir = Path(config.output_dir).expanduser()
+    run_on_all_ranks(lambda: create_writable_dir(output_dir))
     splits = run_on_all_ranks(lambda: load_splits(config))
-    splits.announce()
+    splits.log_counts()
     weights = run_on_all_ranks(lambda: load_weights(config))
-    trial = _Trial(config, build_model(config, weights, device), folder)
-    forecast = _slowest(_forecast(config, splits, trial))
-    announce(forecast, config)
-    found = {**asdict(forecast), "seconds": forecast.seconds}
+    trial = _TrialRun(config, build_model(config, weights, device), output_dir)
+    forecast = _combine_ranks(_extrapolate(config, splits, trial))
+    log_forecast(forecast, config)
     if distributed.is_main():
         write_status(None, state="done", exit_code=0, reason="a dry run: nothing was trained")
-    return found
+    return {**asdict(forecast), "seconds": forecast.seconds}
 
 
-def _forecast(config: TrainConfig, splits: Splits, trial: "_Trial") -> Forecast:
+def _extrapolate(config: TrainConfig, splits: Splits, trial: "_TrialRun") -> Forecast:
     world_size, steps = distributed.get_world_size(), config.steps
-    found = trial.run(splits)
-    # The workers load while the step is taken; without any, one comes after the other.
+    measured = trial.measure(splits)
+    # Workers load batches while a step is taken; without workers, one comes after the other.
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     workers = min(config.num_workers, cores)
-    loading = found.load_seconds * config.batch_size * config.accumulate_steps
-    in_step = found.step_seconds
-    step = max(in_step, loading / workers) if workers else in_step + loading
-    validations = -(-steps // config.metrics_interval) + 1
+    loading = measured.load_seconds * config.batch_size * config.accumulate_steps
+    computing = measured.step_seconds
+    step = max(computing, loading / workers) if workers else computing + loading
+    num_validations = -(-steps // config.metrics_interval) + 1
     masks = masks_per_image(splits.train).mean()
     images = images_per_step(config)
-    cache = found.cache
+    cache = measured.cache
     return Forecast(
         peak_memory_gib=peak_memory_gib(trial.device),
-        memory_gib=_memory_gib(trial.device),
-        largest_batch=found.largest_batch,
+        memory_gib=_total_memory_gib(trial.device),
+        largest_batch=measured.largest_batch,
         images_per_second=images / step,
         masks_per_second=float(images * masks / step),
-        encoding_seconds=cache.num_images * found.encode_seconds / world_size if cache else 0.0,
+        encoding_seconds=cache.num_images * measured.encode_seconds / world_size if cache else 0.0,
         training_seconds=steps * step,
-        validation_seconds=validations * -(-len(splits.val) // world_size) * found.val_seconds,
-        saving_seconds=validations * found.save_seconds,
+        validation_seconds=num_validations
+        * -(-len(splits.val) // world_size)
+        * measured.val_seconds,
+        saving_seconds=num_validations * measured.save_seconds,
         embedding_bytes=cache.num_bytes if cache else 0,
         checkpoint_bytes=disk_bytes(trial.model, save_top_k=config.save_top_k),
-        free_bytes=shutil.disk_usage(trial.folder).free,
+        free_bytes=shutil.disk_usage(trial.output_dir).free,
     )
 
 
-def _slowest(found: Forecast) -> Forecast:
-    # All wait for the slowest, and the run fails where one has no memory left.
-    each = distributed.all_gather(found)
-    slow = max(each, key=lambda one: one.training_seconds)
-    full = max(each, key=lambda one: one.peak_memory_gib)
+def _combine_ranks(forecast: Forecast) -> Forecast:
+    # All wait for the slowest rank, and the run fails where one rank runs out of memory.
+    forecasts = distributed.all_gather(forecast)
+    slowest = max(forecasts, key=lambda one: one.training_seconds)
+    fullest = max(forecasts, key=lambda one: one.peak_memory_gib)
     return replace(
-        slow,
-        peak_memory_gib=full.peak_memory_gib,
-        memory_gib=full.memory_gib,
-        largest_batch=full.largest_batch,
+        slowest,
+        peak_memory_gib=fullest.peak_memory_gib,
+        memory_gib=fullest.memory_gib,
+        largest_batch=fullest.largest_batch,
     )
 
 
-def _memory_gib(device: torch.device) -> float:
+def _total_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 @dataclass
-class _Found:
+class _Measurements:
     cache: CacheEstimate | None
     largest_batch: int  # objects
     load_seconds: float  # an image, by one worker
@@ -168,38 +169,41 @@ class _Found:
     save_seconds: float
 
 
-class _Trial:
-    """The parts of a run, on this process, and what they take."""
+class _TrialRun:
+    """The parts of a run on this process, and how long each takes."""
 
-    def __init__(self, config: TrainConfig, model: PromptedSam, folder: Path) -> None:
-        self.config, self.model, self.folder = config, model, folder
+    def __init__(self, config: TrainConfig, model: PromptedSam, output_dir: Path) -> None:
+        self.config, self.model, self.output_dir = config, model, output_dir
         self.device = model.sam.device
 
-    def run(self, splits: Splits) -> _Found:
-        """Tries every part once or twice. Collective: every rank must call."""
+    def measure(self, splits: Splits) -> _Measurements:
+        """Runs every part once or twice. Collective: every rank must call."""
         config = self.config
         cache = estimate_cache(config, self.model, splits, progress=Progress())
         load = partial(batch_by_objects, splits.train, config.batch_size)
-        load_seconds, usual = self._time(lambda: run_on_all_ranks(lambda: load(share=0.5)))
+        load_seconds, median = self._time(lambda: run_on_all_ranks(lambda: load(share=0.5)))
         largest = run_on_all_ranks(lambda: load(share=1.0))
-        seen = run_on_all_ranks(lambda: batch_by_objects(splits.val, 1, share=0.5))
+        val_batch = run_on_all_ranks(lambda: batch_by_objects(splits.val, 1, share=0.5))
         encode_seconds = 0.0
         if cache:
-            encode_seconds = self._time_encoding(usual)
+            encode_seconds = self._time_encoding(median)
             self.model.sam.image_encoder.cpu()
-            usual, largest, seen = (self._with_embeddings(b) for b in (usual, largest, seen))
+            median, largest, val_batch = (
+                self._with_embeddings(batch) for batch in (median, largest, val_batch)
+            )
         trainer = build_trainer(config, self.model, progress=Progress())
-        for batch in (largest, largest, usual):
-            self._step(trainer, batch)
-        step_seconds, _ = self._time(lambda: self._step(trainer, usual))
-        validating = partial(validate, self.model, [seen], loss=trainer.loss)
-        return _Found(
+        # Twice the largest: the optimizer allocates its state in the first step.
+        for batch in (largest, largest, median):
+            self._take_step(trainer, batch)
+        step_seconds, _ = self._time(lambda: self._take_step(trainer, median))
+        validate_one = partial(validate, self.model, [val_batch], loss=trainer.loss)
+        return _Measurements(
             cache=cache,
             largest_batch=largest.num_masks,
             load_seconds=0.0 if cache else load_seconds / config.batch_size,
             encode_seconds=encode_seconds,
             step_seconds=step_seconds,
-            val_seconds=self._time(validating)[0],
+            val_seconds=self._time(validate_one)[0],
             save_seconds=self._time_saving(trainer),
         )
 
@@ -208,16 +212,16 @@ class _Trial:
         result = work()
         return synchronized_time(self.device) - start, result
 
-    def _step(self, trainer: Trainer, batch: Batch) -> None:
+    def _take_step(self, trainer: Trainer, batch: Batch) -> None:
         trainer.train_step([batch] * self.config.accumulate_steps)
 
     @torch.no_grad()
     def _time_encoding(self, batch: Batch) -> float:
-        one = batch.images[:1].to(self.device), batch.input_sizes[:1].to(self.device)
+        image = batch.images[:1].to(self.device), batch.input_sizes[:1].to(self.device)
         amp_dtype = pick_amp_dtype(self.config.amp, self.device)
         with torch.autocast(self.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            self.model.embed(*one)  # the first is slower
-            return self._time(lambda: self.model.embed(*one))[0]
+            self.model.embed(*image)  # the first is slower
+            return self._time(lambda: self.model.embed(*image))[0]
 
     def _with_embeddings(self, batch: Batch) -> Batch:
         shape = (len(batch.image_ids), *self.model.embedding_shape)
@@ -227,13 +231,13 @@ class _Trial:
     def _time_saving(self, trainer: Trainer) -> float:
         optimizer = gather_state(trainer.optimizer)
         state = {"model": self.model.sam.state_dict(), "optimizer": optimizer}
-        seconds = run_on_all_ranks(lambda: self._save(state))
+        seconds = run_on_all_ranks(lambda: self._save_and_delete(state))
         return float(distributed.broadcast(seconds))
 
-    def _save(self, state: dict[str, Any]) -> float:
+    def _save_and_delete(self, state: dict[str, Any]) -> float:
         if not distributed.is_main():
             return 0.0
-        path = self.folder / f"dry_run-{os.getpid()}.ckpt"
+        path = self.output_dir / f"dry_run-{os.getpid()}.ckpt"
         try:
             return self._time(lambda: save_tensors(path, state))[0]
         except OSError as error:
@@ -242,8 +246,8 @@ class _Trial:
             path.unlink(missing_ok=True)
 
 
-def announce(forecast: Forecast, config: TrainConfig) -> None:
-    """Says it, and loudly what there is not enough of."""
+def log_forecast(forecast: Forecast, config: TrainConfig) -> None:
+    """Logs a forecast, with a warning where memory or disk will not be enough."""
     LOGGER.info("dry run: nothing was trained, and nothing is kept; the run would take about")
     LOGGER.info(
         "  memory  %.2f of %.1f GiB a process, on a batch of %d objects",
@@ -268,7 +272,7 @@ def announce(forecast: Forecast, config: TrainConfig) -> None:
     LOGGER.info(
         "  disk    %s for checkpoints%s; %s are free",
         format_gib(forecast.checkpoint_bytes),
-        f", {format_gib(forecast.embedding_bytes)} for embeddings in {cache_folder_of(config)}"
+        f", {format_gib(forecast.embedding_bytes)} for embeddings in {cache_dir_of(config)}"
         if forecast.embedding_bytes
         else "",
         format_gib(forecast.free_bytes),
@@ -277,5 +281,5 @@ def announce(forecast: Forecast, config: TrainConfig) -> None:
         LOGGER.warning("THE DISK IS TOO SMALL: make room, or name another output_dir")
     if forecast.peak_memory_gib > 0.9 * forecast.memory_gib:
         LOGGER.warning(
-            "MEMORY IS SHORT, and what else runs here may take the rest. %s", MEMORY_ADVICE
+            "MEMORY IS SHORT, and other programs on this host may use the rest. %s", MEMORY_ADVICE
         )

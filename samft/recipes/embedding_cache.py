@@ -1,4 +1,4 @@
-"""Whether a run takes its embeddings from a cache, and which: the configuration's side of it."""
+"""Decides from the configuration whether to cache embeddings, and fills the cache."""
 
 import time
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ from samft.embeddings.split_cache import (
 from samft.embeddings.store import Store, make_room
 from samft.errors import ConfigError
 from samft.models.prompted_sam import PromptedSam
+from samft.recipes.build import images_per_step
 from samft.recipes.datasets import Splits
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.files import try_lock
@@ -33,8 +34,8 @@ from samft.runtime.output_dir import create_writable_dir
 from samft.training.engine import Progress
 
 
-def cache_folder_of(config: TrainConfig) -> Path:
-    """Where a run keeps embeddings."""
+def cache_dir_of(config: TrainConfig) -> Path:
+    """The folder in which a run caches embeddings."""
     if config.cache_dir is None:
         return Path(config.output_dir).expanduser() / "embeddings"
     return Path(config.cache_dir).expanduser()
@@ -48,20 +49,20 @@ def prepare_cache(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> bool:
-    """Gives both splits the embeddings of their images, encoded now if need be. Collective.
+    """Gives both datasets the embeddings of their images, encoding what is missing. Collective.
 
-    Nothing is done where the configuration does not want it or, with `auto`, where it would not
-    help or has no room, which is said. Afterwards the image encoder is on the CPU, for good.
+    Does nothing where the configuration does not want a cache or, with `auto`, where it would not
+    help or has no room, which is logged. Afterwards the image encoder is on the CPU for good.
 
     Args:
         config: The configuration.
-        model: On its device, with what is to stay frozen frozen.
-        splits: Get their embeddings.
+        model: On its device, with its frozen parts frozen.
+        splits: Their datasets get the embeddings.
         progress: How far the run has come.
         should_stop: Asked between images; all ranks stop if any says yes.
 
     Returns:
-        Whether training may go on; False if stopped, with what was encoded recorded.
+        Whether training may begin; False if stopped, with what was encoded so far recorded.
 
     Raises:
         UserError: An image cannot be used, or the cache cannot be written or, with `on`, has no
@@ -69,28 +70,28 @@ def prepare_cache(
     """
     if not _is_wanted(config, model, progress):
         return True
-    folder = cache_folder_of(config)
-    plans = _plans(config, model, splits)
+    cache_dir = cache_dir_of(config)
+    plans = _plan_stores(config, model, splits)
     if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans, progress):
         return True
-    run_on_all_ranks(lambda: _make(folder))
-    caches = _read(plans, on_bad_image=config.on_bad_image, should_stop=should_stop)
+    run_on_all_ranks(lambda: _create_cache_dir(cache_dir))
+    caches = _open_caches(plans, on_bad_image=config.on_bad_image, should_stop=should_stop)
     if caches is None:
         return False
-    with _exclusive_lock(folder, should_stop=should_stop) as entered:
-        if not entered:
+    with _exclusive_lock(cache_dir, should_stop=should_stop) as has_lock:
+        if not has_lock:
             return False
-        run_on_all_ranks(lambda: _create(plans))
-        run_on_all_ranks(lambda: _check_seen(plans))
+        run_on_all_ranks(lambda: _create_stores(plans))
+        run_on_all_ranks(lambda: _check_shared_disk(plans))
         for cache in caches:
             cache.look_up()
-        if not _has_room(caches, folder, config):
+        if not _has_room(caches, cache_dir, config):
             return True
-        if not _fill(caches, model, config, should_stop=should_stop):
+        if not _encode_missing(caches, model, config, should_stop=should_stop):
             return False
         for cache in caches:
             cache.attach()
-        distributed.barrier()  # rank 0 has the lock until all have mapped what they read
+        distributed.barrier()  # rank 0 holds the lock until all ranks have mapped the files
     model.sam.image_encoder.cpu()
     if model.sam.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -98,7 +99,7 @@ def prepare_cache(
 
 
 class CacheEstimate(NamedTuple):
-    """What a run is going to add to its cache: images (each side of them), and bytes."""
+    """How much a run will add to its cache: encodings (a flipped image counts again), and bytes."""
 
     num_images: int
     num_bytes: int
@@ -107,36 +108,37 @@ class CacheEstimate(NamedTuple):
 def estimate_cache(
     config: TrainConfig, model: PromptedSam, splits: Splits, *, progress: Progress
 ) -> CacheEstimate | None:
-    """What `prepare_cache` would do, as far as that is known without hashing images. Collective.
+    """Estimates what `prepare_cache` would add, without hashing images. Collective.
 
     Args:
         config: The configuration.
-        model: On its device, with what is to stay frozen frozen.
-        splits: The images.
+        model: On its device, with its frozen parts frozen.
+        splits: The two datasets.
         progress: How far the run has come.
 
     Returns:
-        What is to come; None where the run does without a cache.
+        The estimate; None where the run does not cache embeddings.
     """
     if not _is_wanted(config, model, progress):
         return None
-    plans = _plans(config, model, splits)
+    plans = _plan_stores(config, model, splits)
     if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans, progress):
         return None
     return CacheEstimate(*distributed.broadcast(_estimate_missing(plans)))
 
 
-class _Plan(NamedTuple):
+class _StorePlan(NamedTuple):
+    # The stores of a split: one for its images and, if training flips, one for the flipped ones.
     dataset: Coco2MaskDataset
     amp_dtype: torch.dtype | None
-    recipes: list[CacheKey]
+    keys: list[CacheKey]
     stores: tuple[Store, ...]
 
 
 def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> bool:
     if config.cache_embeddings == "off" or progress.step >= config.steps:
         return False
-    if not model.encoder_is_frozen:  # the configuration refuses `on`
+    if not model.encoder_is_frozen:  # with `on`, the configuration was refused
         return False
     if config.augment == "scale":
         LOGGER.info(
@@ -147,27 +149,27 @@ def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> b
     return True
 
 
-def _make(folder: Path) -> None:
+def _create_cache_dir(cache_dir: Path) -> None:
     try:
-        create_writable_dir(folder, field="cache_dir")
+        create_writable_dir(cache_dir, field="cache_dir")
     except ConfigError as error:
-        raise ConfigError(f"{error} `--cache_embeddings off` does without.") from error
+        raise ConfigError(f"{error} `--cache_embeddings off` needs no cache.") from error
 
 
 @contextmanager
-def _exclusive_lock(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
-    # One run at a time makes room and fills; False if asked to stop while waiting.
-    said = False
+def _exclusive_lock(cache_dir: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
+    # Collective. One run at a time makes room and encodes; False if asked to stop while waiting.
+    has_logged = False
     while True:
-        lock = try_lock(folder / "lock") if distributed.is_main() else None
+        lock = try_lock(cache_dir / "lock") if distributed.is_main() else None
         if distributed.any_rank(lock is not None):
             break
         if distributed.any_rank(should_stop()):
             yield False
             return
-        if not said:
-            LOGGER.info("waiting for another run, which is filling %s", folder)
-            said = True
+        if not has_logged:
+            LOGGER.info("waiting for another run, which is filling %s", cache_dir)
+            has_logged = True
         time.sleep(1)
     try:
         yield True
@@ -176,15 +178,16 @@ def _exclusive_lock(folder: Path, *, should_stop: ShouldStop) -> Iterator[bool]:
             lock.close()
 
 
-def _plans(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_Plan]:
+def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_StorePlan]:
+    # Collective. The plan of the training split, then that of the validation split.
     device = model.sam.device
     digest = distributed.broadcast(digest_of_encoder(model.sam) if distributed.is_main() else "")
-    folder, shape = cache_folder_of(config), model.embedding_shape
+    cache_dir, shape = cache_dir_of(config), model.embedding_shape
 
-    def plan(
-        dataset: Coco2MaskDataset, amp_dtype: torch.dtype | None, sides: tuple[bool, ...]
-    ) -> _Plan:
-        recipes = [
+    def plan_split(
+        dataset: Coco2MaskDataset, amp_dtype: torch.dtype | None, flips: tuple[bool, ...]
+    ) -> _StorePlan:
+        keys = [
             CacheKey(
                 encoder=digest,
                 image_size=config.image_size,
@@ -194,66 +197,69 @@ def _plans(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_Pla
                 precision=precision_of(amp_dtype, device),
                 dtype=config.cache_dtype,
             )
-            for flipped in sides
+            for flipped in flips
         ]
-        stores = tuple(Store(folder / r.key, shape=shape, dtype=r.dtype) for r in recipes)
-        return _Plan(dataset, amp_dtype, recipes, stores)
+        stores = tuple(Store(cache_dir / key.key, shape=shape, dtype=key.dtype) for key in keys)
+        return _StorePlan(dataset, amp_dtype, keys, stores)
 
-    sides = (False,) if config.augment == "none" else (False, True)
+    flips = (False,) if config.augment == "none" else (False, True)
     return [
-        plan(splits.train, pick_amp_dtype(config.amp, device), sides),
-        plan(splits.val, None, (False,)),  # in float32, as all validation
+        plan_split(splits.train, pick_amp_dtype(config.amp, device), flips),
+        plan_split(splits.val, None, (False,)),  # in float32, as all validation
     ]
 
 
-def _is_worth_caching(config: TrainConfig, plans: list[_Plan], progress: Progress) -> bool:
-    # Decided before any image is read: hashing a million to learn that it is pointless is no help.
-    batch = config.batch_size * config.accumulate_steps * distributed.get_world_size()
+def _is_worth_caching(config: TrainConfig, plans: list[_StorePlan], progress: Progress) -> bool:
+    # Decided before any image is read: hashing a million images to learn that caching them does
+    # not pay would cost more than it could save.
     steps = config.steps - progress.step
-    validations = -(-steps // config.metrics_interval) + (not progress.baseline)
-    without = steps * batch + validations * len(plans[-1].dataset)
-    ahead = _estimate_missing(plans).num_images
-    pays: bool = distributed.broadcast(ahead <= without)
-    if not pays:
+    num_validations = -(-steps // config.metrics_interval) + (not progress.baseline)
+    without_cache = steps * images_per_step(config) + num_validations * len(plans[-1].dataset)
+    with_cache = _estimate_missing(plans).num_images
+    is_worth: bool = distributed.broadcast(with_cache <= without_cache)
+    if not is_worth:
         LOGGER.info(
-            "cache_embeddings auto: off, because %d images (each side of them) would be encoded "
-            "ahead, and this run encodes %d as it goes",
-            ahead,
-            without,
+            "cache_embeddings auto: off, because %d images (a flipped image counts again) would be "
+            "encoded before the first step, and this run without a cache encodes %d",
+            with_cache,
+            without_cache,
         )
-    return pays
+    return is_worth
 
 
-def _estimate_missing(plans: list[_Plan]) -> CacheEstimate:
+def _estimate_missing(plans: list[_StorePlan]) -> CacheEstimate:
     stores = [(len(plan.dataset), store) for plan in plans for store in plan.stores]
     missing = [(max(0, images - store.num_records), store.slot_bytes) for images, store in stores]
     return CacheEstimate(sum(count for count, _ in missing), sum(n * size for n, size in missing))
 
 
-def _read(
-    plans: list[_Plan], *, on_bad_image: str, should_stop: ShouldStop
+def _open_caches(
+    plans: list[_StorePlan], *, on_bad_image: str, should_stop: ShouldStop
 ) -> list[SplitCache] | None:
-    found = []
+    # Collective. Hashes all images; None if asked to stop meanwhile.
+    caches = []
     for plan in plans:
-        subset = plan.dataset.subset
-        files = read_digests(subset, on_bad_image=on_bad_image, should_stop=should_stop)
-        if files is None:
+        digests = read_digests(
+            plan.dataset.subset, on_bad_image=on_bad_image, should_stop=should_stop
+        )
+        if digests is None:
             return None
-        found.append(SplitCache(plan.dataset, plan.amp_dtype, plan.stores, files))
-    return found
+        caches.append(SplitCache(plan.dataset, plan.amp_dtype, plan.stores, digests))
+    return caches
 
 
-def _create(plans: list[_Plan]) -> None:
+def _create_stores(plans: list[_StorePlan]) -> None:
     for plan in plans:
-        for recipe, store in zip(plan.recipes, plan.stores, strict=True):
+        for key, store in zip(plan.keys, plan.stores, strict=True):
             try:
                 if distributed.is_main():
-                    store.create(describe(recipe))
+                    store.create(describe(key))
             except OSError as error:
                 raise unwritable(store.folder.parent, error) from error
 
 
-def _check_seen(plans: list[_Plan]) -> None:
+def _check_shared_disk(plans: list[_StorePlan]) -> None:
+    # After rank 0 has created the stores: every rank must see them.
     for store in (store for plan in plans for store in plan.stores):
         if not store.folder.is_dir():
             raise ConfigError(
@@ -262,43 +268,49 @@ def _check_seen(plans: list[_Plan]) -> None:
             )
 
 
-def _has_room(caches: list[SplitCache], folder: Path, config: TrainConfig) -> bool:
+def _has_room(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) -> bool:
+    # Collective. Deletes the embeddings of other runs if that makes enough room.
     needed = sum(cache.missing_bytes for cache in caches)
-    why = None
+    why_not = None
     if distributed.is_main():
         own = {store.folder.name for cache in caches for store in cache.stores}
-        why = make_room(folder, own=own, needed=needed, limit=int(config.cache_max_gib * GIB))
-    why = distributed.broadcast(why)
-    if why is None:
+        limit = int(config.cache_max_gib * GIB)
+        why_not = make_room(cache_dir, own=own, needed=needed, limit=limit)
+    why_not = distributed.broadcast(why_not)
+    if why_not is None:
         missing = sum(len(cache.missing) for cache in caches)
         images = sum(len(cache.files.digests) for cache in caches)
-        more = f"; {format_gib(needed)} to come" if missing else ""
         LOGGER.info(
-            "embeddings of %d of %d images are in %s%s", images - missing, images, folder, more
+            "embeddings of %d of %d images are in %s%s",
+            images - missing,
+            images,
+            cache_dir,
+            f"; {format_gib(needed)} will be added" if missing else "",
         )
         return True
     if config.cache_embeddings == "auto":
-        LOGGER.warning("cache_embeddings auto: off, because %s has no room: %s", folder, why)
+        LOGGER.warning("cache_embeddings auto: off, because %s has no room: %s", cache_dir, why_not)
         return False
     raise ConfigError(
-        f"cache_dir: {folder} has no room for the embeddings: {why}. Make room, name another "
-        "folder, raise cache_max_gib, or take `--cache_embeddings off`."
+        f"cache_dir: {cache_dir} has no room for the embeddings: {why_not}. Make room, name "
+        "another folder, raise cache_max_gib, or take `--cache_embeddings off`."
     )
 
 
-def _fill(
+def _encode_missing(
     caches: list[SplitCache], model: PromptedSam, config: TrainConfig, *, should_stop: ShouldStop
 ) -> bool:
+    # Collective. Whether all images are encoded; False if asked to stop.
     for cache in caches:
         if not cache.missing:
             continue
-        finished = Precompute(
+        is_complete = Precompute(
             cache,
             model,
             on_bad_image=config.on_bad_image,
             num_workers=config.num_workers,
             should_stop=should_stop,
         ).run()
-        if not finished:
+        if not is_complete:
             return False
     return True

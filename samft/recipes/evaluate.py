@@ -1,4 +1,4 @@
-"""One evaluation from start to end: checkpoints, data, processes, and the files that it leaves."""
+"""Runs an evaluation: scores each checkpoint on a split, compares them, writes the results."""
 
 import argparse
 import csv
@@ -36,7 +36,7 @@ from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal
 from samft.runtime.output_dir import create_writable_dir
 
-STEP_SECONDS = 600.0  # after which a process that does not answer is named and given up
+STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -59,56 +59,68 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     ):
         try:
             with explain_distributed_errors():
-                return _run(options, device)
+                return _evaluate_checkpoints(options, device)
         except BaseException as error:
             heartbeat.report_failure(f"{type(error).__name__}: {error}")
             raise
 
 
-def _run(options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:
-    load_backend(options.ap_backend)  # before an hour of work
-    subset = run_on_all_ranks(lambda: _prepare(options))
+def _evaluate_checkpoints(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Any], list[str]]:
+    load_backend(options.ap_backend)  # a missing package is better noticed before an hour of work
+    subset = run_on_all_ranks(lambda: _read_subset(options))
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
     for path in options.checkpoint:
-        objects, about = _evaluate(path, subset, options, device)
+        objects, metadata = _score_checkpoint(path, subset, options, device)
         if distributed.is_main():
-            evaluations.append(_summarise(objects, subset, about, backend=options.ap_backend))
             tables.append(objects)
+            evaluations.append(
+                _summarise_checkpoint(objects, subset, metadata, backend=options.ap_backend)
+            )
             if len(tables) > 1:
-                found = summarise_comparison(tables[0], objects, seed=options.seed)
-                evaluations[-1]["comparison"] = _with_names(found, subset)
+                comparison = summarise_comparison(tables[0], objects, seed=options.seed)
+                evaluations[-1]["comparison"] = _add_names(comparison, subset)
     report: dict[str, Any] = {}
     lines: list[str] = []
     if distributed.is_main():
-        data = {"data_root": options.data_root, "split": options.split}
-        data |= {"annotations": options.annotations, "images_folder": options.images}
-        named = {key: None if value is None else str(value) for key, value in data.items()}
-        report = {
-            **evaluations[0],
-            "others": evaluations[1:],
-            "data": {**named, "val_fraction": options.val_fraction},
-            "seed": options.seed,
-            "samft_version": samft.__version__,
-            "torch_version": torch.__version__,
-        }
-        lines = format_tables(evaluations, data=_name_data(options))
+        report = _build_report(evaluations, options)
+        lines = format_tables(evaluations, data=_describe_data(options))
         if options.output:
-            report["objects_file"] = objects_file(options.output).name
-            _write(options.output, report, tables, subset)
+            report["objects_file"] = objects_path(options.output).name
+            _write_output(options.output, report, tables, subset)
             lines += ["", f"written: {options.output} and {report['objects_file']} beside it"]
-    distributed.barrier()  # torchrun ends all that run when the first one has ended
+    distributed.barrier()  # torchrun kills the other processes when the first one exits
     return report, lines
 
 
-def _name_data(options: argparse.Namespace) -> str:
+def _build_report(evaluations: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    paths = {
+        "data_root": options.data_root,
+        "split": options.split,
+        "annotations": options.annotations,
+        "images_folder": options.images,
+    }
+    data = {key: None if value is None else str(value) for key, value in paths.items()}
+    return {
+        **evaluations[0],
+        "others": evaluations[1:],
+        "data": {**data, "val_fraction": options.val_fraction},
+        "seed": options.seed,
+        "samft_version": samft.__version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def _describe_data(options: argparse.Namespace) -> str:
     held_out = "" if options.val_fraction is None else f", held out {options.val_fraction:g}"
     if options.annotations:
         return f"{options.annotations}{held_out}"
     return f"{options.data_root.resolve().name} {options.split}{held_out}"
 
 
-def _prepare(options: argparse.Namespace) -> CocoSubset:
+def _read_subset(options: argparse.Namespace) -> CocoSubset:
     if options.annotations:
         annotations, images = options.annotations, options.images
     else:
@@ -137,18 +149,18 @@ def _prepare(options: argparse.Namespace) -> CocoSubset:
     return subset
 
 
-def objects_file(output: Path) -> Path:
-    """Where the rows of single objects go, beside the numbers."""
+def objects_path(output: Path) -> Path:
+    """The CSV file of the scores of single objects, beside the JSON file of `--output`."""
     return output.with_name(f"{output.stem}.objects.csv")
 
 
 def _check_output(output: Path, sources: list[Path]) -> None:
-    taken = {path.resolve() for path in sources}
-    taken |= {path.with_suffix(".json").resolve() for path in sources}
+    inputs = {path.resolve() for path in sources}
+    inputs |= {path.with_suffix(".json").resolve() for path in sources}
     if output.is_dir():
         raise ConfigError(f"--output: {output} is a folder: name a file in it.")
-    for target in (output, objects_file(output)):
-        if target.resolve() in taken:
+    for target in (output, objects_path(output)):
+        if target.resolve() in inputs:
             raise ConfigError(
                 f"--output: {target} is an annotation file, a checkpoint or its sidecar: choose "
                 "another name."
@@ -156,16 +168,16 @@ def _check_output(output: Path, sources: list[Path]) -> None:
     create_writable_dir(output.parent, field="--output")
 
 
-def _evaluate(
+def _score_checkpoint(
     path: Path, subset: CocoSubset, options: argparse.Namespace, device: torch.device
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
-    started = time.monotonic()
-    model, about = run_on_all_ranks(lambda: _load(path, device))
+    start = time.monotonic()
+    model, metadata = run_on_all_ranks(lambda: _load_model(path, device))
     dataset = Coco2MaskDataset(
         subset.index.image_folder,
         subset=subset,
-        image_size=about["image_size"],
-        resize_mode=about["resize_mode"],
+        image_size=metadata["image_size"],
+        resize_mode=metadata["resize_mode"],
         on_bad_image=options.on_bad_image,
     )
     loader = val_loader(
@@ -175,37 +187,45 @@ def _evaluate(
         world_size=distributed.get_world_size(),
         timeout=STEP_SECONDS,
     )
-    hidden = None if distributed.is_main() else True  # None: where there is no terminal
-    with tqdm(total=len(loader), unit="image", disable=hidden, dynamic_ncols=True) as bar:
+    disable = None if distributed.is_main() else True  # None: unless standard error is a terminal
+    with tqdm(total=len(loader), unit="image", disable=disable, dynamic_ncols=True) as bar:
         objects, bad_images = evaluate_split(model, loader, seed=options.seed, on_image=bar.update)
-    for why in bad_images.values():
-        LOGGER.info("left out: %s", why)
+    for reason in bad_images.values():
+        LOGGER.info("left out: %s", reason)
     if not len(objects):
         raise DataError(f"none of the images in {subset.index.image_folder} can be read.")
-    seconds = time.monotonic() - started
-    speed = subset.num_images / seconds
-    words = format_duration(seconds)
-    LOGGER.info("%s evaluated in %s, %.1f images/s", path, words, speed)
-    return objects, {**about, "bad_images": bad_images, "seconds": seconds}
+    seconds = time.monotonic() - start
+    LOGGER.info(
+        "%s evaluated in %s, %.1f images/s",
+        path,
+        format_duration(seconds),
+        subset.num_images / seconds,
+    )
+    return objects, {**metadata, "bad_images": bad_images, "seconds": seconds}
 
 
-def _load(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:
+def _load_model(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:
     sam, model_type, image_size, resize_mode = open_checkpoint(path, attention="fast")
     LOGGER.info("%s: %s at %d px, %s", path, model_type, image_size, resize_mode)
-    about = {"model_type": model_type, "image_size": image_size, "resize_mode": resize_mode}
-    return PromptedSam(sam.to(device)), {"checkpoint": str(path), **about}
+    metadata = {
+        "checkpoint": str(path),
+        "model_type": model_type,
+        "image_size": image_size,
+        "resize_mode": resize_mode,
+    }
+    return PromptedSam(sam.to(device)), metadata
 
 
-def _summarise(
-    objects: EvaluatedObjects, subset: CocoSubset, about: dict[str, Any], *, backend: str
+def _summarise_checkpoint(
+    objects: EvaluatedObjects, subset: CocoSubset, metadata: dict[str, Any], *, backend: str
 ) -> dict[str, Any]:
     category_ids = category_ids_of(subset, objects.object_ids)
-    found = summarise_scores(objects, category_ids, names=subset.index.category_names)
+    scores = summarise_scores(objects, category_ids, names=subset.index.category_names)
     truth, results = coco_truth(objects, subset), coco_results(objects, category_ids)
     return {
-        "per_mask_iou": found["per_mask_iou"],
-        **about,
-        **found,
+        "per_mask_iou": scores["per_mask_iou"],  # first in the file
+        **metadata,
+        **scores,
         "coco": average_precision(truth, results, backend=backend),
     }
 
@@ -214,7 +234,7 @@ def _file_names(subset: CocoSubset) -> dict[int, str]:
     return {subset.image_id(row): subset.file_name(row) for row in range(subset.num_images)}
 
 
-def _with_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any]:
+def _add_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any]:
     names = _file_names(subset)
     for row in comparison["most_improved"] + comparison["most_harmed"]:
         category = int(category_ids_of(subset, np.array([row["object_id"]]))[0])
@@ -223,7 +243,7 @@ def _with_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any
     return comparison
 
 
-def _write(
+def _write_output(
     output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], subset: CocoSubset
 ) -> None:
     checkpoints = [report["checkpoint"], *(one["checkpoint"] for one in report["others"])]
@@ -239,11 +259,11 @@ def _write(
         columns = [table.image_ids, table.object_ids, table.areas]
         columns += [getattr(table, name) for name in scores]
         for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):
-            known = subset.index.category_names[category]
-            writer.writerow([checkpoint, names[row[0]], known, *row])
+            category_name = subset.index.category_names[category]
+            writer.writerow([checkpoint, names[row[0]], category_name, *row])
     content = text.getvalue().encode(errors="surrogateescape")
     try:
-        write_atomically(objects_file(output), lambda file: file.write(content))
+        write_atomically(objects_path(output), lambda file: file.write(content))
         write_json(output, report)
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written ({error.strerror}).") from error

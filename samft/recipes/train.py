@@ -180,7 +180,7 @@ def _open_log(parts: Parts) -> RunLog:
 
 def _announce(parts: Parts, log: RunLog) -> None:
     config = parts.config
-    parts.splits.announce()
+    parts.splits.log_counts()
     LOGGER.info(
         "device %s, %d process(es), %d images a step, amp %s",
         parts.device,

@@ -149,6 +149,14 @@ def test_weights_are_loaded_and_parts_frozen_as_asked(data, tmp_path, caplog):
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     training = {name.split(".")[0] for name, p in model.sam.named_parameters() if p.requires_grad}
     assert training == {"prompt_encoder", "mask_decoder"}
-    frozen = next(text for text in caplog.messages if "box prompts cannot reach" in text)
+    frozen = next(text for text in caplog.messages if "box prompts do not reach them" in text)
+    assert frozen.endswith(": 31 tensors (--debug lists them)")
+
+
+def test_debug_lists_the_tensors_that_box_prompts_do_not_reach(data, caplog):
+    config = a_config(data, checkpoint_path="random", debug=True)
+    with caplog.at_level(logging.INFO, logger="samft"):
+        build.build_model(config, None, CPU)
+    frozen = next(text for text in caplog.messages if "box prompts do not reach them" in text)
     assert "prompt_encoder.not_a_point_embed.weight" in frozen
     assert "mask_decoder.output_hypernetworks_mlps.3.layers.2.bias" in frozen

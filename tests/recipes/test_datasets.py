@@ -59,7 +59,7 @@ def test_valid_is_found_for_val(data_root):
 def test_announcement_names_what_was_left_out(data, caplog):
     splits = load_splits(a_config(data))
     with caplog.at_level(logging.INFO, logger="samft"):
-        splits.announce()
+        splits.log_counts()
     words = [" ".join(message.split()) for message in caplog.messages]
     assert words[0] == "train: 13 images, 41 masks"
     val = words.index(
@@ -85,7 +85,7 @@ def test_broken_images_are_named_one_by_one(tmp_path, caplog):
     bad = {"image_1.png": "image-missing", "image_2.png": "image-empty"}
     assert splits.counts["train"]["bad_images"] == bad
     with caplog.at_level(logging.INFO, logger="samft"):
-        splits.announce()
+        splits.log_counts()
     assert "images left out: image_1.png (image-missing), image_2.png (image-empty)" in caplog.text
 
 
@@ -125,7 +125,7 @@ def test_rare_classes_are_repeated(data_root, caplog):
     assert repeats is not None and len(repeats) == 47
     # A class in one of 47 images asks for sqrt(0.1 * 47) of them.
     assert repeats.max() == pytest.approx((0.1 * 47) ** 0.5)
-    assert "come more than once" in caplog.text
+    assert "are shown more than once" in caplog.text
 
 
 def names(dataset: Any) -> set[str]:

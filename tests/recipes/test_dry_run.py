@@ -20,7 +20,7 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.recipes import dry_run
-from samft.recipes.dry_run import Forecast, announce
+from samft.recipes.dry_run import Forecast, log_forecast
 
 pytestmark = pytest.mark.run
 
@@ -149,7 +149,7 @@ def test_too_little_memory_names_the_batch_and_the_way_out(data, tmp_path, monke
 def test_short_memory_is_said_loudly(tmp_path, caplog):
     short = Forecast(9.5, 10.0, 8, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0, 10, 100)
     with caplog.at_level("INFO", logger="samft"):
-        announce(short, a_config(tmp_path))
+        log_forecast(short, a_config(tmp_path))
     assert "MEMORY IS SHORT" in caplog.text
 
 

@@ -326,8 +326,11 @@ def test_auto_is_off_where_it_would_cost_more_than_it_saves(data: Path, tmp_path
     argv = cached_arguments(data, tmp_path / "a", **short, steps=10)
     # 30, and ahead it would be 31; and those of report.html.
     assert encodings_of(argv) == (0, 10 * 2 + (2 + 1) * NUM_VAL)
-    said = f"{ALL} images (each side of them) would be encoded ahead, and this run encodes 30 "
-    assert said in log_of(tmp_path / "a")
+    reason = (
+        f"{ALL} images (a flipped image counts again) would be encoded before the first step, and "
+        "this run without a cache encodes 30"
+    )
+    assert reason in log_of(tmp_path / "a")
     argv = cached_arguments(data, tmp_path / "b", **short, steps=11)
     assert encodings_of(argv) == (0, ALL)
 

@@ -1,4 +1,8 @@
-"""The process group: ranks, gathers, sums and agreement; all right without a group, too."""
+"""Process-group helpers: start and shutdown, collectives, errors on all ranks, DDP.
+
+All of them also work in a single process without a group. Flags and counts are exchanged over gloo,
+so they are on the CPU; gradients over NCCL where there are GPUs.
+"""
 
 import contextlib
 import inspect
@@ -6,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,12 +23,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samft.errors import ConfigError, SharedError, UserError
 
-# At the start, and around what only rank 0 does: reading a large dataset, saving a large model.
 T = TypeVar("T")
 
+# At the start, and while rank 0 reads a large dataset or saves a large model.
 LONG_TIMEOUT = timedelta(minutes=30)
-_START_NAMES: list[str] = []  # see `_rendezvous_name`
-_STEP_GROUPS: list[Any] = []  # the group of training steps, with the shorter timeout
+
+
+@dataclass(frozen=True)
+class _StartedGroup:
+    # What `start` has set up beside torch's default group. `start_id` is the same on all ranks, and
+    # different after every restart; `step_group` has the shorter timeout of training steps.
+    start_id: str
+    step_group: dist.ProcessGroup | None
+
+
+# Set by `start` and cleared by `shutdown`; torch keeps the default group in the same way.
+_started_group: _StartedGroup | None = None
 
 
 def is_initialized() -> bool:
@@ -37,7 +52,7 @@ def get_world_size() -> int:
 
 
 def get_rank() -> int:
-    """This process's number, from 0; 0 without a group."""
+    """This process's rank, from 0; 0 without a group."""
     return dist.get_rank() if is_initialized() else 0
 
 
@@ -47,92 +62,101 @@ def is_main() -> bool:
 
 
 def start(device: str, *, step_seconds: float | None = None) -> torch.device:
-    """Starts the process group if `torchrun` launched this process, and picks the device.
+    """Picks the device, and joins the process group if `torchrun` started this process.
 
-    Flags and counts travel over gloo on the CPU, so that agreeing on them never waits for a GPU;
-    gradients travel over NCCL where there are GPUs. Collective: every rank must call.
+    Collective: every rank must call.
 
     Args:
         device: `auto`, `cuda` or `cpu`.
-        step_seconds: In training steps and validation, a process that does not answer for so long
-            is given up; None: as elsewhere, half an hour.
+        step_seconds: The timeout of collectives in training steps and validation; None: the same
+            half hour as elsewhere.
 
     Returns:
         This process's device.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none, or fewer GPUs than processes.
+        ConfigError: `cuda` is asked for and there is no GPU, or there are fewer GPUs than processes
+            on this host.
     """
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    place = _pick_device(device)
+    if "RANK" in os.environ and not is_initialized():
+        _join_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", step_seconds)
+    return place
+
+
+def _pick_device(device: str) -> torch.device:
+    wants_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if not wants_cuda:
+        return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise ConfigError("device: 'cuda' was asked for, but PyTorch sees no GPU here.")
-    if cuda and local_rank >= torch.cuda.device_count():
+    if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"device: process {local_rank} of this host has no GPU of its own (there are "
             f"{torch.cuda.device_count()}): lower --nproc_per_node."
         )
-    place = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(place)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if "RANK" in os.environ and not is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        store, rank, world_size = next(rendezvous("env://", timeout=LONG_TIMEOUT))
-        name = _rendezvous_name(store, rank, world_size)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(name, store),
-            rank=rank,
-            world_size=world_size,
-            timeout=LONG_TIMEOUT,
-        )
-        _START_NAMES.append(name)
-        if step_seconds is not None and get_world_size() > 1:
-            _STEP_GROUPS.append(dist.new_group(timeout=timedelta(seconds=step_seconds)))
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return place
 
 
-def _rendezvous_name(store: dist.Store, rank: int, world_size: int) -> str:
-    # A name for this start of all processes. torchrun keeps its store when it starts them again,
-    # with the addresses of those that are gone; not even the number of restarts is the same on all
-    # hosts. So rank 0 makes a name up, and the others take it once it answers them by their token.
+def _join_group(backend: str, step_seconds: float | None) -> None:
+    global _started_group
+    store, rank, world_size = next(rendezvous("env://", timeout=LONG_TIMEOUT))
+    start_id = _agree_on_start_id(store, rank, world_size)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(start_id, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=LONG_TIMEOUT,
+    )
+    step_group = None
+    if step_seconds is not None and world_size > 1:
+        step_group = dist.new_group(timeout=timedelta(seconds=step_seconds))
+    _started_group = _StartedGroup(start_id, step_group)
+
+
+def _agree_on_start_id(store: dist.Store, rank: int, world_size: int) -> str:
+    # torchrun keeps its store when it restarts the processes, with the addresses of the previous
+    # ones in it, and hosts may count restarts differently. So rank 0 makes an id up and publishes
+    # it as the epoch. The other ranks answer under that id with a token of their own, and take it
+    # once rank 0 has published their token: an epoch that a previous rank 0 has left in the store
+    # never has it.
     token = uuid.uuid4().hex
     if rank == 0:
-        store.set("invitation", token)
+        store.set("epoch", token)
         answers = [store.get(f"{token}/{other}").decode() for other in range(1, world_size)]
         store.set(f"{token}/all", " ".join(answers))
         return token
     while True:
-        name = store.get("invitation").decode()
-        store.set(f"{name}/{rank}", token)
-        if store.check([f"{name}/all"]) and token in store.get(f"{name}/all").decode():
-            return name
+        epoch = store.get("epoch").decode()
+        store.set(f"{epoch}/{rank}", token)
+        if store.check([f"{epoch}/all"]) and token in store.get(f"{epoch}/all").decode():
+            return epoch
         time.sleep(0.05)
 
 
 def start_id() -> str:
-    """A name that all processes of this start share, and no other start has; empty without one."""
-    return _START_NAMES[0] if _START_NAMES else ""
+    """An id shared by all processes of this start, and by no other start; empty without `start`."""
+    return _started_group.start_id if _started_group else ""
 
 
 def shutdown() -> None:
-    """Ends the process group, if there is one."""
+    """Destroys the process group, if there is one."""
+    global _started_group
     if is_initialized():
         dist.destroy_process_group()
-        _STEP_GROUPS.clear()
-        _START_NAMES.clear()
-
-
-def _step_group() -> Any:
-    return _STEP_GROUPS[0] if _STEP_GROUPS else None
+        _started_group = None
 
 
 @contextlib.contextmanager
 def process_group(device: str, *, step_seconds: float | None = None) -> Iterator[torch.device]:
-    """Starts the process group, and ends it however the block ends. Collective.
+    """Starts the process group, and destroys it however the block ends. Collective.
 
-    A group that exists already, the caller's own say, is used and left alone.
+    A group that exists already, such as the caller's own, is used and left alone.
 
     Args:
         device: See `start`.
@@ -144,17 +168,21 @@ def process_group(device: str, *, step_seconds: float | None = None) -> Iterator
     Raises:
         ConfigError: See `start`.
     """
-    is_callers_own = is_initialized()
-    chosen = start(device, step_seconds=step_seconds)
+    existed = is_initialized()
+    place = start(device, step_seconds=step_seconds)
     try:
-        yield chosen
+        yield place
     finally:
-        if not is_callers_own:
+        if not existed:
             shutdown()
 
 
+def _step_group() -> dist.ProcessGroup | None:
+    return _started_group.step_group if _started_group else None
+
+
 def all_gather(value: Any) -> list[Any]:
-    """Gathers any picklable object from all ranks. Collective: every rank must call.
+    """Gathers a picklable object from every rank. Collective: every rank must call.
 
     Args:
         value: This rank's object; sizes may differ between ranks.
@@ -174,7 +202,7 @@ def all_reduce_sum(tensor: Tensor, *, in_step: bool = False) -> Tensor:
 
     Args:
         tensor: Any numeric tensor, of equal shape and dtype on all ranks.
-        in_step: Whether to give up after the shorter time of training steps; all ranks alike.
+        in_step: Whether to use the shorter timeout of training steps; the same on all ranks.
 
     Returns:
         The same tensor, holding the sum.
@@ -186,10 +214,10 @@ def all_reduce_sum(tensor: Tensor, *, in_step: bool = False) -> Tensor:
 
 
 def any_rank(flag: bool, *, in_step: bool = False) -> bool:
-    """Whether the flag is set on any rank. Collective: every rank must call.
+    """Whether a flag is set on any rank. Collective: every rank must call.
 
     Args:
-        flag: This rank's view.
+        flag: This rank's flag.
         in_step: See `all_reduce_sum`.
 
     Returns:
@@ -199,92 +227,30 @@ def any_rank(flag: bool, *, in_step: bool = False) -> bool:
 
 
 def raise_on_all_ranks(error: UserError | None) -> None:
-    """Ends all ranks with the user's error that any of them had. Collective.
+    """Raises a UserError on all ranks if any rank has one. Collective: every rank must call.
 
     Args:
-        error: This rank's error, if it had one.
+        error: This rank's error, or None.
 
     Raises:
-        UserError: As it is, without a group; with one, a `SharedError` of the first rank's words,
-            on every rank.
+        UserError: With a group, a `SharedError` with the message of the lowest rank that has an
+            error; without one, `error` itself.
     """
     if get_world_size() == 1 and error is not None:
         raise error
-    found = [text for text in all_gather(error and str(error)) if text]
-    if found:
-        raise SharedError(found[0])
-
-
-def barrier() -> None:
-    """Waits until every rank is here. Collective: every rank must call."""
-    any_rank(False)
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's object, on every rank. Collective: every rank must call.
-
-    Args:
-        value: The object on rank 0; what other ranks pass is ignored.
-
-    Returns:
-        Rank 0's object.
-    """
-    if get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
-
-
-def wrap_ddp(
-    model: nn.Module, *, warm_up: Callable[[nn.Module], None], bf16_compress: bool = False
-) -> nn.Module:
-    """Wraps a module in DistributedDataParallel, if there is a group. Collective.
-
-    After its first backward, DDP puts gradients into other buckets, which changes the order of
-    summation. Two throw-away passes now, and a resumed run adds up like an undisturbed one.
-
-    Args:
-        model: What is trained of it on one device; what is frozen may be on another.
-        warm_up: Runs one forward and backward of the module it is given, and drops the gradients.
-        bf16_compress: Whether gradients travel, and are summed up, in bfloat16.
-
-    Returns:
-        The wrapped module; `model` itself without a group.
-    """
-    if get_world_size() == 1:
-        return model
-    device = next(p for p in model.parameters() if p.requires_grad).device
-    # A frozen encoder whose outputs are cached stays on the CPU; all ranks have the same file's.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        model, [name for name, p in model.named_parameters() if p.device != device]
-    )
-    # SAM's buffers are constants: no need to send them at every forward. Newer torch renamed this.
-    arguments = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
-    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        process_group=_step_group(),
-        **options,
-    )
-    if bf16_compress:
-        # Under another name than its own, for which DDP asks for NCCL: gloo can do it, too.
-        wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-    warm_up(wrapped)
-    warm_up(wrapped)
-    return wrapped
+    messages = [message for message in all_gather(error and str(error)) if message]
+    if messages:
+        raise SharedError(messages[0])
 
 
 def run_on_all_ranks(build: Callable[[], T]) -> T:
-    """Runs a function on every rank; a user's error on any rank ends all. Collective.
+    """Calls a function that may raise `UserError` on some ranks only. Collective.
 
     Args:
-        build: May raise `UserError` on some ranks only.
+        build: Called on every rank.
 
     Returns:
-        What it returned on this rank.
+        This rank's result.
 
     Raises:
         UserError: See `raise_on_all_ranks`.
@@ -296,3 +262,67 @@ def run_on_all_ranks(build: Callable[[], T]) -> T:
         error = caught
     raise_on_all_ranks(error)
     return result  # type: ignore[return-value]  # it is None only where that was raised
+
+
+def barrier() -> None:
+    """Waits for all ranks. Collective: every rank must call."""
+    any_rank(False)
+
+
+def broadcast(value: Any) -> Any:
+    """Sends rank 0's picklable object to every rank. Collective: every rank must call.
+
+    Args:
+        value: The object on rank 0; ignored on other ranks.
+
+    Returns:
+        Rank 0's object.
+    """
+    if get_world_size() == 1:
+        return value
+    objects = [value]
+    dist.broadcast_object_list(objects, src=0, device=torch.device("cpu"))
+    return objects[0]
+
+
+def wrap_ddp(
+    model: nn.Module, *, warm_up: Callable[[nn.Module], None], bf16_compress: bool = False
+) -> nn.Module:
+    """Wraps a module in DistributedDataParallel, if there is a group. Collective.
+
+    After its first backward, DDP assigns gradients to buckets anew, which changes the order of
+    summation. Two warm-up passes have that happen before the first step, so that a resumed run sums
+    in the same order as one that was never interrupted.
+
+    Args:
+        model: Its trainable parameters on one device; frozen ones may be on another.
+        warm_up: Runs one forward and backward of the module it is given, and drops the gradients.
+        bf16_compress: Whether gradients are sent, and summed up, in bfloat16.
+
+    Returns:
+        The wrapped module; `model` itself without a group.
+    """
+    if get_world_size() == 1:
+        return model
+    device = next(p for p in model.parameters() if p.requires_grad).device
+    # A frozen encoder whose outputs are cached stays on the CPU, and DDP wants all that it knows on
+    # one type of device. It is equal on all ranks anyway, which have loaded the same file.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, [name for name, p in model.named_parameters() if p.device != device]
+    )
+    # SAM's buffers are constants: not to be sent at every forward. Newer torch renamed the option.
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        process_group=_step_group(),
+        **options,
+    )
+    if bf16_compress:
+        # In a lambda: DDP knows the hook by its name and asks for NCCL, but gloo can do it too.
+        wrapped.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    warm_up(wrapped)
+    warm_up(wrapped)
+    return wrapped

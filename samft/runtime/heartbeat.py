@@ -1,8 +1,9 @@
-"""What each process is doing, told to all, so that one that fails or hangs can be named.
+"""Per-rank heartbeats in the rendezvous store, to name the rank that crashed or hangs.
 
-A process only notes what it is about to do. A thread posts the last note to the store through
-which the processes found each other, which outlives them under `torchrun`. When a collective fails,
-each process that is still there posts that it gave up; who has not is the one to be named.
+Each process notes what it is about to do, which costs an assignment. A thread posts the last note
+to the store through which the processes found each other; under `torchrun` the store outlives them.
+When a collective fails, each process that is alive posts that it gave up. The ranks that have not,
+or have posted a failure of their own, are the cause.
 """
 
 import contextlib
@@ -12,87 +13,107 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from samft import distributed
 from samft.errors import TrainingError
-from samft.runtime import heartbeat
 
 _POST_SECONDS = 1.0
-_GIVE_UP_SECONDS = 3.0  # all whose collective fails find that out within this
-_MOST_NAMED = 8
+_GIVE_UP_SECONDS = 3.0  # within this time, a failed collective fails on all ranks that are alive
+_MOST_NAMED = 8  # images in a message
+
+
+def _no_images() -> list[Any]:
+    return []
+
+
+class _Activity(NamedTuple):
+    # One object, so that the thread never posts an activity with the images of the next.
+    name: str
+    since: float
+    list_images: Callable[[], list[Any]]  # called for a record or message only
+
+    def __str__(self) -> str:
+        images = self.list_images()
+        more = ", ..." if len(images) > _MOST_NAMED else ""
+        return f"{self.name} {_join_images(images)}{more}" if images else self.name
+
+
+def _join_images(images: list[Any]) -> str:
+    return ", ".join(str(image) for image in images[:_MOST_NAMED])
 
 
 class _Heartbeat:
-    # The notes of all processes; without a store, only this one's.
+    # What this process is doing, and what the store says of the others. Without a store (a single
+    # process, or no torchrun) only the former.
     def __init__(self) -> None:
         self.store: dist.Store | None = None
-        self.step, self.since = 0, time.time()
-        self.doing: Callable[[], str] = lambda: "starting"
-        self.loading: Callable[[], list[Any]] = list
+        self.step = 0
+        self.activity = _Activity("starting", time.time(), _no_images)
+        self.list_loading: Callable[[], list[Any]] = _no_images
         self.gave_up = False
         self._stop = threading.Event()
 
-    def open(self) -> None:
-        """Connects to the store and begins to post."""
+    def start_posting(self) -> None:
+        """Connects to the store and starts the thread."""
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if distributed.get_world_size() == 1 or not address or not port:
             return
-        with contextlib.suppress(RuntimeError):  # no store of this kind: nobody is named then
+        with contextlib.suppress(RuntimeError):  # another kind of store: no rank can be named then
             server = dist.TCPStore(
                 address, int(port), is_master=False, timeout=timedelta(seconds=10)
             )
             self.store = dist.PrefixStore(f"heartbeat/{distributed.start_id()}", server)
             self.gave_up = False
             self._stop.clear()
-            threading.Thread(target=self._post_now_and_then, daemon=True).start()
+            threading.Thread(target=self._post_regularly, daemon=True).start()
 
-    def close(self) -> None:
-        """Posts no more, and lets go of the loader whose images were to be named."""
+    def stop_posting(self) -> None:
+        """Stops the thread, and drops its reference to the data loader."""
         self._stop.set()
         self.store = None
-        self.doing, self.loading = lambda: "starting", list
+        self.activity = _Activity("starting", time.time(), _no_images)
+        self.list_loading = _no_images
 
-    def _post_now_and_then(self) -> None:
+    def _post_regularly(self) -> None:
         while not self._stop.wait(_POST_SECONDS):
-            self.post()
+            self.post("activity")
 
-    def post(self, **more: Any) -> None:
-        """Tells what this process is doing."""
+    def post(self, kind: str, **outcome: Any) -> None:
+        """Writes a record of this rank: its `activity`, or its `end` with the outcome."""
         store = self.store
         if store is None:
             return
-        note = {"step": self.step, "doing": self.doing(), "since": self.since, **more}
+        activity = self.activity
+        record = {"step": self.step, "doing": str(activity), "since": activity.since, **outcome}
         with contextlib.suppress(RuntimeError):
-            if more:
-                store.set(f"end/{distributed.get_rank()}", json.dumps(note))
-            else:
-                store.set(f"at/{distributed.get_rank()}", json.dumps(note))
+            store.set(f"{kind}/{distributed.get_rank()}", json.dumps(record))
 
     def read(self, kind: str, rank: int) -> dict[str, Any] | None:
-        """The last note of a process, if there is one."""
+        """Reads the last record of a rank, if there is one."""
         assert self.store is not None
         with contextlib.suppress(RuntimeError):
             key = f"{kind}/{rank}"
             if self.store.check([key]):
-                found: dict[str, Any] = json.loads(self.store.get(key))
-                return found
+                record: dict[str, Any] = json.loads(self.store.get(key))
+                return record
         return None
 
 
+# Of this process: what it does is said by code that has no other object in common.
 _HEARTBEAT = _Heartbeat()
 
 
 def start() -> None:
-    """Begins to tell the other processes what this one is doing. After `distributed.start`."""
-    _HEARTBEAT.open()
+    """Starts to post what this process does. To be called after `distributed.start`."""
+    _HEARTBEAT.start_posting()
 
 
 def stop() -> None:
-    """Ends telling."""
-    _HEARTBEAT.close()
+    """Stops posting heartbeats."""
+    _HEARTBEAT.stop_posting()
 
 
 @contextlib.contextmanager
@@ -110,106 +131,102 @@ def set_step(step: int) -> None:
     _HEARTBEAT.step = step
 
 
-def set_activity(what: str, samples: Callable[[], list[Any]] | None = None) -> None:
+def set_activity(activity: str, list_images: Callable[[], list[Any]] = _no_images) -> None:
     """Notes what this process begins to do.
 
     Args:
-        what: As in "loading".
-        samples: Gives the images, if it comes to be told.
+        activity: As in "training on images".
+        list_images: Returns the names or ids of those images; called for a message only.
     """
-
-    def describe() -> str:
-        named = samples() if samples is not None else []
-        shown = ", ".join(str(sample) for sample in named[:_MOST_NAMED])
-        more = ", ..." if len(named) > _MOST_NAMED else ""
-        return f"{what} {shown}{more}" if named else what
-
-    _HEARTBEAT.doing, _HEARTBEAT.since = describe, time.time()
+    _HEARTBEAT.activity = _Activity(activity, time.time(), list_images)
 
 
-def set_loading(samples: Callable[[], list[Any]]) -> None:
-    """Notes that this process waits for its loader, and what the workers are at from now on."""
-    set_activity("loading images", samples)
-    _HEARTBEAT.loading = samples
+def set_loading(list_images: Callable[[], list[Any]]) -> None:
+    """Notes that this process waits for its data loader.
+
+    Args:
+        list_images: Returns the images that the loader's workers are at, now and later on.
+    """
+    set_activity("loading images", list_images)
+    _HEARTBEAT.list_loading = list_images
 
 
 def loading_images() -> str:
-    """The images that loader workers are at, whatever this process does itself."""
-    return ", ".join(str(sample) for sample in _HEARTBEAT.loading()[:_MOST_NAMED])
+    """The images that the data loader's workers are at, whatever this process does itself."""
+    return _join_images(_HEARTBEAT.list_loading())
 
 
 def describe_position() -> str:
-    """This process' note, for its own errors."""
-    return f"step {_HEARTBEAT.step}, {_HEARTBEAT.doing()}"
+    """The step and the activity of this process, for its error messages."""
+    return f"step {_HEARTBEAT.step}, {_HEARTBEAT.activity}"
 
 
 def report_failure(reason: str) -> None:
-    """Tells the others why this process is about to end, unless it was for one of them."""
+    """Posts this rank's failure, unless it is only a reaction to another rank's."""
     if _HEARTBEAT.gave_up:
         return
-    _HEARTBEAT.post(failed=reason.splitlines()[0][:500] if reason else "unknown")
+    _HEARTBEAT.post("end", failed=reason.splitlines()[0][:500] if reason else "unknown")
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """Whether an error says that another process did not answer, or is gone."""
+    """Whether an error means that another process is gone, or did not respond."""
     if isinstance(error, dist.DistError):
         return True
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def find_failed_ranks() -> str:
-    """After a collective has failed: which process failed or does not answer, and where it was.
+    """Names the ranks that failed, or do not respond, after a collective has failed on this one.
+
+    Takes `_GIVE_UP_SECONDS`, in which the ranks that are alive post that they gave up.
 
     Returns:
-        A sentence.
+        A sentence with the rank, its step, its activity and its error.
     """
     _HEARTBEAT.gave_up = True
-    _HEARTBEAT.post(gave_up=True)
+    _HEARTBEAT.post("end", gave_up=True)
     if _HEARTBEAT.store is None:
         return "another process failed, or does not answer."
     time.sleep(_GIVE_UP_SECONDS)
-    sentences: list[str] = []
+    failed, silent = [], []
     for rank in range(distributed.get_world_size()):
-        if rank == distributed.get_rank():
-            continue
-        end, at = _HEARTBEAT.read("end", rank), _HEARTBEAT.read("at", rank)
+        end, activity = _HEARTBEAT.read("end", rank), _HEARTBEAT.read("activity", rank)
         if end is not None and "failed" in end:
-            sentences.insert(
-                0, f"process {rank} failed at step {end['step']}, {end['doing']}: {end['failed']}"
+            failed.append(
+                f"process {rank} failed at step {end['step']}, {end['doing']}: {end['failed']}"
             )
-        elif end is None and at is not None:
-            ago = time.time() - at["since"]
-            sentences.append(
-                f"process {rank} does not answer; {ago:.0f} s ago, at step {at['step']}, it was "
-                f"{at['doing']}"
+        elif end is None and activity is not None:
+            silent.append(
+                f"process {rank} does not answer; {time.time() - activity['since']:.0f} s ago, at "
+                f"step {activity['step']}, it was {activity['doing']}"
             )
         elif end is None:
-            sentences.append(f"process {rank} does not answer")
-    if not sentences:
+            silent.append(f"process {rank} does not answer")
+    if not failed and not silent:
         return "a connection between processes broke."
-    return "; ".join(sentences).rstrip(".") + "."
+    return "; ".join(failed + silent).rstrip(".") + "."
 
 
 @contextlib.contextmanager
 def explain_distributed_errors() -> Iterator[None]:
-    """Says which process or which sample is behind an error that PyTorch words in its own way.
+    """Turns PyTorch's errors of collectives and loader workers into ones that name rank and images.
 
     Raises:
-        TrainingError: In the place of such an error.
+        TrainingError: Instead of such an error.
     """
     try:
         yield
-    except TrainingError:  # says it already, in words that may hold any path
+    except TrainingError:  # already explained, and its message may hold any path
         raise
     except RuntimeError as error:
-        where = heartbeat.describe_position()
-        if heartbeat.is_collective_failure(error):
-            cause = heartbeat.find_failed_ranks()
-            raise TrainingError(f"{cause} (This process was at {where}.)") from error
+        position = describe_position()
+        if is_collective_failure(error):
+            cause = find_failed_ranks()
+            raise TrainingError(f"{cause} (This process was at {position}.)") from error
         if "DataLoader" in str(error):
             first = str(error).splitlines()[0].rstrip(". ")
             raise TrainingError(
-                f"{first}, at {where}; its workers were at {heartbeat.loading_images()}."
+                f"{first}, at {position}; its workers were at {loading_images()}."
             ) from error
         raise

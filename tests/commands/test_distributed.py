@@ -114,10 +114,14 @@ def test_start_under_torchrun_makes_a_group(monkeypatch: pytest.MonkeyPatch) -> 
     try:
         assert distributed.start("cpu") == torch.device("cpu")
         assert identity() == (True, 1, 0, True)
+        start_id = distributed.start_id()
+        assert start_id
         assert distributed.start("cpu") == torch.device("cpu")  # a second run in one process
+        assert distributed.start_id() == start_id
     finally:
         distributed.shutdown()
     assert not distributed.is_initialized()
+    assert distributed.start_id() == ""
 
 
 def test_a_gpu_that_is_not_there_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which process is named when one fails or is silent, in groups as torchrun makes them."""
+"""Which rank is named when one fails or hangs, in groups that use a store as under torchrun."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from samft.runtime.heartbeat import explain_distributed_errors
 ANSWER_SECONDS = 240.0  # three processes import torch, maybe on one busy core
 
 
-def a_store() -> dist.TCPStore:
+def start_store() -> dist.TCPStore:
     """The store of a group on a free port, in this process as in torchrun's agent."""
     return dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
@@ -29,21 +29,21 @@ def a_store() -> dist.TCPStore:
 
 
 @pytest.fixture(autouse=True)
-def _own_board(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "_HEARTBEAT", heartbeat._Heartbeat())
 
 
 # One process
 
 
-def test_here_says_the_step_and_what_is_done() -> None:
+def test_the_position_is_the_step_and_the_activity() -> None:
     assert heartbeat.describe_position() == "step 0, starting"
     heartbeat.set_step(7)
     heartbeat.set_activity("saving")
     assert heartbeat.describe_position() == "step 7, saving"
 
 
-def test_samples_are_asked_for_when_they_are_told_and_few_are() -> None:
+def test_images_are_listed_for_a_message_only_and_at_most_eight() -> None:
     named: list[Any] = []
     heartbeat.set_activity("loading images", lambda: named)
     assert heartbeat.describe_position() == "step 0, loading images"
@@ -54,11 +54,11 @@ def test_samples_are_asked_for_when_they_are_told_and_few_are() -> None:
     assert heartbeat.describe_position() == f"step 0, loading images {eight}, ..."
 
 
-def test_one_process_alone_names_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_names_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     heartbeat.start()
-    heartbeat.report_failure("no one listens")
+    heartbeat.report_failure("nobody reads it")
     assert heartbeat.find_failed_ranks() == "another process failed, or does not answer."
     heartbeat.stop()
 
@@ -82,11 +82,11 @@ NCCL_LATE = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(Seq
         (KeyboardInterrupt("NCCL"), False),
     ],
 )
-def test_collective_failures_are_told_from_others(error: BaseException, is_one: bool) -> None:
+def test_collective_failures_are_recognised(error: BaseException, is_one: bool) -> None:
     assert heartbeat.is_collective_failure(error) is is_one
 
 
-def test_the_guard_leaves_other_errors_and_its_own_words_alone() -> None:
+def test_other_errors_and_explained_ones_are_left_alone() -> None:
     for error in (
         RuntimeError("a bug"),
         KeyError("a"),
@@ -97,19 +97,19 @@ def test_the_guard_leaves_other_errors_and_its_own_words_alone() -> None:
         assert caught.value is error
 
 
-def test_the_guard_words_a_collective_failure() -> None:
+def test_a_collective_failure_is_explained() -> None:
     heartbeat.set_step(3)
     with pytest.raises(TrainingError) as caught, explain_distributed_errors():
         raise RuntimeError(GLOO_GONE)
-    told = "another process failed, or does not answer. (This process was at step 3, starting.)"
-    assert str(caught.value) == told
+    message = "another process failed, or does not answer. (This process was at step 3, starting.)"
+    assert str(caught.value) == message
 
 
-# A group that stays: each process does its part and goes on
+# Two ranks that stay alive
 
 
 def two_ranks(port: int, kind: str) -> str:
-    """Rank 0 asks; what rank 1 did before."""
+    """What rank 0 says of rank 1, which has done what `kind` says."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     heartbeat._HEARTBEAT = heartbeat._Heartbeat()
     heartbeat._GIVE_UP_SECONDS = 0.05
@@ -119,10 +119,10 @@ def two_ranks(port: int, kind: str) -> str:
     heartbeat.set_step(10 + rank)
     heartbeat.set_activity("loading images", lambda: ["a.png", "b.png"])
     if kind == "silent from the start":
-        heartbeat._HEARTBEAT.close()
+        heartbeat.stop()
     if rank == 1:
         if kind == "silent":
-            heartbeat._HEARTBEAT.post()
+            heartbeat._HEARTBEAT.post("activity")
         elif kind == "failed":
             heartbeat.report_failure("DataError: a.png is broken\nsecond line")
         elif kind == "gave up":
@@ -131,16 +131,16 @@ def two_ranks(port: int, kind: str) -> str:
     distributed.barrier()
     if rank == 0 and kind == "silent from the start":
         heartbeat.start()
-    told = heartbeat.find_failed_ranks() if rank == 0 else ""
+    message = heartbeat.find_failed_ranks() if rank == 0 else ""
     distributed.barrier()
     heartbeat.stop()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    return told
+    return message
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "expected"),
     [
         (
             "failed",
@@ -151,17 +151,17 @@ def two_ranks(port: int, kind: str) -> str:
             "process 1 does not answer; 0 s ago, at step 11, it was loading images a.png, b.png.",
         ),
         ("silent from the start", "process 1 does not answer."),
-        # Who only found out about another's failure has none of its own.
+        # A failure that is a reaction to another rank's is not reported.
         ("gave up", "a connection between processes broke."),
     ],
 )
-def test_the_other_process_is_named(gloo2: GlooPool, kind: str, told: str) -> None:
-    store = a_store()
-    found = gloo2.run(two_ranks, store.port, kind)[0]
-    assert found.replace("; 1 s ago", "; 0 s ago") == told
+def test_the_other_process_is_named(gloo2: GlooPool, kind: str, expected: str) -> None:
+    store = start_store()
+    message = gloo2.run(two_ranks, store.port, kind)[0]
+    assert message.replace("; 1 s ago", "; 0 s ago") == expected
 
 
-# A group of which one process dies and one hangs
+# Three ranks, of which one dies and one hangs
 
 
 def serve(pipe: Connection, port: int, rank: int) -> None:
@@ -179,7 +179,7 @@ def serve(pipe: Connection, port: int, rank: int) -> None:
     heartbeat.start()
     heartbeat.set_step(rank)
     heartbeat.set_activity("counting")
-    while (heartbeat._HEARTBEAT.read("at", rank) or {}).get("doing") != "counting":
+    while (heartbeat._HEARTBEAT.read("activity", rank) or {}).get("doing") != "counting":
         time.sleep(0.01)  # until the thread has posted it
     distributed.barrier()
     if rank == 1:
@@ -196,28 +196,28 @@ def serve(pipe: Connection, port: int, rank: int) -> None:
         pipe.send((str(error), str(error.__cause__)))
 
 
-def test_in_a_group_who_failed_comes_first_and_who_is_silent_is_named(
+def test_a_rank_that_failed_is_named_before_one_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     context = torch.multiprocessing.get_context("spawn")
-    store, pipes, processes = a_store(), [], []
+    store, pipes, processes = start_store(), [], []
     try:
         for rank in range(3):
-            here, there = context.Pipe()
-            processes.append(context.Process(target=serve, args=(there, store.port, rank)))
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=serve, args=(theirs, store.port, rank)))
             processes[-1].start()
-            there.close()
-            pipes.append(here)
+            theirs.close()
+            pipes.append(ours)
         assert wait([pipes[0]], timeout=ANSWER_SECONDS)
-        told, cause = pipes[0].recv()
+        message, cause = pipes[0].recv()
         assert [pipes[1].recv(), pipes[2].recv()] == ["failed", "hangs"]
     finally:
         for process in processes:
             process.kill()
             process.join()
     assert "peer" in cause  # gloo's own words
-    first, second = told.split(" (This process was at ")[0].split("; ", 1)
+    first, second = message.split(" (This process was at ")[0].split("; ", 1)
     assert first == "process 1 failed at step 1, counting: ValueError: one and one is three"
     assert second.startswith("process 2 does not answer; ")
     assert second.endswith(" s ago, at step 2, it was counting.")
-    assert told.endswith("(This process was at step 0, counting.)")
+    assert message.endswith("(This process was at step 0, counting.)")

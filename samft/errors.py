@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how a command turns any ending into an exit code."""
+"""Exit codes, and the exceptions that are the user's to resolve. Imports nothing of samft."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -8,31 +8,31 @@ EXIT_INTERRUPTED = 130
 
 
 def escape_unprintable(text: str) -> str:
-    """Text that may hold a name from outside, with escapes for what could steer a terminal.
+    """Replaces control characters with escapes, so that a file name cannot control a terminal.
 
     Args:
-        text: Of any characters; line ends and tabs stay.
+        text: Any text; newlines and tabs are kept.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def escape_paragraph(text: str) -> str:
-    """Text of which only the first line begins at the margin, so that it cannot forge others."""
+    """Also indents all lines but the first, so that a file name cannot forge a line of the log."""
     return escape_unprintable(text).replace("\n", "\n  ")
 
 
 class _SanitizedError(Exception):
-    # Its words are printed and written to status.json, and may hold a file's name.
+    # The message is printed and written to status.json, and may hold a file name.
     def __str__(self) -> str:
         return escape_unprintable(super().__str__())
 
 
 class UserError(_SanitizedError, ValueError):
-    """Wrong usage, configuration, data or checkpoint: what, where, what to do, in a sentence."""
+    """Wrong usage, configuration, data or checkpoint; the message says what, where, what to do."""
 
 
 class ConfigError(UserError):
-    """A command line or YAML file that cannot be used; every rank finds the same."""
+    """A command line or YAML file that cannot be used; raised on every rank alike."""
 
 
 class DataError(UserError):
@@ -40,20 +40,20 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or that does not fit."""
+    """A checkpoint that cannot be read, or does not fit the model."""
 
 
 class SharedError(UserError):
-    """A user's error that one rank found and all were told, so that all end and one speaks."""
+    """A UserError raised on one rank and re-raised on all; only rank 0 prints it."""
 
 
 class TrainingError(_SanitizedError, RuntimeError):
-    """The run cannot go on (say, the loss is not finite); a sentence, shown without a traceback."""
+    """The run cannot continue (say, the loss is not finite); printed without a traceback."""
 
 
 class ExportError(_SanitizedError, RuntimeError):
-    """A file that was written does not do what it should; a sentence, without a traceback."""
+    """A written file does not give the expected outputs; printed without a traceback."""
 
 
 class RunStopped(Exception):
-    """The run was asked to stop and has saved everything; running it again goes on from there."""
+    """The run was asked to stop and has saved everything; the same command resumes it."""

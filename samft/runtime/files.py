@@ -1,4 +1,4 @@
-"""Files that matter: written whole or not at all. Imports no torch."""
+"""Atomic writes, file locks and SHA-256 digests. Imports no torch."""
 
 import fcntl
 import hashlib
@@ -14,11 +14,11 @@ CHUNK_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+    """Writes a file in one step: a reader, or a crash, finds the old or the new content, no part.
 
     Args:
         path: The file; its folder must exist.
-        write: Given the open file, writes the content.
+        write: Writes the content into the open file it is given.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
@@ -29,18 +29,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def atomic_replacement(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
-    """As `write_atomically`, with something to do when the new content is safe, but not in place.
+    """As `write_atomically`, with a block between writing the new content and replacing the old.
 
     Args:
         path: The file; its folder must exist.
-        write: Given the open file, writes the content.
+        write: Writes the content into the open file it is given.
 
     Yields:
-        A file with the new content, on the disk; it takes the place of the old when the block ends.
+        A temporary file with the new content, flushed to disk; it replaces `path` at the end of the
+        block, unless that raises.
 
     Raises:
         OSError: The disk is full or the folder cannot be written; the old file is untouched.
     """
+    # In the same folder: os.replace is atomic only within one file system.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     part = Path(name)
     try:
@@ -48,49 +50,50 @@ def atomic_replacement(path: Path, write: Callable[[BinaryIO], object]) -> Itera
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o644)
+        part.chmod(0o644)  # mkstemp makes files that only their owner can read
         yield part
         os.replace(part, path)
-        _sync(path.parent)
+        _flush_to_disk(path.parent)  # the new name, which a power failure could undo
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
 def staging_path(target: Path) -> Iterator[Path]:
-    """A place to write a file or a whole folder, which becomes `target` when the block ends well.
+    """A path for a new file or folder, which replaces `target` at the end of the block.
 
     Args:
-        target: Where it is to be; its parent must exist. A file or folder there is replaced.
+        target: Its parent must exist. An existing file or folder is replaced.
 
     Yields:
-        A path of the same name on the same disk, where nothing is yet.
+        A path of the same name on the same disk, where nothing exists yet. If the block raises,
+        what was written there is deleted, and `target` is untouched.
 
     Raises:
-        OSError: The disk is full or the folder cannot be written; what was there is untouched.
+        OSError: The disk is full or the folder cannot be written; `target` is untouched.
     """
-    place = tempfile.TemporaryDirectory(
+    staging = tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f".{target.name}.", suffix=".part", ignore_cleanup_errors=True
     )
-    with place as folder:
-        part, earlier = Path(folder) / target.name, Path(folder) / "earlier"
+    with staging as folder:
+        part, replaced = Path(folder) / target.name, Path(folder) / "replaced"
         yield part
         for path in (part, *part.rglob("*")):
             if path.is_file():
                 path.chmod(0o644)
-            _sync(path)
-        if target.is_dir():  # a folder that holds something cannot be replaced in one go
-            target.rename(earlier)
+            _flush_to_disk(path)
+        if target.is_dir():  # os.replace replaces files and empty folders only
+            target.rename(replaced)
         try:
             os.replace(part, target)
         except OSError:
-            if earlier.exists():
-                earlier.rename(target)
+            if replaced.exists():
+                replaced.rename(target)
             raise
-        _sync(target.parent)
+        _flush_to_disk(target.parent)
 
 
-def _sync(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,7 +112,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """Where downloads and indexes are kept: `SAMFT_CACHE`, else below `XDG_CACHE_HOME`."""
+    """The folder of downloads and indexes: `SAMFT_CACHE`, else in `XDG_CACHE_HOME`."""
     if os.environ.get("SAMFT_CACHE"):
         return Path(os.environ["SAMFT_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samft"
@@ -125,36 +128,36 @@ def sha256_of(path: Path) -> str:
 
 
 def read_digests(sidecar: Path) -> list[str]:
-    """The SHA-256 that a checkpoint may have, as the JSON file beside it says; none if unreadable.
+    """The SHA-256 digests that a sidecar allows for its checkpoint; none if it is unreadable.
 
-    A list under `sha256` names several, of which the file has one.
+    `sha256` in the JSON is one digest, or a list of them while the checkpoint is being replaced.
     """
     try:
-        found = json.loads(sidecar.read_text())["sha256"]
-        return [found] if isinstance(found, str) else [str(digest) for digest in found]
+        digests = json.loads(sidecar.read_text())["sha256"]
+        return [digests] if isinstance(digests, str) else [str(digest) for digest in digests]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
 
 def matches_sidecar(path: Path, sidecar: Path) -> bool:
-    """Whether a checkpoint is what its sidecar says; a sidecar without a hash says nothing."""
-    known = read_digests(sidecar)
-    return not known or sha256_of(path) in known
+    """Whether the file's SHA-256 matches its sidecar; True if the sidecar has none."""
+    digests = read_digests(sidecar)
+    return not digests or sha256_of(path) in digests
 
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Holds a lock that only one process of this node can hold at a time, by a file."""
+    """Holds an exclusive lock on a file, between the processes of this host; waits for it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def try_lock(path: Path) -> TextIO | None:
-    """Takes a lock that one process can hold at a time, for as long as the file stays open.
+    """Takes an exclusive lock on a file, without waiting; it is held until the file is closed.
 
     Returns:
-        The open file; None if another has the lock.
+        The open file; None if another process holds the lock.
     """
     file = path.open("w")
     try:
@@ -162,6 +165,6 @@ def try_lock(path: Path) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
-    except OSError:  # a file system without locks: nobody can be kept out
+    except OSError:  # a file system without locks, where no process can be kept out
         pass
     return file

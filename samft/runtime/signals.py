@@ -1,4 +1,8 @@
-"""Signals that ask a run to stop; the loop looks between steps and images, and in waits."""
+"""Signals that ask a run to stop, the time limit of its job, and dying with the parent process.
+
+A handler only records the signal. The training loop checks for it between steps, and code that may
+wait for long (for a loader's batch, say) is interrupted.
+"""
 
 import ctypes
 import math
@@ -16,11 +20,11 @@ _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 
 
 class StopInterrupt(Exception):
-    """A stop was asked for in a wait, or all ranks have agreed to stop."""
+    """Raised out of a wait by a stop signal, or because all ranks have agreed to stop."""
 
 
 class StopRequest:
-    """Whether a signal has asked to stop, and which.
+    """Whether a signal has asked the run to stop; true if so.
 
     Attributes:
         received: The names of the signals received so far.
@@ -35,56 +39,61 @@ class StopRequest:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around a wait that may be long and may be broken off anywhere, as for a loader's batch.
+        """Marks a block that a stop signal may interrupt anywhere: a wait for a loader's batch.
 
         Raises:
-            StopInterrupt: At once, when a signal asks to stop.
+            StopInterrupt: As soon as a signal asks to stop, or at once if one did before.
         """
         self._waiting = True
         try:
+            # Only now: a signal that comes before this line is seen here, one that comes after it
+            # interrupts the block.
             if self.received:
                 raise StopInterrupt
             yield
         finally:
             self._waiting = False
 
-    def note(self, number: int, frame: Any = None) -> None:
-        """The handler: remembers the signal. A second SIGINT interrupts at once."""
+    def record_signal(self, number: int, frame: Any = None) -> None:
+        """The signal handler. A second SIGINT raises KeyboardInterrupt at once."""
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received.append(signal.Signals(number).name)
         if self._waiting:
-            self._waiting = False
+            self._waiting = False  # what cleans up after the wait is not interrupted again
             raise StopInterrupt
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Notes signals instead of dying of them.
+    """Installs handlers that record stop signals; restores the previous ones at the end.
 
     Yields:
-        What to ask whether to stop.
+        The request, which becomes true with the first signal.
     """
     request = StopRequest()
     try:
-        before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, request.record_signal) for number in STOP_SIGNALS}
     except ValueError:  # not the main thread, where Python allows no handlers
-        before = {}
+        previous = {}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def job_deadline(save_before_limit: float | None) -> float:
-    """When to stop before a SLURM job is ended, in seconds since 1970; without a limit, never.
+    """The time at which to stop before the time limit of a SLURM job.
 
     Args:
-        save_before_limit: Seconds before its end.
+        save_before_limit: How long before the limit, in seconds; None: run into it.
+
+    Returns:
+        In seconds since 1970; infinite for None.
 
     Raises:
-        ConfigError: The job's end is not known.
+        ConfigError: The time limit of the job is not known.
     """
     if save_before_limit is None:
         return math.inf
@@ -98,9 +107,9 @@ def job_deadline(save_before_limit: float | None) -> float:
 
 
 def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it is gone, however it ended.
+    """Has the kernel kill this process when its parent process ends, however that ends.
 
-    Otherwise ranks outlive a killed launcher, and loader workers a killed rank. Linux only.
+    Otherwise ranks survive a killed launcher, and loader workers a killed rank. Linux only.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -85,7 +85,7 @@ def test_handlers_are_restored_however_it_ends() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     for error in (None, KeyError):
         with pytest.raises(KeyError), stop_on_signal() as stop:
-            assert [signal.getsignal(number) for number in STOP_SIGNALS] == [stop.note] * 4
+            assert [signal.getsignal(number) for number in STOP_SIGNALS] == [stop.record_signal] * 4
             raise error or KeyError
         assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 

@@ -106,14 +106,14 @@ def _validate_initial_weights(run: TrainingRun) -> None:
 
 def _log_step(run: TrainingRun, taken: bool, image_ids: list[int]) -> None:
     if taken:
-        run.log.progress()
+        run.log.advance_bar()
         return
     LOGGER.warning(
         "after step %d: the gradient was not finite, so the step was skipped: see bad_steps.jsonl",
         run.progress.step,
     )
     ids_by_rank = distributed.all_gather(image_ids)
-    run.log.bad_step(run.progress.step, position=run.progress.position, image_ids=ids_by_rank)
+    run.log.write_bad_step(run.progress.step, position=run.progress.position, image_ids=ids_by_rank)
 
 
 def _end_interval(run: TrainingRun, train_metrics: dict[str, float]) -> None:
@@ -126,7 +126,7 @@ def _finish_interval(run: TrainingRun) -> None:
     step, train_metrics = run.progress.step, run.progress.pending
     _collect_bad_images(run, "train", run.trainer.bad_images)
     validation = _validate(run)
-    run.log.metrics(step, "train", train_metrics)
+    run.log.write_metrics(step, "train", train_metrics)
     _log_validation(run, validation)
     score = validation.metrics["per_mask_iou"]
     sidecar = make_sidecar(asdict(run.config), step=step, metrics=validation.metrics)
@@ -170,7 +170,7 @@ def _validate(run: TrainingRun) -> Validation:
 
 
 def _log_validation(run: TrainingRun, validation: Validation) -> None:
-    run.log.metrics(run.progress.step, "val", {**validation.metrics, **validation.rates})
+    run.log.write_metrics(run.progress.step, "val", {**validation.metrics, **validation.rates})
 
 
 def _collect_bad_images(run: TrainingRun, split: str, bad_images: dict[str, str]) -> None:

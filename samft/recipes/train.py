@@ -145,7 +145,7 @@ def finish(training: TrainingRun) -> dict[str, Any]:
     if distributed.is_main():
         write_json(training.output_dir / "summary.json", summary)
         results = {name: value for name, value in summary.items() if isinstance(value, float)}
-        training.log.hparams(asdict(config), results)
+        training.log.add_hparams(asdict(config), results)
         write_run_status(training.output_dir, "done", progress.step, exit_code=0, reason="finished")
         report.write(summary, training.model, should_stop=lambda: bool(training.stop))
     return summary
@@ -190,7 +190,7 @@ def _announce(parts: Parts, log: RunLog) -> None:
     )
     if distributed.is_main():
         write_text(parts.output_dir / "config.yaml", to_yaml(config))
-        log.text("config", to_yaml(config))
+        log.add_text("config", to_yaml(config))
         write_run_status(parts.output_dir, "running", parts.progress.step)
     if parts.resume is not None:
         LOGGER.info("resuming from step %d", parts.progress.step)

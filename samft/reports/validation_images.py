@@ -167,11 +167,12 @@ class ValidationImages:
         worst = self._draw(found.selection.worst, f"step {step}: the worst of all, by IoU")
         for name, sheet in (("val/same_objects", fixed), ("val/worst_objects", worst)):
             if sheet is not None:
-                self.log.picture(step, name, sheet)
-        self.log.picture(step, "val/calibration", draw_calibration(found.objects))
+                self.log.add_image(step, name, sheet)
+        self.log.add_image(step, "val/calibration", draw_calibration(found.objects))
         good = found.objects.iou_actual >= GOOD_IOU
         name = f"val/predicted_iou_finds_masks_of_iou_{GOOD_IOU}"
-        self.log.precision_and_recall(step, name, good, found.objects.iou_predicted)
+        scores = found.objects.iou_predicted
+        self.log.add_pr_curve(step, name, labels=good, scores=scores)
         if fixed is not None and (step == 0 or is_best):
             _write(self.folder / (AFTER if step else BEFORE), fixed)
 

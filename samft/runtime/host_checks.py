@@ -1,4 +1,4 @@
-"""What a host lacks, said at the start instead of hours later: disk, shared memory, files, GPUs."""
+"""Checks before the first step: disk space, /dev/shm, the limit of open files, unused GPUs."""
 
 import os
 import resource
@@ -11,19 +11,19 @@ from samft.errors import ConfigError
 from samft.runtime.logs import LOGGER, format_gib
 
 _SHARED_MEMORY = Path("/dev/shm")
-_PREFETCHED = 3  # batches of a loader's worker: two ahead, one in the making
-_FEW_FILES = 4096
+_BATCHES_PER_WORKER = 3  # two prefetched, one being made
+_MIN_OPEN_FILES = 4096
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Refuses to start what the disk cannot hold to its end.
+    """Checks that the disk has space for the checkpoints of the whole run.
 
     Args:
         folder: The output folder.
-        needed: Bytes that are going to be written, beyond what is there.
+        needed: Bytes that the run will write in addition to what exists.
 
     Raises:
-        ConfigError: There is less.
+        ConfigError: There is less space.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -34,21 +34,22 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def warn_of_shared_memory(*, num_workers: int, batch_bytes: int) -> None:
-    """Says if what all loader workers of this host hand over may not fit into /dev/shm.
+    """Warns if the batches of all loader workers of this host may not fit into /dev/shm.
 
     Args:
-        num_workers: Of one process.
-        batch_bytes: Of the largest batch.
+        num_workers: Loader workers of one process.
+        batch_bytes: Size of the largest batch.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = processes * num_workers * _PREFETCHED * batch_bytes
+    needed = processes * num_workers * _BATCHES_PER_WORKER * batch_bytes
     if not num_workers or not _SHARED_MEMORY.is_dir():
         return
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:
         LOGGER.warning(
-            "/dev/shm HAS %s LEFT, and loader workers may need %s: a worker that finds none dies "
-            "of a bus error. Raise it (docker run --shm-size), or lower num_workers or batch_size",
+            "WARNING: /dev/shm has %s left, and loader workers may need %s: a worker that gets "
+            "none is killed by a bus error. Raise it (docker run --shm-size), or lower num_workers "
+            "or batch_size",
             format_gib(free),
             format_gib(needed),
         )
@@ -63,19 +64,19 @@ def check_host(
     num_workers: int,
     batch_bytes: int,
 ) -> None:
-    """Looks at all that a run will need of this host.
+    """Checks what a run will need of this host.
 
     Args:
-        device: Where it trains.
+        device: The device of this process.
         folder: The output folder.
         needed: Bytes that the run's checkpoints take up there.
         replaces_existing: Whether the checkpoints in the folder will be replaced by new ones; if
             not, they will be archived and keep their space.
         num_workers: Loader workers of one process.
-        batch_bytes: Of the largest batch.
+        batch_bytes: Size of the largest batch.
 
     Raises:
-        ConfigError: The disk is too small.
+        ConfigError: The disk has too little space.
     """
     raise_open_file_limit()
     warn_of_shared_memory(num_workers=num_workers, batch_bytes=batch_bytes)
@@ -89,32 +90,32 @@ def check_host(
 
 
 def raise_open_file_limit() -> None:
-    """Raises the limit of open files as far as it goes; says if that is not far."""
+    """Raises the soft limit of open files to the hard limit; warns if that is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-        except (ValueError, OSError):  # some systems give a hard limit that they do not mean
+        except (ValueError, OSError):  # some systems refuse the hard limit that they report
             pass
-    if soft != resource.RLIM_INFINITY and soft < _FEW_FILES:
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
         LOGGER.warning(
-            "only %d files may be open at once (ulimit -n): loader workers need more; raise it, or "
-            "lower num_workers",
+            "WARNING: only %d files may be open at once (ulimit -n): loader workers need more; "
+            "raise it, or lower num_workers",
             soft,
         )
 
 
 def warn_of_unused_gpus(device: torch.device) -> None:
-    """Says if there are NVIDIA GPUs that PyTorch cannot use."""
+    """Warns if there are NVIDIA GPUs that PyTorch cannot use."""
     if device.type == "cuda" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     if torch.cuda.is_available() or not any(Path("/dev").glob("nvidia[0-9]*")):
         return
     built_for = torch.version.cuda
-    why = (
+    reason = (
         f"PyTorch {torch.__version__} is built for CUDA {built_for}, which needs a newer driver"
         if built_for
         else f"PyTorch {torch.__version__} is a build for CPUs"
     )
-    LOGGER.warning("THIS HOST HAS GPUS, BUT TRAINING RUNS ON THE CPU: %s", why)
+    LOGGER.warning("WARNING: this host has GPUs, but training runs on the CPU: %s", reason)

@@ -85,20 +85,20 @@ def _logs_to_terminal(logger: logging.Logger) -> bool:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
+    """Formats seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def format_gib(num_bytes: int) -> str:
-    """A number of bytes for a person."""
+    """Formats a number of bytes in GiB, or MiB below 0.1 GiB."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 @contextlib.contextmanager
 def _log_os_errors() -> Iterator[None]:
-    # TensorBoard's files are a view of metrics.jsonl: no reason to end a run.
+    # TensorBoard's files repeat metrics.jsonl: not worth failing the run.
     try:
         yield
     except OSError as error:
@@ -113,16 +113,19 @@ def _open_tensorboard(folder: Path, start_step: int) -> "SummaryWriter":
 
 
 class RunLog:
-    """The files and the terminal of one run; on ranks other than 0 every method does nothing."""
+    """The log files, TensorBoard and progress bar of one run.
+
+    On ranks other than 0, every method does nothing.
+    """
 
     def __init__(self, folder: Path, *, main: bool, steps: int, start_step: int = 0) -> None:
-        """Opens the logs; a resumed run forgets what was written after its checkpoint.
+        """Opens the files; a resumed run drops the metrics written after its checkpoint.
 
         Args:
             folder: The output folder, which must exist.
             main: Whether this is rank 0.
             steps: Optimizer steps of the whole run.
-            start_step: The step that the run goes on from.
+            start_step: The step that the run resumes from.
         """
         self.folder, self.main, self.steps = folder, main, steps
         self.writer: SummaryWriter | None = None
@@ -138,23 +141,24 @@ class RunLog:
             return
         self._file = logging.FileHandler(folder / "train.log")
         self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
+        self._drop_records_after(start_step)
+        self.writer = _open_tensorboard(folder / "tensorboard", start_step)
+        # Last, as nothing that follows can fail: a log that was not opened installs no handlers.
         for handler in logging.getLogger().handlers[:]:
             if isinstance(handler, _StartupBuffer):
                 handler.move_to(self._file)
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         logging.getLogger().addHandler(self._file)
-        self._drop_records_after(start_step)
-        self.writer = _open_tensorboard(folder / "tensorboard", start_step)
 
     def _drop_records_after(self, step: int) -> None:
-        kept = [
+        lines = [
             json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step
         ]
-        write_text(self.folder / "metrics.jsonl", "".join(kept))
+        write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, up to one that a crash cut short."""
+        """Reads metrics.jsonl, up to a line that was cut short by a crash."""
         path = self.folder / "metrics.jsonl"
         records = []
         for line in path.read_text().splitlines() if path.is_file() else []:
@@ -164,87 +168,85 @@ class RunLog:
                 break
         return records
 
-    def bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
-        """Notes the images of a step that was skipped, by process, in bad_steps.jsonl."""
+    def write_bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
+        """Writes the images of a skipped step, by rank, to bad_steps.jsonl."""
         if self.writer is not None:
             record = {"after_step": step, "position": position, "image_ids": image_ids}
-            self._append("bad_steps.jsonl", record)
+            self._append_record("bad_steps.jsonl", record)
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        # What a full disk does not take is kept until it does.
+    def _append_record(self, name: str, record: dict[str, Any]) -> None:
+        # What a full disk refuses is kept in memory and written with the next record.
         self._unwritten.setdefault(name, []).append(json.dumps(record) + "\n")
         try:
-            # Unbuffered, or closing would write the rest of a line that was cut short.
+            # Unbuffered: after a failed write, closing a buffered file would try again.
             with (self.folder / name).open("ab", buffering=0) as file:
-                start, left = file.tell(), "".join(self._unwritten[name]).encode()
+                start, unwritten = file.tell(), "".join(self._unwritten[name]).encode()
                 try:
-                    while left:
-                        left = left[file.write(left) :]
-                    # The state that is saved next counts the line as written.
+                    while unwritten:
+                        unwritten = unwritten[file.write(unwritten) :]
+                    # The checkpoint that is saved next relies on the line being on disk.
                     os.fsync(file.fileno())
                 except OSError:
-                    os.ftruncate(file.fileno(), start)  # no half a line for the next to follow
+                    os.ftruncate(file.fileno(), start)  # no part of a line stays
                     raise
             del self._unwritten[name]
         except OSError as error:
             LOGGER.error("%s cannot be written: %s", self.folder / name, error.strerror)
 
-    def metrics(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write_metrics(self, step: int, split: str, values: dict[str, float]) -> None:
         """Writes one line to metrics.jsonl and the same scalars to TensorBoard.
 
         Args:
             step: Optimizer steps done.
             split: `train` or `val`.
-            values: Names and numbers; what is not finite becomes null, as JSON has no word for it.
+            values: Numbers by name; NaN and infinities become null, which JSON does not have.
         """
         if self.writer is None:
             return
         record = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._append("metrics.jsonl", {"step": step, "split": split, **record})
+        self._append_record("metrics.jsonl", {"step": step, "split": split, **record})
         with _log_os_errors():
             for name, value in values.items():
                 self.writer.add_scalar(f"{split}/{name}", value, step)
             self.writer.flush()
 
-    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Adds a picture, uint8 [H, W, 3] RGB, to TensorBoard."""
+    def add_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds an image, uint8 [H, W, 3] RGB, to TensorBoard."""
         if self.writer is not None:
             with _log_os_errors():
-                self.writer.add_image(name, picture, step, dataformats="HWC")
+                self.writer.add_image(name, image, step, dataformats="HWC")
 
-    def precision_and_recall(
-        self, step: int, name: str, labels: np.ndarray, scores: np.ndarray
-    ) -> None:
+    def add_pr_curve(self, step: int, name: str, *, labels: np.ndarray, scores: np.ndarray) -> None:
         """Adds a precision-recall curve to TensorBoard.
 
         Args:
             step: Optimizer steps done.
-            name: Of the curve.
-            labels: bool [K], what is to be found.
-            scores: float [K], the higher the surer.
+            name: The curve's name.
+            labels: bool [K], the positives.
+            scores: float [K], predicted, in 0..1.
         """
         if self.writer is not None:
             with _log_os_errors():
-                inside = np.clip(np.nan_to_num(scores), 0, 1)
-                self.writer.add_pr_curve(name, labels, inside, step)
+                clipped = np.clip(np.nan_to_num(scores), 0, 1)  # TensorBoard takes nothing else
+                self.writer.add_pr_curve(name, labels, clipped, step)
 
-    def text(self, name: str, text: str) -> None:
-        """Adds a text, shown as it is, to TensorBoard."""
+    def add_text(self, name: str, text: str) -> None:
+        """Adds a text to TensorBoard, indented so that it is shown verbatim."""
         if self.writer is not None:
             self.writer.add_text(name, "    " + text.replace("\n", "\n    "), 0)
 
-    def hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
-        """Adds hyper-parameters and final results to TensorBoard, in the run's own folder."""
+    def add_hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
+        """Adds hyper-parameters and final results to TensorBoard, without a subfolder of theirs."""
         if self.writer is None:
             return
-        plain = {name: value for name, value in hparams.items() if value is not None}
-        self.writer.add_hparams(plain, results, run_name=".")
+        given = {name: value for name, value in hparams.items() if value is not None}
+        self.writer.add_hparams(given, results, run_name=".")
 
-    def progress(self, **shown: str) -> None:
-        """Moves the progress bar by one step."""
+    def advance_bar(self, **postfix: str) -> None:
+        """Advances the progress bar by one step."""
         self.bar.update(1)
-        if shown:
-            self.bar.set_postfix(shown, refresh=False)
+        if postfix:
+            self.bar.set_postfix(postfix, refresh=False)
 
     def close(self) -> None:
         """Closes the bar and the files."""
@@ -252,7 +254,7 @@ class RunLog:
         if self.writer is not None:
             with _log_os_errors():
                 self.writer.close()
-            self._redirect.__exit__(None, None, None)  # brings back the handlers of its beginning
+            self._redirect.__exit__(None, None, None)  # restores the handlers it has replaced
             logging.getLogger().removeHandler(self._file)
             self._file.close()
             self.writer = None

@@ -1,4 +1,4 @@
-"""The output folder of a run: made writable, locked, its earlier run archived, its status."""
+"""The output folder of a run: created, locked, an earlier run archived, status.json written."""
 
 import os
 import tempfile
@@ -10,65 +10,22 @@ from pathlib import Path
 from samft.errors import ConfigError
 from samft.runtime.files import try_lock, write_json
 
-
-def delete_partial_files(folder: Path) -> None:
-    """Deletes what a killed process left of files that it was writing. One process at a time."""
-    for pattern in (".*.part", "*/.*.part"):
-        for part in folder.glob(pattern):
-            part.unlink(missing_ok=True)
-
-
-def write_status(
-    folder: Path | None,
-    *,
-    state: str,
-    step: int = 0,
-    exit_code: int | None = None,
-    reason: str = "",
-    last_checkpoint: str | None = None,
-) -> None:
-    """Writes status.json, and the same to the file that `SAMFT_STATUS_FILE` names (launch.sh's).
-
-    Args:
-        folder: The run's output folder, if it is known and exists.
-        state: `running`, `done`, `failed` or `preempted`.
-        step: Optimizer steps done.
-        exit_code: What the process is about to exit with; None while it runs.
-        reason: One sentence.
-        last_checkpoint: The file to go on from.
-    """
-    status = {
-        "state": state,
-        "step": step,
-        "exit_code": exit_code,
-        "reason": reason,
-        "last_checkpoint": last_checkpoint,
-    }
-    if folder is not None and folder.is_dir():
-        write_json(folder / "status.json", status)
-    told = os.environ.get("SAMFT_STATUS_FILE")
-    if told and Path(told).parent.is_dir():
-        write_json(Path(told), status)
-
-
 RUN_FILES = (
     "config.yaml metrics.jsonl bad_steps.jsonl objects.json summary.json report.html train.log "
     "tensorboard previous".split()
 )
-
-
-_LOCK_SECONDS = 10.0  # a killed run's last processes may take some to be gone
+_LOCK_SECONDS = 10.0  # the last processes of a killed run may take some seconds to end
 
 
 def create_writable_dir(folder: Path, *, field: str = "output_dir") -> None:
-    """Makes a folder and makes sure that files can be written there.
+    """Creates a folder, and checks that files can be written there.
 
     Args:
-        folder: The folder.
-        field: What the configuration calls it.
+        folder: The folder; may exist.
+        field: The setting that names it, for the error message.
 
     Raises:
-        ConfigError: They cannot.
+        ConfigError: No file can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +39,10 @@ def create_writable_dir(folder: Path, *, field: str = "output_dir") -> None:
 
 @contextmanager
 def lock_output_dir(folder: Path) -> Iterator[None]:
-    """Keeps an output folder to this process, and clears what a killed one left half written.
+    """Locks an output folder for this process, and deletes temporary files of a killed one.
 
     Raises:
-        ConfigError: Another run writes into it.
+        ConfigError: Another run holds the lock, also after `_LOCK_SECONDS`.
     """
     deadline = time.monotonic() + _LOCK_SECONDS
     while (lock := try_lock(folder / ".lock")) is None:
@@ -100,6 +57,13 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
         yield
 
 
+def delete_partial_files(folder: Path) -> None:
+    """Deletes the temporary files of a killed process. No other process may write there."""
+    for pattern in (".*.part", "*/.*.part"):
+        for part in folder.glob(pattern):
+            part.unlink(missing_ok=True)
+
+
 def holds_previous_run(folder: Path) -> bool:
     """Whether a folder holds a run that has measured something, which a fresh start archives."""
     metrics = folder / "metrics.jsonl"
@@ -107,26 +71,59 @@ def holds_previous_run(folder: Path) -> bool:
 
 
 def archive_previous_run(folder: Path) -> Path | None:
-    """Moves an earlier run's files into a folder of their own, so that a fresh start loses none.
+    """Moves the files of an earlier run to a subfolder, so that a fresh start overwrites none.
 
     Args:
         folder: The output folder.
 
     Returns:
-        Where they are now, `previous-1` or the next free number; None if there were none, or that
-        run was stopped before it had measured anything.
+        The subfolder, `previous-1` or the next free number; None if there is no earlier run, or it
+        was stopped before its first validation.
     """
     if not holds_previous_run(folder):
         return None
-    found = [folder / name for name in RUN_FILES]
+    paths = [folder / name for name in RUN_FILES]
     for checkpoint in folder.glob("*.ckpt"):
-        found += [checkpoint, checkpoint.with_suffix(".json")]
-    found += folder.glob("*.png")
+        paths += [checkpoint, checkpoint.with_suffix(".json")]
+    paths += folder.glob("*.png")
     number = 1
-    while (aside := folder / f"previous-{number}").exists():
+    while (archive := folder / f"previous-{number}").exists():
         number += 1
-    aside.mkdir()
-    for path in found:
+    archive.mkdir()
+    for path in paths:
         if path.exists():
-            path.rename(aside / path.name)
-    return aside
+            path.rename(archive / path.name)
+    return archive
+
+
+def write_status(
+    folder: Path | None,
+    *,
+    state: str,
+    step: int = 0,
+    exit_code: int | None = None,
+    reason: str = "",
+    last_checkpoint: str | None = None,
+) -> None:
+    """Writes status.json, and a copy to the file named by `SAMFT_STATUS_FILE` (of launch.sh).
+
+    Args:
+        folder: The run's output folder; None, or absent, if it is not known or made yet.
+        state: `running`, `done`, `failed` or `preempted`.
+        step: Optimizer steps done.
+        exit_code: The exit code of the process; None while it runs.
+        reason: Why it ended, in one sentence.
+        last_checkpoint: The file to resume from.
+    """
+    status = {
+        "state": state,
+        "step": step,
+        "exit_code": exit_code,
+        "reason": reason,
+        "last_checkpoint": last_checkpoint,
+    }
+    if folder is not None and folder.is_dir():
+        write_json(folder / "status.json", status)
+    launcher_file = os.environ.get("SAMFT_STATUS_FILE")
+    if launcher_file and Path(launcher_file).parent.is_dir():
+        write_json(Path(launcher_file), status)

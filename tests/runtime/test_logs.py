@@ -32,15 +32,15 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def write_steps(folder: Path, steps: range, *, start_step: int = 0) -> None:
     with closing(RunLog(folder, main=True, steps=9, start_step=start_step)) as log:
         for step in steps:
-            log.metrics(step, "train", {"loss": step / 4})
-            log.metrics(step, "val", {"per_mask_iou": step / 8})
+            log.write_metrics(step, "train", {"loss": step / 4})
+            log.write_metrics(step, "val", {"per_mask_iou": step / 8})
 
 
 def test_one_line_a_record(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        log.metrics(0, "val", {"per_mask_iou": 0.5, "loss": math.nan, "lr": math.inf})
+        log.write_metrics(0, "val", {"per_mask_iou": 0.5, "loss": math.nan, "lr": math.inf})
         assert len(lines_of(tmp_path)) == 1  # written at once, not at the end
-        log.metrics(3, "train", {"loss": 1e-7})
+        log.write_metrics(3, "train", {"loss": 1e-7})
     assert lines_of(tmp_path) == [
         {"step": 0, "split": "val", "per_mask_iou": 0.5, "loss": None, "lr": None},
         {"step": 3, "split": "train", "loss": 1e-7},
@@ -79,9 +79,9 @@ def test_tensorboard_has_the_same_and_purges_what_was_dropped(
     write_steps(tmp_path, range(6))
     write_steps(tmp_path, range(4, 6), start_step=3)
     with closing(RunLog(tmp_path, main=True, steps=9, start_step=5)) as log:
-        log.picture(5, "val/masks", np.zeros((4, 5, 3), np.uint8))
-        log.text("config", "seed: 0")
-        log.hparams({"seed": 0, "val_fraction": None, "amp": "off"}, {"hparam/best": 0.5})
+        log.add_image(5, "val/masks", np.zeros((4, 5, 3), np.uint8))
+        log.add_text("config", "seed: 0")
+        log.add_hparams({"seed": 0, "val_fraction": None, "amp": "off"}, {"hparam/best": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert found == [(step, step / 4) for step in range(6)]
@@ -94,11 +94,11 @@ def test_tensorboard_has_the_same_and_purges_what_was_dropped(
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
-        log.metrics(1, "train", {"loss": 1.0})
-        log.picture(1, "masks", np.zeros((4, 5, 3), np.uint8))
-        log.text("config", "seed: 0")
-        log.hparams({"seed": 0}, {"best": 0.5})
-        log.progress(loss="1.0")
+        log.write_metrics(1, "train", {"loss": 1.0})
+        log.add_image(1, "masks", np.zeros((4, 5, 3), np.uint8))
+        log.add_text("config", "seed: 0")
+        log.add_hparams({"seed": 0}, {"best": 0.5})
+        log.advance_bar(loss="1.0")
         LOGGER.warning("said, not written")
     assert os.listdir(tmp_path) == []
 
@@ -120,7 +120,7 @@ def test_closing_twice_is_no_error(tmp_path: Path) -> None:
     log = RunLog(tmp_path, main=True, steps=9)
     log.close()
     log.close()
-    log.metrics(1, "train", {"loss": 1.0})
+    log.write_metrics(1, "train", {"loss": 1.0})
     assert lines_of(tmp_path) == []
     assert logging.getLogger().handlers == before
 
@@ -129,7 +129,7 @@ def test_the_bar_is_off_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        log.progress(loss="1.0")
+        log.advance_bar(loss="1.0")
     assert capsys.readouterr().err == ""
 
 
@@ -224,8 +224,8 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_bad_step_is_noted_with_its_images(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        log.bad_step(3, position=4, image_ids=[[1, 2], [3]])
-        log.bad_step(3, position=5, image_ids=[[7], []])
+        log.write_bad_step(3, position=4, image_ids=[[1, 2], [3]])
+        log.write_bad_step(3, position=5, image_ids=[[7], []])
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert lines == [
         {"after_step": 3, "position": 4, "image_ids": [[1, 2], [3]]},
@@ -235,7 +235,7 @@ def test_a_bad_step_is_noted_with_its_images(tmp_path: Path) -> None:
 
 def test_other_ranks_note_no_bad_step(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
-        log.bad_step(3, position=4, image_ids=[[1]])
+        log.write_bad_step(3, position=4, image_ids=[[1]])
     assert os.listdir(tmp_path) == []
 
 
@@ -258,16 +258,16 @@ def test_what_a_full_disk_does_not_take_is_written_later_and_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        log.bad_step(1, position=1, image_ids=[[1]])
+        log.write_bad_step(1, position=1, image_ids=[[1]])
         path = tmp_path / "bad_steps.jsonl"
         before = path.read_text()
         with room_for(len(before) + int(share * len(before))):
-            log.bad_step(2, position=2, image_ids=[[2]])
+            log.write_bad_step(2, position=2, image_ids=[[2]])
             assert path.read_text() == before
-            log.bad_step(3, position=3, image_ids=[[3]])
+            log.write_bad_step(3, position=3, image_ids=[[3]])
             assert path.read_text() == before
-        log.bad_step(4, position=4, image_ids=[[4]])
-        log.bad_step(5, position=5, image_ids=[[5]])
+        log.write_bad_step(4, position=4, image_ids=[[4]])
+        log.write_bad_step(5, position=5, image_ids=[[5]])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["position"] for line in lines] == [1, 2, 3, 4, 5]
     said = [text for text in caplog.messages if "bad_steps.jsonl cannot be written" in text]
@@ -277,9 +277,9 @@ def test_what_a_full_disk_does_not_take_is_written_later_and_whole(
 def test_a_full_disk_ends_no_run_that_only_logs(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
         with room_for(0):
-            log.metrics(1, "train", {"loss": 0.5})
-            log.metrics(1, "val", {"per_mask_iou": 0.25})
-        log.metrics(2, "train", {"loss": 0.25})
+            log.write_metrics(1, "train", {"loss": 0.5})
+            log.write_metrics(1, "val", {"per_mask_iou": 0.25})
+        log.write_metrics(2, "train", {"loss": 0.25})
     assert [(line["step"], line["split"]) for line in lines_of(tmp_path)] == [
         (1, "train"),
         (1, "val"),

@@ -29,7 +29,7 @@ from samft.exporters.weight_files import (
     write_pth,
     write_safetensors,
 )
-from samft.models.sam import build_sam, identify, load_state, open_checkpoint, read_state
+from samft.models.sam import build_sam, identify_model, load_state, open_checkpoint, read_state
 from samft.models.weights import find_local_weights
 from samft.runtime.files import sha256_of, staging_path
 
@@ -114,7 +114,7 @@ def load_base(path: Path, sam: Sam) -> Sam:
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another model type.
     """
-    base = build_sam(*identify(sam.state_dict()))
+    base = build_sam(*identify_model(sam.state_dict()))
     load_state(base, read_state(path), source=path)
     return base
 

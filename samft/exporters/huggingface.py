@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samft.exporters.verification import PredictFunction, Prediction, VerificationSample
 from samft.exporters.weight_files import save_safetensors
-from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify
+from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify_model
 from samft.runtime.files import write_json
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -148,7 +148,7 @@ def write_huggingface(sam: Sam, folder: Path, metadata: Mapping[str, str]) -> No
     """
     folder.mkdir()
     state = sam.state_dict()
-    model_type, image_size = identify(state)
+    model_type, image_size = identify_model(state)
     save_safetensors(to_huggingface_names(state), folder / WEIGHTS, metadata)
     write_json(folder / CONFIG, model_config(model_type, image_size))
     write_json(folder / PROCESSOR, processor_config(image_size))

@@ -8,7 +8,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from samft.checkpoints.top_k import save_tensors
-from samft.models.sam import build_sam, identify, load_sam, load_state
+from samft.models.sam import build_sam, identify_model, load_sam, load_state
 
 META_SIZE = 1024  # px, the only image size that sam_model_registry builds
 
@@ -29,7 +29,7 @@ def write_pth(sam: Sam, path: Path) -> None:
 def read_pth(path: Path) -> Sam:
     """Reads such a file with `sam_model_registry` if it knows the model type, else with samft."""
     sam = load_sam(path)
-    model_type, _ = identify(sam.state_dict())
+    model_type, _ = identify_model(sam.state_dict())
     if model_type in sam_model_registry:
         sam = sam_model_registry[model_type](checkpoint=path)
     return sam.eval()
@@ -70,6 +70,6 @@ def read_safetensors(path: Path) -> Sam:
     from safetensors.torch import load_file
 
     state = load_file(path)
-    sam = build_sam(*identify(state, source=path))
+    sam = build_sam(*identify_model(state, source=path))
     load_state(sam, state, source=path)
     return sam

@@ -178,7 +178,10 @@ def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
     height, width = x.shape[1:3]
     window = (window_size, window_size) if window_size else (height, width)
     q, k, v = _project_windows(attn, x, window)
-    rel_pos = _pairwise(attn.rel_pos_h, window[0]), _pairwise(attn.rel_pos_w, window[1])
+    rel_pos = (
+        _pairwise_vectors(attn.rel_pos_h, window[0]),
+        _pairwise_vectors(attn.rel_pos_w, window[1]),
+    )
     if not window_size and _mask_is_cheaper(q, rel_pos):
         # There is one window, the map itself: its two dimensions of windows are dropped.
         y = _attend_with_mask(*(t[:, 0, 0] for t in (q, k, v)), rel_pos=rel_pos, scale=attn.scale)
@@ -244,14 +247,14 @@ def _attend_extended(
             columns of each window.
         k: float [B, rows, columns, heads, h w, d + h + w, and zeros].
         v: As `k`.
-        rel_pos: R_h / s and R_w / s, see `_pairwise`.
+        rel_pos: R_h / s and R_w / s, see `_pairwise_vectors`.
         scale: s, the factor of q . k.
 
     Returns:
         As `q`.
     """
     y = F.scaled_dot_product_attention(
-        _extend(q, *_position_terms(q, rel_pos)).flatten(0, 2),  # (q, u / s, w / s)
+        _extend_vectors(q, *_position_terms(q, rel_pos)).flatten(0, 2),  # (q, u / s, w / s)
         k.flatten(0, 2),  # (k, e_row, e_col)
         v.flatten(0, 2),  # (v, zeros)
         scale=scale,
@@ -281,7 +284,7 @@ def _attend_with_mask(
         q: float [B, heads, H, W, d].
         k: float [B, heads, H, W, d].
         v: float [B, heads, H, W, d].
-        rel_pos: R_h and R_w, see `_pairwise`.
+        rel_pos: R_h and R_w, see `_pairwise_vectors`.
         scale: s, the factor of q . k.
 
     Returns:
@@ -323,10 +326,10 @@ def _extend_keys_and_values(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
     columns = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
     zeros = v.new_zeros(height + width)
-    return _extend(k, rows, columns), _extend(v, zeros)
+    return _extend_vectors(k, rows, columns), _extend_vectors(v, zeros)
 
 
-def _extend(x: Tensor, *more: Tensor) -> Tensor:
+def _extend_vectors(x: Tensor, *more: Tensor) -> Tensor:
     """[..., h, w, d] with more components, and zeros to the width multiple: [..., h w, d + ...]."""
     num_components = x.shape[-1] + sum(part.shape[-1] for part in more)
     zeros = x.new_zeros(-num_components % _WIDTH_MULTIPLE)
@@ -334,7 +337,7 @@ def _extend(x: Tensor, *more: Tensor) -> Tensor:
     return torch.cat([x, *parts], -1).flatten(-3, -2)
 
 
-def _pairwise(table: Tensor, size: int) -> Tensor:
+def _pairwise_vectors(table: Tensor, size: int) -> Tensor:
     """A table of distances as vectors of pairs of positions: [2 size - 1, d] to [size, d, size].
 
     `result[i, :, j] = table[i - j + size - 1]`, query first. In the table upside down, the vectors

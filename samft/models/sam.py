@@ -167,7 +167,9 @@ def _first_sentence(error: BaseException) -> str:
     return (text.split(". ")[0] or type(error).__name__)[:160]
 
 
-def identify(state: dict[str, Tensor], *, source: object = "the checkpoint") -> tuple[str, int]:
+def identify_model(
+    state: dict[str, Tensor], *, source: object = "the checkpoint"
+) -> tuple[str, int]:
     """Identifies the model that a state dict belongs to, by the shapes of its tensors.
 
     Args:
@@ -306,7 +308,7 @@ def open_checkpoint(path: Path, *, attention: str = "stock") -> OpenedSam:
         CheckpointError: The file cannot be read or is not a SAM.
     """
     state = read_state(path)
-    model_type, image_size = identify(state, source=path)
+    model_type, image_size = identify_model(state, source=path)
     sam = build_sam(model_type, image_size, attention=attention)
     load_state(sam, state, source=path)
     return OpenedSam(sam, model_type, image_size, saved_resize_mode(path))

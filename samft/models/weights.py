@@ -57,7 +57,7 @@ def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
         return PACKAGED_TINY
     name, sha256 = SAM_FILES[model_type]
     base = os.environ.get("SAMFT_SAM_URL", SAM_URL)
-    return download(f"{base.rstrip('/')}/{name}", cache_folder() / name, sha256=sha256)
+    return download_file(f"{base.rstrip('/')}/{name}", cache_folder() / name, sha256=sha256)
 
 
 def find_local_weights(checkpoint_path: str, model_type: str) -> Path | None:
@@ -69,7 +69,7 @@ def find_local_weights(checkpoint_path: str, model_type: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def download(url: str, target: Path, *, sha256: str) -> Path:
+def download_file(url: str, target: Path, *, sha256: str) -> Path:
     """Downloads a file once per node, however many processes call this at once.
 
     Args:

@@ -12,7 +12,7 @@ from samft.data.loaders import BatchLoader, train_loader, val_loader
 from samft.errors import CheckpointError
 from samft.models.image_encoder import checkpoint_activations
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze, identify, load_state, read_state
+from samft.models.sam import build_sam, freeze, identify_model, load_state, read_state
 from samft.models.weights import find_weights
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
@@ -52,7 +52,7 @@ def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tenso
         state = read_state(path)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint_path: {error}") from error
-    model_type, image_size = identify(state, source=path)
+    model_type, image_size = identify_model(state, source=path)
     if model_type != config.model_type:
         raise CheckpointError(
             f"checkpoint_path: {path} is a {model_type}, but model_type is {config.model_type}: "

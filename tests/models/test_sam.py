@@ -24,7 +24,7 @@ from samft.models.sam import (
     constant_names,
     fit_positions,
     freeze,
-    identify,
+    identify_model,
     load_sam,
     load_state,
     open_checkpoint,
@@ -93,7 +93,7 @@ def test_tiny_is_about_two_million_parameters(tiny: Sam) -> None:
 def test_type_and_image_size_are_identified(model_type: str, image_size: int) -> None:
     with torch.device("meta"):
         sam = build_sam(model_type, image_size)
-    assert identify(sam.state_dict()) == (model_type, image_size)
+    assert identify_model(sam.state_dict()) == (model_type, image_size)
     assert sam.prompt_encoder.image_embedding_size == (image_size // 16, image_size // 16)
 
 
@@ -256,7 +256,7 @@ def test_weights_of_another_type_are_refused(state: State) -> None:
 )
 def test_a_state_dict_of_another_model_is_refused(state: State, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        identify(state, source="the.ckpt")
+        identify_model(state, source="the.ckpt")
     assert str(caught.value).startswith("the.ckpt ")
 
 

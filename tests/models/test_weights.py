@@ -13,7 +13,7 @@ import pytest
 
 from samft.errors import CheckpointError
 from samft.models import weights
-from samft.models.weights import PACKAGED_TINY, download, find_local_weights, find_weights
+from samft.models.weights import PACKAGED_TINY, download_file, find_local_weights, find_weights
 from samft.runtime.files import cache_folder, sha256_of
 
 CONTENT = bytes(range(256)) * 8 * 1024  # two chunks
@@ -95,14 +95,14 @@ def test_a_download_is_checked_cached_and_not_repeated(
 def test_a_damaged_file_in_the_cache_is_fetched_again(server: Server, cache: Path) -> None:
     cache.mkdir()
     (cache / FILE_NAME).write_bytes(CONTENT[:-1] + b"x")
-    download(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
+    download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
     assert (cache / FILE_NAME).read_bytes() == CONTENT
     assert len(server.paths) == 1
 
 
 def test_a_file_with_a_wrong_hash_is_deleted(server: Server, cache: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        download(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256="0" * 64)
+        download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256="0" * 64)
     assert f"its SHA-256 is {SHA256}, not {'0' * 64}" in str(caught.value)
     assert files_in(cache) == []
 
@@ -110,7 +110,7 @@ def test_a_file_with_a_wrong_hash_is_deleted(server: Server, cache: Path) -> Non
 def test_a_transfer_cut_short_leaves_nothing(server: Server, cache: Path) -> None:
     server.sent = CONTENT[: len(CONTENT) // 2]
     with pytest.raises(CheckpointError):
-        download(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
+        download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
     assert files_in(cache) == []
 
 
@@ -119,7 +119,7 @@ def test_a_missing_file_and_a_missing_server(server: Server, cache: Path) -> Non
     closed.server_close()
     for url in (f"{server.url}/absent.pth", f"{closed.url}/a.pth"):
         with pytest.raises(CheckpointError) as caught:
-            download(url, cache / FILE_NAME, sha256=SHA256)
+            download_file(url, cache / FILE_NAME, sha256=SHA256)
         assert f"{url} could not be downloaded to {cache / FILE_NAME}" in str(caught.value)
         assert "SAMFT_SAM_URL" in str(caught.value)
     assert files_in(cache) == []
@@ -141,9 +141,9 @@ def test_a_cache_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.Monk
 def test_two_processes_at_once_download_once(server: Server, cache: Path) -> None:
     target = cache / FILE_NAME
     code = (
-        "import sys; from pathlib import Path; from samft.models.weights import download\n"
+        "import sys; from pathlib import Path; from samft.models.weights import download_file\n"
         "print('ready', flush=True)\n"
-        f"print(download('{server.url}/f', Path(sys.argv[1]), sha256='{SHA256}'))"
+        f"print(download_file('{server.url}/f', Path(sys.argv[1]), sha256='{SHA256}'))"
     )
     server.may_answer.clear()
     processes = [
@@ -167,7 +167,7 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path) -> Non
 
 def test_the_lock_is_released_after_a_failure(server: Server, cache: Path) -> None:
     with pytest.raises(CheckpointError):
-        download(f"{server.url}/absent", cache / FILE_NAME, sha256=SHA256)
+        download_file(f"{server.url}/absent", cache / FILE_NAME, sha256=SHA256)
     with (cache / FILE_NAME).with_suffix(".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -193,7 +193,7 @@ def test_random_has_no_file() -> None:
 def test_tiny_comes_in_the_package_without_a_download(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "download", None)
+    monkeypatch.setattr(weights, "download_file", None)
     path = find_weights("auto", "vit_tiny")
     assert path is not None and path.parent.parent == Path(weights.__file__).parent.parent
     assert not cache.exists()
@@ -205,7 +205,7 @@ def test_metas_files_are_downloaded_by_default(
     urls = []
     monkeypatch.delenv("SAMFT_SAM_URL", raising=False)
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "download", lambda url, target, *, sha256: urls.append(url))
+    monkeypatch.setattr(weights, "download_file", lambda url, target, *, sha256: urls.append(url))
     for model_type in ("vit_h", "vit_l", "vit_b"):
         find_weights("auto", model_type)
     base = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -232,7 +232,7 @@ def test_sha256_of_a_known_string(tmp_path: Path) -> None:
 
 def test_local_weights_are_found_without_a_download(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "download", None)  # a call would fail
+    monkeypatch.setattr(weights, "download_file", None)  # a call would fail
     assert find_local_weights("auto", "vit_tiny") == PACKAGED_TINY
     assert find_local_weights("auto", "vit_b") is None
     assert find_local_weights("random", "vit_b") is None

@@ -1,4 +1,4 @@
-"""Trains: `python -m samft.train`, or under `torchrun`. Parses, then calls `samft.guard`."""
+"""Trains: `python -m samft.train`, or under `torchrun`. See `samft.recipes.train` for the run."""
 
 import contextlib
 import os
@@ -13,20 +13,20 @@ from samft.runtime.signals import StopRequest, die_with_parent, stop_on_signal
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    """Runs a training.
+    """Runs a training. Afterwards, the logging and the signal handlers are the caller's again.
 
     Args:
         argv: The arguments after the program's name; `--help` lists them.
 
     Returns:
-        What `summary.json` holds.
+        What `summary.json` holds; of a dry run, the forecast.
 
     Raises:
         UserError: The configuration, the data or the checkpoint cannot be used.
-        RunStopped: A signal or `stop_after` ended the run, and everything is saved.
-        TrainingError: The run cannot go on.
+        RunStopped: A signal, `stop_after` or the job's time limit ended the run; all is saved.
+        TrainingError: The run cannot continue.
     """
-    if "RANK" in os.environ:  # before the seconds that importing torch takes
+    if "RANK" in os.environ:  # under torchrun; before the seconds that importing torch takes
         die_with_parent()
     try:
         config = parse_config(argv)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         if os.environ.get("RANK", "0") == "0":
             write_status(None, state="failed", exit_code=EXIT_USAGE, reason=str(error))
         raise
-    # From here on, a signal ends the run in good order; but of a dry run there is nothing to save.
+    # From here on, a signal has the run save and stop; a dry run has nothing to save.
     with contextlib.nullcontext(StopRequest()) if config.dry_run else stop_on_signal() as stop:
         # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
         from samft.recipes.train import run
@@ -43,19 +43,20 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def exit_code_for_launcher(code: int) -> int:
-    """What this process exits with: under `launch.sh`, 0 where starting again is no use.
+    """The exit code of this process; under `launch.sh` 0 where a restart would be of no use.
 
-    torchrun starts all processes again after any failure. A wrong configuration would fail again,
-    and what was stopped is to stay so; `launch.sh` exits with the code in its status file.
+    torchrun restarts all processes after any other exit code. But a wrong configuration would fail
+    again, and a run that was stopped should stay stopped. `launch.sh` exits with the code in its
+    status file, whatever torchrun returns.
 
     Args:
-        code: What stands for how the run ended.
+        code: How the run ended, see `cli.exit_code`.
     """
     is_final = code in (EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)
     if not is_final or not os.environ.get("SAMFT_STATUS_FILE"):
         return code
     if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
-        # Of another host than rank 0's, whose own launch.sh looks at its own file.
+        # The first process of a host without rank 0, whose launch.sh has a status file of its own.
         state = "preempted" if code == EXIT_STOPPED else "failed"
         write_status(None, state=state, exit_code=code, reason="see the host of process 0")
     return EXIT_DONE

@@ -13,7 +13,7 @@ from samft.data.loaders import BatchLoader, on_device
 from samft.errors import TrainingError
 from samft.evaluation.validation import Validation, validate
 from samft.recipes.build import images_per_step
-from samft.recipes.prepare import Parts
+from samft.recipes.prepare import RunParts
 from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
 from samft.runtime.device import peak_memory_gib
@@ -24,7 +24,7 @@ from samft.training.optim import gather_state
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRun(Parts):
+class TrainingRun(RunParts):
     """A run that has started: its parts, its open files, and what takes its steps.
 
     Attributes:
@@ -79,7 +79,7 @@ def fit(run: TrainingRun) -> bool:
     except StopInterrupt:  # in a wait for data, or within a validation
         finished = False
     if not finished:
-        _save(run)
+        _save_state(run)
     run.checkpointer.wait()
     if unsaved := run.checkpointer.unsaved:
         raise TrainingError(
@@ -92,7 +92,7 @@ def fit(run: TrainingRun) -> bool:
 
 def _validate_initial_weights(run: TrainingRun) -> None:
     # Step 0: what the untouched checkpoint scores, which every later validation is compared with.
-    validation = _validate(run)
+    validation = _validate_model(run)
     _log_validation(run, validation)
     run.progress.baseline = validation.metrics
     run.progress.box_fill_iou = validation.box_fill_iou
@@ -101,7 +101,7 @@ def _validate_initial_weights(run: TrainingRun) -> None:
         validation.metrics["per_mask_iou"],
         validation.box_fill_iou,
     )
-    _save(run, validation)
+    _save_state(run, validation)
 
 
 def _log_step(run: TrainingRun, taken: bool, image_ids: list[int]) -> None:
@@ -125,13 +125,13 @@ def _end_interval(run: TrainingRun, train_metrics: dict[str, float]) -> None:
 def _finish_interval(run: TrainingRun) -> None:
     step, train_metrics = run.progress.step, run.progress.pending
     _collect_bad_images(run, "train", run.trainer.bad_images)
-    validation = _validate(run)
+    validation = _validate_model(run)
     run.log.write_metrics(step, "train", train_metrics)
     _log_validation(run, validation)
     score = validation.metrics["per_mask_iou"]
     sidecar = make_sidecar(asdict(run.config), step=step, metrics=validation.metrics)
     run.progress.pending = {}
-    _save(run, validation, sidecar)
+    _save_state(run, validation, sidecar)
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
     LOGGER.info(
         "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
@@ -147,7 +147,7 @@ def _finish_interval(run: TrainingRun) -> None:
     )
 
 
-def _validate(run: TrainingRun) -> Validation:
+def _validate_model(run: TrainingRun) -> Validation:
     start = time.monotonic()
     validation = validate(
         run.model,
@@ -181,7 +181,7 @@ def _collect_bad_images(run: TrainingRun, split: str, bad_images: dict[str, str]
                 LOGGER.info("%s, left out: %s", split, reason)
 
 
-def _save(
+def _save_state(
     run: TrainingRun, validation: Validation | None = None, sidecar: dict[str, Any] | None = None
 ) -> None:
     # Collective: the sums of the current window and the optimizer's state are spread over ranks.

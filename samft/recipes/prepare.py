@@ -31,7 +31,7 @@ from samft.training.engine import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class RunParts:
     """What a run is made of, before it writes anything.
 
     Attributes:
@@ -95,7 +95,7 @@ class Parts:
 
 def prepare(
     config: TrainConfig, output_dir: Path, device: torch.device, *, stop: StopRequest
-) -> Parts:
+) -> RunParts:
     """Checks everything that a user can get wrong and builds the model. Collective.
 
     Args:
@@ -121,7 +121,7 @@ def prepare(
 
 def _check_and_build(
     requested: TrainConfig, output_dir: Path, device: torch.device, stop: StopRequest
-) -> Parts:
+) -> RunParts:
     # Cheapest first: a typing error should not take the minute that loading weights may take.
     deadline = job_deadline(requested.save_before_limit)
     splits = load_splits(requested)
@@ -133,7 +133,7 @@ def _check_and_build(
     _check_host(config, model, output_dir, _resumes_in_place(resume, output_dir))
     progress = _restore_progress(resume)
     best = TopK.from_list(resume.state["best"]) if resume else []
-    return Parts(
+    return RunParts(
         config=config,
         requested_config=requested,
         output_dir=output_dir,

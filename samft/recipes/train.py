@@ -18,7 +18,7 @@ from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import prepare_cache
 from samft.recipes.fit import TrainingRun, fit
-from samft.recipes.prepare import Parts, prepare, write_run_status
+from samft.recipes.prepare import RunParts, prepare, write_run_status
 from samft.recipes.report import RunReport
 from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
@@ -74,7 +74,7 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
             return finish(training)
 
 
-def start(parts: Parts, log: RunLog) -> TrainingRun | None:
+def start(parts: RunParts, log: RunLog) -> TrainingRun | None:
     """Starts a run afresh, or where the one that is resumed has stopped. Collective.
 
     Args:
@@ -165,7 +165,7 @@ def _hold_output_dir(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def _open_log(parts: Parts) -> RunLog:
+def _open_log(parts: RunParts) -> RunLog:
     if distributed.is_main() and not parts.resumes_in_place:
         archive = archive_previous_run(parts.output_dir)
         if archive is not None:
@@ -178,7 +178,7 @@ def _open_log(parts: Parts) -> RunLog:
     )
 
 
-def _announce(parts: Parts, log: RunLog) -> None:
+def _announce(parts: RunParts, log: RunLog) -> None:
     config = parts.config
     parts.splits.log_counts()
     LOGGER.info(
@@ -196,7 +196,7 @@ def _announce(parts: Parts, log: RunLog) -> None:
         LOGGER.info("resuming from step %d", parts.progress.step)
 
 
-def _record_stop(parts: Parts, saved: str) -> RunStopped:
+def _record_stop(parts: RunParts, saved: str) -> RunStopped:
     # Collective. Without a reason of its own, this rank stops because all ranks agreed to.
     why = parts.stop_reason() or "another process was asked to stop"
     reason = f"{why}: {saved} in {parts.output_dir}; run the same command again to resume."
@@ -207,7 +207,7 @@ def _record_stop(parts: Parts, saved: str) -> RunStopped:
 
 
 @contextlib.contextmanager
-def _record_failure(output_dir: Path, parts: Parts | None = None) -> Iterator[None]:
+def _record_failure(output_dir: Path, parts: RunParts | None = None) -> Iterator[None]:
     """Tells the other ranks and status.json which error ends the run.
 
     Args:

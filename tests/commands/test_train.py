@@ -47,9 +47,11 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def stop_when_trained(argv: list[str], folder: Path) -> tuple[int, str]:
     """Starts the command, sends SIGTERM after its first train line; exit code and stderr."""
-    words, environment = command_line(argv), clean_environment()
+    full_command, environment = command_line(argv), clean_environment()
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + COMMAND_SECONDS
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        full_command, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             while not (metrics.exists() and '"train"' in metrics.read_text()):
                 assert process.poll() is None, "it ended by itself"
@@ -65,7 +67,7 @@ def stop_when_trained(argv: list[str], folder: Path) -> tuple[int, str]:
 MANY = {"steps": 100_000, "lr_schedule": "constant", "warmup_steps": 0, "num_workers": 1}
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(data, tmp_path):
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     code, stderr = stop_when_trained(arguments(data, stopped, **MANY), stopped)
     assert code == 75
@@ -190,9 +192,11 @@ def the_paragraph(stderr: str) -> str:
     return paragraph
 
 
-@pytest.mark.parametrize(("prepare", "said"), BAD_INPUT, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("prepare", "expected"), BAD_INPUT, ids=lambda v: getattr(v, "__name__", "")
+)
 def test_bad_input_is_one_paragraph_before_any_model(
-    prepare, said, data, tmp_path, monkeypatch, capsys
+    prepare, expected, data, tmp_path, monkeypatch, capsys
 ):
     def refuse_to_build(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built")
@@ -206,7 +210,7 @@ def test_bad_input_is_one_paragraph_before_any_model(
         argv[before : before + 2] = new
     assert command_here(argv) == 2
     paragraph = the_paragraph(capsys.readouterr().err)
-    assert all(words in paragraph for words in said), paragraph
+    assert all(text in paragraph for text in expected), paragraph
 
 
 def test_no_model_is_built_is_a_test_that_can_fail(data, tmp_path, monkeypatch, capsys):
@@ -219,13 +223,13 @@ def test_no_model_is_built_is_a_test_that_can_fail(data, tmp_path, monkeypatch, 
 
 
 def test_status_of_bad_input_is_left_for_the_launcher(data, tmp_path, monkeypatch, capsys):
-    told = tmp_path / "told.json"
-    monkeypatch.setenv("SAMFT_STATUS_FILE", str(told))
+    launcher_status = tmp_path / "launcher_status.json"
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(launcher_status))
     assert command_here(arguments(data, tmp_path / "run", steps="many")) == 2
-    status = json.loads(told.read_text())
+    status = json.loads(launcher_status.read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 2)
     assert command_here(arguments(tmp_path / "nowhere", tmp_path / "run")) == 2
-    assert json.loads(told.read_text()) == read_status(tmp_path / "run")
+    assert json.loads(launcher_status.read_text()) == read_status(tmp_path / "run")
     assert read_status(tmp_path / "run")["exit_code"] == 2
 
 
@@ -235,7 +239,7 @@ def test_command_ends_with_2_and_one_paragraph(tmp_path):
     assert the_paragraph(ended.stderr) and not ended.stdout
 
 
-def test_two_processes_say_it_once(tmp_path):
+def test_two_processes_print_an_error_once(tmp_path):
     ended = command(arguments(tmp_path / "nowhere", tmp_path / "run"), processes=2)
     assert ended.returncode != 0
     assert ended.stderr.count("error: There is no dataset folder") == 1
@@ -328,26 +332,26 @@ def test_without_the_launcher_the_exit_code_is_that_of_the_run(code, monkeypatch
     assert exit_code_for_launcher(code) == code
 
 
-@pytest.mark.parametrize(("code", "told"), [(0, 0), (1, 1), (2, 0), (75, 0), (130, 0)])
-def test_torchrun_starts_again_only_what_may_go_well(code, told, tmp_path, monkeypatch):
-    status = tmp_path / "told.json"
+@pytest.mark.parametrize(("code", "returned"), [(0, 0), (1, 1), (2, 0), (75, 0), (130, 0)])
+def test_torchrun_restarts_only_what_may_succeed(code, returned, tmp_path, monkeypatch):
+    status = tmp_path / "status.json"
     monkeypatch.setenv("SAMFT_STATUS_FILE", str(status))
     for rank, local_rank in (("0", "0"), ("1", "1")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert exit_code_for_launcher(code) == told
+        assert exit_code_for_launcher(code) == returned
     assert not status.exists()  # process 0 has written it, in more detail
 
 
 @pytest.mark.parametrize(
     ("code", "state"), [(2, "failed"), (75, "preempted"), (130, "failed"), (1, None), (0, None)]
 )
-def test_the_launcher_of_another_host_hears_of_it_too(code, state, tmp_path, monkeypatch):
-    status = tmp_path / "told.json"
+def test_the_launcher_of_another_host_gets_a_status_too(code, state, tmp_path, monkeypatch):
+    status = tmp_path / "status.json"
     for name, value in {"SAMFT_STATUS_FILE": str(status), "RANK": "8", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     assert exit_code_for_launcher(code) == (code if state is None else 0)
-    found = json.loads(status.read_text()) if status.exists() else {"state": None}
-    assert found["state"] == state
+    written = json.loads(status.read_text()) if status.exists() else {"state": None}
+    assert written["state"] == state
     if state is not None:
-        assert (found["exit_code"], found["reason"]) == (code, "see the host of process 0")
+        assert (written["exit_code"], written["reason"]) == (code, "see the host of process 0")

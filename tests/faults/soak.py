@@ -141,16 +141,16 @@ def disturb(argv: list[str], folder: Path, *, log: Path, core: int | None, seed:
         if len(happened) % len(names) == 0:
             chance.shuffle(names)
         name = names[len(happened) % len(names)]
-        print(f"{time.strftime('%H:%M:%S')} {last_words(log)}: {name}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {last_step(log)}: {name}", flush=True)
         FAULTS[name](command, folder, chance)
         happened.append(name)
         due = time.monotonic() + chance.uniform(*SECONDS_BETWEEN)
 
 
-def last_words(log: Path) -> str:
+def last_step(log: Path) -> str:
     """How far the run is, as its log says."""
-    found = re.findall(r"step (\d+/\d+):", log.read_text())
-    return f"step {found[-1]}" if found else "before the first step"
+    steps = re.findall(r"step (\d+/\d+):", log.read_text())
+    return f"step {steps[-1]}" if steps else "before the first step"
 
 
 def steps_in(

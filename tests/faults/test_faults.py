@@ -89,7 +89,7 @@ def test_a_killed_rank_restarts_all_and_changes_nothing(undisturbed, data, tmp_p
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(k, marks=slow) for k in (2, 3, 4))])
-def test_all_killed_at_once_the_same_command_goes_on(undisturbed, data, tmp_path, seed):
+def test_all_killed_at_once_the_same_command_resumes(undisturbed, data, tmp_path, seed):
     expected = undisturbed(2)
     chance = random.Random(seed)
     where, at = chance.choice(
@@ -133,10 +133,10 @@ def test_twenty_kills_in_the_middle_of_saving_leave_a_whole_state(tmp_path):
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        found = load_latest(tmp_path)
-        assert found is not None and not found.passed_over
-        assert (found.state["weights"] == found.state["number"]).all()
-        newest = max(newest, found.state["number"])
+        latest = load_latest(tmp_path)
+        assert latest is not None and not latest.passed_over
+        assert (latest.state["weights"] == latest.state["number"]).all()
+        newest = max(newest, latest.state["number"])
         with lock_output_dir(tmp_path):
             assert not [*tmp_path.glob(".*.part"), *tmp_path.glob("*/.*.part")]
     assert newest > 1
@@ -169,8 +169,8 @@ def test_a_stop_under_torchrun_saves_and_resumes_exactly(undisturbed, data, tmp_
     assert {int(file.read_text()) for file in codes.iterdir()} == {75}, ended.output
     status = status_of(folder)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    found = load_latest(folder)
-    assert found is not None and found.state["progress"]["step"] == status["step"]
+    latest = load_latest(folder)
+    assert latest is not None and latest.state["progress"]["step"] == status["step"]
     assert not left_after(folder)
     ended = run(torchrun(argv, processes=2))
     assert ended.code == 0, ended.output
@@ -218,11 +218,11 @@ def test_a_stop_between_a_failure_and_the_next_start_is_75(undisturbed, data, tm
     check_equal(folder, undisturbed(2))
 
 
-def wait_for_line(folder: Path, words: str, *, seconds: float = 90) -> None:
-    """Returns when train.log has a line with these words."""
+def wait_for_line(folder: Path, text: str, *, seconds: float = 90) -> None:
+    """Returns when train.log has a line with this text."""
     deadline, log = time.monotonic() + seconds, folder / "train.log"
-    while not (log.is_file() and words in log.read_text()):
-        assert time.monotonic() < deadline, f"no {words!r} in {log}"
+    while not (log.is_file() and text in log.read_text()):
+        assert time.monotonic() < deadline, f"no {text!r} in {log}"
         time.sleep(0.05)
 
 
@@ -283,9 +283,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(
     shutil.copytree(stopped, folder)
     DAMAGES[damage](folder / "last.ckpt")
     assert command_here(run_arguments(data, folder)) == 0
-    said = capsys.readouterr().err
-    assert f"resume: {folder / 'last.ckpt'}" in said
-    assert "resuming from step 4" in said  # the state before that of step 7
+    stderr = capsys.readouterr().err
+    assert f"resume: {folder / 'last.ckpt'}" in stderr
+    assert "resuming from step 4" in stderr  # the state before that of step 7
     check_equal(folder, undisturbed(1))
 
 
@@ -297,8 +297,8 @@ def test_if_all_states_are_damaged_it_never_starts_anew(stopped, data, tmp_path,
         flip_a_bit(path)
     before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
     assert command_here(run_arguments(data, folder)) == 2
-    said = capsys.readouterr().err
-    assert all(str(path) in said for path in states)
+    stderr = capsys.readouterr().err
+    assert all(str(path) in stderr for path in states)
     del before[folder / "status.json"]
     assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -307,11 +307,11 @@ def test_if_all_states_are_damaged_it_never_starts_anew(stopped, data, tmp_path,
 
 
 def ids_by_step(files: list[Path]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    ids_of: dict[int, list[int]] = {}
     for file in files:
         for line in map(json.loads, file.read_text().splitlines()):
-            found.setdefault(line["step"], []).extend(line["ids"])
-    return {step: sorted(ids) for step, ids in found.items()}
+            ids_of.setdefault(line["step"], []).extend(line["ids"])
+    return {step: sorted(ids) for step, ids in ids_of.items()}
 
 
 def test_two_then_four_then_one_process_see_the_same_images(data, tmp_path):
@@ -380,22 +380,22 @@ def test_nan_after_nan_ends_the_run_with_its_images_and_a_good_state(data, tmp_p
     assert len((folder / "bad_steps.jsonl").read_text().splitlines()) == 3
     status = status_of(folder)
     assert status["exit_code"] == 1 and status["last_checkpoint"] == str(folder / "last.ckpt")
-    found = load_latest(folder)
-    assert found is not None and found.state["progress"]["step"] == 4
-    assert all(bool(torch.isfinite(value).all()) for value in found.state["model"].values())
+    latest = load_latest(folder)
+    assert latest is not None and latest.state["progress"]["step"] == 4
+    assert all(bool(torch.isfinite(value).all()) for value in latest.state["model"].values())
 
 
 # Resources
 
 
-def test_a_file_limit_loses_nothing_and_the_same_command_goes_on(undisturbed, data, tmp_path):
+def test_a_file_limit_loses_nothing_and_the_same_command_resumes(undisturbed, data, tmp_path):
     argv = run_arguments(data, tmp_path)
     ended = run(alone(argv), {"do": "limit files", "where": "step", "at": 6})
     assert ended.code == 1
     assert "last.ckpt could not be written" in ended.output
     assert "step 16/16" in ended.output  # it went on to its end
-    found = load_latest(tmp_path)
-    assert found is not None and found.state["progress"]["step"] == 4 and not found.passed_over
+    latest = load_latest(tmp_path)
+    assert latest is not None and latest.state["progress"]["step"] == 4 and not latest.passed_over
     assert run(alone(argv)).code == 0
     check_equal(tmp_path, undisturbed(1))
 
@@ -444,7 +444,7 @@ def test_a_second_run_into_the_same_folder_is_refused(data, tmp_path):
     assert ended.code == 2 and "another run is writing into" in ended.output
 
 
-def test_few_open_files_are_raised_or_said(data, tmp_path, caplog):
+def test_the_limit_of_open_files_is_raised(data, tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
@@ -457,11 +457,11 @@ def test_few_open_files_are_raised_or_said(data, tmp_path, caplog):
 # Failures and hangs
 
 
-def check_down_and_named(ended: Ended, folder: Path, *words: str) -> None:
+def check_down_and_named(ended: Ended, folder: Path, *texts: str) -> None:
     assert ended.code == 1, ended.output
     assert not left_after(folder)
-    for word in words:
-        assert word in ended.last_lines, ended.output
+    for text in texts:
+        assert text in ended.last_lines, ended.output
 
 
 @pytest.mark.parametrize(
@@ -495,8 +495,8 @@ def test_a_rank_that_hangs_is_named_with_its_step_and_image(data, tmp_path):
     settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path), "MAX_RESTARTS": "0"}
     argv = run_arguments(data, folder, hang_timeout=5)
     ended = run(launch(argv, python), fault, **settings)
-    words = ("process 1 does not answer", "at step", "training on images")
-    check_down_and_named(ended, folder, *words)
+    texts = ("process 1 does not answer", "at step", "training on images")
+    check_down_and_named(ended, folder, *texts)
 
 
 def test_a_killed_loader_worker_is_named_with_its_images(data, tmp_path):
@@ -516,7 +516,7 @@ def test_a_wrong_configuration_fails_once(data, tmp_path):
     assert ended.output.count("error: ") == 1, ended.output
 
 
-def test_a_lost_rank_under_launch_sh_is_started_again(undisturbed, data, tmp_path):
+def test_a_lost_rank_under_launch_sh_is_restarted(undisturbed, data, tmp_path):
     folder, python = tmp_path / "run", faulty_python(tmp_path / "python")
     settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path)}
     fault = {"do": "kill", "where": "step", "at": 10, "rank": 1}

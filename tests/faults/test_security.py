@@ -47,16 +47,16 @@ SHELL = ("run", "Popen", "call", "check_call", "check_output")
 
 def names_of(tree: ast.Module) -> dict[str, str]:
     """What each imported name stands for, as in {"np": "numpy", "load": "torch.load"}."""
-    found = {}
+    names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top = alias.name.split(".")[0]
-                found[alias.asname or top] = alias.name if alias.asname else top
+                names[alias.asname or top] = alias.name if alias.asname else top
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                found[alias.asname or alias.name] = f"{node.module or ''}.{alias.name}"
-    return found
+                names[alias.asname or alias.name] = f"{node.module or ''}.{alias.name}"
+    return names
 
 
 def imports_of(tree: ast.Module) -> Iterator[str]:
@@ -116,15 +116,15 @@ def runs_what_it_reads(source: str, module: str) -> list[str]:
     """Whatever would run code, or a shell, from a file or a name of someone else's."""
     tree = ast.parse(source)
     names = names_of(tree)
-    found = [f"imports {one}" for one in imports_of(tree) if begins_with_one_of(one, DANGERS)]
+    complaints = [f"imports {one}" for one in imports_of(tree) if begins_with_one_of(one, DANGERS)]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)):
             name = dotted(node, names)
             if name in DANGERS:
-                found.append(f"uses {name}")
+                complaints.append(f"uses {name}")
             if name.split(".")[-1] in PICKLE_BETWEEN_PROCESSES and module != "distributed":
-                found.append(f"uses {name}")
-    return found + list(unsafe_calls(tree, names))
+                complaints.append(f"uses {name}")
+    return complaints + list(unsafe_calls(tree, names))
 
 
 def test_nothing_in_the_package_runs_what_it_reads() -> None:
@@ -328,7 +328,7 @@ def spoil(content: bytes) -> bytes:
 
 
 def assert_harmless(text: str) -> None:
-    """What was said holds the name, but no line of its, and nothing that is not printable."""
+    """The output holds the hostile name, but no forged line and no control character."""
     assert FORGED in text
     assert not [line for line in text.split("\n") if line.startswith((FORGED, "\\x1b"))]
     assert all(c.isprintable() or c == "\n" for c in text), ascii(text)
@@ -364,15 +364,15 @@ def test_a_file_name_forges_nothing_in_an_error(
 
 
 @pytest.mark.parametrize("kind", [DataError, TrainingError])
-def test_an_error_keeps_its_words_and_loses_its_controls(
+def test_an_error_keeps_its_letters_and_loses_its_control_characters(
     kind, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main(argv: list[str]) -> None:
         raise kind("été 東京 \U0001f600:\n\tone\x1b[1m\x7f\ud800")
 
     run_command(main, [])
-    said = "error: été 東京 \U0001f600:\n  \tone\\x1b[1m\\x7f\\ud800\n"
-    assert capsys.readouterr().err == said
+    expected = "error: été 東京 \U0001f600:\n  \tone\\x1b[1m\\x7f\\ud800\n"
+    assert capsys.readouterr().err == expected
 
 
 # The network
@@ -388,6 +388,6 @@ def test_one_host_listens_to_itself_only() -> None:
         env={"PATH": os.environ["PATH"], **environment},
         check=True,
     )
-    words = shlex.split(ended.stdout)
-    assert "--standalone" in words
-    assert not {"--master_addr", "--rdzv_endpoint", "--rdzv-endpoint"} & set(words)
+    command = shlex.split(ended.stdout)
+    assert "--standalone" in command
+    assert not {"--master_addr", "--rdzv_endpoint", "--rdzv-endpoint"} & set(command)

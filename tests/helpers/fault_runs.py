@@ -65,9 +65,9 @@ def faulty_python(path: Path) -> Path:
     """A Python that runs faulty_train.py where samft.train is asked for."""
     path.write_text(
         "#!/bin/bash\n"
-        'words=(); while (($#)); do if [[ "$1 ${2:-}" == "-m samft.train" ]]; '
-        f'then words+=({SCRIPT}); shift 2; else words+=("$1"); shift; fi; done\n'
-        f'exec {sys.executable} "${{words[@]}}"\n'
+        'command=(); while (($#)); do if [[ "$1 ${2:-}" == "-m samft.train" ]]; '
+        f'then command+=({SCRIPT}); shift 2; else command+=("$1"); shift; fi; done\n'
+        f'exec {sys.executable} "${{command[@]}}"\n'
     )
     path.chmod(0o755)
     return path
@@ -75,8 +75,8 @@ def faulty_python(path: Path) -> Path:
 
 def environment(fault: dict[str, Any] | None = None, **changes: str) -> dict[str, str]:
     """Of a run with a fault."""
-    told = {} if fault is None else {"SAMFT_TEST_FAULT": json.dumps(fault)}
-    return clean_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10", **told, **changes)
+    fault_variable = {} if fault is None else {"SAMFT_TEST_FAULT": json.dumps(fault)}
+    return clean_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10", **fault_variable, **changes)
 
 
 @contextmanager
@@ -123,5 +123,5 @@ def left_after(folder: Path, *, seconds: float = 5.0) -> list[int]:
 
 def status_of(folder: Path) -> dict[str, Any]:
     """What status.json says."""
-    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    return found
+    status: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return status

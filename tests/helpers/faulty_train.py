@@ -58,13 +58,13 @@ def _hang() -> None:
     time.sleep(600)
 
 
-def _ask_late(pid: int, number: int) -> Callable[[], None]:
+def _send_later(pid: int, number: int) -> Callable[[], None]:
     # A signal while the place is still busy.
-    def ask() -> None:
+    def send() -> None:
         threading.Timer(0.5, os.kill, (pid, number)).start()
         time.sleep(1.5)
 
-    return ask
+    return send
 
 
 def _limit_files() -> None:
@@ -91,7 +91,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "hang": _hang,
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "term the agent": lambda: os.kill(os.getppid(), signal.SIGTERM),
-    "term the agent soon": _ask_late(os.getppid(), signal.SIGTERM),
+    "term the agent soon": _send_later(os.getppid(), signal.SIGTERM),
     "term everything": lambda: _send_to_all(signal.SIGTERM),
     "usr1 the agent": lambda: os.kill(os.getppid(), signal.SIGUSR1),
     "limit files": _limit_files,
@@ -146,6 +146,6 @@ if __name__ == "__main__":
     if os.environ.get("SAMFT_TEST_IDS"):
         _record_ids(Path(os.environ["SAMFT_TEST_IDS"]))
     code = run_command(samft.train.main)
-    if told := os.environ.get("SAMFT_TEST_CODES"):
-        write_json(Path(told, f"{attempt}-{RANK}.json"), code)
+    if codes_dir := os.environ.get("SAMFT_TEST_CODES"):
+        write_json(Path(codes_dir, f"{attempt}-{RANK}.json"), code)
     sys.exit(samft.train.exit_code_for_launcher(code))

@@ -51,13 +51,13 @@ def arguments(data_root: Path, output_dir: Path, **changes: Any) -> list[str]:
         "device": "cpu",
         **changes,
     }
-    words = []
+    argv = []
     for name, value in settings.items():
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            argv.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
+            argv += [f"--{name}", str(value)]
+    return argv
 
 
 def a_config(data_root: Path, output_dir: Path = Path("nowhere"), **changes: Any) -> TrainConfig:

@@ -39,16 +39,16 @@ def fail_on_ranks(ranks: tuple[int, ...]) -> Any:
         return str(error)
 
 
-def test_together_gives_each_rank_its_own_result(gloo2: GlooPool):
+def test_run_on_all_ranks_returns_each_ranks_own_result(gloo2: GlooPool):
     assert gloo2.run(fail_on_ranks, ()) == [10, 11]
 
 
-@pytest.mark.parametrize(("ranks", "said"), [((0,), 0), ((1,), 1), ((0, 1), 0)])
-def test_together_tells_all_ranks_what_the_first_to_fail_found(gloo2: GlooPool, ranks, said):
-    assert gloo2.run(fail_on_ranks, ranks) == [f"rank {said} cannot read its disk"] * 2
+@pytest.mark.parametrize(("ranks", "first"), [((0,), 0), ((1,), 1), ((0, 1), 0)])
+def test_run_on_all_ranks_raises_the_error_of_the_first_rank_on_all(gloo2: GlooPool, ranks, first):
+    assert gloo2.run(fail_on_ranks, ranks) == [f"rank {first} cannot read its disk"] * 2
 
 
-def test_together_without_a_group_passes_the_error_on():
+def test_run_on_all_ranks_without_a_group_raises_the_error_itself():
     def fail() -> None:
         raise CheckpointError("no such file")
 
@@ -80,14 +80,14 @@ def test_amp_dtype(amp, device, gpu_has_bf16, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["fast", "stock"])
-def test_the_encoder_has_the_attention_that_was_asked_for(data, attention):
+def test_the_encoder_has_the_configured_attention(data, attention):
     config = a_config(data, checkpoint_path="random", attention=attention)
     blocks = build.build_model(config, None, CPU).sam.image_encoder.blocks
     assert {isinstance(block, FastBlock) for block in blocks} == {attention == "fast"}
 
 
 @pytest.mark.parametrize("how", ["none", "blocks"])
-def test_activations_are_kept_or_made_again_as_asked(data, how):
+def test_activation_checkpointing_is_as_configured(data, how):
     config = a_config(data, activation_checkpointing=how)
     encoder = build.build_model(config, None, CPU).sam.image_encoder
     assert isinstance(encoder, CheckpointedEncoder) == (how == "blocks")
@@ -96,7 +96,7 @@ def test_activations_are_kept_or_made_again_as_asked(data, how):
 @pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 @pytest.mark.parametrize("how", ["none", "blocks"])
 def test_compiled_blocks_give_the_same_numbers(data, how):
-    found = []
+    outputs = []
     for compiled in (False, True):
         config = a_config(data, compile=compiled, activation_checkpointing=how)
         encoder = build.build_model(config, None, CPU).sam.image_encoder
@@ -104,18 +104,18 @@ def test_compiled_blocks_give_the_same_numbers(data, how):
         assert list(encoder.state_dict()) == list(stock.state_dict())
         output = encoder(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
         output.square().mean().backward()
-        found.append([output.detach(), *(p.grad for p in encoder.parameters())])
-    for eager, compiled in zip(*found, strict=True):
+        outputs.append([output.detach(), *(p.grad for p in encoder.parameters())])
+    for eager, compiled in zip(*outputs, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_the_decoder_is_the_one_that_was_asked_for(data):
+def test_the_decoder_is_as_configured(data):
     config = a_config(data, checkpoint_path="random", decoder="stock", mask_chunk=3)
     model = build.build_model(config, None, CPU)
     assert (model.decoder, model.mask_chunk) == ("stock", 3)
 
 
-def test_random_weights_are_said_loudly(data, caplog):
+def test_random_weights_are_a_warning(data, caplog):
     assert build.load_weights(a_config(data, checkpoint_path="random")) is None
     assert [r.levelno for r in caplog.records if "RANDOM" in r.getMessage()] == [logging.WARNING]
 
@@ -138,7 +138,7 @@ def test_checkpoint_of_another_model_type_names_both(data, tmp_path):
         build.load_weights(a_config(data, checkpoint_path=path))
 
 
-def test_weights_are_loaded_and_parts_frozen_as_asked(data, tmp_path, caplog):
+def test_weights_are_loaded_and_parts_frozen_as_configured(data, tmp_path, caplog):
     state = build_sam("vit_tiny", 64).state_dict()
     path = tmp_path / "weights.pth"
     torch.save(state, path)

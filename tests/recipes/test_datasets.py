@@ -56,16 +56,16 @@ def test_valid_is_found_for_val(data_root):
     assert splits.val.subset.index.image_folder.name == "valid"
 
 
-def test_announcement_names_what_was_left_out(data, caplog):
+def test_the_log_names_what_was_left_out(data, caplog):
     splits = load_splits(a_config(data))
     with caplog.at_level(logging.INFO, logger="samft"):
         splits.log_counts()
-    words = [" ".join(message.split()) for message in caplog.messages]
-    assert words[0] == "train: 13 images, 41 masks"
-    val = words.index(
+    messages = [" ".join(message.split()) for message in caplog.messages]
+    assert messages[0] == "train: 13 images, 41 masks"
+    val = messages.index(
         "val: 5 images, 17 masks; left out: annotation-orphan 1, mask-missing 1, crowd 1"
     )
-    assert [line.split()[:3] for line in words[val + 1 : val + 4]] == [
+    assert [line.split()[:3] for line in messages[val + 1 : val + 4]] == [
         ["warning", "annotation-orphan", "1"],
         ["warning", "mask-missing", "1"],
         ["note", "image-unused-bad", "1"],
@@ -99,7 +99,7 @@ def test_images_of_the_validation_split_are_not_trained_on(tmp_path, caplog):
     assert "3 training images are also in the validation split" in caplog.text
 
 
-def test_one_split_for_both_is_said_loudly(data, caplog):
+def test_one_split_for_both_is_a_warning(data, caplog):
     splits = load_splits(a_config(data, val_split="train"))
     assert len(splits.train) == len(splits.val) == 13
     assert "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT" in caplog.text
@@ -132,13 +132,13 @@ def names(dataset: Any) -> set[str]:
     return {dataset.subset.file_name(i) for i in range(dataset.subset.num_images)}
 
 
-def test_held_out_images_are_a_share_by_file_name_and_are_said(one_split, tmp_path, caplog):
+def test_held_out_images_are_a_share_by_file_name_and_are_logged(one_split, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="samft"):
         splits = load_splits(a_config(one_split, val_fraction=0.2, seed=1))
     train, val = names(splits.train), names(splits.val)
     assert (len(train), len(val)) == (16, 4) and not train & val
-    said = next(text for text in caplog.messages if "held out" in text)
-    assert "4 of 20" in said and all(name in said for name in val)
+    message = next(text for text in caplog.messages if "held out" in text)
+    assert "4 of 20" in message and all(name in message for name in val)
 
     # Neither the seed nor the order of the file, nor what else is in it, decides.
     document = json.loads((one_split / "train" / "_annotations.coco.json").read_text())
@@ -169,7 +169,7 @@ def test_validation_split_wins_over_val_fraction(data, caplog):
     assert "val_fraction is not used" in caplog.text
 
 
-def test_without_a_validation_split_the_way_out_is_named(one_split):
+def test_without_a_validation_split_the_error_names_val_fraction(one_split):
     with pytest.raises(DataError, match="set val_fraction"):
         load_splits(a_config(one_split))
 

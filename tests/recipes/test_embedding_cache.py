@@ -79,7 +79,7 @@ def test_a_float16_cache_scores_within_half_a_percent(
     assert 0 < max(gaps) < 5e-3
 
 
-def test_the_encoder_comes_out_as_it_went_in(cached: Path) -> None:
+def test_the_encoders_weights_do_not_change(cached: Path) -> None:
     start = samft.load_sam(Path(samft.__file__).parent / "pretrained" / "vit_tiny.pth")
     resized = read_weights(cached)
     for name, tensor in start.image_encoder.state_dict().items():
@@ -105,13 +105,13 @@ def prepared(data: Path, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
 
 
 def test_batches_differ_in_pixels_only(data: Path, tmp_path: Path) -> None:
-    plain = load_splits(parse_config(cached_arguments(data, tmp_path)))
+    without = load_splits(parse_config(cached_arguments(data, tmp_path)))
     _, splits, _ = prepared(data, tmp_path, cache_dtype="float32", max_masks_per_image=3)
-    _, again, _ = prepared(data, tmp_path / "off", cache_embeddings="off", max_masks_per_image=3)
-    assert plain.train.embeddings is None and again.train.embeddings is None
+    _, uncached, _ = prepared(data, tmp_path / "off", cache_embeddings="off", max_masks_per_image=3)
+    assert without.train.embeddings is None and uncached.train.embeddings is None
     loaders = [
         iter(train_loader(each.train, batch_size=4, num_workers=workers))
-        for each, workers in ((splits, 2), (again, 0))
+        for each, workers in ((splits, 2), (uncached, 0))
     ]
     for _ in range(8):  # more than two epochs
         ours, theirs = (next(loader) for loader in loaders)
@@ -137,7 +137,7 @@ def test_training_needs_neither_images_nor_the_encoder(data: Path, tmp_path: Pat
 # Nothing twice
 
 
-def test_a_finished_run_looks_at_nothing(data: Path, cached: Path) -> None:
+def test_a_finished_run_encodes_nothing(data: Path, cached: Path) -> None:
     argv = cached_arguments(data, cached, cache_dtype="float32", save_top_k=2)
     assert encodings_of(argv) == (0, 0)
 
@@ -208,7 +208,7 @@ def stop_at(number: int) -> Any:
     return at
 
 
-def test_a_signal_ends_the_pass_and_the_same_command_goes_on(
+def test_a_signal_stops_encoding_and_the_same_command_resumes(
     data: Path, cached: Path, tmp_path: Path, capsys: Any
 ) -> None:
     argv = cached_arguments(data, tmp_path, cache_dtype="float32", save_top_k=2)
@@ -217,8 +217,8 @@ def test_a_signal_ends_the_pass_and_the_same_command_goes_on(
     assert sum(counts) == 8
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"], status["exit_code"]) == ("preempted", 0, 75)
-    said = "SIGTERM: the embeddings encoded so far are kept"
-    assert status["reason"].startswith(said) and said in capsys.readouterr().err
+    reason = "SIGTERM: the embeddings encoded so far are kept"
+    assert status["reason"].startswith(reason) and reason in capsys.readouterr().err
     assert encodings_of(argv) == (0, ALL - 8)
     assert largest_difference(cached, tmp_path) == 0.0
     assert not list(tmp_path.glob("previous-*"))  # a pass alone is no earlier run
@@ -313,7 +313,7 @@ def test_auto_caches_for_a_frozen_encoder_only(data: Path, tmp_path: Path) -> No
     assert not (tmp_path / "free" / "embeddings").exists()
 
 
-def test_auto_is_off_where_pixels_change_and_says_so(data: Path, tmp_path: Path) -> None:
+def test_auto_is_off_where_pixels_change_and_logs_it(data: Path, tmp_path: Path) -> None:
     argv = cached_arguments(data, tmp_path, cache_embeddings="auto", steps=1, augment="scale")
     assert encodings_of(argv) == (0, 2 + (2 + 1) * NUM_VAL)  # once more for report.html
     assert "cache_embeddings auto: off, because augment scale changes the pixels" in log_of(

@@ -40,23 +40,23 @@ def find(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePo
     return find_resume_point(config, folder, "abc")
 
 
-def found_in(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePoint:
-    found = find(config, folder, *states)
-    assert found is not None
-    return found
+def find_existing(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePoint:
+    point = find(config, folder, *states)
+    assert point is not None
+    return point
 
 
 # Which
 
 
-def test_a_run_of_the_same_configuration_is_taken_up(tmp_path: Path) -> None:
+def test_a_run_of_the_same_configuration_is_resumed(tmp_path: Path) -> None:
     config = a_config(DATA)
-    found = found_in(config, tmp_path, a_state(config))
-    assert found.state == {"format": FORMAT_VERSION, **a_state(config)}
-    assert (found.path, found.output_dir, found.problems) == (tmp_path / LAST_NAME, tmp_path, [])
+    point = find_existing(config, tmp_path, a_state(config))
+    assert point.state == {"format": FORMAT_VERSION, **a_state(config)}
+    assert (point.path, point.output_dir, point.problems) == (tmp_path / LAST_NAME, tmp_path, [])
 
 
-def test_never_and_an_empty_folder_start_afresh(tmp_path: Path) -> None:
+def test_never_and_an_empty_folder_start_a_new_run(tmp_path: Path) -> None:
     assert find_resume_point(a_config(DATA), tmp_path, "abc") is None
     config = a_config(DATA, resume="never")
     assert find(config, tmp_path, a_state(config)) is None
@@ -67,9 +67,9 @@ def test_a_damaged_state_gives_the_one_before_with_the_reason(tmp_path: Path) ->
     for step in (1, 2):
         save_last(tmp_path, a_state(config, step=step))
     (tmp_path / LAST_NAME).write_bytes(b"")
-    found = found_in(config, tmp_path)
-    assert (found.state["step"], found.output_dir) == (1, tmp_path)
-    assert found.problems == [f"{tmp_path / LAST_NAME} is empty."]
+    point = find_existing(config, tmp_path)
+    assert (point.state["step"], point.output_dir) == (1, tmp_path)
+    assert point.problems == [f"{tmp_path / LAST_NAME} is empty."]
 
 
 def test_when_all_states_are_damaged_nothing_is_started(tmp_path: Path) -> None:
@@ -79,18 +79,18 @@ def test_when_all_states_are_damaged_nothing_is_started(tmp_path: Path) -> None:
     assert find_resume_point(a_config(DATA, resume="never"), tmp_path, "abc") is None
 
 
-def test_a_path_is_taken_wherever_it_is(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
+def test_a_path_is_resumed_from_any_folder(tmp_path: Path) -> None:
+    own_dir, other_dir = tmp_path / "own_dir", tmp_path / "other_dir"
+    own_dir.mkdir()
+    other_dir.mkdir()
     for step in (1, 2):
-        save_last(there, a_state(a_config(DATA), step=step))
+        save_last(other_dir, a_state(a_config(DATA), step=step))
     for name, step in ((LAST_NAME, 2), (f"previous/{LAST_NAME}", 1)):
-        found = found_in(a_config(DATA, resume=there / name), here)
-        assert (found.state["step"], found.output_dir) == (step, there)
+        point = find_existing(a_config(DATA, resume=other_dir / name), own_dir)
+        assert (point.state["step"], point.output_dir) == (step, other_dir)
 
 
-def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_path_is_an_error(tmp_path: Path) -> None:
     config = a_config(DATA, resume=tmp_path / "gone.ckpt")
     with pytest.raises(CheckpointError, match="gone.ckpt"):
         find_resume_point(config, tmp_path, "abc")
@@ -108,37 +108,37 @@ def test_a_path_to_a_damaged_file_is_an_error_with_no_other_in_its_place(
         find_resume_point(config, tmp_path, "abc")
 
 
-def test_a_run_in_a_folder_called_previous_goes_on_in_it(tmp_path: Path) -> None:
+def test_a_run_in_a_folder_called_previous_is_resumed_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "previous"
     folder.mkdir()
     (folder / "metrics.jsonl").touch()
-    assert found_in(a_config(DATA), folder, a_state(a_config(DATA))).output_dir == folder
+    assert find_existing(a_config(DATA), folder, a_state(a_config(DATA))).output_dir == folder
 
 
-@pytest.mark.parametrize(("count", "goes_on"), [(None, False), ("0", False), ("1", True)])
-def test_started_again_by_torchrun_even_never_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str | None, goes_on: bool
+@pytest.mark.parametrize(("count", "resumes"), [(None, False), ("0", False), ("1", True)])
+def test_restarted_by_torchrun_even_never_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str | None, resumes: bool
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     if count is not None:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     config = a_config(DATA, resume="never")
     assert find_resume_point(config, tmp_path, "abc") is None
-    found = find(config, tmp_path, a_state(config))
-    assert (found is not None) == goes_on
+    point = find(config, tmp_path, a_state(config))
+    assert (point is not None) == resumes
 
 
-def test_started_again_by_torchrun_a_path_is_where_it_began_not_where_it_is(
+def test_restarted_by_torchrun_a_run_resumes_its_own_state_before_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
-    config = a_config(DATA, resume=there / LAST_NAME)
-    save_last(there, a_state(config, step=1))
+    own_dir, other_dir = tmp_path / "own_dir", tmp_path / "other_dir"
+    own_dir.mkdir()
+    other_dir.mkdir()
+    config = a_config(DATA, resume=other_dir / LAST_NAME)
+    save_last(other_dir, a_state(config, step=1))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert found_in(config, here).state["step"] == 1  # it failed before it had saved
-    assert found_in(config, here, a_state(config, step=2)).state["step"] == 2
+    assert find_existing(config, own_dir).state["step"] == 1  # it failed before it had saved
+    assert find_existing(config, own_dir, a_state(config, step=2)).state["step"] == 2
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_another_configuration_is_refused_with_a_table(
     assert row.removeprefix(f"  {name}").split() == [before, after]
 
 
-def test_a_state_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
+def test_a_state_of_the_first_format_is_resumed(tmp_path: Path) -> None:
     shutil.copy(FIXTURE, tmp_path / LAST_NAME)
     defaults = {name: None for name in ("image_size", "batch_size", "steps", "learning_rate")}
     changes = {**defaults, "metrics_interval": None, "num_workers": None, "device": None}
-    found = found_in(a_config(DATA, tmp_path, **changes), tmp_path)
-    assert found.state["progress"]["step"] == 20
+    point = find_existing(a_config(DATA, tmp_path, **changes), tmp_path)
+    assert point.state["progress"]["step"] == 20
     with pytest.raises(ConfigError, match="learning_rate"):
         find_resume_point(a_config(DATA, tmp_path), tmp_path, "abc")
 
@@ -213,7 +213,7 @@ def test_a_batch_is_never_larger_than_what_is_asked_for(monkeypatch: pytest.Monk
     assert divided(config, monkeypatch, processes=3, images=24) == (2, 4)
 
 
-def test_the_change_is_said_and_only_a_change(
+def test_only_a_change_of_the_division_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="samft")
@@ -221,8 +221,8 @@ def test_the_change_is_said_and_only_a_change(
     divided(config, monkeypatch, processes=2, images=8)
     assert caplog.messages == []
     divided(config, monkeypatch, processes=1, images=8)
-    words = "8 images per step on 1 process(es): batch_size 4 and accumulate_steps 2"
-    assert len(caplog.messages) == 1 and words in caplog.messages[0]
+    message = "8 images per step on 1 process(es): batch_size 4 and accumulate_steps 2"
+    assert len(caplog.messages) == 1 and message in caplog.messages[0]
 
 
 def test_the_same_step_may_be_divided_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +237,14 @@ def test_the_same_step_may_be_divided_otherwise(monkeypatch: pytest.MonkeyPatch)
     ("processes", "images", "near"),
     [(3, 8, "1 or 2 or 4"), (5, 12, "4 or 6 or 3"), (9, 8, "2 or 4 or 8"), (2, 1, "1")],
 )
-def test_processes_that_cannot_share_a_step_are_told_how_many_can(
+def test_number_of_processes_that_cannot_share_a_step_is_an_error_with_those_that_can(
     processes: int, images: int, near: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         divided(a_config(DATA, batch_size=4), monkeypatch, processes=processes, images=images)
-    words = f"{images} images per step, which {processes} processes cannot share evenly: start "
-    assert words in str(caught.value)
-    named = str(caught.value).split(words)[1].split(" of them")[0].split(" or ")
+    start = f"{images} images per step, which {processes} processes cannot share evenly: start "
+    assert start in str(caught.value)
+    named = str(caught.value).split(start)[1].split(" of them")[0].split(" or ")
     assert named == sorted(near.split(" or "), key=int)
 
 
@@ -261,7 +261,7 @@ def test_another_batch_size_is_refused_with_the_values_that_fit(
     ]
 
 
-def test_one_command_goes_on_on_one_process_then_two_then_one(
+def test_one_command_resumes_on_one_process_then_two_then_one(
     gloo2: GlooPool, tmp_path: Path
 ) -> None:
     data = write_data(tmp_path / "data", num_train=4, num_val=1)

@@ -203,9 +203,9 @@ def test_status_says_done(straight):
     }
 
 
-def test_train_log_tells_the_whole_run(straight, summary):
+def test_train_log_holds_the_whole_run(straight, summary):
     text = (straight / "train.log").read_text()
-    for said in (
+    for line in (
         "weights: ",  # before the folder is known to be free
         "train: 13 images, 41 masks",
         "left out: annotation-orphan 1, mask-missing 1, crowd 1",
@@ -213,7 +213,7 @@ def test_train_log_tells_the_whole_run(straight, summary):
         "step 20/20: loss",
         summary["best_checkpoint"],
     ):
-        assert text.count(said) >= 1, said
+        assert text.count(line) >= 1, line
     assert text.count("weights: ") == 1
 
 
@@ -296,7 +296,7 @@ def test_accumulation_and_workers_may_change_on_resume(data, straight, tmp_path)
     check_equal_metrics(tmp_path, straight, rel=1e-3)
 
 
-def test_two_processes_stop_and_go_on_as_one_run(gloo2: GlooPool, data, tmp_path):
+def test_two_processes_stop_and_resume_as_one_run(gloo2: GlooPool, data, tmp_path):
     folders = tmp_path / "straight", tmp_path / "resumed"
     changes = {"batch_size": 1, "amp": "bf16", "clip_grad_norm": 0.5}
     argvs = [arguments(data, folder, **changes) for folder in folders]
@@ -309,24 +309,24 @@ def test_two_processes_stop_and_go_on_as_one_run(gloo2: GlooPool, data, tmp_path
 def test_optimizer_sharding_changes_nothing_and_may_change_on_resume(
     gloo2: GlooPool, data, tmp_path
 ):
-    names = ("plain", "sharded", "first", "later")
+    names = ("unsharded", "sharded", "first", "later")
     folders = {name: tmp_path / name for name in names}
-    plain, sharded = (
+    unsharded, sharded = (
         {
             name: arguments(data, folders[name], batch_size=1, steps=10, optimizer_sharding=yes)
             for name in names
         }
         for yes in (False, True)
     )
-    assert gloo2.run(command_here, plain["plain"]) == [0, 0]
+    assert gloo2.run(command_here, unsharded["unsharded"]) == [0, 0]
     assert gloo2.run(command_here, sharded["sharded"]) == [0, 0]
     stop = ["--stop_after", "7"]
     assert gloo2.run(command_here, [*sharded["first"], *stop]) == [75, 75]
-    assert gloo2.run(command_here, plain["first"]) == [0, 0]
-    assert gloo2.run(command_here, [*plain["later"], *stop]) == [75, 75]
+    assert gloo2.run(command_here, unsharded["first"]) == [0, 0]
+    assert gloo2.run(command_here, [*unsharded["later"], *stop]) == [75, 75]
     assert gloo2.run(command_here, sharded["later"]) == [0, 0]
     for name in names[1:]:
-        assert largest_difference(folders["plain"], folders[name]) == 0.0
+        assert largest_difference(folders["unsharded"], folders[name]) == 0.0
     # All of the state is in the file, whoever held it.
     states = [torch.load(f / "last.ckpt", weights_only=True) for f in folders.values()]
     counts = [len(state["optimizer"]["state"]) for state in states]
@@ -372,7 +372,7 @@ def test_detect_anomaly_names_the_operation(data, tmp_path, monkeypatch, capsys)
     assert "returned nan values" in capsys.readouterr().err
 
 
-def test_fp16_run_goes_on_with_its_scaler(data, tmp_path):
+def test_fp16_run_resumes_with_its_scaler(data, tmp_path):
     folders = tmp_path / "straight", tmp_path / "resumed"
     argvs = [arguments(data, folder, amp="fp16", steps=4) for folder in folders]
     assert command_here(argvs[0]) == 0
@@ -409,7 +409,7 @@ def test_run_of_another_configuration_is_refused_and_left_alone(data, tmp_path, 
     assert after == before
 
 
-def test_resume_never_moves_the_old_run_aside(data, straight, tmp_path):
+def test_resume_never_archives_the_earlier_run(data, straight, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     old = {
@@ -419,9 +419,9 @@ def test_resume_never_moves_the_old_run_aside(data, straight, tmp_path):
     }
     argv = arguments(data, folder, steps=3, learning_rate=2e-3, resume="never")
     assert command_here(argv) == 0
-    aside = folder / "previous-1"
-    assert {path.relative_to(aside) for path in aside.rglob("*")} == old
-    assert (aside / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    archive = folder / "previous-1"
+    assert {path.relative_to(archive) for path in archive.rglob("*")} == old
+    assert (archive / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     assert [line["step"] for line in read_metrics(folder, "val")] == [0, 3]
     assert len(best_files(folder)) == 1
     assert "previous-1" in (folder / "train.log").read_text()
@@ -466,17 +466,17 @@ def test_a_refused_fresh_start_leaves_the_earlier_run_in_place(
     assert contents(folder) == before
 
 
-def test_resume_of_a_path_goes_on_in_another_folder(data, straight, tmp_path):
+def test_resume_of_a_path_continues_in_another_folder(data, straight, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert command_here(arguments(data, first, save_top_k=2, stop_after=7)) == 75
     argv = arguments(data, second, save_top_k=2, resume=first / "last.ckpt")
     assert command_here(argv) == 0
     assert largest_difference(straight, second) == 0.0
-    found = json.loads((second / "summary.json").read_text())
-    assert found["best_val_per_mask_iou"] == pytest.approx(
+    summary = json.loads((second / "summary.json").read_text())
+    assert summary["best_val_per_mask_iou"] == pytest.approx(
         json.loads((straight / "summary.json").read_text())["best_val_per_mask_iou"], rel=1e-9
     )
-    assert Path(found["best_checkpoint"]).is_file()
+    assert Path(summary["best_checkpoint"]).is_file()
 
 
 # What is validated is what is deployed
@@ -563,23 +563,23 @@ def test_two_processes_leave_the_files_of_one_run(gloo2: GlooPool, data, straigh
     assert (tmp_path / "report.html").exists()
 
 
-def test_run_that_gets_worse_says_so(data, tmp_path):
-    found = train_here(arguments(data, tmp_path, steps=INTERVAL, learning_rate=1.0))
-    assert found["best_val_per_mask_iou"] < found["baseline_val_per_mask_iou"]
+def test_run_that_gets_worse_logs_a_warning(data, tmp_path):
+    summary = train_here(arguments(data, tmp_path, steps=INTERVAL, learning_rate=1.0))
+    assert summary["best_val_per_mask_iou"] < summary["baseline_val_per_mask_iou"]
     log = (tmp_path / "train.log").read_text()
     assert "WARNING: Validation IoU fell from" in log and "What to try: " in log
 
 
-def test_run_that_gets_better_does_not_say_otherwise(straight, summary):
+def test_run_that_gets_better_logs_no_warning(straight, summary):
     assert summary["best_val_per_mask_iou"] > summary["baseline_val_per_mask_iou"]
     log = (straight / "train.log").read_text()
     assert "WARNING: " not in log and "What to try: " not in log
 
 
-def test_held_out_images_are_said_in_the_train_log(tmp_path):
+def test_held_out_images_are_logged(tmp_path):
     write_coco(tmp_path, 10)
-    found = train_here(arguments(tmp_path, tmp_path / "run", steps=1, val_fraction=0.3))
-    assert found["data"]["val"]["images"] == 3
+    summary = train_here(arguments(tmp_path, tmp_path / "run", steps=1, val_fraction=0.3))
+    assert summary["data"]["val"]["images"] == 3
     assert "3 of 10 images are held out" in (tmp_path / "run" / "train.log").read_text()
     assert read_weights(tmp_path / "run")
 

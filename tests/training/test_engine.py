@@ -111,23 +111,23 @@ def step_with_planted(value: float, amp: str | None) -> dict[str, Any]:
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_bad_gradient_of_one_rank_skips_the_step_on_all(gloo2: Any, value: float) -> None:
     first, second = gloo2.run(step_with_planted, value, None)
-    for found in (first, second):
-        assert not found["taken"] and found["same"]
-        assert found["again"] and found["moved"] and found["finite"]
-        assert found["steps"] == (1, 2, 1, 0)
-        assert found["rates"] == [0, 0]  # the schedule did not advance
+    for outcome in (first, second):
+        assert not outcome["taken"] and outcome["same"]
+        assert outcome["again"] and outcome["moved"] and outcome["finite"]
+        assert outcome["steps"] == (1, 2, 1, 0)
+        assert outcome["rates"] == [0, 0]  # the schedule did not advance
     assert torch.equal(first["weight"], second["weight"])
 
 
 def test_fp16_with_its_scaler_skips_and_halves_the_scale(gloo2: Any) -> None:
-    for found in gloo2.run(step_with_planted, math.inf, "float16"):
-        assert not found["taken"] and found["same"] and found["steps"][:3] == (1, 2, 1)
+    for outcome in gloo2.run(step_with_planted, math.inf, "float16"):
+        assert not outcome["taken"] and outcome["same"] and outcome["steps"][:3] == (1, 2, 1)
 
 
 def test_bad_steps_in_a_row_end_the_run() -> None:
     trainer = make_trainer()
     batch = collate([make_sample(1), make_sample(2)])
-    noted: list[tuple[bool, list[int]]] = []
+    steps: list[tuple[bool, list[int]]] = []
 
     def batches() -> Iterator[Batch]:
         while True:
@@ -143,16 +143,16 @@ def test_bad_steps_in_a_row_end_the_run() -> None:
             interval=10,
             max_bad_steps=3,
             should_stop=lambda: False,
-            on_step=lambda taken, image_ids: noted.append((taken, image_ids)),
+            on_step=lambda taken, image_ids: steps.append((taken, image_ids)),
             on_interval=lambda window: None,
         )
-    assert noted == [(False, [1, 2])] * 4  # three may be skipped
+    assert steps == [(False, [1, 2])] * 4  # three may be skipped
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_with_accumulation_and_clipping(amp: str) -> None:
     trainer = make_trainer(amp_dtype=getattr(torch, amp), clip_grad_norm=0.01)
-    plain = make_trainer(clip_grad_norm=0.01)
+    float32 = make_trainer(clip_grad_norm=0.01)
     assert trainer.scaler.is_enabled() == (amp == "float16")
     norms: list[float] = []
     trainer.optimizer.register_step_pre_hook(
@@ -162,13 +162,13 @@ def test_mixed_precision_with_accumulation_and_clipping(amp: str) -> None:
     )
     batches = [collate([make_sample(i)]) for i in range(4)]
     for _ in range(3):
-        assert plain.train_step(batches)
+        assert float32.train_step(batches)
         while not trainer.train_step(batches):  # the scaler finds its scale
             assert trainer.scaler.get_scale() > 1
     assert trainer.progress.step == 3
     assert norms == pytest.approx([0.01] * 3, rel=1e-2)
-    mixed, full = trainer.pop_metrics(), plain.pop_metrics()
-    assert mixed["loss"] == pytest.approx(full["loss"], rel=0.05)
+    mixed, expected = trainer.pop_metrics(), float32.pop_metrics()
+    assert mixed["loss"] == pytest.approx(expected["loss"], rel=0.05)
     assert all(p.dtype == torch.float32 for p in trainer.parameters)
 
 
@@ -200,24 +200,24 @@ def test_the_memory_probe_counts_what_the_optimizer_will_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer, batch = make_trainer(), collate([make_sample(1)])
-    stock, held = torch.empty_like, []
+    empty_like, sizes = torch.empty_like, []
 
-    def noting(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+    def record_size(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
         if isinstance(tensor, torch.nn.Parameter):
-            held.append(tensor.numel())
-        return stock(tensor, **options)
+            sizes.append(tensor.numel())
+        return empty_like(tensor, **options)
 
-    monkeypatch.setattr(torch, "empty_like", noting)
+    monkeypatch.setattr(torch, "empty_like", record_size)
     trainer.probe_memory(batch)
-    assert sum(held) == 2 * sum(parameter.numel() for parameter in trainer.parameters)
+    assert sum(sizes) == 2 * sum(parameter.numel() for parameter in trainer.parameters)
     assert all(parameter.grad is None for parameter in trainer.parameters)
     assert trainer.train_step([batch])
-    held.clear()
+    sizes.clear()
     trainer.probe_memory(batch)  # which has its moments now
-    assert held == []
+    assert sizes == []
 
 
-def test_train_stops_when_asked_and_goes_on_from_progress() -> None:
+def test_train_stops_when_asked_and_continues_from_progress() -> None:
     trainer = make_trainer()
     batch = collate([make_sample(1)])
     calls: list[int] = []
@@ -251,27 +251,27 @@ def constant_model(logit: float) -> PromptedSam:
 
 
 def validate_share(num_images: int) -> tuple[dict[str, float], float]:
-    found = validate(make_trainer().model.eval(), val_batches(num_images), loss=LOSS)
-    rows = found.objects
-    assert rows.iou_actual.mean() == pytest.approx(found.metrics["per_mask_iou"], abs=1e-12)
+    validation = validate(make_trainer().model.eval(), val_batches(num_images), loss=LOSS)
+    rows = validation.objects
+    assert rows.iou_actual.mean() == pytest.approx(validation.metrics["per_mask_iou"], abs=1e-12)
     samples = [make_sample(i) for i in range(num_images)]
     assert rows.image_ids.tolist() == [s.image_id for s in samples for _ in s.truths]
     assert rows.object_ids.tolist() == [id for s in samples for id in s.object_ids.tolist()]
     assert rows.areas.tolist() == [t.mask.sum() for s in samples for t in s.truths]
-    return found.metrics, found.box_fill_iou
+    return validation.metrics, validation.box_fill_iou
 
 
 def test_validation_of_full_masks_has_closed_form() -> None:
-    found = validate(constant_model(5.0), val_batches(3), loss=LOSS)
+    validation = validate(constant_model(5.0), val_batches(3), loss=LOSS)
     samples = [make_sample(i) for i in range(3)]
     expected = [
         truth.mask.size / (sample.original_size[0] * sample.original_size[1])
         for sample in samples
         for truth in sample.truths
     ]
-    assert found.metrics["per_mask_iou"] == pytest.approx(np.mean(expected), abs=1e-12)
-    assert found.metrics["iou_predicted"] == 0.5
-    assert found.box_fill_iou == 1.0  # the objects are rectangles
+    assert validation.metrics["per_mask_iou"] == pytest.approx(np.mean(expected), abs=1e-12)
+    assert validation.metrics["iou_predicted"] == 0.5
+    assert validation.box_fill_iou == 1.0  # the objects are rectangles
 
 
 def validate_with_gaps(with_gaps: bool) -> tuple[dict[str, float], dict[str, str]]:
@@ -281,9 +281,9 @@ def validate_with_gaps(with_gaps: bool) -> tuple[dict[str, float], dict[str, str
     model = make_trainer().model.eval()
     encoded = []
     model.sam.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
-    found = validate(model, batches, loss=LOSS)
+    validation = validate(model, batches, loss=LOSS)
     assert len(encoded) == (0 if get_rank() else 1)
-    return found.metrics, found.bad_images
+    return validation.metrics, validation.bad_images
 
 
 def test_validation_counts_nothing_for_an_image_that_cannot_be_read(gloo2: Any) -> None:
@@ -293,7 +293,7 @@ def test_validation_counts_nothing_for_an_image_that_cannot_be_read(gloo2: Any) 
     assert [metrics for metrics, _ in gaps] == [metrics for metrics, _ in whole]
 
 
-def test_training_remembers_the_bad_images_that_it_met() -> None:
+def test_the_trainer_collects_the_bad_images_of_its_batches() -> None:
     trainer = make_trainer()
     for number, bad in ((1, {}), (2, {"a.jpg": "empty"}), (3, {"b.jpg": "empty"})):
         trainer.train_step([collate([replace(make_sample(number), bad_images=bad)])])
@@ -343,7 +343,7 @@ def validate_broken() -> str:
     return str(caught.value)
 
 
-def test_a_broken_image_on_one_rank_is_told_to_all(gloo2: Any) -> None:
+def test_a_broken_image_on_one_rank_is_an_error_on_all(gloo2: Any) -> None:
     assert gloo2.run(train_on_broken) == ["1 7.jpg is cut short."] * 2
     assert gloo2.run(validate_broken) == ["7.jpg is cut short."] * 2
     assert train_on_broken() == "1 7.jpg is cut short."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare clone to a run of samft.train on all GPUs of this machine, or of many.
+# Starts samft.train on all GPUs of this machine, or of several; installs samft first if needed.
 set -euo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,14 +22,14 @@ Environment:
     NPROC_PER_NODE          number of processes on this machine, instead of one for each GPU
     NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
                             several machines: start this on each; SLURM's variables are read if unset
-    MAX_RESTARTS            how often a run whose process is lost goes on from its last checkpoint (3)
+    MAX_RESTARTS            how often to restart a failed run from its last checkpoint (3)
     SAMFT_VENV              the virtual environment, instead of .venv
-    SAMFT_PYTHON            a Python that has samft installed: nothing is made and nothing installed
+    SAMFT_PYTHON            a Python that has samft installed; then nothing is installed
     LAUNCH_DRY_RUN=1        prints the command and stops
 An active virtual or conda environment is used if samft is installed in it, and never changed.
 
 Exit code: 0 done, 1 failed, 2 wrong usage, configuration, data or checkpoint, 75 stopped by a signal
-with everything saved (run it again to go on), 130 interrupted.
+with everything saved (run it again to resume), 130 interrupted.
 USAGE
 }
 
@@ -40,7 +40,7 @@ die() {
     exit 2
 }
 
-# Whether this Python has samft and torch installed, and samft is this very copy of it.
+# Whether a Python has torch installed, and samft from this folder and no other copy of it.
 has_samft() {
     (cd / && "$1" -c 'if True:
         import importlib.metadata, os, sys, samft
@@ -60,7 +60,7 @@ base_python() {
     die "no Python 3.10 or newer found. Install one, or name it: PYTHON=/path/to/python3 bash launch.sh"
 }
 
-# Prints the Python to use; whether anything must be installed for it is install_once's business.
+# Prints the Python to use. It may not exist yet: install_once makes it.
 choose_python() {
     local active
     if [[ -n ${SAMFT_PYTHON:-} ]]; then
@@ -76,16 +76,17 @@ choose_python() {
     echo "$VENV/bin/python"
 }
 
-wanted_stamp() {
+# Changes with what an installation depends on.
+current_stamp() {
     (cd "$REPO" && echo "$REPO" | cat - setup.cfg pyproject.toml constraints.txt | cksum)
 }
 
 is_installed() {
-    [[ -f $VENV/.samft-installed && $(<"$VENV/.samft-installed") == "$(wanted_stamp)" ]]
+    [[ -f $VENV/.samft-installed && $(<"$VENV/.samft-installed") == "$(current_stamp)" ]]
 }
 
-# Installs samft into $VENV unless it holds this very version. Nodes and processes that share a disk
-# wait for the first one, as long as flock is there.
+# Installs samft into $VENV unless that is up to date. Nodes and processes that share a disk wait for
+# the first one, if the flock command exists.
 install_once() {
     is_installed && return
     local base quiet=-qq
@@ -105,7 +106,7 @@ install_once() {
         fi
         "$VENV/bin/python" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check \
             -c "$REPO/constraints.txt" -e "$REPO" >&2 || die "the installation failed (see above)"
-        wanted_stamp >"$VENV/.samft-installed.$$"
+        current_stamp >"$VENV/.samft-installed.$$"
         mv "$VENV/.samft-installed.$$" "$VENV/.samft-installed"
     fi
     exec 9>&-
@@ -119,7 +120,7 @@ count_gpus() {
     if ((present > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         present=0
         for id in ${CUDA_VISIBLE_DEVICES//,/ }; do
-            # As CUDA reads it: nothing counts from the first invalid one on; empty hides all.
+            # As in CUDA: devices after an invalid id are hidden, and an empty list hides all.
             [[ $id == -1 || $id == NoDevFiles ]] && break
             present=$((present + 1))
         done
@@ -131,7 +132,7 @@ count_cores() {
     nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 }
 
-# Prints the number of processes on this node for the given arguments of samft.train.
+# Prints the number of processes to start on this node, given the arguments of samft.train.
 count_processes() {
     local gpus
     if [[ -n ${NPROC_PER_NODE:-} ]]; then
@@ -158,7 +159,7 @@ first_slurm_host() {
     fi
 }
 
-# Sets RENDEZVOUS, torchrun's arguments that say which nodes take part.
+# Sets RENDEZVOUS: torchrun's arguments for the number of nodes and how they connect.
 choose_rendezvous() {
     local nodes rank address port job=${SLURM_JOB_ID:-0}
     nodes=${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}
@@ -172,32 +173,32 @@ choose_rendezvous() {
     fi
     rank=${NODE_RANK:-${SLURM_NODEID:-}}
     if ! [[ $rank =~ ^[0-9]+$ ]] || ((rank >= nodes)); then
-        die "with NNODES=$nodes, NODE_RANK must be one of 0 to $((nodes - 1)), on each node another;" \
+        die "with NNODES=$nodes, NODE_RANK must be 0 to $((nodes - 1)), different on each node;" \
             "it is '$rank'"
     fi
     address=${MASTER_ADDR:-$(first_slurm_host)}
     [[ -n $address ]] ||
-        die "with NNODES=$nodes, MASTER_ADDR must name the node of NODE_RANK 0, as the others see it"
-    # Jobs that share a node need ports of their own.
+        die "with NNODES=$nodes, MASTER_ADDR must be the address of the node with NODE_RANK 0"
+    # Different jobs on one node need different ports.
     port=${MASTER_PORT:-$((job ? 10000 + job % 50000 : 29500))}
     RENDEZVOUS=(--nnodes "$nodes" --node_rank "$rank"
         --master_addr "$address" --master_port "$port")
 }
 
-# What a variable holds already wins.
+# Sets defaults for the run; variables that are set already are kept. $1: processes on this node.
 set_environment() {
     local threads=$(($(count_cores) / $1))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-    # The number of masks changes from step to step; this keeps GPU memory from fragmenting.
+    # The number of masks changes from step to step, which fragments GPU memory otherwise.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-    # Seconds from a signal to SIGKILL: enough to write a checkpoint of the largest model.
+    # Seconds that torchrun waits between a signal and SIGKILL: enough to save the largest model.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 }
 
-# Passes a signal on to CHILD, or keeps it until there is one; notes at the first what the run had
-# said of itself until then.
+# Forwards a signal to CHILD, or stores it until CHILD has started. With the first signal, remembers
+# the status file as it was before.
 forward_signal() {
     $STOPPED || STATUS_BEFORE=$(cat "$SAMFT_STATUS_FILE" || true)
     STOPPED=true
@@ -208,24 +209,24 @@ forward_signal() {
     fi
 }
 
-# Runs the command, passes signals on to it, waits until it has ended, and sets CODE. Job control
-# (set -m) gives it a process group of its own: Ctrl-C reaches it once, from here, and not ignored.
-# STOPPED says whether there was a signal.
+# Runs a command, forwards signals to it, waits for its end, and sets CODE to its exit code and
+# STOPPED to whether there was a signal. Job control (set -m) puts it into its own process group, so
+# that a Ctrl-C reaches it once, forwarded from here, and is not ignored as by a background process.
 run_and_wait() {
     local signal
     STOPPED=false STATUS_BEFORE='' CHILD='' PENDING=''
-    # Before the command starts, or a signal in between would leave it without a launcher.
+    # Before the command starts: a signal in between would end this script but not the command.
     for signal in TERM INT USR1 USR2; do
-        # shellcheck disable=SC2064  # the signal is meant as it is now
+        # shellcheck disable=SC2064  # $signal is to be expanded now
         trap "forward_signal $signal" "$signal"
     done
-    # A closed terminal is no reason to lose the work.
+    # When the terminal is closed, stop in good order too.
     trap "forward_signal TERM" HUP QUIT
     set -m
     "$@" &
     CHILD=$!
     [[ -z $PENDING ]] || forward_signal "$PENDING"
-    # A signal ends `wait` early, with the command still running.
+    # A signal makes `wait` return while the command is still running.
     while :; do
         CODE=0
         wait "$CHILD" || CODE=$?
@@ -235,7 +236,7 @@ run_and_wait() {
     set +m
 }
 
-# A wrong flag or YAML key is told here, once and in a moment, not by every process of torchrun.
+# Reports a wrong flag or YAML key once and at once, instead of in every process of torchrun.
 check_arguments() {
     local python=$1
     shift
@@ -247,11 +248,12 @@ check_arguments() {
         ' "$@"
 }
 
-# torchrun answers 1 whatever its workers say, so rank 0 leaves its exit code in a file.
+# Prints the exit code of the run. torchrun exits with 1 whatever the exit codes of its workers are,
+# so rank 0 writes its own to the status file.
 exit_code() {
     local python=$1 status_file=$2 code=$3
     [[ -s $status_file ]] || {
-        # Stopped before the run had begun: there is nothing to save.
+        # There is no status yet. If stopped this early, there is nothing to save.
         if $STOPPED; then echo 75; else echo "$code"; fi
         return
     }
@@ -261,12 +263,12 @@ text, torchrun_code, status_before = open(sys.argv[1]).read(), int(sys.argv[2]),
 status = json.loads(text)
 code = status.get("exit_code")
 if code == 1 and text.strip() == status_before.strip():
-    # It had failed before the signal, and torchrun was about to start it again: as any stop.
+    # The run failed before the signal, and torchrun would have restarted it: that is a stop, too.
     code = 75
     print("launch.sh: stopped after a failure, before the run was started again", file=sys.stderr)
-if code is None or status.get("state") == "running":  # killed on the way
+if code is None or status.get("state") == "running":  # killed
     code = torchrun_code or 1
-elif torchrun_code and status.get("reason"):  # said before, but torchrun's own words hide it
+elif torchrun_code and status.get("reason"):  # repeated, as torchrun's own output hides it
     print(f"launch.sh: {status['reason']}", file=sys.stderr)
 print(code or torchrun_code)
 PYTHON
@@ -289,7 +291,7 @@ main() {
         demo=true
         cd "$REPO"
         set -- --config configs/demo.yaml --data_root runs/demo-data --output_dir runs/demo
-        # One process, so that the demo learns the same everywhere.
+        # One process, so that the demo gives the same result on every machine.
         NPROC_PER_NODE=${NPROC_PER_NODE:-1}
     fi
 

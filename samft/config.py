@@ -1,10 +1,11 @@
 """The settings of a training: one flat frozen dataclass, filled from defaults < YAML < flags.
 
-Imports no torch, so that `--help` and a wrong flag need no second.
+Imports no torch, so that `--help`, and the error for a wrong flag, come in less than a second.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -21,6 +22,15 @@ FREE_ON_RESUME = frozenset(
     dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit probe_memory""".split()
 )
 
+# One for each section of `--help`.
+_data = partial(setting, group="data")
+_model = partial(setting, group="model")
+_prompts = partial(setting, group="prompts and augmentation")
+_optimisation = partial(setting, group="optimisation")
+_speed = partial(setting, group="speed and memory")
+_output = partial(setting, group="output")
+_reliability = partial(setting, group="reliability")
+
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
 
 
@@ -28,338 +38,255 @@ MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
 class TrainConfig:
     """The settings of a training run; attribute, YAML key and flag have the same name."""
 
-    data_root: str | None = setting(
+    data_root: str | None = _data(
         None,
         "dataset folder: SPLIT/_annotations.coco.json beside its images, or COCO's own layout, "
         "annotations/instances_SPLIT.json and SPLIT/",
-        group="data",
         most_used=True,
         metavar="DIR",
     )
-    val_fraction: float | None = setting(
+    val_fraction: float | None = _data(
         None,
         "without a validation split, hold out this share of the training images, chosen by a hash "
         "of their file names",
-        group="data",
         most_used=True,
     )
-    train_split: str = setting("train", "name of the training split", group="data", metavar="NAME")
-    val_split: str = setting(
+    train_split: str = _data("train", "name of the training split", metavar="NAME")
+    val_split: str = _data(
         "val",
         "name of the validation split; if there is no val, valid and validation are tried",
-        group="data",
         metavar="NAME",
     )
-    train_annotations: str | None = setting(
-        None, "COCO file to train on, instead of data_root", group="data", metavar="FILE"
+    train_annotations: str | None = _data(
+        None, "COCO file to train on, instead of data_root", metavar="FILE"
     )
-    train_images: str | None = setting(
-        None, "folder of the images of train_annotations", group="data", metavar="DIR"
+    train_images: str | None = _data(
+        None, "folder of the images of train_annotations", metavar="DIR"
     )
-    val_annotations: str | None = setting(
-        None, "COCO file to validate on, instead of data_root", group="data", metavar="FILE"
+    val_annotations: str | None = _data(
+        None, "COCO file to validate on, instead of data_root", metavar="FILE"
     )
-    val_images: str | None = setting(
-        None, "folder of the images of val_annotations", group="data", metavar="DIR"
+    val_images: str | None = _data(None, "folder of the images of val_annotations", metavar="DIR")
+    category_names: str | None = _data(
+        None, "train and validate on these classes only, separated by commas", metavar="A,B"
     )
-    category_names: str | None = setting(
-        None,
-        "train and validate on these classes only, separated by commas",
-        group="data",
-        metavar="A,B",
-    )
-    min_mask_area: float = setting(
+    min_mask_area: float = _data(
         0.0,
         "leave out objects whose mask has fewer pixels than this in the original image",
-        group="data",
         at_least=0,
         metavar="PX",
     )
-    max_masks_per_image: int = setting(
+    max_masks_per_image: int = _data(
         64,
         "largest number of objects per image in training, a random subset in each epoch; "
         "validation uses all",
-        group="data",
         at_least=1,
     )
-    repeat_threshold: float | None = setting(
+    repeat_threshold: float | None = _data(
         None,
         "repeat images of rare classes: those in a smaller share of the images than this, as LVIS "
         "does with 0.001",
-        group="data",
     )
-    on_bad_image: str = setting(
+    on_bad_image: str = _data(
         "error",
         "missing and broken images: error: refuse to train; skip: leave them out and name them",
-        group="data",
         choices=("error", "skip"),
     )
-    model_type: str | None = setting(
+    model_type: str | None = _model(
         None,
         "SAM model; vit_tiny is small, comes with samft, and suits tests and CPUs",
-        group="model",
         most_used=True,
         choices=MODEL_TYPES,
     )
-    checkpoint_path: str | None = setting(
+    checkpoint_path: str | None = _model(
         None,
         "SAM weights to start from: Meta's .pth, or a .ckpt or .pth of samft; auto: the weights "
         "of model_type, downloaded unless it is vit_tiny; random: random weights",
-        group="model",
         most_used=True,
         metavar="FILE",
     )
-    freeze_image_encoder: bool = setting(
+    freeze_image_encoder: bool = _model(
         False,
         "do not train the image encoder: much faster, as each image need be encoded only once",
-        group="model",
         most_used=True,
     )
-    image_size: int = setting(
+    image_size: int = _model(
         1024,
         "side of the model's input in pixels, a multiple of 16; smaller is faster, but loses small "
         "objects",
-        group="model",
         most_used=True,
         metavar="PX",
     )
-    freeze_prompt_encoder: bool = setting(False, "do not train the prompt encoder", group="model")
-    freeze_mask_decoder: bool = setting(False, "do not train the mask decoder", group="model")
-    augment: str = setting(
+    freeze_prompt_encoder: bool = _model(False, "do not train the prompt encoder")
+    freeze_mask_decoder: bool = _model(False, "do not train the mask decoder")
+    augment: str = _prompts(
         "flip",
         "training augmentation: flip: mirror half of the images; scale: also resize by 0.5 to 2 "
         "with a random crop, and vary the colours",
-        group="prompts and augmentation",
         most_used=True,
         choices=("none", "flip", "scale"),
     )
-    box_jitter: float = setting(
+    box_jitter: float = _prompts(
         0.1,
         "move each side of a training box by up to this share of its length, at most 20 px at "
         "1024; 0: off",
-        group="prompts and augmentation",
         at_least=0,
     )
-    resize_mode: str = setting(
+    resize_mode: str = _prompts(
         "pad",
         "fit images to image_size: pad: longest side, then zeros, as SAM does; squash: to a square",
-        group="prompts and augmentation",
         choices=("pad", "squash"),
     )
-    steps: int = setting(
-        1500, "number of optimizer steps", group="optimisation", most_used=True, at_least=1
+    steps: int = _optimisation(1500, "number of optimizer steps", most_used=True, at_least=1)
+    batch_size: int = _optimisation(
+        1, "images per process and micro-batch", most_used=True, at_least=1
     )
-    batch_size: int = setting(
-        1,
-        "images per process and micro-batch",
-        group="optimisation",
-        most_used=True,
-        at_least=1,
+    learning_rate: float = _optimisation(1e-4, "peak learning rate", most_used=True)
+    accumulate_steps: int = _optimisation(
+        1, "micro-batches per optimizer step; larger steps at the memory of batch_size", at_least=1
     )
-    learning_rate: float = setting(1e-4, "peak learning rate", group="optimisation", most_used=True)
-    accumulate_steps: int = setting(
-        1,
-        "micro-batches per optimizer step; larger steps at the memory of batch_size",
-        group="optimisation",
-        at_least=1,
-    )
-    lr_schedule: str = setting(
+    lr_schedule: str = _optimisation(
         "multistep",
         "learning rate after a linear warm-up: multistep: times 0.1 at 66.667 % and 86.666 % of "
         "the steps, as SAM was trained; cosine: falling to 0; constant",
-        group="optimisation",
         choices=("multistep", "cosine", "constant"),
     )
-    warmup_steps: int = setting(
-        250, "steps of the warm-up, at most a tenth of steps", group="optimisation", at_least=0
+    warmup_steps: int = _optimisation(
+        250, "steps of the warm-up, at most a tenth of steps", at_least=0
     )
-    weight_decay: float = setting(
-        1e-2,
-        "AdamW's weight decay, not on biases, norms and embeddings",
-        group="optimisation",
-        at_least=0,
+    weight_decay: float = _optimisation(
+        1e-2, "AdamW's weight decay, not on biases, norms and embeddings", at_least=0
     )
-    clip_grad_norm: float = setting(
-        1.0, "largest norm of the gradient; 0: off", group="optimisation", at_least=0
+    clip_grad_norm: float = _optimisation(1.0, "largest norm of the gradient; 0: off", at_least=0)
+    loss_focal_weight: float = _optimisation(20.0, "weight of the focal loss", at_least=0)
+    loss_dice_weight: float = _optimisation(1.0, "weight of the dice loss", at_least=0)
+    loss_iou_weight: float = _optimisation(
+        1.0, "weight of the loss of the predicted IoU", at_least=0
     )
-    loss_focal_weight: float = setting(
-        20.0, "weight of the focal loss", group="optimisation", at_least=0
-    )
-    loss_dice_weight: float = setting(
-        1.0, "weight of the dice loss", group="optimisation", at_least=0
-    )
-    loss_iou_weight: float = setting(
-        1.0, "weight of the loss of the predicted IoU", group="optimisation", at_least=0
-    )
-    loss_resolution: str = setting(
+    loss_resolution: str = _optimisation(
         "low",
         "compare masks at: low: the decoder's own resolution; input: upsampled to image_size",
-        group="optimisation",
         choices=("low", "input"),
     )
-    seed: int = setting(
-        0,
-        "seed of the order of images, augmentation and box jitter",
-        group="optimisation",
-        at_least=0,
+    seed: int = _optimisation(
+        0, "seed of the order of images, augmentation and box jitter", at_least=0
     )
-    device: str = setting(
+    device: str = _speed(
         "auto",
         "where to train; auto: on GPUs if PyTorch can use them",
-        group="speed and memory",
         most_used=True,
         choices=("auto", "cuda", "cpu"),
     )
-    num_workers: int = setting(
-        4,
-        "data loader workers per process",
-        group="speed and memory",
-        most_used=True,
-        at_least=0,
-    )
-    amp: str = setting(
+    num_workers: int = _speed(4, "data loader workers per process", most_used=True, at_least=0)
+    amp: str = _speed(
         "auto",
         "mixed precision; auto: bf16 on GPUs that have it, else off",
-        group="speed and memory",
         choices=("auto", "off", "bf16", "fp16"),
     )
-    attention: str = setting(
+    attention: str = _speed(
         "fast",
         "image encoder's attention: fast: optimised, same outputs; stock: segment_anything's own",
-        group="speed and memory",
         choices=("fast", "stock"),
     )
-    decoder: str = setting(
+    decoder: str = _speed(
         "fast",
         "mask decoder: fast: optimised, same outputs; stock: segment_anything's own",
-        group="speed and memory",
         choices=("fast", "stock"),
     )
-    compile: bool = setting(
+    compile: bool = _speed(
         False,
         "compile the image encoder's blocks with torch.compile: a slow start, then faster steps",
-        group="speed and memory",
     )
-    activation_checkpointing: str = setting(
+    activation_checkpointing: str = _speed(
         "none",
         "recompute the image encoder's activations in backward to save memory: blocks: within each "
         "block, +1/3 time; full: within groups of blocks too, +2/3 time",
-        group="speed and memory",
         choices=("none", "blocks", "full"),
     )
-    optimizer_sharding: bool = setting(
-        False,
-        "divide the optimizer's state among the processes, to save memory",
-        group="speed and memory",
+    optimizer_sharding: bool = _speed(
+        False, "divide the optimizer's state among the processes, to save memory"
     )
-    bf16_compress: bool = setting(
-        False,
-        "send gradients between processes in bfloat16: half the traffic, less precision",
-        group="speed and memory",
+    bf16_compress: bool = _speed(
+        False, "send gradients between processes in bfloat16: half the traffic, less precision"
     )
-    mask_chunk: int | None = setting(
+    mask_chunk: int | None = _speed(
         None,
         "boxes to decode at once, which limits memory; not given: by the free memory",
-        group="speed and memory",
         at_least=1,
     )
-    cache_embeddings: str = setting(
+    cache_embeddings: str = _speed(
         "auto",
         "encode each image only once and store the result; auto: if the image encoder is frozen, "
         "augment is not scale, and it saves time",
-        group="speed and memory",
         choices=("auto", "on", "off"),
     )
-    cache_dir: str | None = setting(
+    cache_dir: str | None = _speed(
         None,
         "folder for these embeddings; runs may share it (default: OUTPUT_DIR/embeddings)",
-        group="speed and memory",
         metavar="DIR",
     )
-    cache_dtype: str = setting(
-        "float16",
-        "type to store embeddings in",
-        group="speed and memory",
-        choices=("float16", "float32"),
+    cache_dtype: str = _speed(
+        "float16", "type to store embeddings in", choices=("float16", "float32")
     )
-    cache_max_gib: float = setting(
+    cache_max_gib: float = _speed(
         100.0,
         "largest size of cache_dir; the embeddings that were used least recently are deleted",
-        group="speed and memory",
         at_least=0,
         metavar="GIB",
     )
-    probe_memory: bool = setting(
+    probe_memory: bool = _speed(
         False,
         "run the largest batch once before the first step, so that out-of-memory shows at once",
-        group="speed and memory",
     )
-    output_dir: str = setting(
-        ".",
-        "folder for everything that the run writes",
-        group="output",
-        most_used=True,
-        metavar="DIR",
+    output_dir: str = _output(
+        ".", "folder for everything that the run writes", most_used=True, metavar="DIR"
     )
-    metrics_interval: int = setting(
-        50,
-        "steps between validations; metrics and checkpoints are written then, too",
-        group="output",
-        at_least=1,
+    metrics_interval: int = _output(
+        50, "steps between validations; metrics and checkpoints are written then, too", at_least=1
     )
-    save_top_k: int = setting(
-        1, "checkpoints to keep: those with the best val_per_mask_iou", group="output", at_least=1
+    save_top_k: int = _output(
+        1, "checkpoints to keep: those with the best val_per_mask_iou", at_least=1
     )
-    resume: str = setting(
+    resume: str = _reliability(
         "auto",
         "auto: resume the run in output_dir if its configuration is the same; never: start a new "
         "run; or the path of a last.ckpt to resume from",
-        group="reliability",
         most_used=True,
         metavar="auto|never|FILE",
     )
-    dry_run: bool = setting(
+    dry_run: bool = _reliability(
         False,
         "train nothing: take two steps on the largest batch, and report the memory, time and disk "
         "space that the run needs",
-        group="reliability",
         most_used=True,
     )
-    stop_after: int | None = setting(
+    stop_after: int | None = _reliability(
         None,
         "save and stop with exit code 75 after this step; the same command resumes",
-        group="reliability",
         at_least=1,
     )
-    save_before_limit: float | None = setting(
+    save_before_limit: float | None = _reliability(
         None,
         "save and stop with exit code 75 this many seconds before the time limit of the SLURM job",
-        group="reliability",
         at_least=0,
         metavar="SECONDS",
     )
-    hang_timeout: float = setting(
+    hang_timeout: float = _reliability(
         600.0,
         "fail if a process or a data loader worker does not respond for this long, and name it",
-        group="reliability",
         at_least=1,
         metavar="SECONDS",
     )
-    max_bad_steps: int = setting(
+    max_bad_steps: int = _reliability(
         5,
         "fail if more steps in a row than this are skipped because the gradient is not finite",
-        group="reliability",
         at_least=0,
     )
-    detect_anomaly: bool = setting(
-        False,
-        "have PyTorch name the operation whose gradient is not finite; slow",
-        group="reliability",
+    detect_anomaly: bool = _reliability(
+        False, "have PyTorch name the operation whose gradient is not finite; slow"
     )
-    debug: bool = setting(
-        False,
-        "show tracebacks of errors in usage, data and checkpoints too",
-        group="reliability",
+    debug: bool = _reliability(
+        False, "show tracebacks of errors in usage, data and checkpoints too"
     )
 
     def check(self) -> list[str]:

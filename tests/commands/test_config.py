@@ -186,7 +186,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert parse_yaml(tmp_path, "steps: 20\n", "--steps=1500").steps == 1500
 
 
-def test_yaml_says_numbers_and_switches_in_its_own_way(tmp_path: Path) -> None:
+def test_numbers_and_switches_may_be_written_as_in_yaml(tmp_path: Path) -> None:
     config = parse_yaml(
         tmp_path,
         "amp: off\ncache_embeddings: off\nlearning_rate: 1e-4\nweight_decay: 1\n"
@@ -203,7 +203,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert parse_yaml(tmp_path, "# nothing yet\n") == parse_config(REQUIRED)
 
 
-def test_an_optional_value_can_be_taken_back(tmp_path: Path) -> None:
+def test_an_optional_value_can_be_set_to_none(tmp_path: Path) -> None:
     assert (
         parse_yaml(tmp_path, "val_fraction: 0.2\n", "--val_fraction", "none").val_fraction is None
     )
@@ -323,7 +323,7 @@ def test_a_wrong_file_is_refused_with_a_sentence(tmp_path: Path, text: str, prob
     assert "config.yaml" in str(caught.value) or text == "amp: on"
 
 
-def test_explicit_files_do_without_data_root() -> None:
+def test_explicit_files_need_no_data_root() -> None:
     config = parse_config([*REQUIRED[2:], "--train_annotations", "a", "--train_images", "b"])
     assert config.data_root is None
 
@@ -356,7 +356,7 @@ def test_every_setting_is_in_one_group_and_each_group_is_in_one_place() -> None:
     assert tuple(group for group, _ in itertools.groupby(groups)) == GROUPS
 
 
-def test_help_begins_with_what_is_used_most_and_goes_on_by_group(
+def test_help_lists_the_most_used_flags_and_then_the_groups(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
@@ -405,7 +405,7 @@ def test_parsing_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_differences_are_those_that_change_what_is_learnt() -> None:
+def test_changed_settings_are_those_that_change_what_is_learnt() -> None:
     config = parse_config(REQUIRED)
     saved = dataclasses.asdict(config)
     assert changed_settings(saved, config) == []
@@ -434,7 +434,7 @@ def test_more_steps_may_follow_only_where_the_schedule_is_constant() -> None:
     assert len(changed_settings(dataclasses.asdict(config), longer)) == 1
 
 
-def test_a_field_that_the_saved_run_did_not_know_is_no_difference() -> None:
+def test_a_setting_that_the_saved_run_did_not_have_is_no_change() -> None:
     assert changed_settings({}, parse_config(REQUIRED)) == []
 
 

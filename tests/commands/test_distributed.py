@@ -82,7 +82,7 @@ def test_broadcast_gives_rank_zeros_object(gloo2: GlooPool) -> None:
     assert gloo2.run(broadcast_rank) == [{"from": 0, "tail": []}] * 2
 
 
-def test_barrier_lets_all_pass(gloo2: GlooPool) -> None:
+def test_barrier_is_passed_by_all(gloo2: GlooPool) -> None:
     assert gloo2.run(pass_barrier) == [0, 1]
 
 

@@ -1,4 +1,4 @@
-"""Endings of a command: exit codes, one paragraph, and which rank speaks."""
+"""How a command ends: its exit code, its message, and which rank prints it."""
 
 import json
 import subprocess

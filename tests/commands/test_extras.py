@@ -10,16 +10,16 @@ from samft.cli import EXTRAS, require_extra
 from samft.errors import ConfigError
 
 
-def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch) -> None:
     monkeypatch.setitem(EXTRAS, "onnx", ("json", "no_such_package_a", "no_such_package_b"))
     with pytest.raises(ConfigError) as caught:
         require_extra("onnx", what="--format onnx")
-    words = str(caught.value)
-    assert words.startswith("--format onnx needs no_such_package_a and no_such_package_b,")
-    assert "pip install 'samft[onnx]'" in words
+    message = str(caught.value)
+    assert message.startswith("--format onnx needs no_such_package_a and no_such_package_b,")
+    assert "pip install 'samft[onnx]'" in message
 
 
-def test_what_is_there_is_no_error(monkeypatch) -> None:
+def test_installed_packages_are_no_error(monkeypatch) -> None:
     monkeypatch.setitem(EXTRAS, "onnx", ("json", "numpy"))
     require_extra("onnx", what="--format onnx")
 

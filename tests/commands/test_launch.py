@@ -165,7 +165,7 @@ def test_slurm_itself_names_the_first_host(launcher: Launcher) -> None:
         ({**SLURM, "SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
     ],
 )
-def test_what_cannot_be_launched_is_exit_2(
+def test_wrong_environment_is_exit_2(
     launcher: Launcher, environment: dict[str, str], named: str
 ) -> None:
     ended = launcher.run(*RUN, LAUNCH_DRY_RUN="1", **environment)
@@ -250,7 +250,7 @@ def test_stopped_after_a_failure(
     assert ended.stderr.splitlines()[-1] == "launch.sh: a hang"
 
 
-def test_reason_is_the_last_word(launcher: Launcher, tmp_path: Path) -> None:
+def test_reason_is_the_last_line(launcher: Launcher, tmp_path: Path) -> None:
     status = write_status(state="failed", exit_code=2, reason="there is no such folder")
     python = fake_python(tmp_path / "python", status + "echo noise >&2; exit 1")
     ended = launcher.run(*RUN, SAMFT_PYTHON=python)
@@ -266,16 +266,17 @@ def test_reason_is_the_last_word(launcher: Launcher, tmp_path: Path) -> None:
         (signal.SIGHUP, signal.SIGTERM),
     ],
 )
-def test_signals_reach_torchrun_and_are_waited_for(
+def test_signals_are_forwarded_to_torchrun_which_is_waited_for(
     launcher: Launcher, tmp_path: Path, sent: signal.Signals, received: signal.Signals
 ) -> None:
     waits = f"""exec {shlex.quote(sys.executable)} -c '
 import os, signal
 signal.pthread_sigmask(signal.SIG_BLOCK, list(range(1, 16)))
 print("ready", flush=True)
-got = signal.sigwait(list(range(1, 16)))
+number = signal.sigwait(list(range(1, 16)))
 with open(os.environ["SAMFT_STATUS_FILE"], "w") as file:
-    file.write(chr(123) + f"\\"state\\": \\"preempted\\", \\"exit_code\\": {{60 + got}}" + chr(125))
+    status = f"\\"state\\": \\"preempted\\", \\"exit_code\\": {{60 + number}}"
+    file.write(chr(123) + status + chr(125))
 raise SystemExit(1)
 '"""
     python = fake_python(tmp_path / "python", waits)
@@ -307,7 +308,7 @@ def test_environment_of_the_run(launcher: Launcher, tmp_path: Path) -> None:
 
 @pytest.fixture
 def clone(launcher: Launcher, tmp_path: Path) -> Launcher:
-    """A clone of its own, and a Python that only notes what it is asked to install."""
+    """A clone of its own, and a Python that only records what it would install."""
     folder = tmp_path / "clone"
     folder.mkdir()
     for name in ("launch.sh", "setup.cfg", "pyproject.toml", "constraints.txt"):
@@ -334,8 +335,8 @@ def installed(clone: Launcher) -> list[str]:
 
 def test_installs_once_also_when_started_together(clone: Launcher) -> None:
     command = clone.command(*RUN)
-    together = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(4)]
-    assert [process.wait(60) for process in together] == [0, 0, 0, 0]
+    starts = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(4)]
+    assert [process.wait(60) for process in starts] == [0, 0, 0, 0]
     assert clone.run(*RUN).returncode == 0
     folder = clone.script.parent
     (line,) = installed(clone)
@@ -371,7 +372,7 @@ def test_no_python_is_a_clear_error(clone: Launcher) -> None:
     assert "no Python 3.10 or newer found" in ended.stderr
 
 
-def test_wrong_arguments_are_told_once_and_start_nothing(
+def test_wrong_arguments_are_reported_once_and_start_nothing(
     launcher: Launcher, tmp_path: Path
 ) -> None:
     python = fake_python(tmp_path / "python", f"touch {tmp_path}/started")

@@ -94,14 +94,14 @@ class GlooPool:
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
         for rank in range(self.world_size):
-            here, there = context.Pipe()
+            ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, rendezvous, rank, self.world_size), daemon=True
+                target=_serve, args=(theirs, rendezvous, rank, self.world_size), daemon=True
             )
             process.start()
-            there.close()
+            theirs.close()
             self._processes.append(process)
-            self._pipes.append(here)
+            self._pipes.append(ours)
 
     def _collect_answers(self) -> dict[int, tuple[Exception | None, Any]]:
         """The answers by rank, in the order of their coming: (None, result) or (error, text)."""

@@ -24,8 +24,8 @@ def children_of(pid: int) -> list[int]:
 def descendants_of(pid: int) -> list[int]:
     """All living processes that a process started, directly or not."""
     parents, family = _parents(), [pid]
-    for one in family:
-        family += [child for child, parent in parents.items() if parent == one]
+    for ancestor in family:
+        family += [child for child, parent in parents.items() if parent == ancestor]
     return family[1:]
 
 

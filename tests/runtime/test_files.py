@@ -102,7 +102,7 @@ def test_status_goes_to_the_folder_and_to_the_launcher(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "told.json"))
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "launcher.json"))
     write_status(
         run, state="preempted", step=7, exit_code=75, reason="SIGTERM", last_checkpoint="last.ckpt"
     )
@@ -114,24 +114,24 @@ def test_status_goes_to_the_folder_and_to_the_launcher(
         "last_checkpoint": "last.ckpt",
     }
     assert json.loads((run / "status.json").read_text()) == expected
-    assert json.loads((tmp_path / "told.json").read_text()) == expected
+    assert json.loads((tmp_path / "launcher.json").read_text()) == expected
 
 
 def test_status_without_a_folder_reaches_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "told.json"))
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "launcher.json"))
     write_status(None, state="failed", exit_code=2)
-    assert json.loads((tmp_path / "told.json").read_text())["exit_code"] == 2
+    assert json.loads((tmp_path / "launcher.json").read_text())["exit_code"] == 2
     write_status(tmp_path / "absent", state="failed", exit_code=1)
-    assert json.loads((tmp_path / "told.json").read_text())["exit_code"] == 1
-    assert os.listdir(tmp_path) == ["told.json"]
-    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "absent" / "told.json"))
+    assert json.loads((tmp_path / "launcher.json").read_text())["exit_code"] == 1
+    assert os.listdir(tmp_path) == ["launcher.json"]
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "absent" / "launcher.json"))
     write_status(tmp_path, state="running")
-    assert sorted(os.listdir(tmp_path)) == ["status.json", "told.json"]
+    assert sorted(os.listdir(tmp_path)) == ["launcher.json", "status.json"]
 
 
-def test_the_new_content_is_safe_before_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
+def test_the_new_content_is_on_disk_before_it_replaces_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with atomic_replacement(path, lambda file: file.write(b"new")) as part:
@@ -140,7 +140,7 @@ def test_the_new_content_is_safe_before_it_takes_the_place_of_the_old(tmp_path: 
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_what_fails_before_the_replacement_leaves_the_old(tmp_path: Path) -> None:
+def test_an_error_before_the_replacement_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with pytest.raises(KeyError), atomic_replacement(path, lambda file: file.write(b"new")):
@@ -149,7 +149,7 @@ def test_what_fails_before_the_replacement_leaves_the_old(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+def test_only_temporary_files_are_deleted(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "previous", tmp_path / "previous" / "deeper"):
         folder.mkdir(exist_ok=True)
         for name in (".last.ckpt.abc123.part", ".last.ckpt.part", "mine.part", ".hidden", "a.txt"):
@@ -161,7 +161,7 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
     assert ".last.ckpt.part" in os.listdir(tmp_path / "previous" / "deeper")  # none of ours
 
 
-def test_the_parts_that_a_kill_leaves_are_what_is_cleared(
+def test_the_temporary_files_of_a_killed_process_are_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill leaves no time for it
@@ -186,12 +186,12 @@ def test_a_folder_is_used_by_one_run_at_a_time(
             lock_output_dir(tmp_path),
         ):
             raise AssertionError("two at a time")
-        assert ".mine.abc.part" in os.listdir(tmp_path)  # of the run that goes on
+        assert ".mine.abc.part" in os.listdir(tmp_path)  # of the run that holds the lock
     with lock_output_dir(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
 
 
-def test_the_end_of_the_other_run_is_waited_for(
+def test_a_run_waits_for_the_end_of_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = try_lock(tmp_path / ".lock")
@@ -217,7 +217,7 @@ def test_a_folder_is_free_again_after_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "known"),
+    ("digests", "known"),
     [
         ({"sha256": "a"}, ["a"]),
         ({"sha256": ["a", "b"]}, ["a", "b"]),
@@ -229,8 +229,8 @@ def test_a_folder_is_free_again_after_a_failure(tmp_path: Path) -> None:
         (None, []),
     ],
 )
-def test_the_digests_that_a_sidecar_names(tmp_path: Path, told: Any, known: list[str]) -> None:
-    write_json(tmp_path / "a.json", told)
+def test_the_digests_that_a_sidecar_names(tmp_path: Path, digests: Any, known: list[str]) -> None:
+    write_json(tmp_path / "a.json", digests)
     assert read_digests(tmp_path / "a.json") == known
 
 
@@ -241,30 +241,35 @@ def test_an_unreadable_sidecar_names_none(tmp_path: Path, content: bytes | None)
     assert read_digests(tmp_path / "a.json") == []
 
 
-def test_a_file_is_known_by_its_sidecar(tmp_path: Path) -> None:
+def test_a_file_matches_its_sidecar(tmp_path: Path) -> None:
     path, sidecar = tmp_path / "a.ckpt", tmp_path / "a.json"
     path.write_bytes(b"weights")
-    assert matches_sidecar(path, sidecar)  # none is there, so nothing is said against it
+    assert matches_sidecar(path, sidecar)  # there is no sidecar
     digest = hashlib.sha256(b"weights").hexdigest()
-    for told, known in ((digest, True), (["0", digest], True), ("0", False), (["0", "1"], False)):
-        write_json(sidecar, {"sha256": told})
+    for digests, known in (
+        (digest, True),
+        (["0", digest], True),
+        ("0", False),
+        (["0", "1"], False),
+    ):
+        write_json(sidecar, {"sha256": digests})
         assert matches_sidecar(path, sidecar) is known
 
 
-def test_an_earlier_run_is_set_aside_with_its_state_before_the_last(tmp_path: Path) -> None:
+def test_an_earlier_run_is_archived_with_both_of_its_states(tmp_path: Path) -> None:
     (tmp_path / "previous").mkdir()
     names = ("metrics.jsonl", "bad_steps.jsonl", "last.ckpt", "last.json", "previous/last.ckpt")
     for name in names:
         (tmp_path / name).write_text(name)
     (tmp_path / "mine.txt").touch()
-    aside = archive_previous_run(tmp_path)
-    assert aside == tmp_path / "previous-1"
+    archive = archive_previous_run(tmp_path)
+    assert archive == tmp_path / "previous-1"
     assert sorted(os.listdir(tmp_path)) == ["mine.txt", "previous-1"]
-    assert all((aside / name).read_text() == name for name in names)
+    assert all((archive / name).read_text() == name for name in names)
     assert archive_previous_run(tmp_path) is None
 
 
-def test_what_is_staged_takes_its_place_when_the_block_ends(tmp_path: Path) -> None:
+def test_a_staged_file_replaces_the_target_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     with staging_path(target) as part:
         assert part.name == "a.bin" and not part.exists() and not target.exists()
@@ -289,7 +294,7 @@ def test_a_staged_folder_replaces_a_folder_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_block_that_fails_leaves_what_was_there(kind: str, tmp_path: Path) -> None:
+def test_a_block_that_fails_leaves_the_target(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "a"
     old = target / "old" if kind == "folder" else target
     old.parent.mkdir(exist_ok=True)
@@ -301,7 +306,7 @@ def test_a_block_that_fails_leaves_what_was_there(kind: str, tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_replaced_is_restored(tmp_path: Path) -> None:
     target = tmp_path / "a"
     target.mkdir()
     (target / "old").write_text("old")

@@ -1,4 +1,4 @@
-"""What a host lacks, told from what it is said to have."""
+"""The checks of a host, by what is reported of its disk, limits and devices."""
 
 import resource
 import shutil
@@ -39,7 +39,7 @@ def test_a_disk_that_is_too_small_is_refused_to_the_byte(
     assert str(tmp_path) in str(caught.value) and "lower save_top_k" in str(caught.value)
 
 
-def test_the_real_disk_is_asked(tmp_path: Path) -> None:
+def test_the_free_space_is_that_of_the_real_disk(tmp_path: Path) -> None:
     host_checks.check_disk(tmp_path, 1)
     with pytest.raises(ConfigError, match="make room"):
         host_checks.check_disk(tmp_path, 2**60)
@@ -57,7 +57,7 @@ def _same_limit() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_same_limit")
-def test_a_run_that_goes_on_needs_only_what_it_has_not_written_yet(
+def test_a_resumed_run_needs_only_the_space_of_new_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free(100, monkeypatch)
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_needs_only_what_it_has_not_written_yet(
 
 
 @pytest.mark.parametrize(
-    ("processes", "workers", "free", "said"),
+    ("processes", "workers", "free", "warning"),
     [
         # Three batches a worker: 2 processes * 4 workers * 3 = 24.
         ("2", 4, 24 * 1000, False),
@@ -90,11 +90,11 @@ def test_a_run_that_goes_on_needs_only_what_it_has_not_written_yet(
         ("2", 0, 0, False),
     ],
 )
-def test_too_little_shared_memory_is_said(
+def test_too_little_shared_memory_is_warned_of(
     processes: str | None,
     workers: int,
     free: int,
-    said: bool,
+    warning: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
@@ -105,7 +105,7 @@ def test_too_little_shared_memory_is_said(
     monkeypatch.setattr(host_checks, "_SHARED_MEMORY", tmp_path)
     with_free(free, monkeypatch)
     host_checks.warn_of_shared_memory(num_workers=workers, batch_bytes=1000)
-    assert any("--shm-size" in text for text in caplog.messages) == said
+    assert any("--shm-size" in text for text in caplog.messages) == warning
     caplog.clear()
     monkeypatch.setattr(host_checks, "_SHARED_MEMORY", tmp_path / "absent")
     host_checks.warn_of_shared_memory(num_workers=workers, batch_bytes=1000)
@@ -132,7 +132,7 @@ class Limits:
 
 
 @pytest.mark.parametrize(
-    ("limits", "after", "said"),
+    ("limits", "after", "warning"),
     [
         (Limits(1024, 65536), 65536, ""),
         (Limits(65536, 65536), 65536, ""),
@@ -143,10 +143,10 @@ class Limits:
         (Limits(1024, resource.RLIM_INFINITY), resource.RLIM_INFINITY, ""),
     ],
 )
-def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(
+def test_the_limit_of_open_files_is_raised_to_the_hard_limit(
     limits: Limits,
     after: int,
-    said: str,
+    warning: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -154,14 +154,14 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(
     monkeypatch.setattr(resource, "setrlimit", limits.set)
     host_checks.raise_open_file_limit()
     assert limits.now[0] == after
-    assert len(caplog.messages) == bool(said) and said in "".join(caplog.messages)
+    assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
 
 
 # GPUs
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "warning"),
     [
         ({}, "is built for CUDA 12.8, which needs a newer driver"),
         ({"built_for": None}, "is a build for CPUs"),
@@ -173,9 +173,9 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_goes(
         ({"visible": "0"}, "newer driver"),
     ],
 )
-def test_gpus_that_lie_idle_are_said(
+def test_unused_gpus_are_warned_of(
     changes: dict[str, Any],
-    said: str,
+    warning: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -187,4 +187,4 @@ def test_gpus_that_lie_idle_are_said(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: host["works"])
     monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(host["there"]))
     host_checks.warn_of_unused_gpus(host["device"])
-    assert len(caplog.messages) == bool(said) and said in "".join(caplog.messages)
+    assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)

@@ -47,7 +47,7 @@ def test_one_line_a_record(tmp_path: Path) -> None:
     ]
 
 
-def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
     write_steps(tmp_path, range(6))
     write_steps(tmp_path, range(4, 8), start_step=3)
     records = [(record["step"], record["split"]) for record in lines_of(tmp_path)]
@@ -71,7 +71,7 @@ def test_a_whole_line_without_its_end_is_kept_apart_from_the_next(tmp_path: Path
     assert [record["step"] for record in lines_of(tmp_path)] == [0, 0, 1, 1, 2, 2]
 
 
-def test_tensorboard_has_the_same_and_purges_what_was_dropped(
+def test_tensorboard_has_the_same_scalars_and_purges_those_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Files of one second are read in the order of this number as text: 10 would precede 9.
@@ -83,8 +83,8 @@ def test_tensorboard_has_the_same_and_purges_what_was_dropped(
         log.add_text("config", "seed: 0")
         log.add_hparams({"seed": 0, "val_fraction": None, "amp": "off"}, {"hparam/best": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert found == [(step, step / 4) for step in range(6)]
+    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert scalars == [(step, step / 4) for step in range(6)]
     assert [event.value for event in events.Scalars("hparam/best")] == [0.5]
     picture = events.Images("val/masks")[0]
     assert (picture.step, picture.height, picture.width) == (5, 4, 5)
@@ -99,7 +99,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         log.add_text("config", "seed: 0")
         log.add_hparams({"seed": 0}, {"best": 0.5})
         log.advance_bar(loss="1.0")
-        LOGGER.warning("said, not written")
+        LOGGER.warning("printed, not written")
     assert os.listdir(tmp_path) == []
 
 
@@ -134,17 +134,18 @@ def test_the_bar_is_off_without_a_terminal(
 
 
 @pytest.mark.parametrize(
-    "rank, said", [(0, ["note", "careful", "broken"]), (1, ["[rank 1] careful", "[rank 1] broken"])]
+    "rank, lines",
+    [(0, ["note", "careful", "broken"]), (1, ["[rank 1] careful", "[rank 1] broken"])],
 )
 def test_other_ranks_only_warn_and_fail(
-    rank: int, said: list[str], capsys: pytest.CaptureFixture[str]
+    rank: int, lines: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with logging_to_terminal(rank):
         LOGGER.info("note")
         LOGGER.warning("careful")
         LOGGER.error("broken")
         logging.getLogger("another.library").info("chatter")
-    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == said
+    assert [line[9:] for line in capsys.readouterr().err.splitlines()] == lines
 
 
 def test_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +223,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_duration(100 * 3600 + 62) == "100:01:02"
 
 
-def test_a_bad_step_is_noted_with_its_images(tmp_path: Path) -> None:
+def test_a_bad_step_is_written_with_its_images(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
         log.write_bad_step(3, position=4, image_ids=[[1, 2], [3]])
         log.write_bad_step(3, position=5, image_ids=[[7], []])
@@ -233,7 +234,7 @@ def test_a_bad_step_is_noted_with_its_images(tmp_path: Path) -> None:
     ]
 
 
-def test_other_ranks_note_no_bad_step(tmp_path: Path) -> None:
+def test_other_ranks_write_no_bad_step(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
         log.write_bad_step(3, position=4, image_ids=[[1]])
     assert os.listdir(tmp_path) == []
@@ -254,7 +255,7 @@ def room_for(size: int) -> Iterator[None]:
 
 # More and less than half of the line fits: what is left of it would fit, too, or would not.
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.9])
-def test_what_a_full_disk_does_not_take_is_written_later_and_whole(
+def test_lines_that_a_full_disk_refuses_are_written_later_and_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
@@ -270,11 +271,11 @@ def test_what_a_full_disk_does_not_take_is_written_later_and_whole(
         log.write_bad_step(5, position=5, image_ids=[[5]])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["position"] for line in lines] == [1, 2, 3, 4, 5]
-    said = [text for text in caplog.messages if "bad_steps.jsonl cannot be written" in text]
-    assert len(said) == 2
+    errors = [text for text in caplog.messages if "bad_steps.jsonl cannot be written" in text]
+    assert len(errors) == 2
 
 
-def test_a_full_disk_ends_no_run_that_only_logs(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_make_logging_fail(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
         with room_for(0):
             log.write_metrics(1, "train", {"loss": 0.5})

@@ -30,7 +30,7 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_noted_and_the_step_goes_on(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_interrupts_no_step(number: signal.Signals) -> None:
     with stop_on_signal() as stop:
         assert not stop
         send(number)
@@ -38,7 +38,7 @@ def test_a_signal_is_noted_and_the_step_goes_on(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_in_a_wait_a_signal_interrupts_at_once(number: signal.Signals) -> None:
+def test_a_signal_interrupts_a_wait_at_once(number: signal.Signals) -> None:
     with stop_on_signal() as stop:
         start = time.monotonic()
         timer = threading.Timer(0.05, send, [number])
@@ -48,11 +48,11 @@ def test_in_a_wait_a_signal_interrupts_at_once(number: signal.Signals) -> None:
         timer.join()
         assert time.monotonic() - start < WAIT_SECONDS / 2
         assert stop.received == [number.name]
-        send(signal.SIGTERM)  # after the wait, it is only noted
+        send(signal.SIGTERM)  # after the wait, it is only recorded
         assert len(stop.received) == 2
 
 
-def test_a_wait_is_not_begun_when_a_signal_came_before() -> None:
+def test_a_wait_does_not_begin_after_a_signal() -> None:
     entered = []
     with stop_on_signal() as stop:
         send(signal.SIGUSR1)
@@ -63,7 +63,7 @@ def test_a_wait_is_not_begun_when_a_signal_came_before() -> None:
         assert stop.received == ["SIGUSR1", "SIGUSR2"]
 
 
-def test_after_a_wait_that_failed_signals_are_only_noted() -> None:
+def test_after_a_wait_that_failed_signals_are_only_recorded() -> None:
     with stop_on_signal() as stop:
         with pytest.raises(KeyError), stop.waiting():
             raise KeyError
@@ -77,7 +77,7 @@ def test_a_second_ctrl_c_is_a_keyboard_interrupt() -> None:
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
         assert stop.received == ["SIGINT"]
-        send(signal.SIGTERM)  # of the others, any number is borne
+        send(signal.SIGTERM)  # other signals are recorded however often they come
         send(signal.SIGTERM)
 
 
@@ -91,26 +91,26 @@ def test_handlers_are_restored_however_it_ends() -> None:
 
 
 def test_outside_of_the_main_thread_there_are_no_handlers() -> None:
-    before, found = signal.getsignal(signal.SIGTERM), []
+    before, states = signal.getsignal(signal.SIGTERM), []
 
     def run() -> None:
         with stop_on_signal() as stop:
-            found.append((bool(stop), signal.getsignal(signal.SIGTERM)))
+            states.append((bool(stop), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [(False, before)]
+    assert states == [(False, before)]
 
 
-def test_what_is_noted_by_hand_counts() -> None:
+def test_a_stop_reason_that_is_no_signal_counts() -> None:
     stop = StopRequest()
     stop.received.append("the job's time limit")
     with pytest.raises(StopInterrupt), stop.waiting():
         raise AssertionError("the wait was begun")
 
 
-def test_the_end_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deadline_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
     assert job_deadline(120) == 1799999880
     assert job_deadline(0) == 1800000000
@@ -155,9 +155,9 @@ def is_alive(process: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 @pytest.mark.parametrize("kind", ["bound", "free"])
-def test_who_is_bound_to_a_parent_dies_with_it(kind: str) -> None:
-    words: Any = [sys.executable, "-c", PARENT, CHILD, kind]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+def test_a_process_bound_to_its_parent_dies_with_it(kind: str) -> None:
+    command: Any = [sys.executable, "-c", PARENT, CHILD, kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         grandchild = int(parent.stdout.readline())  # type: ignore[union-attr]
         assert is_alive(grandchild)
         parent.kill()

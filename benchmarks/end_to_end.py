@@ -29,9 +29,9 @@ from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import train_loader
 from samft.demo import write_demo
-from samft.embeddings.precompute import Precompute
-from samft.embeddings.split_cache import SplitCache, read_digests
-from samft.embeddings.store import Store
+from samft.embeddings.precompute import EncodingPass
+from samft.embeddings.split_cache import SplitCache, hash_images
+from samft.embeddings.store import EmbeddingStore
 
 # Starts a loader; returns its batches, and the function that takes a step with one.
 StartTraining: TypeAlias = Callable[[], tuple[Iterator[Any], Callable[[Any], Any]]]
@@ -190,17 +190,18 @@ def with_embeddings(
     model, trainer = variants.samft.model, variants.samft
     sides = ("as it is",) if dataset.augment == "none" else ("as it is", "flipped")
     stores = tuple(
-        Store(folder / name, shape=model.embedding_shape, dtype="float16") for name in sides
+        EmbeddingStore(folder / name, shape=model.embedding_shape, dtype="float16")
+        for name in sides
     )
     for store in stores:
         store.create({})
     options: dict[str, Any] = {"on_bad_image": "error", "should_stop": lambda: False}
-    files = read_digests(dataset.subset, **options)
+    files = hash_images(dataset.subset, **options)
     assert files is not None
     split = SplitCache(copy.copy(dataset), trainer.amp_dtype, stores, files)
-    split.look_up()
-    Precompute(split, model, num_workers=num_workers, **options).run()
-    split.attach()
+    split.find_missing()
+    EncodingPass(split, model, num_workers=num_workers, **options).run()
+    split.attach_to_dataset()
     return split.dataset
 
 

@@ -1,9 +1,14 @@
-"""Embeddings on disk: a mapped file of slots, and a record of what is whole in it. No torch.
+"""Embeddings on disk: a memory-mapped file of slots, and a file of records that says which count.
 
-A store is a folder named by a key of all that its embeddings depend on except the image; a slot in
-it is known by the SHA-256 of the image file. So a changed image is a new one, the same image in two
-places is one, and data sets can share a store. A slot counts once its record is there, and that is
-written after the embedding has reached the disk: what a crash leaves behind is not believed.
+A store is a folder, named by a key of all that its embeddings depend on except the image; in it, an
+embedding is known by the SHA-256 of the image file. So a changed image gets a new embedding, copies
+of an image share one, and datasets can share a store. Imports no torch.
+
+Why not LMDB: several hosts may write a store at once over NFS, where LMDB does not work. Here, each
+embedding has pages of its own in the file, and only one process writes records.
+
+Crash safety: an embedding counts once it has a record with a valid checksum, and the record is
+written after the embedding has been synced. What a crash leaves half-written has no such record.
 """
 
 import fcntl
@@ -14,7 +19,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,125 +31,132 @@ from samft.runtime.logs import GIB, format_gib
 DIGEST_BYTES = 32
 MARGIN_BYTES = GIB  # left free on the disk, for the run's own checkpoints
 _DATA, _RECORDS, _META = "embeddings.bin", "records.bin", "meta.json"
-_PAGE = 4096  # bytes; slots begin at pages, which two hosts can write side by side over NFS
+_PAGE_BYTES = 4096  # slots begin at pages: over NFS two hosts can write neighbouring pages at once
 _RECORD = np.dtype(
     [("digest", "u1", DIGEST_BYTES), ("height", "<i4"), ("width", "<i4"), ("crc", "<u4")]
 )
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a record says: which image is in a slot, and the size of its file's picture."""
+class EmbeddingRecord:
+    """Which image the embedding in a slot is of."""
 
     slot: int
-    digest: bytes
-    size: tuple[int, int]  # H, W, original px
+    digest: bytes  # SHA-256 of the image file
+    size: tuple[int, int]  # H, W of the image, original px
 
 
-class Store:
+class EmbeddingStore:
     """One folder of embeddings of one shape and type.
 
-    Every rank writes embeddings, with `write` and `sync`; only rank 0 writes records, with
-    `commit`, for entries that their writers have synced.
+    All ranks write embeddings, with `write` and `sync`. Only rank 0 writes records, with `commit`,
+    of embeddings that the ranks that wrote them have synced.
     """
 
     def __init__(self, folder: Path, *, shape: tuple[int, int, int], dtype: str) -> None:
-        """Names a store; opens nothing yet.
+        """Describes a store; touches no file.
 
         Args:
-            folder: Where it is, or will be.
+            folder: Where it is, or will be created.
             shape: C, h, w of an embedding.
             dtype: `float16` or `float32`.
         """
         self.folder, self.shape, self.dtype = folder, shape, np.dtype(dtype)
-        content = int(np.prod(shape)) * self.dtype.itemsize
-        self.slot_bytes = -(-content // _PAGE) * _PAGE
-        self._map: mmap.mmap | None = None
-        self._file: int | None = None
+        num_bytes = int(np.prod(shape)) * self.dtype.itemsize
+        self.slot_bytes = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        self._map: mmap.mmap | None = None  # for reading
+        self._descriptor: int | None = None  # for writing
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_map": None, "_file": None}  # a worker opens its own
+        return {**vars(self), "_map": None, "_descriptor": None}  # a loader worker opens its own
 
-    def create(self, description: dict[str, Any]) -> None:
-        """Makes the folder, if there is none, and notes that it is in use now.
+    def create(self, metadata: dict[str, Any]) -> None:
+        """Creates the folder, if there is none, and marks it as used now.
+
+        Args:
+            metadata: What the embeddings depend on, for people to read.
 
         Raises:
             OSError: It cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / _META).exists():
-            write_json(self.folder / _META, description)
+            write_json(self.folder / _META, metadata)
         (self.folder / _DATA).touch()
-        os.utime(self.folder / _META)
+        os.utime(self.folder / _META)  # `evict_unused_stores` goes by this time
 
-    def entries(self) -> dict[bytes, Entry]:
-        """All whole embeddings, by the digest of their image."""
+    def read_records(self) -> dict[bytes, EmbeddingRecord]:
+        """The records of all whole embeddings, by the digests of their images."""
         try:
             content = (self.folder / _RECORDS).read_bytes()
             num_slots = (self.folder / _DATA).stat().st_size // self.slot_bytes
         except FileNotFoundError:
             return {}
+        # A file of records that is longer than the data is a copy that was broken off, say.
         num_records = min(len(content) // _RECORD.itemsize, num_slots)
-        found = {}
-        for slot, record in enumerate(np.frombuffer(content, _RECORD, count=num_records)):
-            entry = Entry(slot, record["digest"].tobytes(), (record["height"], record["width"]))
-            # A record that was never written, or not to its end, has another checksum.
-            if record["crc"] == _record(entry)["crc"]:
-                found[entry.digest] = entry
-        return found
+        records = {}
+        for slot, encoded in enumerate(np.frombuffer(content, _RECORD, count=num_records)):
+            size = (encoded["height"], encoded["width"])
+            record = EmbeddingRecord(slot, encoded["digest"].tobytes(), size)
+            # Never written (a hole in the file), or written in part only: the checksum differs.
+            if encoded["crc"] == _encode_record(record)["crc"]:
+                records[record.digest] = record
+        return records
 
     @property
     def num_records(self) -> int:
-        """An upper bound of the number of entries, which costs nothing to find."""
+        """An upper bound of the number of embeddings, from the file size alone."""
         try:
             return (self.folder / _RECORDS).stat().st_size // _RECORD.itemsize
         except FileNotFoundError:
             return 0
 
     def write(self, slot: int, embedding: NDArray[np.floating]) -> None:
-        """Writes an embedding, [C, h, w] of the store's type; it counts from `commit` on.
+        """Writes an embedding [C, h, w] of the store's type; it counts only after `commit`.
 
         Raises:
-            OSError: The disk is full, say. Writing through the map would kill the process instead.
+            OSError: For example, the disk is full.
         """
-        if self._file is None:
-            self._file = os.open(self.folder / _DATA, os.O_WRONLY)
+        # Not through the map: there, a full disk would kill the process with SIGBUS.
+        if self._descriptor is None:
+            self._descriptor = os.open(self.folder / _DATA, os.O_WRONLY)
         assert embedding.shape == self.shape and embedding.dtype == self.dtype
         content = embedding.tobytes().ljust(self.slot_bytes, b"\0")
-        _write_all(self._file, content, offset=slot * self.slot_bytes)
+        _write_fully(self._descriptor, content, offset=slot * self.slot_bytes)
 
     def sync(self) -> None:
-        """Returns when all that this process wrote is on the disk."""
-        if self._file is not None:
-            os.fsync(self._file)
+        """Returns when everything that this process wrote is on the disk."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
 
-    def commit(self, entries: Iterable[Entry]) -> None:
-        """Records embeddings that have been synced by those who wrote them.
+    def commit(self, records: Iterable[EmbeddingRecord]) -> None:
+        """Records embeddings that the processes that wrote them have synced.
 
         Raises:
             OSError: The records cannot be written.
         """
         file = os.open(self.folder / _RECORDS, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            for entry in entries:
-                content = _record(entry).tobytes()
-                _write_all(file, content, offset=entry.slot * _RECORD.itemsize)
+            for record in records:
+                content = _encode_record(record).tobytes()
+                _write_fully(file, content, offset=record.slot * _RECORD.itemsize)
             os.fsync(file)
         finally:
             os.close(file)
 
     def close(self) -> None:
-        """Ends writing."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Closes the file that embeddings are written to; it can still be read."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def open(self) -> None:
-        """Maps the file, if it is not mapped yet and has anything in it."""
+        """Maps the embeddings for reading, unless that is done or there are none."""
         if self._map is not None or not (self.folder / _DATA).stat().st_size:
             return
         with (self.folder / _DATA).open("rb") as file:
-            # Held for as long as the map is: who has it mapped keeps it from being evicted.
+            # The map duplicates the descriptor and so keeps the lock: while it exists,
+            # `evict_unused_stores` does not delete the store.
             fcntl.flock(file, fcntl.LOCK_SH)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -153,19 +165,20 @@ class Store:
         self.open()
         assert self._map is not None
         start = slot * self.slot_bytes
-        # One request for all of it, where page faults would make one for every 128 KiB.
+        # One disk request for the whole slot; page faults alone would send one per 128 KiB.
         self._map.madvise(mmap.MADV_WILLNEED, start, self.slot_bytes)
         flat = np.frombuffer(self._map, self.dtype, count=int(np.prod(self.shape)), offset=start)
         return flat.reshape(self.shape).copy()
 
 
-def _record(entry: Entry) -> NDArray[np.void]:
-    digest = np.frombuffer(entry.digest, np.uint8)
-    crc = zlib.crc32(np.array([entry.slot, *entry.size], dtype="<i8").tobytes() + entry.digest)
-    return np.array((digest, *entry.size, crc), dtype=_RECORD)
+def _encode_record(record: EmbeddingRecord) -> NDArray[np.void]:
+    digest = np.frombuffer(record.digest, np.uint8)
+    # The slot is part of the checksum: a record that was moved in the file does not count.
+    numbers = np.array([record.slot, *record.size], dtype="<i8").tobytes()
+    return np.array((digest, *record.size, zlib.crc32(numbers + record.digest)), dtype=_RECORD)
 
 
-def _write_all(file: int, content: bytes, *, offset: int) -> None:
+def _write_fully(file: int, content: bytes, *, offset: int) -> None:
     written = 0
     while written < len(content):
         written += os.pwrite(file, memoryview(content)[written:], offset + written)
@@ -173,25 +186,25 @@ def _write_all(file: int, content: bytes, *, offset: int) -> None:
 
 @dataclass(frozen=True)
 class CachedEmbeddings:
-    """The embeddings of the N images of a split, in the order of its subset.
+    """The embeddings of the N images of a split, in the order of the split.
 
     Attributes:
-        stores: Of the images as they are and, if training flips, of the flipped ones.
-        slots: int64 [N, number of stores]; -1 where the image cannot be used.
-        sizes: int32 [N, 2], H, W of the files.
-        bad_images: What is wrong with those that cannot be used, by position.
+        stores: Of the unflipped images and, if training flips, of the flipped ones.
+        slots: int64 [N, number of stores]; -1 where an image cannot be used.
+        sizes: int32 [N, 2], H, W of the images, original px.
+        bad_images: Why images cannot be used, by row.
     """
 
-    stores: tuple[Store, ...]
+    stores: tuple[EmbeddingStore, ...]
     slots: NDArray[np.int64]
     sizes: NDArray[np.int32]
     bad_images: dict[int, str]
 
     def size(self, i: int) -> tuple[int, int]:
-        """H, W of the file of image i.
+        """H, W of image i, original px.
 
         Raises:
-            ImageError: It cannot be used, as was found when it was to be encoded.
+            ImageError: The image could not be used when it was to be encoded.
         """
         if i in self.bad_images:
             raise ImageError(self.bad_images[i])
@@ -203,53 +216,83 @@ class CachedEmbeddings:
         return self.stores[int(flipped)].read(int(self.slots[i, int(flipped)]))
 
 
-def make_room(folder: Path, *, own: set[str], needed: int, limit: int) -> str | None:
-    """Deletes what has not been used longest until there is room for more. One process at a time.
+class _DiskUsage(NamedTuple):
+    # In bytes. `evictable` are the stores that may be deleted, the longest unused first.
+    free: int  # of the disk
+    used: int  # by all stores
+    kept: int  # by the stores that the caller keeps
+    evictable: dict[Path, int]
+
+    @property
+    def num_evictable_bytes(self) -> int:
+        return sum(self.evictable.values())
+
+
+def evict_unused_stores(folder: Path, *, own: set[str], needed: int, limit: int) -> str | None:
+    """Deletes the stores that were unused longest until there is room. One process at a time.
 
     Args:
         folder: Of all stores.
         own: Names of the stores to keep.
-        needed: Bytes to come.
+        needed: Bytes that are to be written.
         limit: Bytes that the folder may hold.
 
     Returns:
-        Why there is no room, as the end of a sentence, and then nothing is deleted; else None.
+        None if there is room. Otherwise why not, as the end of a sentence; nothing is deleted then.
     """
-    sizes = {store: _disk_bytes(store) for store in folder.iterdir() if (store / _META).exists()}
-    kept = sum(sizes[store] for store in sizes if store.name in own)
-    free = shutil.disk_usage(folder).free
-    others = sorted(
-        (store for store in sizes if store.name not in own and not _is_in_use(store)),
-        key=lambda store: (store / _META).stat().st_mtime,
-    )
-    used, evictable = sum(sizes.values()), sum(sizes[store] for store in others)
-    if used - evictable + needed > limit:
-        busy = f", and other runs use {format_gib(used - evictable - kept)} of it"
-        return (
-            f"it would hold {format_gib(kept + needed)}"
-            f"{busy if used - evictable > kept else ''}, "
-            f"and cache_max_gib allows {format_gib(limit)}"
-        )
-    if needed and needed + MARGIN_BYTES > free + evictable:
-        return (
-            f"{format_gib(needed)} more are needed, and of the "
-            f"{format_gib(free + evictable)} that are free there "
-            f"{format_gib(MARGIN_BYTES)} are left to checkpoints"
-        )
-    for store in others:
+    usage = _measure_usage(folder, own=own)
+    if reason := _explain_lack_of_room(usage, needed=needed, limit=limit):
+        return reason
+    free, used = usage.free, usage.used
+    for store, size in usage.evictable.items():
         if used + needed <= limit and needed + MARGIN_BYTES <= free:
             break
         shutil.rmtree(store)
-        used, free = used - sizes[store], free + sizes[store]
+        used, free = used - size, free + size
     return None
 
 
-def _disk_bytes(store: Path) -> int:
-    # What is taken up of the disk: slots that are not written yet are holes.
+def _measure_usage(folder: Path, *, own: set[str]) -> _DiskUsage:
+    sizes = {
+        store: _allocated_bytes(store) for store in folder.iterdir() if (store / _META).exists()
+    }
+    evictable = sorted(
+        (store for store in sizes if store.name not in own and not _is_mapped(store)),
+        key=lambda store: (store / _META).stat().st_mtime,
+    )
+    return _DiskUsage(
+        free=shutil.disk_usage(folder).free,
+        used=sum(sizes.values()),
+        kept=sum(size for store, size in sizes.items() if store.name in own),
+        evictable={store: sizes[store] for store in evictable},
+    )
+
+
+def _explain_lack_of_room(usage: _DiskUsage, *, needed: int, limit: int) -> str | None:
+    remaining = usage.used - usage.num_evictable_bytes  # after deleting all that may be deleted
+    if remaining + needed > limit:
+        others = remaining - usage.kept
+        busy = f", and other runs use {format_gib(others)} of it" if others else ""
+        return (
+            f"it would hold {format_gib(usage.kept + needed)}{busy}, "
+            f"and cache_max_gib allows {format_gib(limit)}"
+        )
+    available = usage.free + usage.num_evictable_bytes
+    if needed and needed + MARGIN_BYTES > available:
+        return (
+            f"{format_gib(needed)} more are needed, and of the {format_gib(available)} that are "
+            f"free there {format_gib(MARGIN_BYTES)} are left to checkpoints"
+        )
+    return None
+
+
+def _allocated_bytes(store: Path) -> int:
+    # Not the file sizes: slots that have not been written are holes, which take up no disk.
     return sum(path.stat().st_blocks * 512 for path in store.iterdir())
 
 
-def _is_in_use(store: Path) -> bool:
+def _is_mapped(store: Path) -> bool:
+    # Whether a run reads the store: its map holds a shared lock, see `EmbeddingStore.open`.
     try:
         with (store / _DATA).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,17 +12,16 @@ from samft import distributed
 from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset
 from samft.distributed import run_on_all_ranks
-from samft.embeddings.precompute import Precompute, unwritable
+from samft.embeddings.precompute import EncodingPass, cache_write_error
 from samft.embeddings.split_cache import (
     CacheKey,
     ShouldStop,
     SplitCache,
-    describe,
-    digest_of_encoder,
-    precision_of,
-    read_digests,
+    hash_encoder,
+    hash_images,
+    name_precision,
 )
-from samft.embeddings.store import Store, make_room
+from samft.embeddings.store import EmbeddingStore, evict_unused_stores
 from samft.errors import ConfigError
 from samft.models.prompted_sam import PromptedSam
 from samft.recipes.build import images_per_step
@@ -84,13 +83,13 @@ def prepare_cache(
         run_on_all_ranks(lambda: _create_stores(plans))
         run_on_all_ranks(lambda: _check_shared_disk(plans))
         for cache in caches:
-            cache.look_up()
+            cache.find_missing()
         if not _has_room(caches, cache_dir, config):
             return True
         if not _encode_missing(caches, model, config, should_stop=should_stop):
             return False
         for cache in caches:
-            cache.attach()
+            cache.attach_to_dataset()
         distributed.barrier()  # rank 0 holds the lock until all ranks have mapped the files
     model.sam.image_encoder.cpu()
     if model.sam.device.type == "cuda":
@@ -132,7 +131,7 @@ class _StorePlan(NamedTuple):
     dataset: Coco2MaskDataset
     amp_dtype: torch.dtype | None
     keys: list[CacheKey]
-    stores: tuple[Store, ...]
+    stores: tuple[EmbeddingStore, ...]
 
 
 def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> bool:
@@ -181,7 +180,7 @@ def _exclusive_lock(cache_dir: Path, *, should_stop: ShouldStop) -> Iterator[boo
 def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_StorePlan]:
     # Collective. The plan of the training split, then that of the validation split.
     device = model.sam.device
-    digest = distributed.broadcast(digest_of_encoder(model.sam) if distributed.is_main() else "")
+    digest = distributed.broadcast(hash_encoder(model.sam) if distributed.is_main() else "")
     cache_dir, shape = cache_dir_of(config), model.embedding_shape
 
     def plan_split(
@@ -194,12 +193,14 @@ def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> lis
                 resize_mode=config.resize_mode,
                 exact=not dataset.training,
                 flipped=flipped,
-                precision=precision_of(amp_dtype, device),
+                precision=name_precision(amp_dtype, device),
                 dtype=config.cache_dtype,
             )
             for flipped in flips
         ]
-        stores = tuple(Store(cache_dir / key.key, shape=shape, dtype=key.dtype) for key in keys)
+        stores = tuple(
+            EmbeddingStore(cache_dir / key.store_name, shape=shape, dtype=key.dtype) for key in keys
+        )
         return _StorePlan(dataset, amp_dtype, keys, stores)
 
     flips = (False,) if config.augment == "none" else (False, True)
@@ -239,7 +240,7 @@ def _open_caches(
     # Collective. Hashes all images; None if asked to stop meanwhile.
     caches = []
     for plan in plans:
-        digests = read_digests(
+        digests = hash_images(
             plan.dataset.subset, on_bad_image=on_bad_image, should_stop=should_stop
         )
         if digests is None:
@@ -253,9 +254,9 @@ def _create_stores(plans: list[_StorePlan]) -> None:
         for key, store in zip(plan.keys, plan.stores, strict=True):
             try:
                 if distributed.is_main():
-                    store.create(describe(key))
+                    store.create(key.metadata)
             except OSError as error:
-                raise unwritable(store.folder.parent, error) from error
+                raise cache_write_error(store.folder.parent, error) from error
 
 
 def _check_shared_disk(plans: list[_StorePlan]) -> None:
@@ -275,7 +276,7 @@ def _has_room(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) ->
     if distributed.is_main():
         own = {store.folder.name for cache in caches for store in cache.stores}
         limit = int(config.cache_max_gib * GIB)
-        why_not = make_room(cache_dir, own=own, needed=needed, limit=limit)
+        why_not = evict_unused_stores(cache_dir, own=own, needed=needed, limit=limit)
     why_not = distributed.broadcast(why_not)
     if why_not is None:
         missing = sum(len(cache.missing) for cache in caches)
@@ -304,7 +305,7 @@ def _encode_missing(
     for cache in caches:
         if not cache.missing:
             continue
-        is_complete = Precompute(
+        is_complete = EncodingPass(
             cache,
             model,
             on_bad_image=config.on_bad_image,

@@ -18,9 +18,9 @@ from samft import distributed
 from samft.coco.images import open_image
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
-from samft.embeddings.precompute import Precompute
-from samft.embeddings.split_cache import SplitCache, read_digests
-from samft.embeddings.store import Store
+from samft.embeddings.precompute import EncodingPass
+from samft.embeddings.split_cache import SplitCache, hash_images
+from samft.embeddings.store import EmbeddingStore
 from samft.errors import UserError
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze
@@ -48,16 +48,17 @@ def open_cache(root: Path, *, dtype: str = "float32", amp_dtype: Any = None) -> 
     subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
     dataset = Coco2MaskDataset(annotations.parent, subset=subset, image_size=64, training=True)
     stores = tuple(
-        Store(root / "cache" / name, shape=(128, 4, 4), dtype=dtype) for name in ("plain", "flip")
+        EmbeddingStore(root / "cache" / name, shape=(128, 4, 4), dtype=dtype)
+        for name in ("plain", "flip")
     )
     if distributed.is_main():
         for store in stores:
             store.create({})
     distributed.barrier()
-    files = read_digests(subset, on_bad_image="skip", should_stop=lambda: False)
+    files = hash_images(subset, on_bad_image="skip", should_stop=lambda: False)
     assert files is not None
     cache = SplitCache(dataset, amp_dtype, stores, files)
-    cache.look_up()
+    cache.find_missing()
     return cache
 
 
@@ -69,14 +70,14 @@ def fill(cache: SplitCache, *, model: PromptedSam | None = None, **options: Any)
         "sync_seconds": 0,
         **options,
     }
-    return Precompute(cache, model or make_model(), **settings).run()
+    return EncodingPass(cache, model or make_model(), **settings).run()
 
 
 def check_whole(root: Path, *, dtype: str = "float32", amp_dtype: Any = None) -> None:
     """All that is recorded is what the encoder gives for that image, and nothing is missing."""
     cache, model = open_cache(root, dtype=dtype, amp_dtype=amp_dtype), make_model()
     assert cache.missing == []
-    cache.attach()
+    cache.attach_to_dataset()
     cached = cache.dataset.embeddings
     assert cached is not None
     for row in range(NUM_IMAGES):

@@ -15,13 +15,13 @@ from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.split_cache import (
     CacheKey,
-    Digests,
+    ImageDigests,
     SplitCache,
-    digest_of_encoder,
-    precision_of,
-    read_digests,
+    hash_encoder,
+    hash_images,
+    name_precision,
 )
-from samft.embeddings.store import Entry, Store
+from samft.embeddings.store import EmbeddingRecord, EmbeddingStore
 from samft.errors import UserError
 from samft.models.sam import build_sam
 
@@ -39,33 +39,35 @@ OTHER: dict[str, Any] = {
 
 def test_everything_in_a_recipe_changes_its_key() -> None:
     assert OTHER.keys() == {field.name for field in dataclasses.fields(CacheKey)}
-    keys = {dataclasses.replace(RECIPE, **{name: value}).key for name, value in OTHER.items()}
-    assert len(keys | {RECIPE.key}) == len(OTHER) + 1
-    assert dataclasses.replace(RECIPE).key == RECIPE.key
+    keys = {
+        dataclasses.replace(RECIPE, **{name: value}).store_name for name, value in OTHER.items()
+    }
+    assert len(keys | {RECIPE.store_name}) == len(OTHER) + 1
+    assert dataclasses.replace(RECIPE).store_name == RECIPE.store_name
 
 
 def test_the_digest_is_of_the_encoder_only() -> None:
     sam = build_sam("vit_tiny", 64)
-    before = digest_of_encoder(sam)
+    before = hash_encoder(sam)
     with torch.no_grad():
         sam.mask_decoder.mask_tokens.weight.add_(1)
-    assert digest_of_encoder(sam) == before
+    assert hash_encoder(sam) == before
     for parameter in sam.image_encoder.parameters():
         with torch.no_grad():
             parameter.view(-1)[-1] += 1e-3
-        after = digest_of_encoder(sam)
+        after = hash_encoder(sam)
         assert after != before
         before = after
     sam.pixel_mean += 1
-    assert digest_of_encoder(sam) != before
+    assert hash_encoder(sam) != before
 
 
 def test_precision_names_what_was_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert precision_of(torch.bfloat16, gpu) == "bfloat16"
-    assert precision_of(None, gpu) == "float32"
+    assert name_precision(torch.bfloat16, gpu) == "bfloat16"
+    assert name_precision(None, gpu) == "float32"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert (precision_of(None, gpu), precision_of(None, cpu)) == ("tf32", "float32")
+    assert (name_precision(None, gpu), name_precision(None, cpu)) == ("tf32", "float32")
 
 
 @pytest.fixture
@@ -83,9 +85,9 @@ def index_of(annotations: Path) -> Any:
     return read_coco(annotations, annotations.parent)
 
 
-def digests_of(annotations: Path, *, on_bad_image: str = "skip") -> Digests | None:
+def digests_of(annotations: Path, *, on_bad_image: str = "skip") -> ImageDigests | None:
     subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
-    return read_digests(subset, on_bad_image=on_bad_image, should_stop=lambda: False)
+    return hash_images(subset, on_bad_image=on_bad_image, should_stop=lambda: False)
 
 
 def test_digests_are_of_contents_whatever_the_number_of_ranks(gloo2: GlooPool, split: Path) -> None:
@@ -95,7 +97,7 @@ def test_digests_are_of_contents_whatever_the_number_of_ranks(gloo2: GlooPool, s
         assert np.array_equal(found.digests, alone.digests)
         assert np.array_equal(found.sizes, alone.sizes)
         assert found.bad_images == alone.bad_images
-    assert alone.of(0) == alone.of(6) != alone.of(1)
+    assert alone.digest_of(0) == alone.digest_of(6) != alone.digest_of(1)
     assert alone.sizes[1].tolist() == [64, 48]
     assert list(alone.bad_images) == [3] and "image_3.png" in alone.bad_images[3]
 
@@ -114,7 +116,7 @@ def test_an_unusable_image_ends_all_ranks(gloo2: GlooPool, split: Path) -> None:
 def stopped_on_rank_1(annotations: Path) -> Any:
     subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
     rank = distributed.get_rank()
-    return read_digests(subset, on_bad_image="error", should_stop=lambda: rank == 1)
+    return hash_images(subset, on_bad_image="error", should_stop=lambda: rank == 1)
 
 
 def test_all_ranks_stop_if_one_is_asked_to(gloo2: GlooPool, split: Path) -> None:
@@ -126,12 +128,12 @@ def split_cache(annotations: Path) -> SplitCache:
     subset = read_coco(annotations, annotations.parent, on_bad_image="skip")
     dataset = Coco2MaskDataset(annotations.parent, subset=subset, image_size=64, training=True)
     stores = tuple(
-        Store(annotations.parent.parent / name, shape=(8, 4, 4), dtype="float16")
+        EmbeddingStore(annotations.parent.parent / name, shape=(8, 4, 4), dtype="float16")
         for name in ("plain", "flipped")
     )
     for store in stores:
         store.create({})
-    files = read_digests(subset, on_bad_image="skip", should_stop=lambda: False)
+    files = hash_images(subset, on_bad_image="skip", should_stop=lambda: False)
     assert files is not None
     return SplitCache(dataset, None, stores, files)
 
@@ -140,17 +142,18 @@ def write_entries(cache: SplitCache, state: int, rows_to_slots: dict[int, int]) 
     for row, slot in rows_to_slots.items():
         cache.stores[state].write(slot, np.full((8, 4, 4), row, np.float16))
         cache.stores[state].sync()
-        cache.stores[state].commit([Entry(slot, cache.files.of(row), (1, 1))])
+        cache.stores[state].commit([EmbeddingRecord(slot, cache.files.digest_of(row), (1, 1))])
 
 
 def test_missing_images_get_free_slots_and_copies_share_one(split: Path) -> None:
     cache = split_cache(split)
     write_entries(cache, 0, {1: 0, 4: 3})
     write_entries(cache, 1, {4: 0})
-    cache.look_up()
+    cache.find_missing()
     assert cache.missing == [(0, (0, 1)), (1, (1,)), (2, (0, 1)), (5, (0, 1))]
     where = [
-        {row: slots[cache.files.of(row)] for row in (0, 1, 2, 4, 5, 6)} for slots in cache.slots
+        {row: slots[cache.files.digest_of(row)] for row in (0, 1, 2, 4, 5, 6)}
+        for slots in cache.slots
     ]
     assert where[0] == {0: 1, 1: 0, 2: 2, 4: 3, 5: 4, 6: 1}
     assert where[1] == {0: 1, 1: 2, 2: 3, 4: 0, 5: 4, 6: 1}
@@ -161,10 +164,10 @@ def test_a_split_with_embeddings_gives_them_by_position(split: Path) -> None:
     cache = split_cache(split)
     for state in (0, 1):
         write_entries(cache, state, {row: 10 - row for row in (0, 1, 2, 4, 5)})
-    cache.look_up()
+    cache.find_missing()
     assert cache.missing == []
-    cache.note_bad_images({5: "five is broken"})
-    cache.attach()
+    cache.mark_bad_images({5: "five is broken"})
+    cache.attach_to_dataset()
     embeddings = cache.dataset.embeddings
     assert embeddings is not None
     for row, value in {0: 0, 1: 1, 2: 2, 4: 4, 6: 0}.items():
@@ -174,7 +177,7 @@ def test_a_split_with_embeddings_gives_them_by_position(split: Path) -> None:
 
 def test_copies_of_a_broken_image_are_broken(split: Path) -> None:
     cache = split_cache(split)
-    cache.look_up()
-    cache.note_bad_images({0: "zero is broken"})
+    cache.find_missing()
+    cache.mark_bad_images({0: "zero is broken"})
     assert cache.files.bad_images[0] == cache.files.bad_images[6] == "zero is broken"
     assert cache.files.bad_images.keys() == {0, 3, 6}

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from samft.coco.images import ImageError
-from samft.embeddings.store import CachedEmbeddings, Entry, Store, make_room
+from samft.embeddings.store import (
+    CachedEmbeddings,
+    EmbeddingRecord,
+    EmbeddingStore,
+    evict_unused_stores,
+)
 from samft.runtime.logs import GIB, format_gib
 
 SHAPE = (8, 3, 3)
@@ -25,23 +30,23 @@ def embedding(number: int, dtype: str = "float16") -> np.ndarray:
     return np.random.default_rng(number).normal(size=SHAPE).astype(dtype)
 
 
-def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> Store:
+def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> EmbeddingStore:
     """A store with `count` embeddings in it, opened anew."""
-    store = Store(folder, shape=SHAPE, dtype=dtype)
+    store = EmbeddingStore(folder, shape=SHAPE, dtype=dtype)
     store.create({"who": "a test"})
     for number in range(count):
         store.write(number, embedding(number, dtype))
     store.sync()
-    store.commit([Entry(k, digest(k), (40 + k, 60)) for k in range(count)])
+    store.commit([EmbeddingRecord(k, digest(k), (40 + k, 60)) for k in range(count)])
     store.close()
-    return Store(folder, shape=SHAPE, dtype=dtype)
+    return EmbeddingStore(folder, shape=SHAPE, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_was_committed_is_read_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
     store = a_store(tmp_path / "a", count=3, dtype=dtype)
-    found = store.entries()
-    assert found == {digest(k): Entry(k, digest(k), (40 + k, 60)) for k in range(3)}
+    found = store.read_records()
+    assert found == {digest(k): EmbeddingRecord(k, digest(k), (40 + k, 60)) for k in range(3)}
     for reader in (store, pickle.loads(pickle.dumps(store))):
         for number in (2, 0, 1):
             read = reader.read(number)
@@ -60,10 +65,10 @@ def test_an_embedding_without_a_record_does_not_count(tmp_path: Path) -> None:
     store = a_store(tmp_path / "a", count=2)
     store.write(2, embedding(2))
     store.sync()
-    assert store.entries().keys() == {digest(0), digest(1)}
+    assert store.read_records().keys() == {digest(0), digest(1)}
     store.write(4, embedding(4))
-    store.commit([Entry(4, digest(4), (1, 1))])  # slots 2 and 3 stay open
-    assert store.entries().keys() == {digest(0), digest(1), digest(4)}
+    store.commit([EmbeddingRecord(4, digest(4), (1, 1))])  # slots 2 and 3 stay open
+    assert store.read_records().keys() == {digest(0), digest(1), digest(4)}
 
 
 def test_a_record_that_is_torn_moved_or_without_its_data_does_not_count(tmp_path: Path) -> None:
@@ -74,27 +79,27 @@ def test_a_record_that_is_torn_moved_or_without_its_data_does_not_count(tmp_path
         torn = bytearray(whole)
         torn[size + flipped] ^= 1
         records.write_bytes(torn)
-        assert store.entries().keys() == {digest(0), digest(2)}, flipped
+        assert store.read_records().keys() == {digest(0), digest(2)}, flipped
     records.write_bytes(whole[:-1])
-    assert store.entries().keys() == {digest(0), digest(1)}
+    assert store.read_records().keys() == {digest(0), digest(1)}
     records.write_bytes(whole[size:])  # each in another's place
-    assert store.entries() == {}
+    assert store.read_records() == {}
     records.write_bytes(whole)
     os.truncate(data, data.stat().st_size - 1)
-    assert store.entries().keys() == {digest(0), digest(1)}
+    assert store.read_records().keys() == {digest(0), digest(1)}
 
 
 def test_no_folder_has_no_entries(tmp_path: Path) -> None:
-    store = Store(tmp_path / "absent", shape=SHAPE, dtype="float32")
-    assert store.entries() == {} and store.num_records == 0
+    store = EmbeddingStore(tmp_path / "absent", shape=SHAPE, dtype="float32")
+    assert store.read_records() == {} and store.num_records == 0
 
 
 def test_creating_again_keeps_what_is_there(tmp_path: Path) -> None:
     a_store(tmp_path / "a", count=2)
     os.utime(tmp_path / "a" / "meta.json", (1, 1))
-    store = Store(tmp_path / "a", shape=SHAPE, dtype="float16")
+    store = EmbeddingStore(tmp_path / "a", shape=SHAPE, dtype="float16")
     store.create({"who": "another"})
-    assert len(store.entries()) == store.num_records == 2
+    assert len(store.read_records()) == store.num_records == 2
     assert json.loads((tmp_path / "a" / "meta.json").read_text()) == {"who": "a test"}
     assert (tmp_path / "a" / "meta.json").stat().st_mtime > 1e9
 
@@ -108,7 +113,7 @@ def test_a_full_disk_is_an_error_and_not_a_dead_process(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         store.write(1, embedding(1))
-    assert store.entries().keys() == {digest(0)}
+    assert store.read_records().keys() == {digest(0)}
 
 
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: Any) -> None:
@@ -168,24 +173,24 @@ MIB = 1 << 20
 def test_the_longest_unused_go_first_and_only_as_many_as_needed(
     filled: Path, limit: int, own: set[str], left: set[str]
 ) -> None:
-    assert make_room(filled, own=own, needed=2 * MIB, limit=limit) is None
+    assert evict_unused_stores(filled, own=own, needed=2 * MIB, limit=limit) is None
     assert names(filled) == left
 
 
 def test_what_another_run_reads_is_not_evicted(filled: Path) -> None:
-    reader = Store(filled / "b", shape=SHAPE, dtype="float16")
+    reader = EmbeddingStore(filled / "b", shape=SHAPE, dtype="float16")
     reader.read(0)
-    assert make_room(filled, own=set(), needed=2 * MIB, limit=5 * MIB) is None
+    assert evict_unused_stores(filled, own=set(), needed=2 * MIB, limit=5 * MIB) is None
     assert names(filled) == {"b"}
-    why = make_room(filled, own=set(), needed=2 * MIB, limit=3 * MIB)
+    why = evict_unused_stores(filled, own=set(), needed=2 * MIB, limit=3 * MIB)
     assert why is not None and "other runs use 2.0 MiB of it" in why
     del reader
-    assert make_room(filled, own=set(), needed=2 * MIB, limit=3 * MIB) is None
+    assert evict_unused_stores(filled, own=set(), needed=2 * MIB, limit=3 * MIB) is None
     assert names(filled) == set()
 
 
 def test_too_little_allowed_is_said_and_nothing_is_evicted(filled: Path) -> None:
-    why = make_room(filled, own={"a"}, needed=3 * GIB, limit=2 * GIB)
+    why = evict_unused_stores(filled, own={"a"}, needed=3 * GIB, limit=2 * GIB)
     assert why == "it would hold 3.0 GiB, and cache_max_gib allows 2.0 GiB"
     assert names(filled) == {"a", "b", "c"}
 
@@ -195,21 +200,21 @@ def test_too_small_a_disk_is_said_or_made_room_on(filled: Path, monkeypatch: Any
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
 
     with_free(GIB + 4 * MIB)  # all but the gibibyte that is for checkpoints
-    assert make_room(filled, own={"a"}, needed=4 * MIB, limit=GIB) is None
+    assert evict_unused_stores(filled, own={"a"}, needed=4 * MIB, limit=GIB) is None
     assert names(filled) == {"a", "b", "c"}
-    why = make_room(filled, own={"a"}, needed=9 * MIB, limit=GIB)
+    why = evict_unused_stores(filled, own={"a"}, needed=9 * MIB, limit=GIB)
     assert why is not None and why.startswith("9.0 MiB more are needed")
     assert names(filled) == {"a", "b", "c"}
-    assert make_room(filled, own={"a"}, needed=5 * MIB, limit=GIB) is None
+    assert evict_unused_stores(filled, own={"a"}, needed=5 * MIB, limit=GIB) is None
     assert names(filled) == {"a", "c"}
     with_free(0)
-    assert make_room(filled, own={"a"}, needed=0, limit=GIB) is None
+    assert evict_unused_stores(filled, own={"a"}, needed=0, limit=GIB) is None
 
 
 def test_holes_take_up_no_room(tmp_path: Path) -> None:
     sized_store(tmp_path / "a", mib=1, used=1)
     os.truncate(tmp_path / "a" / "embeddings.bin", GIB)
-    assert make_room(tmp_path, own={"a"}, needed=MIB, limit=3 * MIB) is None
+    assert evict_unused_stores(tmp_path, own={"a"}, needed=MIB, limit=3 * MIB) is None
 
 
 def test_bytes_for_a_person() -> None:

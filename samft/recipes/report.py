@@ -30,7 +30,11 @@ from samft.recipes.datasets import Splits, find_val_files
 from samft.recipes.qualitative_examples import draw_examples
 from samft.reports.page import ReportPage, render
 from samft.reports.summary import log_summary, next_commands, summarise_run
-from samft.reports.validation_images import ValidationImages, find_objects
+from samft.reports.validation_images import (
+    ValidationImages,
+    draw_before_and_after,
+    find_objects,
+)
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.files import write_text
 from samft.runtime.logs import LOGGER, format_duration
@@ -63,7 +67,7 @@ class RunReport:
     @cached_property
     def comparison(self) -> Comparison | None:
         """The objects at step 0 and at the best step; None unless the scores of both are known."""
-        scores = self.images.objects
+        scores = self.images.per_object_log
         before, after = scores.read(0), scores.read(self.best.step if self.best else None)
         return None if before is None or after is None else compare_objects(before, after)
 
@@ -97,6 +101,11 @@ class RunReport:
                 write_text(path, render(page))
             except Exception:
                 LOGGER.exception("%s could not be written; all other files are complete", path)
+        draw_before_and_after(
+            self.output_dir,
+            before=summary["baseline_val_per_mask_iou"],
+            after=summary["best_val_per_mask_iou"],
+        )
         log_summary(summary, self.output_dir, commands=commands)
 
     def next_commands(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Charts as SVG text, in the colours of the page that they stand in. Imports no torch."""
+"""Charts as SVG text; their colours are classes in report.css. Imports no torch."""
 
 import math
 from collections.abc import Sequence
@@ -9,40 +9,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 440, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40
-_MAX_POINTS = 500  # of a cloud: more would only be darker, and weigh
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40  # margins around the plot, for labels
+_MAX_POINTS = 500  # of a scatter plot: more would only make it darker, and the file larger
 
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A line of a chart: its name, its style's class in the page, and its points."""
+    """A line of a chart."""
 
     name: str
-    style: str
+    style: str  # class in report.css
     points: Sequence[tuple[float, float]]
 
 
 def tick_values(low: float, high: float, *, num: int = 5) -> list[float]:
-    """Round numbers that span a range: steps of 1, 2 or 5 times a power of ten.
+    """Round numbers that span a range, in steps of 1, 2 or 5 times a power of ten.
 
     Args:
         low: The least value.
         high: The greatest.
-        num: About how many.
+        num: About how many steps.
     """
     if not high > low:
         low, high = low - 0.5, low + 0.5
-    rough = (high - low) / num
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * one for one in (1, 2, 5, 10) if power * one >= rough * 0.999)
+    least_step = (high - low) / num
+    power = 10.0 ** math.floor(math.log10(least_step))
+    # A little less will do: rounding must not turn a step of exactly 1, 2 or 5 into the next one.
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least_step * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 class _Plot:
-    # Maps values to places, and draws the axes.
-    def __init__(self, xs: list[float], ys: list[float], *, labels: tuple[str, str]) -> None:
-        self.x_ticks, self.y_ticks, self.labels = xs, ys, labels
+    """The axes of a chart, and the mapping of values to SVG coordinates."""
+
+    def __init__(
+        self, x_ticks: list[float], y_ticks: list[float], *, labels: tuple[str, str]
+    ) -> None:
+        self.x_ticks, self.y_ticks, self.labels = x_ticks, y_ticks, labels
 
     def x(self, value: float) -> float:
         low, high = self.x_ticks[0], self.x_ticks[-1]
@@ -52,27 +56,27 @@ class _Plot:
         low, high = self.y_ticks[0], self.y_ticks[-1]
         return round(HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM), 1)
 
-    def path(self, points: Sequence[tuple[float, float]], style: str) -> str:
-        places = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
-        return f'<polyline class="{style}" points="{places}"/>'
+    def polyline(self, points: Sequence[tuple[float, float]], style: str) -> str:
+        coordinates = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
+        return f'<polyline class="{style}" points="{coordinates}"/>'
 
-    def dots(self, points: Sequence[tuple[float, float]], style: str, radius: float) -> str:
+    def circles(self, points: Sequence[tuple[float, float]], style: str, *, radius: float) -> str:
         return "".join(
             f'<circle class="{style}" cx="{self.x(x)}" cy="{self.y(y)}" r="{radius}"/>'
             for x, y in points
         )
 
-    def draw(self, content: str, *, title: str) -> str:
-        """The whole chart as SVG, `content` being what `path` and `dots` have drawn."""
+    def to_svg(self, content: str, *, title: str) -> str:
+        """The chart: axes and labels, with `content` drawn by `polyline` and `circles`."""
         low, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
         parts = [
             f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{self.y(v)}" y2="{self.y(v)}"/>'
             f'<text x="{_LEFT - 6}" y="{self.y(v) + 4}" text-anchor="end">{label}</text>'
-            for v, label in zip(self.y_ticks, _numbers(self.y_ticks), strict=True)
+            for v, label in zip(self.y_ticks, _tick_labels(self.y_ticks), strict=True)
         ]
         parts += [
             f'<text x="{self.x(v)}" y="{low + 16}" text-anchor="middle">{label}</text>'
-            for v, label in zip(self.x_ticks, _numbers(self.x_ticks), strict=True)
+            for v, label in zip(self.x_ticks, _tick_labels(self.x_ticks), strict=True)
         ]
         x_label, y_label = map(escape, self.labels)
         middle = (_LEFT + right) / 2
@@ -87,7 +91,8 @@ class _Plot:
         )
 
 
-def _numbers(values: Sequence[float]) -> list[str]:
+def _tick_labels(values: Sequence[float]) -> list[str]:
+    # All in one unit, or the steps between them could not be compared.
     largest = max(map(abs, values))
     if largest >= 1e10:
         return [f"{value:.0e}" for value in values]
@@ -98,94 +103,100 @@ def _numbers(values: Sequence[float]) -> list[str]:
 
 
 def line_chart(lines: Sequence[ChartLine], *, title: str, labels: tuple[str, str]) -> str:
-    """Lines over a common axis; points that are not finite are left out.
+    """Draws lines on common axes; points that are not finite are left out.
 
     Args:
-        lines: With at least one finite point between them, or the chart is empty.
-        title: For those who cannot see it.
-        labels: Of the axes, across and up.
+        lines: A line of a single point is drawn as a dot; without any, the chart is empty.
+        title: Read aloud by a screen reader.
+        labels: Of the x and the y axis.
     """
-    finite = [
-        ChartLine(one.name, one.style, [p for p in one.points if all(map(math.isfinite, p))])
-        for one in lines
+    lines = [
+        ChartLine(line.name, line.style, [p for p in line.points if all(map(math.isfinite, p))])
+        for line in lines
     ]
-    xs, ys = ([p[axis] for one in finite for p in one.points] or [0.0] for axis in (0, 1))
+    xs, ys = ([p[axis] for line in lines for p in line.points] or [0.0] for axis in (0, 1))
     plot = _Plot(tick_values(min(xs), max(xs)), tick_values(min(ys), max(ys)), labels=labels)
-    drawn = "".join(
-        plot.path(one.points, f"line {one.style}")
-        if len(one.points) > 1
-        else plot.dots(one.points, f"dot {one.style}", 3)
-        for one in finite
+    content = "".join(
+        plot.polyline(line.points, f"line {line.style}")
+        if len(line.points) > 1
+        else plot.circles(line.points, f"dot {line.style}", radius=3)
+        for line in lines
     )
-    return plot.draw(drawn, title=title)
+    return plot.to_svg(content, title=title)
 
 
-def _unit_plot(labels: tuple[str, str]) -> _Plot:
-    unit = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    return _Plot(unit, unit, labels=labels)
+def _unit_square_plot(labels: tuple[str, str]) -> _Plot:
+    ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    return _Plot(ticks, ticks, labels=labels)
 
 
-def _cloud(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> list[tuple[float, float]]:
-    some = np.random.default_rng(0).permutation(len(xs))[:_MAX_POINTS]
-    inside = np.clip(np.nan_to_num(np.stack([xs, ys], axis=1)[np.sort(some)]), 0, 1)
-    return [(x, y) for x, y in inside.tolist()]
+def _scatter_points(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> list[tuple[float, float]]:
+    # At most _MAX_POINTS of them, the same ones each time, clipped to 0..1.
+    chosen = np.random.default_rng(0).permutation(len(xs))[:_MAX_POINTS]
+    points = np.stack([xs, ys], axis=1)[np.sort(chosen)]
+    return [(x, y) for x, y in np.clip(np.nan_to_num(points), 0, 1).tolist()]
 
 
 def change_chart(before: NDArray[np.float64], after: NDArray[np.float64]) -> str:
-    """Each object's IoU, before across and after up: what lies above the diagonal gained.
+    """Each object's IoU before (x) and after (y): those above the diagonal gained.
 
     Args:
         before: float64 [K].
         after: float64 [K].
     """
-    plot = _unit_plot(("IoU before", "IoU after"))
-    bands = [([(0.1, 0), (1, 0.9)], "faint"), ([(0, 0.1), (0.9, 1)], "faint")]
-    lines = "".join(plot.path(points, f"line {style}") for points, style in bands)
-    diagonal = plot.path([(0, 0), (1, 1)], "line reference")
-    dots = plot.dots(_cloud(before, after), "point", 2.6)
-    return plot.draw(lines + diagonal + dots, title="IoU of each object before and after")
+    plot = _unit_square_plot(("IoU before", "IoU after"))
+    tenth_lost, tenth_gained = [(0.1, 0), (1, 0.9)], [(0, 0.1), (0.9, 1)]
+    lines = "".join(plot.polyline(points, "line faint") for points in (tenth_lost, tenth_gained))
+    diagonal = plot.polyline([(0, 0), (1, 1)], "line reference")
+    dots = plot.circles(_scatter_points(before, after), "point", radius=2.6)
+    return plot.to_svg(lines + diagonal + dots, title="IoU of each object before and after")
 
 
 def calibration_chart(
     before: tuple[NDArray[np.float64], NDArray[np.float64]],
     after: tuple[NDArray[np.float64], NDArray[np.float64]],
 ) -> str:
-    """How the predicted IoU, across, goes with the actual one, up.
+    """Predicted IoU (x) against the actual one (y), of two models.
+
+    The dots are single objects of the second model; the lines join the means of bins.
 
     Args:
-        before: Predicted and actual IoU, float64 [K] each.
-        after: The same, of the better model.
+        before: Predicted and actual IoU of the first model, float64 [K] each.
+        after: The same of the second model.
     """
-    plot = _unit_plot(("IoU that the model predicts", "actual IoU"))
-    parts = [plot.dots(_cloud(*after), "point", 2)]
-    parts.append(plot.path([(0, 0), (1, 1)], "line reference"))
+    plot = _unit_square_plot(("IoU that the model predicts", "actual IoU"))
+    parts = [plot.circles(_scatter_points(*after), "point", radius=2)]
+    parts.append(plot.polyline([(0, 0), (1, 1)], "line reference"))
     for (predicted, actual), style in ((before, "before"), (after, "after")):
         means = bin_means(predicted, actual)
-        parts += [plot.path(means, f"line {style}"), plot.dots(means, f"dot {style}", 3)]
-    return plot.draw("".join(parts), title="predicted and actual IoU")
+        parts.append(plot.polyline(means, f"line {style}"))
+        parts.append(plot.circles(means, f"dot {style}", radius=3))
+    return plot.to_svg("".join(parts), title="predicted and actual IoU")
 
 
 def bin_means(
     predicted: NDArray[np.float64], actual: NDArray[np.float64], *, num: int = 10
 ) -> list[tuple[float, float]]:
-    """The mean of the actual IoU, and of the predicted, in each tenth of the predicted.
+    """Mean predicted and mean actual IoU of the masks in each bin of the predicted one.
 
     Args:
-        predicted: float64 [K].
+        predicted: float64 [K]; clipped to 0..1.
         actual: float64 [K].
-        num: Bins from 0 to 1; those without a mask are left out.
+        num: Bins of equal width from 0 to 1; those without a mask are left out.
     """
-    inside = np.clip(np.nan_to_num(predicted), 0, 1)
-    bins = np.minimum((inside * num).astype(int), num - 1)
+    clipped = np.clip(np.nan_to_num(predicted), 0, 1)
+    bins = np.minimum((clipped * num).astype(int), num - 1)
     counts = np.bincount(bins, minlength=num)
-    sums = [np.bincount(bins, weights=values, minlength=num) for values in (inside, actual)]
-    kept = np.flatnonzero(counts)
-    return [(float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i])) for i in kept]
+    sums = [np.bincount(bins, weights=values, minlength=num) for values in (clipped, actual)]
+    return [
+        (float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i]))
+        for i in np.flatnonzero(counts)
+    ]
 
 
 def dumbbell_chart(before: float, after: float) -> str:
-    """A line from one score to another, on a scale from 0 to 1 as wide as it is given room."""
-    at = [f"{min(max(value, 0), 1) * 96 + 2:.1f}%" for value in (before, after)]
+    """A line from one score to another on a scale from 0 to 1, as wide as its place in the page."""
+    at = [f"{min(max(score, 0), 1) * 96 + 2:.1f}%" for score in (before, after)]
     style = "after" if after >= before else "worse"
     return (
         '<svg class="dumbbell" role="img" '

@@ -1,4 +1,4 @@
-"""What a run says at its end: its summary, whether it got worse, and what comes next."""
+"""The summary of a run: summary.json, what got worse and advice for it, and the last log lines."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 from samft.checkpoints.top_k import Checkpoint
 from samft.evaluation.object_scores import LOST_IOU, Comparison
-from samft.reports.validation_images import BEFORE_AFTER, draw_before_and_after
+from samft.reports.validation_images import BEFORE_AFTER
 from samft.runtime.logs import LOGGER, format_duration
 from samft.training.engine import Progress
 
-_USUAL_RATE, _SAM_SIZE = 1e-4, 1024
-LOST_SHARE = 0.1  # of objects that lost; above, the mean hides too much
+_DEFAULT_LEARNING_RATE, _SAM_IMAGE_SIZE = 1e-4, 1024
+LOST_SHARE = 0.1  # a larger share of objects that lost is a warning, even if the mean rose
 
 
 def summarise_run(
@@ -24,7 +24,7 @@ def summarise_run(
     config: dict[str, Any],
     comparison: Comparison | None,
 ) -> dict[str, Any]:
-    """What `summary.json` holds.
+    """The content of `summary.json`.
 
     Args:
         progress: At the end of the run.
@@ -32,18 +32,18 @@ def summarise_run(
         folder: The output folder.
         counts: Of images and masks, by split.
         config: The run's configuration.
-        comparison: Of the objects at step 0 and at the best step, if both are known.
+        comparison: Of the objects' scores at step 0 and at the best step, if both are known.
     """
     before, after = progress.baseline["per_mask_iou"], best.score if best else None
-    met = progress.bad_images
+    bad_images = progress.bad_images  # those that turned out bad only while training
     data = {
-        split: {**found, "bad_images": {**found["bad_images"], **met.get(split, {})}}
-        for split, found in counts.items()
+        split: {**own, "bad_images": {**own["bad_images"], **bad_images.get(split, {})}}
+        for split, own in counts.items()
     }
-    worse = find_regressions(before, after, comparison)
+    regressions = find_regressions(before, after, comparison)
     return {
-        "got_worse": worse,
-        "what_to_try": suggest_changes(config, progress, best) if worse else [],
+        "got_worse": regressions,
+        "what_to_try": suggest_changes(config, progress, best) if regressions else [],
         "best_step": best.step if best else None,
         "best_val_per_mask_iou": after,
         "baseline_val_per_mask_iou": before,
@@ -68,62 +68,65 @@ def summarise_run(
 def find_regressions(
     before: float, after: float | None, comparison: Comparison | None
 ) -> list[str]:
-    """In what a run got worse, a sentence each; none if it did not.
+    """Describes what got worse in a run, a sentence each; an empty list if nothing did.
 
     Args:
         before: Mean IoU at step 0.
-        after: At the best step; None if there is none.
-        comparison: Of the objects at both, if it is known.
+        after: Mean IoU at the best step; None if there is none.
+        comparison: Of the objects' scores at both, if it is known.
     """
-    found = []
+    regressions = []
     if after is None:
-        found.append("There is no best checkpoint: no validation after step 0 gave a number.")
+        regressions.append("There is no best checkpoint: no validation after step 0 gave a number.")
     elif not after >= before:
-        found.append(
+        regressions.append(
             f"Validation IoU fell from {before:.4f} at step 0 to {after:.4f} at its best: no "
             "checkpoint of this run is better than the one that it started from."
         )
-    lost = comparison.num_lost if comparison else 0
-    if comparison and lost > LOST_SHARE * len(comparison.before):
-        total = len(comparison.before)
-        found.append(
+    if comparison and comparison.num_lost > LOST_SHARE * len(comparison.before):
+        lost, total = comparison.num_lost, len(comparison.before)
+        regressions.append(
             f"{lost:,} of {total:,} objects ({lost / total:.0%}) lost more than {LOST_IOU} IoU; "
             f"{comparison.num_gained:,} gained as much."
         )
-    return found
+    return regressions
 
 
 def suggest_changes(
     config: dict[str, Any], progress: Progress, best: Checkpoint | None
 ) -> list[str]:
-    """What to try where a run got worse, the likeliest first, a sentence each.
+    """Suggests what to change after a run that got worse, the most promising first.
 
     Args:
         config: The run's configuration.
-        progress: At its end.
+        progress: At the end of the run.
         best: Its best checkpoint after step 0, if there is one.
+
+    Returns:
+        A sentence each.
     """
-    rate = min(config["learning_rate"] / 10, _USUAL_RATE)
-    advice = [f"A lower learning rate: --learning_rate {rate:.3g}."]
-    filled = progress.box_fill_iou
-    if progress.baseline["per_mask_iou"] < filled and config["image_size"] < _SAM_SIZE:
+    learning_rate = min(config["learning_rate"] / 10, _DEFAULT_LEARNING_RATE)
+    advice = [f"A lower learning rate: --learning_rate {learning_rate:.3g}."]
+    box_fill_iou = progress.box_fill_iou
+    if progress.baseline["per_mask_iou"] < box_fill_iou and config["image_size"] < _SAM_IMAGE_SIZE:
         advice.append(
-            f"A larger --image_size, up to {_SAM_SIZE}: before training, filling each box scored "
-            f"better ({filled:.3f}), so many objects may be too small at "
+            f"A larger --image_size, up to {_SAM_IMAGE_SIZE}: before training, filling each box "
+            f"scored better ({box_fill_iou:.3f}), so many objects may be too small at "
             f"{config['image_size']} px."
         )
     if not config["freeze_image_encoder"]:
         advice.append(
-            "--freeze_image_encoder: with few images, a trained encoder forgets what it knew."
+            "--freeze_image_encoder: with few images, an encoder that is trained forgets what it "
+            "had learnt before."
         )
     if best is not None and best.step <= config["metrics_interval"]:
         advice.append(
-            "Looking earlier: the first validation was the best, so a smaller --metrics_interval "
-            "may find a better checkpoint before it."
+            "A smaller --metrics_interval: the first validation was the best, so there may be a "
+            "better checkpoint before it."
         )
     advice.append(
-        "Looking at the objects that lost most: where their outlines are wrong in the annotations "
-        "(python -m samft.check --pictures), the model was right before."
+        "A look at the objects that lost most: if their annotated outlines are wrong (python -m "
+        "samft.check --pictures), correct them; the model was right before."
     )
     advice.append("More images, or --augment scale.")
     return advice
@@ -132,14 +135,17 @@ def suggest_changes(
 def next_commands(
     checkpoint: str, *, data: list[str], images: Path, annotations: Path, folder: Path
 ) -> list[str]:
-    """What a person wants to do next, to be copied: two commands, and a line of Python.
+    """Commands that use the best checkpoint, to be copied into a shell.
 
     Args:
-        checkpoint: The best one.
+        checkpoint: Path of the best checkpoint.
         data: The flags that name the validation split.
         images: Folder of its images.
         annotations: Its COCO file.
         folder: The output folder.
+
+    Returns:
+        `samft.evaluate`, `samft.predict`, and a line of Python that loads the model.
     """
     python = ["python", "-m"]
     predict = ["--images", str(images), "--annotations", str(annotations)]
@@ -154,10 +160,10 @@ def next_commands(
 
 
 def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) -> None:
-    """Says how the run went, loudly if it got worse, where everything is, and what comes next.
+    """Logs the scores, the files and the next commands of a run, and last what got worse, if any.
 
     Args:
-        summary: What `summary.json` holds.
+        summary: The content of `summary.json`.
         folder: The output folder.
         commands: See `next_commands`.
     """
@@ -165,7 +171,6 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
         float("nan") if summary[name] is None else summary[name]
         for name in ("baseline_val_per_mask_iou", "best_val_per_mask_iou")
     )
-    draw_before_and_after(folder, before=before, after=after)
     LOGGER.info(
         "done: val_per_mask_iou %.4f -> %.4f (best at step %s; filling each box: %.4f) in %s",
         before,
@@ -181,20 +186,20 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
             objects["gained"],
             objects["lost"],
         )
-    bad = sum(len(found["bad_images"]) for found in summary["data"].values())
-    if bad:
-        LOGGER.warning("%d images could not be used; summary.json names them all", bad)
+    num_bad_images = sum(len(counts["bad_images"]) for counts in summary["data"].values())
+    if num_bad_images:
+        LOGGER.warning("%d images could not be used; summary.json names them all", num_bad_images)
     checkpoint = summary["best_checkpoint"]
     LOGGER.info(
-        "everything is in %s: report.html (open it in a browser), %s (the best checkpoint), "
-        "summary.json, metrics.jsonl, %s, tensorboard/ (look with `tensorboard --logdir %s`)",
+        "all results are in %s: report.html (open it in a browser), %s (the best checkpoint), "
+        "summary.json, metrics.jsonl, %s, tensorboard/ (view with `tensorboard --logdir %s`)",
         folder,
         Path(checkpoint).name if checkpoint else "no best checkpoint",
         BEFORE_AFTER,
         shlex.quote(str(folder)),
     )
-    if commands:  # one record, so that no time stands before what is to be copied
-        LOGGER.info("score it, use it, load it in Python:\n%s", "\n".join(commands))
+    if commands:  # in one record, so that no time is printed before a line that is to be copied
+        LOGGER.info("to evaluate, use or load the checkpoint:\n%s", "\n".join(commands))
     if summary["got_worse"]:
         LOGGER.warning("WARNING: %s", " ".join(summary["got_worse"]))
         LOGGER.warning("What to try: %s", " ".join(summary["what_to_try"]))

@@ -1,6 +1,8 @@
-"""`objects.json`: how good each validated object was at step 0 and at the best steps.
+"""What a run keeps of its validations for people: pictures, and the scores of each object.
 
-Pictures of validations: the same few objects each time, and the worst of each.
+Each validation draws the same few objects and the worst ones, for TensorBoard and as before.png and
+after.png. The scores of every object at step 0 and at the best steps are kept in objects.json, so
+that the report can compare them.
 """
 
 import json
@@ -30,43 +32,55 @@ from samft.runtime.files import write_text
 from samft.runtime.logs import LOGGER, RunLog
 
 FILE_NAME = "objects.json"
-_NUM_BEST = 2  # the best, and the one before it, which a resume from an older state may go back to
+BEFORE, AFTER, BEFORE_AFTER = "before.png", "after.png", "before_after.png"
+NUM_FIXED = NUM_WORST = 16  # objects on a picture
+GOOD_IOU = 0.75  # masks from here on are positives in the precision-recall curve of predicted IoU
+_NUM_BEST = 2  # the best, and the second best, to which a resume from an older state may return
+_COLUMNS = 4  # TensorBoard shows pictures in narrow columns
+_MAX_CROPS = 256  # in memory, 0.1 MB each: the worst objects of validations are often the same
+_NUM_SIZE_GROUPS = 4
+_CELLS, _CELL, _MARGIN = 20, 16, 44  # of the calibration picture: cells along a side, px, px
+_INK, _SHADE = (40, 40, 40), np.array([20, 100, 90])
 
 
 class PerObjectLog:
-    """The rows of step 0 and of the best validations, in a file that a resumed run goes on with."""
+    """The scores of each object at step 0 and at the best steps, kept in objects.json.
+
+    Only the report and pictures depend on it: a file that cannot be read counts as none, and one
+    that cannot be written is logged as an error.
+    """
 
     def __init__(self, folder: Path, *, resumed_from: Path, start_step: int) -> None:
-        """Reads what an earlier start left, and forgets what came after its checkpoint.
+        """Reads the file of the run that is resumed, up to the step of its checkpoint.
 
         Args:
             folder: The output folder.
-            resumed_from: The folder of the run that is resumed; `folder` of a fresh one.
-            start_step: The step that the run goes on from.
+            resumed_from: The folder of the run that is resumed; `folder` for a new one.
+            start_step: The step at which the run starts; later entries are dropped.
         """
         self.path = folder / FILE_NAME
         self._steps: dict[int, ObjectScores] = {}
         try:
-            known = json.loads((resumed_from / FILE_NAME).read_text()).items()
-            rows = {int(step): ObjectScores.from_json(columns) for step, columns in known}
-            self._steps = {step: scores for step, scores in rows.items() if step <= start_step}
+            items = json.loads((resumed_from / FILE_NAME).read_text()).items()
+            steps = {int(step): ObjectScores.from_json(columns) for step, columns in items}
+            self._steps = {step: scores for step, scores in steps.items() if step <= start_step}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            pass  # as good as none: only pictures and comparisons hang on it
+            pass  # no file, or a damaged one
 
     def record_scores(self, step: int, objects: ObjectScores) -> bool:
-        """Writes the rows of a validation if it is the first, or the best of those that followed.
+        """Writes the scores of a validation if it is that of step 0 or the best after it.
 
         Returns:
-            Whether it is the best after step 0 so far; of equals the earlier.
+            Whether it is the best after step 0; of equal ones the earlier is.
         """
-        self._steps.pop(step, None)  # a step may be repeated
-        ranked = self._ranked({**self._steps, step: objects})
-        is_best = bool(ranked) and ranked[0] == step
+        self._steps.pop(step, None)  # a resumed run may repeat a step
+        steps = {**self._steps, step: objects}
+        best_steps = self._rank_steps(steps)
+        is_best = bool(best_steps) and best_steps[0] == step
         if not is_best and step != 0:
             return False
-        kept = {0, *ranked[:_NUM_BEST]}
-        known = {**self._steps, step: objects}
-        self._steps = {number: known[number] for number in sorted(known) if number in kept}
+        kept = {0, *best_steps[:_NUM_BEST]}
+        self._steps = {number: steps[number] for number in sorted(steps) if number in kept}
         document: dict[int, Any] = {n: scores.to_json() for n, scores in self._steps.items()}
         try:
             write_text(self.path, json.dumps(document) + "\n")
@@ -74,65 +88,56 @@ class PerObjectLog:
             LOGGER.error("%s cannot be written: %s", self.path, error.strerror)
         return is_best
 
-    def _ranked(self, steps: dict[int, ObjectScores]) -> list[int]:
-        scores = {n: float(rows.iou_actual.mean()) for n, rows in steps.items() if n and len(rows)}
-        return sorted(scores, key=lambda n: (-scores[n], n))
+    def _rank_steps(self, steps: dict[int, ObjectScores]) -> list[int]:
+        # Those after step 0, the best mean IoU first.
+        means = {n: float(rows.iou_actual.mean()) for n, rows in steps.items() if n and len(rows)}
+        return sorted(means, key=lambda n: (-means[n], n))
 
     def read(self, step: int | None) -> ObjectScores | None:
-        """The rows of a step; None if they are not known."""
+        """The scores at a step; None if they were not kept."""
         return None if step is None else self._steps.get(step)
 
 
-BEFORE, AFTER, BEFORE_AFTER = "before.png", "after.png", "before_after.png"
-NUM_FIXED = NUM_WORST = 16
-GOOD_IOU = 0.75  # what the precision and recall of the predicted IoU are taken against
-_COLUMNS = 4  # TensorBoard shows pictures in narrow columns
-_MAX_VIEWS = 256  # kept in memory, 0.1 MB each: the worst objects are often the same ones
-_NUM_SIZES = 4
-_CELLS, _CELL, _MARGIN = 20, 16, 44  # of the picture of calibration: cells a side, px, px
-_INK, _SHADE = (40, 40, 40), np.array([20, 100, 90])
-
-
 def choose_fixed(subset: CocoSubset, num: int = NUM_FIXED) -> NDArray[np.int64]:
-    """Chooses objects evenly over sizes, classes and images; the same ones each time.
+    """Chooses objects spread over sizes, classes and images; the same ones each time.
 
     Args:
-        subset: Of the validation split.
+        subset: The validation split.
         num: How many, if there are so many.
 
     Returns:
-        int64, as indices into the arrays of `subset.index`, the smallest object first.
+        int64, as rows of the arrays of `subset.index`, the smallest object first.
     """
     index = subset.index
     objects = subset.objects[np.random.default_rng(0).permutation(subset.num_objects)]
     ranks = np.argsort(np.argsort(index.areas[objects], kind="stable"))
     traits = [
-        ranks * _NUM_SIZES // max(len(objects), 1),
+        ranks * _NUM_SIZE_GROUPS // max(len(objects), 1),
         np.unique(index.categories[objects], return_inverse=True)[1],
-        np.searchsorted(index.first_object, objects, side="right"),
+        np.searchsorted(index.first_object, objects, side="right"),  # the image
     ]
-    # Each time the one that has least in common with those that were taken before.
-    in_common = np.zeros(len(objects))
+    # Greedy: the next object is the one that shares the fewest traits with those chosen so far.
+    num_shared = np.zeros(len(objects))
     chosen = []
     for _ in range(min(num, len(objects))):
-        place = int(in_common.argmin())
+        place = int(num_shared.argmin())
         chosen.append(objects[place])
-        in_common[place] = np.inf
+        num_shared[place] = np.inf
         for trait in traits:
-            in_common += trait == trait[place]
-    picked = np.array(chosen, dtype=np.int64)
-    return picked[np.argsort(index.areas[picked], kind="stable")]
+            num_shared += trait == trait[place]
+    rows = np.array(chosen, dtype=np.int64)
+    return rows[np.argsort(index.areas[rows], kind="stable")]
 
 
 class ValidationImages:
-    """What the validations of a run leave to be looked at; pictures are drawn by rank 0 only.
+    """Draws the validations of a run and keeps their scores; on rank 0 only.
 
     Args:
         folder: The output folder.
-        subset: Of the validation split.
-        log: Whose TensorBoard gets the pictures.
-        resumed_from: The folder of the run that is resumed; `folder` of a fresh one.
-        start_step: The step that the run goes on from.
+        subset: The validation split.
+        log: Writes the pictures to TensorBoard.
+        resumed_from: The folder of the run that is resumed; `folder` for a new one.
+        start_step: The step at which the run starts.
     """
 
     def __init__(
@@ -140,113 +145,117 @@ class ValidationImages:
     ) -> None:
         self.folder, self.log, self.index = folder, log, subset.index
         self.fixed = choose_fixed(subset)
-        self.objects = PerObjectLog(folder, resumed_from=resumed_from, start_step=start_step)
-        self.has_validation = False  # whether there was any validation since the start
-        self._views: dict[int, ObjectCrop] = {}
+        self.per_object_log = PerObjectLog(folder, resumed_from=resumed_from, start_step=start_step)
+        self.has_validation = False  # of this process, not of the run that is resumed
+        self._crops: dict[int, ObjectCrop] = {}
 
     def new_selection(self) -> MaskSelection:
-        """What `validate` is to keep, on every rank."""
-        return MaskSelection([self._key(k) for k in self.fixed.tolist()], num_worst=NUM_WORST)
+        """The masks that the next `validate` is to keep; every rank needs one."""
+        return MaskSelection(
+            [self._object_key(k) for k in self.fixed.tolist()], num_worst=NUM_WORST
+        )
 
-    def _key(self, k: int) -> tuple[int, int]:
+    def _object_key(self, k: int) -> tuple[int, int]:
         return int(self.index.image_ids[image_row_of(self.index, k)]), int(self.index.object_ids[k])
 
-    def record_validation(self, step: int, found: Validation) -> None:
-        """Draws a validation, and keeps its rows if it is the first or the best.
+    def record_validation(self, step: int, validation: Validation) -> None:
+        """Draws a validation; keeps its scores and picture if it is the first or the best.
 
         Args:
             step: Optimizer steps done.
-            found: With the masks that `new_selection` kept.
+            validation: With a selection from `new_selection`.
         """
-        if not self.log.main or found.selection is None:
+        if not self.log.main or validation.selection is None:
             return
         self.has_validation = True
-        is_best = self.objects.record_scores(step, found.objects)
-        ordered = (found.selection.fixed.get(self._key(k)) for k in self.fixed.tolist())
-        fixed = self._draw(filter(None, ordered), f"step {step}: the same objects each time")
-        worst = self._draw(found.selection.worst, f"step {step}: the worst of all, by IoU")
+        objects, selection = validation.objects, validation.selection
+        is_best = self.per_object_log.record_scores(step, objects)
+        masks = (selection.fixed.get(self._object_key(k)) for k in self.fixed.tolist())
+        fixed = self._draw_masks(filter(None, masks), f"step {step}: the same objects each time")
+        worst = self._draw_masks(selection.worst, f"step {step}: the worst of all, by IoU")
         for name, sheet in (("val/same_objects", fixed), ("val/worst_objects", worst)):
             if sheet is not None:
                 self.log.add_image(step, name, sheet)
-        self.log.add_image(step, "val/calibration", draw_calibration(found.objects))
-        good = found.objects.iou_actual >= GOOD_IOU
+        self.log.add_image(step, "val/calibration", draw_calibration(objects))
+        is_good = objects.iou_actual >= GOOD_IOU
         name = f"val/predicted_iou_finds_masks_of_iou_{GOOD_IOU}"
-        scores = found.objects.iou_predicted
-        self.log.add_pr_curve(step, name, labels=good, scores=scores)
+        self.log.add_pr_curve(step, name, labels=is_good, scores=objects.iou_predicted)
         if fixed is not None and (step == 0 or is_best):
-            _write(self.folder / (AFTER if step else BEFORE), fixed)
+            _write_picture(self.folder / (AFTER if step else BEFORE), fixed)
 
-    def _draw(self, kept: Iterable[SelectedMask], title: str) -> NDArray[np.uint8] | None:
-        kept = list(kept)
-        if not kept:
+    def _draw_masks(self, masks: Iterable[SelectedMask], title: str) -> NDArray[np.uint8] | None:
+        masks = list(masks)
+        if not masks:
             return None
-        objects = find_objects(self.index, np.array([one.key for one in kept]))
+        objects = find_objects(self.index, np.array([mask.key for mask in masks]))
         entries = [
             SheetEntry(
                 k,
-                f"IoU {one.iou_actual:.2f}, said {one.iou_predicted:.2f}",
-                predicted=one.mask,
+                f"IoU {mask.iou_actual:.2f}, said {mask.iou_predicted:.2f}",
+                predicted=mask.mask,
             )
-            for k, one in zip(objects.tolist(), kept, strict=True)
+            for k, mask in zip(objects.tolist(), masks, strict=True)
         ]
-        for k in list(self._views)[:-_MAX_VIEWS]:
-            del self._views[k]
-        return draw_sheet(self.index, entries, title=title, columns=_COLUMNS, views=self._views)
+        for k in list(self._crops)[:-_MAX_CROPS]:  # the oldest ones
+            del self._crops[k]
+        return draw_sheet(self.index, entries, title=title, columns=_COLUMNS, crops=self._crops)
 
 
 def find_objects(index: CocoIndex, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Objects by the ids of their images and their own, as indices into the arrays of `index`.
+    """Finds objects by their image id and object id; object ids alone need not be unique.
 
     Args:
-        index: The checked file, which holds them all.
-        keys: int64 [K, 2].
+        index: The checked annotation file; all objects are in it.
+        keys: int64 [K, 2], image id and object id.
 
     Returns:
-        int64 [K].
+        int64 [K], rows of the arrays of `index`.
     """
     image_ids = np.repeat(index.image_ids, np.diff(index.first_object))
-    near = np.flatnonzero(np.isin(image_ids, keys[:, 0]))
-    known = np.stack([image_ids[near], index.object_ids[near]], axis=1)
-    both, places = np.unique(np.concatenate([known, keys]), axis=0, return_inverse=True)
-    found = np.zeros(len(both), dtype=np.int64)
-    found[places[: len(near)]] = near
-    return found[places[len(near) :]]
+    candidates = np.flatnonzero(np.isin(image_ids, keys[:, 0]))
+    candidate_keys = np.stack([image_ids[candidates], index.object_ids[candidates]], axis=1)
+    # One number for each key, so that an object is looked up by the number of its key.
+    unique_keys, numbers = np.unique(
+        np.concatenate([candidate_keys, keys]), axis=0, return_inverse=True
+    )
+    rows = np.zeros(len(unique_keys), dtype=np.int64)
+    rows[numbers[: len(candidates)]] = candidates
+    return rows[numbers[len(candidates) :]]
 
 
-def draw_before_and_after(folder: Path, *, before: float, after: float) -> None:
-    """Sets the pictures of step 0 and of the best step side by side, in one file.
+def draw_before_and_after(folder: Path, *, before: float, after: float | None) -> None:
+    """Writes before_after.png: the pictures of step 0 and of the best step next to each other.
 
     Args:
-        folder: Holds both, and gets `before_after.png`.
+        folder: The output folder; without both pictures in it, nothing is written.
         before: Mean IoU at step 0.
-        after: Mean IoU at the best step.
+        after: Mean IoU at the best step, if there is one.
     """
+    paths = (folder / BEFORE, folder / AFTER)
+    if after is None or not all(path.exists() for path in paths):
+        return
     titles = (f"before: mean IoU {before:.3f}", f"after: mean IoU {after:.3f}")
-    files = (folder / BEFORE, folder / AFTER)
-    if all(file.exists() for file in files):
-        sheets = zip(titles, map(read_png, files), strict=True)
-        _write(
-            folder / BEFORE_AFTER,
-            stack_horizontally([stack_with_titles([sheet]) for sheet in sheets]),
-        )
+    columns = zip(titles, map(read_png, paths), strict=True)
+    picture = stack_horizontally([stack_with_titles([column]) for column in columns])
+    _write_picture(folder / BEFORE_AFTER, picture)
 
 
-def _write(path: Path, picture: NDArray[np.uint8]) -> None:
+def _write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
     try:
         write_png(path, picture)
-    except OSError as error:  # a full disk, say: no reason to end a run
+    except OSError as error:  # say, a full disk: no reason to end a run
         LOGGER.error("%s cannot be written: %s", path, error.strerror)
 
 
 def draw_calibration(objects: ObjectScores) -> NDArray[np.uint8]:
-    """How the predicted IoU goes with the actual one: the darker, the more masks.
+    """Draws a histogram of predicted IoU (x) and actual IoU (y), darker where there are more masks.
 
     Args:
-        objects: A row for each mask.
+        objects: One row for each mask.
 
     Returns:
-        uint8 [H, W, 3]; predicted from left to right, actual from below, both from 0 to 1. On the
-        diagonal the model is right about itself, above it too modest.
+        uint8 [H, W, 3]; both axes go from 0 to 1. On the diagonal the prediction is right; above it
+        the model underestimates itself.
     """
     columns, rows = (
         np.clip((values * _CELLS).astype(int), 0, _CELLS - 1)
@@ -254,8 +263,8 @@ def draw_calibration(objects: ObjectScores) -> NDArray[np.uint8]:
     )
     counts = np.zeros((_CELLS, _CELLS))
     np.add.at(counts, (_CELLS - 1 - rows, columns), 1)
-    share = np.sqrt(counts / max(counts.max(), 1))[..., None]
-    cells = (255 - share * (255 - _SHADE)).astype(np.uint8)
+    darkness = np.sqrt(counts / max(counts.max(), 1))[..., None]
+    cells = (255 - darkness * (255 - _SHADE)).astype(np.uint8)
     plot = cells.repeat(_CELL, axis=0).repeat(_CELL, axis=1)
     side = len(plot)
     cv2.line(plot, (0, side - 1), (side - 1, 0), _INK, 1, cv2.LINE_AA)
@@ -264,9 +273,9 @@ def draw_calibration(objects: ObjectScores) -> NDArray[np.uint8]:
     picture = Image.fromarray(paper)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for number in range(0, 6):
-        at, text = round(number / 5 * side), f"{number / 5:.1f}"
-        draw.text((_MARGIN + at, 34 + side), text, fill=_INK, font=font, anchor="mt")
-        draw.text((_MARGIN - 6, 30 + side - at), text, fill=_INK, font=font, anchor="rm")
+        offset, label = round(number / 5 * side), f"{number / 5:.1f}"
+        draw.text((_MARGIN + offset, 34 + side), label, fill=_INK, font=font, anchor="mt")
+        draw.text((_MARGIN - 6, 30 + side - offset), label, fill=_INK, font=font, anchor="rm")
     title = "actual IoU (up) by predicted IoU (right)"
     draw.text((_MARGIN, 8), title, fill=_INK, font=font)
     return np.asarray(picture, dtype=np.uint8)

@@ -15,7 +15,7 @@ from samft.reports.contact_sheets import (
     odd_objects,
     write_sheets,
 )
-from samft.reports.drawing import PADDING, TILE, read_png
+from samft.reports.drawing import GAP, TILE, read_png
 
 HEAD, CAPTION = 44, 54  # px: two lines of 19 and three of 16, and 6 below
 
@@ -25,7 +25,7 @@ def test_a_sheet_has_rows_of_six(tmp_path: Path, number: int) -> None:
     objects = [annotation(k + 1, 1, rectangle(2 * k, 2 * k, 20, 10)) for k in range(number)]
     index = write(tmp_path, objects)
     sheet = draw_sheet(index, [SheetEntry(k, "") for k in range(number)], title="t")
-    assert sheet.shape[1] == COLUMNS * (TILE + PADDING) - PADDING
+    assert sheet.shape[1] == COLUMNS * (TILE + GAP) - GAP
     assert sheet.shape[0] == HEAD + -(-number // COLUMNS) * (TILE + CAPTION)
     assert (sheet[:4] == 255).all()
 
@@ -41,7 +41,7 @@ def test_tiles_stay_in_the_order_given(tmp_path: Path) -> None:
     sheet = draw_sheet(index, [SheetEntry(of_id[one], "") for one in (1, 2, 3)], title="t")
     shapes = []
     for column in range(3):
-        tile = sheet[HEAD : HEAD + TILE, column * (TILE + PADDING) :][:, :TILE]
+        tile = sheet[HEAD : HEAD + TILE, column * (TILE + GAP) :][:, :TILE]
         x0, y0, x1, y1 = found_at(tile, MAGENTA)
         shapes.append(round((x1 - x0) / (y1 - y0), 1))
     assert shapes[0] > 4 and shapes[1] < 0.25 and shapes[2] == 1

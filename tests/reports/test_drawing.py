@@ -7,7 +7,7 @@ import pytest
 
 from samft.coco.segmentation import CroppedMask
 from samft.reports.drawing import (
-    PADDING,
+    GAP,
     draw_objects,
     label_image,
     mask_colour,
@@ -32,9 +32,9 @@ def test_colours_are_bright_and_neighbours_differ() -> None:
 
 def test_a_row_aligns_tops_and_leaves_gaps() -> None:
     joined = stack_horizontally([grey(4, 5, 10), grey(7, 3, 20)])
-    assert joined.shape == (7, 5 + PADDING + 3, 3)
-    assert (joined[:4, :5] == 10).all() and (joined[:, 5 + PADDING :] == 20).all()
-    assert (joined[4:, :5] == 255).all() and (joined[:, 5 : 5 + PADDING] == 255).all()
+    assert joined.shape == (7, 5 + GAP + 3, 3)
+    assert (joined[:4, :5] == 10).all() and (joined[:, 5 + GAP :] == 20).all()
+    assert (joined[4:, :5] == 255).all() and (joined[:, 5 : 5 + GAP] == 255).all()
     assert stack_horizontally([grey(4, 5)]).shape == (4, 5, 3)
 
 

@@ -106,12 +106,12 @@ class _Heartbeat:
 _HEARTBEAT = _Heartbeat()
 
 
-def start() -> None:
+def start_posting() -> None:
     """Starts to post what this process does. To be called after `distributed.start`."""
     _HEARTBEAT.start_posting()
 
 
-def stop() -> None:
+def stop_posting() -> None:
     """Stops posting heartbeats."""
     _HEARTBEAT.stop_posting()
 
@@ -119,11 +119,11 @@ def stop() -> None:
 @contextlib.contextmanager
 def posting() -> Iterator[None]:
     """Posts this process's activity to the other ranks while the block runs."""
-    start()
+    start_posting()
     try:
         yield
     finally:
-        stop()
+        stop_posting()
 
 
 def set_step(step: int) -> None:

@@ -30,7 +30,7 @@ from helpers.fault_runs import (
     status_of,
     torchrun,
 )
-from helpers.processes import catches, descendants_of
+from helpers.processes import descendants_of, has_signal_handler
 from helpers.short_runs import command_here, largest_difference, read_metrics, write_data
 from samft.checkpoints.training_state import load_latest, save_last
 from samft.runtime.output_dir import lock_output_dir
@@ -229,7 +229,7 @@ def wait_for_line(folder: Path, text: str, *, seconds: float = 90) -> None:
 def test_a_stop_while_torch_is_imported_is_75(undisturbed, data, tmp_path):
     argv = run_arguments(data, tmp_path)
     with started([sys.executable, "-m", "samft.train", *argv]) as process:
-        while not catches(process.pid, signal.SIGTERM):
+        while not has_signal_handler(process.pid, signal.SIGTERM):
             assert process.poll() is None
             time.sleep(0.01)
         assert not (tmp_path / "train.log").exists()

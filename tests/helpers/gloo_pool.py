@@ -1,4 +1,4 @@
-"""A few processes in one gloo group, started once and handed functions to run together."""
+"""A pool of processes in one gloo group: started once, it runs functions on all ranks."""
 
 import pickle
 import tempfile
@@ -17,8 +17,8 @@ from torch import distributed
 from helpers.preloaded import preloading_context
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-# What a whole function may take, and what the others may take once one rank has failed: they may
-# wait for it in a collective, which ends in nothing but the collective's timeout.
+# The time limit of a function, and of the other ranks once one has failed: they may be waiting for
+# it in a collective, until that times out.
 RUN_SECONDS = 120.0
 GRACE_SECONDS = 3.0
 
@@ -31,7 +31,7 @@ class RankTraceback(Exception):
 
 
 class RankDied(RuntimeError):
-    """A rank's process ended while it should have answered."""
+    """The process of a rank ended instead of returning a result."""
 
 
 class GlooPool:
@@ -50,9 +50,9 @@ class GlooPool:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Runs `function(*args)` on every rank and returns the results in the order of the ranks.
 
-        The function must be importable: at the top level of a module. An exception of a rank
-        (the first to fail, or one that died: the others then fail for its lack) is raised here,
-        with the traceback of that rank as its cause.
+        The function must be importable: at the top level of a module. If ranks fail, the exception
+        of the first one is raised here (or of one whose process died, as the others may have
+        failed because of that), with the traceback of its rank as the cause.
         """
         if not self._processes:
             self._start_processes()
@@ -96,7 +96,7 @@ class GlooPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rendezvous, rank, self.world_size), daemon=True
+                target=_serve_rank, args=(theirs, rendezvous, rank, self.world_size), daemon=True
             )
             process.start()
             theirs.close()
@@ -104,7 +104,7 @@ class GlooPool:
             self._pipes.append(ours)
 
     def _collect_answers(self) -> dict[int, tuple[Exception | None, Any]]:
-        """The answers by rank, in the order of their coming: (None, result) or (error, text)."""
+        """(None, result) or (error, traceback) by rank, in the order in which they arrive."""
         answers: dict[int, tuple[Exception | None, Any]] = {}
         deadline = time.monotonic() + RUN_SECONDS
         while len(answers) < self.world_size:
@@ -114,12 +114,12 @@ class GlooPool:
                 break
             for pipe in ready:
                 rank = waiting[pipe]  # type: ignore[index]
-                answers[rank] = self._receive(rank)
+                answers[rank] = self._receive_answer(rank)
                 if answers[rank][0] is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return answers
 
-    def _receive(self, rank: int) -> tuple[Exception | None, Any]:
+    def _receive_answer(self, rank: int) -> tuple[Exception | None, Any]:
         try:
             return self._pipes[rank].recv()
         except (EOFError, ConnectionResetError):
@@ -128,7 +128,7 @@ class GlooPool:
             return RankDied(f"rank {rank} ended with exit code {code}"), ""
 
 
-def _serve(pipe: Connection, rendezvous: str, rank: int, world_size: int) -> None:
+def _serve_rank(pipe: Connection, rendezvous: str, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
@@ -145,11 +145,11 @@ def _serve(pipe: Connection, rendezvous: str, rank: int, world_size: int) -> Non
         try:
             pipe.send((None, function(*args)))
         except Exception as error:
-            pipe.send((_portable(error), traceback.format_exc()))
+            pipe.send((_to_picklable(error), traceback.format_exc()))
     distributed.destroy_process_group()
 
 
-def _portable(error: Exception) -> Exception:
+def _to_picklable(error: Exception) -> Exception:
     # Exceptions whose arguments differ from those of their class do not survive pickling.
     try:
         return pickle.loads(pickle.dumps(error))

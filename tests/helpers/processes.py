@@ -42,7 +42,7 @@ def processes_with(word: str) -> list[int]:
     return sorted(pids)
 
 
-def catches(pid: int, number: int) -> bool:
+def has_signal_handler(pid: int, number: int) -> bool:
     """Whether a process has a handler of its own for a signal."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     caught = next(line for line in lines if line.startswith("SigCgt:"))

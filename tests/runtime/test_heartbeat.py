@@ -57,10 +57,10 @@ def test_images_are_listed_for_a_message_only_and_at_most_eight() -> None:
 def test_a_single_process_names_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    heartbeat.start()
+    heartbeat.start_posting()
     heartbeat.report_failure("nobody reads it")
     assert heartbeat.find_failed_ranks() == "another process failed, or does not answer."
-    heartbeat.stop()
+    heartbeat.stop_posting()
 
 
 GLOO_GONE = "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345"
@@ -113,13 +113,13 @@ def two_ranks(port: int, kind: str) -> str:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     heartbeat._HEARTBEAT = heartbeat._Heartbeat()
     heartbeat._GIVE_UP_SECONDS = 0.05
-    heartbeat.start()
+    heartbeat.start_posting()
     assert heartbeat._HEARTBEAT.store is not None
     rank = distributed.get_rank()
     heartbeat.set_step(10 + rank)
     heartbeat.set_activity("loading images", lambda: ["a.png", "b.png"])
     if kind == "silent from the start":
-        heartbeat.stop()
+        heartbeat.stop_posting()
     if rank == 1:
         if kind == "silent":
             heartbeat._HEARTBEAT.post("activity")
@@ -130,10 +130,10 @@ def two_ranks(port: int, kind: str) -> str:
             heartbeat.report_failure("TrainingError: process 0 does not answer")
     distributed.barrier()
     if rank == 0 and kind == "silent from the start":
-        heartbeat.start()
+        heartbeat.start_posting()
     message = heartbeat.find_failed_ranks() if rank == 0 else ""
     distributed.barrier()
-    heartbeat.stop()
+    heartbeat.stop_posting()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     return message
@@ -164,7 +164,7 @@ def test_the_other_process_is_named(gloo2: GlooPool, kind: str, expected: str) -
 # Three ranks, of which one dies and one hangs
 
 
-def serve(pipe: Connection, port: int, rank: int) -> None:
+def serve_rank(pipe: Connection, port: int, rank: int) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -176,7 +176,7 @@ def serve(pipe: Connection, port: int, rank: int) -> None:
     heartbeat._GIVE_UP_SECONDS = 0.2
     heartbeat._POST_SECONDS = 0.01
     distributed.start("cpu", step_seconds=30)
-    heartbeat.start()
+    heartbeat.start_posting()
     heartbeat.set_step(rank)
     heartbeat.set_activity("counting")
     while (heartbeat._HEARTBEAT.read("activity", rank) or {}).get("doing") != "counting":
@@ -204,7 +204,7 @@ def test_a_rank_that_failed_is_named_before_one_that_hangs(
     try:
         for rank in range(3):
             ours, theirs = context.Pipe()
-            processes.append(context.Process(target=serve, args=(theirs, store.port, rank)))
+            processes.append(context.Process(target=serve_rank, args=(theirs, store.port, rank)))
             processes[-1].start()
             theirs.close()
             pipes.append(ours)

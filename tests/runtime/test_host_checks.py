@@ -45,7 +45,7 @@ def test_the_free_space_is_that_of_the_real_disk(tmp_path: Path) -> None:
         host_checks.check_disk(tmp_path, 2**60)
 
 
-def check(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
     host_checks.check_host(CPU, folder, needed=needed, num_workers=0, batch_bytes=0)
 
 
@@ -61,9 +61,9 @@ def test_a_resumed_run_needs_only_the_space_of_new_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free(100, monkeypatch)
-    check(tmp_path, 100)
+    check_space(tmp_path, 100)
     with pytest.raises(ConfigError):
-        check(tmp_path, 101)
+        check_space(tmp_path, 101)
     for name, size in {"last.ckpt": 10, "previous/last.ckpt": 10, "5-0.50.ckpt": 5}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))
@@ -71,9 +71,9 @@ def test_a_resumed_run_needs_only_the_space_of_new_files(
     for name in ("previous-1/last.ckpt", "previous-1/5-0.50.ckpt", "metrics.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(1000))
-    check(tmp_path, 125)
+    check_space(tmp_path, 125)
     with pytest.raises(ConfigError):
-        check(tmp_path, 126)
+        check_space(tmp_path, 126)
 
 
 # Shared memory

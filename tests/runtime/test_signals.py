@@ -24,7 +24,7 @@ from samft.runtime.signals import (
 WAIT_SECONDS = 30.0  # what no signal may take, however busy the machine is
 
 
-def send(number: signal.Signals) -> None:
+def send_signal(number: signal.Signals) -> None:
     """A real signal to this process, handled before this returns."""
     os.kill(os.getpid(), number)
 
@@ -33,7 +33,7 @@ def send(number: signal.Signals) -> None:
 def test_a_signal_is_recorded_and_interrupts_no_step(number: signal.Signals) -> None:
     with stop_on_signal() as stop:
         assert not stop
-        send(number)
+        send_signal(number)
         assert stop and stop.received == [number.name]
 
 
@@ -41,25 +41,25 @@ def test_a_signal_is_recorded_and_interrupts_no_step(number: signal.Signals) -> 
 def test_a_signal_interrupts_a_wait_at_once(number: signal.Signals) -> None:
     with stop_on_signal() as stop:
         start = time.monotonic()
-        timer = threading.Timer(0.05, send, [number])
+        timer = threading.Timer(0.05, send_signal, [number])
         with pytest.raises(StopInterrupt), stop.waiting():
             timer.start()
             time.sleep(WAIT_SECONDS)
         timer.join()
         assert time.monotonic() - start < WAIT_SECONDS / 2
         assert stop.received == [number.name]
-        send(signal.SIGTERM)  # after the wait, it is only recorded
+        send_signal(signal.SIGTERM)  # after the wait, it is only recorded
         assert len(stop.received) == 2
 
 
 def test_a_wait_does_not_begin_after_a_signal() -> None:
     entered = []
     with stop_on_signal() as stop:
-        send(signal.SIGUSR1)
+        send_signal(signal.SIGUSR1)
         with pytest.raises(StopInterrupt), stop.waiting():
             entered.append(True)
         assert entered == []
-        send(signal.SIGUSR2)
+        send_signal(signal.SIGUSR2)
         assert stop.received == ["SIGUSR1", "SIGUSR2"]
 
 
@@ -67,18 +67,18 @@ def test_after_a_wait_that_failed_signals_are_only_recorded() -> None:
     with stop_on_signal() as stop:
         with pytest.raises(KeyError), stop.waiting():
             raise KeyError
-        send(signal.SIGTERM)
+        send_signal(signal.SIGTERM)
         assert stop.received == ["SIGTERM"]
 
 
 def test_a_second_ctrl_c_is_a_keyboard_interrupt() -> None:
     with stop_on_signal() as stop:
-        send(signal.SIGINT)
+        send_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
+            send_signal(signal.SIGINT)
         assert stop.received == ["SIGINT"]
-        send(signal.SIGTERM)  # other signals are recorded however often they come
-        send(signal.SIGTERM)
+        send_signal(signal.SIGTERM)  # other signals are recorded however often they come
+        send_signal(signal.SIGTERM)
 
 
 def test_handlers_are_restored_however_it_ends() -> None:

@@ -20,27 +20,27 @@ print(sigmoid_focal_loss(torch.zeros(1), torch.ones(1), alpha=-1, gamma=0).item(
 """
 
 
-def run(source: str) -> subprocess.CompletedProcess[str]:
+def run_python(source: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", source]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_import_fails_without_the_module() -> None:
-    ended = run(BREAK + USE)
+    ended = run_python(BREAK + USE)
     assert ended.returncode == 1
     assert "operator torchvision::nms does not exist" in ended.stderr
 
 
 @pytest.mark.parametrize("start", ["", BREAK], ids=["as installed", "broken extension"])
 def test_import_works_after_the_module(start: str) -> None:
-    ended = run(start + COMPAT + USE)
+    ended = run_python(start + COMPAT + USE)
     assert ended.returncode == 0, ended.stderr
     assert float(ended.stdout) == pytest.approx(0.693147, abs=1e-6)  # -log(sigmoid(0))
 
 
 def test_a_missing_operator_says_so() -> None:
     call = "torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)"
-    ended = run(BREAK + COMPAT + USE + call)
+    ended = run_python(BREAK + COMPAT + USE + call)
     assert ended.returncode == 1
     assert "Couldn't load custom C++ ops" in ended.stderr
 
@@ -54,12 +54,14 @@ def load(path):
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 torch.ops.load_library = load
 """
-    ended = run(loads + COMPAT + "print(compat.LIBRARY, hasattr(torch.ops.torchvision, 'qnms'))")
+    ended = run_python(
+        loads + COMPAT + "print(compat.LIBRARY, hasattr(torch.ops.torchvision, 'qnms'))"
+    )
     assert (ended.returncode, ended.stdout) == (0, "None False\n"), ended.stderr
 
 
 def test_nothing_is_done_twice_or_too_late() -> None:
     again = "print(compat.declare_missing_operators())"
-    ended = run(BREAK + COMPAT + again + USE + again)
+    ended = run_python(BREAK + COMPAT + again + USE + again)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["None", "0.6931471824645996", "None"]

@@ -1,8 +1,8 @@
 """Writes a small COCO dataset to try the trainer on: `python -m samft.demo --output_dir D`.
 
 Painted butterflies and flowers (`samft.coco.synthetic`), in seconds and always the same for a seed,
-with every form of annotation that COCO knows: polygons of one part and of many, compressed and
-uncompressed run lengths, a crowd, an image without objects.
+with every form of annotation that COCO has: polygons of one part and of many, compressed and
+uncompressed RLE, a crowd, an image without objects.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from samft.cli import CommandParser, run_command
-from samft.coco.synthetic import CATEGORIES, Outlined, draw_scene
+from samft.coco.synthetic import CATEGORIES, SceneObject, draw_scene
 from samft.errors import ConfigError, DataError
 from samft.runtime.files import write_text
 
@@ -48,7 +48,8 @@ def write_demo(
     """
     _check_numbers(seed=seed, num_train=num_train, num_val=num_val, size=size)
     try:
-        # First, since old annotations beside new images would be believed after an interruption.
+        # Before anything is written: after an interruption, old annotations beside new images would
+        # look like a valid dataset.
         for path in _earlier_files(output_dir):
             path.unlink()
         for number, (split, num_images) in enumerate((("train", num_train), ("val", num_val))):
@@ -59,7 +60,7 @@ def write_demo(
 
 
 def main(argv: list[str]) -> Path:
-    """Parses the command line, writes the dataset and says what was written.
+    """Parses the command line, writes the dataset and prints a summary.
 
     Args:
         argv: The arguments after the program's name.
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> Path:
         num_val=num_val,
         size=arguments.size,
     )
-    print(_summary(folder), flush=True)
+    print(_summary_text(folder), flush=True)
     return folder
 
 
@@ -106,10 +107,10 @@ def _check_numbers(*, seed: int, num_train: int, num_val: int, size: int) -> Non
 
 
 def _earlier_files(output_dir: Path) -> list[Path]:
-    """The files of an earlier demo dataset, also of one that was interrupted.
+    """The files of an earlier demo dataset, complete or interrupted.
 
     Raises:
-        DataError: There is a file that no demo dataset has; nothing may be overwritten.
+        DataError: There is a file that is not part of a demo dataset; nothing is overwritten.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise DataError(f"'{output_dir}' is a file; name a folder for the demo dataset.")
@@ -117,7 +118,7 @@ def _earlier_files(output_dir: Path) -> list[Path]:
     for path in output_dir.rglob("*"):
         if path.is_dir():
             continue
-        if not _is_ours(path, output_dir):
+        if not _is_demo_file(path, output_dir):
             raise DataError(
                 f"'{output_dir}' holds '{path.relative_to(output_dir)}', which is not part of a "
                 "demo dataset, and nothing was written so as not to overwrite your data: name a "
@@ -127,7 +128,7 @@ def _earlier_files(output_dir: Path) -> list[Path]:
     return files
 
 
-def _is_ours(path: Path, output_dir: Path) -> bool:
+def _is_demo_file(path: Path, output_dir: Path) -> bool:
     if path.parent not in (output_dir / "train", output_dir / "val"):
         return False
     if path.name == ANNOTATIONS:
@@ -136,7 +137,7 @@ def _is_ours(path: Path, output_dir: Path) -> bool:
             return bool(content["info"]["description"] == DESCRIPTION)
         except (ValueError, KeyError, TypeError):
             return False
-    # The second is what `write_text` leaves behind where it is killed.
+    # The second pattern is a temporary file of `write_text`, left behind when it is killed.
     return path.match("image_[0-9]*.jpg") or path.match(f".{ANNOTATIONS}.*.part")
 
 
@@ -162,7 +163,7 @@ def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: 
         for item in objects:
             ids = {"id": len(annotations) + 1, "image_id": index + 1}
             form = "uncompressed" if item.crowd else FORMS[len(annotations) % len(FORMS)]
-            annotations.append(ids | _annotation(item, size, form=form))
+            annotations.append(ids | _annotation_entry(item, size, form=form))
     content = {
         "info": {"description": DESCRIPTION},
         "images": images,
@@ -172,7 +173,7 @@ def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: 
     write_text(folder / ANNOTATIONS, json.dumps(content))
 
 
-def _annotation(item: Outlined, size: int, *, form: str) -> dict[str, Any]:
+def _annotation_entry(item: SceneObject, size: int, *, form: str) -> dict[str, Any]:
     """A COCO annotation without its ids; `form` is one of `FORMS`."""
     rle = mask_utils.merge(mask_utils.frPyObjects(item.polygons, size, size))
     segmentation: Any = item.polygons
@@ -197,7 +198,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     return [0, *runs] if flat[0] else runs
 
 
-def _summary(folder: Path) -> str:
+def _summary_text(folder: Path) -> str:
     counts = []
     for split in ("train", "val"):
         content = json.loads((folder / split / ANNOTATIONS).read_text(encoding="utf-8"))

@@ -1,46 +1,62 @@
-"""The entries of 'images' of a COCO file, matched with the files on disk. Imports no torch.
+"""The entries of a COCO file, checked in bulk: images, categories and objects. Imports no torch.
 
-The entries of 'annotations' of a COCO file, checked many at a time. Imports no torch.
+Images are matched with the files on disk. Of objects, first the fields are read one by one, then
+all numbers of many objects are checked at once.
 """
 
+import itertools
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from samft.coco.images import ImageFacts, inspect_image
-from samft.coco.json_reader import UNSET, ImageEntry, ObjectEntry, Raw, read_entries, to_id, to_size
-from samft.coco.layout import ImageFolder
-from samft.coco.problems import MAX_EXAMPLES, Problems
-from samft.coco.segmentation import (
-    CheckedMasks,
-    RawMasks,
-    Segmentations,
-    count_pixels,
-    decode_cropped,
+from samft.coco.boxes import (
+    BOX_CODES,
+    BOX_MALFORMED,
+    BOX_MISSING,
+    MAX_ROUNDING,
+    UNLIKE_MASK,
+    distance_outside,
+    judge_boxes,
+    to_corners,
 )
+from samft.coco.images import ImageFacts, inspect_images
+from samft.coco.json_reader import (
+    UNSET,
+    ImageEntry,
+    ObjectEntry,
+    Raw,
+    read_entries,
+    to_id,
+    to_size,
+    value_of,
+)
+from samft.coco.layout import RESPELLED, ImageFolder
+from samft.coco.problems import MAX_EXAMPLES, Problems
+from samft.coco.segmentation import CheckedMasks, RawMasks, Segmentations, decode_cropped
 
-_THREADS = 8  # a network disk answers many questions at once
-_PART = 64  # files a thread looks at in one go: handing over a single one costs as much as the look
+CROWD = 1  # a bit of `Objects.flags`
+NO_CATEGORY = -1
+NO_ID = -(2**63)
+_CHUNK = 20_000  # objects that are decoded and checked at a time
+_TINY = 16  # px; masks below it are reported
+_NO_BOX = [float("nan")] * 4
 
 
 @dataclass
 class Images:
-    """The images of a COCO file, one row for each file, N of them.
+    """The images of a COCO file, one row for each file on disk, N of them.
 
     Attributes:
-        names: Relative to the image folder, as found.
+        names: [N], file names relative to the image folder, as spelled on disk.
         ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the file; what the JSON says where the file cannot be read.
-        num_bytes: int64 [N], of the file; 0 where it cannot be read.
-        codes: [N] why the file cannot be used, a key of `problems.KINDS`, or ''.
+        sizes: int32 [N, 2], H, W of the file, px; those of the JSON where it cannot be read.
+        num_bytes: int64 [N], size of the file; 0 where it cannot be read.
+        codes: [N], why the file cannot be used: a key of `problems.KINDS`, or ''.
         row_of: From every image id to its row.
     """
 
@@ -53,30 +69,30 @@ class Images:
 
 
 def read_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> Images:
-    """Reads the entries, finds their files and looks at the head and the end of each file.
+    """Reads the image entries, finds their files and inspects head and end of each file.
 
     Args:
-        entries: Of `Document.images`.
+        entries: `Document.images`.
         folder: Where the files are.
-        problems: What is found is added, but for the images' own codes, which matter only where an
-            image has objects.
+        problems: Problems are added to it, except `Images.codes`, which `read_objects` adds, since
+            they matter only for images with objects.
 
     Returns:
-        The images; entries without an id or a name are left out.
+        The images, without entries that lack an id or a name.
     """
-    images = _read_entries(entries, folder, problems)
+    images = _list_images(entries, folder, problems)
     rows = [row for row, code in enumerate(images.codes) if not code]
     sizes = images.sizes.tolist()
     paths = [folder.folder / images.names[row] for row in rows]
     for row, facts in zip(rows, inspect_images(paths), strict=True):
         images.codes[row], images.num_bytes[row] = facts.problem or "", facts.num_bytes
         if facts.problem is None:
-            _compare(images.names[row], facts, tuple(sizes[row]), problems)
+            _compare_sizes(images.names[row], facts, tuple(sizes[row]), problems)
             images.sizes[row] = facts.height, facts.width
     return images
 
 
-def _read_entries(entries: list[Raw], folder: ImageFolder, problems: Problems) -> Images:
+def _list_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> Images:
     names: list[str] = []
     codes, ids, sizes = [], [], []
     row_of: dict[int, int] = {}
@@ -89,63 +105,81 @@ def _read_entries(entries: list[Raw], folder: ImageFolder, problems: Problems) -
             continue
         if type(entry.id) is not int:
             problems.add("id-not-integer", f"image {entry.id!r}")
-        found, code = folder.find(name)
-        row = row_of_name.setdefault(found, len(names))
+        path, code = folder.find(name)
+        row = row_of_name.setdefault(path, len(names))
         known = row_of.setdefault(image_id, row)
         if known != row:
             both = f"image {image_id}: {names[known]!r} and {name!r}"
             problems.add("image-id-ambiguous", both)
         if row < len(names):
             if known == row:
-                problems.add("image-listed-twice", found)
+                problems.add("image-listed-twice", path)
             continue
-        if code == "image-name-mended":
+        if code == RESPELLED:
             problems.add(code, name)
-        names.append(found)
-        codes.append("" if code == "image-name-mended" else code)
+        names.append(path)
+        codes.append("" if code == RESPELLED else code)
         ids.append(image_id)
         sizes.append(to_size(entry))
     arrays = np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
     return Images(names, *arrays, np.zeros(len(ids), dtype=np.int64), codes, row_of)
 
 
-def inspect_images(paths: list[Path]) -> Iterator[ImageFacts]:
-    """Looks at many files at once, see `inspect_image`; what it finds, in the order given."""
-    bar = tqdm(total=len(paths), desc="looking at images", unit="image", disable=None, delay=2)
-    parts = [paths[first : first + _PART] for first in range(0, len(paths), _PART)]
-    with bar, ThreadPoolExecutor(_THREADS) as pool:
-        for facts in pool.map(lambda part: [inspect_image(path) for path in part], parts):
-            bar.update(len(facts))
-            yield from facts
-
-
-def _compare(name: str, facts: ImageFacts, size_json: tuple[int, int], problems: Problems) -> None:
+def _compare_sizes(
+    name: str, facts: ImageFacts, size_json: tuple[int, int], problems: Problems
+) -> None:
     size = facts.height, facts.width
     if size_json == (0, 0):
         problems.add("image-size-missing", name)
     elif size_json != size:
-        words = f"{name}: {size_json[1]}x{size_json[0]} is {size[1]}x{size[0]}"
-        turned = facts.orientation > 4 and size_json == size[::-1]
-        problems.add("image-size-differs", words + (", as if turned by EXIF" if turned else ""))
+        is_rotated = facts.orientation > 4 and size_json == size[::-1]
+        reason = ", as if turned by EXIF" if is_rotated else ""
+        sizes = f"{size_json[1]}x{size_json[0]} is {size[1]}x{size[0]}"
+        problems.add("image-size-differs", f"{name}: {sizes}{reason}")
     if facts.orientation != 1:
         problems.add("image-exif-rotated", name)
 
 
-CROWD = 1  # a bit of `Objects.flags`
-NO_CATEGORY = -1
-NO_ID = -(2**63)
-_MASKS = "segmentations"
-_TINY = 16  # px
-_NONE = [float("nan")] * 4
-_BOX_CODES = (
-    "",
-    "box-missing",
-    "box-malformed",
-    "box-not-finite",
-    "box-empty",
-    "box-outside",
-    "box-unlike-mask",
-)
+def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
+    """Reads the category entries.
+
+    Args:
+        raw: `Document.categories`, whatever it is.
+        problems: Problems are added to it.
+
+    Returns:
+        From category id to name.
+    """
+    if not isinstance(raw, list) or not raw:
+        problems.add("categories-missing", "categories")
+        return {}
+    categories: dict[int, str] = {}
+    for position, entry in enumerate(raw):
+        category_id = to_id(entry.get("id")) if isinstance(entry, dict) else None
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if category_id is None or not isinstance(name, str):
+            problems.add("category-malformed", f"entry {position}")
+            continue
+        if type(entry["id"]) is not int:
+            problems.add("id-not-integer", f"category {entry['id']!r}")
+        if category_id in categories:
+            problems.add("category-id-twice", f"category {category_id} ({name})")
+            continue
+        if name in categories.values():
+            problems.add("category-name-twice", f"{name} (category {category_id})")
+        categories[category_id] = name
+    return categories
+
+
+def check_category_ids(categories: dict[int, str], used: set[int], problems: Problems) -> None:
+    """Adds what is unusual about category ids, of which `used` are those that objects have."""
+    if 0 in categories and 0 not in used and len(categories) > 1:
+        problems.add("category-placeholder", f"0 ({categories[0]})")
+    ids = sorted(categories)
+    gaps = [after for before, after in itertools.pairwise(ids) if after != before + 1]
+    problems.add(
+        "category-ids-not-contiguous", *(f"gap before {category_id}" for category_id in gaps)
+    )
 
 
 @dataclass
@@ -153,13 +187,13 @@ class Objects:
     """The usable objects of a COCO file, crowds included, grouped by image, K of them.
 
     Attributes:
-        rows: int64 [K], the row in `Images` of each.
-        positions: int64 [K], the place in the list 'annotations'.
-        ids: int64 [K], each one different.
-        categories: int64 [K], the category's id, or `NO_CATEGORY`.
+        rows: int64 [K], rows of their images in `Images`.
+        positions: int64 [K], positions in the list 'annotations'.
+        ids: int64 [K], unique.
+        categories: int64 [K], category ids, or `NO_CATEGORY`.
         flags: uint8 [K], bits: `CROWD`.
         boxes: float64 [K, 4], x0 y0 x1 y1, px, original frame.
-        areas: float64 [K], of the mask, px; exact below 40 px, else of the polygons.
+        areas: float64 [K], of the masks, px; exact below 40 px, else of the polygons.
         segmentations: [K].
     """
 
@@ -174,28 +208,108 @@ class Objects:
 
     def take(self, which: NDArray[np.int64]) -> "Objects":
         """Some of the objects, in the order given."""
-        arrays = {name: value[which] for name, value in vars(self).items() if name != _MASKS}
+        arrays = {name: getattr(self, name)[which] for name in _OBJECT_ARRAYS}
         return Objects(segmentations=self.segmentations.take(which), **arrays)
 
+    @classmethod
+    def concatenate(cls, chunks: list["Objects"]) -> "Objects":
+        """The objects of all chunks, grouped by image, in the order of the file within each."""
+        arrays = {
+            name: np.concatenate([getattr(chunk, name) for chunk in chunks])
+            for name in _OBJECT_ARRAYS
+        }
+        buffers = [chunk.segmentations.buffer for chunk in chunks]
+        ends = np.cumsum([0, *(len(buffer) for buffer in buffers)])
+        starts = np.concatenate(
+            [chunk.segmentations.starts + end for chunk, end in zip(chunks, ends, strict=False)]
+        )
+        segmentations = Segmentations(np.concatenate(buffers), starts)
+        whole = cls(segmentations=segmentations, **arrays)
+        return whole.take(np.argsort(whole.rows, kind="stable"))
 
-@dataclass(frozen=True)
-class _Numbers:
-    masks: CheckedMasks
-    sizes: NDArray[np.float64]  # [n, 2] H, W of the image of each object
-    boxes: NDArray[np.float64]  # [n, 4] x y w h, as annotated
-    good: NDArray[np.bool_]  # [n] whether the mask can be used
+
+_OBJECT_ARRAYS = ("rows", "positions", "ids", "categories", "flags", "boxes", "areas")
+
+
+def read_objects(
+    entries: list[Raw], images: Images, *, categories: set[int], problems: Problems
+) -> Objects:
+    """Reads and checks the object entries.
+
+    Args:
+        entries: `Document.annotations`.
+        images: Of the same file. `codes` becomes `image-unused-bad` for bad images without objects.
+        categories: The category ids of the file.
+        problems: Problems are added to it, also those of bad images.
+
+    Returns:
+        The objects that can be used; an unusable box is replaced by the mask's extent.
+    """
+    chunks = []
+    lost: Counter[int] = Counter()
+    bar = tqdm(total=len(entries), desc="checking objects", unit="object", disable=None, delay=2)
+    with bar:
+        for first in range(0, max(len(entries), 1), _CHUNK):
+            part = entries[first : first + _CHUNK]
+            chunk = ObjectChunk(images, categories, lost)
+            for position, entry in enumerate(read_entries(part, ObjectEntry), first):
+                chunk.add(position, entry)
+            chunks.append(chunk.finish(problems))
+            bar.update(len(part))
+    _add_bad_images(images, lost, problems)
+    objects = _make_ids_unique(Objects.concatenate(chunks), entries, problems)
+    if len(objects.flags) and (objects.flags & CROWD).all():
+        problems.add_ids("all-crowd", objects.ids, noun="object")
+        objects.flags[:] = 0
+    problems.add_ids("crowd", objects.ids[objects.flags & CROWD > 0], noun="object")
+    return objects
+
+
+def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> None:
+    for row, code in enumerate(images.codes):
+        if code and lost[row]:
+            plural = "s" * (lost[row] > 1)
+            problems.add(code, f"{images.names[row]} ({lost[row]} object{plural})")
+        elif code:
+            images.codes[row] = "image-unused-bad"
+            problems.add("image-unused-bad", images.names[row])
+
+
+def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -> Objects:
+    # A repeated entry is left out; another object with a used id, or with none, gets a free one.
+    def value(k: int) -> Any:
+        return value_of(entries[objects.positions[k]])
+
+    order = np.lexsort([objects.positions, objects.ids])
+    ids = objects.ids[order]
+    again = np.flatnonzero((ids[1:] == ids[:-1]) & (ids[1:] != NO_ID)) + 1
+    firsts = np.searchsorted(ids, ids[again])
+    kept = np.ones(len(ids), dtype=bool)
+    renewed = np.flatnonzero(objects.ids == NO_ID).tolist()
+    for k, first in zip(order[again].tolist(), order[firsts].tolist(), strict=True):
+        same = value(k) == value(first)
+        code = "annotation-duplicate" if same else "annotation-id-twice"
+        problems.add(code, f"object {objects.ids[k]}")
+        kept[k] = not same
+        renewed += [] if same else [k]
+    if renewed:
+        taken = set(objects.ids.tolist())
+        free = (number for number in itertools.count(1) if number not in taken)
+        for k in sorted(renewed, key=lambda k: int(objects.positions[k])):
+            objects.ids[k] = next(free)
+    return objects if kept.all() else objects.take(np.flatnonzero(kept))
 
 
 class ObjectChunk:
-    """Some entries: their fields, type by type, then all their numbers at once."""
+    """Object entries that are checked together: first their fields, then all their numbers."""
 
     def __init__(self, images: Images, categories: set[int], lost: Counter[int]) -> None:
-        """Begins with none.
+        """Starts with no entry.
 
         Args:
             images: Of the same file.
-            categories: The known category ids.
-            lost: Counts, by row, objects of images that cannot be used.
+            categories: The category ids of the file.
+            lost: Counts objects of bad images, by the image's row.
         """
         self.images, self.known_categories, self.lost = images, categories, lost
         self.labels: list[str] = []
@@ -206,87 +320,99 @@ class ObjectChunk:
         self.crowd: list[bool] = []
         self.areas_json: list[float] = []
         self.boxes = array("d")  # x y w h
-        self.box_codes: list[int] = []
+        self.box_verdicts: list[int] = []  # indices into BOX_CODES, of what is no four numbers
         self.masks = RawMasks()
-        self.noted: defaultdict[str, list[str]] = defaultdict(list)
+        self.labels_by_code: defaultdict[str, list[str]] = defaultdict(list)
 
-    def take(self, position: int, entry: ObjectEntry | None) -> None:
-        """Takes the next entry, unless it is none or has no image."""
+    def add(self, position: int, entry: ObjectEntry | None) -> None:
+        """Adds the next entry, unless it is malformed or has no usable image.
+
+        Args:
+            position: In the list 'annotations'.
+            entry: None for one that is not a JSON object.
+        """
         if entry is None:
-            self.noted["annotation-malformed"].append(f"entry {position}")
+            self.labels_by_code["annotation-malformed"].append(f"entry {position}")
             return
         object_id = to_id(entry.id)
         label = f"entry {position}" if object_id is None else f"object {object_id}"
         image_id = to_id(entry.image_id)
         row = None if image_id is None else self.images.row_of.get(image_id)
         if row is None:
-            known = "annotation-image-missing" if image_id is None else "annotation-orphan"
-            self.noted[known].append(label if image_id is None else f"{label}: image {image_id}")
+            if image_id is None:
+                self.labels_by_code["annotation-image-missing"].append(label)
+            else:
+                self.labels_by_code["annotation-orphan"].append(f"{label}: image {image_id}")
         elif self.images.codes[row]:
             self.lost[row] += 1
         else:
             self.labels.append(label)
             self.rows.append(row)
             self.positions.append(position)
-            self._take_ids(entry, object_id, label)
-            self._take_crowd(entry.iscrowd, label)
-            self._take_box(entry.bbox)
+            self._add_ids(entry, object_id, label)
+            self._add_crowd(entry.iscrowd, label)
+            self._add_box(entry.bbox)
             self.areas_json.append(
                 entry.area if isinstance(entry.area, float) else to_id(entry.area) or -1
             )
             self.masks.add(None if entry.segmentation is UNSET else entry.segmentation)
 
-    def _take_ids(self, entry: ObjectEntry, object_id: int | None, label: str) -> None:
+    def _add_ids(self, entry: ObjectEntry, object_id: int | None, label: str) -> None:
         category = to_id(entry.category_id)
         if category is None:
-            self.noted["category-missing"].append(label)
+            self.labels_by_code["category-missing"].append(label)
         elif self.known_categories and category not in self.known_categories:
-            self.noted["category-unknown"].append(f"{label}: category {category}")
+            self.labels_by_code["category-unknown"].append(f"{label}: category {category}")
         self.categories.append(NO_CATEGORY if category is None else category)
         if object_id is None:
-            self.noted["annotation-id-missing"].append(label)
+            self.labels_by_code["annotation-id-missing"].append(label)
         elif object_id == 0:
-            self.noted["annotation-id-zero"].append(label)
+            self.labels_by_code["annotation-id-zero"].append(label)
         self.ids.append(NO_ID if object_id is None else object_id)
         for raw in (entry.id, entry.image_id, entry.category_id):
             if type(raw) is not int and to_id(raw) is not None:
-                self.noted["id-not-integer"].append(f"{label}: {raw!r}")
+                self.labels_by_code["id-not-integer"].append(f"{label}: {raw!r}")
                 break
 
-    def _take_crowd(self, raw: Any, label: str) -> None:
+    def _add_crowd(self, raw: Any, label: str) -> None:
         if raw is UNSET:
-            self.noted["iscrowd-missing"].append(label)
+            self.labels_by_code["iscrowd-missing"].append(label)
         elif type(raw) is not int or raw not in (0, 1):
-            self.noted["iscrowd-malformed"].append(f"{label}: {str(raw)[:20]}")
+            self.labels_by_code["iscrowd-malformed"].append(f"{label}: {str(raw)[:20]}")
         self.crowd.append(raw is not UNSET and bool(to_id(raw)))
 
-    def _take_box(self, raw: Any) -> None:
-        code = 1 if raw is UNSET or raw is None else 0
-        if not code:
+    def _add_box(self, raw: Any) -> None:
+        verdict = BOX_MISSING if raw is UNSET or raw is None else 0
+        if not verdict:
             try:
                 if len(raw) != 4:
                     raise TypeError
-                self.boxes.fromlist(raw)
+                self.boxes.fromlist(raw)  # all four or none
             except (TypeError, OverflowError):
-                code = 2
-        if code:
-            self.boxes.fromlist(_NONE)
-        self.box_codes.append(code)
+                verdict = BOX_MALFORMED
+        if verdict:
+            self.boxes.fromlist(_NO_BOX)
+        self.box_verdicts.append(verdict)
 
     def finish(self, problems: Problems) -> Objects:
-        """Checks the numbers of all entries that were taken, and keeps what can be used."""
-        for code, labels in self.noted.items():
+        """Checks the numbers of all entries that were added.
+
+        Args:
+            problems: Problems are added to it.
+
+        Returns:
+            The objects that can be used.
+        """
+        for code, labels in self.labels_by_code.items():
             problems.add(code, *labels[:MAX_EXAMPLES], count=len(labels))
         masks = self.masks.check()
         rows = np.array(self.rows, dtype=np.int64)
         sizes = self.images.sizes[rows].astype(np.float64)
-        self._find_empty(masks, sizes)
-        raw_boxes = np.frombuffer(self.boxes).reshape(-1, 4) if self.boxes else np.zeros((0, 4))
-        good = np.asarray(masks.codes == "", dtype=bool)
-        found = _Numbers(masks, sizes, raw_boxes, good)
-        boxes = self._check_boxes(found, problems)
-        self._note_masks(found, problems)
-        kept = np.flatnonzero(good)
+        masks.find_empty(sizes)
+        boxes_xywh = np.frombuffer(self.boxes).reshape(-1, 4) if self.boxes else np.zeros((0, 4))
+        boxes = self._correct_boxes(boxes_xywh, masks, sizes, problems)
+        self._add_mask_problems(boxes_xywh, masks, sizes, problems)
+        kept = np.flatnonzero(masks.codes == "")
         return Objects(
             rows=rows[kept],
             positions=np.array(self.positions, dtype=np.int64)[kept],
@@ -298,98 +424,65 @@ class ObjectChunk:
             segmentations=masks.segmentations.take(kept),
         )
 
-    def _find_empty(self, masks: CheckedMasks, sizes: NDArray[np.float64]) -> None:
-        # A polygon inside of the image that is thicker than a few pixels covers some: no need to
-        # draw it. Nosarzewska's bound asks for half the perimeter.
-        corner = sizes[:, ::-1]
-        inside = (masks.extents[:, :2] >= 0).all(1) & (masks.extents[:, 2:] <= corner).all(1)
-        good = np.asarray(masks.codes == "", dtype=bool)
-        sure = inside & (masks.areas > 2 * masks.perimeters)
-        low, high = masks.extents[:, :2], masks.extents[:, 2:]
-        outside = np.asarray(((high <= 0) | (low >= corner)).any(1))
-        for k in np.flatnonzero(good & ~sure).tolist():
-            height, width = sizes[k].astype(int).tolist()
-            masks.areas[k] = 0
-            if not outside[k]:
-                masks.areas[k] = count_pixels(masks.segmentations[k], height, width)
-            if masks.areas[k] == 0:
-                masks.codes[k] = "mask-outside" if outside[k] else "mask-without-pixels"
-
-    def _check_boxes(self, found: "_Numbers", problems: Problems) -> NDArray[np.float64]:
-        masks, sizes, raw, good = found.masks, found.sizes, found.boxes, found.good
+    def _correct_boxes(
+        self,
+        boxes_xywh: NDArray[np.float64],
+        masks: CheckedMasks,
+        sizes: NDArray[np.float64],
+        problems: Problems,
+    ) -> NDArray[np.float64]:
+        # x0 y0 x1 y1, with the mask's extent instead of unusable boxes.
+        usable = np.asarray(masks.codes == "", dtype=bool)
+        verdicts = np.array(self.box_verdicts, dtype=np.int64)
+        verdicts = np.where(verdicts > 0, verdicts, judge_boxes(boxes_xywh, masks.extents, sizes))
         with np.errstate(all="ignore"):
-            boxes = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
-            codes = np.where(~np.isfinite(boxes).all(1), 3, 0)
-            codes = np.where((codes == 0) & (raw[:, 2:] <= 0).any(1), 4, codes)
-            codes = np.where((codes == 0) & ~_fits(boxes, sizes), 5, codes)
-            codes = np.where((codes == 0) & _unlike(boxes, masks.extents, sizes), 6, codes)
-        missing = np.array(self.box_codes, dtype=np.int64)
-        codes = np.where(missing > 0, missing, codes)
-        for k in np.flatnonzero(good & (codes > 0)).tolist():
+            boxes = to_corners(boxes_xywh)
+        for k in np.flatnonzero(usable & (verdicts > 0)).tolist():
             height, width = sizes[k].astype(int).tolist()
             drawn = decode_cropped(masks.segmentations[k], height, width).extent
-            # An outline that runs back on itself reaches further than what is drawn of it.
-            if _BOX_CODES[codes[k]] == "box-unlike-mask" and np.abs(boxes[k] - drawn).max() <= 2:
-                codes[k] = 0
+            # An outline that runs back on itself reaches further than the mask that is drawn of it.
+            if verdicts[k] == UNLIKE_MASK and np.abs(boxes[k] - drawn).max() <= MAX_ROUNDING:
+                verdicts[k] = 0
                 continue
-            problems.add(_BOX_CODES[codes[k]], self.labels[k])
+            problems.add(BOX_CODES[verdicts[k]], self.labels[k])
             boxes[k] = drawn
-        leaving = _furthest_outside(boxes, sizes) > 0.01
-        self._note(problems, "box-leaves-image", good & leaving)
-        self._note(problems, "box-thin", good & (codes == 0) & (raw[:, 2:] < 2).any(1))
+        thin = (verdicts == 0) & (boxes_xywh[:, 2:] < 2).any(1)
+        leaving = distance_outside(boxes, sizes) > 0.01
+        self._add_problem(problems, "box-leaves-image", usable & leaving)
+        self._add_problem(problems, "box-thin", usable & thin)
         return boxes
 
-    def _note_masks(self, found: "_Numbers", problems: Problems) -> None:
-        masks, sizes, good = found.masks, found.sizes, found.good
+    def _add_mask_problems(
+        self,
+        boxes_xywh: NDArray[np.float64],
+        masks: CheckedMasks,
+        sizes: NDArray[np.float64],
+        problems: Problems,
+    ) -> None:
         for code in sorted(set(masks.codes.tolist()) - {""}):
-            self._note(problems, code, np.asarray(masks.codes == code, dtype=bool))
-        flat = np.zeros(len(good), dtype=bool)
+            self._add_problem(problems, code, np.asarray(masks.codes == code, dtype=bool))
+        flat, is_rle, other_size = np.zeros((3, len(masks.codes)), dtype=bool)
         flat[self.masks.flat] = True
-        other = np.zeros(len(good), dtype=bool)
-        for k, size in masks.rle_sizes.items():
-            other[k] = size != tuple(sizes[k].astype(int).tolist())
-        box_areas = found.boxes[:, 2] * found.boxes[:, 3]
-        areas_json = np.array(self.areas_json, dtype=np.float64)
-        is_box = np.abs(areas_json - box_areas) <= 1e-3 * np.maximum(box_areas, 1)
-        self._note(problems, "polygon-part-left-out", good & masks.part_left_out)
-        self._note(problems, "polygon-flat", good & flat)
-        self._note(problems, "polygon-parts", good & (masks.num_parts > 1))
-        self._note(problems, "rle-size-differs", good & other)
-        is_rle = np.zeros(len(good), dtype=bool)
         is_rle[list(masks.rle_sizes)] = True
-        leaving = _furthest_outside(masks.extents, sizes) > 1
-        self._note(problems, "polygon-leaves-image", good & ~is_rle & leaving)
-        self._note(problems, "mask-tiny", good & (masks.areas < _TINY))
-        self._note(problems, "area-is-box", good & is_box & (masks.areas < 0.95 * box_areas))
+        for k, size in masks.rle_sizes.items():
+            other_size[k] = size != tuple(sizes[k].astype(int).tolist())
+        box_areas = boxes_xywh[:, 2] * boxes_xywh[:, 3]
+        areas_json = np.array(self.areas_json, dtype=np.float64)
+        is_box_area = np.abs(areas_json - box_areas) <= 1e-3 * np.maximum(box_areas, 1)
+        kinds = {
+            "polygon-part-left-out": masks.part_left_out,
+            "polygon-flat": flat,
+            "polygon-parts": masks.num_parts > 1,
+            "rle-size-differs": other_size,
+            "polygon-leaves-image": ~is_rle & (distance_outside(masks.extents, sizes) > 1),
+            "mask-tiny": masks.areas < _TINY,
+            "area-is-box": is_box_area & (masks.areas < 0.95 * box_areas),
+        }
+        usable = np.asarray(masks.codes == "", dtype=bool)
+        for code, which in kinds.items():
+            self._add_problem(problems, code, usable & which)
 
-    def _note(self, problems: Problems, code: str, which: NDArray[np.bool_]) -> None:
-        found = np.flatnonzero(which)
-        examples = [self.labels[k] for k in found[:MAX_EXAMPLES]]
-        problems.add(code, *examples, count=len(found))
-
-
-def _fits(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    # A box may leave the image, but not by more than the image's size.
-    corner = sizes[:, ::-1]
-    low, high = boxes[:, :2], boxes[:, 2:]
-    good = (low >= -corner) & (low < corner) & (high > 0) & (high <= 2 * corner)
-    return np.asarray(good.all(1))
-
-
-def _unlike(
-    boxes: NDArray[np.float64], extents: NDArray[np.float64], sizes: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    # Less than half in common, and that not by a pixel or two of rounding.
-    limit = np.tile(sizes[:, ::-1], 2)
-    ours, other = np.clip(boxes, 0, limit), np.clip(extents, 0, limit)
-    low, high = np.maximum(ours[:, :2], other[:, :2]), np.minimum(ours[:, 2:], other[:, 2:])
-    common = np.maximum(high - low, 0).prod(1)
-    both = (ours[:, 2:] - ours[:, :2]).prod(1) + (other[:, 2:] - other[:, :2]).prod(1)
-    return np.asarray((common < 0.5 * (both - common)) & (np.abs(ours - other).max(1) > 2))
-
-
-def _furthest_outside(
-    boxes: NDArray[np.float64], sizes: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    outside = np.concatenate([-boxes[:, :2], boxes[:, 2:] - sizes[:, ::-1]], axis=1)
-    return np.asarray(outside.max(1))
+    def _add_problem(self, problems: Problems, code: str, which: NDArray[np.bool_]) -> None:
+        objects = np.flatnonzero(which)
+        examples = [self.labels[k] for k in objects[:MAX_EXAMPLES]]
+        problems.add(code, *examples, count=len(objects))

@@ -1,47 +1,208 @@
-"""From a COCO file and its images to checked arrays. Imports no torch.
+"""The checked content of a COCO file as memory-mapped arrays, built once and kept on disk.
 
-A checked COCO file as memory-mapped arrays in a cache folder, built once. Imports no torch.
+A folder in the cache holds one index: a `.npy` file for each array and `index.json` for the rest.
+Its name is a hash of the JSON's content and the paths of the images. It is written beside its place
+and renamed, under a lock, so that processes of a node never see a part of it and build it once.
+Imports no torch.
 """
 
 import hashlib
-import itertools
 import json
-import logging
 import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from samft.coco.entries import CROWD, NO_CATEGORY, NO_ID, Images, ObjectChunk, Objects, read_images
-from samft.coco.json_reader import (
-    ObjectEntry,
-    Raw,
-    file_digest,
-    load_document,
-    read_entries,
-    to_id,
-    value_of,
+from samft.coco.entries import (
+    CROWD,
+    NO_CATEGORY,
+    Images,
+    Objects,
+    check_category_ids,
+    read_categories,
+    read_images,
+    read_objects,
 )
+from samft.coco.json_reader import file_digest, load_document
 from samft.coco.layout import ImageFolder
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 from samft.runtime.files import cache_folder, file_lock, write_json
+from samft.runtime.logs import LOGGER
 
-_CHUNK = 20_000  # entries that are decoded at a time
+FORMAT = 2  # of the files of an index; part of its name
+_META = "index.json"
+_UNUSED_DAYS = 30  # an index that was not opened for so long is deleted
+_ESCAPE = "surrogateescape"  # keeps file names that are not UTF-8
+_BUFFER, _STARTS = "segmentations", "segmentation_starts"  # the arrays of `Segmentations`
+
+
+@dataclass(frozen=True)
+class CocoIndex:
+    """The checked content of a COCO file: N images, K objects grouped by image, with crowds.
+
+    All arrays are files mapped into memory, so that processes share them; a pickle of an index
+    holds paths, no data.
+
+    Attributes:
+        folder: Where the arrays are.
+        image_folder: What file names are relative to.
+        names: uint8, the file names one after the other, UTF-8; see `file_name`.
+        name_ends: int64 [N], the end of each in `names`.
+        image_ids: int64 [N].
+        sizes: int32 [N, 2], H, W of the files, px.
+        num_bytes: int64 [N], sizes of the files.
+        bad: bool [N], whether the file cannot be used.
+        first_object: int64 [N + 1]; image i has objects `first_object[i]` to
+            `first_object[i + 1] - 1`.
+        positions: int64 [K], positions in the list 'annotations'.
+        object_ids: int64 [K], unique.
+        categories: int64 [K], category ids, or `entries.NO_CATEGORY`.
+        flags: uint8 [K], bits: `entries.CROWD`.
+        boxes: float64 [K, 4], x0 y0 x1 y1, px, original frame.
+        areas: float64 [K], of the masks, px.
+        segmentations: [K].
+        category_names: By category id.
+        bad_images: Codes in `problems.KINDS` by file name, of bad images that have objects.
+        problems: Everything that is wrong with the file.
+    """
+
+    folder: Path
+    image_folder: Path
+    names: NDArray[np.uint8]
+    name_ends: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    num_bytes: NDArray[np.int64]
+    bad: NDArray[np.bool_]
+    first_object: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    object_ids: NDArray[np.int64]
+    categories: NDArray[np.int64]
+    flags: NDArray[np.uint8]
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    segmentations: Segmentations
+    category_names: dict[int, str]
+    bad_images: dict[str, str]
+    problems: Problems
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_index, (self.folder, self.image_folder)
+
+    @property
+    def num_images(self) -> int:
+        """N, all images: bad ones and those without objects included."""
+        return len(self.image_ids)
+
+    def file_name(self, row: int) -> str:
+        """File name of an image, relative to the image folder."""
+        start = int(self.name_ends[row - 1]) if row else 0
+        return self.names[start : int(self.name_ends[row])].tobytes().decode(errors=_ESCAPE)
+
+    def file_names(self) -> list[str]:
+        """File names of all images."""
+        return [self.file_name(row) for row in range(self.num_images)]
+
+
+_OTHER_FIELDS = {
+    "folder",
+    "image_folder",
+    "segmentations",
+    "category_names",
+    "bad_images",
+    "problems",
+}
+_ARRAYS = tuple(name for name in CocoIndex.__annotations__ if name not in _OTHER_FIELDS)
+
+
+def class_names(index: CocoIndex) -> dict[int, str]:
+    """Names of all category ids that are listed or used; `category 99` or `unknown` if unnamed."""
+    used = np.unique(index.categories).tolist()
+    missing = {one: f"category {one}" for one in used if one not in index.category_names}
+    if NO_CATEGORY in missing:
+        missing[NO_CATEGORY] = "unknown"
+    return {**index.category_names, **missing}
+
+
+def index_file(
+    annotations: Path, image_folder: Path, *, root: Path | None = None, cache: Path | None = None
+) -> CocoIndex:
+    """Opens the index of a COCO file; the first time, the file is checked and the index built.
+
+    It is built again when the JSON's content changes, when image files come or go, and when a
+    broken one is replaced. The processes of a node build it once.
+
+    Args:
+        annotations: The JSON file.
+        image_folder: What its file names are relative to.
+        root: The dataset's folder; symbolic links of images may lead to anywhere below it.
+        cache: Folder of all indexes; by default `index` in samft's cache folder.
+
+    Raises:
+        UnusableFile: The JSON cannot be read.
+        DataError: The index cannot be written.
+    """
+    digest = file_digest(annotations)
+    images = ImageFolder(image_folder, root=root)
+    parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve()]
+    key = hashlib.sha256("\n".join(map(str, parts)).encode(errors=_ESCAPE)).hexdigest()[:32]
+    try:
+        cache = _make_cache_folder(cache)
+        with file_lock(cache / f"{key}.lock"):
+            folder = cache / key
+            if not _is_current(folder, images):
+                started = time.monotonic()
+                checked = check_file(annotations, images)
+                _write_index(checked, folder, images)
+                _delete_unused(cache)
+                seconds = time.monotonic() - started
+                LOGGER.info("checked and indexed %s in %.1f s", annotations, seconds)
+            os.utime(folder / _META)  # when it was opened last, for `_delete_unused`
+            return open_index(folder, image_folder)
+    except OSError as error:
+        raise DataError(
+            f"the index of {annotations} cannot be written to {cache} ({error.strerror}): set "
+            "SAMFT_CACHE to a folder with room."
+        ) from error
+
+
+def open_index(folder: Path, image_folder: Path) -> CocoIndex:
+    """Maps an index into memory that `index_file` has built.
+
+    Args:
+        folder: Where the arrays are.
+        image_folder: What file names are relative to.
+    """
+    meta = json.loads((folder / _META).read_text())
+    arrays = {name: _map_array(folder / f"{name}.npy") for name in (*_ARRAYS, _BUFFER, _STARTS)}
+    segmentations = Segmentations(arrays.pop(_BUFFER), arrays.pop(_STARTS))
+    return CocoIndex(
+        folder=folder,
+        image_folder=image_folder,
+        segmentations=segmentations,
+        category_names={int(key): name for key, name in meta["categories"].items()},
+        bad_images=meta["bad_images"],
+        problems=Problems.from_json(meta["problems"]),
+        **arrays,
+    )
+
+
+def _map_array(path: Path) -> NDArray[Any]:
+    # A plain array over the mapped file, since slices of np.memmap cost several times as much.
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 @dataclass
 class CheckedFile:
-    """What a COCO file holds, checked."""
+    """The checked content of a COCO file, before it is stored."""
 
     images: Images
     objects: Objects
@@ -57,10 +218,10 @@ def check_file(annotations: Path, folder: ImageFolder) -> CheckedFile:
         folder: Where its images are.
 
     Returns:
-        The images and objects that can be used, and every problem.
+        Usable images and objects, and all problems.
 
     Raises:
-        UnusableFile: It cannot be read, is not JSON, or not of COCO's form.
+        UnusableFile: It cannot be read, is not JSON, or is not a COCO instances file.
     """
     problems = Problems()
     document = load_document(annotations, problems)
@@ -69,7 +230,7 @@ def check_file(annotations: Path, folder: ImageFolder) -> CheckedFile:
     objects = read_objects(
         document.annotations, images, categories=set(categories), problems=problems
     )
-    _note_categories(categories, objects, problems)
+    check_category_ids(categories, set(np.unique(objects.categories).tolist()), problems)
     plain = objects.rows[objects.flags & CROWD == 0]
     filled = np.bincount(plain, minlength=len(images.names)) > 0
     empty = [
@@ -83,252 +244,7 @@ def check_file(annotations: Path, folder: ImageFolder) -> CheckedFile:
     return CheckedFile(images, objects, categories, problems)
 
 
-def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
-    """Reads the list of categories.
-
-    Args:
-        raw: Whatever stands under 'categories'.
-        problems: What is found is added.
-
-    Returns:
-        From id to name.
-    """
-    if not isinstance(raw, list) or not raw:
-        problems.add("categories-missing", "categories")
-        return {}
-    categories: dict[int, str] = {}
-    for position, entry in enumerate(raw):
-        category_id = to_id(entry.get("id")) if isinstance(entry, dict) else None
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if category_id is None or not isinstance(name, str):
-            problems.add("category-malformed", f"entry {position}")
-            continue
-        if type(entry["id"]) is not int:
-            problems.add("id-not-integer", f"category {entry['id']!r}")
-        if category_id in categories:
-            problems.add("category-id-twice", f"category {category_id} ({name})")
-            continue
-        if name in categories.values():
-            problems.add("category-name-twice", f"{name} (category {category_id})")
-        categories[category_id] = name
-    return categories
-
-
-def _note_categories(categories: dict[int, str], objects: Objects, problems: Problems) -> None:
-    used = set(np.unique(objects.categories).tolist())
-    if 0 in categories and 0 not in used and len(categories) > 1:
-        problems.add("category-placeholder", f"0 ({categories[0]})")
-    ids = sorted(categories)
-    gaps = [later for one, later in itertools.pairwise(ids) if later != one + 1]
-    problems.add("category-ids-not-contiguous", *(f"gap before {later}" for later in gaps))
-
-
-def read_objects(
-    entries: list[Raw], images: Images, *, categories: set[int], problems: Problems
-) -> Objects:
-    """Reads and checks all entries.
-
-    Args:
-        entries: Of `Document.annotations`.
-        images: Of the same file.
-        categories: The known category ids.
-        problems: What is found is added, the codes of bad images that have objects included.
-
-    Returns:
-        The objects that can be used; a box that cannot is taken from the mask.
-    """
-    chunks = []
-    lost: Counter[int] = Counter()
-    bar = tqdm(total=len(entries), desc="checking objects", unit="object", disable=None, delay=2)
-    with bar:
-        for first in range(0, max(len(entries), 1), _CHUNK):
-            part = entries[first : first + _CHUNK]
-            chunk = ObjectChunk(images, categories, lost)
-            for position, entry in enumerate(read_entries(part, ObjectEntry), first):
-                chunk.take(position, entry)
-            chunks.append(chunk.finish(problems))
-            bar.update(len(part))
-    for row, code in enumerate(images.codes):
-        if code and lost[row]:
-            lost_words = f"{lost[row]} object{'s' * (lost[row] > 1)}"
-            problems.add(code, f"{images.names[row]} ({lost_words})")
-        elif code:
-            images.codes[row] = "image-unused-bad"
-            problems.add("image-unused-bad", images.names[row])
-    objects = _make_ids_unique(_join(chunks), entries, problems)
-    if len(objects.flags) and (objects.flags & CROWD).all():
-        problems.add_ids("all-crowd", objects.ids, noun="object")
-        objects.flags[:] = 0
-    problems.add_ids("crowd", objects.ids[objects.flags & CROWD > 0], noun="object")
-    return objects
-
-
-def _join(chunks: list[Objects]) -> Objects:
-    # Grouped by image, in the order of the file within each.
-    rows = np.concatenate([chunk.rows for chunk in chunks])
-    order = np.argsort(rows, kind="stable")
-    ends = np.cumsum([0, *(len(chunk.segmentations.words) for chunk in chunks)])
-    starts = [chunk.segmentations.starts + end for chunk, end in zip(chunks, ends, strict=False)]
-    words = np.concatenate([chunk.segmentations.words for chunk in chunks])
-    joined = {
-        name: np.concatenate([getattr(chunk, name) for chunk in chunks])[order]
-        for name in ("positions", "ids", "categories", "flags", "boxes", "areas")
-    }
-    segmentations = Segmentations(words, np.concatenate(starts)[order])
-    return Objects(rows=rows[order], segmentations=segmentations, **joined)
-
-
-def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -> Objects:
-    # The same entry again is left out; another object of the same id, or of none, gets a new one.
-    order = np.lexsort([objects.positions, objects.ids])
-    ids = objects.ids[order]
-    again = np.flatnonzero((ids[1:] == ids[:-1]) & (ids[1:] != NO_ID)) + 1
-    firsts = np.searchsorted(ids, ids[again])
-    kept = np.ones(len(ids), dtype=bool)
-    renewed = np.flatnonzero(objects.ids == NO_ID).tolist()
-    for k, first in zip(order[again].tolist(), order[firsts].tolist(), strict=True):
-        same = value_of(entries[objects.positions[k]]) == value_of(
-            entries[objects.positions[first]]
-        )
-        problems.add(
-            "annotation-duplicate" if same else "annotation-id-twice", f"object {objects.ids[k]}"
-        )
-        kept[k] = not same
-        renewed += [] if same else [k]
-    if renewed:
-        taken = set(objects.ids.tolist())
-        free = (number for number in itertools.count(1) if number not in taken)
-        for k in sorted(renewed, key=lambda k: int(objects.positions[k])):
-            objects.ids[k] = next(free)
-    return objects if kept.all() else objects.take(np.flatnonzero(kept))
-
-
-logger = logging.getLogger(__name__)
-
-FORMAT = 1
-_META = "index.json"
-_KEPT_DAYS = 30  # an index that no run has opened for so long is deleted
-
-
-@dataclass(frozen=True)
-class CocoIndex:
-    """What a COCO file holds, checked: N images, K objects grouped by image, crowds included.
-
-    All arrays are files mapped into memory, so that processes share them; a pickle of this is a
-    path, not data.
-    """
-
-    folder: Path  # of the arrays
-    image_folder: Path
-    names: NDArray[np.uint8]  # file names one after the other, UTF-8
-    name_ends: NDArray[np.int64]  # [N]
-    image_ids: NDArray[np.int64]  # [N]
-    sizes: NDArray[np.int32]  # [N, 2] H, W of the file
-    num_bytes: NDArray[np.int64]  # [N] of the file
-    bad: NDArray[np.bool_]  # [N] whether the file cannot be used
-    first_object: NDArray[np.int64]  # [N + 1]; image i has objects first_object[i:i + 2]
-    positions: NDArray[np.int64]  # [K] the entry in the list 'annotations'
-    object_ids: NDArray[np.int64]  # [K]
-    categories: NDArray[np.int64]  # [K]
-    flags: NDArray[np.uint8]  # [K] bits, see `coco_objects`
-    boxes: NDArray[np.float64]  # [K, 4] x0 y0 x1 y1, original frame, px
-    areas: NDArray[np.float64]  # [K] of the mask, px
-    segmentations: Segmentations  # [K]
-    category_names: dict[int, str]
-    bad_images: dict[str, str]  # of those with objects, file name -> code in `problems.KINDS`
-    problems: Problems
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open_index, (self.folder, self.image_folder)
-
-    @property
-    def num_images(self) -> int:
-        """All images, those that cannot be used and those without objects included."""
-        return len(self.image_ids)
-
-    def file_name(self, row: int) -> str:
-        """Of an image, relative to the image folder."""
-        start = int(self.name_ends[row - 1]) if row else 0
-        return self.names[start : int(self.name_ends[row])].tobytes().decode(errors=_ESCAPE)
-
-    def file_names(self) -> list[str]:
-        """Of all images."""
-        return [self.file_name(row) for row in range(self.num_images)]
-
-
-_ESCAPE = "surrogateescape"  # file names that are not UTF-8 come back as they were
-_NO_ARRAYS = {"folder", "image_folder", "segmentations", "category_names", "bad_images", "problems"}
-_ARRAYS = tuple(name for name in CocoIndex.__annotations__ if name not in _NO_ARRAYS)
-
-
-def index_file(
-    annotations: Path, image_folder: Path, *, root: Path | None = None, cache: Path | None = None
-) -> CocoIndex:
-    """Opens the checked index of a COCO file, built the first time, once per node.
-
-    It is built anew when the JSON's content changes, when image files come or go, and when a
-    broken one is replaced.
-
-    Args:
-        annotations: The JSON file.
-        image_folder: What its file names are relative to.
-        root: The dataset's folder; symbolic links of images may lead to anywhere below it.
-        cache: Folder of indexes; by default `index` in the cache folder.
-
-    Raises:
-        UnusableFile: The JSON cannot be read, or the index cannot be written.
-    """
-    digest = file_digest(annotations)
-    images = ImageFolder(image_folder, root=root)
-    words = [FORMAT, digest, image_folder.resolve(), root and root.resolve()]
-    key = hashlib.sha256("\n".join(map(str, words)).encode(errors=_ESCAPE)).hexdigest()[:32]
-    try:
-        cache = _writable(cache)
-        with file_lock(cache / f"{key}.lock"):
-            place = cache / key
-            if not _is_fresh(place, images):
-                started = time.monotonic()
-                checked = check_file(annotations, images)
-                _save(checked, place, images)
-                _prune(cache)
-                seconds = time.monotonic() - started
-                logger.info("checked and indexed %s in %.1f s", annotations, seconds)
-            os.utime(place / _META)
-            return open_index(place, image_folder)
-    except OSError as error:
-        raise DataError(
-            f"the index of {annotations} cannot be written to {cache} ({error.strerror}): set "
-            "SAMFT_CACHE to a folder with room."
-        ) from error
-
-
-def open_index(folder: Path, image_folder: Path) -> CocoIndex:
-    """Maps an index that `index_file` has built into memory.
-
-    Args:
-        folder: Of the arrays.
-        image_folder: What file names are relative to.
-    """
-    meta = json.loads((folder / _META).read_text())
-    arrays = {name: _map(folder / f"{name}.npy") for name in (*_ARRAYS, "words", "starts")}
-    segmentations = Segmentations(arrays.pop("words"), arrays.pop("starts"))
-    return CocoIndex(
-        folder=folder,
-        image_folder=image_folder,
-        segmentations=segmentations,
-        category_names={int(key): name for key, name in meta["categories"].items()},
-        bad_images=meta["bad_images"],
-        problems=Problems.from_json(meta["problems"]),
-        **arrays,
-    )
-
-
-def _map(path: Path) -> NDArray[Any]:
-    # A plain array over the mapped file: slices of np.memmap cost several times as much.
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def _writable(cache: Path | None) -> Path:
+def _make_cache_folder(cache: Path | None) -> Path:
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         return cache
@@ -338,36 +254,36 @@ def _writable(cache: Path | None) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        # A home that cannot be written is common in containers.
+        # In containers, the home folder often cannot be written.
         other = Path(tempfile.gettempdir()) / f"samft-{os.getuid()}" / "index"
-        logger.warning("%s cannot be written (%s); indexes go to %s", folder, error, other)
+        LOGGER.warning("%s cannot be written (%s); indexes are kept in %s", folder, error, other)
         other.mkdir(mode=0o700, parents=True, exist_ok=True)
         return other
 
 
-def _is_fresh(place: Path, images: ImageFolder) -> bool:
+def _is_current(folder: Path, images: ImageFolder) -> bool:
     try:
-        meta = json.loads((place / _META).read_text())
+        meta = json.loads((folder / _META).read_text())
     except FileNotFoundError:
         return False
-    return not images.changed(meta["listings"]) and all(
-        _stamp(images.folder, name, meta["bad_images"][name]) == stamp
+    return not images.has_changed(meta["listings"]) and all(
+        _stamp_of(images.folder, name, meta["bad_images"][name]) == stamp
         for name, stamp in meta["bad_stamps"].items()
     )
 
 
-def _stamp(folder: Path, name: str, code: str) -> list[int] | None:
-    # Changes when a broken file is replaced. What lies outside is not even looked at.
-    try:
-        found = None if code == "image-outside" else (folder / name).lstat()
-    except (OSError, ValueError):
-        found = None
-    if found is None:
+def _stamp_of(folder: Path, name: str, code: str) -> list[int] | None:
+    # Changes when a broken file is replaced. A file outside of the data folder is never touched.
+    if code == "image-outside":
         return None
-    return [found.st_size, found.st_mtime_ns]
+    try:
+        status = (folder / name).lstat()
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
-def _save(checked: CheckedFile, place: Path, listed: ImageFolder) -> None:
+def _write_index(checked: CheckedFile, target: Path, image_folder: ImageFolder) -> None:
     images, objects = checked.images, checked.objects
     names = [name.encode(errors=_ESCAPE) for name in images.names]
     per_image = np.bincount(objects.rows, minlength=len(names))
@@ -385,12 +301,12 @@ def _save(checked: CheckedFile, place: Path, listed: ImageFolder) -> None:
         "bad": np.array([code != "" for code in images.codes], dtype=bool),
         "first_object": np.cumsum([0, *per_image], dtype=np.int64),
         "object_ids": objects.ids,
-        "words": objects.segmentations.words,
-        "starts": objects.segmentations.starts,
+        _BUFFER: objects.segmentations.buffer,
+        _STARTS: objects.segmentations.starts,
         **{name: getattr(objects, name) for name in _OBJECT_ARRAYS},
     }
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=place.parent, prefix=".index.", suffix=".part"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _make_part_folder(target.parent)
     try:
         for name, values in arrays.items():
             with (part / f"{name}.npy").open("wb") as file:
@@ -398,14 +314,16 @@ def _save(checked: CheckedFile, place: Path, listed: ImageFolder) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         meta = {
-            "listings": listed.digests(),
+            "listings": image_folder.listing_digests(),
             "bad_images": bad,
-            "bad_stamps": {name: _stamp(listed.folder, name, code) for name, code in bad.items()},
+            "bad_stamps": {
+                name: _stamp_of(image_folder.folder, name, code) for name, code in bad.items()
+            },
             "categories": checked.categories,
             "problems": checked.problems.to_json(),
         }
         write_json(part / _META, meta)
-        _replace_folder(place, part)
+        _replace_folder(target, part)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -413,30 +331,25 @@ def _save(checked: CheckedFile, place: Path, listed: ImageFolder) -> None:
 _OBJECT_ARRAYS = ("positions", "categories", "flags", "boxes", "areas")
 
 
-def _replace_folder(place: Path, part: Path) -> None:
-    # Processes that still have the old files mapped keep them.
-    if place.exists():
-        old = Path(tempfile.mkdtemp(dir=place.parent, prefix=".index.", suffix=".part"))
-        place.rename(old / "old")
-        part.rename(place)
+def _make_part_folder(parent: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=parent, prefix=".index.", suffix=".part"))
+
+
+def _replace_folder(target: Path, part: Path) -> None:
+    # Processes that have the old files mapped keep them.
+    if target.exists():
+        old = _make_part_folder(target.parent)
+        target.rename(old / "old")
+        part.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        part.rename(place)
+        part.rename(target)
 
 
-def _prune(cache: Path) -> None:
-    limit = time.time() - _KEPT_DAYS * 86_400
+def _delete_unused(cache: Path) -> None:
+    limit = time.time() - _UNUSED_DAYS * 86_400
     for folder in cache.iterdir():
         meta = folder / _META
-        old = folder.name.endswith(".part") and folder.stat().st_mtime < limit
-        if old or (meta.exists() and meta.stat().st_mtime < limit):
+        is_old_part = folder.name.endswith(".part") and folder.stat().st_mtime < limit
+        if is_old_part or (meta.exists() and meta.stat().st_mtime < limit):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def class_names(index: CocoIndex) -> dict[int, str]:
-    """The names of all category ids that are listed or used: `category 99`, `unknown`."""
-    used = np.unique(index.categories).tolist()
-    missing = {one: f"category {one}" for one in used if one not in index.category_names}
-    if NO_CATEGORY in missing:
-        missing[NO_CATEGORY] = "unknown"
-    return {**index.category_names, **missing}

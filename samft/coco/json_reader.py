@@ -1,4 +1,7 @@
-"""A COCO file's entries, one at a time, without the memory of them all. Imports no torch."""
+"""Reads a COCO file: its lists first, and then entry by entry, never all decoded at once.
+
+Imports no torch.
+"""
 
 import codecs
 import json
@@ -14,19 +17,19 @@ from samft.errors import DataError
 from samft.runtime.files import sha256_of
 
 UNSET = msgspec.UNSET
-Raw = msgspec.Raw | Any  # an entry's text, or its value where the slow parser had to read
+Raw = msgspec.Raw | Any  # an entry as JSON text, or as a value if the fast parser cannot read it
 
 
 class UnusableFile(DataError):
     """An annotation file that cannot be read at all; `code` is a key of `problems.KINDS`."""
 
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
         self.code = code
 
 
 class ImageEntry(msgspec.Struct):
-    """What is used of an entry of 'images'."""
+    """The fields of an entry of 'images' that samft reads."""
 
     id: Any = UNSET
     file_name: Any = UNSET
@@ -35,7 +38,7 @@ class ImageEntry(msgspec.Struct):
 
 
 class ObjectEntry(msgspec.Struct):
-    """What is used of an entry of 'annotations'."""
+    """The fields of an entry of 'annotations' that samft reads."""
 
     id: Any = UNSET
     image_id: Any = UNSET
@@ -54,7 +57,7 @@ class _Lists(msgspec.Struct):
 
 @dataclass
 class Document:
-    """The entries of a COCO file."""
+    """The lists of a COCO file, their entries not decoded yet."""
 
     images: list[Raw]
     annotations: list[Raw]
@@ -70,36 +73,36 @@ def file_digest(path: Path) -> str:
     try:
         return sha256_of(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_file(path, error) from error
 
 
 def load_document(path: Path, problems: Problems) -> Document:
-    """Cuts a COCO file into its entries.
+    """Reads the lists of a COCO file.
 
     Args:
         path: The JSON file.
-        problems: What is found is added.
+        problems: Problems of the file as a whole are added to it.
 
     Raises:
-        UnusableFile: It cannot be read, is not JSON, or not of COCO's form.
+        UnusableFile: It cannot be read, is not JSON, or is not a COCO instances file.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable_file(path, error) from error
     if content.startswith(codecs.BOM_UTF8):
         problems.add("json-bom", path.name)
         content = content[len(codecs.BOM_UTF8) :]
     try:
         lists = msgspec.json.decode(content, type=_Lists)
         return Document(lists.images, lists.annotations, value_of(lists.categories))
-    except (ValueError, RecursionError):  # msgspec's errors are of the first kind
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         pass
-    return _load_slowly(path, content, problems)
+    return _load_with_json(path, content, problems)
 
 
-def _load_slowly(path: Path, content: bytes, problems: Problems) -> Document:
-    # Python's parser reads NaN and UTF-16, and its errors name line and column.
+def _load_with_json(path: Path, content: bytes, problems: Problems) -> Document:
+    # Python's parser also reads NaN and UTF-16, and its errors name line and column.
     try:
         whole = json.loads(content)
     except json.JSONDecodeError as error:
@@ -123,7 +126,7 @@ def _load_slowly(path: Path, content: bytes, problems: Problems) -> Document:
     return Document(whole["images"], whole["annotations"], whole.get("categories"))
 
 
-def _unreadable(path: Path, error: OSError) -> UnusableFile:
+def _unreadable_file(path: Path, error: OSError) -> UnusableFile:
     if isinstance(error, FileNotFoundError):
         return UnusableFile("json-missing", f"There is no annotation file {path}: check the path.")
     return UnusableFile(
@@ -132,7 +135,7 @@ def _unreadable(path: Path, error: OSError) -> UnusableFile:
 
 
 def value_of(raw: Raw) -> Any:
-    """An entry as Python values; None where its text cannot be read."""
+    """An entry decoded to Python values; None if its text cannot be decoded."""
     if not isinstance(raw, msgspec.Raw):
         return raw
     try:
@@ -140,7 +143,7 @@ def value_of(raw: Raw) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return json.loads(bytes(raw))  # numbers beyond a double, which become infinite
+        return json.loads(bytes(raw))  # reads numbers beyond a double, as infinite
     except (ValueError, RecursionError):
         return None
 
@@ -152,11 +155,11 @@ def read_entries(entries: list[Raw], kind: type[Entry]) -> Iterator[Entry | None
     """Decodes entries one after the other.
 
     Args:
-        entries: Of a `Document`.
+        entries: A list of a `Document`.
         kind: `ImageEntry` or `ObjectEntry`.
 
     Yields:
-        The entry; None for one that is no object of JSON.
+        The entry; None for one that is not a JSON object.
     """
     decode = msgspec.json.Decoder(kind).decode
     for raw in entries:
@@ -172,7 +175,7 @@ def read_entries(entries: list[Raw], kind: type[Entry]) -> Iterator[Entry | None
 
 
 def to_id(raw: Any) -> int | None:
-    """A whole number of 64 bits, also one written as text or as 5.0; None for anything else."""
+    """A whole number of 64 bits, even if written as text or as 5.0; None for anything else."""
     if type(raw) is int:
         return raw if -(2**63) <= raw < 2**63 else None
     try:
@@ -184,7 +187,7 @@ def to_id(raw: Any) -> int | None:
 
 
 def to_size(entry: ImageEntry) -> tuple[int, int]:
-    """Height and width that an entry gives, in px; 0, 0 where it gives none that can be."""
+    """Height and width of an image entry, px; (0, 0) unless both are usable."""
     height, width = to_id(entry.height), to_id(entry.width)
     good = height and width and 0 < min(height, width) and max(height, width) < 2**31
     return (height or 0, width or 0) if good else (0, 0)

@@ -1,4 +1,4 @@
-"""Where a dataset's files are: splits under a root, images under a folder. Imports no torch."""
+"""Finds the files of a dataset: splits under a root, images under a folder. Imports no torch."""
 
 import hashlib
 import os
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from samft.errors import DataError
 
 _SPLIT_NAMES = {"val": ("val", "valid", "validation")}
+RESPELLED = "image-name-mended"  # code of a file that is found under another spelling
 
 
 def find_split(data_root: Path, split: str) -> tuple[Path, Path]:
@@ -33,9 +34,9 @@ def find_split(data_root: Path, split: str) -> tuple[Path, Path]:
                 f"{', '.join(fitting)}."
             )
         if fitting:
-            file = data_root / "annotations" / f"instances_{fitting[0]}.json"
+            annotations = data_root / "annotations" / f"instances_{fitting[0]}.json"
             folders = [data_root / fitting[0], data_root / "images" / fitting[0]]
-            return file, next((folder for folder in folders if folder.is_dir()), folders[0])
+            return annotations, next((folder for folder in folders if folder.is_dir()), folders[0])
     tried = " or ".join(_SPLIT_NAMES.get(split, (split,)))
     raise DataError(
         f"{data_root} has no split {tried}: neither {split}/_annotations.coco.json nor "
@@ -53,13 +54,13 @@ def _official_names(data_root: Path, name: str) -> list[str]:
 
 
 class ImageFolder:
-    """The files of an image folder, found under the names that annotation files give them.
+    """Finds image files by the names in an annotation file.
 
-    Each folder is listed once: a question per file takes minutes on a network disk.
+    Each folder is listed once, since a system call per file takes minutes on a network disk.
     """
 
     def __init__(self, folder: Path, *, root: Path | None = None) -> None:
-        """Lists nothing yet.
+        """Lists no folder yet.
 
         Args:
             folder: What file names are relative to.
@@ -71,18 +72,18 @@ class ImageFolder:
         self._by_lower: dict[str, dict[str, str]] = {}
 
     def find(self, name: str) -> tuple[str, str]:
-        """Finds a file, also where the name is spelled in another way.
+        """Finds a file, also under another spelling of its name.
 
-        Windows separators, a leading split name, a folder `images` in between and other letter
-        case are mended.
+        Other spellings are Windows separators, a leading split name, a folder `images` in between
+        and other letter case.
 
         Args:
-            name: As the annotation file has it.
+            name: As in the annotation file.
 
         Returns:
-            The name relative to the folder, and a code: '' where it is there as given,
-            `image-name-mended`, `image-missing`, or `image-outside` for one that leaves the data
-            folder by `..`, an absolute path or a symbolic link.
+            The name relative to the folder, and a code: '' where the file has that very name,
+            `RESPELLED`, `image-missing`, or `image-outside` for one that leaves the data folder by
+            `..`, an absolute path or a symbolic link.
         """
         posix, windows = PurePosixPath(name), PureWindowsPath(name)
         parts = (*posix.parts, *windows.parts)
@@ -94,28 +95,30 @@ class ImageFolder:
         if rest and head == self.folder.name:
             candidates += [rest, f"images/{rest}"]
         for candidate in candidates:
-            if self._has(candidate):
-                return self._inside(candidate, code="" if candidate == name else _MENDED)
+            if self._exists(candidate):
+                return self._refuse_link_outside(
+                    candidate, code="" if candidate == name else RESPELLED
+                )
         for candidate in candidates:
             near = self._other_case(candidate)
             if near is not None:
-                return self._inside(near, code=_MENDED)
+                return self._refuse_link_outside(near, code=RESPELLED)
         return name, "image-missing"
 
-    def _has(self, name: str) -> bool:
+    def _exists(self, name: str) -> bool:
         parent, _, last = name.rpartition("/")
-        return last in self._list(parent)
+        return last in self._list_folder(parent)
 
     def _other_case(self, name: str) -> str | None:
         parent, _, last = name.rpartition("/")
         if parent not in self._by_lower:
-            self._by_lower[parent] = {one.casefold(): one for one in self._list(parent)}
+            self._by_lower[parent] = {one.casefold(): one for one in self._list_folder(parent)}
         near = self._by_lower[parent].get(last.casefold())
         return near and f"{parent}/{near}".lstrip("/")
 
-    def _inside(self, name: str, *, code: str) -> tuple[str, str]:
+    def _refuse_link_outside(self, name: str, *, code: str) -> tuple[str, str]:
         parent, _, last = name.rpartition("/")
-        if self._list(parent)[last] and not self._leads_inside(self.folder / name):
+        if self._list_folder(parent)[last] and not self._leads_inside(self.folder / name):
             return name, "image-outside"
         return name, code
 
@@ -126,30 +129,29 @@ class ImageFolder:
             return False
         return any(target.is_relative_to(folder) for folder in self._allowed)
 
-    def _list(self, parent: str) -> dict[str, bool]:
+    def _list_folder(self, parent: str) -> dict[str, bool]:
         if parent not in self._listings:
             path = self.folder / parent
             listing = {}
             if path.is_dir():
-                # In a folder that a link brings in from elsewhere, every file is suspicious.
+                # Every file of a folder outside is treated as a link that leads outside.
                 outside = not self._leads_inside(path)
                 with os.scandir(path) as entries:
                     listing = {one.name: outside or one.is_symlink() for one in entries}
             self._listings[parent] = listing
         return self._listings[parent]
 
-    def digests(self) -> dict[str, str]:
-        """A hash of the names in each folder that was looked at; see `changed`."""
-        return {parent: _digest(listing) for parent, listing in self._listings.items()}
+    def listing_digests(self) -> dict[str, str]:
+        """A hash of the listing of each folder that was searched, for `has_changed`."""
+        return {parent: _hash_listing(listing) for parent, listing in self._listings.items()}
 
-    def changed(self, digests: dict[str, str]) -> bool:
-        """Whether files have come or gone since `digests` was called."""
-        return any(_digest(self._list(parent)) != digest for parent, digest in digests.items())
+    def has_changed(self, digests: dict[str, str]) -> bool:
+        """Whether files have come or gone since `listing_digests` was called."""
+        return any(
+            _hash_listing(self._list_folder(parent)) != digest for parent, digest in digests.items()
+        )
 
 
-_MENDED = "image-name-mended"
-
-
-def _digest(listing: dict[str, bool]) -> str:
+def _hash_listing(listing: dict[str, bool]) -> str:
     lines = (f"{name}\0{link}" for name, link in sorted(listing.items()))
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

@@ -1,10 +1,9 @@
-"""COCO segmentations: packed in arrays, drawn, RLE checked. Imports no torch.
+"""COCO segmentations: checked, packed into one array, drawn, encoded. Imports no torch.
 
-pycocotools crashes the process on huge coordinates and sizes and decodes an empty RLE as
-uninitialised memory. So every number is checked first (`mask_checks`), run lengths are read
-here, and pycocotools only ever draws polygons and writes RLE.
-
-Raw COCO segmentations, checked many at a time before anything draws them. Imports no torch.
+pycocotools crashes the process on huge coordinates and sizes, and decodes an empty RLE as
+uninitialised memory. So every number of a file is checked first, many objects at a time
+(`RawMasks`, `CheckedMasks`), run lengths are decoded here, and pycocotools only ever draws checked
+polygons and writes RLE.
 """
 
 from array import array
@@ -18,7 +17,9 @@ from pycocotools import mask as mask_utils
 from samft.coco.images import MAX_PIXELS
 from samft.errors import DataError
 
-RLE = -1  # in the place of a number of polygons
+_MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
+_MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
+_RLE = -1  # in `Segmentations`, instead of a number of polygons
 
 
 class MaskError(DataError):
@@ -47,53 +48,191 @@ class CroppedMask:
 _NO_PIXELS = CroppedMask(0, 0, np.zeros((0, 0), dtype=bool))
 
 
-@dataclass(frozen=True)
-class Segmentations:
-    """Checked segmentations of all objects in one buffer, which processes share without copying.
+class RawMasks:
+    """Raw segmentations of many objects, in flat lists, so that all can be checked at once."""
 
-    Item k is a COCO segmentation: a list of polygon arrays (x y x y ..., px, original frame), or an
-    uncompressed RLE dict with `size` [H, W] and `counts`. In `words` it is, from `starts[k]` on,
-    the number of polygons, their lengths and their coordinates (as float64), or -1, H, W, the
-    number of bytes and those bytes of COCO's compressed RLE.
+    def __init__(self) -> None:
+        """Starts with no object."""
+        self.count = 0
+        self.numbers = array("d")
+        self.lengths: list[int] = []  # of the polygons
+        self.owners: list[int] = []  # the object of each polygon
+        self.rles: dict[int, dict[str, Any]] = {}
+        self.refused: dict[int, str] = {}  # object -> code
+        self.flat: list[int] = []  # objects whose polygon lacks the outer list
+
+    def add(self, raw: Any) -> None:
+        """Adds the segmentation of the next object, whatever it is.
+
+        Args:
+            raw: Polygons (a list of lists, or one flat list), or an RLE dict whose counts are a
+                list or a compressed string. Anything else is recorded as refused.
+        """
+        owner, self.count = self.count, self.count + 1
+        if isinstance(raw, dict):
+            try:
+                self.rles[owner] = check_rle(raw)
+            except MaskError as error:
+                self.refused[owner] = error.code
+        elif isinstance(raw, list) and raw:
+            if isinstance(raw[0], (int, float)):
+                self.flat.append(owner)
+                raw = [raw]
+            for part in raw:
+                try:
+                    self.numbers.fromlist(part)  # all of it or nothing
+                    self.lengths.append(len(part))
+                except (TypeError, OverflowError):
+                    self.lengths.append(-1)
+                self.owners.append(owner)
+        else:
+            self.refused[owner] = "mask-malformed" if raw else "mask-missing"
+
+    def check(self) -> "CheckedMasks":
+        """Checks all objects that were added."""
+        return CheckedMasks(self)
+
+
+_POLYGON_CODES = (
+    "",
+    "polygon-malformed",
+    "polygon-too-short",
+    "polygon-odd",
+    "polygon-not-finite",
+    "polygon-far-outside",
+)
+
+
+class CheckedMasks:
+    """The segmentations of n objects: which can be used, and their measures.
+
+    Attributes:
+        codes: [n] why an object cannot be used: a key of `problems.KINDS`, or ''.
+        extents: float64 [n, 4], x0 y0 x1 y1 around the mask, px, original frame.
+        areas: float64 [n], px; of several polygons the sum.
+        perimeters: float64 [n], px, the sum of the longer side of each edge; 0 for RLE.
+        num_parts: int64 [n] usable polygons; 1 for RLE.
+        part_left_out: bool [n], whether some polygons are unusable, but not all.
+        rle_sizes: H, W of the objects that are RLE.
+        segmentations: Of all n; those of objects with a code must not be read.
     """
 
-    words: NDArray[np.int64]
-    starts: NDArray[np.int64]  # [K]
+    def __init__(self, raw: RawMasks) -> None:
+        """Checks all objects of `raw`."""
+        n = raw.count
+        self.codes = np.full(n, "", dtype=object)
+        self.extents, self.areas, self.perimeters = np.zeros((n, 4)), np.zeros(n), np.zeros(n)
+        self.num_parts = np.zeros(n, dtype=np.int64)
+        self.part_left_out = np.zeros(n, dtype=bool)
+        self.rle_sizes = {owner: tuple(rle["size"]) for owner, rle in raw.rles.items()}
+        for owner, code in raw.refused.items():
+            self.codes[owner] = code
+        polygons, starts = self._check_polygons(raw)
+        blocks, end = [polygons], len(polygons)
+        for owner, rle in raw.rles.items():
+            self._measure_rle(owner, rle)
+            blocks.append(_pack_rle(rle))
+            starts[owner], end = end, end + len(blocks[-1])
+        starts = np.where(np.asarray(self.codes == "", dtype=bool), starts, -1)
+        self.segmentations = Segmentations(np.concatenate(blocks), starts)
 
-    def __len__(self) -> int:
-        return len(self.starts)
+    def _check_polygons(self, raw: RawMasks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        lengths = np.asarray(raw.lengths, dtype=np.int64)
+        owners = np.asarray(raw.owners, dtype=np.int64)
+        numbers = np.frombuffer(raw.numbers, dtype=np.float64) if raw.numbers else np.zeros(0)
+        verdicts = judge_polygons(lengths, numbers)
+        good = verdicts == 0
+        unusable = np.bincount(owners[~good], minlength=raw.count) > 0
+        self.num_parts = np.bincount(owners[good], minlength=raw.count)
+        self.part_left_out = unusable & (self.num_parts > 0)
+        for part in np.flatnonzero(~good)[::-1]:  # the first of an object gives the code
+            if self.num_parts[owners[part]] == 0:
+                self.codes[owners[part]] = _POLYGON_CODES[verdicts[part]]
+        lengths = np.maximum(lengths, 0)
+        if not good.all():
+            numbers = numbers[np.repeat(good, lengths)]
+            lengths, owners = lengths[good], owners[good]
+        if len(lengths):
+            self._measure_polygons(lengths, owners, numbers)
+        self.codes[self.perimeters > _MAX_PERIMETER] = "polygon-too-long"
+        return _pack_polygons(self.num_parts, lengths, owners, numbers)
 
-    def take(self, which: NDArray[np.int64]) -> "Segmentations":
-        """Some of the segmentations, in the order given; the buffer stays as it is."""
-        return Segmentations(self.words, self.starts[which])
+    def _measure_polygons(
+        self, lengths: NDArray[np.int64], owners: NDArray[np.int64], numbers: NDArray[np.float64]
+    ) -> None:
+        points = numbers.reshape(-1, 2)
+        starts = _starts(lengths) // 2
+        following = np.arange(1, len(points) + 1)
+        following[starts + lengths // 2 - 1] = starts
+        (x, y), (next_x, next_y) = points.T, points[following].T
+        # Shoelace formula for the area; the closing edge leads to the polygon's first point.
+        longer = np.maximum(np.abs(next_x - x), np.abs(next_y - y))
+        parts = np.abs(np.add.reduceat(x * next_y - next_x * y, starts)) / 2
+        self.areas += np.bincount(owners, weights=parts, minlength=len(self.areas))
+        outline = np.add.reduceat(longer, starts)
+        self.perimeters += np.bincount(owners, weights=outline, minlength=len(self.areas))
+        has_parts = np.flatnonzero(self.num_parts)
+        first_points = starts[_starts(self.num_parts[has_parts])]
+        self.extents[has_parts, :2] = np.minimum.reduceat(points, first_points)
+        self.extents[has_parts, 2:] = np.maximum.reduceat(points, first_points)
 
-    def __getitem__(self, k: int) -> Any:
-        if not 0 <= k < len(self):
-            raise IndexError(k)
-        words, start = self.words, int(self.starts[k])
-        if words[start] == RLE:
-            height, width, num_bytes = words[start + 1 : start + 4].tolist()
-            text = words[start + 4 : start + 4 + -(-num_bytes // 8)].tobytes()[:num_bytes]
-            return {"size": [height, width], "counts": _counts_from_string(text)}
-        first = start + 1 + int(words[start])
-        ends = first + np.cumsum(words[start + 1 : first])
-        return [
-            words[end - length : end].view(np.float64)
-            for end, length in zip(ends.tolist(), words[start + 1 : first].tolist(), strict=True)
-        ]
+    def _measure_rle(self, owner: int, rle: dict[str, Any]) -> None:
+        crop = decode_cropped(rle, *rle["size"])
+        self.extents[owner] = crop.extent
+        self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
+
+    def find_empty(self, sizes: NDArray[np.float64]) -> None:
+        """Sets the code of masks that have no pixel in their images, and small areas exactly.
+
+        Args:
+            sizes: float64 [n, 2], H, W of the images, px.
+        """
+        # A polygon inside of the image that is thicker than a few pixels covers some: no need to
+        # draw it. Nosarzewska's bound asks for half the perimeter.
+        corner = sizes[:, ::-1]
+        low, high = self.extents[:, :2], self.extents[:, 2:]
+        inside = (low >= 0).all(1) & (high <= corner).all(1)
+        outside = np.asarray(((high <= 0) | (low >= corner)).any(1))
+        usable = np.asarray(self.codes == "", dtype=bool)
+        has_pixels = inside & (self.areas > 2 * self.perimeters)
+        for k in np.flatnonzero(usable & ~has_pixels).tolist():
+            height, width = sizes[k].astype(int).tolist()
+            self.areas[k] = 0
+            if not outside[k]:
+                self.areas[k] = count_pixels(self.segmentations[k], height, width)
+            if self.areas[k] == 0:
+                self.codes[k] = "mask-outside" if outside[k] else "mask-without-pixels"
 
 
-def rle_words(rle: dict[str, Any]) -> NDArray[np.int64]:
-    """A checked RLE as `Segmentations.words` hold it."""
-    text = mask_utils.frPyObjects(rle, *rle["size"])["counts"]
-    padded = text + bytes(-len(text) % 8)
-    return np.concatenate(
-        [np.array([RLE, *rle["size"], len(text)]), np.frombuffer(padded, dtype=np.int64)]
-    )
+def judge_polygons(lengths: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.int8]:
+    """Decides which polygons cannot be used.
+
+    Args:
+        lengths: int64 [P], how many numbers each has; -1 for one that is no list of numbers.
+        numbers: float64, the coordinates of all polygons, one after the other.
+
+    Returns:
+        int8 [P], indices into `_POLYGON_CODES`; 0: usable.
+    """
+    verdicts = np.select([lengths < 0, lengths < 6, lengths % 2 == 1], [1, 2, 3], 0)
+    magnitude = np.abs(numbers)
+    if not (magnitude <= _MAX_COORDINATE).all():  # false for nan as well
+        some = np.flatnonzero(lengths > 0)
+        starts = _starts(np.maximum(lengths, 0))[some]
+        # A maximum is nan where any number is.
+        largest = np.zeros(len(lengths))
+        largest[some] = np.maximum.reduceat(magnitude, starts)
+        finite = np.isfinite(largest)
+        verdicts = np.where((verdicts == 0) & ~finite, 4, verdicts)
+        verdicts = np.where((verdicts == 0) & (largest > _MAX_COORDINATE), 5, verdicts)
+    return verdicts.astype(np.int8)
 
 
 def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
-    """Checks a raw RLE dict; see `RawMasks`.
+    """Checks a raw RLE dict, whose counts are a list or a compressed string.
+
+    Returns:
+        `size` [H, W], and `counts` as int64.
 
     Raises:
         MaskError: `rle-empty`, `rle-too-large` or `rle-malformed`.
@@ -125,27 +264,78 @@ def _to_numbers(raw: Any) -> NDArray[np.float64]:
     return numbers
 
 
-def _counts_from_string(text: bytes) -> NDArray[np.int64]:
-    # COCO's code: groups of 5 bits, low first, bit 5 says "more follow", the last group's bit 4 is
-    # the sign; from the fourth number on, what is stored is the difference to the last but one.
-    # Source: rleFrString in cocoapi/common/maskApi.c.
-    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
-    if len(codes) == 0:
-        return codes
-    is_last = codes & 32 == 0
-    if codes.min() < 0 or codes.max() > 63 or not is_last[-1]:
-        raise MaskError("rle-malformed")
-    ends = np.flatnonzero(is_last) + 1
-    lengths = np.diff(ends, prepend=0)
-    if lengths.max() > 7:
-        raise MaskError("rle-malformed")
-    starts = ends - lengths
-    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
-    numbers = np.add.reduceat((codes & 31) << shifts, starts)
-    numbers -= (codes[ends - 1] >> 4 & 1) << (5 * lengths)
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+@dataclass(frozen=True)
+class Segmentations:
+    """Checked segmentations of all objects in one buffer, which processes share without copying.
+
+    Item k is a COCO segmentation: a list of polygon arrays (x y x y ..., px, original frame), or an
+    uncompressed RLE dict with `size` [H, W] and `counts`.
+
+    Attributes:
+        buffer: int64. From `starts[k]` on stand, for polygons, their number P, P lengths and their
+            coordinates (the bits of float64); for an RLE, -1, H, W, the number of bytes and those
+            bytes of COCO's compressed RLE, padded to a multiple of 8.
+        starts: int64 [K].
+    """
+
+    buffer: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def take(self, which: NDArray[np.int64]) -> "Segmentations":
+        """Some of the segmentations, in the order given, with the same buffer."""
+        return Segmentations(self.buffer, self.starts[which])
+
+    def __getitem__(self, k: int) -> Any:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        buffer, start = self.buffer, int(self.starts[k])
+        if buffer[start] == _RLE:
+            height, width, num_bytes = buffer[start + 1 : start + 4].tolist()
+            text = buffer[start + 4 : start + 4 + -(-num_bytes // 8)].tobytes()[:num_bytes]
+            return {"size": [height, width], "counts": _counts_from_string(text)}
+        first = start + 1 + int(buffer[start])
+        ends = first + np.cumsum(buffer[start + 1 : first])
+        return [
+            buffer[end - length : end].view(np.float64)
+            for end, length in zip(ends.tolist(), buffer[start + 1 : first].tolist(), strict=True)
+        ]
+
+
+def _pack_polygons(
+    num_parts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    numbers: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    # Usable polygons as they stand in `Segmentations.buffer`; starts are -1 for objects without.
+    sizes = np.bincount(owners, weights=lengths, minlength=len(num_parts)).astype(np.int64)
+    sizes += np.where(num_parts > 0, num_parts + 1, 0)
+    starts = _starts(sizes)
+    buffer = np.empty(sizes.sum(), dtype=np.int64)
+    buffer[starts[num_parts > 0]] = num_parts[num_parts > 0]
+    rank = np.arange(len(owners)) - _starts(num_parts)[owners]  # of a part within its object
+    buffer[starts[owners] + 1 + rank] = lengths
+    is_number = np.ones(len(buffer), dtype=bool)
+    is_number[starts[num_parts > 0]] = False
+    is_number[starts[owners] + 1 + rank] = False
+    buffer.view(np.float64)[is_number] = numbers
+    return buffer, np.where(num_parts > 0, starts, -1)
+
+
+def _pack_rle(rle: dict[str, Any]) -> NDArray[np.int64]:
+    # A checked RLE as it stands in `Segmentations.buffer`.
+    text = mask_utils.frPyObjects(rle, *rle["size"])["counts"]
+    padded = text + bytes(-len(text) % 8)
+    return np.concatenate(
+        [np.array([_RLE, *rle["size"], len(text)]), np.frombuffer(padded, dtype=np.int64)]
+    )
+
+
+def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.cumsum(lengths) - lengths
 
 
 def decode_cropped(segmentation: Any, height: int, width: int) -> CroppedMask:
@@ -177,6 +367,33 @@ def decode_cropped(segmentation: Any, height: int, width: int) -> CroppedMask:
     return _crop_tightly(mask, left=left)
 
 
+def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
+    """The mask that `encode_cropped` encoded, cropped tightly."""
+    counts = _counts_from_string(rle["counts"].encode("ascii"))
+    return decode_cropped({"size": rle["size"], "counts": counts}, *rle["size"])
+
+
+def count_pixels(segmentation: Any, height: int, width: int) -> int:
+    """Pixels of an image of this size that a checked segmentation covers."""
+    if isinstance(segmentation, dict):
+        return int(decode_cropped(segmentation, height, width).mask.sum())
+    return int(mask_utils.area(_draw_polygons(segmentation, height, width)))
+
+
+def _draw_polygons(polygons: Any, height: int, width: int) -> dict[str, Any]:
+    rles = mask_utils.frPyObjects(polygons, height, width)
+    rle: dict[str, Any] = mask_utils.merge(rles) if len(rles) > 1 else rles[0]
+    return rle
+
+
+def _crop_tightly(mask: NDArray[np.bool_], *, left: int) -> CroppedMask:
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(ys) == 0:
+        return _NO_PIXELS
+    crop = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    return CroppedMask(int(ys[0]), left + int(xs[0]), np.ascontiguousarray(crop))
+
+
 def encode_cropped(crop: CroppedMask, *, height: int, width: int) -> dict[str, Any]:
     """A mask as COCO's compressed RLE, as pycocotools would encode the whole image.
 
@@ -194,7 +411,7 @@ def encode_cropped(crop: CroppedMask, *, height: int, width: int) -> dict[str, A
     flat[1:].reshape(num_columns, num_rows + 1)[:, :num_rows] = crop.mask.T
     columns, rows = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), num_rows + 1)
     positions = (crop.left + columns) * height + crop.top + rows
-    # A run that goes on at the top of the next column is one run.
+    # A run that continues at the top of the next column is one run.
     joins = np.flatnonzero((positions[1:] == positions[:-1]) & (columns[1:] != columns[:-1]))
     positions = np.delete(positions, np.concatenate([joins, joins + 1]))
     counts = np.diff(positions, prepend=0, append=height * width)
@@ -205,216 +422,25 @@ def encode_cropped(crop: CroppedMask, *, height: int, width: int) -> dict[str, A
     return {"size": size, "counts": rle["counts"].decode("ascii")}
 
 
-def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
-    """The mask that `encode_cropped` encoded, cropped tightly."""
-    counts = _counts_from_string(rle["counts"].encode("ascii"))
-    return decode_cropped({"size": rle["size"], "counts": counts}, *rle["size"])
-
-
-def _crop_tightly(mask: NDArray[np.bool_], *, left: int) -> CroppedMask:
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(ys) == 0:
-        return _NO_PIXELS
-    crop = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-    return CroppedMask(int(ys[0]), left + int(xs[0]), np.ascontiguousarray(crop))
-
-
-def _draw_polygons(polygons: Any, height: int, width: int) -> dict[str, Any]:
-    rles = mask_utils.frPyObjects(polygons, height, width)
-    rle: dict[str, Any] = mask_utils.merge(rles) if len(rles) > 1 else rles[0]
-    return rle
-
-
-def count_pixels(segmentation: Any, height: int, width: int) -> int:
-    """Pixels of an image of this size that a checked segmentation covers."""
-    if isinstance(segmentation, dict):
-        return int(decode_cropped(segmentation, height, width).mask.sum())
-    return int(mask_utils.area(_draw_polygons(segmentation, height, width)))
-
-
-_MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
-_MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
-
-
-class RawMasks:
-    """Raw segmentations of many objects, gathered flat, so that all are checked at once."""
-
-    def __init__(self) -> None:
-        """Begins with none."""
-        self.count = 0
-        self.numbers = array("d")
-        self.lengths: list[int] = []  # of the polygons
-        self.owners: list[int] = []  # the object of each polygon
-        self.rles: dict[int, dict[str, Any]] = {}
-        self.refused: dict[int, str] = {}
-        self.flat: list[int] = []  # objects whose polygon came without the outer list
-
-    def add(self, raw: Any) -> None:
-        """Takes the segmentation of the next object, whatever it is.
-
-        Args:
-            raw: Polygons (a list of lists, or one flat list), or an RLE dict whose counts are a
-                list or a compressed string, or anything else, which will be refused.
-        """
-        owner = self.count
-        self.count += 1
-        if isinstance(raw, dict):
-            try:
-                self.rles[owner] = check_rle(raw)
-            except MaskError as error:
-                self.refused[owner] = error.code
-        elif isinstance(raw, list) and raw:
-            if isinstance(raw[0], (int, float)):
-                self.flat.append(owner)
-                raw = [raw]
-            for part in raw:
-                try:
-                    self.numbers.fromlist(part)  # all of it or nothing
-                    self.lengths.append(len(part))
-                except (TypeError, OverflowError):
-                    self.lengths.append(-1)
-                self.owners.append(owner)
-        else:
-            self.refused[owner] = "mask-malformed" if raw else "mask-missing"
-
-    def check(self) -> "CheckedMasks":
-        """Checks all that were added."""
-        return CheckedMasks(self)
-
-
-_POLYGON_CODES = (
-    "",
-    "polygon-malformed",
-    "polygon-too-short",
-    "polygon-odd",
-    "polygon-not-finite",
-    "polygon-far-outside",
-)
-
-
-class CheckedMasks:
-    """What was found of many segmentations, for n objects.
-
-    Attributes:
-        codes: [n] why an object cannot be used, a key of `problems.KINDS`, or ''.
-        extents: float64 [n, 4], x0 y0 x1 y1 around the mask, px, original frame.
-        areas: float64 [n], px; of several polygons the sum.
-        perimeters: float64 [n], px, longer side of each edge; 0 for RLE.
-        num_parts: int64 [n] usable polygons; 1 for RLE.
-        part_left_out: [n] whether some polygon, but not all, was unusable.
-        rle_sizes: H, W of the objects that are RLE.
-        segmentations: Of all n; those with a code have the start -1.
-    """
-
-    def __init__(self, raw: RawMasks) -> None:
-        """Checks what was gathered."""
-        n = raw.count
-        self.codes = np.full(n, "", dtype=object)
-        self.extents, self.areas, self.perimeters = np.zeros((n, 4)), np.zeros(n), np.zeros(n)
-        self.num_parts = np.zeros(n, dtype=np.int64)
-        self.part_left_out = np.zeros(n, dtype=bool)
-        self.rle_sizes = {owner: tuple(rle["size"]) for owner, rle in raw.rles.items()}
-        for owner, code in raw.refused.items():
-            self.codes[owner] = code
-        words, starts = self._check_polygons(raw)
-        blobs = [words]
-        end = len(words)
-        for owner, rle in raw.rles.items():
-            self._measure_rle(owner, rle)
-            blobs.append(rle_words(rle))
-            starts[owner], end = end, end + len(blobs[-1])
-        starts = np.where(np.asarray(self.codes == "", dtype=bool), starts, -1)
-        self.segmentations = Segmentations(np.concatenate(blobs), starts)
-
-    def _check_polygons(self, raw: RawMasks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        lengths = np.asarray(raw.lengths, dtype=np.int64)
-        owners = np.asarray(raw.owners, dtype=np.int64)
-        numbers = np.frombuffer(raw.numbers, dtype=np.float64) if raw.numbers else np.zeros(0)
-        verdicts = judge_polygons(lengths, numbers)
-        good = verdicts == 0
-        unusable = np.bincount(owners[~good], minlength=raw.count) > 0
-        self.num_parts = np.bincount(owners[good], minlength=raw.count)
-        self.part_left_out = unusable & (self.num_parts > 0)
-        for part in np.flatnonzero(~good)[::-1]:  # the first one of an object gives the reason
-            if self.num_parts[owners[part]] == 0:
-                self.codes[owners[part]] = _POLYGON_CODES[verdicts[part]]
-        lengths = np.maximum(lengths, 0)
-        if not good.all():
-            numbers = numbers[np.repeat(good, lengths)]
-            lengths, owners = lengths[good], owners[good]
-        if len(lengths):
-            self._measure_polygons(lengths, owners, numbers)
-        self.codes[self.perimeters > _MAX_PERIMETER] = "polygon-too-long"
-        return _polygon_words(self.num_parts, lengths, owners, numbers)
-
-    def _measure_polygons(
-        self, lengths: NDArray[np.int64], owners: NDArray[np.int64], numbers: NDArray[np.float64]
-    ) -> None:
-        points = numbers.reshape(-1, 2)
-        starts = _starts(lengths) // 2
-        following = np.arange(1, len(points) + 1)
-        following[starts + lengths // 2 - 1] = starts
-        (x, y), (next_x, next_y) = points.T, points[following].T
-        longer = np.maximum(np.abs(next_x - x), np.abs(next_y - y))
-        parts = np.abs(np.add.reduceat(x * next_y - next_x * y, starts)) / 2
-        self.areas += np.bincount(owners, weights=parts, minlength=len(self.areas))
-        outline = np.add.reduceat(longer, starts)
-        self.perimeters += np.bincount(owners, weights=outline, minlength=len(self.areas))
-        has_parts = np.flatnonzero(self.num_parts)
-        first_points = starts[_starts(self.num_parts[has_parts])]
-        self.extents[has_parts, :2] = np.minimum.reduceat(points, first_points)
-        self.extents[has_parts, 2:] = np.maximum.reduceat(points, first_points)
-
-    def _measure_rle(self, owner: int, rle: dict[str, Any]) -> None:
-        crop = decode_cropped(rle, *rle["size"])
-        self.extents[owner] = crop.extent
-        self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
-
-
-def judge_polygons(lengths: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.int8]:
-    """Which polygons cannot be used, and why.
-
-    Args:
-        lengths: int64 [P], numbers of each; -1 for one that is no list of numbers.
-        numbers: Of all polygons, one after the other.
-
-    Returns:
-        [P] places in `_POLYGON_CODES`; 0 is good.
-    """
-    verdicts = np.select([lengths < 0, lengths < 6, lengths % 2 == 1], [1, 2, 3], 0)
-    magnitude = np.abs(numbers)
-    if not (magnitude <= _MAX_COORDINATE).all():  # nan is not, either
-        some = np.flatnonzero(lengths > 0)
-        starts = _starts(np.maximum(lengths, 0))[some]
-        # A maximum hands nan on.
-        largest = np.zeros(len(lengths))
-        largest[some] = np.maximum.reduceat(magnitude, starts)
-        finite = np.isfinite(largest)
-        verdicts = np.where((verdicts == 0) & ~finite, 4, verdicts)
-        verdicts = np.where((verdicts == 0) & (largest > _MAX_COORDINATE), 5, verdicts)
-    return verdicts.astype(np.int8)
-
-
-def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.cumsum(lengths) - lengths
-
-
-def _polygon_words(
-    num_parts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    owners: NDArray[np.int64],
-    numbers: NDArray[np.float64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    # See `Segmentations`; starts are -1 for objects without polygons.
-    sizes = np.bincount(owners, weights=lengths, minlength=len(num_parts)).astype(np.int64)
-    sizes += np.where(num_parts > 0, num_parts + 1, 0)
-    starts = _starts(sizes)
-    words = np.empty(sizes.sum(), dtype=np.int64)
-    words[starts[num_parts > 0]] = num_parts[num_parts > 0]
-    rank = np.arange(len(owners)) - _starts(num_parts)[owners]  # of a part within its object
-    words[starts[owners] + 1 + rank] = lengths
-    is_number = np.ones(len(words), dtype=bool)
-    is_number[starts[num_parts > 0]] = False
-    is_number[starts[owners] + 1 + rank] = False
-    words.view(np.float64)[is_number] = numbers
-    return words, np.where(num_parts > 0, starts, -1)
+def _counts_from_string(text: bytes) -> NDArray[np.int64]:
+    # COCO's code: a number is groups of 5 bits, the lowest first; bit 5 says that another group
+    # follows, and bit 4 of the last group is the sign. From the fourth number on, the difference to
+    # the number two places before is stored.
+    # Source: rleFrString in cocoapi/common/maskApi.c.
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if len(codes) == 0:
+        return codes
+    is_last = codes & 32 == 0
+    if codes.min() < 0 or codes.max() > 63 or not is_last[-1]:
+        raise MaskError("rle-malformed")
+    ends = np.flatnonzero(is_last) + 1
+    lengths = np.diff(ends, prepend=0)
+    if lengths.max() > 7:
+        raise MaskError("rle-malformed")
+    starts = ends - lengths
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    numbers = np.add.reduceat((codes & 31) << shifts, starts)
+    numbers -= (codes[ends - 1] >> 4 & 1) << (5 * lengths)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.entries import CROWD, NO_ID, inspect_images
-from samft.coco.images import inspect_image
+from samft.coco.entries import CROWD, NO_ID
+from samft.coco.images import inspect_image, inspect_images
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.json_reader import ObjectEntry, load_document, read_entries, to_id
 from samft.coco.problems import KINDS, WARNING, Problems

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.broken_coco import SQUARE, encode, rle
+from helpers.broken_coco import SQUARE, encode_image, rle
 from helpers.coco_files import annotation
 from helpers.segmentations import check_segmentation, decode_segmentation
 from samft.coco.index import index_file
@@ -145,7 +145,7 @@ def _fuzz_documents(folder: Path) -> None:
 
     @settings(max_examples=CASES, suppress_health_check=list(HealthCheck), deadline=None)
     @given(content=documents())
-    def read(content: bytes) -> None:
+    def check_document(content: bytes) -> None:
         path.write_bytes(content)
         cases.append(1)
         try:
@@ -153,8 +153,8 @@ def _fuzz_documents(folder: Path) -> None:
         except DataError as error:
             assert getattr(error, "code", None) in KINDS, error
             return
-        for _, severity, found in index.problems:
-            assert found.count >= len(found.examples) >= 1 and severity
+        for _, severity, issue in index.problems:
+            assert issue.count >= len(issue.examples) >= 1 and severity
         try:
             subset = read_coco(path, folder, cache=folder / "cache", on_bad_image="skip")
         except DataError as error:
@@ -168,13 +168,13 @@ def _fuzz_documents(folder: Path) -> None:
                 mask = decode_cropped(subset.index.segmentations[int(k)], *subset.size(i)).mask
                 assert mask.any()
 
-    read()
+    check_document()
     assert len(cases) >= CASES
 
 
 def test_no_file_crashes_hangs_or_escapes(tmp_path: Path) -> None:
     for name in "ab":
-        (tmp_path / f"{name}.png").write_bytes(encode(ord(name)))
+        (tmp_path / f"{name}.png").write_bytes(encode_image(ord(name)))
     _in_own_process(_fuzz_documents, tmp_path)
 
 
@@ -183,7 +183,7 @@ def _fuzz_masks() -> None:
 
     @settings(max_examples=CASES, suppress_health_check=list(HealthCheck), deadline=None)
     @given(raw=SEGMENTATION, height=st.integers(1, 60), width=st.integers(1, 60))
-    def draw(raw: Any, height: int, width: int) -> None:
+    def draw_segmentation(raw: Any, height: int, width: int) -> None:
         cases.append(1)
         try:
             mask = decode_segmentation(raw, height, width)
@@ -193,7 +193,7 @@ def _fuzz_masks() -> None:
         assert mask.shape == (height, width) and mask.max(initial=0) <= 1
         assert isinstance(check_segmentation(raw), (list, dict))
 
-    draw()
+    draw_segmentation()
     assert len(cases) >= CASES
 
 
@@ -225,7 +225,7 @@ def test_no_spoilt_rle_crashes_hangs_or_escapes() -> None:
 
 @pytest.mark.parametrize("ending", ["hang", "crash", "error"])
 def test_the_fuzzers_see_what_they_look_for(ending: str, monkeypatch: Any) -> None:
-    def misbehave() -> None:
+    def crash() -> None:
         if ending == "hang":
             multiprocessing.Event().wait()
         elif ending == "crash":
@@ -235,4 +235,4 @@ def test_the_fuzzers_see_what_they_look_for(ending: str, monkeypatch: Any) -> No
 
     monkeypatch.setitem(globals(), "SECONDS", 1)
     with pytest.raises(AssertionError, match="hangs" if ending == "hang" else "ended with"):
-        _in_own_process(misbehave)
+        _in_own_process(crash)

@@ -24,7 +24,7 @@ from samft.coco.images import (
 from samft.errors import DataError
 
 
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -35,23 +35,23 @@ def _photo() -> Image.Image:
     return Image.fromarray(cv2.blur(noise, (9, 9)))
 
 
-def _inspect(path: Path) -> ImageFacts:
+def _inspect_file(path: Path) -> ImageFacts:
     facts = inspect_image(path)
     assert facts.num_bytes == path.stat().st_size
     return replace(facts, num_bytes=0)
 
 
-def _broken() -> Iterator[tuple[str, bytes]]:
+def _broken_files() -> Iterator[tuple[str, bytes]]:
     for kind in ("JPEG", "PNG", "WEBP"):
-        content = _encode(_photo(), kind)
+        content = _encode_image(_photo(), kind)
         yield f"{kind} cut", content[: len(content) * 2 // 3]
         yield f"{kind} stub", content[:30]
-    yield "progressive cut", _encode(_photo(), "JPEG", progressive=True)[:-200]
+    yield "progressive cut", _encode_image(_photo(), "JPEG", progressive=True)[:-200]
     yield "empty", b""
     yield "text", b"hello"
 
 
-BROKEN = dict(_broken())
+BROKEN = dict(_broken_files())
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
@@ -73,7 +73,7 @@ def test_missing_images_and_bombs_are_refused(tmp_path: Path) -> None:
 
 
 def _encode_header_only(path: Path, width: int, height: int) -> None:
-    content = bytearray(_encode(Image.new("L", (1, 1)), "PNG"))
+    content = bytearray(_encode_image(Image.new("L", (1, 1)), "PNG"))
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     path.write_bytes(bytes(content))
@@ -85,13 +85,13 @@ def test_png_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     grey[:, 3:] = 0
     image = Image.fromarray(grey)
     image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
-    (tmp_path / "a.png").write_bytes(_encode(image, "PNG"))
+    (tmp_path / "a.png").write_bytes(_encode_image(image, "PNG"))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.stack([grey] * 3, axis=-1))
 
 
 def test_colours_come_as_rgb(tmp_path: Path) -> None:
     red = Image.new("RGB", (16, 16), (250, 10, 20))
-    (tmp_path / "a.jpg").write_bytes(_encode(red, "JPEG", quality=95))
+    (tmp_path / "a.jpg").write_bytes(_encode_image(red, "JPEG", quality=95))
     np.testing.assert_allclose(read_image(tmp_path / "a.jpg")[3, 3], [250, 10, 20], atol=4)
 
 
@@ -99,7 +99,7 @@ def test_colours_come_as_rgb(tmp_path: Path) -> None:
 def test_cmyk_is_what_pillow_makes_of_it(tmp_path: Path, kind: str) -> None:
     inks = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
     smooth = Image.fromarray(cv2.resize(inks, (160, 120)), "CMYK")
-    content = bytearray(_encode(smooth, "JPEG", quality=95))
+    content = bytearray(_encode_image(smooth, "JPEG", quality=95))
     marker = content.index(b"Adobe")
     if kind == "YCCK":
         content[marker + 11] = 2
@@ -116,10 +116,12 @@ def test_cmyk_is_what_pillow_makes_of_it(tmp_path: Path, kind: str) -> None:
 def test_alpha_is_ignored_and_the_stored_colours_are_used(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
     pixels[:4, :, 3] = 0
-    (tmp_path / "a.png").write_bytes(_encode(Image.fromarray(pixels), "PNG"))
+    (tmp_path / "a.png").write_bytes(_encode_image(Image.fromarray(pixels), "PNG"))
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), pixels[..., :3])
     palette = Image.fromarray(pixels[..., :3]).convert("P")
-    (tmp_path / "b.png").write_bytes(_encode(palette, "PNG", transparency=palette.getpixel((2, 2))))
+    (tmp_path / "b.png").write_bytes(
+        _encode_image(palette, "PNG", transparency=palette.getpixel((2, 2)))
+    )
     expected = np.asarray(palette.convert("RGB"))
     np.testing.assert_array_equal(read_image(tmp_path / "b.png"), expected)
 
@@ -138,9 +140,9 @@ def test_exif_orientation_is_told_but_not_applied(tmp_path: Path, orientation: i
     exif = Image.Exif()
     exif[0x0112] = orientation
     for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):
-        (tmp_path / name).write_bytes(_encode(_photo(), kind, exif=exif))
+        (tmp_path / name).write_bytes(_encode_image(_photo(), kind, exif=exif))
         assert header_size(tmp_path / name) == (90, 120)
-        assert _inspect(tmp_path / name) == ImageFacts(90, 120, orientation)
+        assert _inspect_file(tmp_path / name) == ImageFacts(90, 120, orientation)
         difference = read_image(tmp_path / name) - np.asarray(_photo()).astype(int)
         assert np.abs(difference).mean() < 5
     reduced = open_image(tmp_path / "a.jpg").decode(at_least=(45, 60))
@@ -148,8 +150,8 @@ def test_exif_orientation_is_told_but_not_applied(tmp_path: Path, orientation: i
 
 
 def test_a_thumbnails_end_does_not_stand_for_the_images(tmp_path: Path) -> None:
-    thumbnail = _encode(_photo().resize((12, 9)), "JPEG")
-    content = _encode(_photo(), "JPEG", exif=b"Exif\0\0" + thumbnail)
+    thumbnail = _encode_image(_photo().resize((12, 9)), "JPEG")
+    content = _encode_image(_photo(), "JPEG", exif=b"Exif\0\0" + thumbnail)
     (tmp_path / "a.jpg").write_bytes(content + b"trailing")
     assert read_image(tmp_path / "a.jpg").shape == (90, 120, 3)
     (tmp_path / "a.jpg").write_bytes(content[:-300])
@@ -173,7 +175,7 @@ REDUCTIONS = [
 def test_a_jpeg_is_reduced_as_far_as_it_stays_large_enough(
     tmp_path: Path, at_least: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    (tmp_path / "a.jpg").write_bytes(_encode(_photo(), "JPEG", quality=95))
+    (tmp_path / "a.jpg").write_bytes(_encode_image(_photo(), "JPEG", quality=95))
     encoded = open_image(tmp_path / "a.jpg")
     image = encoded.decode(at_least=at_least)
     assert encoded.size == (90, 120) and image.shape == (*expected[::-1], 3)
@@ -183,10 +185,10 @@ def test_a_jpeg_is_reduced_as_far_as_it_stays_large_enough(
 
 def test_odd_sizes_are_rounded_up_and_other_formats_are_not_reduced(tmp_path: Path) -> None:
     odd = _photo().crop((0, 0, 101, 67))
-    (tmp_path / "a.jpg").write_bytes(_encode(odd, "JPEG"))
+    (tmp_path / "a.jpg").write_bytes(_encode_image(odd, "JPEG"))
     assert open_image(tmp_path / "a.jpg").decode(at_least=(17, 26)).shape == (17, 26, 3)
     for kind in ("PNG", "WEBP", "BMP"):
-        (tmp_path / "a").write_bytes(_encode(odd, kind))
+        (tmp_path / "a").write_bytes(_encode_image(odd, kind))
         assert open_image(tmp_path / "a").decode(at_least=(1, 1)).shape == (67, 101, 3)
 
 
@@ -214,8 +216,8 @@ def test_inspection_names_what_is_wrong_and_reading_agrees(
     tmp_path: Path, kind: str, change: Any, expected: ImageFacts | str
 ) -> None:
     path = tmp_path / "a.jpg"
-    path.write_bytes(change(_encode(_photo(), kind)))
-    facts = _inspect(path)
+    path.write_bytes(change(_encode_image(_photo(), kind)))
+    facts = _inspect_file(path)
     if isinstance(expected, ImageFacts):
         assert facts == expected and read_image(path).shape == (90, 120, 3)
     else:
@@ -229,15 +231,15 @@ def test_inspection_of_what_is_not_a_file_or_too_large(tmp_path: Path) -> None:
         assert inspect_image(path).problem == "image-unreadable"
     side = int(MAX_PIXELS**0.5) + 9
     _encode_header_only(tmp_path / "large.png", side, side)
-    assert _inspect(tmp_path / "large.png") == ImageFacts(side, side, 1, "image-too-large")
+    assert _inspect_file(tmp_path / "large.png") == ImageFacts(side, side, 1, "image-too-large")
 
 
 def test_inspection_looks_past_large_headers(tmp_path: Path) -> None:
     profile = bytes(range(256)) * 40
-    (tmp_path / "a.jpg").write_bytes(_encode(_photo(), "JPEG", icc_profile=profile))
-    assert _inspect(tmp_path / "a.jpg") == ImageFacts(90, 120)
-    thumbnail = _encode(_photo().resize((12, 9)), "JPEG")
-    content = _encode(_photo(), "JPEG", exif=b"Exif\0\0" + thumbnail)
+    (tmp_path / "a.jpg").write_bytes(_encode_image(_photo(), "JPEG", icc_profile=profile))
+    assert _inspect_file(tmp_path / "a.jpg") == ImageFacts(90, 120)
+    thumbnail = _encode_image(_photo().resize((12, 9)), "JPEG")
+    content = _encode_image(_photo(), "JPEG", exif=b"Exif\0\0" + thumbnail)
     (tmp_path / "a.jpg").write_bytes(content[: content.index(thumbnail) + len(thumbnail) + 40])
     assert inspect_image(tmp_path / "a.jpg").problem == "image-truncated"
 
@@ -245,7 +247,7 @@ def test_inspection_looks_past_large_headers(tmp_path: Path) -> None:
 def test_inspection_never_raises(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
-        content = np.frombuffer(_encode(_photo(), kind), np.uint8)[:3000]
+        content = np.frombuffer(_encode_image(_photo(), kind), np.uint8)[:3000]
         for _ in range(60):
             changed = content[: generator.integers(1, len(content))].copy()
             places = generator.integers(0, min(len(changed), 200), 5)
@@ -285,6 +287,6 @@ def test_a_bomb_is_refused_without_being_unpacked(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], capture_output=True, text=True, timeout=120
     )
-    said, growth = ended.stdout.splitlines()
-    assert said == "True image-too-large", ended.stderr
+    verdict, growth = ended.stdout.splitlines()
+    assert verdict == "True image-too-large", ended.stderr
     assert int(growth) < 100_000  # KiB

@@ -9,31 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.broken_coco import SQUARE, encode
+from helpers.broken_coco import SQUARE, encode_image
 from helpers.coco_files import annotation, write_coco, write_json
 from samft.coco import index as coco_index
 from samft.coco.index import index_file, open_index
 from samft.errors import DataError
 
 
-def _builds(caplog: pytest.LogCaptureFixture) -> int:
+def _count_builds(caplog: pytest.LogCaptureFixture) -> int:
     number = sum("indexed" in message for message in caplog.messages)
     caplog.clear()
     return number
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger="samft")
     return caplog
 
 
-def test_a_file_is_indexed_once(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_a_file_is_indexed_once(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     path, cache = write_coco(tmp_path, 5), tmp_path / "cache"
     first = index_file(path, path.parent, cache=cache)
-    assert _builds(said) == 1
+    assert _count_builds(log) == 1
     second = index_file(path, path.parent, cache=cache)
-    assert _builds(said) == 0 and second.folder == first.folder
+    assert _count_builds(log) == 0 and second.folder == first.folder
     for name in coco_index._ARRAYS:
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     # Mapped, not read.
@@ -42,41 +42,43 @@ def test_a_file_is_indexed_once(tmp_path: Path, said: pytest.LogCaptureFixture) 
 
 
 def test_it_is_indexed_anew_when_anything_changes(
-    tmp_path: Path, said: pytest.LogCaptureFixture
+    tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
     broken = path.parent / "image_1.png"
     broken.write_bytes(b"")
 
-    def built() -> int:
+    def count_new_builds() -> int:
         index_file(path, path.parent, cache=cache)
-        return _builds(said)
+        return _count_builds(log)
 
-    assert [built(), built()] == [1, 0]
-    broken.write_bytes(encode(1))  # repaired
-    assert [built(), built()] == [1, 0]
+    assert [count_new_builds(), count_new_builds()] == [1, 0]
+    broken.write_bytes(encode_image(1))  # repaired
+    assert [count_new_builds(), count_new_builds()] == [1, 0]
     assert index_file(path, path.parent, cache=cache).bad_images == {}
     broken.unlink()
-    assert [built(), built()] == [1, 0]
+    assert [count_new_builds(), count_new_builds()] == [1, 0]
     assert index_file(path, path.parent, cache=cache).bad_images == {"image_1.png": "image-missing"}
     path.write_text(path.read_text() + "\n")
-    assert [built(), built()] == [1, 0]
+    assert [count_new_builds(), count_new_builds()] == [1, 0]
     # Another folder of images, another index.
     (tmp_path / "elsewhere").mkdir()
     assert len(index_file(path, tmp_path / "elsewhere", cache=cache).bad_images) == 3
 
 
-def test_a_json_that_moved_keeps_its_index(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_a_json_that_moved_keeps_its_index(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
     index_file(path, path.parent, cache=cache)
     moved = path.rename(tmp_path / "moved.json")
-    _builds(said)
+    _count_builds(log)
     index_file(moved, tmp_path / "train", cache=cache)
     # The listing has one name less, so the images were looked at again.
-    assert _builds(said) == 1
+    assert _count_builds(log) == 1
 
 
-def _build(path: Path, cache: Path, results: "multiprocessing.Queue[tuple[int, int]]") -> None:
+def _build_in_process(
+    path: Path, cache: Path, results: "multiprocessing.Queue[tuple[int, int]]"
+) -> None:
     calls = []
     real = coco_index.check_file
     coco_index.check_file = lambda *given: calls.append(1) or time.sleep(0.3) or real(*given)
@@ -84,17 +86,19 @@ def _build(path: Path, cache: Path, results: "multiprocessing.Queue[tuple[int, i
     results.put((len(calls), len(index.object_ids)))
 
 
-def test_processes_that_come_together_build_one(tmp_path: Path) -> None:
+def test_processes_that_start_together_build_one(tmp_path: Path) -> None:
     path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[tuple[int, int]] = context.Queue()
-    processes = [context.Process(target=_build, args=(path, cache, results)) for _ in range(3)]
+    processes = [
+        context.Process(target=_build_in_process, args=(path, cache, results)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    counts = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(timeout=60)
-    assert sorted(found) == [(0, 7), (0, 7), (1, 7)]
+    assert sorted(counts) == [(0, 7), (0, 7), (1, 7)]
     assert not list(cache.glob("*.part"))
 
 
@@ -103,10 +107,10 @@ def test_a_builder_that_fails_leaves_nothing(
 ) -> None:
     path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
 
-    def full(*_: object, **__: object) -> None:
+    def raise_disk_full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(np, "save", raise_disk_full)
     with pytest.raises(DataError, match=r"No space left.*SAMFT_CACHE"):
         index_file(path, path.parent, cache=cache)
     monkeypatch.undo()
@@ -115,7 +119,7 @@ def test_a_builder_that_fails_leaves_nothing(
 
 
 def test_a_cache_that_cannot_be_written_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     path = write_coco(tmp_path, 3)
     (tmp_path / "file").write_text("")
@@ -123,7 +127,7 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     monkeypatch.setattr(coco_index.tempfile, "tempdir", str(tmp_path))
     index = index_file(path, path.parent)
     assert index.folder.parent == tmp_path / f"samft-{os.getuid()}" / "index"
-    assert "cannot be written" in said.text
+    assert "cannot be written" in log.text
 
 
 def test_an_index_nobody_opened_for_a_month_is_deleted(tmp_path: Path) -> None:
@@ -152,8 +156,8 @@ def test_arrays_that_hold_nothing_are_mapped_too(tmp_path: Path) -> None:
 
 def test_names_that_are_no_utf8_come_back(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
-    (tmp_path / name).write_bytes(encode(1))
-    (tmp_path / "näh.png").write_bytes(encode(2))
+    (tmp_path / name).write_bytes(encode_image(1))
+    (tmp_path / "näh.png").write_bytes(encode_image(2))
     images = [
         {"id": 1, "file_name": name, "height": 20, "width": 30},
         {"id": 2, "file_name": "näh.png", "height": 20, "width": 30},

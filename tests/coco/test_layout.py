@@ -6,7 +6,7 @@ from samft.coco.layout import ImageFolder, find_split
 from samft.errors import DataError
 
 
-def _touch(root: Path, *names: str) -> None:
+def _touch_files(root: Path, *names: str) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}")
@@ -17,9 +17,9 @@ def _touch(root: Path, *names: str) -> None:
 
 
 def test_find_split_in_both_layouts(tmp_path: Path) -> None:
-    _touch(tmp_path, "a/train/_annotations.coco.json", "a/valid/_annotations.coco.json")
-    _touch(tmp_path, "b/annotations/instances_train2017.json", "b/train2017/x.jpg")
-    _touch(tmp_path, "b/annotations/instances_val.json", "b/images/val/x.jpg")
+    _touch_files(tmp_path, "a/train/_annotations.coco.json", "a/valid/_annotations.coco.json")
+    _touch_files(tmp_path, "b/annotations/instances_train2017.json", "b/train2017/x.jpg")
+    _touch_files(tmp_path, "b/annotations/instances_val.json", "b/images/val/x.jpg")
     a, b = tmp_path / "a", tmp_path / "b"
     assert find_split(a, "train") == (a / "train/_annotations.coco.json", a / "train")
     assert find_split(a, "val") == (a / "valid/_annotations.coco.json", a / "valid")
@@ -27,7 +27,7 @@ def test_find_split_in_both_layouts(tmp_path: Path) -> None:
     assert find_split(b, "train2017") == official
     assert find_split(b, "train") == official
     assert find_split(b, "val") == (b / "annotations/instances_val.json", b / "images/val")
-    _touch(b, "annotations/instances_train2014.json")
+    _touch_files(b, "annotations/instances_train2014.json")
     with pytest.raises(DataError, match="train2014, train2017"):
         find_split(b, "train")
     with pytest.raises(DataError, match="no split test"):
@@ -37,7 +37,7 @@ def test_find_split_in_both_layouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "path"),
     [
         ("a.png", "a.png"),
         ("sub/b.png", "sub/b.png"),
@@ -50,15 +50,15 @@ def test_find_split_in_both_layouts(tmp_path: Path) -> None:
         ("sub/B.png", "sub/b.png"),
     ],
 )
-def test_images_are_found_under_other_spellings(tmp_path: Path, name: str, found: str) -> None:
+def test_images_are_found_under_other_spellings(tmp_path: Path, name: str, path: str) -> None:
     folder = tmp_path / "train"
-    _touch(folder, "a.png", "sub/b.png", "images/c.png")
-    assert ImageFolder(folder).find(name) == (found, "" if name == found else "image-name-mended")
+    _touch_files(folder, "a.png", "sub/b.png", "images/c.png")
+    assert ImageFolder(folder).find(name) == (path, "" if name == path else "image-name-mended")
 
 
 @pytest.mark.parametrize("name", ["gone.png", "sub/gone.png", "none/a.png", "b.png"])
 def test_missing_images_are_missing(tmp_path: Path, name: str) -> None:
-    _touch(tmp_path, "a.png", "sub/b.png")
+    _touch_files(tmp_path, "a.png", "sub/b.png")
     assert ImageFolder(tmp_path).find(name) == (name, "image-missing")
     assert ImageFolder(tmp_path / "no folder").find(name) == (name, "image-missing")
 
@@ -68,12 +68,12 @@ OUTSIDE = ["../a.png", "x/../../a.png", "/etc/a.png", "..\\a.png", "C:\\a.png", 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "../../etc/passwd", "\\\\host\\a.png"])
 def test_names_that_leave_the_folder_are_outside(tmp_path: Path, name: str) -> None:
-    _touch(tmp_path, "a.png", "train/a.png")
+    _touch_files(tmp_path, "a.png", "train/a.png")
     assert ImageFolder(tmp_path / "train", root=tmp_path).find(name) == (name, "image-outside")
 
 
 def test_links_may_lead_within_the_data_folder_only(tmp_path: Path) -> None:
-    _touch(tmp_path, "secret.png", "far/b.png", "data/all/a.png", "data/train/real.png")
+    _touch_files(tmp_path, "secret.png", "far/b.png", "data/all/a.png", "data/train/real.png")
     train = tmp_path / "data" / "train"
     (train / "inside.png").symlink_to("../all/a.png")
     (train / "outside.png").symlink_to(tmp_path / "secret.png")
@@ -93,16 +93,16 @@ def test_links_may_lead_within_the_data_folder_only(tmp_path: Path) -> None:
 
 
 def test_what_comes_and_goes_is_noticed(tmp_path: Path) -> None:
-    _touch(tmp_path, "a.png", "sub/b.png")
+    _touch_files(tmp_path, "a.png", "sub/b.png")
     seen = ImageFolder(tmp_path)
     for name in ("a.png", "sub/b.png", "gone/c.png"):
         seen.find(name)
-    digests = seen.digests()
-    assert not ImageFolder(tmp_path).changed(digests)
-    _touch(tmp_path, "other/x.png")
-    assert ImageFolder(tmp_path).changed(digests)  # a new folder is a new name
+    digests = seen.listing_digests()
+    assert not ImageFolder(tmp_path).has_changed(digests)
+    _touch_files(tmp_path, "other/x.png")
+    assert ImageFolder(tmp_path).has_changed(digests)  # a new folder is a new name
     (tmp_path / "other" / "x.png").unlink()
     (tmp_path / "other").rmdir()
-    assert not ImageFolder(tmp_path).changed(digests)
-    _touch(tmp_path, "gone/c.png")
-    assert ImageFolder(tmp_path).changed(digests)
+    assert not ImageFolder(tmp_path).has_changed(digests)
+    _touch_files(tmp_path, "gone/c.png")
+    assert ImageFolder(tmp_path).has_changed(digests)

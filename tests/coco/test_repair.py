@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from helpers.broken_coco import BOX, HEIGHT, SQUARE, WIDTH, encode, rle
+from helpers.broken_coco import BOX, HEIGHT, SQUARE, WIDTH, encode_image, rle
 from helpers.coco_files import annotation
 from samft.coco.index import CocoIndex, class_names, index_file
 from samft.coco.problems import FACT
@@ -26,7 +26,7 @@ TRIANGLE = [2.0, 3.0, 8.0, 3.0, 8.0, 9.0]
 def folder(tmp_path: Path) -> Path:
     """Images a.png and b.png, of 20 x 30 px."""
     for number, name in enumerate(("a.png", "b.png")):
-        (tmp_path / name).write_bytes(encode(number))
+        (tmp_path / name).write_bytes(encode_image(number))
     return tmp_path
 
 
@@ -220,7 +220,7 @@ def test_unusable_and_unassigned_objects_are_left_out(folder: Path) -> None:
 
 
 def test_images(folder: Path) -> None:
-    (folder / "cut.png").write_bytes(encode(3)[:-20])
+    (folder / "cut.png").write_bytes(encode_image(3)[:-20])
     images = [
         image("1", "a.png", height=99),
         image(2, "B.png", width=None),
@@ -364,6 +364,6 @@ def test_any_set_is_clean_once_repaired(
     tmp_path_factory: pytest.TempPathFactory, objects: list[dict[str, Any]]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
-    (folder / "a.png").write_bytes(encode(0))
+    (folder / "a.png").write_bytes(encode_image(0))
     entries = [{"image_id": 1, **entry} for entry in objects]
     repair_file(folder, [*entries, annotation(2, 1, SQUARE)], images=[image(1, "a.png")])

@@ -98,11 +98,11 @@ def test_a_crop_is_encoded_as_pycocotools_encodes_the_whole(density: float, edge
     whole = np.zeros((height, width), dtype=np.uint8)
     whole[top:bottom, left:right] = generator.random((bottom - top, right - left)) < density
     crop = whole[top:bottom, left:right].astype(bool)
-    found = encode_cropped(CroppedMask(top, left, crop), height=height, width=width)
-    assert found == _rle(whole, compressed=True)
+    encoded = encode_cropped(CroppedMask(top, left, crop), height=height, width=width)
+    assert encoded == _rle(whole, compressed=True)
 
 
 def test_an_empty_crop_is_encoded_as_an_empty_mask() -> None:
     nothing = np.zeros((0, 0), dtype=bool)
-    found = encode_cropped(CroppedMask(0, 0, nothing), height=7, width=5)
-    assert found == _rle(np.zeros((7, 5), dtype=np.uint8), compressed=True)
+    encoded = encode_cropped(CroppedMask(0, 0, nothing), height=7, width=5)
+    assert encoded == _rle(np.zeros((7, 5), dtype=np.uint8), compressed=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.broken_coco import HEIGHT, WIDTH, encode
+from helpers.broken_coco import HEIGHT, WIDTH, encode_image
 from helpers.coco_files import annotation
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.statistics import (
@@ -35,7 +35,7 @@ def index(tmp_path: Path) -> CocoIndex:
     objects.append(annotation(99, 2, square(4, 4, 10), iscrowd=1))
     images = []
     for number in range(1, 4):
-        (tmp_path / f"{number}.png").write_bytes(encode(number))
+        (tmp_path / f"{number}.png").write_bytes(encode_image(number))
         name = f"{number}.png"
         images.append({"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH})
     images.append({"id": 4, "file_name": "missing.png"})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from helpers.broken_coco import SQUARE, encode, write_broken
+from helpers.broken_coco import SQUARE, encode_image, write_broken
 from helpers.coco_files import annotation, write_coco, write_json
 from samft.coco.images import header_size
 from samft.coco.index import index_file
@@ -22,17 +22,19 @@ from samft.coco.subset import CocoSubset, find_shared, read_coco, select_objects
 from samft.errors import DataError
 
 
-def _image(folder: Path, name: str = "a.png", height: int = 20, width: int = 30) -> dict[str, Any]:
+def _write_image(
+    folder: Path, name: str = "a.png", height: int = 20, width: int = 30
+) -> dict[str, Any]:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.zeros((height, width, 3), np.uint8))
     return {"id": 1, "file_name": name, "height": height, "width": width}
 
 
-def _read(
+def _read_entries(
     folder: Path, annotations: list[Any], images: list[Any] | None = None, **options: Any
 ) -> CocoSubset:
-    images = [_image(folder)] if images is None else images
+    images = [_write_image(folder)] if images is None else images
     return read_coco(write_json(folder / "a.json", images, annotations), folder, **options)
 
 
@@ -63,9 +65,9 @@ def test_index_groups_objects_by_image(tmp_path: Path) -> None:
 
 
 def test_annotations_of_an_image_may_be_scattered(tmp_path: Path) -> None:
-    images = [_image(tmp_path), {**_image(tmp_path, "b.png"), "id": 2}]
+    images = [_write_image(tmp_path), {**_write_image(tmp_path, "b.png"), "id": 2}]
     entries = [annotation(k, image_id, SQUARE) for k, image_id in ((1, 2), (2, 1), (3, 2), (4, 1))]
-    subset = _read(tmp_path, entries, images)
+    subset = _read_entries(tmp_path, entries, images)
     assert _names(subset) == ["a.png", "b.png"]
     assert _ids(subset) == [2, 4, 1, 3] and _boxes(subset)[0] == [2, 3, 8, 9]
     assert subset.index.positions.tolist() == [1, 3, 0, 2]
@@ -83,14 +85,14 @@ def test_everything_wrong_is_found_and_counted(
 ) -> None:
     root, expected = broken
     index = index_file(root / split / "_annotations.coco.json", root / split, root=root)
-    counts = {code: found.count for code, _, found in index.problems}
+    counts = {code: issue.count for code, _, issue in index.problems}
     wanted = {code: n for code, n in expected[split].items() if code in KINDS}
     wanted.pop("image-in-train-and-val", None)  # which takes both splits to see
     assert counts == wanted
     subset = select_objects(index)
     assert subset.num_objects == expected[split]["good_objects"]
     assert subset.num_images == expected[split]["good_images"]
-    assert all(found.examples for _, _, found in index.problems)
+    assert all(issue.examples for _, _, issue in index.problems)
 
 
 def test_at_least_thirty_kinds(broken: tuple[Path, dict[str, dict[str, int]]]) -> None:
@@ -157,7 +159,7 @@ def test_usable_objects_are_whole(broken: tuple[Path, dict[str, dict[str, int]]]
     ],
 )
 def test_an_unusable_box_is_taken_from_the_mask(tmp_path: Path, bbox: Any) -> None:
-    subset = _read(tmp_path, [annotation(1, 1, SQUARE, bbox=bbox)])
+    subset = _read_entries(tmp_path, [annotation(1, 1, SQUARE, bbox=bbox)])
     assert _boxes(subset) == [[2, 3, 8, 9]] and subset.counts == {}
 
 
@@ -167,16 +169,16 @@ def test_a_usable_box_stays_as_annotated(tmp_path: Path) -> None:
         annotation(2, 1, [0.0, 0, 30, 0, 30, 20, 0, 20], bbox=[-0.5, 0.25, 31, 20]),
         annotation(3, 1, SQUARE, bbox=[1, 2, 7, 8]),
     ]
-    subset = _read(tmp_path, entries)
+    subset = _read_entries(tmp_path, entries)
     # The first has less than half in common with its mask.
     assert _boxes(subset) == [[2, 3, 8, 9], [-0.5, 0.25, 30.5, 20.25], [1, 2, 8, 10]]
 
 
 def test_crowds_are_left_out_unless_alone(tmp_path: Path) -> None:
     crowd = annotation(1, 1, SQUARE, iscrowd=1)
-    subset = _read(tmp_path, [crowd, annotation(2, 1, SQUARE)])
+    subset = _read_entries(tmp_path, [crowd, annotation(2, 1, SQUARE)])
     assert _ids(subset) == [2] and subset.counts == {"crowd": 1}
-    alone = _read(tmp_path, [crowd])
+    alone = _read_entries(tmp_path, [crowd])
     assert _ids(alone) == [1] and alone.counts == {} and alone.index.problems["all-crowd"] == 1
 
 
@@ -185,7 +187,7 @@ def test_ids_are_made_unique(tmp_path: Path) -> None:
     last = annotation(2**63 - 1, 1, SQUARE)
     without = {key: value for key, value in other.items() if key != "id"}
     entries = [annotation(1, 1, SQUARE), {**other, "image_id": "1"}, last, without, other, other]
-    subset = _read(tmp_path, entries)
+    subset = _read_entries(tmp_path, entries)
     # The last is what the one before it is; that one and the second differ from the first.
     assert _ids(subset) == [1, 2, 2**63 - 1, 3, 4, 5]
     assert subset.index.problems["annotation-id-twice"] == 3
@@ -198,22 +200,22 @@ def test_masks_without_a_pixel_in_the_image_are_counted(tmp_path: Path) -> None:
     entries = [
         annotation(k + 1, 1, polygon) for k, polygon in enumerate((SQUARE, far, tiny, one_pixel))
     ]
-    subset = _read(tmp_path, entries)
+    subset = _read_entries(tmp_path, entries)
     assert _ids(subset) == [1, 4]
     assert subset.counts == {"mask-outside": 1, "mask-without-pixels": 1}
     assert subset.index.areas.tolist() == [36, 1]
 
 
 def test_the_files_size_counts_where_the_json_is_wrong(tmp_path: Path) -> None:
-    image = _image(tmp_path, height=200, width=300)
+    image = _write_image(tmp_path, height=200, width=300)
     far = [v + 150 for v in SQUARE]
     for size in ({"height": 20, "width": 30}, {"height": None, "width": 0}, {"height": 10**99}):
-        subset = _read(tmp_path, [annotation(1, 1, far)], [{**image, **size}])
+        subset = _read_entries(tmp_path, [annotation(1, 1, far)], [{**image, **size}])
         assert _boxes(subset) == [[152, 153, 158, 159]] and subset.size(0) == (200, 300)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "expected"),
     [
         ('{"images": [],\n "annotations": [', ["json-invalid", "line 2", "column"]),
         ("", ["not valid JSON"]),
@@ -226,13 +228,13 @@ def test_the_files_size_counts_where_the_json_is_wrong(tmp_path: Path) -> None:
         ('{"images": [5], "annotations": []}', ["no-objects"]),
     ],
 )
-def test_broken_files_are_refused(tmp_path: Path, content: str, words: list[str]) -> None:
+def test_broken_files_are_refused(tmp_path: Path, content: str, expected: list[str]) -> None:
     path = tmp_path / "broken.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError) as error:
         read_coco(path, tmp_path)
     code = getattr(error.value, "code", "")
-    for word in ["broken.json", *words]:
+    for word in ["broken.json", *expected]:
         assert word in f"{error.value} {code}"
 
 
@@ -249,20 +251,20 @@ def test_missing_images_are_counted_and_named(tmp_path: Path) -> None:
     path = write_coco(tmp_path, 6)
     for i in range(1, 6):
         (path.parent / f"image_{i}.png").unlink()
-    words = r"image-missing, 5: .*image_1.png \(4 objects\), .*image_3.png .*, \.\.\."
-    with pytest.raises(DataError, match=words):
+    expected = r"image-missing, 5: .*image_1.png \(4 objects\), .*image_3.png .*, \.\.\."
+    with pytest.raises(DataError, match=expected):
         read_coco(path, path.parent)
     assert read_coco(path, path.parent, on_bad_image="skip").num_images == 1
 
 
 def test_an_image_id_for_two_files_is_refused(tmp_path: Path) -> None:
-    images = [_image(tmp_path), _image(tmp_path, "b.png")]
+    images = [_write_image(tmp_path), _write_image(tmp_path, "b.png")]
     with pytest.raises(DataError, match=r"image-id-ambiguous, 1: .*image 1: 'a.png' and 'b.png'"):
-        _read(tmp_path, [annotation(1, 1, SQUARE)], images)
+        _read_entries(tmp_path, [annotation(1, 1, SQUARE)], images)
 
 
-def _classes(folder: Path) -> Path:
-    images = [{**_image(folder, f"{i}.png"), "id": i} for i in range(4)]
+def _write_three_classes(folder: Path) -> Path:
+    images = [{**_write_image(folder, f"{i}.png"), "id": i} for i in range(4)]
     entries = [
         annotation(1, 0, SQUARE, category_id=1),
         annotation(2, 0, SQUARE, category_id=2),
@@ -291,13 +293,15 @@ def _classes(folder: Path) -> Path:
 def test_classes_and_sizes_are_chosen(
     tmp_path: Path, names: Sequence[str], area: float, ids: list[int], left: dict[str, int]
 ) -> None:
-    subset = read_coco(_classes(tmp_path), tmp_path, category_names=names, min_mask_area=area)
+    subset = read_coco(
+        _write_three_classes(tmp_path), tmp_path, category_names=names, min_mask_area=area
+    )
     assert _ids(subset) == ids and subset.counts == left
     assert subset.num_images == len({(0, 0, 0, 1, 2)[k] for k in ids})
 
 
 def test_choosing_nothing_or_an_unknown_class_is_refused(tmp_path: Path) -> None:
-    path = _classes(tmp_path)
+    path = _write_three_classes(tmp_path)
     with pytest.raises(DataError, match=r"no class 'dogs' among cat, dog\. Did you mean 'dog'"):
         read_coco(path, tmp_path, category_names=["dogs"])
     with pytest.raises(DataError, match="no object is left"):
@@ -337,17 +341,17 @@ def test_split_by_hash_leaves_both_sides_an_image(tmp_path: Path, share: float) 
 def test_images_in_both_splits_are_found_by_content(tmp_path: Path) -> None:
     for split, names in (("train", "abcd"), ("val", "xyz")):
         for name in names:
-            _image(tmp_path / split, f"{name}.png")
-    (tmp_path / "train" / "b.png").write_bytes(encode(1))
-    (tmp_path / "train" / "d.png").write_bytes(encode(2))
-    (tmp_path / "val" / "y.png").write_bytes(encode(2))
-    (tmp_path / "val" / "z.png").write_bytes(encode(3))
+            _write_image(tmp_path / split, f"{name}.png")
+    (tmp_path / "train" / "b.png").write_bytes(encode_image(1))
+    (tmp_path / "train" / "d.png").write_bytes(encode_image(2))
+    (tmp_path / "val" / "y.png").write_bytes(encode_image(2))
+    (tmp_path / "val" / "z.png").write_bytes(encode_image(3))
     cv2.imwrite(str(tmp_path / "val" / "x.png"), np.zeros((21, 30, 3), np.uint8))
     indices = []
     for split, names in (("train", "abcd"), ("val", "xyz")):
         images = [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate(names)]
         entries = [annotation(i + 1, i, SQUARE) for i in range(len(names))]
-        indices.append(_read(tmp_path / split, entries, images))
+        indices.append(_read_entries(tmp_path / split, entries, images))
     assert find_shared(*indices).tolist() == [3]
     assert find_shared(*indices[::-1]).tolist() == [1]
     assert find_shared(indices[0], indices[0]).tolist() == [0, 1, 2, 3]
@@ -378,8 +382,8 @@ print(str(root / "train" / "a.png") in names, outside)
 
 def test_what_lies_outside_is_never_opened(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    images = [_image(root / "train"), {"id": 2, "file_name": "../../etc/passwd"}]
-    _image(tmp_path, "secret.png")
+    images = [_write_image(root / "train"), {"id": 2, "file_name": "../../etc/passwd"}]
+    _write_image(tmp_path, "secret.png")
     (root / "train" / "link.png").symlink_to(tmp_path / "secret.png")
     outside = ("/etc/passwd", "../../secret.png", "link.png", "..\\..\\secret.png")
     images += [{"id": k, "file_name": name} for k, name in enumerate(outside, 3)]

@@ -135,8 +135,10 @@ def codes(split: dict[str, Any]) -> dict[str, int]:
 def test_real_sets_have_the_quirks_that_are_known_and_no_error(data_root: Path, name: str) -> None:
     report = main(of_set(data_root, name))
     assert report["errors"] == 0
-    assert {split: codes(found) for split, found in report["splits"].items()} == QUIRKS[name]
-    counts = {split: found["objects"] for split, found in report["splits"].items()}
+    assert {
+        split: codes(split_report) for split, split_report in report["splits"].items()
+    } == QUIRKS[name]
+    counts = {split: split_report["objects"] for split, split_report in report["splits"].items()}
     assert counts == OBJECTS[name]
 
 

@@ -35,12 +35,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def read(folder: Path, split: str) -> dict[str, Any]:
+def read_annotations(folder: Path, split: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / split / ANNOTATIONS).read_text())
     return content
 
 
-def decode(segmentation: Any) -> np.ndarray:
+def decode_mask(segmentation: Any) -> np.ndarray:
     """A segmentation's mask, by pycocotools and independently of how it was written."""
     if isinstance(segmentation, list):
         return mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(segmentation, SIZE, SIZE)))
@@ -73,7 +73,7 @@ def test_splits_differ(folder: Path) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_images_are_as_listed(folder: Path, split: str) -> None:
-    content = read(folder, split)
+    content = read_annotations(folder, split)
     assert len(content["images"]) == SPLITS[split]
     names = {image["file_name"] for image in content["images"]}
     assert names == {path.name for path in (folder / split).glob("*.jpg")}
@@ -85,7 +85,7 @@ def test_images_are_as_listed(folder: Path, split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_form_of_annotation_is_there(folder: Path, split: str) -> None:
-    content = read(folder, split)
+    content = read_annotations(folder, split)
     forms = {form_of(annotation) for annotation in content["annotations"]}
     assert forms == {"polygon", "polygons", "compressed", "uncompressed", "crowd"}
     taken = {annotation["image_id"] for annotation in content["annotations"]}
@@ -99,12 +99,12 @@ def test_every_form_of_annotation_is_there(folder: Path, split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_annotations_decode_to_their_box_and_area(folder: Path, split: str) -> None:
-    annotations = read(folder, split)["annotations"]
+    annotations = read_annotations(folder, split)["annotations"]
     assert [annotation["id"] for annotation in annotations] == [
         number + 1 for number in range(len(annotations))
     ]
     for annotation in annotations:
-        mask = decode(annotation["segmentation"])
+        mask = decode_mask(annotation["segmentation"])
         assert mask.shape == (SIZE, SIZE)
         assert mask.sum() == annotation["area"] > 0
         rows, columns = np.nonzero(mask)
@@ -116,10 +116,10 @@ def test_annotations_decode_to_their_box_and_area(folder: Path, split: str) -> N
 @pytest.mark.parametrize("split", SPLITS)
 def test_objects_hide_each_other_rather_than_share_pixels(folder: Path, split: str) -> None:
     """But for the pixels that the common border of two neighbours crosses."""
-    content = read(folder, split)
+    content = read_annotations(folder, split)
     for image in content["images"]:
         own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
-        covered = sum((decode(a["segmentation"]).astype(int) for a in own), np.zeros(1, int))
+        covered = sum((decode_mask(a["segmentation"]).astype(int) for a in own), np.zeros(1, int))
         assert (covered > 1).sum() <= 0.01 * max(1, (covered > 0).sum())
 
 
@@ -135,7 +135,7 @@ def test_filling_the_box_is_a_poor_answer() -> None:
     for seed in range(12):
         _, objects = draw_scene(np.random.default_rng(seed), SIZE)
         for item in objects:
-            mask = decode(item.polygons)
+            mask = decode_mask(item.polygons)
             fills.append(mask.sum() / np.prod(cv2.boundingRect(mask)[2:]))
     assert 0.36 < np.mean(fills) < 0.5
 
@@ -146,7 +146,7 @@ def test_outlines_lie_where_the_paint_is() -> None:
     for seed in range(6):
         image, objects = draw_scene(np.random.default_rng(seed), SIZE)
         grey = image.astype(float).mean(2)
-        taken = np.maximum.reduce([decode(item.polygons) for item in objects])
+        taken = np.maximum.reduce([decode_mask(item.polygons) for item in objects])
         around = cv2.dilate(taken, np.ones((9, 9), np.uint8)) - taken
         darker.append(np.median(grey[around > 0]) - np.median(grey[taken > 0]))
     assert min(darker) > 10
@@ -158,8 +158,8 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
     write_demo(tmp_path, seed=5, num_train=3, num_val=3, size=64)
     assert len(list((tmp_path / "train").glob("*.jpg"))) == 3
     fresh = write_demo(tmp_path / "fresh", seed=5, num_train=3, num_val=3, size=64)
-    found = {n: c for n, c in files_of(tmp_path).items() if not n.startswith("fresh")}
-    assert found == files_of(fresh)
+    files = {n: c for n, c in files_of(tmp_path).items() if not n.startswith("fresh")}
+    assert files == files_of(fresh)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A dataset with everything that can be wrong in it, each kind counted."""
+"""A dataset that has every kind of problem, with the number of each."""
 
 import io
 import json
@@ -19,7 +19,7 @@ BOX = [2.0, 3.0, 6.0, 6.0]
 NAN = float("nan")
 
 
-def encode(number: int, kind: str = "PNG", **options: Any) -> bytes:
+def encode_image(number: int, kind: str = "PNG", **options: Any) -> bytes:
     """A small image that differs from that of any other number."""
     noise = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     stream = io.BytesIO()
@@ -31,11 +31,11 @@ def encode_rotated() -> bytes:
     """A JPEG whose EXIF asks for a quarter turn."""
     exif = Image.Exif()
     exif[274] = 6
-    return encode(15, "JPEG", exif=exif)
+    return encode_image(15, "JPEG", exif=exif)
 
 
 def encode_bomb(height: int = 30_000, width: int = 30_000) -> bytes:
-    """A PNG of 900 megapixels in about 109 KB, whole and valid."""
+    """A PNG of 900 megapixels in 109 KB, complete and valid."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         body = kind + content
@@ -47,8 +47,8 @@ def encode_bomb(height: int = 30_000, width: int = 30_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-class Broken:
-    """Collects the entries of one COCO file and counts what is wrong with them."""
+class BrokenSplit:
+    """Collects the entries of one COCO file and counts their problems."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,18 +58,18 @@ class Broken:
         self.good = 0  # usable objects, crowds not counted
         folder.mkdir(parents=True)
 
-    def write(self, name: str, content: bytes) -> None:
+    def write_file(self, name: str, content: bytes) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
-    def image(self, image_id: Any, name: str, *codes: str, **fields: Any) -> None:
+    def add_image(self, image_id: Any, name: str, *codes: str, **fields: Any) -> None:
         self.images.append(
             {"id": image_id, "file_name": name, "height": HEIGHT, "width": WIDTH, **fields}
         )
         self.expected.update(codes)
 
-    def object(
+    def add_object(
         self, *codes: str, good: bool = True, image_id: Any = 1, drop: str = "", **fields: Any
     ) -> None:
         entry = annotation(len(self.annotations) + 100, image_id, SQUARE, area=36.0, **fields)
@@ -78,7 +78,7 @@ class Broken:
         self.expected.update(codes)
         self.good += good
 
-    def save(self, name: str, categories: Any, *, start: str = "") -> None:
+    def write_json(self, name: str, categories: Any, *, start: str = "") -> None:
         document = {
             "info": {"description": "broken on purpose"},
             "images": self.images,
@@ -93,106 +93,106 @@ def rle(*, compressed: bool, height: int = HEIGHT, width: int = WIDTH) -> dict[s
     mask = np.zeros((height, width), np.uint8)
     mask[3:9, 2:8] = 1
     if compressed:
-        found = mask_utils.encode(np.asfortranarray(mask))
-        return {"size": [height, width], "counts": found["counts"].decode()}
+        encoded = mask_utils.encode(np.asfortranarray(mask))
+        return {"size": [height, width], "counts": encoded["counts"].decode()}
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(flat, prepend=0, append=2))
     return {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
 
 
-def _add_images(train: Broken, outside: Path) -> None:
+def _add_images(train: BrokenSplit, outside: Path) -> None:
     for number, name in enumerate(("a.png", "b.png", "c.png", "sub/d.png", "images/h.png")):
-        train.write(name, encode(number))
-    outside.write_bytes(encode(99))
-    train.image(1, "a.png")
-    train.image(2, "b.png", "image-size-differs", height=99)
-    train.image(3, "c.png", "image-size-missing", height=None, width=0)
-    train.image(4, "sub\\d.png", "image-name-mended")
-    train.image(5, "h.png", "image-name-mended")
-    train.image(6, "missing.png", "image-missing")
-    train.image(7, "empty.jpg", "image-empty")
-    train.write("empty.jpg", b"")
-    train.image(8, "page.jpg", "image-not-an-image")
-    train.write("page.jpg", b"<!DOCTYPE html><html><body>404</body></html>")
-    train.image(9, "cut.jpg", "image-truncated")
-    train.write("cut.jpg", encode(9, "JPEG")[:-300])
-    train.image(10, "huge.png", "image-too-large")
-    train.write("huge.png", encode_bomb())
-    train.image(11, f"../{outside.name}", "image-outside")
-    train.image(12, "link.png", "image-outside")
+        train.write_file(name, encode_image(number))
+    outside.write_bytes(encode_image(99))
+    train.add_image(1, "a.png")
+    train.add_image(2, "b.png", "image-size-differs", height=99)
+    train.add_image(3, "c.png", "image-size-missing", height=None, width=0)
+    train.add_image(4, "sub\\d.png", "image-name-mended")
+    train.add_image(5, "h.png", "image-name-mended")
+    train.add_image(6, "missing.png", "image-missing")
+    train.add_image(7, "empty.jpg", "image-empty")
+    train.write_file("empty.jpg", b"")
+    train.add_image(8, "page.jpg", "image-not-an-image")
+    train.write_file("page.jpg", b"<!DOCTYPE html><html><body>404</body></html>")
+    train.add_image(9, "cut.jpg", "image-truncated")
+    train.write_file("cut.jpg", encode_image(9, "JPEG")[:-300])
+    train.add_image(10, "huge.png", "image-too-large")
+    train.write_file("huge.png", encode_bomb())
+    train.add_image(11, f"../{outside.name}", "image-outside")
+    train.add_image(12, "link.png", "image-outside")
     (train.folder / "link.png").symlink_to(outside)
-    train.image(13, "folder.png", "image-unreadable")
+    train.add_image(13, "folder.png", "image-unreadable")
     (train.folder / "folder.png").mkdir()
-    train.image(14, "gone.png", "image-unused-bad")
-    train.image(15, "turned.jpg", "image-exif-rotated")
-    train.write("turned.jpg", encode_rotated())
-    train.image(16, "a.png", "image-listed-twice")
-    train.image("17", "text_id.png", "id-not-integer")
-    train.write("text_id.png", encode(17))
-    train.image(18, "nothing.png", "image-without-objects")
-    train.write("nothing.png", encode(18))
-    train.image(19, "shared.png", "image-in-train-and-val")
-    train.write("shared.png", encode(19))
+    train.add_image(14, "gone.png", "image-unused-bad")
+    train.add_image(15, "turned.jpg", "image-exif-rotated")
+    train.write_file("turned.jpg", encode_rotated())
+    train.add_image(16, "a.png", "image-listed-twice")
+    train.add_image("17", "text_id.png", "id-not-integer")
+    train.write_file("text_id.png", encode_image(17))
+    train.add_image(18, "nothing.png", "image-without-objects")
+    train.write_file("nothing.png", encode_image(18))
+    train.add_image(19, "shared.png", "image-in-train-and-val")
+    train.write_file("shared.png", encode_image(19))
     train.images += ["text", {"id": 20}, {"file_name": "a.png"}]
     train.expected["image-malformed"] += 3
     for image_id in range(6, 14):
-        train.object(image_id=image_id, good=False)
+        train.add_object(image_id=image_id, good=False)
     for image_id in (2, 3, 4, 5, 15, 16, 17, 19):
-        train.object(image_id=image_id)
+        train.add_object(image_id=image_id)
 
 
-def _add_ids(train: Broken) -> None:
-    train.object()
+def _add_ids(train: BrokenSplit) -> None:
+    train.add_object()
     first = train.annotations[-1]
     train.annotations += [first, "text", None]
     train.expected.update(["annotation-duplicate"] + ["annotation-malformed"] * 2)
-    train.object("annotation-id-twice", id=first["id"], bbox=[2, 3, 6, 5])
-    train.object("annotation-id-missing", drop="id")
-    train.object("annotation-id-zero", id=0)
-    train.object("id-not-integer", id="901")
-    train.object("id-not-integer", image_id="1")
-    train.object("id-not-integer", category_id=1.0)
-    train.object("annotation-image-missing", image_id=None, good=False)
-    train.object("annotation-image-missing", image_id=1.5, good=False)
-    train.object("annotation-orphan", image_id=777, good=False)
-    train.object("category-missing", drop="category_id")
-    train.object("category-unknown", category_id=55)
-    train.object("iscrowd-missing", drop="iscrowd")
-    train.object("iscrowd-malformed", iscrowd="0")
-    train.object("iscrowd-malformed", iscrowd=None)
-    train.object("crowd", iscrowd=1, good=False)
+    train.add_object("annotation-id-twice", id=first["id"], bbox=[2, 3, 6, 5])
+    train.add_object("annotation-id-missing", drop="id")
+    train.add_object("annotation-id-zero", id=0)
+    train.add_object("id-not-integer", id="901")
+    train.add_object("id-not-integer", image_id="1")
+    train.add_object("id-not-integer", category_id=1.0)
+    train.add_object("annotation-image-missing", image_id=None, good=False)
+    train.add_object("annotation-image-missing", image_id=1.5, good=False)
+    train.add_object("annotation-orphan", image_id=777, good=False)
+    train.add_object("category-missing", drop="category_id")
+    train.add_object("category-unknown", category_id=55)
+    train.add_object("iscrowd-missing", drop="iscrowd")
+    train.add_object("iscrowd-malformed", iscrowd="0")
+    train.add_object("iscrowd-malformed", iscrowd=None)
+    train.add_object("crowd", iscrowd=1, good=False)
 
 
-def _add_boxes(train: Broken) -> None:
-    train.object("box-missing", drop="bbox")
-    train.object("box-missing", bbox=None)
-    train.object("box-malformed", bbox=[1, 2, 3])
-    train.object("box-malformed", bbox=["1", 2, 3, 4])
-    train.object("box-not-finite", bbox=[NAN, 2, 3, 4])
-    train.object("box-not-finite", bbox=[float("inf"), 2, 3, 4])
-    train.object("box-empty", bbox=[2, 3, 0, 6])
-    train.object("box-empty", bbox=[8, 9, -6, -6])
-    train.object("box-outside", bbox=[500, 500, 6, 6])
-    train.object("box-outside", bbox=[1e9, 1e9, 5, 5])
-    train.object("box-unlike-mask", bbox=[15, 12, 6, 6])
-    train.object("box-leaves-image", bbox=[-0.5, 3, 8.5, 6])
+def _add_boxes(train: BrokenSplit) -> None:
+    train.add_object("box-missing", drop="bbox")
+    train.add_object("box-missing", bbox=None)
+    train.add_object("box-malformed", bbox=[1, 2, 3])
+    train.add_object("box-malformed", bbox=["1", 2, 3, 4])
+    train.add_object("box-not-finite", bbox=[NAN, 2, 3, 4])
+    train.add_object("box-not-finite", bbox=[float("inf"), 2, 3, 4])
+    train.add_object("box-empty", bbox=[2, 3, 0, 6])
+    train.add_object("box-empty", bbox=[8, 9, -6, -6])
+    train.add_object("box-outside", bbox=[500, 500, 6, 6])
+    train.add_object("box-outside", bbox=[1e9, 1e9, 5, 5])
+    train.add_object("box-unlike-mask", bbox=[15, 12, 6, 6])
+    train.add_object("box-leaves-image", bbox=[-0.5, 3, 8.5, 6])
     edge = [28.5, 3.0, 30.0, 3.0, 30.0, 9.0, 28.5, 9.0]
-    train.object("box-thin", "mask-tiny", segmentation=[edge], bbox=[28.5, 3, 1.5, 6])
+    train.add_object("box-thin", "mask-tiny", segmentation=[edge], bbox=[28.5, 3, 1.5, 6])
     triangle = [2.0, 3.0, 8.0, 3.0, 8.0, 9.0]
-    train.object("area-is-box", "mask-tiny", segmentation=[triangle])
+    train.add_object("area-is-box", "mask-tiny", segmentation=[triangle])
 
 
-def _add_masks(train: Broken) -> None:
+def _add_masks(train: BrokenSplit) -> None:
     part = [12.0, 3.0, 18.0, 3.0, 18.0, 9.0, 12.0, 9.0]
     both = {"segmentation": [SQUARE, part], "bbox": [2, 3, 16, 6]}
-    train.object("polygon-parts", **both)
-    train.object("polygon-part-left-out", segmentation=[SQUARE, [1, 2, 3]])
-    train.object("polygon-flat", segmentation=SQUARE)
+    train.add_object("polygon-parts", **both)
+    train.add_object("polygon-part-left-out", segmentation=[SQUARE, [1, 2, 3]])
+    train.add_object("polygon-flat", segmentation=SQUARE)
     beyond = [[-4.0, 3.0, 8.0, 3.0, 8.0, 9.0, -4.0, 9.0]]
-    train.object("polygon-leaves-image", segmentation=beyond, bbox=[0, 3, 8, 6])
-    train.object(segmentation=rle(compressed=True))
-    train.object(segmentation=rle(compressed=False))
-    train.object("rle-size-differs", segmentation=rle(compressed=True, height=40))
+    train.add_object("polygon-leaves-image", segmentation=beyond, bbox=[0, 3, 8, 6])
+    train.add_object(segmentation=rle(compressed=True))
+    train.add_object(segmentation=rle(compressed=False))
+    train.add_object("rle-size-differs", segmentation=rle(compressed=True, height=40))
     bad = {
         "mask-missing": [None, []],
         "mask-malformed": ["polygon", 7],
@@ -217,8 +217,8 @@ def _add_masks(train: Broken) -> None:
     }
     for code, segmentations in bad.items():
         for segmentation in segmentations:
-            train.object(code, segmentation=segmentation, good=False)
-    train.object("mask-missing", drop="segmentation", good=False)
+            train.add_object(code, segmentation=segmentation, good=False)
+    train.add_object("mask-missing", drop="segmentation", good=False)
 
 
 CATEGORIES = [
@@ -239,7 +239,7 @@ CATEGORY_CODES = (
 
 
 def write_broken(root: Path) -> dict[str, dict[str, int]]:
-    """Writes splits train (all that can be wrong with entries), val (all crowd) and test (cut).
+    """Writes splits train (every problem of entries), val (all crowd) and test (cut short).
 
     Args:
         root: A folder that does not exist yet.
@@ -250,21 +250,21 @@ def write_broken(root: Path) -> dict[str, dict[str, int]]:
         `good_images`, which have them.
     """
     root.mkdir(parents=True)
-    train, val = Broken(root / "train"), Broken(root / "val")
+    train, val = BrokenSplit(root / "train"), BrokenSplit(root / "val")
     _add_images(train, root.parent / "outside.png")
     _add_ids(train)
     _add_boxes(train)
     _add_masks(train)
     train.expected.update([*CATEGORY_CODES, "json-bom", "json-not-standard"])
-    train.save("_annotations.coco.json", CATEGORIES, start="\ufeff")
-    val.write("other_name.png", encode(19))
-    val.write("v.png", encode(50))
-    val.image(1, "other_name.png")
-    val.image(2, "v.png")
+    train.write_json("_annotations.coco.json", CATEGORIES, start="\ufeff")
+    val.write_file("other_name.png", encode_image(19))
+    val.write_file("v.png", encode_image(50))
+    val.add_image(1, "other_name.png")
+    val.add_image(2, "v.png")
     for image_id in (1, 2):
-        val.object("all-crowd", image_id=image_id, iscrowd=1)
+        val.add_object("all-crowd", image_id=image_id, iscrowd=1)
     val.expected["categories-missing"] += 1
-    val.save("_annotations.coco.json", [])
+    val.write_json("_annotations.coco.json", [])
     (root / "test").mkdir()
     (root / "test" / "_annotations.coco.json").write_text('{"images": [], "annotations": [')
     return {

@@ -1,4 +1,4 @@
-"""Pictures of plain rectangles, with the COCO file of them."""
+"""Pictures of plain rectangles with their COCO file, and where a colour is in a picture."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,6 @@ import numpy as np
 from samft.coco.index import CocoIndex, index_file
 
 MAGENTA, CYAN, GREY = (255, 40, 220), (0, 220, 255), 128
-
-
 HEIGHT, WIDTH = 100, 200
 
 
@@ -19,8 +17,8 @@ def rectangle(x: float, y: float, width: float, height: float) -> list[float]:
     return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
-def write(folder: Path, objects: list[dict[str, Any]], *, images: int = 1) -> CocoIndex:
-    """A set of green images of 100 x 200 px."""
+def write_painted(folder: Path, objects: list[dict[str, Any]], *, images: int = 1) -> CocoIndex:
+    """Writes green images of 100 x 200 px and the COCO file of the objects, and indexes it."""
     entries = []
     for number in range(1, images + 1):
         cv2.imwrite(str(folder / f"{number}.png"), np.full((HEIGHT, WIDTH, 3), (0, 90, 0)))
@@ -34,7 +32,7 @@ def write(folder: Path, objects: list[dict[str, Any]], *, images: int = 1) -> Co
     return index_file(path, folder, cache=folder / "cache")
 
 
-def found_at(tile: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Around the pixels of a colour: x0, y0, x1, y1."""
+def bounds_of_colour(tile: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """The box around all pixels of a colour: x0, y0, x1, y1."""
     ys, xs = np.nonzero((tile == colour).all(-1))
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from helpers.coco_files import annotation
-from helpers.painted_objects import GREY, HEIGHT, MAGENTA, WIDTH, found_at, rectangle, write
+from helpers.painted_objects import (
+    GREY,
+    HEIGHT,
+    MAGENTA,
+    WIDTH,
+    bounds_of_colour,
+    rectangle,
+    write_painted,
+)
 from samft.reports.contact_sheets import (
     COLUMNS,
     NUM_TILES,
@@ -23,7 +31,7 @@ HEAD, CAPTION = 44, 54  # px: two lines of 19 and three of 16, and 6 below
 @pytest.mark.parametrize("number", [1, 6, 7, 24])
 def test_a_sheet_has_rows_of_six(tmp_path: Path, number: int) -> None:
     objects = [annotation(k + 1, 1, rectangle(2 * k, 2 * k, 20, 10)) for k in range(number)]
-    index = write(tmp_path, objects)
+    index = write_painted(tmp_path, objects)
     sheet = draw_sheet(index, [SheetEntry(k, "") for k in range(number)], title="t")
     assert sheet.shape[1] == COLUMNS * (TILE + GAP) - GAP
     assert sheet.shape[0] == HEAD + -(-number // COLUMNS) * (TILE + CAPTION)
@@ -36,19 +44,19 @@ def test_tiles_stay_in_the_order_given(tmp_path: Path) -> None:
     objects = [
         annotation(k + 1, 2 - k % 2, rectangle(60, 20, *size)) for k, size in enumerate(sizes)
     ]
-    index = write(tmp_path, objects, images=2)
+    index = write_painted(tmp_path, objects, images=2)
     of_id = {int(one): k for k, one in enumerate(index.object_ids)}
     sheet = draw_sheet(index, [SheetEntry(of_id[one], "") for one in (1, 2, 3)], title="t")
     shapes = []
     for column in range(3):
         tile = sheet[HEAD : HEAD + TILE, column * (TILE + GAP) :][:, :TILE]
-        x0, y0, x1, y1 = found_at(tile, MAGENTA)
+        x0, y0, x1, y1 = bounds_of_colour(tile, MAGENTA)
         shapes.append(round((x1 - x0) / (y1 - y0), 1))
     assert shapes[0] > 4 and shapes[1] < 0.25 and shapes[2] == 1
 
 
 def test_an_image_that_cannot_be_decoded_leaves_its_tile_grey(tmp_path: Path) -> None:
-    index = write(tmp_path, [annotation(1, 1, rectangle(50, 50, 10, 10))])
+    index = write_painted(tmp_path, [annotation(1, 1, rectangle(50, 50, 10, 10))])
     (tmp_path / "1.png").write_text("not any more")
     sheet = draw_sheet(index, [SheetEntry(0, "")], title="t")
     assert (sheet[60 + TILE // 2, 2:TILE] == GREY).all()
@@ -61,7 +69,7 @@ def test_odd_objects_and_why(tmp_path: Path) -> None:
     leaving = annotation(8, 1, rectangle(50, 60, 20, 20), bbox=[50, 60, 20, 41])
     plain = annotation(9, 1, rectangle(50, 60, 20, 20), iscrowd=0)
     crowd = annotation(10, 1, rectangle(0, 0, WIDTH, HEIGHT), iscrowd=1)
-    index = write(tmp_path, [thin, sparse, whole, leaving, plain, crowd])
+    index = write_painted(tmp_path, [thin, sparse, whole, leaving, plain, crowd])
     remarks = {
         int(index.object_ids[entry.object]): entry.remark
         for entry in odd_objects(index, index.problems)
@@ -80,7 +88,7 @@ def test_sheets_of_a_set(tmp_path: Path) -> None:
         annotation(k + 1, 1, rectangle(10, 10, 10 + k, 10 + k), category_id=1 + (k > 29) + (k > 30))
         for k in range(32)
     ]
-    index = write(tmp_path, objects)
+    index = write_painted(tmp_path, objects)
     out = tmp_path / "out"
     out.mkdir()
     paths = write_sheets(index, index.problems, out, name="train")
@@ -95,5 +103,5 @@ def test_sheets_of_a_set(tmp_path: Path) -> None:
 
 
 def test_a_set_without_objects_has_no_sheets(tmp_path: Path) -> None:
-    index = write(tmp_path, [])
+    index = write_painted(tmp_path, [])
     assert write_sheets(index, index.problems, tmp_path, name="train") == []

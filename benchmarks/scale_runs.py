@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 MAX_MASKS = 8  # per image
 _TIMEOUT = timedelta(seconds=300)
 _LOOP_SPANS: list[PhaseSpan] = [
-    (engine, "fetch", "data"),
+    (engine, "fetch_batches", "data"),
     (engine, "any_rank", "waiting"),
     (engine, "all_reduce_sum", "waiting"),
 ]

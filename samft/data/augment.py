@@ -104,7 +104,7 @@ def _visible_part(crop: CroppedMask, corners: list[int]) -> tuple[int, int, int,
 
 
 @dataclass(frozen=True)
-class Colour:
+class ColourJitter:
     """A change of colours: factors around 1, and a turn of the hue around 0."""
 
     brightness: float
@@ -113,14 +113,14 @@ class Colour:
     hue: float  # of the colour circle, 0 leaves it
 
 
-def draw_colour(generator: np.random.Generator) -> Colour:
+def draw_colour_jitter(generator: np.random.Generator) -> ColourJitter:
     """Draws a moderate change of colours; the hue, which costs most, turns in a half of them."""
     brightness, contrast, saturation = generator.uniform(1 - _STRENGTH, 1 + _STRENGTH, 3).tolist()
     hue = float(generator.uniform(-_MAX_HUE, _MAX_HUE)) * int(generator.integers(2))
-    return Colour(brightness, contrast, saturation, hue)
+    return ColourJitter(brightness, contrast, saturation, hue)
 
 
-def change_colour(image: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
+def apply_colour_jitter(image: NDArray[np.uint8], colour: ColourJitter) -> NDArray[np.uint8]:
     """Changes the colours of an image uint8 [H, W, 3], RGB."""
     # Channels first: torchvision's kernels take six times as long for channels last.
     changed = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous())

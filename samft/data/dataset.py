@@ -21,9 +21,9 @@ from samft.coco.images import EncodedImage, ImageError, open_image
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.coco.subset import CocoSubset, read_coco
 from samft.data.augment import (
+    apply_colour_jitter,
     boxes_in_frame,
-    change_colour,
-    draw_colour,
+    draw_colour_jitter,
     draw_frame,
     filter_cropped_objects,
 )
@@ -235,13 +235,13 @@ class Coco2MaskDataset(Dataset[Sample]):
         index = self.subset.index
         encoded, size = self._open(row)
         frame, objects, boxes = self._place(row, size, generator)
-        pixels = self.pixels(encoded, frame) if encoded else None
+        pixels = self.decode_pixels(encoded, frame) if encoded else None
         boxes = boxes_to_input(boxes, frame)
         if self.training:
             boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
         if pixels is not None and self.training and self.augment == "scale":
             visible = pixels[: frame.input_size[0], : frame.input_size[1]]
-            visible[:] = change_colour(visible, draw_colour(generator))
+            visible[:] = apply_colour_jitter(visible, draw_colour_jitter(generator))
         segmentations = [index.segmentations[k] for k in objects.tolist()]
         truths: list[CroppedMask] = []
         if self.training:
@@ -272,7 +272,7 @@ class Coco2MaskDataset(Dataset[Sample]):
             return None
         return torch.from_numpy(self.embeddings.read(row, flipped=frame.flipped))
 
-    def pixels(self, encoded: EncodedImage, frame: Frame) -> NDArray[np.uint8]:
+    def decode_pixels(self, encoded: EncodedImage, frame: Frame) -> NDArray[np.uint8]:
         """Decodes an image into the input frame, uint8 [S, S, 3].
 
         Raises:
@@ -282,12 +282,12 @@ class Coco2MaskDataset(Dataset[Sample]):
         image = encoded.decode(at_least=frame.resized_size if self.training else None)
         return resize_image(image, frame, exact=not self.training)
 
-    def frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
+    def full_frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
         """The frame of a whole image of size H, W, as all but `scale` see it."""
         return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
 
     def _without_objects(self, row: int) -> Sample:
-        frame = self.frame(self.subset.size(row))
+        frame = self.full_frame(self.subset.size(row))
         side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
         return Sample(
             image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),

@@ -36,7 +36,7 @@ from samft.runtime.signals import STOP_SIGNALS, StopInterrupt, die_with_parent
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Moves batches over one ahead: a GPU copies the next while it computes with this one.
 
     The copy is on a stream of its own. It needs page-locked memory to run beside the computation,
@@ -75,7 +75,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         ahead = moved
 
 
-def fetch(
+def fetch_batches(
     stream: Iterator[Batch], count: int, waiting: Waiting
 ) -> tuple[list[Batch], UserError | None]:
     """The next batches, or the user's error that came in their place, for other ranks to hear of.
@@ -107,7 +107,7 @@ def lockstep(
     Args:
         batches: Of a loader.
         should_stop: Asked before each batch on every rank; all stop if any says yes.
-        waiting: See `fetch`.
+        waiting: See `fetch_batches`.
 
     Yields:
         The batches of this rank.
@@ -118,7 +118,7 @@ def lockstep(
     """
     stream = iter(batches)
     while True:
-        fetched, error = fetch(stream, 1, waiting)
+        fetched, error = fetch_batches(stream, 1, waiting)
         flags = torch.tensor([len(fetched), int(should_stop()), int(error is not None)])
         more, stopped, failed = all_reduce_sum(flags, in_step=True).tolist()
         if failed:
@@ -181,7 +181,7 @@ class BatchLoader:
             num_workers=num_workers,
             timeout=timeout if timeout and num_workers else 0,
             collate_fn=_collate_or_error,
-            worker_init_fn=start_worker,
+            worker_init_fn=init_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator
@@ -213,7 +213,7 @@ class BatchLoader:
         return len(self.loader)
 
 
-def start_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """Sets up a loader's worker process: one thread, not in the run's group, gone with the run."""
     die_with_parent()
     cv2.setNumThreads(0)
@@ -232,7 +232,7 @@ _WORKERS: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
 def iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:
-    """`iter(loader)`, for loaders whose workers are set up by `start_worker`.
+    """`iter(loader)`, for loaders whose workers are set up by `init_worker`.
 
     Such workers ignore SIGTERM, so at the exit of the interpreter multiprocessing would wait for
     them for ever. Those that are alive then, and no other children of the process, are killed.

@@ -43,7 +43,7 @@ class Polygons:
 
 
 @dataclass(frozen=True)
-class Block:
+class CoveredBlock:
     """The cells that an object may touch."""
 
     object: int  # which of the K
@@ -63,7 +63,7 @@ class _Edges:
         return _Edges(self.start[rows], self.end[rows], self.part[rows])
 
 
-def cover(polygons: Polygons, *, size: tuple[float, float]) -> Iterator[Block]:
+def rasterize_polygons(polygons: Polygons, *, size: tuple[float, float]) -> Iterator[CoveredBlock]:
     """Draws objects on a grid of cells.
 
     What is inside of a part goes by the even-odd rule, and the parts of an object are joined, both
@@ -96,14 +96,14 @@ def cover(polygons: Polygons, *, size: tuple[float, float]) -> Iterator[Block]:
         objects.tolist(), corner.tolist(), shape.tolist(), counts.tolist(), strict=True
     ):
         if count == 1:
-            yield Block(k, top, left, next(shares)[1])
+            yield CoveredBlock(k, top, left, next(shares)[1])
             continue
         joined = np.zeros((height, width))
         for _ in range(count):
             part, share = next(shares)
             x, y = (low[part] - (left, top)).tolist()
             joined[y : y + share.shape[0], x : x + share.shape[1]] += share
-        yield Block(k, top, left, np.minimum(joined, 1, out=joined))
+        yield CoveredBlock(k, top, left, np.minimum(joined, 1, out=joined))
 
 
 def _edges(polygons: Polygons) -> _Edges:

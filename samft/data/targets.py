@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.segmentation import CroppedMask, decode_cropped
-from samft.data.rasterize import Block, Polygons, cover
+from samft.data.rasterize import CoveredBlock, Polygons, rasterize_polygons
 from samft.data.transforms import LOW_CELL, Frame, offsets, scales
 
 Mask = NDArray[np.uint8] | NDArray[np.bool_]
@@ -183,14 +183,16 @@ def polygons_to_input(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8
         _place(block, out)[:] = block.share >= 0.5 - 1e-9
 
 
-def _place(block: Block, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _place(block: CoveredBlock, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = block.share.shape
     return out[block.object, block.top : block.top + height, block.left : block.left + width]
 
 
-def _blocks(polygons: Polygons, frame: Frame, *, cell: int) -> Iterator[Block]:
+def _blocks(polygons: Polygons, frame: Frame, *, cell: int) -> Iterator[CoveredBlock]:
     points = polygons.points * scales(frame)[:2] - offsets(frame)[:2]
     height, width = frame.input_size
     if frame.flipped:
         points[:, 0] = width - points[:, 0]
-    return cover(replace(polygons, points=points / cell), size=(height / cell, width / cell))
+    return rasterize_polygons(
+        replace(polygons, points=points / cell), size=(height / cell, width / cell)
+    )

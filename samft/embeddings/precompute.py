@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from samft import distributed
 from samft.coco.images import ImageError, open_image
-from samft.data.loaders import iterate_loader, start_worker
+from samft.data.loaders import init_worker, iterate_loader
 from samft.data.transforms import Frame
 from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache, hash_image
 from samft.embeddings.store import EmbeddingRecord
@@ -52,8 +52,8 @@ class _MissingImages(Dataset[_LoadedImage]):
             # The slot belongs to the content that was hashed, and to no other.
             if hash_image(encoded.content) != self.files.digest_of(missing.row):
                 raise DataError(f"{encoded.path} was changed while it was read: start again.")
-            frame = self.dataset.frame(encoded.size)
-            pixels = self.dataset.pixels(encoded, frame)
+            frame = self.dataset.full_frame(encoded.size)
+            pixels = self.dataset.decode_pixels(encoded, frame)
         except DataError as error:
             return _LoadedImage(missing, error=error)
         images = np.stack([_mirror(pixels, frame) if k else pixels for k in missing.stores])
@@ -118,7 +118,7 @@ class EncodingPass:
             batch_size=None,
             collate_fn=_identity,
             num_workers=num_workers if share else 0,
-            worker_init_fn=start_worker,
+            worker_init_fn=init_worker,
             generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator
         )
 

@@ -9,7 +9,7 @@ import torch
 
 from samft import distributed
 from samft.checkpoints.top_k import make_sidecar
-from samft.data.loaders import BatchLoader, on_device
+from samft.data.loaders import BatchLoader, prefetch_to_device
 from samft.errors import TrainingError
 from samft.evaluation.validation import Validation, validate
 from samft.recipes.build import images_per_step
@@ -66,7 +66,7 @@ def fit(run: TrainingRun) -> bool:
         with torch.autograd.set_detect_anomaly(config.detect_anomaly):
             finished = train(
                 run.trainer,
-                on_device(run.train_batches, run.device),
+                prefetch_to_device(run.train_batches, run.device),
                 steps=config.steps,
                 accumulate_steps=config.accumulate_steps,
                 interval=config.metrics_interval,

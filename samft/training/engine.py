@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samft.data.dataset import Batch
-from samft.data.loaders import Waiting, fetch
+from samft.data.loaders import Waiting, fetch_batches
 from samft.distributed import all_reduce_sum, any_rank, get_world_size, raise_on_all_ranks, wrap_ddp
 from samft.errors import TrainingError
 from samft.models.prompted_sam import PromptedSam
@@ -116,7 +116,7 @@ def train(
         start = time.monotonic()
         heartbeat.set_step(progress.step)
         # All micro-batches of the step at once: their masks are counted before the first forward
-        micro_batches, error = fetch(stream, accumulate_steps, waiting)
+        micro_batches, error = fetch_batches(stream, accumulate_steps, waiting)
         # One rank cannot leave alone, the others would wait for it in the next all-reduce
         if any_rank(should_stop() or error is not None, in_step=True):
             raise_on_all_ranks(error)

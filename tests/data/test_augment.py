@@ -6,10 +6,10 @@ import torch
 
 from samft.coco.segmentation import CroppedMask
 from samft.data.augment import (
-    Colour,
+    ColourJitter,
+    apply_colour_jitter,
     boxes_in_frame,
-    change_colour,
-    draw_colour,
+    draw_colour_jitter,
     draw_frame,
     filter_cropped_objects,
 )
@@ -115,7 +115,7 @@ def test_nothing_is_asked_where_the_whole_image_is_visible() -> None:
 
 def test_colours_change_moderately_and_not_always_in_hue() -> None:
     generator = np.random.default_rng(0)
-    colours = [draw_colour(generator) for _ in range(2000)]
+    colours = [draw_colour_jitter(generator) for _ in range(2000)]
     for name in ("brightness", "contrast", "saturation"):
         values = np.array([getattr(colour, name) for colour in colours])
         assert 0.8 <= values.min() < 0.81 and 1.19 < values.max() <= 1.2
@@ -127,18 +127,18 @@ def test_colours_change_moderately_and_not_always_in_hue() -> None:
 def test_colour_changes_have_closed_forms() -> None:
     image = np.zeros((4, 6, 3), np.uint8)
     image[:2], image[2:] = (100, 50, 20), (40, 40, 40)
-    same = Colour(1.0, 1.0, 1.0, 0.0)
-    np.testing.assert_array_equal(change_colour(image, same), image)
-    brighter = change_colour(image, Colour(1.2, 1.0, 1.0, 0.0))
+    same = ColourJitter(1.0, 1.0, 1.0, 0.0)
+    np.testing.assert_array_equal(apply_colour_jitter(image, same), image)
+    brighter = apply_colour_jitter(image, ColourJitter(1.2, 1.0, 1.0, 0.0))
     assert brighter[0, 0].tolist() == [120, 60, 24] and brighter[3, 3].tolist() == [48] * 3
-    grey = change_colour(image, Colour(1.0, 1.0, 0.0, 0.0))
+    grey = apply_colour_jitter(image, ColourJitter(1.0, 1.0, 0.0, 0.0))
     luma = 0.2989 * 100 + 0.587 * 50 + 0.114 * 20
     assert np.abs(grey[0, 0] - luma).max() <= 1 and np.ptp(grey[0, 0]) == 0
-    turned = change_colour(image, Colour(1.0, 1.0, 1.0, 1 / 3))
+    turned = apply_colour_jitter(image, ColourJitter(1.0, 1.0, 1.0, 1 / 3))
     np.testing.assert_allclose(turned[0, 0].astype(int), [20, 100, 50], atol=1)
     view = np.zeros((8, 8, 3), np.uint8)
     view[:4, :6] = image
-    np.testing.assert_array_equal(change_colour(view[:4, :6], same), image)
+    np.testing.assert_array_equal(apply_colour_jitter(view[:4, :6], same), image)
 
 
 def test_nothing_global_is_random() -> None:
@@ -147,6 +147,6 @@ def test_nothing_global_is_random() -> None:
     for seed in (0, 0, 1):
         generator = np.random.default_rng(seed)
         draw_frame(SIZE, 64, resize_mode="pad", augment="scale", generator=generator)
-        change_colour(image, draw_colour(generator))
+        apply_colour_jitter(image, draw_colour_jitter(generator))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert str(np.random.get_state()) == numpy_state

@@ -9,7 +9,7 @@ import torch
 
 from helpers.trainers import val_batches
 from samft.data.dataset import Batch
-from samft.data.loaders import fetch, on_device
+from samft.data.loaders import fetch_batches, prefetch_to_device
 from samft.errors import DataError
 from samft.runtime.signals import StopInterrupt, stop_on_signal
 
@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 
 def test_all_batches_come_in_their_order() -> None:
     batches = val_batches(4)
-    found = list(on_device(batches, CPU))
+    found = list(prefetch_to_device(batches, CPU))
     assert [batch.image_ids for batch in found] == [batch.image_ids for batch in batches]
     assert all(torch.equal(a.images, b.images) for a, b in zip(found, batches, strict=True))
-    assert list(on_device([], CPU)) == []
+    assert list(prefetch_to_device([], CPU)) == []
 
 
 def test_the_next_is_fetched_before_this_one_is_used() -> None:
@@ -32,7 +32,7 @@ def test_the_next_is_fetched_before_this_one_is_used() -> None:
             fetched.append(batch.image_ids)
             yield batch
 
-    stream = on_device(source(), CPU)
+    stream = prefetch_to_device(source(), CPU)
     next(stream)
     assert len(fetched) == 2
     next(stream)
@@ -44,7 +44,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
         yield from val_batches(2)
         raise DataError("a broken image")
 
-    stream = on_device(source(), CPU)
+    stream = prefetch_to_device(source(), CPU)
     assert len([next(stream), next(stream)]) == 2
     with pytest.raises(DataError, match="a broken image"):
         next(stream)
@@ -55,7 +55,7 @@ def test_on_a_gpu_nothing_is_used_before_it_is_there() -> None:
     device = torch.device("cuda")
     batches = [batch.pin_memory() for batch in val_batches(8)]
     work = torch.randn(4096, 4096, device=device)
-    for batch, expected in zip(on_device(batches, device), batches, strict=True):
+    for batch, expected in zip(prefetch_to_device(batches, device), batches, strict=True):
         for _ in range(10):
             work = (work @ work).tanh()
         assert batch.images.is_cuda and torch.equal(batch.images.cpu(), expected.images)
@@ -68,7 +68,7 @@ def ids(batches: list[Batch]) -> list[list[int]]:
 def test_as_many_are_fetched_as_are_asked_for_and_there_are() -> None:
     batches = val_batches(5)
     stream = iter(batches)
-    found = [fetch(stream, 2, contextlib.nullcontext) for _ in range(4)]
+    found = [fetch_batches(stream, 2, contextlib.nullcontext) for _ in range(4)]
     assert [ids(some) for some, _ in found] == [
         ids(batches[:2]),
         ids(batches[2:4]),
@@ -84,9 +84,9 @@ def test_a_users_error_is_handed_back_and_a_bug_is_raised() -> None:
         raise error
 
     broken = DataError("a broken image")
-    assert fetch(source(broken), 2, contextlib.nullcontext) == ([], broken)
+    assert fetch_batches(source(broken), 2, contextlib.nullcontext) == ([], broken)
     with pytest.raises(KeyError):
-        fetch(source(KeyError()), 2, contextlib.nullcontext)
+        fetch_batches(source(KeyError()), 2, contextlib.nullcontext)
 
 
 def test_a_signal_ends_the_wait_for_batches_and_there_are_none() -> None:
@@ -98,11 +98,11 @@ def test_a_signal_ends_the_wait_for_batches_and_there_are_none() -> None:
 
     start = time.monotonic()
     with stop_on_signal() as stop:
-        assert fetch(source(), 2, stop.waiting) == ([], None)
+        assert fetch_batches(source(), 2, stop.waiting) == ([], None)
         assert stop.received == ["SIGTERM"]
         # And no wait is begun after that.
         stream = iter(val_batches(2))
-        assert fetch(stream, 2, stop.waiting) == ([], None)
+        assert fetch_batches(stream, 2, stop.waiting) == ([], None)
         assert len(list(stream)) == 2
     assert time.monotonic() - start < 15
 
@@ -121,7 +121,7 @@ def test_only_the_wait_is_guarded() -> None:
             states.append("load")
             yield batch
 
-    fetch(source(), 2, waiting)
+    fetch_batches(source(), 2, waiting)
     assert states == ["in", "load", "load", "out"]
 
     @contextlib.contextmanager
@@ -129,5 +129,5 @@ def test_only_the_wait_is_guarded() -> None:
         raise StopInterrupt
         yield
 
-    assert fetch(source(), 2, refusing) == ([], None)
+    assert fetch_batches(source(), 2, refusing) == ([], None)
     assert len(states) == 4

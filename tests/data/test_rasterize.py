@@ -5,7 +5,7 @@ from hypothesis import given
 from pycocotools import mask as mask_utils
 
 from samft.data import rasterize
-from samft.data.rasterize import Polygons, cover
+from samft.data.rasterize import Polygons, rasterize_polygons
 
 Parts = list[list[float]]
 SQUARE = [1.0, 1, 3, 1, 3, 3, 1, 3]
@@ -14,7 +14,7 @@ SQUARE = [1.0, 1, 3, 1, 3, 3, 1, 3]
 def _draw(objects: list[Parts], height: float, width: float, *, scale: float = 1.0) -> np.ndarray:
     polygons = Polygons.pack([[np.array(p) * scale for p in parts] for parts in objects])
     canvas = np.zeros((len(objects), int(np.ceil(height)), int(np.ceil(width))))
-    for block in cover(polygons, size=(height, width)):
+    for block in rasterize_polygons(polygons, size=(height, width)):
         h, w = block.share.shape
         canvas[block.object, block.top : block.top + h, block.left : block.left + w] = block.share
         assert (h, w) == canvas[block.object, block.top :, block.left :][:h, :w].shape
@@ -146,5 +146,5 @@ def test_lines_and_nothing_cover_nothing() -> None:
     assert _draw([level, point, upright, [], [SQUARE]], 6, 6).sum(axis=(1, 2)).tolist() == [
         0, 0, 0, 0, 4,
     ]  # fmt: skip
-    assert list(cover(Polygons.pack([]), size=(4, 4))) == []
-    assert list(cover(Polygons.pack([[], []]), size=(4, 4))) == []
+    assert list(rasterize_polygons(Polygons.pack([]), size=(4, 4))) == []
+    assert list(rasterize_polygons(Polygons.pack([[], []]), size=(4, 4))) == []

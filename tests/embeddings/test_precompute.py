@@ -82,8 +82,10 @@ def check_whole(root: Path, *, dtype: str = "float32", amp_dtype: Any = None) ->
     assert cached is not None
     for row in range(NUM_IMAGES):
         encoded = open_image(cache.dataset.subset.path(row))
-        frames = [cache.dataset.frame(encoded.size, flipped=flipped) for flipped in (False, True)]
-        pixels = np.stack([cache.dataset.pixels(encoded, frame) for frame in frames])
+        frames = [
+            cache.dataset.full_frame(encoded.size, flipped=flipped) for flipped in (False, True)
+        ]
+        pixels = np.stack([cache.dataset.decode_pixels(encoded, frame) for frame in frames])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         sizes = torch.tensor([frame.input_size for frame in frames])
         with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):

@@ -88,7 +88,7 @@ def test_each_prompt_scores_what_stock_sam_gives(folder: Path, found: EvaluatedO
     for i in range(subset.num_images):
         sample, image = dataset[i], open_image(subset.path(i)).decode()
         predictor.set_image(image)
-        frame = dataset.frame(sample.original_size)
+        frame = dataset.full_frame(sample.original_size)
         for k, truth in enumerate(sample.truths):
             box, object_id = sample.boxes[k : k + 1].numpy(), sample.object_ids[k : k + 1].numpy()
             right = whole(truth, sample.original_size)

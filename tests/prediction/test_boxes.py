@@ -52,7 +52,7 @@ def test_annotated_boxes_are_those_of_validation(coco: Path) -> None:
     task = build_task([coco.parent], annotations=coco)
     dataset = Coco2MaskDataset(coco.parent, coco, image_size=64)
     for row, sample in enumerate(dataset):  # type: ignore[arg-type]
-        frame = dataset.frame(sample.original_size)
+        frame = dataset.full_frame(sample.original_size)
         expected = boxes_to_original(sample.boxes.numpy(), frame)
         np.testing.assert_allclose(task.boxes_of(row), expected, atol=1e-4)
         ids = [task.result_fields(row, k)["annotation_id"] for k in range(len(expected))]

@@ -33,6 +33,7 @@ FOREIGN = {
     "--shm-size",
     "--return-single-mask",
 }
+OTHER_NAMES = {"KillWait", "TimeoutStopSec"}  # settings of SLURM and systemd
 # Files of a run, and of the plan that a decision departs from.
 NOT_IN_REPOSITORY = {"config.yaml", "gallery.py"}
 
@@ -154,6 +155,13 @@ def test_names_in_the_text_exist() -> None:
     assert len(names) > 5
     assert not {name for name in names if not is_name(name)}
     assert not is_name("samft.training.engine.Trainr") and not is_name("samft.engine")
+
+
+def test_classes_in_the_text_exist() -> None:
+    source = "".join(path.read_text() for path in (REPOSITORY / "samft").rglob("*.py"))
+    classes = {span for _, span in SPANS if re.fullmatch(r"[A-Z][a-z]+[A-Z][A-Za-z]+", span)}
+    assert len(classes) > 8
+    assert not {name for name in classes - OTHER_NAMES if not re.search(rf"\b{name}\b", source)}
 
 
 def links(page: Path) -> Iterator[tuple[str, Path]]:

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import resource
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -286,3 +288,8 @@ def test_a_full_disk_does_not_make_logging_fail(tmp_path: Path) -> None:
         (1, "val"),
         (2, "train"),
     ]
+
+
+def test_modules_that_only_log_import_no_torch() -> None:
+    code = "import sys, samft.runtime.logs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

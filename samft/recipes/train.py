@@ -57,12 +57,13 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         heartbeat.posting(),
         contextlib.ExitStack() as open_until_end,
     ):
-        with _record_failure(output_dir):
+        with _record_failure(output_dir, is_locked=False):
             if config.dry_run:
                 return dry_run(config, device)
             open_until_end.enter_context(_hold_output_dir(output_dir))
+        with _record_failure(output_dir):
             parts = prepare(config, output_dir, device, stop=stop)
-            # From here on the output folder is changed: it belongs to this run.
+            # An earlier run's files have not been touched until here; now they are archived.
             log = open_until_end.enter_context(contextlib.closing(_open_log(parts)))
         with _record_failure(output_dir, parts):
             training = start(parts, log)
@@ -94,9 +95,15 @@ def start(parts: RunParts, log: RunLog) -> TrainingRun | None:
             parts.checkpointer.top_k.copy_from(resume.output_dir)
         if resume.problems:
             quarantine_damaged(parts.output_dir, used=resume.path)
-    _announce(parts, log)
-    should_stop = {"should_stop": lambda: bool(parts.stop)}
-    if not prepare_cache(config, model, splits, progress=parts.progress, **should_stop):
+    _log_setup(parts)
+    if distributed.is_main():
+        write_text(parts.output_dir / "config.yaml", to_yaml(config))
+        log.add_text("config", to_yaml(config))
+        write_run_status(parts.output_dir, "running", parts.progress.step)
+    has_embeddings = prepare_cache(
+        config, model, splits, progress=parts.progress, should_stop=lambda: bool(parts.stop)
+    )
+    if not has_embeddings:
         return None
     trainer = build_trainer(config, model, progress=parts.progress)
     if resume is not None:
@@ -178,7 +185,7 @@ def _open_log(parts: RunParts) -> RunLog:
     )
 
 
-def _announce(parts: RunParts, log: RunLog) -> None:
+def _log_setup(parts: RunParts) -> None:
     config = parts.config
     parts.splits.log_counts()
     LOGGER.info(
@@ -188,10 +195,6 @@ def _announce(parts: RunParts, log: RunLog) -> None:
         images_per_step(config),
         pick_amp_dtype(config.amp, parts.device) or "off",
     )
-    if distributed.is_main():
-        write_text(parts.output_dir / "config.yaml", to_yaml(config))
-        log.add_text("config", to_yaml(config))
-        write_run_status(parts.output_dir, "running", parts.progress.step)
     if parts.resume is not None:
         LOGGER.info("resuming from step %d", parts.progress.step)
 
@@ -207,13 +210,15 @@ def _record_stop(parts: RunParts, saved: str) -> RunStopped:
 
 
 @contextlib.contextmanager
-def _record_failure(output_dir: Path, parts: RunParts | None = None) -> Iterator[None]:
-    """Tells the other ranks and status.json which error ends the run.
+def _record_failure(
+    output_dir: Path, parts: RunParts | None = None, *, is_locked: bool = True
+) -> Iterator[None]:
+    """Posts the error that ends the run to the other ranks, and writes it to status.json.
 
     Args:
         output_dir: The output folder of the run.
-        parts: Of the run; None until the folder is its own. A start that is refused does not
-            overwrite the status of the run that the folder holds.
+        parts: Of the run; None while its start may still be refused.
+        is_locked: Whether this run holds the lock of the folder.
     """
     try:
         with explain_distributed_errors():
@@ -226,9 +231,11 @@ def _record_failure(output_dir: Path, parts: RunParts | None = None) -> Iterator
         if distributed.is_main() and not isinstance(error, RunStopped):
             with contextlib.suppress(OSError):  # the full disk, say, that ended the run
                 last = output_dir / LAST_NAME
-                holds_other_run = parts is None and last.exists()
+                # A refused start must not overwrite the status of the run that the folder holds,
+                # or that is writing into it. launch.sh gets the status in any case.
+                is_own = is_locked and (parts is not None or not last.exists())
                 write_status(
-                    None if holds_other_run else output_dir,
+                    output_dir if is_own else None,
                     state="failed",
                     step=parts.progress.step if parts else 0,
                     exit_code=exit_code(error),

@@ -441,6 +441,7 @@ def test_a_second_run_into_the_same_folder_is_refused(data, tmp_path):
     with started(alone(argv)):
         wait_for_line(tmp_path, "step 0:")
         ended = run(alone(argv))
+        assert status_of(tmp_path)["state"] == "running"  # that of the first
     assert ended.code == 2 and "another run is writing into" in ended.output
 
 

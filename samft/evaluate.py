@@ -4,9 +4,10 @@
     python -m samft.evaluate --checkpoint BEFORE AFTER --data_root D
     torchrun --nproc_per_node=8 -m samft.evaluate --checkpoint FILE --data_root D
 
-IoU, Dice and boundary IoU; by size, class and prompt (boxes that are off, a single point); how far
-the predicted IoU can be believed; COCO AP. With more than one checkpoint, each is compared with the
-first, object by object. Image size and resize mode are those that a checkpoint was tuned for.
+Prints IoU, Dice and boundary IoU, also by size of the object and by class; the IoU with other
+prompts (jittered boxes, a single point); the calibration of the predicted IoU; and COCO AP. Each
+further checkpoint is compared with the first, object by object. Each is run at the image size and
+resize mode that it was tuned for.
 """
 
 import argparse
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     """
     if "RANK" in os.environ:  # before the seconds that importing torch takes
         die_with_parent()
-    options = _parse(argv)
-    # Only now: torch takes seconds to import, and --help and wrong flags must answer at once.
+    options = _parse_options(argv)
+    # Imported late: torch takes seconds, and --help and wrong flags must answer at once.
     from samft.recipes.evaluate import run
 
     report, lines = run(options)
@@ -44,58 +45,113 @@ def main(argv: list[str]) -> dict[str, Any]:
     return report
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = CommandParser("python -m samft.evaluate", __doc__)
-    add = parser.add_argument
-    add(
+def _parse_options(argv: list[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        "python -m samft.evaluate",
+        __doc__,
+        usage="%(prog)s --checkpoint FILE [FILE ...] [--FLAG VALUE ...]",
+    )
+    _add_data_flags(parser)
+    _add_selection_flags(parser)
+    _add_output_flags(parser)
+    options = parser.parse_args(argv)
+    _check_options(options)
+    return options
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints and data")
+    group.add_argument(
         "--checkpoint",
         type=user_path,
         nargs="+",
         required=True,
         metavar="FILE",
-        help="ours (.ckpt) or Meta's (.pth); of several, each is compared with the first",
+        help="checkpoints of samft (.ckpt) or Meta's (.pth); the first is the one that others are "
+        "compared with",
     )
-    add("--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train")
-    add("--split", default="val", metavar="NAME", help="default val, or valid or validation")
-    add("--annotations", type=user_path, metavar="FILE", help="this COCO file, over --data_root")
-    add("--images", type=user_path, metavar="DIR", help="its images")
-    add(
+    group.add_argument(
+        "--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train"
+    )
+    group.add_argument(
+        "--split",
+        default="val",
+        metavar="NAME",
+        help="split of --data_root; valid and validation are tried for val (default: val)",
+    )
+    group.add_argument(
+        "--annotations", type=user_path, metavar="FILE", help="a COCO file, instead of --data_root"
+    )
+    group.add_argument(
+        "--images", type=user_path, metavar="DIR", help="folder of the images of --annotations"
+    )
+
+
+def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which objects")
+    group.add_argument(
         "--val_fraction",
         type=float,
         metavar="F",
-        help="only the images that samft.train holds out of this split with the same F",
+        help="only the images that samft.train --val_fraction F holds out of this split",
     )
-    add("--category_names", metavar="A,B", help="these classes only")
-    add(
+    group.add_argument(
+        "--category_names", metavar="A,B", help="only objects of these classes (default: all)"
+    )
+    group.add_argument(
         "--min_mask_area",
         type=float,
         default=0.0,
         metavar="PX",
-        help="leave out masks of fewer pixels than this, in the original image",
+        help="only masks of at least so many pixels of the original image (default: 0)",
     )
-    add(
+    group.add_argument(
         "--on_bad_image",
         choices=("error", "skip"),
         default="error",
-        help="skip: missing and broken images are left out and named; default error",
+        help="missing or unreadable images: end with an error, or skip and list them "
+        "(default: error)",
     )
-    add("--output", type=user_path, metavar="FILE", help="write all numbers there as JSON")
-    add(
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output and computation")
+    group.add_argument(
+        "--output",
+        type=user_path,
+        metavar="FILE",
+        help="write all scores to this JSON file, and those of each object to a CSV file beside it",
+    )
+    group.add_argument(
         "--ap_backend",
         choices=("pycocotools", "faster_coco_eval"),
         default="pycocotools",
-        help="what computes COCO AP; the numbers are the same",
+        help="package that computes COCO AP; both give the same numbers (default: pycocotools)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of box jitter and intervals; default 0")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
-    add("--num_workers", type=int, default=4, metavar="N", help="loaders per process; default 4")
-    add("--debug", action="store_true", help="show tracebacks of user errors too")
-    options = parser.parse_args(argv)
-    _check(options)
-    return options
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of jittered boxes and bootstrap intervals (default: 0)",
+    )
+    group.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="where to evaluate; auto: on GPUs if PyTorch can use them (default: auto)",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=int,
+        default=4,
+        metavar="N",
+        help="data loader workers per process (default: 4)",
+    )
+    group.add_argument("--debug", action="store_true", help="print tracebacks of user errors, too")
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     if bool(options.annotations) != bool(options.images):
         raise ConfigError("--annotations and --images go together: give both, or --data_root.")
     if not (options.data_root or options.annotations):

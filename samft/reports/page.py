@@ -186,15 +186,16 @@ def _figures(page: ReportPage) -> list[_Figure]:
                 "Each object",
                 Markup(change_chart(before.iou_actual, after.iou_actual)),
                 [],
-                "A dot is an object. Above the line it gained; beyond the dashes by over 0.1.",
+                "Each dot is an object. Above the diagonal its IoU rose; outside of the dashed "
+                "lines it changed by more than 0.1.",
             ),
             _Figure(
-                "Does the model know how good it is?",
+                "Calibration of the predicted IoU",
                 Markup(
                     calibration_chart(*((o.iou_predicted, o.iou_actual) for o in (before, after)))
                 ),
                 [("before", "before"), ("after", "after")],
-                "On the straight line it is right; below it, too sure of itself.",
+                "On the diagonal the model estimates its IoU correctly; below it, too high.",
             ),
         ]
     return figures

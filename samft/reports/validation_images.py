@@ -191,7 +191,7 @@ class ValidationImages:
         entries = [
             SheetEntry(
                 k,
-                f"IoU {mask.iou_actual:.2f}, said {mask.iou_predicted:.2f}",
+                f"IoU {mask.iou_actual:.2f}, pred. {mask.iou_predicted:.2f}",
                 predicted=mask.mask,
             )
             for k, mask in zip(objects.tolist(), masks, strict=True)

@@ -112,7 +112,7 @@ def test_a_run_that_got_worse_says_so_before_anything_else() -> None:
     worse = {**page.summary, "got_worse": [f"IoU fell. {HOSTILE}"], "what_to_try": ["--steps 1"]}
     found = Reader(render(replace(page, summary=worse, title="the title")))
     shown = found.text.split("the title", 2)[1].strip()  # after the title of the window
-    assert shown.startswith("It got worse\nIoU fell.") and "--steps 1" in shown
+    assert shown.startswith("Warning: IoU fell.") and "--steps 1" in shown
     assert ("role", "alert") in found.attributes
     assert ("role", "alert") not in Reader(render(page)).attributes
 

@@ -207,6 +207,16 @@ def test_the_readme_names_every_command() -> None:
     assert commands == ["bash launch.sh ...", *(f"python -m samft.{name}" for name in COMMANDS)]
 
 
+def test_the_tests_that_reliability_names_exist() -> None:
+    page = (REPOSITORY / "docs" / "reliability.md").read_text()
+    table = page.split("\n## What is tested")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row[3])]
+    tests = "".join(f"{path.stem} {path.read_text()}" for path in TESTS.rglob("test_*.py"))
+    assert len(names) > 20
+    assert not [name for name in names if name.strip(".").rstrip("_") not in tests]
+
+
 def build_site(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """`mkdocs build --strict`, for which a warning is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]

@@ -213,7 +213,7 @@ def _write_repaired_copies(
                 repaired = write_repaired(
                     split.index,
                     split.annotations,
-                    target,
+                    target=target,
                     root=options.data_root,
                     without=split.shared_rows,
                 )

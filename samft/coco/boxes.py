@@ -17,14 +17,14 @@ MAX_ROUNDING = 2  # px; a box that differs less from the mask's extent is the ma
 
 
 def judge_boxes(
-    boxes_xywh: NDArray[np.float64], extents: NDArray[np.float64], sizes: NDArray[np.float64]
+    boxes_xywh: NDArray[np.float64], sizes: NDArray[np.float64], *, extents: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """Decides which boxes of n objects cannot be used.
 
     Args:
         boxes_xywh: float64 [n, 4], x y width height, as annotated, px, original frame.
-        extents: float64 [n, 4], x0 y0 x1 y1 around the masks, px.
         sizes: float64 [n, 2], H, W of the images, px.
+        extents: float64 [n, 4], x0 y0 x1 y1 around the masks, px, original frame.
 
     Returns:
         int64 [n], indices into `BOX_CODES`; 0: usable.
@@ -35,7 +35,7 @@ def judge_boxes(
         empty = (boxes_xywh[:, 2:] <= 0).any(1)
         verdicts = np.where((verdicts == 0) & empty, EMPTY, verdicts)
         verdicts = np.where((verdicts == 0) & _is_far_outside(boxes, sizes), OUTSIDE, verdicts)
-        unlike = _is_unlike_mask(boxes, extents, sizes)
+        unlike = _is_unlike_mask(boxes, sizes, extents=extents)
         return np.where((verdicts == 0) & unlike, UNLIKE_MASK, verdicts)
 
 
@@ -59,7 +59,7 @@ def _is_far_outside(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> N
 
 
 def _is_unlike_mask(
-    boxes: NDArray[np.float64], extents: NDArray[np.float64], sizes: NDArray[np.float64]
+    boxes: NDArray[np.float64], sizes: NDArray[np.float64], *, extents: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
     # True where box and mask extent have IoU < 0.5 and differ by more than 2 px.
     limit = np.tile(sizes[:, ::-1], 2)

@@ -68,7 +68,7 @@ class Images:
     row_of: dict[int, int]
 
 
-def read_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> Images:
+def read_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) -> Images:
     """Reads the image entries, finds their files and inspects head and end of each file.
 
     Args:
@@ -80,7 +80,7 @@ def read_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> 
     Returns:
         The images, without entries that lack an id or a name.
     """
-    images = _list_images(entries, folder, problems)
+    images = _list_images(entries, folder, problems=problems)
     rows = [row for row, code in enumerate(images.codes) if not code]
     sizes = images.sizes.tolist()
     paths = [folder.folder / images.names[row] for row in rows]
@@ -92,7 +92,7 @@ def read_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> 
     return images
 
 
-def _list_images(entries: list[Raw], folder: ImageFolder, problems: Problems) -> Images:
+def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) -> Images:
     names: list[str] = []
     codes, ids, sizes = [], [], []
     row_of: dict[int, int] = {}
@@ -171,7 +171,7 @@ def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
     return categories
 
 
-def check_category_ids(categories: dict[int, str], used: set[int], problems: Problems) -> None:
+def check_category_ids(categories: dict[int, str], used: set[int], *, problems: Problems) -> None:
     """Adds what is unusual about category ids, of which `used` are those that objects have."""
     if 0 in categories and 0 not in used and len(categories) > 1:
         problems.add("category-placeholder", f"0 ({categories[0]})")
@@ -251,7 +251,7 @@ def read_objects(
     with bar:
         for first in range(0, max(len(entries), 1), _CHUNK):
             part = entries[first : first + _CHUNK]
-            chunk = ObjectChunk(images, categories, lost)
+            chunk = ObjectChunk(images, categories=categories, lost=lost)
             for position, entry in enumerate(read_entries(part, ObjectEntry), first):
                 chunk.add(position, entry)
             chunks.append(chunk.finish(problems))
@@ -303,7 +303,7 @@ def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -
 class ObjectChunk:
     """Object entries that are checked together: first their fields, then all their numbers."""
 
-    def __init__(self, images: Images, categories: set[int], lost: Counter[int]) -> None:
+    def __init__(self, images: Images, *, categories: set[int], lost: Counter[int]) -> None:
         """Starts with no entry.
 
         Args:
@@ -434,12 +434,14 @@ class ObjectChunk:
         # x0 y0 x1 y1, with the mask's extent instead of unusable boxes.
         usable = np.asarray(masks.codes == "", dtype=bool)
         verdicts = np.array(self.box_verdicts, dtype=np.int64)
-        verdicts = np.where(verdicts > 0, verdicts, judge_boxes(boxes_xywh, masks.extents, sizes))
+        verdicts = np.where(
+            verdicts > 0, verdicts, judge_boxes(boxes_xywh, sizes, extents=masks.extents)
+        )
         with np.errstate(all="ignore"):
             boxes = to_corners(boxes_xywh)
         for k in np.flatnonzero(usable & (verdicts > 0)).tolist():
-            height, width = sizes[k].astype(int).tolist()
-            drawn = decode_cropped(masks.segmentations[k], height, width).extent
+            size = tuple(sizes[k].astype(int).tolist())
+            drawn = decode_cropped(masks.segmentations[k], size).extent
             # An outline that runs back on itself reaches further than the mask that is drawn of it.
             if verdicts[k] == UNLIKE_MASK and np.abs(boxes[k] - drawn).max() <= MAX_ROUNDING:
                 verdicts[k] = 0

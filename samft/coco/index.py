@@ -225,12 +225,13 @@ def check_file(annotations: Path, folder: ImageFolder) -> CheckedFile:
     """
     problems = Problems()
     document = load_document(annotations, problems)
-    images = read_images(document.images, folder, problems)
+    images = read_images(document.images, folder, problems=problems)
     categories = read_categories(document.categories, problems)
     objects = read_objects(
         document.annotations, images, categories=set(categories), problems=problems
     )
-    check_category_ids(categories, set(np.unique(objects.categories).tolist()), problems)
+    used = set(np.unique(objects.categories).tolist())
+    check_category_ids(categories, used, problems=problems)
     plain = objects.rows[objects.flags & CROWD == 0]
     filled = np.bincount(plain, minlength=len(images.names)) > 0
     empty = [

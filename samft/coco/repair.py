@@ -50,8 +50,8 @@ class RepairedFile:
 def write_repaired(
     index: CocoIndex,
     annotations: Path,
-    target: Path,
     *,
+    target: Path,
     root: Path | None = None,
     without: NDArray[np.int64] | None = None,
 ) -> RepairedFile:
@@ -244,16 +244,16 @@ def _repair_geometry(
     entry: dict[str, Any], index: CocoIndex, k: int, *, row: int
 ) -> dict[str, Any]:
     # Segmentation, area and box of object k, in the numbers of the file wherever they are right.
-    height, width = index.sizes[row].tolist()
+    height, width = size = tuple(index.sizes[row].tolist())
     checked = index.segmentations[k]
     if isinstance(checked, dict) and checked["size"] != [height, width]:
-        crop = decode_cropped(checked, height, width)
-        segmentation = encode_cropped(crop, height=height, width=width)
+        crop = decode_cropped(checked, size)
+        segmentation = encode_cropped(crop, size)
         box = list(crop.extent)
     else:
         segmentation = _checked_segmentation(entry["segmentation"], checked)
         box = np.clip(index.boxes[k], 0, [width, height, width, height]).tolist()
-    area = count_pixels(checked, height, width)
+    area = count_pixels(checked, size)
     bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if _is_nearly(entry.get("bbox"), bbox):
         bbox = entry["bbox"]  # 5.3 instead of 15.4 - 10.1

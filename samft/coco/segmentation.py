@@ -177,7 +177,7 @@ class CheckedMasks:
         self.extents[has_parts, 2:] = np.maximum.reduceat(points, first_points)
 
     def _measure_rle(self, owner: int, rle: dict[str, Any]) -> None:
-        crop = decode_cropped(rle, *rle["size"])
+        crop = decode_cropped(rle, rle["size"])
         self.extents[owner] = crop.extent
         self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
 
@@ -196,10 +196,10 @@ class CheckedMasks:
         usable = np.asarray(self.codes == "", dtype=bool)
         has_pixels = inside & (self.areas > 2 * self.perimeters)
         for k in np.flatnonzero(usable & ~has_pixels).tolist():
-            height, width = sizes[k].astype(int).tolist()
             self.areas[k] = 0
             if not outside[k]:
-                self.areas[k] = count_pixels(self.segmentations[k], height, width)
+                size = tuple(sizes[k].astype(int).tolist())
+                self.areas[k] = count_pixels(self.segmentations[k], size)
             if self.areas[k] == 0:
                 self.codes[k] = "mask-outside" if outside[k] else "mask-without-pixels"
 
@@ -338,19 +338,19 @@ def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.cumsum(lengths) - lengths
 
 
-def decode_cropped(segmentation: Any, height: int, width: int) -> CroppedMask:
+def decode_cropped(segmentation: Any, size: tuple[int, int]) -> CroppedMask:
     """Draws a segmentation exactly as pycocotools does on the whole image, and crops it tightly.
 
     Args:
         segmentation: An item of `Segmentations`. An RLE of another size than the image is decoded
             at its own size and then cut.
-        height: Of the image, px.
-        width: Of the image, px.
+        size: H, W of the image, px.
     """
+    height, width = size
     if isinstance(segmentation, dict):
         counts, rows = segmentation["counts"], segmentation["size"][0]
     else:
-        rle = _draw_polygons(segmentation, height, width)
+        rle = _draw_polygons(segmentation, size)
         counts, rows = _counts_from_string(rle["counts"]), height
     ends = np.cumsum(counts)
     filled = 2 * np.flatnonzero(counts[1::2]) + 1
@@ -370,18 +370,18 @@ def decode_cropped(segmentation: Any, height: int, width: int) -> CroppedMask:
 def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
     """The mask that `encode_cropped` encoded, cropped tightly."""
     counts = _counts_from_string(rle["counts"].encode("ascii"))
-    return decode_cropped({"size": rle["size"], "counts": counts}, *rle["size"])
+    return decode_cropped({"size": rle["size"], "counts": counts}, rle["size"])
 
 
-def count_pixels(segmentation: Any, height: int, width: int) -> int:
-    """Pixels of an image of this size that a checked segmentation covers."""
+def count_pixels(segmentation: Any, size: tuple[int, int]) -> int:
+    """Number of pixels of an image of size H, W that a checked segmentation covers."""
     if isinstance(segmentation, dict):
-        return int(decode_cropped(segmentation, height, width).mask.sum())
-    return int(mask_utils.area(_draw_polygons(segmentation, height, width)))
+        return int(decode_cropped(segmentation, size).mask.sum())
+    return int(mask_utils.area(_draw_polygons(segmentation, size)))
 
 
-def _draw_polygons(polygons: Any, height: int, width: int) -> dict[str, Any]:
-    rles = mask_utils.frPyObjects(polygons, height, width)
+def _draw_polygons(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
+    rles = mask_utils.frPyObjects(polygons, *size)
     rle: dict[str, Any] = mask_utils.merge(rles) if len(rles) > 1 else rles[0]
     return rle
 
@@ -394,17 +394,17 @@ def _crop_tightly(mask: NDArray[np.bool_], *, left: int) -> CroppedMask:
     return CroppedMask(int(ys[0]), left + int(xs[0]), np.ascontiguousarray(crop))
 
 
-def encode_cropped(crop: CroppedMask, *, height: int, width: int) -> dict[str, Any]:
+def encode_cropped(crop: CroppedMask, size: tuple[int, int]) -> dict[str, Any]:
     """A mask as COCO's compressed RLE, as pycocotools would encode the whole image.
 
     Args:
         crop: The mask, inside of the image; it need not be tight.
-        height: Of the image, px.
-        width: Of the image, px.
+        size: H, W of the image, px.
 
     Returns:
         `size` [H, W], and `counts` as text, which JSON can hold.
     """
+    height, width = size
     num_rows, num_columns = crop.mask.shape
     # Column after column, with an empty pixel before the first and below each.
     flat = np.zeros(1 + num_columns * (num_rows + 1), dtype=bool)
@@ -417,9 +417,9 @@ def encode_cropped(crop: CroppedMask, *, height: int, width: int) -> dict[str, A
     counts = np.diff(positions, prepend=0, append=height * width)
     if len(counts) % 2 == 1 and len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
-    size = [height, width]
-    rle = mask_utils.frPyObjects({"size": size, "counts": counts.tolist()}, height, width)
-    return {"size": size, "counts": rle["counts"].decode("ascii")}
+    rle: dict[str, Any] = {"size": [height, width], "counts": counts.tolist()}
+    text = mask_utils.frPyObjects(rle, height, width)["counts"].decode("ascii")
+    return {"size": [height, width], "counts": text}
 
 
 def _counts_from_string(text: bytes) -> NDArray[np.int64]:

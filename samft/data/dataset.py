@@ -329,6 +329,6 @@ class Coco2MaskDataset(Dataset[Sample]):
         kept, boxes = filter_cropped_objects(
             index.boxes[objects],
             frame,
-            draw=lambda k: decode_cropped(index.segmentations[int(objects[k])], *size),
+            draw=lambda k: decode_cropped(index.segmentations[int(objects[k])], size),
         )
         return frame, objects[kept], boxes

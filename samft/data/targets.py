@@ -46,7 +46,7 @@ def draw_targets(
         missing = np.flatnonzero(~targets.any(axis=(1, 2)))
     kept = np.ones(len(targets), dtype=bool)
     for k in missing.tolist():
-        crop = decode_cropped(segmentations[k], *frame.original_size)
+        crop = decode_cropped(segmentations[k], frame.original_size)
         kept[k] = crop.mask.size > 0
         _draw_mask(crop, frame, out=targets[k])
     return np.flatnonzero(kept), targets if kept.all() else targets[kept]
@@ -65,7 +65,7 @@ def rasterize_ground_truth(
     Returns:
         What `draw_targets` does, with targets that are averages of the masks, and the M masks.
     """
-    crops = [decode_cropped(item, *frame.original_size) for item in segmentations]
+    crops = [decode_cropped(item, frame.original_size) for item in segmentations]
     kept = np.flatnonzero(np.array([crop.mask.size > 0 for crop in crops], dtype=bool))
     targets = _blank(len(kept), frame, resolution=resolution)
     truths = [crops[k] for k in kept.tolist()]

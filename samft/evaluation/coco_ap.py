@@ -93,9 +93,9 @@ def _crowd_entries(subset: CocoSubset, sizes: dict[int, list[int]]) -> list[tupl
         if image_id not in sizes:
             continue
         height, width = sizes[image_id]
-        crop = decode_cropped(index.segmentations[row], height, width)
+        crop = decode_cropped(index.segmentations[row], (height, width))
         if crop.mask.size:
-            rle = encode_cropped(crop, height=height, width=width)
+            rle = encode_cropped(crop, (height, width))
             entries.append((image_id, int(index.categories[row]), rle, float(crop.mask.sum()), 1))
     return entries
 

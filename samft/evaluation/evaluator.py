@@ -183,7 +183,7 @@ def score_masks(
 def _encode_masks(masks: list[CroppedMask], size: tuple[int, int]) -> NDArray[np.object_]:
     encoded = np.empty(len(masks), dtype=object)
     for k, mask in enumerate(masks):
-        encoded[k] = encode_cropped(mask, height=size[0], width=size[1])
+        encoded[k] = encode_cropped(mask, size)
     return encoded
 
 

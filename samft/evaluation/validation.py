@@ -81,8 +81,7 @@ class MaskSelection:
         is_bad = has_room or (self._num_worst > 0 and entry > self._heap[0])
         if key not in self._fixed_keys and not is_bad:
             return  # most masks: they are not even encoded
-        height, width = size
-        rle = encode_cropped(mask, height=height, width=width)
+        rle = encode_cropped(mask, size)
         selected = SelectedMask(ious[0], key, ious[1], rle)
         if key in self._fixed_keys:
             self.fixed[key] = selected

@@ -40,12 +40,11 @@ def result_row(
         `fields`, `bbox` (x y width height, px), `segmentation` (compressed RLE) and `score`.
     """
     x0, y0, x1, y1 = box_original
-    height, width = size
     return {
         **fields,
         "bbox": [round(float(side), _DIGITS) for side in (x0, y0, x1 - x0, y1 - y0)],
         "score": score,
-        "segmentation": encode_cropped(mask, height=height, width=width),
+        "segmentation": encode_cropped(mask, size),
     }
 
 

@@ -186,7 +186,7 @@ class AutomaticPredictor:
             rle = {"size": list(prepared.size), "counts": counts}
             x, y, width, height = entry["bbox"]
             yield PredictedMask(
-                decode_cropped(rle, *prepared.size),
+                decode_cropped(rle, prepared.size),
                 (x, y, x + width, y + height),
                 entry["predicted_iou"],
                 {"stability_score": entry["stability_score"]},

@@ -187,8 +187,8 @@ def _score_as_before(
 ) -> bool:
     index = dataset.subset.index
     for k, mask in predicted.items():
-        height, width = index.sizes[image_row_of(index, k)].tolist()
-        truth = decode_cropped(index.segmentations[k], height, width)
+        size = index.sizes[image_row_of(index, k)].tolist()
+        truth = decode_cropped(index.segmentations[k], size)
         if abs(cropped_iou(mask, truth) - scored[k]) > _IOU_TOLERANCE:
             return False
     return True

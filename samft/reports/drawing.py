@@ -230,8 +230,8 @@ def annotate_crop(
     size = len(tile)
     if predicted is not None:
         _blend_colour(tile, _resize_to_crop(crop, predicted), _PREDICTED_COLOUR, share=0.5)
-    height, width = index.sizes[image_row_of(index, k)].tolist()
-    truth = _resize_to_crop(crop, decode_cropped(index.segmentations[k], height, width))
+    image_size = index.sizes[image_row_of(index, k)].tolist()
+    truth = _resize_to_crop(crop, decode_cropped(index.segmentations[k], image_size))
     contours, _ = cv2.findContours(truth.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     corners = (index.boxes[k].reshape(2, 2) - (crop.left, crop.top)) * (size / crop.side)
     (x0, y0), (x1, y1) = np.rint(corners).astype(int).tolist()

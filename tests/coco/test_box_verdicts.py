@@ -28,7 +28,7 @@ EXTENT = np.array([[2.0, 3.0, 8.0, 9.0]])
     ],
 )
 def test_verdicts(box: tuple[float, ...], code: str) -> None:
-    (verdict,) = judge_boxes(np.array([box]), EXTENT, SIZE)
+    (verdict,) = judge_boxes(np.array([box]), SIZE, extents=EXTENT)
     assert BOX_CODES[verdict] == code
 
 

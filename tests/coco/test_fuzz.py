@@ -165,7 +165,7 @@ def _fuzz_documents(folder: Path) -> None:
         assert len(np.unique(subset.index.object_ids)) == len(subset.index.object_ids)
         for i in range(subset.num_images):
             for k in subset.objects_of(i):
-                mask = decode_cropped(subset.index.segmentations[int(k)], *subset.size(i)).mask
+                mask = decode_cropped(subset.index.segmentations[int(k)], subset.size(i)).mask
                 assert mask.any()
 
     check_document()
@@ -186,7 +186,7 @@ def _fuzz_masks() -> None:
     def draw_segmentation(raw: Any, height: int, width: int) -> None:
         cases.append(1)
         try:
-            mask = decode_segmentation(raw, height, width)
+            mask = decode_segmentation(raw, (height, width))
         except MaskError as error:
             assert error.code in KINDS
             return
@@ -212,7 +212,7 @@ def _fuzz_rle() -> None:
             letter = chr(generator.choice([generator.randint(48, 111), generator.randint(0, 255)]))
             letters[place : place + (action > 0)] = [letter] if action < 2 else []
         try:
-            mask = decode_segmentation({"size": [20, 30], "counts": "".join(letters)}, 20, 30)
+            mask = decode_segmentation({"size": [20, 30], "counts": "".join(letters)}, (20, 30))
         except MaskError as error:
             assert error.code in KINDS
         else:

@@ -57,7 +57,7 @@ def repair_file(
     path.write_text(json.dumps({**others, **lists}))
     before = path.read_bytes()
     repaired = write_repaired(
-        index_of(folder, path), path, target, without=np.array(without, np.int64)
+        index_of(folder, path), path, target=target, without=np.array(without, np.int64)
     )
     assert path.read_bytes() == before
     again = index_of(folder, target)
@@ -301,7 +301,7 @@ def test_the_bom_is_left_out(folder: Path) -> None:
     lists = {"images": [image(1, "a.png")], "annotations": [annotation(1, 1, SQUARE)]}
     text = json.dumps({"info": {"x": 1}, **lists})
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    write_repaired(index_of(folder, path), path, target)
+    write_repaired(index_of(folder, path), path, target=target)
     assert json.loads(target.read_bytes())["info"] == {"x": 1}
     assert target.read_bytes().startswith(b"{")
 
@@ -314,7 +314,7 @@ def test_pycocotools_reads_the_copy(folder: Path, capsys: pytest.CaptureFixture[
     ]
     lists = {"images": [image(1, "a.png")], "annotations": objects}
     path.write_text(json.dumps(lists))
-    write_repaired(index_of(folder, path), path, target)
+    write_repaired(index_of(folder, path), path, target=target)
     coco = COCO(str(target))
     assert [coco.annToMask(a).sum() for a in coco.loadAnns(coco.getAnnIds())] == [36, 36]
 
@@ -325,7 +325,7 @@ def test_nothing_is_overwritten(folder: Path) -> None:
     lists = {"images": [image(1, "a.png")], "annotations": [annotation(1, 1, SQUARE)]}
     path.write_text(json.dumps(lists))
     with pytest.raises(ConfigError, match="exists"):
-        write_repaired(index_of(folder, path), path, target)
+        write_repaired(index_of(folder, path), path, target=target)
     assert target.read_text() == "mine"
 
 
@@ -336,7 +336,7 @@ def test_a_set_without_objects_is_not_written(folder: Path) -> None:
     lists = {"images": [image(1, "a.png"), image(2, "b.png")], "annotations": objects}
     path.write_text(json.dumps(lists))
     with pytest.raises(DataError, match="no usable object"):
-        write_repaired(index_of(folder, path), path, target, without=np.array([0]))
+        write_repaired(index_of(folder, path), path, target=target, without=np.array([0]))
     assert not target.parent.exists()
 
 

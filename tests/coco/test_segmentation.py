@@ -32,7 +32,7 @@ def test_rle_decodes_as_pycocotools_does(compressed: bool, shape: tuple[int, int
     for density in (0.02, 0.5, 1.0):
         mask = (generator.random(shape) < density).astype(np.uint8)
         mask[-1, -1] = 1
-        decoded = decode_segmentation(_rle(mask, compressed=compressed), *shape)
+        decoded = decode_segmentation(_rle(mask, compressed=compressed), shape)
         np.testing.assert_array_equal(decoded, mask)
 
 
@@ -43,12 +43,12 @@ def test_polygons_decode_as_pycocotools_does() -> None:
             generator.uniform(-10, 50, 2 * generator.integers(3, 9)) for _ in range(trial % 3 + 1)
         ]
         expected = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(parts, 37, 41)))
-        decoded = decode_segmentation([part.tolist() for part in parts], 37, 41)
+        decoded = decode_segmentation([part.tolist() for part in parts], (37, 41))
         np.testing.assert_array_equal(decoded, expected)
 
 
 def test_known_square_has_the_area_that_was_drawn() -> None:
-    mask = decode_segmentation([SQUARE], 20, 30)
+    mask = decode_segmentation([SQUARE], (20, 30))
     assert mask.sum() == 36 and mask[3:9, 2:8].all()
 
 
@@ -56,21 +56,21 @@ def test_rle_of_another_size_keeps_its_place() -> None:
     mask = np.zeros((11, 8), np.uint8)
     mask[4:, 2:7] = 1
     rle = _rle(mask, compressed=True)
-    np.testing.assert_array_equal(decode_segmentation(rle, 10, 8), mask[:10])
+    np.testing.assert_array_equal(decode_segmentation(rle, (10, 8)), mask[:10])
     padded = np.pad(mask, ((0, 1), (0, 2)))
-    np.testing.assert_array_equal(decode_segmentation(rle, 12, 10), padded)
-    assert decode_segmentation(rle, 3, 8).sum() == 0
+    np.testing.assert_array_equal(decode_segmentation(rle, (12, 10)), padded)
+    assert decode_segmentation(rle, (3, 8)).sum() == 0
 
 
 def test_a_flat_polygon_list_is_one_part() -> None:
     np.testing.assert_array_equal(
-        decode_segmentation(SQUARE, 20, 30), decode_segmentation([SQUARE], 20, 30)
+        decode_segmentation(SQUARE, (20, 30)), decode_segmentation([SQUARE], (20, 30))
     )
 
 
 def test_a_box_of_four_numbers_is_not_drawn() -> None:
     with pytest.raises(MaskError):
-        decode_segmentation([[2, 3, 8, 9]], 20, 30)
+        decode_segmentation([[2, 3, 8, 9]], (20, 30))
 
 
 def test_pixels_are_counted_as_drawn() -> None:
@@ -78,10 +78,10 @@ def test_pixels_are_counted_as_drawn() -> None:
     mask = np.zeros((20, 30), np.uint8)
     mask[:4, 3:5] = 1
     for raw in ([SQUARE], [SQUARE, SQUARE], far, _rle(mask, compressed=True)):
-        drawn = decode_segmentation(raw, 20, 30)
-        assert count_pixels(check_segmentation(raw), 20, 30) == drawn.sum()
-    assert count_pixels(check_segmentation(far), 20, 30) == 0
-    assert decode_cropped(check_segmentation(far), 20, 30).mask.shape == (0, 0)
+        drawn = decode_segmentation(raw, (20, 30))
+        assert count_pixels(check_segmentation(raw), (20, 30)) == drawn.sum()
+    assert count_pixels(check_segmentation(far), (20, 30)) == 0
+    assert decode_cropped(check_segmentation(far), (20, 30)).mask.shape == (0, 0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
@@ -98,11 +98,11 @@ def test_a_crop_is_encoded_as_pycocotools_encodes_the_whole(density: float, edge
     whole = np.zeros((height, width), dtype=np.uint8)
     whole[top:bottom, left:right] = generator.random((bottom - top, right - left)) < density
     crop = whole[top:bottom, left:right].astype(bool)
-    encoded = encode_cropped(CroppedMask(top, left, crop), height=height, width=width)
+    encoded = encode_cropped(CroppedMask(top, left, crop), (height, width))
     assert encoded == _rle(whole, compressed=True)
 
 
 def test_an_empty_crop_is_encoded_as_an_empty_mask() -> None:
     nothing = np.zeros((0, 0), dtype=bool)
-    encoded = encode_cropped(CroppedMask(0, 0, nothing), height=7, width=5)
+    encoded = encode_cropped(CroppedMask(0, 0, nothing), (7, 5))
     assert encoded == _rle(np.zeros((7, 5), dtype=np.uint8), compressed=True)

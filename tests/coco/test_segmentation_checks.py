@@ -117,5 +117,5 @@ def test_rle_comes_back(compressed: bool) -> None:
     raw = rle(compressed=compressed)
     checked = check_segmentation(raw)
     assert checked["size"] == [20, 30] and checked["counts"].sum() == 600
-    crop = decode_cropped(checked, 20, 30)
+    crop = decode_cropped(checked, (20, 30))
     assert (crop.top, crop.left) == (3, 2)

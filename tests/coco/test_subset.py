@@ -135,7 +135,7 @@ def test_usable_objects_are_whole(broken: tuple[Path, dict[str, dict[str, int]]]
     for i in range(subset.num_images):
         assert header_size(subset.path(i)) == subset.size(i) == (20, 30)
         for k in subset.objects_of(i):
-            crop = decode_cropped(subset.index.segmentations[int(k)], 20, 30)
+            crop = decode_cropped(subset.index.segmentations[int(k)], (20, 30))
             assert np.abs(subset.index.boxes[k] - crop.extent).max() < 3
             if subset.index.areas[k] < 40:
                 assert subset.index.areas[k] == crop.mask.sum()
@@ -435,7 +435,7 @@ def test_real_masks_are_pycocotools_at_the_real_size(data_root: Path, name: str)
         for k in subset.objects_of(i):
             raw = entries[int(subset.index.object_ids[k])]["segmentation"]
             expected = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(raw, *size)))
-            crop = decode_cropped(subset.index.segmentations[int(k)], *size)
+            crop = decode_cropped(subset.index.segmentations[int(k)], size)
             x0, y0, x1, y1 = crop.extent
             np.testing.assert_array_equal(expected[y0:y1, x0:x1], crop.mask)
             assert expected.sum() == crop.mask.sum()

@@ -23,7 +23,7 @@ def _ring(seed: int, *, centre: tuple[float, float], reach: float) -> np.ndarray
 
 
 def _averaged(item: Any, frame: Frame, resolution: str) -> np.ndarray:
-    crop = decode_cropped(item, *frame.original_size)
+    crop = decode_cropped(item, frame.original_size)
     draw = mask_to_low if resolution == "low" else mask_to_input
     return draw(crop.mask, frame, top=crop.top, left=crop.left)
 
@@ -87,7 +87,7 @@ def test_rle_thin_outlines_and_nothing_at_all(resolution: str) -> None:
     square = [np.array([100.0, 100, 300, 100, 300, 300, 100, 300])]
     objects = [line, _rle(100, 100, 200, 200), gone, square]
     # A fifth of a pixel wide, but over the centres of 40 pixels, all of which pycocotools draws.
-    assert decode_cropped(line, *SIZE).mask.sum() == 40
+    assert decode_cropped(line, SIZE).mask.sum() == 40
     kept, targets = draw_targets(objects, frame, resolution=resolution)
     assert kept.tolist() == [0, 1, 3]
     np.testing.assert_array_equal(targets[0], _averaged(line, frame, resolution))
@@ -107,7 +107,7 @@ def test_truths_are_the_drawn_masks_to_the_pixel(resolution: str) -> None:
     kept, targets, truths = rasterize_ground_truth(objects, frame, resolution=resolution)
     assert kept.tolist() == [0, 2] and len(targets) == len(truths) == 2
     for k, target, truth in zip(kept, targets, truths, strict=True):
-        drawn = decode_cropped(objects[k], *SIZE)
+        drawn = decode_cropped(objects[k], SIZE)
         assert (truth.top, truth.left, truth.mask.dtype) == (drawn.top, drawn.left, bool)
         np.testing.assert_array_equal(truth.mask, drawn.mask)
         np.testing.assert_array_equal(target, _averaged(objects[k], frame, resolution))

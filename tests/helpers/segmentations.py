@@ -24,14 +24,14 @@ def check_segmentation(raw: Any) -> Any:
     return checked.segmentations[0]
 
 
-def decode_segmentation(raw: Any, height: int, width: int) -> np.ndarray:
-    """Checks and draws a raw segmentation: uint8 [height, width] of 0 and 1.
+def decode_segmentation(raw: Any, size: tuple[int, int]) -> np.ndarray:
+    """Checks and draws a raw segmentation: uint8 [H, W] of 0 and 1.
 
     Raises:
         MaskError: It is empty or malformed.
     """
-    crop = decode_cropped(check_segmentation(raw), height, width)
+    crop = decode_cropped(check_segmentation(raw), size)
     x0, y0, x1, y1 = crop.extent
-    mask = np.zeros((height, width), dtype=np.uint8)
+    mask = np.zeros(size, dtype=np.uint8)
     mask[y0:y1, x0:x1] = crop.mask
     return mask

@@ -73,7 +73,7 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
     image_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     for k, wanted in zip(objects.tolist(), rows.iou_actual, strict=True):
         size = index.sizes[image_of[k]].tolist()
-        truth = decode_cropped(index.segmentations[k], *size)
+        truth = decode_cropped(index.segmentations[k], size)
         assert cropped_iou(masks[k], truth) == pytest.approx(wanted, abs=1e-9)
 
 

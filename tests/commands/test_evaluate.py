@@ -47,11 +47,11 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def best_files(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("*.ckpt") if path.name != "last.ckpt")
-    return sorted(found, key=lambda path: int(path.name.split("-")[0]))
+    paths = (path for path in folder.glob("*.ckpt") if path.name != "last.ckpt")
+    return sorted(paths, key=lambda path: int(path.name.split("-")[0]))
 
 
-def words(data: Path, *checkpoints: Path, **flags: Any) -> list[str]:
+def arguments_for(data: Path, *checkpoints: Path, **flags: Any) -> list[str]:
     named = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     places = ["--checkpoint", *map(str, checkpoints), "--data_root", str(data)]
     return [*places, "--num_workers", "0", "--device", "cpu", *named]
@@ -70,22 +70,24 @@ def command(argv: list[str], *, processes: int = 1) -> subprocess.CompletedProce
     )
 
 
-def test_the_number_is_that_of_the_trainings_log(data: Path, trained: Path) -> None:
+def test_iou_equals_the_one_in_the_training_log(data: Path, trained: Path) -> None:
     logged = {line["step"]: line for line in read_metrics(trained, "val")}
     for path in best_files(trained):
-        found = evaluate_here(words(data, path))
+        report = evaluate_here(arguments_for(data, path))
         line = logged[int(path.name.split("-")[0])]
-        assert found["per_mask_iou"] == pytest.approx(line["per_mask_iou"], abs=1e-6)
-        assert (found["model_type"], found["image_size"]) == ("vit_tiny", 64)
-        assert found["box_fill_iou"] == pytest.approx(
+        assert report["per_mask_iou"] == pytest.approx(line["per_mask_iou"], abs=1e-6)
+        assert (report["model_type"], report["image_size"]) == ("vit_tiny", 64)
+        assert report["box_fill_iou"] == pytest.approx(
             json.loads((trained / "summary.json").read_text())["box_fill_iou"], abs=1e-6
         )
 
 
-def test_files_and_a_comparison(data: Path, trained: Path, tmp_path: Path, capsys: Any) -> None:
+def test_output_files_and_comparison(
+    data: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
     output = tmp_path / "new" / "scores.json"
     before, after = best_files(trained)
-    report = evaluate_here(words(data, before, after, output=output))
+    report = evaluate_here(arguments_for(data, before, after, output=output))
     written = json.loads(output.read_text())
     assert written == json.loads(json.dumps(report))
     assert next(iter(written)) == "per_mask_iou"
@@ -120,26 +122,26 @@ def test_ap_is_that_of_cocoeval_on_the_file_that_predict_writes(
 ) -> None:
     root = data_root / "coco_open104"
     annotations = root / "annotations" / "instances_val2017.json"
-    found = evaluate_here(words(root, PACKAGED_TINY, split="val2017"))
+    report = evaluate_here(arguments_for(root, PACKAGED_TINY, split="val2017"))
     places = ["--images", root / "val2017", "--annotations", annotations]
     options = [*places, "--checkpoint", PACKAGED_TINY, "--output_dir", tmp_path, "--device", "cpu"]
     predict.main([str(word) for word in options])
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
-        plain = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "segm")
-        plain.evaluate()
-        plain.accumulate()
-        plain.summarize()
-    for name, value in zip(("ap", "ap50", "ap75"), plain.stats, strict=False):
-        assert found["coco"][name] == pytest.approx(value, abs=1e-6)
-    assert 0.05 < found["coco"]["ap"] < 0.95  # not equal for being nothing
+        coco_eval = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "segm")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    for name, value in zip(("ap", "ap50", "ap75"), coco_eval.stats, strict=False):
+        assert report["coco"][name] == pytest.approx(value, abs=1e-6)
+    assert 0.05 < report["coco"]["ap"] < 0.95  # not equal for being nothing
 
 
 def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) -> None:
     path = best_files(trained)[0]
     files = tmp_path / "one.json", tmp_path / "two.json"
-    evaluate_here(words(data, path, output=files[0]))
-    ended = command(words(data, path, output=files[1]), processes=2)
+    evaluate_here(arguments_for(data, path, output=files[0]))
+    ended = command(arguments_for(data, path, output=files[1]), processes=2)
     assert ended.returncode == 0, ended.stderr
     one, two = (json.loads(file.read_text()) for file in files)
     for name in ("seconds", "objects_file"):
@@ -157,21 +159,21 @@ def test_resize_mode_comes_from_the_sidecar_or_the_state(data: Path, tmp_path: P
     logged = read_metrics(folder, "val")[-1]["per_mask_iou"]
     (path,) = best_files(folder)
     for checkpoint in (path, folder / "last.ckpt"):
-        found = evaluate_here(words(data, checkpoint))
-        assert found["resize_mode"] == "squash"
-        assert found["per_mask_iou"] == pytest.approx(logged, abs=1e-6)
+        report = evaluate_here(arguments_for(data, checkpoint))
+        assert report["resize_mode"] == "squash"
+        assert report["per_mask_iou"] == pytest.approx(logged, abs=1e-6)
     path.with_suffix(".json").unlink()
-    assert evaluate_here(words(data, path))["resize_mode"] == "pad"
+    assert evaluate_here(arguments_for(data, path))["resize_mode"] == "pad"
 
 
-def test_some_of_the_objects(data: Path, trained: Path) -> None:
+def test_flags_select_objects(data: Path, trained: Path) -> None:
     path = best_files(trained)[0]
-    whole = evaluate_here(words(data, path))
-    some = evaluate_here(words(data, path, min_mask_area=150, category_names="thing"))
+    whole = evaluate_here(arguments_for(data, path))
+    some = evaluate_here(arguments_for(data, path, min_mask_area=150, category_names="thing"))
     assert 0 < some["masks"] < whole["masks"]
     val = data / "val"
     named = ["--annotations", str(val / "_annotations.coco.json"), "--images", str(val)]
-    assert evaluate_here([*words(data, path), *named])["masks"] == whole["masks"]
+    assert evaluate_here([*arguments_for(data, path), *named])["masks"] == whole["masks"]
 
 
 def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
@@ -182,11 +184,11 @@ def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
     printed = re.search("python -m samft.evaluate (.*)", (folder / "train.log").read_text())
     assert printed
     argv = [*shlex.split(printed[1]), "--num_workers", "0", "--device", "cpu"]
-    found = evaluate_here(argv)
-    assert (found["images"], found["data"]["val_fraction"]) == (4, 0.3)  # of 13
+    report = evaluate_here(argv)
+    assert (report["images"], report["data"]["val_fraction"]) == (4, 0.3)  # of 13
     (best,) = best_files(folder)
     logged = {line["step"]: line["per_mask_iou"] for line in read_metrics(folder, "val")}
-    assert found["per_mask_iou"] == pytest.approx(logged[int(best.name.split("-")[0])], abs=1e-6)
+    assert report["per_mask_iou"] == pytest.approx(logged[int(best.name.split("-")[0])], abs=1e-6)
 
 
 def copy_without(data: Path, folder: Path, name: str) -> Path:
@@ -200,7 +202,7 @@ def test_missing_images_are_refused_or_left_out(
 ) -> None:
     broken = copy_without(data, tmp_path / "data", "image_1.png")
     path = best_files(trained)[0]
-    argv = words(broken, path)
+    argv = arguments_for(broken, path)
     assert run_command(evaluate_here, argv) == 2
     assert "image-missing" in capsys.readouterr().err
     assert evaluate_here([*argv, "--on_bad_image", "skip"])["images"] == 4
@@ -234,17 +236,17 @@ def test_wrong_inputs_end_with_a_paragraph(
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
-    argv = [*words(data, PACKAGED_TINY), *flags]
+    argv = [*arguments_for(data, PACKAGED_TINY), *flags]
     assert run_command(evaluate_here, argv) == 2
-    told = capsys.readouterr().err
-    assert expected in told
-    assert "Traceback" not in told and told.count("\nerror:") + told.startswith("error:") == 1
+    stderr = capsys.readouterr().err
+    assert expected in stderr
+    assert "Traceback" not in stderr and stderr.count("\nerror:") + stderr.startswith("error:") == 1
 
 
-def test_a_checkpoint_of_something_else(data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_unreadable_checkpoint_is_refused(data: Path, tmp_path: Path, capsys: Any) -> None:
     wrong = tmp_path / "wrong.pth"
     wrong.write_bytes(b"no checkpoint")
-    assert run_command(evaluate_here, words(data, wrong)) == 2
+    assert run_command(evaluate_here, arguments_for(data, wrong)) == 2
     assert "not a readable checkpoint" in capsys.readouterr().err
 
 

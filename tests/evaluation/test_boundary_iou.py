@@ -25,7 +25,7 @@ def blob(generator: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(480, 640), (333, 121), (40, 40), (600, 17), (9, 12)])
 @pytest.mark.parametrize("margin", [0, 3])
-def test_same_as_the_whole_image(size: tuple[int, int], margin: int) -> None:
+def test_crops_give_the_boundary_iou_of_whole_images(size: tuple[int, int], margin: int) -> None:
     generator = np.random.default_rng(size[0])
     values = []
     for _ in range(8):
@@ -34,9 +34,9 @@ def test_same_as_the_whole_image(size: tuple[int, int], margin: int) -> None:
         truth = np.where(generator.random(size) < 0.98, mask, truth).astype(np.uint8)
         if not mask.any() or not truth.any():
             continue
-        found = boundary_iou(crop(mask, margin), crop(truth, margin), original_size=size)
-        assert found == pytest.approx(paper_boundary_iou(truth, mask), abs=1e-12)
-        values.append(found)
+        iou = boundary_iou(crop(mask, margin), crop(truth, margin), original_size=size)
+        assert iou == pytest.approx(paper_boundary_iou(truth, mask), abs=1e-12)
+        values.append(iou)
     assert len(values) >= 4 and 0 < np.mean(values) < 1
 
 

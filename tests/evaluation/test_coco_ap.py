@@ -1,4 +1,4 @@
-"""COCO AP: what plain COCOeval gives on the same results, also where it would cut or stumble."""
+"""COCO AP equals plain COCOeval, and is right where plain COCOeval is not."""
 
 import builtins
 import contextlib
@@ -81,7 +81,7 @@ def test_same_as_plain_cocoeval_on_the_annotation_file(
     photos: tuple[Path, CocoSubset, EvaluatedObjects], tmp_path: Path
 ) -> None:
     annotations, subset, rows = photos
-    found = numbers_of(subset, rows)
+    scores = numbers_of(subset, rows)
     # With the areas of masks, as here, and not those of polygons.
     document = json.loads(annotations.read_text())
     areas = dict(zip(rows.object_ids.tolist(), rows.areas.tolist(), strict=True))
@@ -90,12 +90,12 @@ def test_same_as_plain_cocoeval_on_the_annotation_file(
     file = tmp_path / "annotations.json"
     file.write_text(json.dumps(document))
     results = coco_results(rows, category_ids_of(subset, rows.object_ids))
-    plain = plain_cocoeval(file, json.loads(json.dumps(results)))
-    assert [found[name] for name in NAMES] == pytest.approx(plain, abs=1e-12)
-    assert found["max_dets"] == 100
-    assert 0.2 < found["ap"] < 0.9
+    expected = plain_cocoeval(file, json.loads(json.dumps(results)))
+    assert [scores[name] for name in NAMES] == pytest.approx(expected, abs=1e-12)
+    assert scores["max_dets"] == 100
+    assert 0.2 < scores["ap"] < 0.9
     untouched = plain_cocoeval(annotations, results)
-    assert untouched[:3] == pytest.approx(plain[:3], abs=1e-12)  # areas decide nothing there
+    assert untouched[:3] == pytest.approx(expected[:3], abs=1e-12)  # areas decide nothing there
 
 
 def write_squares(root: Path, *, count: int, first_id: int = 0) -> CocoSubset:
@@ -121,12 +121,12 @@ def write_squares(root: Path, *, count: int, first_id: int = 0) -> CocoSubset:
     return read_coco(file, root)
 
 
-def test_dense_images_are_not_cut(tmp_path: Path) -> None:
+def test_images_with_over_100_objects_are_not_truncated(tmp_path: Path) -> None:
     subset = write_squares(tmp_path / "dense", count=150)
     rows = worsened_rows(subset)
     perfect = EvaluatedObjects(**{**vars(rows), "rle_predicted": rows.rle_true})
-    found = numbers_of(subset, perfect)
-    assert (found["ap"], found["max_dets"]) == (pytest.approx(1, abs=1e-12), 150)
+    scores = numbers_of(subset, perfect)
+    assert (scores["ap"], scores["max_dets"]) == (pytest.approx(1, abs=1e-12), 150)
     # What plain COCOeval makes of them: of 150 it looks at 100.
     results = coco_results(perfect, category_ids_of(subset, perfect.object_ids))
     truth = tmp_path / "truth.json"
@@ -142,12 +142,12 @@ def test_an_object_whose_id_is_0_counts(tmp_path: Path) -> None:
     truth = coco_truth(perfect, subset)
     assert [entry["id"] for entry in truth["annotations"]] == [1, 2, 3]
     assert [entry["area"] for entry in truth["annotations"]] == rows.areas.tolist()
-    found = numbers_of(subset, perfect)
-    assert (found["ap"], found["ap_small"]) == (1, 1)
-    assert (found["ap_medium"], found["ap_large"]) == (None, None)
+    scores = numbers_of(subset, perfect)
+    assert (scores["ap"], scores["ap_small"]) == (1, 1)
+    assert (scores["ap_medium"], scores["ap_large"]) == (None, None)
 
 
-def test_results_are_left_as_they_are_and_hold_for_a_file(tmp_path: Path) -> None:
+def test_results_are_not_modified(tmp_path: Path) -> None:
     subset = write_squares(tmp_path / "some", count=3)
     rows = worsened_rows(subset)
     category_ids = category_ids_of(subset, rows.object_ids)
@@ -169,14 +169,14 @@ def test_the_faster_backend_gives_the_same(
         rows = worsened_rows(subset)
     else:
         _, subset, rows = request.getfixturevalue("photos")
-    plain, faster = (numbers_of(subset, rows, backend=backend) for backend in BACKENDS)
-    assert (plain.pop("backend"), faster.pop("backend")) == BACKENDS
-    assert faster.keys() == plain.keys()
-    for name, value in plain.items():
+    slower, faster = (numbers_of(subset, rows, backend=backend) for backend in BACKENDS)
+    assert (slower.pop("backend"), faster.pop("backend")) == BACKENDS
+    assert faster.keys() == slower.keys()
+    for name, value in slower.items():
         assert faster[name] == (value if value is None else pytest.approx(value, abs=1e-9)), name
 
 
-def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:

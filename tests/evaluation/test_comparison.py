@@ -1,4 +1,4 @@
-"""Objects before and after, paired by their ids."""
+"""Two tables of scores: objects paired by id, groups, and the interval of the mean change."""
 
 import numpy as np
 import pytest
@@ -27,11 +27,11 @@ def rows(objects: dict[tuple[int, int], tuple[float, float]]) -> ObjectScores:
 def test_objects_are_paired_by_both_ids_and_the_others_left_out() -> None:
     before = rows({(1, 1): (9, 0.1), (1, 2): (9, 0.2), (2, 1): (9, 0.3), (5, 5): (9, 0.9)})
     after = rows({(2, 1): (9, 0.7), (1, 2): (9, 0.6), (1, 3): (9, 0.0), (1, 1): (9, 0.5)})
-    found = compare_objects(before, after)
-    assert found.before.keys().tolist() == [[1, 1], [1, 2], [2, 1]]
-    assert found.after.keys().tolist() == found.before.keys().tolist()
-    assert found.change == pytest.approx([0.4, 0.4, 0.4])
-    assert (found.num_gained, found.num_lost) == (3, 0)
+    comparison = compare_objects(before, after)
+    assert comparison.before.keys().tolist() == [[1, 1], [1, 2], [2, 1]]
+    assert comparison.after.keys().tolist() == comparison.before.keys().tolist()
+    assert comparison.change == pytest.approx([0.4, 0.4, 0.4])
+    assert (comparison.num_gained, comparison.num_lost) == (3, 0)
 
 
 def change_by(changes: list[float]) -> tuple[ObjectScores, ObjectScores]:
@@ -40,26 +40,26 @@ def change_by(changes: list[float]) -> tuple[ObjectScores, ObjectScores]:
     return rows(before), rows(after)
 
 
-def test_what_gained_and_lost_is_counted_beyond_a_tenth() -> None:
-    found = compare_objects(*change_by([0.3, 0.11, 0.09, 0, -0.09, -0.11, -0.2, -0.3]))
-    assert (found.num_gained, found.num_lost) == (2, 3)
+def test_objects_that_changed_by_over_a_tenth_are_counted() -> None:
+    comparison = compare_objects(*change_by([0.3, 0.11, 0.09, 0, -0.09, -0.11, -0.2, -0.3]))
+    assert (comparison.num_gained, comparison.num_lost) == (2, 3)
 
 
-def test_each_object_is_shown_once_and_no_change_is_none() -> None:
-    found = compare_objects(*change_by([0.3, 0.2, 0.001, 0, -0.001, -0.2, -0.3, 0.1]))
-    assert {kind: which.tolist() for kind, which in found.choose_examples(2).items()} == {
+def test_examples_are_in_one_group_each_and_have_changed() -> None:
+    comparison = compare_objects(*change_by([0.3, 0.2, 0.001, 0, -0.001, -0.2, -0.3, 0.1]))
+    assert {kind: which.tolist() for kind, which in comparison.choose_examples(2).items()} == {
         "improved": [0, 1],
         "harmed": [6, 5],
         "worst": [4, 3],
     }
-    assert found.choose_examples(9)["improved"].tolist() == [0, 1, 7]
+    assert comparison.choose_examples(9)["improved"].tolist() == [0, 1, 7]
     unchanged = compare_objects(*change_by([0.0, 0.0])).choose_examples(2)
     assert [len(unchanged[kind]) for kind in ("improved", "harmed", "worst")] == [0, 0, 2]
 
 
 def test_groups_are_means_over_objects() -> None:
-    found = compare_objects(*change_by([0.1, 0.3, -0.5]))
-    groups = mean_by_group(found, np.array([1, 1, 0]), ["cat", "dog", "none"])
+    comparison = compare_objects(*change_by([0.1, 0.3, -0.5]))
+    groups = mean_by_group(comparison, np.array([1, 1, 0]), ["cat", "dog", "none"])
     assert [(one.name, one.num_objects) for one in groups] == [("cat", 1), ("dog", 2)]
     assert [one.before for one in groups] == pytest.approx([0.5, 0.5])
     assert [one.after for one in groups] == pytest.approx([0.0, 0.7])
@@ -80,16 +80,16 @@ def test_sizes_are_of_the_root_of_the_area() -> None:
 
 
 def test_without_objects_there_is_nothing_to_compare() -> None:
-    found = compare_objects(rows({}), rows({(1, 1): (9, 0.5)}))
-    assert len(found.before) == len(found.after) == found.num_lost == 0
-    assert mean_by_size(found) == []
+    comparison = compare_objects(rows({}), rows({(1, 1): (9, 0.5)}))
+    assert len(comparison.before) == len(comparison.after) == comparison.num_lost == 0
+    assert mean_by_size(comparison) == []
 
 
-def test_whole_images_are_drawn() -> None:
+def test_the_bootstrap_resamples_whole_images() -> None:
     # Two images: a draw is one of them twice, or both; objects of one image never part.
     change, images = np.array([1.0, 1, 1, 0]), np.array([1, 1, 1, 2])
-    found = mean_change(change, images, seed=0)
-    assert found == {"difference": 0.75, "interval": [0.0, 1.0]}
+    result = mean_change(change, images, seed=0)
+    assert result == {"difference": 0.75, "interval": [0.0, 1.0]}
     # As single objects the interval would be far from 0.
     alone = mean_change(change, np.arange(4), seed=0)
     assert alone["interval"] == [0.25, 1.0]
@@ -111,6 +111,6 @@ def test_the_interval_depends_on_the_seed_alone() -> None:
     assert mean_change(change, images, seed=3) != mean_change(change, images, seed=4)
 
 
-def test_one_image_says_nothing_about_others() -> None:
-    found = mean_change(np.array([0.1, 0.3]), np.array([5, 5]), seed=0)
-    assert found == {"difference": pytest.approx(0.2), "interval": None}
+def test_a_single_image_has_no_interval() -> None:
+    result = mean_change(np.array([0.1, 0.3]), np.array([5, 5]), seed=0)
+    assert result == {"difference": pytest.approx(0.2), "interval": None}

@@ -1,4 +1,4 @@
-"""Boxes that are off, and centre points: where they lie, and what they depend on."""
+"""Jittered boxes and centre points: where they lie, and what they depend on."""
 
 import numpy as np
 import pytest
@@ -40,11 +40,11 @@ def test_levels_are_one_draw_scaled_and_not_capped() -> None:
     assert 70 < reach <= 80  # 20 % of 400 px; training's limit is 20 px
 
 
-def test_no_side_leaves_the_image_and_none_stays_none() -> None:
+def test_jittered_boxes_stay_inside_the_image() -> None:
     box = np.array([[0.0, 0, 1024, 768]])
     for number in range(20):
-        found = jittered_boxes(box, np.array([number]), share=0.2, frame=FRAME, seed=0)[0]
-        assert found.min() >= 0 and found[2] <= 1024 and found[3] <= 768
+        jittered = jittered_boxes(box, np.array([number]), share=0.2, frame=FRAME, seed=0)[0]
+        assert jittered.min() >= 0 and jittered[2] <= 1024 and jittered[3] <= 768
     assert jittered_boxes(np.zeros((0, 4)), IDS[:0], share=0.1, frame=FRAME, seed=0).shape == (0, 4)
 
 
@@ -79,5 +79,5 @@ def test_the_centre_lies_on_the_mask_where_the_centroid_does_not() -> None:
 def test_points_are_scaled_as_stock_does(size: tuple[int, int]) -> None:
     points = np.array([[0, 0], [120, 63], [5, 60]])
     expected = ResizeLongestSide(256).apply_coords(points, size)
-    found = points_to_input(points, make_frame(size, 256, resize_mode="pad"))
-    np.testing.assert_allclose(found, expected, atol=1e-9)
+    scaled = points_to_input(points, make_frame(size, 256, resize_mode="pad"))
+    np.testing.assert_allclose(scaled, expected, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Every object scored in every way: what stock SAM gives, and perfect scores for the truth."""
+"""Scores of every object equal stock SAM's, and are perfect for the true masks."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> EvaluatedObjects:
+def evaluated(folder: Path) -> EvaluatedObjects:
     rows, bad_images = evaluate_split(tiny(), batches_of(read(folder)))
     assert bad_images == {}
     return rows
@@ -79,7 +79,7 @@ def iou_of(mask: np.ndarray, truth: np.ndarray) -> float:
     return float((mask.astype(bool) & truth.astype(bool)).sum() / (mask | truth).sum())
 
 
-def test_each_prompt_scores_what_stock_sam_gives(folder: Path, found: EvaluatedObjects) -> None:
+def test_each_prompt_scores_as_with_stock_sam(folder: Path, evaluated: EvaluatedObjects) -> None:
     predictor = SamPredictor(load_sam(PACKAGED_TINY))
     subset = read(folder)
     dataset = Coco2MaskDataset(folder, subset=subset, image_size=256)
@@ -91,41 +91,45 @@ def test_each_prompt_scores_what_stock_sam_gives(folder: Path, found: EvaluatedO
         frame = dataset.full_frame(sample.original_size)
         for k, truth in enumerate(sample.truths):
             box, object_id = sample.boxes[k : k + 1].numpy(), sample.object_ids[k : k + 1].numpy()
-            right = whole(truth, sample.original_size)
-            asked: dict[str, dict[str, Any]] = {"actual": {"box": boxes_to_original(box, frame)[0]}}
+            true_mask = whole(truth, sample.original_size)
+            prompts: dict[str, dict[str, Any]] = {
+                "actual": {"box": boxes_to_original(box, frame)[0]}
+            }
             for name, share in (("jitter_5", 0.05), ("jitter_10", 0.1), ("jitter_20", 0.2)):
                 moved = jittered_boxes(box, object_id, share=share, frame=frame, seed=0)
-                asked[name] = {"box": boxes_to_original(moved, frame)[0]}
+                prompts[name] = {"box": boxes_to_original(moved, frame)[0]}
             point = np.array([centre_point(truth)])
-            asked["point"] = {"point_coords": point, "point_labels": np.array([1])}
-            for name, prompt in asked.items():
+            prompts["point"] = {"point_coords": point, "point_labels": np.array([1])}
+            for name, prompt in prompts.items():
                 mask, score, _ = predictor.predict(**prompt, multimask_output=False)
                 mask = mask[0].astype(np.uint8)
-                expected[f"iou_{name}"].append(iou_of(mask, right))
+                expected[f"iou_{name}"].append(iou_of(mask, true_mask))
                 if name == "actual":
-                    expected["iou_boundary"].append(paper_boundary_iou(right, mask))
+                    expected["iou_boundary"].append(paper_boundary_iou(true_mask, mask))
                     expected["iou_predicted"].append(float(score[0]))
-                    decoded = mask_utils.decode(found.rle_predicted[row])
+                    decoded = mask_utils.decode(evaluated.rle_predicted[row])
                     assert (decoded != mask).mean() < 1e-3
-            assert np.array_equal(mask_utils.decode(found.rle_true[row]), right)
+            assert np.array_equal(mask_utils.decode(evaluated.rle_true[row]), true_mask)
             row += 1
-    assert row == len(found)
+    assert row == len(evaluated)
     for name, values in expected.items():
         # A pixel whose logit is within rounding of 0 may fall to either side.
-        np.testing.assert_allclose(getattr(found, name), values, atol=5e-3, err_msg=name)
-        assert np.median(np.abs(getattr(found, name) - values)) < 1e-5, name
-    assert found.iou_actual.std() > 0.01
+        np.testing.assert_allclose(getattr(evaluated, name), values, atol=5e-3, err_msg=name)
+        assert np.median(np.abs(getattr(evaluated, name) - values)) < 1e-5, name
+    assert evaluated.iou_actual.std() > 0.01
 
 
-def test_the_mean_is_that_of_validation(folder: Path, found: EvaluatedObjects) -> None:
+def test_the_mean_iou_equals_that_of_validate(folder: Path, evaluated: EvaluatedObjects) -> None:
     loss = LOSS.func
-    metrics = validate(
+    validation = validate(
         tiny(), batches_of(read(folder)), loss=lambda *a, **k: loss(*a, image_size=256, **k)
     )
-    assert found.iou_actual.mean() == pytest.approx(metrics.metrics["per_mask_iou"], abs=1e-12)
-    assert found.iou_box_fill.mean() == pytest.approx(metrics.box_fill_iou, abs=1e-12)
-    assert np.array_equal(found.iou_actual, metrics.objects.iou_actual)
-    assert np.array_equal(found.areas, metrics.objects.areas)
+    assert evaluated.iou_actual.mean() == pytest.approx(
+        validation.metrics["per_mask_iou"], abs=1e-12
+    )
+    assert evaluated.iou_box_fill.mean() == pytest.approx(validation.box_fill_iou, abs=1e-12)
+    assert np.array_equal(evaluated.iou_actual, validation.objects.iou_actual)
+    assert np.array_equal(evaluated.areas, validation.objects.areas)
 
 
 def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,7 +144,9 @@ def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any],
     )
 
 
-def test_processes_change_nothing(gloo2: GlooPool, gloo3: GlooPool, folder: Path) -> None:
+def test_scores_do_not_depend_on_the_number_of_processes(
+    gloo2: GlooPool, gloo3: GlooPool, folder: Path
+) -> None:
     alone = numbers(folder)
     assert alone[0]["masks"] == 14
     assert gloo2.run(numbers, folder) == [alone] * 2
@@ -162,18 +168,18 @@ def check_perfect(subset: CocoSubset) -> None:
     for name in ("iou", "dice", "boundary_iou"):
         assert summary[name] == {"mean": 1, "median": 1, "percentile_10": 1}
     assert all(spread["mean"] == 1 for spread in summary["by_prompt"].values())
-    found = average_precision(coco_truth(rows, subset), coco_results(rows, category_ids))
+    ap_scores = average_precision(coco_truth(rows, subset), coco_results(rows, category_ids))
     for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"):
-        assert found[name] in (None, pytest.approx(1, abs=1e-12)), name
-    assert found["ap"] is not None
+        assert ap_scores[name] in (None, pytest.approx(1, abs=1e-12)), name
+    assert ap_scores["ap"] is not None
 
 
-def test_the_truth_is_perfect(folder: Path) -> None:
+def test_true_masks_score_1(folder: Path) -> None:
     check_perfect(read(folder))
 
 
 @pytest.mark.parametrize("name", ["coco_open104", "mushrooms"])
-def test_the_truth_of_real_sets_is_perfect(data_root: Path, name: str) -> None:
+def test_true_masks_of_real_datasets_score_1(data_root: Path, name: str) -> None:
     root = data_root / name
     if name == "coco_open104":
         files = root / "annotations" / "instances_val2017.json", root / "val2017"
@@ -207,7 +213,7 @@ def count_encodings(num_images: int) -> tuple[int, int, dict[str, str], list[int
     return len(encoded), len(seen), bad_images, rows.image_ids.tolist()
 
 
-def test_an_image_is_encoded_once_and_a_broken_one_not_at_all(gloo2: GlooPool) -> None:
+def test_each_image_is_encoded_once_and_a_broken_one_not_at_all(gloo2: GlooPool) -> None:
     encoded, seen, bad_images, ids = count_encodings(3)
     assert (encoded, seen, len(bad_images)) == (3, 4, 1)
     both = gloo2.run(count_encodings, 3)
@@ -228,5 +234,5 @@ def no_images() -> int:
     return len(rows)
 
 
-def test_an_error_of_one_rank_ends_all_and_no_image_is_no_row(gloo2: GlooPool) -> None:
+def test_an_error_on_one_rank_is_raised_on_all(gloo2: GlooPool) -> None:
     assert gloo2.run(no_images) == [0, 0]

@@ -1,4 +1,4 @@
-"""Per-mask IoU: exact over ranks, and at the original resolution what stock SAM gives."""
+"""Per-mask IoU: exact over ranks, and equal to stock SAM's at the original resolution."""
 
 import math
 from typing import Any
@@ -43,13 +43,13 @@ EXACT = sum(sum(batch) for batch in BATCHES) / 6
         [[], BATCHES],  # a rank without any image
     ],
 )
-def test_the_mean_is_exact_however_masks_are_spread(
+def test_the_mean_is_exact_for_any_distribution_over_ranks(
     gloo2: GlooPool, split: list[list[list[float]]]
 ) -> None:
     assert gloo2.run(mean_on_rank, split) == [(EXACT, torch.float64)] * 2
 
 
-def test_no_masks_at_all_is_no_number(gloo2: GlooPool) -> None:
+def test_the_mean_of_no_masks_is_nan(gloo2: GlooPool) -> None:
     assert all(math.isnan(mean) for mean, _ in gloo2.run(mean_on_rank, [[[]], []]))
 
 
@@ -105,7 +105,7 @@ def original_masks_iou(
     [(333, 501), (457, 121), (1, 300), (7, 5), (64, 64), (256, 256), (255, 256), (600, 601)],
 )
 @pytest.mark.parametrize("squash", [False, True])
-def test_same_as_the_stock_route_to_the_original_image(
+def test_iou_equals_that_of_stock_postprocess_masks(
     sam: Sam, original_size: tuple[int, int], squash: bool
 ) -> None:
     shape = ResizeLongestSide.get_preprocess_shape(*original_size, S)
@@ -147,11 +147,11 @@ def test_positive_logits_in_the_padding_do_not_count() -> None:
     arguments = {"input_size": (128, S), "original_size": (50, 100), "image_size": S}
     assert original_masks_iou(logits, [crop_of(truth)], **arguments).item() == 0
     logits[:, :32] = 1
-    found = original_masks_iou(logits, [crop_of(truth)], **arguments).item()
-    assert found == pytest.approx(100 / 5000)
+    iou = original_masks_iou(logits, [crop_of(truth)], **arguments).item()
+    assert iou == pytest.approx(100 / 5000)
 
 
-def test_masks_without_a_box_to_score() -> None:
+def test_no_masks_have_no_ious() -> None:
     none = original_masks_iou(
         torch.zeros(0, 64, 64), [], input_size=(S, S), original_size=(9, 9), image_size=S
     )
@@ -197,10 +197,10 @@ def test_filling_the_box_in_closed_form(
 ) -> None:
     vertical, horizontal = scale
     in_frame = torch.tensor([box]) * torch.tensor([horizontal, vertical] * 2)
-    found = box_fill_ious(
+    ious = box_fill_ious(
         in_frame, [truth], input_size=(10 * vertical, 12 * horizontal), original_size=(10, 12)
     )
-    assert found.tolist() == [pytest.approx(iou, rel=1e-12)]
+    assert ious.tolist() == [pytest.approx(iou, rel=1e-12)]
 
 
 def test_filling_many_boxes_or_none() -> None:

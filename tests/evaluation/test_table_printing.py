@@ -1,4 +1,4 @@
-"""The table on the terminal: models side by side, nothing that steers a terminal."""
+"""The tables on the terminal, of one model and of two side by side."""
 
 from typing import Any
 
@@ -42,11 +42,11 @@ def test_one_model() -> None:
 def test_two_models_side_by_side() -> None:
     first, second = objects([0.25, 0.75]), objects([0.5, 0.25])
     other = one([0.5, 0.25], classes=[1, 2])
-    found = summarise_comparison(first, second)
-    for row in found["most_improved"] + found["most_harmed"]:
+    comparison = summarise_comparison(first, second)
+    for row in comparison["most_improved"] + comparison["most_harmed"]:
         row |= {"category": "bird", "file_name": "x.jpg"}
     lines = format_tables(
-        [one([0.25, 0.75], classes=[1, 2]), {**other, "comparison": found}], data="birds"
+        [one([0.25, 0.75], classes=[1, 2]), {**other, "comparison": comparison}], data="birds"
     )
     assert "B  a.pth (vit_b, 1024 px, pad)" in lines
     rows = {line[:36].strip(): line[36:].split() for line in lines}
@@ -67,6 +67,6 @@ def test_many_classes_are_cut_to_the_worst() -> None:
     assert "IoU by class, the 12 worst of 40" in lines
 
 
-def test_a_raised_limit_is_said() -> None:
+def test_a_raised_max_dets_is_printed() -> None:
     lines = format_tables([one([0.5], classes=[1], max_dets=318)], data="d")
     assert "COCO AP of masks from boxes, 318 of a class in an image" in lines

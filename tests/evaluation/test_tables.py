@@ -1,4 +1,4 @@
-"""Numbers from rows, in closed form."""
+"""The summary of an evaluation and of a comparison, in closed form."""
 
 from dataclasses import fields, replace
 
@@ -33,17 +33,17 @@ def test_sizes_classes_and_prompts() -> None:
         iou_point=[0.0, 0.0, 1.0, 1.0, 0.5],
         iou_box_fill=[0.5] * 5,
     )
-    found = summarise_scores(
+    summary = summarise_scores(
         objects, np.array([3, 7, 7, 3, 3]), names={3: "cat", 5: "none", 7: "dog"}
     )
-    assert next(iter(found)) == "per_mask_iou"
-    assert found["per_mask_iou"] == found["iou"]["mean"] == pytest.approx(0.6)
-    assert (found["images"], found["masks"], found["box_fill_iou"]) == (2, 5, 0.5)
-    assert found["dice"]["mean"] == pytest.approx(
+    assert next(iter(summary)) == "per_mask_iou"
+    assert summary["per_mask_iou"] == summary["iou"]["mean"] == pytest.approx(0.6)
+    assert (summary["images"], summary["masks"], summary["box_fill_iou"]) == (2, 5, 0.5)
+    assert summary["dice"]["mean"] == pytest.approx(
         np.mean([2 * i / (1 + i) for i in (0.2, 0.4, 0.6, 0.8, 1)])
     )
-    assert found["boundary_iou"]["mean"] == pytest.approx(0.4)
-    sizes = found["by_size"]
+    assert summary["boundary_iou"]["mean"] == pytest.approx(0.4)
+    sizes = summary["by_size"]
     assert {name: row["masks"] for name, row in sizes.items()} == {
         "small": 2,
         "medium": 2,
@@ -52,7 +52,7 @@ def test_sizes_classes_and_prompts() -> None:
     assert sizes["small"]["iou"] == pytest.approx(0.6)
     assert sizes["medium"]["iou"] == pytest.approx(0.5)
     assert sizes["large"]["iou"] == pytest.approx(0.8)
-    cat, dog = found["by_category"]
+    cat, dog = summary["by_category"]
     assert (cat["id"], cat["name"], cat["masks"]) == (3, "cat", 3)
     assert cat["iou"] == pytest.approx(2 / 3)
     assert (dog["name"], dog["iou"], dog["boundary_iou"]) == (
@@ -60,15 +60,15 @@ def test_sizes_classes_and_prompts() -> None:
         pytest.approx(0.5),
         pytest.approx(0.2),
     )
-    prompts = found["by_prompt"]
+    prompts = summary["by_prompt"]
     assert list(prompts) == ["box", "jitter_5", "jitter_10", "jitter_20", "point"]
-    assert prompts["box"] == found["iou"]
+    assert prompts["box"] == summary["iou"]
     assert (prompts["jitter_10"]["mean"], prompts["point"]["mean"]) == pytest.approx((0.3, 0.5))
 
 
 def test_a_size_without_objects_has_no_mean() -> None:
-    found = summarise_scores(rows(areas=[10.0], iou_actual=[0.5]), np.array([1]), names={1: "a"})
-    assert found["by_size"]["large"] == {
+    summary = summarise_scores(rows(areas=[10.0], iou_actual=[0.5]), np.array([1]), names={1: "a"})
+    assert summary["by_size"]["large"] == {
         "masks": 0,
         "iou": None,
         "dice": None,
@@ -77,23 +77,23 @@ def test_a_size_without_objects_has_no_mean() -> None:
     }
 
 
-def test_spread() -> None:
+def test_summary_statistics() -> None:
     assert summary_statistics(np.arange(11.0)) == {"mean": 5, "median": 5, "percentile_10": 1}
 
 
 def test_calibration_in_closed_form() -> None:
     predicted = np.array([0.05, 0.91, 0.93, 0.99, 1.04, -0.02])
     actual = np.array([0.15, 0.90, 0.70, 0.99, 0.94, 0.10])
-    found = calibration(predicted, actual)
-    low, high = found["bins"]
+    result = calibration(predicted, actual)
+    low, high = result["bins"]
     assert (low["from"], low["to"], low["masks"]) == (0.0, 0.1, 2)
     assert (high["from"], high["to"], high["masks"]) == (0.9, 1.0, 4)
     assert (low["predicted"], low["actual"]) == pytest.approx((0.015, 0.125))
     assert (high["predicted"], high["actual"]) == pytest.approx((0.9675, 0.8825))
     expected = (2 * 0.11 + 4 * 0.085) / 6
-    assert found["expected_calibration_error"] == pytest.approx(expected)
-    assert found["bias"] == pytest.approx((predicted - actual).mean())
-    assert found["correlation"] == pytest.approx(np.corrcoef(predicted, actual)[0, 1])
+    assert result["expected_calibration_error"] == pytest.approx(expected)
+    assert result["bias"] == pytest.approx((predicted - actual).mean())
+    assert result["correlation"] == pytest.approx(np.corrcoef(predicted, actual)[0, 1])
 
 
 def test_perfect_and_constant_predictions() -> None:
@@ -112,39 +112,44 @@ def test_perfect_and_constant_predictions() -> None:
 def test_differences_and_counts_in_closed_form() -> None:
     before = rows_of([0.5, 0.5, 0.5, 0.5, 0.9, 0.2])
     after = rows_of([0.8, 0.504, 0.5, 0.45, 0.7, 0.9])
-    found = summarise_comparison(before, after)
-    assert found["iou"]["difference"] == pytest.approx((0.3 + 0.004 - 0.05 - 0.2 + 0.7) / 6)
-    assert (found["wins"], found["losses"], found["ties"], found["lost"]) == (2, 2, 2, 1)
-    assert [row["object_id"] for row in found["most_improved"]] == [105, 100]
-    assert [row["object_id"] for row in found["most_harmed"]] == [104, 103]
-    first = found["most_harmed"][0]
+    comparison = summarise_comparison(before, after)
+    assert comparison["iou"]["difference"] == pytest.approx((0.3 + 0.004 - 0.05 - 0.2 + 0.7) / 6)
+    assert (comparison["wins"], comparison["losses"], comparison["ties"], comparison["lost"]) == (
+        2,
+        2,
+        2,
+        1,
+    )
+    assert [row["object_id"] for row in comparison["most_improved"]] == [105, 100]
+    assert [row["object_id"] for row in comparison["most_harmed"]] == [104, 103]
+    first = comparison["most_harmed"][0]
     assert first == {"image_id": 4, "object_id": 104, "iou_before": 0.9, "iou_after": 0.7}
-    assert found["boundary_iou"] == {"difference": 0, "interval": [0, 0]}
+    assert comparison["boundary_iou"] == {"difference": 0, "interval": [0, 0]}
 
 
-def test_only_so_many_are_named() -> None:
-    found = summarise_comparison(rows_of([0.1] * 30), rows_of([0.5] * 30))
-    assert (len(found["most_improved"]), found["most_harmed"]) == (NUM_SHOWN, [])
+def test_the_number_of_named_objects_is_limited() -> None:
+    comparison = summarise_comparison(rows_of([0.1] * 30), rows_of([0.5] * 30))
+    assert (len(comparison["most_improved"]), comparison["most_harmed"]) == (NUM_SHOWN, [])
 
 
 def test_a_model_against_itself() -> None:
     one = rows_of([0.3, 0.6, 0.9])
-    found = summarise_comparison(one, one)
-    assert (found["wins"], found["losses"], found["ties"]) == (0, 0, 3)
-    assert found["iou"] == {"difference": 0, "interval": [0, 0]}
-    assert found["most_improved"] == found["most_harmed"] == []
+    comparison = summarise_comparison(one, one)
+    assert (comparison["wins"], comparison["losses"], comparison["ties"]) == (0, 0, 3)
+    assert comparison["iou"] == {"difference": 0, "interval": [0, 0]}
+    assert comparison["most_improved"] == comparison["most_harmed"] == []
 
 
-def test_what_is_not_in_both_is_left_out() -> None:
+def test_objects_in_only_one_table_are_left_out() -> None:
     before, after = rows_of([0.1, 0.2, 0.3]), rows_of([0.4, 0.5, 0.6])
-    found = summarise_comparison(before, after.take(np.array([0, 2])))
-    assert found["iou"]["difference"] == pytest.approx(0.3)
-    assert found["wins"] == 2
+    comparison = summarise_comparison(before, after.take(np.array([0, 2])))
+    assert comparison["iou"]["difference"] == pytest.approx(0.3)
+    assert comparison["wins"] == 2
 
 
 def test_points_and_boundaries_are_compared_too() -> None:
     before = rows_of([0.5, 0.5])
     after = replace(before, iou_boundary=np.array([0.2, 0.4]), iou_point=np.array([0.0, 0.5]))
-    found = summarise_comparison(before, after)
-    assert found["boundary_iou"]["difference"] == pytest.approx(0.3)
-    assert found["iou_point"]["difference"] == pytest.approx(0.25)
+    comparison = summarise_comparison(before, after)
+    assert comparison["boundary_iou"]["difference"] == pytest.approx(0.3)
+    assert comparison["iou_point"]["difference"] == pytest.approx(0.25)

@@ -23,7 +23,7 @@ _QUIET = (
 
 
 class Tab:
-    """One tab, with everything that it complained of and asked for."""
+    """One tab, which records its errors and its requests."""
 
     def __init__(self, write_to: int, read_from: int) -> None:
         self._to, self._from = write_to, read_from
@@ -37,7 +37,7 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command of the protocol, and its result."""
+        """Sends a command of the protocol and returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -56,14 +56,14 @@ class Tab:
         while b"\0" not in self._rest:
             part = os.read(self._from, 1 << 20)
             if not part:
-                raise RuntimeError("chromium has gone away")
+                raise RuntimeError("chromium has ended")
             self._rest += part
         text, self._rest = self._rest.split(b"\0", 1)
         message: dict[str, Any] = json.loads(text)
         return message
 
     def open(self, address: str) -> None:
-        """Goes to a page and waits until all that belongs to it has loaded."""
+        """Opens a page and waits until it has loaded completely."""
         self.events.clear()
         self.call("Page.navigate", url=address)
         deadline = time.monotonic() + _SECONDS
@@ -77,30 +77,30 @@ class Tab:
         return result["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """What the page wrote to its console, and what the browser says is wrong with it."""
+        """Everything written to the console, by the page or by the browser about it."""
         kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         return [json.dumps(e["params"]) for e in self.events if e.get("method") in kinds]
 
     def requests(self) -> list[str]:
-        """The addresses that it asked for, those that hold their own data left out."""
-        asked = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-        addresses = [event["params"]["request"]["url"] for event in asked]
+        """The addresses that the page requested; data: addresses are left out."""
+        sent = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        addresses = [event["params"]["request"]["url"] for event in sent]
         return [address for address in addresses if not address.startswith("data:")]
 
     def resize(self, width: int, height: int = 900) -> None:
-        """Makes the window so many pixels wide; a narrow one is a phone's."""
+        """Sets the size of the window in pixels; a narrow one is treated as a phone's."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
 
     def screenshot(self, path: Path) -> None:
         """A picture of the whole page."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
 
 @contextmanager
 def chromium() -> Iterator[Tab]:
-    """A browser with a profile of its own, gone at the end."""
+    """Starts a headless browser with a temporary profile, and yields a tab of it."""
     assert CHROMIUM
     ours, theirs = os.pipe(), os.pipe()  # to the browser, and from it
     with tempfile.TemporaryDirectory() as profile:
@@ -108,16 +108,16 @@ def chromium() -> Iterator[Tab]:
         if os.geteuid() == 0:
             command.append("--no-sandbox")
 
-        def place() -> None:  # the protocol wants descriptors 3 and 4
-            high = [fcntl.fcntl(one, fcntl.F_DUPFD, 10) for one in (ours[0], theirs[1])]
-            for number, one in enumerate(high, start=3):
-                os.dup2(one, number)
+        def move_descriptors() -> None:  # the protocol uses descriptors 3 and 4
+            high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (ours[0], theirs[1])]
+            for number, fd in enumerate(high, start=3):
+                os.dup2(fd, number)
 
         process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=place,
+            preexec_fn=move_descriptors,
             close_fds=False,
             env={**os.environ, "HOME": profile},
         )

@@ -1,4 +1,4 @@
-"""Charts: where things stand in them, and that they are well-formed."""
+"""Charts: coordinates, labels, and well-formed SVG."""
 
 import math
 from xml.etree import ElementTree
@@ -31,13 +31,13 @@ from samft.reports.charts import (
     ],
 )
 def test_ticks_are_round_and_span_the_range(low: float, high: float, expected: list[float]) -> None:
-    found = tick_values(low, high)
-    assert found[0] <= low and found[-1] >= high
+    ticks = tick_values(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high
     if low != high:
-        assert found == pytest.approx(expected)
+        assert ticks == pytest.approx(expected)
 
 
-def test_a_line_goes_where_its_numbers_are() -> None:
+def test_a_line_is_drawn_at_its_values() -> None:
     lines = [ChartLine("a", "after", [(0, 0.0), (10, 1.0), (5, math.nan)])]
     root = ElementTree.fromstring(line_chart(lines, title="a < b", labels=("step", "")))
     (drawn,) = root.iter("polyline")
@@ -72,7 +72,7 @@ def test_odd_lines_still_make_a_chart(points: list[tuple[float, float]]) -> None
     assert len(list(root.iter("circle"))) == (points == [(3, 0.5)])
 
 
-def test_bins_hold_means_and_what_is_beyond_is_brought_inside() -> None:
+def test_bins_hold_means_of_clipped_predictions() -> None:
     predicted = np.array([0.02, 0.08, 0.55, 1.0, 1.3, -0.2, np.nan])
     actual = np.array([0.1, 0.3, 0.5, 0.9, 0.7, 0.0, 0.2])
     assert bin_means(predicted, actual) == [
@@ -83,7 +83,7 @@ def test_bins_hold_means_and_what_is_beyond_is_brought_inside() -> None:
     assert bin_means(predicted[:0], actual[:0]) == []
 
 
-def test_clouds_have_a_point_for_each_object_up_to_a_number() -> None:
+def test_scatter_plots_show_each_object_up_to_a_limit() -> None:
     for number, expected in ((0, 0), (40, 40), (5000, 500)):
         values = np.linspace(0, 1, number)
         assert change_chart(values, values).count('class="point"') == expected
@@ -92,7 +92,7 @@ def test_clouds_have_a_point_for_each_object_up_to_a_number() -> None:
         assert chart.count('class="point"') == expected
 
 
-def test_a_dumbbell_says_which_way_it_went() -> None:
+def test_a_dumbbell_shows_the_direction_of_the_change() -> None:
     up, down = dumbbell_chart(0.25, 0.75), dumbbell_chart(0.75, 0.25)
     assert 'cx="26.0%"' in up and 'cx="74.0%"' in up
     assert "worse" in down and "worse" not in up

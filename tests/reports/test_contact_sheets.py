@@ -1,4 +1,4 @@
-"""Contact sheets: the right objects, cut out where they are, drawn with their outline."""
+"""Contact sheets: which objects are on them, and where."""
 
 from pathlib import Path
 

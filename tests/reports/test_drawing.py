@@ -1,4 +1,4 @@
-"""Pictures, pixel by pixel where it matters."""
+"""Overlays, label images and stacked pictures, pixel by pixel."""
 
 from pathlib import Path
 

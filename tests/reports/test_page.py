@@ -1,4 +1,4 @@
-"""report.html: its content, names from outside as text, and no complaint from a browser."""
+"""report.html: its content, escaping, and no errors in a browser."""
 
 import base64
 import json
@@ -89,15 +89,15 @@ class Reader(HTMLParser):
             self.text += data
 
 
-def test_the_page_needs_nothing_from_anywhere() -> None:
-    found = Reader(render(a_page()))
-    assert not {"script", "link", "iframe", "object", "a"} & set(found.tags)
-    sources = [value for name, value in found.attributes if name in ("src", "href", "srcset")]
+def test_the_page_refers_to_no_other_file() -> None:
+    page = Reader(render(a_page()))
+    assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
+    sources = [value for name, value in page.attributes if name in ("src", "href", "srcset")]
     assert len(sources) == 6 and all(one.startswith("data:image/jpeg;base64,") for one in sources)
     assert "url(" not in render(a_page()) and "@import" not in render(a_page())
 
 
-def test_names_from_outside_are_text_and_nothing_else() -> None:
+def test_names_cannot_inject_markup() -> None:
     plain, hostile = Reader(render(a_page())), Reader(render(a_page(HOSTILE)))
     assert hostile.tags == plain.tags
     assert [name for name, _ in hostile.attributes] == [name for name, _ in plain.attributes]
@@ -107,19 +107,19 @@ def test_names_from_outside_are_text_and_nothing_else() -> None:
     assert "{{ 7 * 7 }}{% raw %}&amp;" in hostile.text
 
 
-def test_a_run_that_got_worse_says_so_before_anything_else() -> None:
+def test_a_warning_is_the_first_thing_on_the_page() -> None:
     page = a_page()
     worse = {**page.summary, "got_worse": [f"IoU fell. {HOSTILE}"], "what_to_try": ["--steps 1"]}
-    found = Reader(render(replace(page, summary=worse, title="the title")))
-    shown = found.text.split("the title", 2)[1].strip()  # after the title of the window
+    reader = Reader(render(replace(page, summary=worse, title="the title")))
+    shown = reader.text.split("the title", 2)[1].strip()  # after the title of the window
     assert shown.startswith("Warning: IoU fell.") and "--steps 1" in shown
-    assert ("role", "alert") in found.attributes
+    assert ("role", "alert") in reader.attributes
     assert ("role", "alert") not in Reader(render(page)).attributes
 
 
-def test_the_numbers_are_there() -> None:
+def test_scores_and_counts_are_shown() -> None:
     text = Reader(render(a_page())).text
-    for words in (
+    for expected in (
         "0.400",
         "0.550 +0.150",
         "0.500",
@@ -128,10 +128,10 @@ def test_the_numbers_are_there() -> None:
         "1,234 px",
         "#7 in plain",
     ):
-        assert words in text, words
+        assert expected in text, expected
 
 
-def test_what_is_not_known_is_said() -> None:
+def test_missing_parts_are_explained() -> None:
     page = a_page(
         comparison=None, sizes=[], classes=[], pairs={}, why_no_pairs="Gone.", commands=[]
     )
@@ -199,16 +199,16 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_of_a_run_agrees_with_its_summary(demo_run: Path) -> None:
-    found = Reader((demo_run / "report.html").read_text())
+    page = Reader((demo_run / "report.html").read_text())
     summary = json.loads((demo_run / "summary.json").read_text())
     for name in ("baseline_val_per_mask_iou", "best_val_per_mask_iou", "box_fill_iou"):
-        assert f"{summary[name]:.3f}" in found.text
-    assert found.tags.count("img") >= 2
-    assert "a 'run' <b>" in found.text and "b" not in found.tags[found.tags.index("pre") :]
+        assert f"{summary[name]:.3f}" in page.text
+    assert page.tags.count("img") >= 2
+    assert "a 'run' <b>" in page.text and "b" not in page.tags[page.tags.index("pre") :]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
-def test_a_browser_has_nothing_to_complain_of(demo_run: Path, tmp_path: Path) -> None:
+def test_a_browser_reports_no_errors_and_makes_no_requests(demo_run: Path, tmp_path: Path) -> None:
     hostile = tmp_path / "hostile.html"
     hostile.write_text(render(a_page(HOSTILE)))
     with chromium() as tab:

@@ -1,4 +1,4 @@
-"""objects.json: which validations it keeps, and what a resumed run finds in it."""
+"""objects.json: which validations it keeps, and what a resumed run reads from it."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def open_log(folder: Path, start_step: int = 0, resumed_from: Path | None = None
     return PerObjectLog(folder, resumed_from=resumed_from or folder, start_step=start_step)
 
 
-def test_the_first_the_best_and_the_one_before_are_kept(tmp_path: Path) -> None:
+def test_step_0_and_the_two_best_steps_are_kept(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     steps = [(0, 0.5), (10, 0.3), (20, 0.4), (30, 0.4), (40, 0.9), (50, 0.6)]
     assert [log.record_scores(*(step, rows(iou))) for step, iou in steps] == [
@@ -32,12 +32,12 @@ def test_the_first_the_best_and_the_one_before_are_kept(tmp_path: Path) -> None:
     ]
     assert set(json.loads((tmp_path / FILE_NAME).read_text())) == {"0", "20", "40"}
     for step, iou in ((0, 0.5), (20, 0.4), (40, 0.9)):
-        found = log.read(step)
-        assert found is not None and found.iou_actual.tolist() == [iou, iou]
+        scores = log.read(step)
+        assert scores is not None and scores.iou_actual.tolist() == [iou, iou]
     assert log.read(10) is None and log.read(None) is None
 
 
-def test_a_resumed_run_goes_on_with_it_and_forgets_what_came_later(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_entries_up_to_its_step(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for step, iou in ((0, 0.5), (10, 0.6), (20, 0.8)):
         log.record_scores(step, rows(iou))
@@ -49,7 +49,7 @@ def test_a_resumed_run_goes_on_with_it_and_forgets_what_came_later(tmp_path: Pat
     assert again.record_scores(20, rows(0.7)) and not again.record_scores(30, rows(0.65))
 
 
-def test_a_run_that_is_resumed_from_elsewhere_takes_it_along(tmp_path: Path) -> None:
+def test_a_run_resumed_from_another_folder_keeps_its_entries(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     open_log(tmp_path / "old").record_scores(0, rows(0.5))
     log = open_log(tmp_path, start_step=5, resumed_from=tmp_path / "old")
@@ -58,14 +58,14 @@ def test_a_run_that_is_resumed_from_elsewhere_takes_it_along(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": {}}', '{"0": {"areas": [1]}}'])
-def test_a_damaged_file_is_as_good_as_none(text: str, tmp_path: Path) -> None:
+def test_a_damaged_file_counts_as_none(text: str, tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text(text)
     log = open_log(tmp_path)
     assert log.read(0) is None
     assert log.record_scores(5, rows(0.5))
 
 
-def test_a_full_disk_is_said_and_ends_nothing(
+def test_a_full_disk_is_logged_and_not_raised(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, text: str) -> None:

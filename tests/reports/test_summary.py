@@ -1,4 +1,4 @@
-"""The end of a run: whether it got worse, what to try, what to do next."""
+"""The summary of a run: regressions, advice, log records and next commands."""
 
 import ast
 import logging
@@ -55,7 +55,7 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("after", "num_lost", "words"),
+    ("after", "num_lost", "expected"),
     [
         (0.75, 0, []),
         (0.5, 2, []),  # a tenth of the objects is not more than a tenth
@@ -65,22 +65,22 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
         (None, 0, ["no best checkpoint"]),
     ],
 )
-def test_what_got_worse_is_said_with_its_numbers(
-    after: float | None, num_lost: int, words: list[str]
+def test_regressions_are_described_with_their_numbers(
+    after: float | None, num_lost: int, expected: list[str]
 ) -> None:
-    found = find_regressions(
+    sentences = find_regressions(
         0.5, after, a_comparison(num_lost=num_lost, num_gained=5 * (num_lost < 15))
     )
-    assert len(found) == len(words)
-    assert all(word in text for word, text in zip(words, found, strict=True))
+    assert len(sentences) == len(expected)
+    assert all(part in text for part, text in zip(expected, sentences, strict=True))
 
 
-def test_without_the_objects_the_means_still_count() -> None:
+def test_means_are_compared_without_object_scores() -> None:
     assert find_regressions(0.5, 0.6, None) == []
     assert len(find_regressions(0.5, 0.4, None)) == 1
 
 
-def test_the_summary_holds_the_verdict_and_what_to_try() -> None:
+def test_the_summary_holds_regressions_and_advice() -> None:
     best = Checkpoint("10-0.45.ckpt", 10, 0.45)
     progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
     parts: dict[str, Any] = {"folder": Path("run"), "counts": {}, "config": CONFIG}
@@ -93,7 +93,7 @@ def test_the_summary_holds_the_verdict_and_what_to_try() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "before", "step", "words", "absent"),
+    ("changes", "before", "step", "expected", "absent"),
     [
         ({}, 0.7, 500, ["--learning_rate 1e-05", "--freeze_image_encoder"], ["--image_size"]),
         ({"learning_rate": 1.0}, 0.7, 500, ["--learning_rate 0.0001."], ["earlier"]),
@@ -103,17 +103,17 @@ def test_the_summary_holds_the_verdict_and_what_to_try() -> None:
         ({"image_size": 1024}, 0.5, 500, [], ["--image_size"]),
     ],
 )
-def test_advice_is_for_the_run_that_was(
-    changes: dict[str, Any], before: float, step: int, words: list[str], absent: list[str]
+def test_advice_fits_the_run(
+    changes: dict[str, Any], before: float, step: int, expected: list[str], absent: list[str]
 ) -> None:
     progress = Progress(baseline={"per_mask_iou": before}, box_fill_iou=0.6)
     best = Checkpoint("name", step, 0.4)
     text = " ".join(suggest_changes({**CONFIG, **changes}, progress, best))
-    assert all(word in text for word in words)
-    assert not any(word in text for word in absent)
+    assert all(part in text for part in expected)
+    assert not any(part in text for part in absent)
 
 
-def test_the_log_is_loud_at_its_very_end(tmp_path, caplog):
+def test_warnings_are_the_last_log_records(tmp_path, caplog):
     verdict = {"got_worse": ["IoU fell.", "3 objects lost."], "what_to_try": ["Less."]}
     for changes, expected in (({}, 0), (verdict, 2)):
         caplog.clear()
@@ -127,7 +127,7 @@ def test_the_log_is_loud_at_its_very_end(tmp_path, caplog):
     ]
 
 
-def test_the_log_says_the_scores_the_places_and_what_comes_next(tmp_path, caplog):
+def test_the_log_has_scores_files_and_next_commands(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="samft"):
         log_summary(a_summary(tmp_path), tmp_path, commands=["one", "two", "three"])
     score, objects, places, commands = caplog.messages

@@ -1,4 +1,4 @@
-"""Which objects are shown at each validation, and how."""
+"""Pictures of validations: which objects, and which files."""
 
 from collections import Counter
 from contextlib import closing
@@ -48,7 +48,7 @@ def test_the_objects_are_spread_over_sizes_and_images(subset: CocoSubset) -> Non
     assert (choose_fixed(subset) == chosen).all()
 
 
-def test_few_objects_are_all_of_them(subset: CocoSubset) -> None:
+def test_all_objects_are_chosen_if_there_are_few(subset: CocoSubset) -> None:
     few = subset.select([0, 1])
     assert sorted(choose_fixed(few).tolist()) == sorted(few.objects.tolist())
     assert len(choose_fixed(subset.select([]))) == 0
@@ -62,28 +62,30 @@ def test_objects_are_found_by_their_ids(subset: CocoSubset) -> None:
     assert (find_objects(index, keys) == wanted).all()
 
 
-def a_validation(gallery: ValidationImages, subset: CocoSubset, *, iou: float) -> Validation:
+def a_validation(images: ValidationImages, subset: CocoSubset, *, iou: float) -> Validation:
     """Each object's mask is a square in the corner of its image."""
-    index, keeper = subset.index, gallery.new_selection()
+    index, selection = subset.index, images.new_selection()
     image_ids = np.repeat(index.image_ids, np.diff(index.first_object))
     for image_id, object_id in zip(image_ids.tolist(), index.object_ids.tolist(), strict=True):
         mask = CroppedMask(0, 0, np.ones((8, 8), bool))
-        keeper.add((image_id, object_id), mask, ious=(iou, 0.5), size=(40, 40))
-    keeper.gather()
+        selection.add((image_id, object_id), mask, ious=(iou, 0.5), size=(40, 40))
+    selection.gather()
     values = np.full(len(image_ids), iou)
     rows = ObjectScores(image_ids, index.object_ids, index.areas, values, values)
-    return Validation({}, 0.0, objects=rows, selection=keeper)
+    return Validation({}, 0.0, objects=rows, selection=selection)
 
 
-def test_a_run_leaves_its_pictures(subset: CocoSubset, tmp_path: Path) -> None:
+def test_validations_are_drawn_and_the_first_and_best_kept(
+    subset: CocoSubset, tmp_path: Path
+) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
-        assert not gallery.has_validation
+        images = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
+        assert not images.has_validation
         for step, iou in ((0, 0.5), (3, 0.6), (6, 0.4)):
-            gallery.record_validation(step, a_validation(gallery, subset, iou=iou))
+            images.record_validation(step, a_validation(images, subset, iou=iou))
             if step == 3:
                 after = (tmp_path / AFTER).read_bytes()
-        assert gallery.has_validation
+        assert images.has_validation
     assert (tmp_path / AFTER).read_bytes() == after  # step 6 was no better
     assert drawing.read_png(tmp_path / BEFORE).shape == drawing.read_png(tmp_path / AFTER).shape
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
@@ -93,20 +95,20 @@ def test_a_run_leaves_its_pictures(subset: CocoSubset, tmp_path: Path) -> None:
     assert [event.step for event in events.Tensors(curve)] == [0, 3, 6]
 
 
-def test_a_picture_that_cannot_be_written_ends_nothing(
+def test_a_picture_that_cannot_be_written_is_logged(
     subset: CocoSubset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / BEFORE).mkdir()
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
-        gallery.record_validation(0, a_validation(gallery, subset, iou=0.5))
+        images = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
+        images.record_validation(0, a_validation(images, subset, iou=0.5))
     assert f"{BEFORE} cannot be written" in caplog.text
 
 
 def test_other_ranks_draw_nothing(subset: CocoSubset, tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
-        gallery = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
-        gallery.record_validation(0, a_validation(gallery, subset, iou=0.5))
+        images = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
+        images.record_validation(0, a_validation(images, subset, iou=0.5))
     assert list(tmp_path.iterdir()) == []
 
 

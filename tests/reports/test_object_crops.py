@@ -1,4 +1,4 @@
-"""An object's tile: cut out where it is, with its outline, its box and a model's mask."""
+"""The crop of an object: its place in the image, and its outline, box and predicted mask."""
 
 from pathlib import Path
 
@@ -71,18 +71,18 @@ def test_holes_are_outlined(tmp_path: Path) -> None:
     assert middle.sum() == 4  # two outer edges, two inner ones
 
 
-def test_a_models_mask_is_mixed_in_where_it_is(tmp_path: Path) -> None:
+def test_a_predicted_mask_is_blended_in_where_it_is(tmp_path: Path) -> None:
     """The tile spans 84 px from 50, 10; the mask lies at 100 to 130, 20 to 60, and beyond it."""
     index = write_painted(tmp_path, [annotation(1, 1, rectangle(60, 20, 64, 64))])
-    view = crop_around(index.boxes[0], np.full((HEIGHT, WIDTH, 3), (0, 90, 0), np.uint8), tile=168)
-    assert (view.left, view.top, view.side) == (50, 10, 84)
+    crop = crop_around(index.boxes[0], np.full((HEIGHT, WIDTH, 3), (0, 90, 0), np.uint8), tile=168)
+    assert (crop.left, crop.top, crop.side) == (50, 10, 84)
     predicted = CroppedMask(20, 100, np.ones((40, 90), bool))
-    plain, drawn = annotate_crop(index, 0, view), annotate_crop(index, 0, view, predicted=predicted)
+    plain, drawn = annotate_crop(index, 0, crop), annotate_crop(index, 0, crop, predicted=predicted)
     changed = (plain != drawn).any(-1)
     ys, xs = np.nonzero(changed)
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (100, 167, 20, 99)
     assert (drawn[60, 110] == [10, 90, 127]).all()
     assert (
-        annotate_crop(index, 0, view, predicted=CroppedMask(0, 0, np.zeros((0, 0), bool))) == plain
+        annotate_crop(index, 0, crop, predicted=CroppedMask(0, 0, np.zeros((0, 0), bool))) == plain
     ).all()
-    assert (view.pixels == (0, 90, 0)).all()  # stays, to be drawn on again
+    assert (crop.pixels == (0, 90, 0)).all()  # stays, to be drawn on again

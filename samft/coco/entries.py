@@ -172,7 +172,13 @@ def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
 
 
 def check_category_ids(categories: dict[int, str], used: set[int], *, problems: Problems) -> None:
-    """Adds what is unusual about category ids, of which `used` are those that objects have."""
+    """Adds gaps between category ids and an unused id 0 to the problems.
+
+    Args:
+        categories: From `read_categories`.
+        used: The category ids of all objects.
+        problems: Problems are added to it.
+    """
     if 0 in categories and 0 not in used and len(categories) > 1:
         problems.add("category-placeholder", f"0 ({categories[0]})")
     ids = sorted(categories)
@@ -280,6 +286,7 @@ def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -
     def value(k: int) -> Any:
         return value_of(entries[objects.positions[k]])
 
+    # By id, and by position within it: of equal ids, the first in the file keeps it.
     order = np.lexsort([objects.positions, objects.ids])
     ids = objects.ids[order]
     again = np.flatnonzero((ids[1:] == ids[:-1]) & (ids[1:] != NO_ID)) + 1
@@ -320,7 +327,7 @@ class ObjectChunk:
         self.crowd: list[bool] = []
         self.areas_json: list[float] = []
         self.boxes = array("d")  # x y w h
-        self.box_verdicts: list[int] = []  # indices into BOX_CODES, of what is no four numbers
+        self.box_verdicts: list[int] = []  # indices into BOX_CODES; 0: four numbers
         self.masks = RawMasks()
         self.labels_by_code: defaultdict[str, list[str]] = defaultdict(list)
 

@@ -112,6 +112,7 @@ class CocoIndex:
         return [self.file_name(row) for row in range(self.num_images)]
 
 
+# Every other field is an array in a file `<name>.npy`.
 _OTHER_FIELDS = {
     "folder",
     "image_folder",

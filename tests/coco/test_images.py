@@ -136,7 +136,7 @@ def test_of_16_bits_the_upper_8_are_taken(tmp_path: Path, channels: int) -> None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_told_but_not_applied(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation_is_reported_but_not_applied(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     for name, kind in (("a.jpg", "JPEG"), ("a.png", "PNG")):

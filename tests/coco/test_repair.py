@@ -237,7 +237,7 @@ def test_images(folder: Path) -> None:
     assert [(a["id"], a["image_id"]) for a in document["annotations"]] == [(1, 1), (2, 2), (3, 1)]
 
 
-def test_objects_of_an_ambiguous_image_id_is_left_out(folder: Path) -> None:
+def test_objects_of_an_ambiguous_image_id_are_left_out(folder: Path) -> None:
     """Id 1 is a.png and b.png; b.png is also id 2, of which there is no doubt."""
     images = [image(1, "a.png"), image(1, "b.png"), image(2, "b.png")]
     objects = [annotation(k, image_id, SQUARE, area=36.0) for k, image_id in ((8, 1), (9, 2))]

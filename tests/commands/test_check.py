@@ -243,7 +243,7 @@ def test_warnings_end_well(good: Path) -> None:
     assert main(["--data_root", str(good)])["warnings"] == 1
 
 
-def test_without_validation_that_is_said(
+def test_a_missing_validation_split_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_coco(tmp_path / "data", 2)

@@ -1,7 +1,7 @@
 """The first step of a run: checks everything that can be refused, and builds what trains.
 
-Nothing on the disk is moved, written or opened here, so a run that is refused leaves an earlier
-one in the same folder untouched.
+Nothing in the output folder is moved, written or opened here, so a run that is refused leaves an
+earlier one in the same folder untouched.
 """
 
 import time
@@ -105,7 +105,7 @@ def prepare(
         stop: Tells whether a signal has asked to stop.
 
     Returns:
-        The parts of the run; nothing on the disk has changed.
+        The parts of the run; the output folder has not changed.
 
     Raises:
         UserError: The data, the weights, the state to resume from or the host cannot be used.

@@ -18,7 +18,8 @@ class ResumePoint:
     """A state to resume from.
 
     Attributes:
-        state: What `save_last` was given.
+        state: What `save_last` was given; whoever loads tensors from it pops them, so that their
+            memory is freed.
         path: The file that it was read from.
         problems: Newer files that could not be used, each with the reason.
     """

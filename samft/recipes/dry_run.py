@@ -1,6 +1,6 @@
 """`--dry_run`: what memory, time and disk a run takes, measured on a few steps.
 
-All parts are built as for the run. Two steps on the largest batch tell the peak memory. The time of
+All parts are built as for the run. Two steps on the largest batch show the peak memory. The time of
 the run is extrapolated from one step on a batch with the median number of objects, from loading
 that batch, from validating and encoding one image, and from one checkpoint that is written and
 deleted. Nothing that is trained is kept.

@@ -76,7 +76,7 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
 
 
 def start(parts: RunParts, log: RunLog) -> TrainingRun | None:
-    """Starts a run afresh, or where the one that is resumed has stopped. Collective.
+    """Starts a new run, or continues the one that is resumed. Collective.
 
     Args:
         parts: From `prepare`.

@@ -309,7 +309,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def pop_metrics(self) -> dict[str, float]:
-        """Returns the metrics since the last call, and starts to sum anew. Collective.
+        """Returns the metrics since the last call, and resets their sums. Collective.
 
         Returns:
             Means over the masks of all ranks of `LOSS_NAMES`; `lr` of the last step,

@@ -130,7 +130,7 @@ def test_a_spoilt_block_is_found(runner: Runner) -> None:
 @pytest.mark.run
 def test_what_is_marked_is_not_run(runner: Runner) -> None:
     runner.run(Block("page.md", 3, "bash", "nvidia-smi\n", "skip, needs a GPU"))
-    assert runner.ran == []
+    assert runner.commands == []
     quick = "python -m benchmarks.same_numbers --before main\n"
     runner.run(Block("page.md", 3, "bash", quick, "arguments only, takes minutes"))
-    assert runner.ran == ["python -m benchmarks.same_numbers --before main"]
+    assert runner.commands == ["python -m benchmarks.same_numbers --before main"]

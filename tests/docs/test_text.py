@@ -54,7 +54,7 @@ def code_spans(page: str) -> list[str]:
 SPANS = [(page, span) for page in PAGES for span in code_spans(page.read_text())]
 
 
-def where(page: Path) -> Block:
+def block_on(page: Path) -> Block:
     """For errors."""
     return Block(page.relative_to(REPOSITORY).as_posix(), 0, "bash", "")
 
@@ -71,14 +71,14 @@ def test_spans_are_read_over_line_ends() -> None:
 def test_commands_in_the_text_have_right_arguments(runner: Runner) -> None:
     for page, span in SPANS:
         if span.startswith(("python -m ", "bash launch.sh", "make ", "pip install ")):
-            words = shlex.split(span)
-            if words[0] == "python" and (len(words) == 3 or words[3] == "--help"):
-                assert hasattr(importlib.import_module(words[2]), "main"), span
-            elif not {"...", "--help"} & set(words):
-                runner.run_words(words, where(page), only_parse=True)
-    assert len(runner.ran) > 15
+            tokens = shlex.split(span)
+            if tokens[0] == "python" and (len(tokens) == 3 or tokens[3] == "--help"):
+                assert hasattr(importlib.import_module(tokens[2]), "main"), span
+            elif not {"...", "--help"} & set(tokens):
+                runner.run_tokens(tokens, block_on(page), only_parse=True)
+    assert len(runner.commands) > 15
     with pytest.raises(PageError):
-        runner.run_words(["make", "chek"], where(PAGES[0]), only_parse=True)
+        runner.run_tokens(["make", "chek"], block_on(PAGES[0]), only_parse=True)
 
 
 def flags_of(module: str) -> set[str]:
@@ -105,7 +105,7 @@ def flags_of(module: str) -> set[str]:
 
 
 def unknown_flags(span: str, known: set[str]) -> list[str]:
-    """The words of a span that look like flags, and are none of the known ones."""
+    """The tokens of a span that look like flags, and are none of the known ones."""
     flags = re.findall(r"(?:^|\s)(--[\w-]+)", span)
     return [flag for flag in flags if flag not in known]
 
@@ -173,9 +173,9 @@ def links(page: Path) -> Iterator[tuple[str, Path]]:
 
 
 def test_links_lead_to_files() -> None:
-    found = [(page, *link) for page in PAGES for link in links(page)]
-    assert len(found) > 60
-    assert not [f"{page.name}: {target}" for page, target, path in found if not path.exists()]
+    all_links = [(page, *link) for page in PAGES for link in links(page)]
+    assert len(all_links) > 60
+    assert not [f"{page.name}: {target}" for page, target, path in all_links if not path.exists()]
 
 
 def test_the_readme_and_contributing_are_short() -> None:

@@ -109,9 +109,9 @@ def read_blocks(text: str, *, page: str) -> list[Block]:
 
 
 def read_commands(script: str) -> list[list[str]]:
-    """The commands of a block, split into words; comments are dropped, `\\` joins lines."""
+    """The commands of a block, split into tokens; comments are dropped, `\\` joins lines."""
     lines = script.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [tokens for line in lines if (tokens := shlex.split(line, comments=True))]
 
 
 @dataclass
@@ -121,12 +121,12 @@ class Runner:
     Attributes:
         workspace: The working directory, with the files that the pages name.
         given: Names that Python blocks find defined, such as `image` and `box`.
-        ran: What was run or checked, for tests of this runner.
+        commands: What was run or checked, for tests of this runner.
     """
 
     workspace: Path
     given: Mapping[str, Any] = field(default_factory=dict)
-    ran: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
     def run(self, block: Block) -> None:
         """Runs or checks one block.
@@ -147,8 +147,8 @@ class Runner:
         elif block.text.startswith("#!"):
             self._run_script(block)
         elif block.language == "bash":
-            for words in read_commands(block.text):
-                self.run_words(words, block, only_parse=mode == "arguments only")
+            for tokens in read_commands(block.text):
+                self.run_tokens(tokens, block, only_parse=mode == "arguments only")
         else:
             raise block.error(f"no way is known to run a block of {block.language}")
 
@@ -160,14 +160,14 @@ class Runner:
             exec(compile(text, f"{block.page}:{block.line}", "exec"), dict(self.given))
         except Exception as error:
             raise block.error(f"{type(error).__name__}: {error}") from error
-        self.ran.append("python")
+        self.commands.append("python")
 
     def _run_unit(self, block: Block) -> None:
         unit = configparser.ConfigParser(strict=False, interpolation=None)
         unit.optionxform = str  # type: ignore[assignment, method-assign]
         unit.read_string(block.text)
-        words = shlex.split(unit["Service"]["ExecStart"])
-        self.run_words([Path(words[0]).name, *words[1:]], block, only_parse=False)
+        tokens = shlex.split(unit["Service"]["ExecStart"])
+        self.run_tokens([Path(tokens[0]).name, *tokens[1:]], block, only_parse=False)
 
     def _run_script(self, block: Block) -> None:
         # A batch script, with stand-ins for SLURM's commands on its path.
@@ -177,21 +177,21 @@ class Runner:
             (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
             (stubs / name).chmod(0o755)
         path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
-        output = self._bash(["-c", block.text], {**SLURM, "PATH": path}, block)
+        output = self._run_bash(["-c", block.text], {**SLURM, "PATH": path}, block)
         self._check_launched(output, block)
 
-    def run_words(self, words: list[str], block: Block, *, only_parse: bool) -> None:
+    def run_tokens(self, tokens: list[str], block: Block, *, only_parse: bool) -> None:
         """Runs or checks one command, after the variables that are set before it.
 
         Raises:
             PageError: It does not work, or nobody knows how to run it.
         """
         variables = {}
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            name, _, variables[name] = words[0].partition("=")
-            words = words[1:]
-        self.ran.append(" ".join(words))
-        match words:
+        while tokens and re.match(r"[A-Z_]+=", tokens[0]):
+            name, _, variables[name] = tokens[0].partition("=")
+            tokens = tokens[1:]
+        self.commands.append(" ".join(tokens))
+        match tokens:
             case []:
                 pass
             case ["export", setting] if "=" in setting:
@@ -199,19 +199,19 @@ class Runner:
             case ["python", "-m", module, *arguments]:
                 self._run_module(module, arguments, block, only_parse=only_parse)
             case ["torchrun", *arguments]:
-                options = self._parse(get_args_parser().parse_args, arguments, block)
+                options = self._parse_arguments(get_args_parser().parse_args, arguments, block)
                 if not options.module:
                     raise block.error("torchrun without -m")
                 arguments = options.training_script_args
                 self._run_module(options.training_script, arguments, block, only_parse=True)
             case ["bash", "launch.sh", *_]:
-                self._check_launched(self._bash(words[1:], variables, block), block)
+                self._check_launched(self._run_bash(tokens[1:], variables, block), block)
             case ["make", *arguments]:
-                self._end(["make", "-n", "-C", str(REPOSITORY), *arguments], block)
+                self._run_process(["make", "-n", "-C", str(REPOSITORY), *arguments], block)
             case ["pip", "install", *arguments]:
-                self._check_pip(arguments, block)
+                self._check_pip_install(arguments, block)
             case _:
-                raise block.error(f"no way is known to run `{shlex.join(words)}`: mark the block")
+                raise block.error(f"no way is known to run `{shlex.join(tokens)}`: mark the block")
 
     def _run_module(
         self, module: str, arguments: list[str], block: Block, *, only_parse: bool
@@ -221,7 +221,7 @@ class Runner:
         except (ImportError, AttributeError) as error:
             raise block.error(f"python -m {module}: {error}") from error
         if module == "samft.train":
-            self._parse(parse_config, arguments, block)
+            self._parse_arguments(parse_config, arguments, block)
         elif only_parse:
             self._parse_only(main, [module, *arguments], block)
         if only_parse:
@@ -234,7 +234,7 @@ class Runner:
             command = shlex.join(["python", "-m", module, *arguments])
             raise block.error(f"`{command}` ends with {code}: {printed.getvalue()}")
 
-    def _parse(self, parse: Any, arguments: list[str], block: Block) -> Any:
+    def _parse_arguments(self, parse: Any, arguments: list[str], block: Block) -> Any:
         try:
             with contextlib.redirect_stderr(io.StringIO()) as printed:
                 return parse(arguments)
@@ -257,14 +257,16 @@ class Runner:
             mock.patch.object(sys, "argv", argv),
             contextlib.suppress(ParsedError),
         ):
-            self._parse(main if argv[0].startswith("samft.") else lambda _: main(), argv[1:], block)
+            self._parse_arguments(
+                main if argv[0].startswith("samft.") else lambda _: main(), argv[1:], block
+            )
 
-    def _bash(self, words: list[str], variables: Mapping[str, str], block: Block) -> str:
+    def _run_bash(self, tokens: list[str], variables: Mapping[str, str], block: Block) -> str:
         ours = {"LAUNCH_DRY_RUN": "1", "SAMFT_PYTHON": sys.executable}
         kept = {n: v for n, v in os.environ.items() if not n.startswith("SLURM_")}
-        return self._end(["bash", *words], block, env={**kept, **ours, **variables})
+        return self._run_process(["bash", *tokens], block, env={**kept, **ours, **variables})
 
-    def _end(self, command: list[str], block: Block, *, env: Any = None) -> str:
+    def _run_process(self, command: list[str], block: Block, *, env: Any = None) -> str:
         ended = subprocess.run(
             command, cwd=self.workspace, env=env, capture_output=True, text=True, timeout=60
         )
@@ -279,11 +281,11 @@ class Runner:
         launched = [line for line in output.splitlines() if " -m torch.distributed.run " in line]
         if len(launched) != 1:
             raise block.error(f"launch.sh would not run exactly one command: {output}")
-        words = shlex.split(launched[0])
-        options = self._parse(get_args_parser().parse_args, words[3:], block)
-        self._parse(parse_config, options.training_script_args, block)
+        tokens = shlex.split(launched[0])
+        options = self._parse_arguments(get_args_parser().parse_args, tokens[3:], block)
+        self._parse_arguments(parse_config, options.training_script_args, block)
 
-    def _check_pip(self, arguments: list[str], block: Block) -> None:
+    def _check_pip_install(self, arguments: list[str], block: Block) -> None:
         setup = configparser.ConfigParser()
         setup.read(REPOSITORY / "setup.cfg")
         while arguments:

@@ -1,1 +1,1 @@
-"""What a person looks at: pictures, charts and report.html."""
+"""For people: pictures of masks, charts, the summary of a run, and report.html."""

@@ -42,7 +42,7 @@ from samft.models.weights import PACKAGED_TINY
 pytestmark = pytest.mark.run
 
 
-def read(folder: Path) -> CocoSubset:
+def read_subset(folder: Path) -> CocoSubset:
     return read_coco(folder / "_annotations.coco.json", folder)
 
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(folder: Path) -> EvaluatedObjects:
-    rows, bad_images = evaluate_split(tiny(), batches_of(read(folder)))
+    rows, bad_images = evaluate_split(tiny(), batches_of(read_subset(folder)))
     assert bad_images == {}
     return rows
 
@@ -81,7 +81,7 @@ def iou_of(mask: np.ndarray, truth: np.ndarray) -> float:
 
 def test_each_prompt_scores_as_with_stock_sam(folder: Path, evaluated: EvaluatedObjects) -> None:
     predictor = SamPredictor(load_sam(PACKAGED_TINY))
-    subset = read(folder)
+    subset = read_subset(folder)
     dataset = Coco2MaskDataset(folder, subset=subset, image_size=256)
     row, expected = 0, {name: [] for name in ("iou_actual", "iou_boundary", "iou_predicted")}
     expected |= {f"iou_{name}": [] for name in OTHER_PROMPTS}
@@ -122,7 +122,7 @@ def test_each_prompt_scores_as_with_stock_sam(folder: Path, evaluated: Evaluated
 def test_the_mean_iou_equals_that_of_validate(folder: Path, evaluated: EvaluatedObjects) -> None:
     loss = LOSS.func
     validation = validate(
-        tiny(), batches_of(read(folder)), loss=lambda *a, **k: loss(*a, image_size=256, **k)
+        tiny(), batches_of(read_subset(folder)), loss=lambda *a, **k: loss(*a, image_size=256, **k)
     )
     assert evaluated.iou_actual.mean() == pytest.approx(
         validation.metrics["per_mask_iou"], abs=1e-12
@@ -134,7 +134,7 @@ def test_the_mean_iou_equals_that_of_validate(folder: Path, evaluated: Evaluated
 
 def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any], dict[str, Any]]:
     """All numbers of the tiny model, on however many ranks there are."""
-    subset = read(folder)
+    subset = read_subset(folder)
     rows, _ = evaluate_split(tiny(), batches_of(subset))
     category_ids = category_ids_of(subset, rows.object_ids)
     results = coco_results(rows, category_ids)
@@ -175,7 +175,7 @@ def check_perfect(subset: CocoSubset) -> None:
 
 
 def test_true_masks_score_1(folder: Path) -> None:
-    check_perfect(read(folder))
+    check_perfect(read_subset(folder))
 
 
 @pytest.mark.parametrize("name", ["coco_open104", "mushrooms"])

@@ -67,9 +67,9 @@ def test_odd_objects_and_why(tmp_path: Path) -> None:
     sparse = annotation(6, 1, [10, 10, 60, 60, 59, 60, 10, 12], bbox=[10, 10, 50, 50])
     whole = annotation(7, 1, rectangle(0, 0, WIDTH, HEIGHT))
     leaving = annotation(8, 1, rectangle(50, 60, 20, 20), bbox=[50, 60, 20, 41])
-    plain = annotation(9, 1, rectangle(50, 60, 20, 20), iscrowd=0)
+    ordinary = annotation(9, 1, rectangle(50, 60, 20, 20), iscrowd=0)
     crowd = annotation(10, 1, rectangle(0, 0, WIDTH, HEIGHT), iscrowd=1)
-    index = write_painted(tmp_path, [thin, sparse, whole, leaving, plain, crowd])
+    index = write_painted(tmp_path, [thin, sparse, whole, leaving, ordinary, crowd])
     remarks = {
         int(index.object_ids[entry.object]): entry.remark
         for entry in odd_objects(index, index.problems)

@@ -77,12 +77,16 @@ def test_a_predicted_mask_is_blended_in_where_it_is(tmp_path: Path) -> None:
     crop = crop_around(index.boxes[0], np.full((HEIGHT, WIDTH, 3), (0, 90, 0), np.uint8), tile=168)
     assert (crop.left, crop.top, crop.side) == (50, 10, 84)
     predicted = CroppedMask(20, 100, np.ones((40, 90), bool))
-    plain, drawn = annotate_crop(index, 0, crop), annotate_crop(index, 0, crop, predicted=predicted)
-    changed = (plain != drawn).any(-1)
+    without_mask, drawn = (
+        annotate_crop(index, 0, crop),
+        annotate_crop(index, 0, crop, predicted=predicted),
+    )
+    changed = (without_mask != drawn).any(-1)
     ys, xs = np.nonzero(changed)
     assert (xs.min(), xs.max(), ys.min(), ys.max()) == (100, 167, 20, 99)
     assert (drawn[60, 110] == [10, 90, 127]).all()
     assert (
-        annotate_crop(index, 0, crop, predicted=CroppedMask(0, 0, np.zeros((0, 0), bool))) == plain
+        annotate_crop(index, 0, crop, predicted=CroppedMask(0, 0, np.zeros((0, 0), bool)))
+        == without_mask
     ).all()
     assert (crop.pixels == (0, 90, 0)).all()  # stays, to be drawn on again

@@ -98,9 +98,9 @@ def test_the_page_refers_to_no_other_file() -> None:
 
 
 def test_names_cannot_inject_markup() -> None:
-    plain, hostile = Reader(render(a_page())), Reader(render(a_page(HOSTILE)))
-    assert hostile.tags == plain.tags
-    assert [name for name, _ in hostile.attributes] == [name for name, _ in plain.attributes]
+    harmless, hostile = Reader(render(a_page())), Reader(render(a_page(HOSTILE)))
+    assert hostile.tags == harmless.tags
+    assert [name for name, _ in hostile.attributes] == [name for name, _ in harmless.attributes]
     assert "<script>alert(1)</script>" in hostile.text  # to be read
     for text in (hostile.text, *(value for _, value in hostile.attributes)):
         assert "\x1b" not in text and "\u202e" not in text

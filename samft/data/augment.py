@@ -1,7 +1,8 @@
-"""What training changes at random about an image: its place in the frame, and its colours.
+"""Augmentation: random flips, scales, crops and colours.
 
-Everything random is drawn here from the sample's own generator; torchvision only applies it. Where
-boxes, polygons and pixels go is `Frame`'s business, so that polygons never become full-size masks.
+All random numbers come from the generator of the sample; torchvision only applies the colours.
+Flips, scales and crops are properties of a `Frame`, which maps boxes, polygons and pixels alike: so
+no full-size mask is ever drawn.
 """
 
 from collections.abc import Callable
@@ -13,14 +14,13 @@ from numpy.typing import NDArray
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-import samft.runtime.torchvision_compat  # noqa: F401  (before all that imports torchvision)
 from samft.coco.segmentation import CroppedMask
 from samft.data.transforms import Frame, make_frame, visible_box
 
 _ZOOMS = (0.5, 2.0)  # of image_size, as in large-scale jitter
-_MIN_VISIBLE = 0.1  # share of an object's area below which it counts as gone
-_STRENGTH = 0.2  # brightness, contrast and saturation change by up to this share
-_MAX_HUE = 0.03  # of the colour circle
+_MIN_VISIBLE = 0.1  # share of its pixels that an object must have in the frame to be kept
+_MAX_COLOUR_CHANGE = 0.2  # of brightness, contrast and saturation
+_MAX_HUE_SHIFT = 0.03  # of the colour circle
 
 
 def draw_frame(
@@ -31,18 +31,18 @@ def draw_frame(
     augment: str,
     generator: np.random.Generator,
 ) -> Frame:
-    """Draws how an image lies in the input frame.
+    """Draws where an image is in the input frame.
 
-    `flip` exchanges left and right half of the time. `scale` does, and scales the longest side to
-    0.5..2 times `image_size`, log-uniformly; of what is then larger than the frame a random crop is
-    taken.
+    `flip` mirrors left to right with probability 1/2. `scale` does so, too, and scales the longest
+    side to 0.5 to 2 times `image_size`, log-uniformly; of what is larger than the frame, it takes a
+    random crop.
 
     Args:
-        size: H, W of the file.
-        image_size: S.
+        size: H, W of the image, original px.
+        image_size: S, the side of the input frame.
         resize_mode: See `make_frame`.
         augment: `none`, `flip` or `scale`.
-        generator: Where the randomness comes from.
+        generator: The source of randomness.
 
     Source: large-scale jitter of https://arxiv.org/abs/2012.07177, its range chosen by the issue.
     """
@@ -57,43 +57,48 @@ def draw_frame(
 
 
 def boxes_in_frame(boxes_original: NDArray[np.floating], frame: Frame) -> NDArray[np.bool_]:
-    """Which boxes [K, 4] have at least a part in the input frame."""
+    """Which boxes [K, 4], original frame, overlap the part of the image in the input frame: [K]."""
     x0, y0, x1, y1 = visible_box(frame)
     left, top, right, bottom = boxes_original.T
     return (left < x1) & (right > x0) & (top < y1) & (bottom > y0)
 
 
 def filter_cropped_objects(
-    boxes_original: NDArray[np.floating], frame: Frame, *, draw: Callable[[int], CroppedMask]
+    boxes_original: NDArray[np.floating],
+    frame: Frame,
+    *,
+    decode_mask: Callable[[int], CroppedMask],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Drops the objects that a crop leaves little of; boxes of those cut follow their masks.
+    """Drops objects of which a crop leaves little, and tightens the boxes of those it cuts.
 
     Args:
         boxes_original: [K, 4].
-        frame: Of the image; nothing is dropped where it shows the whole.
-        draw: Gives the mask of object k in the original frame; asked for cut ones only.
+        frame: Of the image. Without a crop, nothing is dropped.
+        decode_mask: Returns the mask of object k; called only for objects that the crop cuts.
 
     Returns:
-        Which objects remain, those with a tenth of their pixels or more in the frame: [M]. And
-        their boxes [M, 4], original frame: as annotated, or tight around what is visible of them.
+        The objects that are kept, those with a tenth of their pixels or more in the frame: [M]. And
+        their boxes [M, 4], original frame: as annotated, or tight around the visible part of the
+        mask where the crop cuts them.
     """
     boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4)
     kept = np.ones(len(boxes), dtype=bool)
     if frame.is_cropped:
         limit = np.array(frame.original_size[::-1] * 2)
-        inside = np.clip(boxes, 0, limit)  # a box may leave the image, where there are no pixels
-        corners = visible_box(frame)
-        cut = (inside[:, :2] < corners[:2]).any(1) | (inside[:, 2:] > corners[2:]).any(1)
+        inside = np.clip(boxes, 0, limit)  # what leaves the image has no pixels to be cut
+        visible = visible_box(frame)
+        cut = (inside[:, :2] < visible[:2]).any(1) | (inside[:, 2:] > visible[2:]).any(1)
         for k in np.flatnonzero(cut).tolist():
-            box = _visible_part(draw(k), np.rint(corners).astype(int).tolist())
+            box = _tight_visible_box(decode_mask(k), np.rint(visible).astype(int).tolist())
             kept[k] = box is not None
             boxes[k] = box or boxes[k]
     return np.flatnonzero(kept), boxes[kept]
 
 
-def _visible_part(crop: CroppedMask, corners: list[int]) -> tuple[int, int, int, int] | None:
+def _tight_visible_box(crop: CroppedMask, visible: list[int]) -> tuple[int, int, int, int] | None:
+    # Around the pixels of the mask inside `visible`; None if they are too few.
     top, left, mask = crop.top, crop.left, crop.mask
-    x0, y0, x1, y1 = corners
+    x0, y0, x1, y1 = visible
     x, y = max(x0 - left, 0), max(y0 - top, 0)
     part = mask[y : max(y1 - top, 0), x : max(x1 - left, 0)]
     if not part.any() or np.count_nonzero(part) < _MIN_VISIBLE * np.count_nonzero(mask):
@@ -105,28 +110,29 @@ def _visible_part(crop: CroppedMask, corners: list[int]) -> tuple[int, int, int,
 
 @dataclass(frozen=True)
 class ColourJitter:
-    """A change of colours: factors around 1, and a turn of the hue around 0."""
+    """A change of colours: factors around 1, and a shift of the hue."""
 
     brightness: float
     contrast: float
     saturation: float
-    hue: float  # of the colour circle, 0 leaves it
+    hue: float  # share of the colour circle
 
 
 def draw_colour_jitter(generator: np.random.Generator) -> ColourJitter:
-    """Draws a moderate change of colours; the hue, which costs most, turns in a half of them."""
-    brightness, contrast, saturation = generator.uniform(1 - _STRENGTH, 1 + _STRENGTH, 3).tolist()
-    hue = float(generator.uniform(-_MAX_HUE, _MAX_HUE)) * int(generator.integers(2))
+    """Draws a moderate change of colours; half of them leave the hue, which costs most time."""
+    low, high = 1 - _MAX_COLOUR_CHANGE, 1 + _MAX_COLOUR_CHANGE
+    brightness, contrast, saturation = generator.uniform(low, high, 3).tolist()
+    hue = float(generator.uniform(-_MAX_HUE_SHIFT, _MAX_HUE_SHIFT)) * int(generator.integers(2))
     return ColourJitter(brightness, contrast, saturation, hue)
 
 
-def apply_colour_jitter(image: NDArray[np.uint8], colour: ColourJitter) -> NDArray[np.uint8]:
+def apply_colour_jitter(image: NDArray[np.uint8], jitter: ColourJitter) -> NDArray[np.uint8]:
     """Changes the colours of an image uint8 [H, W, 3], RGB."""
     # Channels first: torchvision's kernels take six times as long for channels last.
     changed = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous())
-    changed = F.adjust_brightness(changed, colour.brightness)
-    changed = F.adjust_contrast(changed, colour.contrast)
-    changed = F.adjust_saturation(changed, colour.saturation)
-    if colour.hue:
-        changed = F.adjust_hue(changed, colour.hue)
+    changed = F.adjust_brightness(changed, jitter.brightness)
+    changed = F.adjust_contrast(changed, jitter.contrast)
+    changed = F.adjust_saturation(changed, jitter.saturation)
+    if jitter.hue:
+        changed = F.adjust_hue(changed, jitter.hue)
     return np.asarray(changed.permute(1, 2, 0).numpy(), dtype=np.uint8)

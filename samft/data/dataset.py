@@ -1,15 +1,13 @@
-"""What a dataset gives: one image with its objects; and several of them as one batch.
+"""The dataset: images of a COCO file with boxes and masks, as samples and as batches of samples.
 
-The dataset: images with boxes and masks, drawn at random or as they are.
-
-What a sample looks like depends on (seed, epoch, image id, copy) only: not on workers, processes,
-accumulation or restarts.
+A training sample is a function of (seed, epoch, image id, copy), whatever the number of workers,
+processes and micro-batches, and however often the run was resumed.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,11 +26,12 @@ from samft.data.augment import (
     filter_cropped_objects,
 )
 from samft.data.samplers import SAMPLE_STREAM, generator_of
-from samft.data.targets import draw_targets, rasterize_ground_truth
+from samft.data.targets import draw_targets, empty_targets, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
 
 NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
+_MAX_CROP_DRAWS = 8  # until a random crop shows an object
 
 
 @dataclass
@@ -41,40 +40,40 @@ class Sample:
 
     image: Tensor  # uint8 [3, S, S], RGB, input frame, channels last; `NO_PIXELS` with an embedding
     boxes: Tensor  # float32 [K, 4], input frame
-    targets: Tensor  # uint8 [K, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
-    input_size: tuple[int, int]  # h, w of the image inside of the input frame
-    original_size: tuple[int, int]  # H, W of the file
+    targets: Tensor  # uint8 [K, s, s]; 0 to 255 at s = S/4, or 0 and 1 at s = S
+    input_size: tuple[int, int]  # h, w of the image area in the input frame
+    original_size: tuple[int, int]  # H, W of the image file
     image_id: int
     object_ids: Tensor  # int64 [K]
-    truths: list[CroppedMask]  # K of them in validation, none in training
-    bad_images: dict[str, str] = field(default_factory=dict)  # met on the way: name, reason
-    embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], where it is cached
+    truths: list[CroppedMask]  # the K masks in validation, none in training
+    bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
+    embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], if cached
 
 
 @dataclass
 class Batch:
-    """N images, and the M objects of all of them one after the other."""
+    """N images, and the M objects of all of them, concatenated."""
 
     images: Tensor  # uint8 [N, 3, S, S], RGB, input frame, channels last; [N, 3, 0, 0] if cached
     boxes: Tensor  # float32 [M, 4], input frame
     image_index: Tensor  # int64 [M], which of the N images an object is in
-    targets: Tensor  # uint8 [M, s, s]; 0..255 at s = S/4, or 0 and 1 at s = S
-    input_sizes: Tensor  # int64 [N, 2], h, w inside of the input frame
-    original_sizes: Tensor  # int64 [N, 2], H, W of the file
+    targets: Tensor  # uint8 [M, s, s]; 0 to 255 at s = S/4, or 0 and 1 at s = S
+    input_sizes: Tensor  # int64 [N, 2], h, w of the image areas in the input frame
+    original_sizes: Tensor  # int64 [N, 2], H, W of the image files
     image_ids: list[int]
     object_ids: Tensor  # int64 [M]
-    truths: list[CroppedMask]  # M of them in validation, none in training
-    bad_images: dict[str, str] = field(default_factory=dict)  # met on the way: name, reason
-    embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], where they are cached
+    truths: list[CroppedMask]  # the M masks in validation, none in training
+    bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
+    embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], if cached
 
     @property
     def num_masks(self) -> int:
-        """M."""
+        """M, the number of objects."""
         return len(self.boxes)
 
     @property
     def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """H and W of a batch's one image: `input_size` and `original_size`, as the metrics ask."""
+        """`input_size` and `original_size` of the only image, as keyword arguments of metrics."""
         (height, width), (original_height, original_width) = (
             sizes[0].tolist() for sizes in (self.input_sizes, self.original_sizes)
         )
@@ -84,30 +83,31 @@ class Batch:
         }
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with all tensors on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """A batch with all tensors on a device."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; the data loader calls this."""
-        return self._map(Tensor.pin_memory)
+        """A batch with all tensors in page-locked memory; `DataLoader` calls this."""
+        return self._map_tensors(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keeps the memory of all tensors until the stream is done with them."""
+        """Keeps the allocator from reusing the memory of all tensors while a stream uses them."""
         for value in vars(self).values():
             if isinstance(value, Tensor) and value.is_cuda:
                 value.record_stream(stream)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**{**vars(self), **tensors})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Puts samples one after the other into one batch; all have an embedding, or none."""
+    """Stacks images and concatenates objects; either all samples have an embedding, or none."""
     embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
     num_objects = torch.tensor([len(sample.boxes) for sample in samples])
     return Batch(
-        # Stacked as they lie in memory: a change of layout would cost more than all else here.
+        # Stacked as they lie in memory (channels last) and then permuted: a change of layout would
+        # cost more than everything else here.
         images=torch.stack([s.image.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2),
         boxes=torch.cat([sample.boxes for sample in samples]),
         image_index=torch.repeat_interleave(torch.arange(len(samples)), num_objects),
@@ -122,47 +122,49 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-_MAX_DRAWS = 8  # of a crop that shows an object
-
-# The frame, the objects to use, and their boxes [K, 4] in the original frame.
-_Placement = tuple[Frame, NDArray[np.int64], NDArray[np.float64]]
-
-
 class EmbeddingSource(Protocol):
-    """Embeddings of the images of a `CocoSubset`, in its order; see `CachedEmbeddings`."""
+    """Embeddings of the images of a `CocoSubset`, by row; see `CachedEmbeddings`."""
 
     def size(self, i: int) -> tuple[int, int]:
-        """H, W of the file of image i.
+        """H, W of image i, original px.
 
         Raises:
-            ImageError: It cannot be used.
+            ImageError: The image cannot be used.
         """
         ...
 
     def read(self, i: int, *, flipped: bool) -> NDArray[np.floating]:
-        """The embedding of image i, or of its mirror image: [C, h, w]."""
+        """The embedding of image i, or of its mirror image: [C, S/16, S/16]."""
         ...
+
+
+class _Placement(NamedTuple):
+    # Where an image is in the input frame, and which of its objects are used.
+    frame: Frame
+    objects: NDArray[np.int64]  # [K], rows of the index
+    boxes: NDArray[np.float64]  # [K, 4], original frame
 
 
 class Coco2MaskDataset(Dataset[Sample]):
     """Images of a COCO file with a box and a mask for each object.
 
-    Training draws a subset of the objects, a flip and the jitter of the boxes; validation gives all
-    objects as annotated, with their masks at the original resolution as `truths`.
+    In training, a random subset of the objects is used, with random flips (and crops) and jittered
+    boxes. In validation, all objects are used as annotated, with their masks at the original
+    resolution as `truths`.
 
     Args:
-        image_folder: What the file names are relative to.
+        image_folder: The folder that file names are relative to.
         annotations: The COCO file; not read if `subset` is given.
         image_size: Side S of the input frame.
         resize_mode: `pad` or `squash`, see `make_frame`.
-        training: Whether to draw at random.
-        max_masks_per_image: Size of the subset; 0 takes all.
+        training: Whether to augment and to draw objects at random.
+        max_masks_per_image: Most objects of a training sample; 0: no limit.
         box_jitter: See `jitter_boxes`.
         augment: `none`, `flip` or `scale`, see `augment.draw_frame`; `scale` changes colours too.
         loss_resolution: Targets at `low` (S/4) or `input` (S).
-        on_bad_image: `error` raises where an image cannot be read. `skip` takes the next that can
-            in training, and gives a sample without objects in validation.
-        seed: Of everything random.
+        on_bad_image: `error` raises for an image that cannot be read. `skip` uses the next readable
+            image in training, and returns a sample without objects in validation.
+        seed: Of all randomness.
         subset: The images and objects to use, if they have been read.
 
     Raises:
@@ -199,44 +201,45 @@ class Coco2MaskDataset(Dataset[Sample]):
         self.loss_resolution = loss_resolution
         self.on_bad_image = on_bad_image
         self.seed = seed
-        self.embeddings: EmbeddingSource | None = None  # in the place of pixels, once there are any
+        self.embeddings: EmbeddingSource | None = None  # read instead of pixels, once it is set
 
     def __len__(self) -> int:
         return self.subset.num_images
 
     def __getitem__(self, key: int | tuple[int, int] | tuple[int, int, int]) -> Sample:
-        """Loads an image by i, (epoch, i) or (epoch, i, copy), which decide what is drawn.
+        """Loads an image by i, (epoch, i) or (epoch, i, copy), which seed the augmentation.
 
         Raises:
-            DataError: If the image is missing or broken; with `skip`, if all are.
+            DataError: The image is missing or broken; with `skip` in training, all images are.
         """
         epoch, i, copy = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
-        i = range(len(self))[i]  # an IndexError past the end, so that the dataset can be iterated
-        words = (SAMPLE_STREAM, self.seed, epoch, self.subset.image_id(i), copy)
+        i = range(len(self))[i]  # raises IndexError past the end, so that iteration ends
+        seed = (SAMPLE_STREAM, self.seed, epoch, self.subset.image_id(i), copy)
         bad_images: dict[str, str] = {}
         for number in range(i, i + len(self)):
             row = number % len(self)
             try:
-                # With the draws of the image that was asked for: no twin of the row's own sample.
-                sample = self._load(row, generator_of(*words))
+                # Seeded by the image that was asked for, also where another one replaces it: so the
+                # replacement is not the same sample as that image's own.
+                sample = self._load_sample(row, generator_of(*seed))
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
                 bad_images[self.subset.file_name(row)] = str(error)
                 if self.training:
                     continue
-                sample = self._without_objects(row)
+                sample = self._sample_without_objects(row)
             sample.bad_images = bad_images
             return sample
         first = next(iter(bad_images.values()))
         raise DataError(f"none of the {len(self)} images can be read; the first: {first}")
 
-    def _load(self, row: int, generator: np.random.Generator) -> Sample:
+    def _load_sample(self, row: int, generator: np.random.Generator) -> Sample:
         index = self.subset.index
-        encoded, size = self._open(row)
-        frame, objects, boxes = self._place(row, size, generator)
+        encoded, size = self._open_image(row)
+        frame, objects, boxes_original = self._choose_placement(row, size, generator)
         pixels = self.decode_pixels(encoded, frame) if encoded else None
-        boxes = boxes_to_input(boxes, frame)
+        boxes = boxes_to_input(boxes_original, frame)
         if self.training:
             boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
         if pixels is not None and self.training and self.augment == "scale":
@@ -247,8 +250,9 @@ class Coco2MaskDataset(Dataset[Sample]):
         if self.training:
             kept, targets = draw_targets(segmentations, frame, resolution=self.loss_resolution)
         else:
-            find = rasterize_ground_truth(segmentations, frame, resolution=self.loss_resolution)
-            kept, targets, truths = find
+            kept, targets, truths = rasterize_ground_truth(
+                segmentations, frame, resolution=self.loss_resolution
+            )
         return Sample(
             image=NO_PIXELS if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1),
             boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
@@ -258,16 +262,17 @@ class Coco2MaskDataset(Dataset[Sample]):
             image_id=self.subset.image_id(row),
             object_ids=torch.from_numpy(index.object_ids[objects[kept]]),
             truths=truths,
-            embedding=self._embedding(row, frame),
+            embedding=self._read_embedding(row, frame),
         )
 
-    def _open(self, row: int) -> tuple[EncodedImage | None, tuple[int, int]]:
+    def _open_image(self, row: int) -> tuple[EncodedImage | None, tuple[int, int]]:
+        # The file, unless an embedding replaces it, and its H, W.
         if self.embeddings is not None:
             return None, self.embeddings.size(row)
         encoded = open_image(self.subset.path(row))
         return encoded, encoded.size
 
-    def _embedding(self, row: int, frame: Frame) -> torch.Tensor | None:
+    def _read_embedding(self, row: int, frame: Frame) -> Tensor | None:
         if self.embeddings is None:
             return None
         return torch.from_numpy(self.embeddings.read(row, flipped=frame.flipped))
@@ -278,21 +283,22 @@ class Coco2MaskDataset(Dataset[Sample]):
         Raises:
             ImageError: It is broken.
         """
-        # Validation sees what SamPredictor would be given, to the level.
+        # In validation, the very pixels that SamPredictor would get.
         image = encoded.decode(at_least=frame.resized_size if self.training else None)
         return resize_image(image, frame, exact=not self.training)
 
     def full_frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
-        """The frame of a whole image of size H, W, as all but `scale` see it."""
+        """The frame of a whole image of size H, W: that of all samples but those of `scale`."""
         return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
 
-    def _without_objects(self, row: int) -> Sample:
+    def _sample_without_objects(self, row: int) -> Sample:
+        # Stands for an image that cannot be read, so that validation's order stays the same.
         frame = self.full_frame(self.subset.size(row))
-        side = self.image_size // 4 if self.loss_resolution == "low" else self.image_size
+        targets = empty_targets(0, frame, resolution=self.loss_resolution)
         return Sample(
             image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
             boxes=torch.zeros(0, 4),
-            targets=torch.zeros(0, side, side, dtype=torch.uint8),
+            targets=torch.from_numpy(targets),
             input_size=frame.input_size,
             original_size=frame.original_size,
             image_id=self.subset.image_id(row),
@@ -300,18 +306,20 @@ class Coco2MaskDataset(Dataset[Sample]):
             truths=[],
         )
 
-    def _place(self, row: int, size: tuple[int, int], generator: np.random.Generator) -> _Placement:
+    def _choose_placement(
+        self, row: int, size: tuple[int, int], generator: np.random.Generator
+    ) -> _Placement:
         if not self.training:
-            return self._draw_place(row, size, "none", generator=generator)
-        for _ in range(_MAX_DRAWS):
-            place = self._draw_place(row, size, self.augment, generator=generator)
-            if len(place[1]) or not place[0].is_cropped:
-                return place
-        # A crop never empties a sample.
-        return self._draw_place(row, size, "flip", generator=generator)
+            return self._draw_placement(row, size, augment="none", generator=generator)
+        for _ in range(_MAX_CROP_DRAWS):
+            placement = self._draw_placement(row, size, augment=self.augment, generator=generator)
+            # Only a crop can leave out all objects of an image: try another one.
+            if len(placement.objects) or not placement.frame.is_cropped:
+                return placement
+        return self._draw_placement(row, size, augment="flip", generator=generator)
 
-    def _draw_place(
-        self, row: int, size: tuple[int, int], augment: str, *, generator: np.random.Generator
+    def _draw_placement(
+        self, row: int, size: tuple[int, int], *, augment: str, generator: np.random.Generator
     ) -> _Placement:
         index, objects = self.subset.index, self.subset.objects_of(row)
         frame = draw_frame(
@@ -321,7 +329,7 @@ class Coco2MaskDataset(Dataset[Sample]):
             augment=augment,
             generator=generator,
         )
-        if frame.is_cropped:
+        if frame.is_cropped:  # before the random subset, which is then full of visible objects
             objects = objects[boxes_in_frame(index.boxes[objects], frame)]
         if self.training and 0 < self.max_masks_per_image < len(objects):
             chosen = generator.choice(objects, self.max_masks_per_image, replace=False)
@@ -329,6 +337,6 @@ class Coco2MaskDataset(Dataset[Sample]):
         kept, boxes = filter_cropped_objects(
             index.boxes[objects],
             frame,
-            draw=lambda k: decode_cropped(index.segmentations[int(objects[k])], size),
+            decode_mask=lambda k: decode_cropped(index.segmentations[int(objects[k])], size),
         )
-        return frame, objects[kept], boxes
+        return _Placement(frame, objects[kept], boxes)

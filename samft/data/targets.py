@@ -1,4 +1,9 @@
-"""From segmentations to what the loss and the metrics are taken against. Imports no torch."""
+"""Draws the targets of the loss, and validation's ground truth, from COCO segmentations.
+
+Both are drawn from polygons or RLE into the input frame: at the decoder's resolution (`low`, one
+cell is 4 x 4 input px, a target is the share of the cell that the object covers), or at that of the
+input (`input`, binary). Imports no torch.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,20 +15,21 @@ from numpy.typing import NDArray
 
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.data.rasterize import CoveredBlock, Polygons, rasterize_polygons
-from samft.data.transforms import LOW_CELL, Frame, offsets, scales
+from samft.data.transforms import LOW_CELL, Frame
 
-Mask = NDArray[np.uint8] | NDArray[np.bool_]
-
-# Original pixels across a cell from which on outlines are drawn in the cells right away. They then
-# agree with pycocotools' masks to an IoU of .99 (objects of 32 cells or more, three data sets); in
-# finer cells the steps of those masks, which count in validation, would show: .95 to .98.
-_MIN_CELL = 6
+# Polygons are drawn straight into the input frame where a cell is at least so many original pixels
+# wide: there the targets agree with pycocotools' masks to an IoU of .99 (objects of 32 cells or
+# more, three datasets). In finer cells the pixel steps of those masks, which are the ground truth
+# of validation, would show: the IoU is .95 to .98.
+_MIN_CELL_PIXELS = 6
+# The share of a cell from which on a binary target counts it, less what rounding can lose.
+_HALF = 0.5 - 1e-9
 
 
 def draw_targets(
     segmentations: Sequence[Any], frame: Frame, *, resolution: str
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Draws objects in the input frame, where it can without drawing them in the original one.
+    """Draws training targets: polygons where possible straight into the input frame.
 
     Args:
         segmentations: Checked, of K objects of one image.
@@ -31,31 +37,31 @@ def draw_targets(
         resolution: `low` (s = S/4) or `input` (s = S).
 
     Returns:
-        Which of the objects have a pixel in the original image, [M], and their targets, uint8
+        Which of the K objects have a pixel in the original image, [M], and their targets, uint8
         [M, s, s]; see `mask_to_low` and `mask_to_input`.
     """
-    targets = _blank(len(segmentations), frame, resolution=resolution)
-    missing = np.arange(len(targets))
+    targets = empty_targets(len(segmentations), frame, resolution=resolution)
+    undrawn = np.arange(len(targets))
     cell = frame.image_size / targets.shape[-1]
-    if cell >= _MIN_CELL * max(frame.scale_x, frame.scale_y):
+    if cell >= _MIN_CELL_PIXELS * max(frame.scale_x, frame.scale_y):
         outlines = [[] if isinstance(item, dict) else item for item in segmentations]
-        draw = polygons_to_low if resolution == "low" else polygons_to_input
-        draw(Polygons.pack(outlines), frame, out=targets)
-        # Of an RLE there is no outline. And of outlines too thin to cover anything, lines say,
-        # pycocotools draws some pixels, which count as the object in validation.
-        missing = np.flatnonzero(~targets.any(axis=(1, 2)))
+        draw_polygons = polygons_to_low if resolution == "low" else polygons_to_input
+        draw_polygons(Polygons.pack(outlines), frame, out=targets)
+        # RLEs have no outline. And outlines that are too thin to cover anything (lines, say) still
+        # have pixels in pycocotools' masks, and are objects in validation.
+        undrawn = np.flatnonzero(~targets.any(axis=(1, 2)))
     kept = np.ones(len(targets), dtype=bool)
-    for k in missing.tolist():
-        crop = decode_cropped(segmentations[k], frame.original_size)
-        kept[k] = crop.mask.size > 0
-        _draw_mask(crop, frame, out=targets[k])
+    for k in undrawn.tolist():
+        mask = decode_cropped(segmentations[k], frame.original_size)
+        kept[k] = mask.mask.size > 0
+        _draw_mask(mask, frame, out=targets[k])
     return np.flatnonzero(kept), targets if kept.all() else targets[kept]
 
 
 def rasterize_ground_truth(
     segmentations: Sequence[Any], frame: Frame, *, resolution: str
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], list[CroppedMask]]:
-    """Draws objects at the original resolution, as pycocotools does to the pixel.
+    """Draws masks at the original resolution, exactly as pycocotools does, and targets from them.
 
     Args:
         segmentations: Checked, of K objects of one image.
@@ -63,89 +69,90 @@ def rasterize_ground_truth(
         resolution: `low` or `input`.
 
     Returns:
-        What `draw_targets` does, with targets that are averages of the masks, and the M masks.
+        As `draw_targets`, with targets that are averages of the masks; and the M masks.
     """
-    crops = [decode_cropped(item, frame.original_size) for item in segmentations]
-    kept = np.flatnonzero(np.array([crop.mask.size > 0 for crop in crops], dtype=bool))
-    targets = _blank(len(kept), frame, resolution=resolution)
-    truths = [crops[k] for k in kept.tolist()]
+    masks = [decode_cropped(item, frame.original_size) for item in segmentations]
+    kept = np.flatnonzero(np.array([mask.mask.size > 0 for mask in masks], dtype=bool))
+    targets = empty_targets(len(kept), frame, resolution=resolution)
+    truths = [masks[k] for k in kept.tolist()]
     for target, truth in zip(targets, truths, strict=True):
         _draw_mask(truth, frame, out=target)
     return kept, targets, truths
 
 
-def _blank(num_objects: int, frame: Frame, *, resolution: str) -> NDArray[np.uint8]:
+def empty_targets(num_objects: int, frame: Frame, *, resolution: str) -> NDArray[np.uint8]:
+    """Targets of objects that cover nothing: uint8 [K, s, s] of zeros, see `draw_targets`."""
     side = frame.image_size // LOW_CELL if resolution == "low" else frame.image_size
     return np.zeros((num_objects, side, side), dtype=np.uint8)
 
 
-def _draw_mask(crop: CroppedMask, frame: Frame, *, out: NDArray[np.uint8]) -> None:
+def _draw_mask(mask: CroppedMask, frame: Frame, *, out: NDArray[np.uint8]) -> None:
     draw = mask_to_input if len(out) == frame.image_size else mask_to_low
-    draw(crop.mask, frame, top=crop.top, left=crop.left, out=out)
+    draw(mask, frame, out=out)
 
 
 def mask_to_low(
-    mask: Mask, frame: Frame, *, top: int = 0, left: int = 0, out: NDArray[np.uint8] | None = None
+    mask: CroppedMask, frame: Frame, *, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The share of each 4 x 4 px cell of the input frame that an object covers.
+    """The share of each 4 x 4 px cell of the input frame that a mask covers.
 
     Args:
-        mask: uint8 or bool [h, w], 0 or 1: the original frame's mask, or a crop of it.
+        mask: In the original frame.
         frame: Of the image.
-        top: Of the crop, px in the original frame.
-        left: Of the crop, px in the original frame.
-        out: Zeros to draw on; None: new ones.
+        out: Zeros to draw on; None allocates them.
 
     Returns:
-        uint8 [S/4, S/4]: 0 nothing, 255 all. Padding is 0.
+        uint8 [S/4, S/4] from 0, nothing covered, to 255, all covered. Padding is 0.
     """
     out = np.zeros((frame.image_size // LOW_CELL,) * 2, dtype=np.uint8) if out is None else out
-    rows, columns, share = _coverage(mask, frame, cell=LOW_CELL, top=top, left=left)
+    rows, columns, share = _cell_coverage(mask, frame, cell=LOW_CELL)
     out[rows, columns] = np.rint(share * 255)
     return out
 
 
 def mask_to_input(
-    mask: Mask, frame: Frame, *, top: int = 0, left: int = 0, out: NDArray[np.uint8] | None = None
+    mask: CroppedMask, frame: Frame, *, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The input frame's pixels of which an object covers half or more; see `mask_to_low`.
+    """The pixels of the input frame of which a mask covers half or more; see `mask_to_low`.
 
     Returns:
         uint8 [S, S] of 0 and 1.
     """
     out = np.zeros((frame.image_size,) * 2, dtype=np.uint8) if out is None else out
-    rows, columns, share = _coverage(mask, frame, cell=1, top=top, left=left)
-    out[rows, columns] = share >= 0.5 - 1e-9
+    rows, columns, share = _cell_coverage(mask, frame, cell=1)
+    out[rows, columns] = share >= _HALF
     return out
 
 
-def _coverage(
-    mask: Mask, frame: Frame, *, cell: int, top: int, left: int
+def _cell_coverage(
+    crop: CroppedMask, frame: Frame, *, cell: int
 ) -> tuple[slice, slice, NDArray[np.float64]]:
-    # Rows and columns of the cells that the crop reaches, and the share of each that it covers.
-    # This is what cv2.INTER_AREA and a mean over the cell come to, without the whole image: the
-    # integral of a mask of constant pixels is exactly bilinear between the pixels' corners.
+    # Rows and columns of the cells that the mask reaches, and the share of each that it covers.
+    # The integral of a mask is bilinear between the corners of its pixels, so differences of the
+    # integral at the cells' corners are exact areas: what cv2.INTER_AREA and a mean over the cell
+    # come to, but from the crop alone, without resizing the whole image.
+    mask, left = crop.mask, crop.left
     height, width = mask.shape
     (shown_height, shown_width), (offset_y, offset_x) = frame.input_size, frame.offset
     if frame.flipped:
         mask, left = mask[:, ::-1], frame.original_size[1] - left - width
         offset_x = frame.resized_size[1] - shown_width - offset_x
     scale_x, scale_y = frame.scale_x / cell, frame.scale_y / cell
-    rows, edges_y = _cell_edges(top, height, scale_y, offset_y / cell, shown_height / cell)
+    rows, edges_y = _cell_edges(crop.top, height, scale_y, offset_y / cell, shown_height / cell)
     columns, edges_x = _cell_edges(left, width, scale_x, offset_x / cell, shown_width / cell)
     if mask.size == 0 or rows.start >= rows.stop or columns.start >= columns.stop:
         return slice(0), slice(0), np.zeros((0, 0))
-    integral = cv2.integral(np.ascontiguousarray(mask).view(np.uint8))
-    sums = _between_rows(_between_rows(integral, edges_y).T, edges_x).T
-    shares = np.diff(np.diff(sums, axis=0), axis=1) * (scale_x * scale_y)
+    integral = cv2.integral(np.ascontiguousarray(mask, dtype=np.uint8))
+    at_corners = _interpolate_rows(_interpolate_rows(integral, edges_y).T, edges_x).T
+    shares = np.diff(np.diff(at_corners, axis=0), axis=1) * (scale_x * scale_y)
     return rows, columns, np.clip(shares, 0, 1)
 
 
 def _cell_edges(
     start: int, length: int, scale: float, offset: float, shown: float
 ) -> tuple[slice, NDArray[np.float64]]:
-    # The cells (of 1/scale original pixels, counted from `offset` on, `shown` of them) that
-    # start:start + length reaches, and their edges in pixels of the crop.
+    # Along one axis: the cells (1/scale original pixels each, counted from `offset` on, `shown` of
+    # them) that start:start + length reaches, and their edges in pixels of the crop.
     first = int(np.floor(start * scale - offset + 1e-9))
     last = max(first + 1, int(np.ceil((start + length) * scale - offset - 1e-9)))
     cells = slice(max(first, 0), min(last, int(np.ceil(shown))))
@@ -153,46 +160,45 @@ def _cell_edges(
     return cells, np.clip(edges, 0, length)
 
 
-def _between_rows(values: NDArray[np.number], at: NDArray[np.float64]) -> NDArray[np.float64]:
+def _interpolate_rows(values: NDArray[np.number], at: NDArray[np.float64]) -> NDArray[np.float64]:
     low = np.minimum(at.astype(np.int64), len(values) - 2)
     part = (at - low)[:, None]
     return values[low] * (1 - part) + values[low + 1] * part
 
 
 def polygons_to_low(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    """What `mask_to_low` gives for the masks of K objects, from their outlines at once.
+    """As `mask_to_low`, for K objects at once, from their outlines instead of their masks.
 
     Args:
         polygons: In the original frame.
         frame: Of the image.
-        out: uint8 [K, S/4, S/4] of zeros to draw on: 0 nothing, 255 all.
+        out: uint8 [K, S/4, S/4] of zeros to draw on: 0 nothing covered, 255 all.
     """
-    for block in _blocks(polygons, frame, cell=LOW_CELL):
-        _place(block, out)[:] = np.rint(block.share * 255)
+    for block in _rasterize_in_cells(polygons, frame, cell=LOW_CELL):
+        _cells_of(block, out)[:] = np.rint(block.share * 255)
 
 
 def polygons_to_input(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    """What `mask_to_input` gives for the masks of K objects; see `polygons_to_low`.
+    """As `mask_to_input`, for K objects at once, from their outlines instead of their masks.
 
     Args:
         polygons: In the original frame.
         frame: Of the image.
-        out: uint8 [K, S, S] of zeros to draw on, with ones.
+        out: uint8 [K, S, S] of zeros to draw ones on.
     """
-    for block in _blocks(polygons, frame, cell=1):
-        _place(block, out)[:] = block.share >= 0.5 - 1e-9
+    for block in _rasterize_in_cells(polygons, frame, cell=1):
+        _cells_of(block, out)[:] = block.share >= _HALF
 
 
-def _place(block: CoveredBlock, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    height, width = block.share.shape
-    return out[block.object, block.top : block.top + height, block.left : block.left + width]
-
-
-def _blocks(polygons: Polygons, frame: Frame, *, cell: int) -> Iterator[CoveredBlock]:
-    points = polygons.points * scales(frame)[:2] - offsets(frame)[:2]
+def _rasterize_in_cells(polygons: Polygons, frame: Frame, *, cell: int) -> Iterator[CoveredBlock]:
+    points = polygons.points * frame.scale_xyxy[:2] - frame.offset_xyxy[:2]
     height, width = frame.input_size
     if frame.flipped:
         points[:, 0] = width - points[:, 0]
-    return rasterize_polygons(
-        replace(polygons, points=points / cell), size=(height / cell, width / cell)
-    )
+    in_cells = replace(polygons, points=points / cell)
+    return rasterize_polygons(in_cells, size=(height / cell, width / cell))
+
+
+def _cells_of(block: CoveredBlock, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = block.share.shape
+    return out[block.object, block.top : block.top + height, block.left : block.left + width]

@@ -1,8 +1,9 @@
-"""The two frames, and the way between them for images, boxes, masks and polygons. No torch.
+"""The original frame and the input frame, and how images and boxes get from one to the other.
 
-`original` is the file's real pixels. `input` is what the model sees: `image_size` x `image_size`,
-with the resized image, or a crop of it, at the top left and zeros at its right and bottom. All
-lengths are in pixels; boxes are x0 y0 x1 y1 with pixel edges at whole numbers.
+The `original` frame has the pixels of the image file. The `input` frame is what the model sees:
+`image_size` x `image_size` pixels, with the resized image, or a crop of it, at the top left, and
+zeros to the right and below. All lengths are in pixels; boxes are x0 y0 x1 y1, with pixel edges at
+whole numbers. Imports no torch.
 """
 
 from dataclasses import dataclass
@@ -12,29 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-LOW_CELL = 4  # input px; the decoder's masks have a quarter of the input's resolution
-_MAX_JITTER = 20 / 1024  # of image_size, as SAM was trained
+LOW_CELL = 4  # input px per pixel of the decoder's masks, along each axis
+_MAX_JITTER = 20 / 1024  # of image_size, as in SAM's training
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How one image lies in the input frame: resized, then cropped, then flipped."""
+    """Where an image is in the input frame: it is resized, then cropped, then flipped."""
 
-    original_size: tuple[int, int]  # H, W of the file
-    resized_size: tuple[int, int]  # H, W of the whole image at the input's scale
-    image_size: int
-    offset: tuple[int, int] = (0, 0)  # y, x of the crop in the resized image
-    flipped: bool = False  # left and right of the crop exchanged
+    original_size: tuple[int, int]  # H, W of the image, original px
+    resized_size: tuple[int, int]  # H, W of the whole image, input px
+    image_size: int  # S, the side of the input frame
+    offset: tuple[int, int] = (0, 0)  # y, x of the crop in the resized image, input px
+    flipped: bool = False  # the crop is mirrored left to right
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """h, w of what is visible of the image inside of the input frame."""
+        """Height and width of the image area in the input frame, input px."""
         (height, width), (top, left) = self.resized_size, self.offset
         return min(height - top, self.image_size), min(width - left, self.image_size)
 
     @property
     def is_cropped(self) -> bool:
-        """Whether a part of the image is not visible."""
+        """Whether a part of the image is outside the input frame."""
         return self.input_size != self.resized_size
 
     @property
@@ -46,6 +47,17 @@ class Frame:
     def scale_y(self) -> float:
         """Input pixels per original pixel, vertically."""
         return self.resized_size[0] / self.original_size[0]
+
+    @property
+    def scale_xyxy(self) -> NDArray[np.float64]:
+        """Input pixels per original pixel, for the four coordinates of a box: [4]."""
+        # Two different factors, because sides are rounded: as segment_anything's apply_coords.
+        return np.array([self.scale_x, self.scale_y] * 2)
+
+    @property
+    def offset_xyxy(self) -> NDArray[np.int64]:
+        """Where the crop begins in the resized image, for the four coordinates of a box: [4]."""
+        return np.array(self.offset[::-1] * 2)
 
 
 def make_frame(
@@ -60,12 +72,12 @@ def make_frame(
     """Places an image in the input frame.
 
     Args:
-        original_size: H, W of the file.
+        original_size: H, W of the image, original px.
         image_size: Side of the input frame.
-        resize_mode: `pad` scales the longest side to `image_size`; `squash` scales both.
-        flipped: Whether left and right are exchanged.
-        zoom: Scales to so many times `image_size` instead; what is larger than the frame is cut.
-        crop_at: Where to cut, y and x: 0 keeps the top or left end, just under 1 the other.
+        resize_mode: `pad` scales the longest side to `image_size`; `squash` scales both sides.
+        flipped: Whether to mirror left to right.
+        zoom: Scales to this times `image_size` instead, and crops what does not fit.
+        crop_at: Position of the crop, y and x, from 0 (top or left end) to just under 1.
 
     Source: `pad` is `ResizeLongestSide.get_preprocess_shape` of segment_anything, to the pixel.
     """
@@ -84,14 +96,15 @@ def make_frame(
 def resize_image(
     image: NDArray[np.uint8], frame: Frame, *, exact: bool = True
 ) -> NDArray[np.uint8]:
-    """Brings an image into the input frame.
+    """Resizes, crops, flips and pads an image into the input frame.
 
     Args:
-        image: uint8 [H, W, 3] of the file's size, or reduced to a half, a quarter or an eighth of
-            it, rounded up, when it was decoded.
-        frame: Of the file.
-        exact: As `SamPredictor` does it, to the level. Otherwise faster: an enlarged image may be a
-            level off, and a reduced one that has the right size already, at its far end, a pixel.
+        image: uint8 [H, W, 3] of the original size, or of a half, a quarter or an eighth of it,
+            rounded up, if it was reduced when it was decoded.
+        frame: Of the image.
+        exact: Gives the very values of `SamPredictor`. Otherwise faster: an enlarged image may
+            differ by one level (of 255), and a reduced image that has the right size already may be
+            off by a pixel at its right and bottom ends.
 
     Returns:
         uint8 [S, S, 3], zero-padded.
@@ -125,11 +138,11 @@ def _resize_with_pillow(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.ui
         for factor in (1, 2, 4, 8)
         if image.shape[:2] == tuple(-(-side // factor) for side in frame.original_size)
     )
-    box = None  # all of it
+    box = None  # the whole image
     if frame.is_cropped or reduction > 1:
-        # In pixels of `image`, of which the last may be only partly filled.
+        # In pixels of `image`; of a reduced one, the last pixel may be only partly filled.
         down, across = 1 / frame.scale_y / reduction, 1 / frame.scale_x / reduction
-        right = min((left + width) * across, image.shape[1])  # rounding may carry it over
+        right = min((left + width) * across, image.shape[1])  # rounding may exceed the image
         bottom = min((top + height) * down, image.shape[0])
         box = (left * across, top * down, right, bottom)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, box=box)
@@ -137,32 +150,21 @@ def _resize_with_pillow(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.ui
 
 
 def boxes_to_input(boxes_original: NDArray[np.floating], frame: Frame) -> NDArray[np.float64]:
-    """Boxes [K, 4] from the original to the input frame; they may reach out of it."""
-    boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4) * scales(frame)
-    return _mirror_boxes(boxes - offsets(frame), frame)
+    """Maps boxes [K, 4] from the original to the input frame, which they may exceed."""
+    boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4) * frame.scale_xyxy
+    return _mirror_boxes(boxes - frame.offset_xyxy, frame)
 
 
 def boxes_to_original(boxes: NDArray[np.floating], frame: Frame) -> NDArray[np.float64]:
-    """Boxes [K, 4] from the input to the original frame."""
+    """Maps boxes [K, 4] from the input to the original frame."""
     boxes = _mirror_boxes(np.array(boxes, dtype=np.float64).reshape(-1, 4), frame)
-    return (boxes + offsets(frame)) / scales(frame)
+    return (boxes + frame.offset_xyxy) / frame.scale_xyxy
 
 
 def visible_box(frame: Frame) -> NDArray[np.float64]:
-    """x0 y0 x1 y1 of the part of the original image that is in the input frame."""
+    """The part of the original image that is in the input frame: x0 y0 x1 y1, original px."""
     height, width = frame.input_size
     return boxes_to_original(np.array([[0, 0, width, height]]), frame)[0]
-
-
-def scales(frame: Frame) -> NDArray[np.float64]:
-    """Model pixels to an original pixel, as (x, y, x, y)."""
-    # As segment_anything's apply_coords computes them.
-    return np.array([frame.scale_x, frame.scale_y] * 2)
-
-
-def offsets(frame: Frame) -> NDArray[np.int64]:
-    """Where the visible part begins in the resized image, in model pixels, as (x, y, x, y)."""
-    return np.array(frame.offset[::-1] * 2)
 
 
 def _mirror_boxes(boxes: NDArray[np.float64], frame: Frame) -> NDArray[np.float64]:
@@ -179,25 +181,24 @@ def jitter_boxes(
     generator: np.random.Generator,
     most: float = _MAX_JITTER,
 ) -> NDArray[np.float64]:
-    """Moves each side of each box uniformly, as an annotator's hand would.
+    """Moves each side of each box by a uniform random amount, as hand-drawn boxes are imprecise.
 
     Args:
         boxes: [K, 4] in the input frame.
-        share: Furthest that a side moves, as a share of the box's width or height. 0 leaves the
-            boxes as they are.
-        frame: Of the image, which no side leaves.
-        generator: Where the randomness comes from.
-        most: Furthest that a side moves, as a share of `image_size`: 20 px at 1024.
+        share: Largest move, as a share of the box's width or height. 0 changes nothing.
+        frame: Of the image. No side leaves the image area.
+        generator: The source of randomness.
+        most: Largest move, as a share of `image_size`: 20 px at 1024.
 
     Returns:
-        Boxes [K, 4] in the input frame, each at least half as wide and high as it was.
+        Boxes [K, 4] in the input frame, each at least half as wide and high as before.
     """
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     if share == 0:
         return boxes
     limit = np.array([frame.input_size[1], frame.input_size[0]], dtype=np.float64)
     corners = np.clip(boxes.reshape(-1, 2, 2), 0, limit)  # [K, low/high, x/y]
-    # A box that touches the image at its edge only keeps a sliver of a pixel.
+    # A box that only touches the image area keeps 1/100 px, so that no box is empty.
     corners[:, 0] = np.minimum(corners[:, 0], limit - 1e-2)
     corners[:, 1] = np.maximum(corners[:, 1], corners[:, 0] + 1e-2)
     side = corners[:, 1:] - corners[:, :1]

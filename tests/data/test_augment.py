@@ -83,7 +83,9 @@ def test_objects_that_leave_are_dropped_and_boxes_of_cut_ones_follow_their_masks
 ) -> None:
     assert boxes_in_frame(BOXES, frame).tolist() == [True, True, True, False, True, True]
     asked = []
-    kept, boxes = filter_cropped_objects(BOXES, frame, draw=lambda k: asked.append(k) or _mask(k))
+    kept, boxes = filter_cropped_objects(
+        BOXES, frame, decode_mask=lambda k: asked.append(k) or _mask(k)
+    )
     assert kept.tolist() == [0, 1, 4] and asked == [1, 2, 3, 5]
     np.testing.assert_array_equal(boxes, [BOXES[0], [50, 10, 60, 30], BOXES[4]])
 
@@ -92,7 +94,7 @@ def test_a_tenth_of_an_object_is_enough() -> None:
     for share, expected in ((9, []), (10, [0]), (11, [0])):
         box = np.array([[50.0 - (100 - share), 0, 50 + share, 1]])
         crop = CroppedMask(0, 50 - (100 - share), np.ones((1, 100), bool))
-        kept, _ = filter_cropped_objects(box, QUARTER, draw=lambda k, crop=crop: crop)
+        kept, _ = filter_cropped_objects(box, QUARTER, decode_mask=lambda k, crop=crop: crop)
         assert kept.tolist() == expected
 
 
@@ -101,14 +103,14 @@ def test_the_visible_part_of_a_mask_bounds_the_box() -> None:
     mask[5:8, 0:25] = True  # columns 40..65 of the image
     mask[20:30, 0:5] = True  # not in the crop
     kept, boxes = filter_cropped_objects(
-        np.array([[40.0, 10, 80, 40]]), QUARTER, draw=lambda k: CroppedMask(10, 40, mask)
+        np.array([[40.0, 10, 80, 40]]), QUARTER, decode_mask=lambda k: CroppedMask(10, 40, mask)
     )
     assert kept.tolist() == [0] and boxes.tolist() == [[50, 15, 65, 18]]
 
 
 def test_nothing_is_asked_where_the_whole_image_is_visible() -> None:
     frame = make_frame((100, 100), 50, resize_mode="pad", zoom=0.7)
-    kept, boxes = filter_cropped_objects(BOXES, frame, draw=lambda k: pytest.fail("drawn"))
+    kept, boxes = filter_cropped_objects(BOXES, frame, decode_mask=lambda k: pytest.fail("drawn"))
     assert kept.tolist() == list(range(6))
     np.testing.assert_array_equal(boxes, BOXES)
 

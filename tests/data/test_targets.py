@@ -25,7 +25,7 @@ def _ring(seed: int, *, centre: tuple[float, float], reach: float) -> np.ndarray
 def _averaged(item: Any, frame: Frame, resolution: str) -> np.ndarray:
     crop = decode_cropped(item, frame.original_size)
     draw = mask_to_low if resolution == "low" else mask_to_input
-    return draw(crop.mask, frame, top=crop.top, left=crop.left)
+    return draw(crop, frame)
 
 
 FRAMES = {

@@ -93,7 +93,7 @@ def names(*numbers: int) -> list[str]:
 
 def in_order(loader: BatchLoader) -> list[str]:
     """The file names in the order of the loader's sampler."""
-    keys = list(loader.handed.batch_sampler)
+    keys = list(loader.requested.batch_sampler)
     return names(*(key[1] for own in keys for key in own))
 
 

@@ -6,7 +6,7 @@ only: not on the number of workers, processes or micro-batches, nor on restarts.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from samft.distributed import get_rank, get_world_size
 # The first number of every seed, so that no two purposes share a stream of random numbers.
 _ORDER_STREAM, _REPEAT_STREAM, SAMPLE_STREAM, PROMPT_STREAM, RESAMPLE_STREAM = 1, 3, 2, 4, 5
 _UINT64_MAX = 2**64 - 1
+
+Key = TypeVar("Key")  # of a sample
 
 
 class SampleKey(NamedTuple):
@@ -64,7 +66,24 @@ def repeat_factors(
     return repeats
 
 
-class TrainingSampler(DistributedSampler[SampleKey]):
+class _RankSampler(DistributedSampler[Key]):
+    # A DistributedSampler that needs no process group: without one, there is one rank.
+    def __init__(
+        self,
+        dataset: Sized,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        *options: Any,
+    ) -> None:
+        super().__init__(
+            dataset,  # type: ignore[arg-type]  # torch needs no more of it than its length
+            get_world_size() if num_replicas is None else num_replicas,
+            get_rank() if rank is None else rank,
+            *options,
+        )
+
+
+class TrainingSampler(_RankSampler[SampleKey]):
     """A `DistributedSampler` whose epochs join without padding, and that can resume anywhere.
 
     The epochs are one endless stream: position p is place p % n of epoch p // n, where n is
@@ -104,14 +123,7 @@ class TrainingSampler(DistributedSampler[SampleKey]):
         batch_size: int = 1,
         repeats: NDArray[np.floating] | None = None,
     ) -> None:
-        super().__init__(
-            dataset,  # type: ignore[arg-type]  # torch needs no more of it than its length
-            get_world_size() if num_replicas is None else num_replicas,
-            get_rank() if rank is None else rank,
-            shuffle,
-            seed,
-            drop_last,
-        )
+        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
         self.num_images, self.batch_size, self.repeats = len(dataset), batch_size, repeats
         self._num_places = self.num_images
         if repeats is not None:
@@ -237,7 +249,7 @@ class EndlessBatchSampler(Sampler[list[SampleKey]]):
             self.sampler.set_epoch(self.sampler.epoch + 1)
 
 
-class ValidationSampler(DistributedSampler[int]):
+class ValidationSampler(_RankSampler[int]):
     """A `DistributedSampler` that pads nothing: over all ranks, each image comes exactly once.
 
     Rank r takes r, r + num_replicas, ... Where the images cannot be divided evenly, ranks get
@@ -259,13 +271,7 @@ class ValidationSampler(DistributedSampler[int]):
         shuffle: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            dataset,  # type: ignore[arg-type]  # torch needs no more of it than its length
-            get_world_size() if num_replicas is None else num_replicas,
-            get_rank() if rank is None else rank,
-            shuffle,
-            seed,
-        )
+        super().__init__(dataset, num_replicas, rank, shuffle, seed)
         # The base class pads up to `total_size` and gives each rank `num_samples`.
         self.total_size = len(dataset)
         self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))

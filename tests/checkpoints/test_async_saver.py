@@ -1,3 +1,5 @@
+"""The copy of a state in host memory, and the thread that writes it."""
+
 import os
 import threading
 from pathlib import Path
@@ -34,7 +36,7 @@ def a_sidecar(step: int, score: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
-def test_a_copy_keeps_what_was_and_structure_and_plain_values(device: str) -> None:
+def test_a_copy_keeps_tensors_structure_and_plain_values(device: str) -> None:
     weight = torch.arange(4.0, device=device)
     value = {"a": [weight, (weight + 1, "text")], "b": {"step": 3, "none": None}}
     copied = HostCopy().copy(value)
@@ -53,7 +55,7 @@ def test_a_copy_is_made_in_the_same_place_unless_the_shape_changes(device: str) 
     assert copy.copy({"a": torch.ones(5, device=device)})["a"].shape == (5,)
 
 
-def test_what_is_constant_is_not_copied_on_a_cpu() -> None:
+def test_constant_tensors_are_not_copied_on_a_cpu() -> None:
     frozen = torch.ones(3)
     copied = HostCopy().copy({"frozen": frozen, "w": frozen}, constant=["frozen"])
     assert copied["frozen"].data_ptr() == frozen.data_ptr() != copied["w"].data_ptr()
@@ -105,10 +107,10 @@ def test_the_state_of_the_moment_is_saved_whatever_training_does_meanwhile(
     assert saved == [] and not (tmp_path / "last.ckpt").exists()
     may_write.set()
     checkpointer.wait()
-    found = load_latest(tmp_path)
-    assert saved == [1] and found is not None
-    assert found.state["model"]["w"].tolist() == [5.0] * 4
-    assert found.state["model"]["frozen"].tolist() == [1.0] * 3
+    latest = load_latest(tmp_path)
+    assert saved == [1] and latest is not None
+    assert latest.state["model"]["w"].tolist() == [5.0] * 4
+    assert latest.state["model"]["frozen"].tolist() == [1.0] * 3
 
 
 def test_the_state_knows_the_best_that_was_saved_with_it(tmp_path: Path) -> None:
@@ -117,14 +119,14 @@ def test_the_state_knows_the_best_that_was_saved_with_it(tmp_path: Path) -> None
         sidecar = a_sidecar(step, score)
         checkpointer.save(a_state(step, weight=float(step)), sidecar=sidecar)
     checkpointer.wait()
-    found = load_latest(tmp_path)
-    assert found is not None and [entry["step"] for entry in found.state["best"]] == [3]
+    latest = load_latest(tmp_path)
+    assert latest is not None and [entry["step"] for entry in latest.state["best"]] == [3]
     assert torch.load(tmp_path / "3-0.60.ckpt", weights_only=True)["w"].tolist() == [3.0] * 4
     assert not list(tmp_path.glob("1-*"))
 
 
 @pytest.mark.parametrize("what", ["last.ckpt", "1-0.50.ckpt"])
-def test_a_full_disk_is_said_and_the_next_save_tried(
+def test_a_full_disk_is_logged_and_the_next_save_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpointer, saved = a_checkpointer(tmp_path, k=2)
@@ -147,7 +149,7 @@ def test_a_full_disk_is_said_and_the_next_save_tried(
     assert not list(tmp_path.glob(".*.part"))
 
 
-def test_what_comes_first_is_done_before_the_state_is_there(tmp_path: Path) -> None:
+def test_before_writing_is_called_before_the_state_exists(tmp_path: Path) -> None:
     checkpointer, saved = a_checkpointer(tmp_path)
     seen: list[bool] = []
     first = lambda: seen.append((tmp_path / "last.ckpt").exists())  # noqa: E731
@@ -156,7 +158,7 @@ def test_what_comes_first_is_done_before_the_state_is_there(tmp_path: Path) -> N
     assert seen == [False] and saved == [1]
 
 
-def test_pictures_that_cannot_be_written_keep_nothing_from_being_saved(tmp_path: Path) -> None:
+def test_a_failure_before_writing_does_not_prevent_the_save(tmp_path: Path) -> None:
     checkpointer, saved = a_checkpointer(tmp_path)
 
     def full() -> None:

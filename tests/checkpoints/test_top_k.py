@@ -31,7 +31,7 @@ def pairs(*stems: str) -> list[str]:
     return sorted(f"{stem}.{kind}" for stem in stems for kind in ("ckpt", "json"))
 
 
-def test_the_best_k_stay_in_order_and_the_others_go(tmp_path: Path) -> None:
+def test_the_best_k_stay_in_order_and_the_others_are_deleted(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=2)
     scores = [(0, 0.5), (10, 0.4), (20, 0.7), (30, 0.6), (40, 0.45)]
     saved = [save_if_better(top_k, step, score) for step, score in scores]
@@ -102,12 +102,12 @@ def test_a_checkpoint_is_a_flat_dict_of_tensors_only(tmp_path: Path) -> None:
 def test_the_sidecar_knows_its_file(tmp_path: Path) -> None:
     sidecar = {"step": 5, "metrics": {"per_mask_iou": 0.75}, "config": {"seed": 0}}
     TopK(tmp_path, k=1).save_if_better({"a": torch.ones(1)}, score=0.75, sidecar=sidecar)
-    told = json.loads((tmp_path / "5-0.75.json").read_text())
+    written = json.loads((tmp_path / "5-0.75.json").read_text())
     digest = hashlib.sha256((tmp_path / "5-0.75.ckpt").read_bytes()).hexdigest()
-    assert told == {**sidecar, "sha256": digest}
+    assert written == {**sidecar, "sha256": digest}
 
 
-def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_list(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=2)
     save_if_better(top_k, 10, 0.5)
     save_if_better(top_k, 20, 0.7)
@@ -127,7 +127,7 @@ def test_a_resumed_run_goes_on_with_the_list(tmp_path: Path) -> None:
     assert names_in(tmp_path) == pairs("20-0.70", "30-0.60", "last")
 
 
-def test_a_file_that_is_gone_already_is_no_error(tmp_path: Path) -> None:
+def test_a_file_that_was_deleted_already_is_no_error(tmp_path: Path) -> None:
     top_k = TopK(tmp_path, k=1)
     save_if_better(top_k, 10, 0.5)
     for name in pairs("10-0.50"):
@@ -152,9 +152,9 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path: Path) -> N
     assert names_in(tmp_path) == ["last.ckpt"]
 
 
-def git(folder: Path, *words: str) -> str:
+def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    command = ["git", "-C", str(folder), *identity, *words]
+    command = ["git", "-C", str(folder), *identity, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -180,7 +180,7 @@ def test_the_commit_is_that_of_the_source_tree(
     assert git_commit() is None  # no git
 
 
-def test_a_run_taken_up_elsewhere_brings_its_best_along(tmp_path: Path) -> None:
+def test_a_run_resumed_in_another_folder_copies_its_best(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     new.mkdir()

@@ -70,7 +70,7 @@ def test_a_folder_without_a_state_gives_none(tmp_path: Path) -> None:
     assert load_latest(tmp_path / "absent") is None
 
 
-def test_the_state_before_is_kept_and_checked(tmp_path: Path) -> None:
+def test_the_previous_state_is_kept_and_can_be_verified(tmp_path: Path) -> None:
     save(tmp_path, 1)
     assert not (tmp_path / PREVIOUS).exists()
     for step in range(2, 8):
@@ -109,7 +109,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_of_a_damaged_state_the_one_before_is_taken(tmp_path: Path, kind: str) -> None:
+def test_instead_of_a_damaged_state_the_one_before_is_used(tmp_path: Path, kind: str) -> None:
     damage, reason = DAMAGES[kind]
     save(tmp_path, 1, 2)
     last = tmp_path / LAST_NAME
@@ -153,7 +153,7 @@ def test_an_absent_state_is_passed_over_for_the_one_before(tmp_path: Path) -> No
     assert newest.passed_over == [f"there is no file {tmp_path / LAST_NAME}."]
 
 
-def test_a_lone_state_of_an_older_version_is_taken_and_it_is_said(tmp_path: Path) -> None:
+def test_an_older_version_state_without_a_sidecar_is_used_and_reported(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "last.json").unlink()
     newest = load_latest(tmp_path)
@@ -217,7 +217,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: Any) -> None
         load_state_file(tmp_path / "b.ckpt")
 
 
-def test_a_named_state_without_a_sidecar_is_taken_and_it_is_said(
+def test_a_named_state_without_a_sidecar_is_used_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
@@ -311,19 +311,19 @@ def test_killed_at_any_point_the_old_or_the_new_state_is_there(
     first.mkdir()
     start(first)
     assert newest_step(first) == 8
-    found = []
+    steps = []
     for number in itertools.count(1):
         folder = shutil.copytree(first, tmp_path / str(number))
         if not killed_in_save(folder, 10, number=number):
             break
-        found.append(newest_step(folder))
+        steps.append(newest_step(folder))
         if (folder / PREVIOUS).exists():  # it can be checked at any moment, too
             assert step_of(load_verified_state(folder / PREVIOUS)) in (7, 8)
         save(folder, 11)
         assert step_of(load_verified_state(folder / LAST_NAME)) == 11
-        assert step_of(load_verified_state(folder / PREVIOUS)) == found[-1]
-    assert len(found) >= 3
-    assert found == sorted(found) and set(found) <= {8, 10}
+        assert step_of(load_verified_state(folder / PREVIOUS)) == steps[-1]
+    assert len(steps) >= 3
+    assert steps == sorted(steps) and set(steps) <= {8, 10}
     assert newest_step(folder) == 10
 
 
@@ -377,14 +377,14 @@ def test_after_a_fallback_saving_keeps_the_good_state(tmp_path: Path) -> None:
     assert step_of(load_verified_state(tmp_path / PREVIOUS)) == 1
 
 
-def test_without_putting_it_aside_the_damaged_one_would_replace_the_good(tmp_path: Path) -> None:
+def test_without_quarantine_a_damaged_state_would_replace_the_good_one(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     (tmp_path / LAST_NAME).write_bytes(b"garbage")
     save(tmp_path, 3)
     assert (tmp_path / PREVIOUS).read_bytes() == b"garbage"
 
 
-def test_a_good_state_is_not_put_aside(tmp_path: Path) -> None:
+def test_a_good_state_is_not_quarantined(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     quarantine_damaged(tmp_path, used=tmp_path / LAST_NAME)
     assert newest_step(tmp_path) == 2
@@ -393,8 +393,8 @@ def test_a_good_state_is_not_put_aside(tmp_path: Path) -> None:
 def test_a_sidecar_names_what_is_there(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     for path in (tmp_path / LAST_NAME, tmp_path / PREVIOUS):
-        told = json.loads(path.with_suffix(".json").read_text())
-        assert told == {"format": FORMAT_VERSION, "sha256": [files.sha256_of(path)]}
+        written = json.loads(path.with_suffix(".json").read_text())
+        assert written == {"format": FORMAT_VERSION, "sha256": [files.sha256_of(path)]}
 
 
 def test_a_state_that_rots_is_not_vouched_for_by_the_next_save(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_a_state_that_rots_is_not_vouched_for_by_the_next_save(tmp_path: Path) -
         load_verified_state(tmp_path / PREVIOUS)
 
 
-def test_a_save_is_one_even_if_only_its_sidecar_finds_no_room(
+def test_a_save_succeeds_even_if_its_final_sidecar_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)

@@ -1,3 +1,5 @@
+"""Augmentation: random frames, objects that a crop cuts, and colours."""
+
 from typing import Any
 
 import numpy as np
@@ -82,11 +84,11 @@ def test_objects_that_leave_are_dropped_and_boxes_of_cut_ones_follow_their_masks
     frame: Frame,
 ) -> None:
     assert boxes_in_frame(BOXES, frame).tolist() == [True, True, True, False, True, True]
-    asked = []
+    decoded = []
     kept, boxes = filter_cropped_objects(
-        BOXES, frame, decode_mask=lambda k: asked.append(k) or _mask(k)
+        BOXES, frame, decode_mask=lambda k: decoded.append(k) or _mask(k)
     )
-    assert kept.tolist() == [0, 1, 4] and asked == [1, 2, 3, 5]
+    assert kept.tolist() == [0, 1, 4] and decoded == [1, 2, 3, 5]
     np.testing.assert_array_equal(boxes, [BOXES[0], [50, 10, 60, 30], BOXES[4]])
 
 
@@ -108,7 +110,7 @@ def test_the_visible_part_of_a_mask_bounds_the_box() -> None:
     assert kept.tolist() == [0] and boxes.tolist() == [[50, 15, 65, 18]]
 
 
-def test_nothing_is_asked_where_the_whole_image_is_visible() -> None:
+def test_no_mask_is_decoded_where_the_whole_image_is_visible() -> None:
     frame = make_frame((100, 100), 50, resize_mode="pad", zoom=0.7)
     kept, boxes = filter_cropped_objects(BOXES, frame, decode_mask=lambda k: pytest.fail("drawn"))
     assert kept.tolist() == list(range(6))

@@ -1,3 +1,5 @@
+"""Samples and batches: what they hold, what seeds them, and images that cannot be read."""
+
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -56,8 +58,8 @@ def test_a_validation_sample_is_what_was_annotated(annotations: Path) -> None:
         truth = sample.truths[k]
         height, width = truth.mask.shape
         assert truth.mask.dtype == bool and truth.mask[0].any() and truth.mask[:, -1].any()
-        found = [truth.left, truth.top, truth.left + width, truth.top + height]
-        np.testing.assert_allclose(found, [x, y, x + w, y + h], atol=1)
+        tight_box = [truth.left, truth.top, truth.left + width, truth.top + height]
+        np.testing.assert_allclose(tight_box, [x, y, x + w, y + h], atol=1)
         # 64 px wide at an image size of 64: the target's cells hold the truth's pixels.
         total = sample.targets[k].double().sum() / 255 * 16
         np.testing.assert_allclose(total, truth.mask.sum(), rtol=0.02)
@@ -85,8 +87,8 @@ def test_training_keeps_image_boxes_and_targets_together(annotations: Path) -> N
         seen.add(flipped)
         for box, target in zip(sample.boxes, sample.targets, strict=True):
             xs, ys = target.any(dim=0).nonzero(), target.any(dim=1).nonzero()
-            found = torch.tensor([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
-            torch.testing.assert_close(box, found.float(), atol=1.5, rtol=0)
+            tight_box = torch.tensor([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+            torch.testing.assert_close(box, tight_box.float(), atol=1.5, rtol=0)
         if flipped:
             torch.testing.assert_close(
                 sample.image[..., :width].flip(-1), unflipped.image[..., :width]
@@ -181,7 +183,7 @@ def test_workers_change_nothing_in_validation(annotations: Path) -> None:
         _assert_equal(mine, theirs)
 
 
-def test_an_endless_loader_goes_on_past_the_epoch(annotations: Path) -> None:
+def test_an_endless_loader_continues_past_the_epoch(annotations: Path) -> None:
     batches = iter(train_loader(_dataset(annotations), batch_size=5))
     ids = [i for _ in range(6) for i in next(batches).image_ids]
     assert sorted(ids[:13]) == sorted(ids[13:26]) == list(range(10, 23))
@@ -280,9 +282,9 @@ def test_scale_crops_image_boxes_and_targets_alike(annotations: Path) -> None:
         cut += len(sample.boxes) < 7
         for box, target in zip(sample.boxes, sample.targets, strict=True):
             xs, ys = target.any(dim=0).nonzero(), target.any(dim=1).nonzero()
-            found = torch.tensor([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+            tight_box = torch.tensor([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
             # An original pixel is up to two wide.
-            torch.testing.assert_close(box, found.float(), atol=2.6, rtol=0)
+            torch.testing.assert_close(box, tight_box.float(), atol=2.6, rtol=0)
             inside = target.bool()
             bright = sample.image.float().mean(0)
             assert bright[inside].mean() > 90  # objects are brighter than 120, the rest than 0..80

@@ -58,10 +58,10 @@ def dataset(annotations: Path) -> Coco2MaskDataset:
 def test_masks_per_image_are_those_of_its_samples(
     annotations: Path, options: dict[str, Any], counts: list[int]
 ) -> None:
-    found = a_dataset(annotations, Coco2MaskDataset, **options)
-    assert masks_per_image(found).tolist() == counts
+    dataset = a_dataset(annotations, Coco2MaskDataset, **options)
+    assert masks_per_image(dataset).tolist() == counts
     if not options.get("training", True):
-        assert [len(found[i].boxes) for i in range(5)] == counts
+        assert [len(dataset[i].boxes) for i in range(5)] == counts
 
 
 # By their objects, images 0, 2, 4, 1, 3 have 1, 2, 3, 4, 7; their ids begin at 10.
@@ -117,9 +117,9 @@ def test_without_workers_the_next_batch_is_waited_for(
 
     monkeypatch.setattr(Coco2MaskDataset, "__getitem__", look)
     list(loader)
-    told = [(pair, ", ".join(pair)) for pair in (expected[:2], expected[2:4], expected[4:])]
+    activities = [(pair, ", ".join(pair)) for pair in (expected[:2], expected[2:4], expected[4:])]
     assert seen == [
-        (pair, f"step 0, loading images {words}") for pair, words in told for _ in range(2)
+        (pair, f"step 0, loading images {names}") for pair, names in activities for _ in range(2)
     ]
 
 
@@ -153,7 +153,7 @@ def test_in_validation_the_share_of_this_process_is_waited_for(
 
 
 class Hanging(Coco2MaskDataset):
-    """Image 2 takes until a file is there."""
+    """Loading image 2 waits until a file exists."""
 
     released = Path("absent")
 
@@ -164,7 +164,7 @@ class Hanging(Coco2MaskDataset):
 
 
 class Deadly(Hanging):
-    """And then it kills who loads it."""
+    """Loading image 2 then kills the worker."""
 
     def __getitem__(self, key: Any) -> Any:
         sample = super().__getitem__(key)
@@ -174,18 +174,18 @@ class Deadly(Hanging):
 
 
 @pytest.mark.parametrize(
-    ("kind", "timeout", "said"),
+    ("kind", "timeout", "cause"),
     [
         (Deadly, None, "DataLoader worker (pid"),
         (Deadly, 60.0, "DataLoader worker (pid"),
         (Hanging, 2.0, "DataLoader timed out after 2"),
     ],
 )
-def test_of_a_worker_that_dies_or_hangs_the_images_are_named(
+def test_images_of_a_worker_that_dies_or_hangs_are_named(
     annotations: Path,
     kind: type[Coco2MaskDataset],
     timeout: float | None,
-    said: str,
+    cause: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -194,20 +194,20 @@ def test_of_a_worker_that_dies_or_hangs_the_images_are_named(
         a_dataset(annotations, kind, training=False), num_workers=1, timeout=timeout
     )
     heartbeat.set_step(6)
-    found = []
+    image_ids = []
     try:
         with pytest.raises(TrainingError) as caught, explain_distributed_errors():
             for batch in loader:
-                found.append(batch.image_ids)
-                if kind is Deadly and len(found) == 2:
+                image_ids.append(batch.image_ids)
+                if kind is Deadly and len(image_ids) == 2:
                     (tmp_path / "released").touch()
     finally:
         (tmp_path / "released").touch()
         loader.loader._iterator._shutdown_workers()  # type: ignore[union-attr]
-    assert found == [[10], [11]]
-    assert said in str(caught.value) and isinstance(caught.value.__cause__, RuntimeError)
-    said = ", at step 6, loading images image_2.png; its workers were at image_2.png."
-    assert str(caught.value).endswith(said)
+    assert image_ids == [[10], [11]]
+    assert cause in str(caught.value) and isinstance(caught.value.__cause__, RuntimeError)
+    position = ", at step 6, loading images image_2.png; its workers were at image_2.png."
+    assert str(caught.value).endswith(position)
     assert "\n" not in str(caught.value)
 
 
@@ -215,8 +215,8 @@ def test_a_timeout_without_workers_is_no_error(dataset: Coco2MaskDataset) -> Non
     assert len(list(train_loader(dataset, batch_size=2, steps=1, timeout=5.0))) == 1
 
 
-class Telling(Coco2MaskDataset):
-    """Its images are numbered by the process that loads them and its group: 0 if they are one."""
+class GroupReporting(Coco2MaskDataset):
+    """Image ids are the process group minus the process that loads: 0 for its leader."""
 
     def __getitem__(self, key: Any) -> Any:
         sample = super().__getitem__(key)
@@ -225,19 +225,19 @@ class Telling(Coco2MaskDataset):
 
 
 def test_a_worker_is_in_a_group_of_its_own(annotations: Path) -> None:
-    dataset = a_dataset(annotations, Telling, training=False)
+    dataset = a_dataset(annotations, GroupReporting, training=False)
     assert {batch.image_ids[0] for batch in val_loader(dataset, num_workers=1)} == {0}
 
 
-# A program that uses samft as a library, with a child of its own, which ends when it is told to.
+# A program that uses samft as a library, with a child of its own that ends when a byte arrives.
 PROGRAM = """
 import multiprocessing, os, sys
 from pathlib import Path
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
 
-def wait(told):
-    os.read(told, 1)
+def wait(pipe):
+    os.read(pipe, 1)
     print("the child ended by itself", flush=True)
 
 def load():
@@ -272,16 +272,16 @@ def test_a_program_keeps_its_own_children_and_no_workers(
 ) -> None:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
-    told, teller = os.pipe()
+    reader, writer = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script), str(annotations), str(told), ending],
+        [sys.executable, "-W", "ignore", str(script), str(annotations), str(reader), ending],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        pass_fds=[told],
+        pass_fds=[reader],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
-    os.close(told)
+    os.close(reader)
     try:
         assert process.stdout is not None
         child, *workers = map(int, process.stdout.readline().split())
@@ -289,12 +289,12 @@ def test_a_program_keeps_its_own_children_and_no_workers(
         deadline = time.monotonic() + 60
         while set(workers) & set(children_of(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        # Without its workers the program waits for its own child, which it has not told to end.
+        # The workers have ended; the program waits for its own child, which still runs.
         assert children_of(process.pid) == [child]
-        os.write(teller, b"!")
+        os.write(writer, b"!")
         output, errors = process.communicate(timeout=60)
     finally:
-        os.close(teller)
+        os.close(writer)
         process.kill()
         process.wait()
     assert output.splitlines() == ["the child ended by itself"]

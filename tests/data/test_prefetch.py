@@ -1,3 +1,5 @@
+"""Batches on the device ahead of time, and the wait for them."""
+
 import contextlib
 import os
 import signal
@@ -18,9 +20,9 @@ CPU = torch.device("cpu")
 
 def test_all_batches_come_in_their_order() -> None:
     batches = val_batches(4)
-    found = list(prefetch_to_device(batches, CPU))
-    assert [batch.image_ids for batch in found] == [batch.image_ids for batch in batches]
-    assert all(torch.equal(a.images, b.images) for a, b in zip(found, batches, strict=True))
+    moved = list(prefetch_to_device(batches, CPU))
+    assert [batch.image_ids for batch in moved] == [batch.image_ids for batch in batches]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(moved, batches, strict=True))
     assert list(prefetch_to_device([], CPU)) == []
 
 
@@ -51,7 +53,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_nothing_is_used_before_it_is_there() -> None:
+def test_on_a_gpu_a_batch_is_complete_before_it_is_used() -> None:
     device = torch.device("cuda")
     batches = [batch.pin_memory() for batch in val_batches(8)]
     work = torch.randn(4096, 4096, device=device)
@@ -68,14 +70,14 @@ def ids(batches: list[Batch]) -> list[list[int]]:
 def test_as_many_are_fetched_as_are_asked_for_and_there_are() -> None:
     batches = val_batches(5)
     stream = iter(batches)
-    found = [fetch_batches(stream, 2, contextlib.nullcontext) for _ in range(4)]
-    assert [ids(some) for some, _ in found] == [
+    fetched = [fetch_batches(stream, 2, contextlib.nullcontext) for _ in range(4)]
+    assert [ids(some) for some, _ in fetched] == [
         ids(batches[:2]),
         ids(batches[2:4]),
         ids(batches[4:]),
         [],
     ]
-    assert [error for _, error in found] == [None] * 4
+    assert [error for _, error in fetched] == [None] * 4
 
 
 def test_a_users_error_is_handed_back_and_a_bug_is_raised() -> None:

@@ -1,3 +1,5 @@
+"""Coverage of cells by polygons, against closed forms and pycocotools."""
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -70,16 +72,18 @@ def test_parts_are_joined_and_holes_are_by_the_even_odd_rule() -> None:
 
 
 @pytest.mark.parametrize("size", [(5, 6), (4.5, 5.25)])
-def test_what_leaves_is_cut_at_the_border(size: tuple[float, float]) -> None:
+def test_polygons_are_clipped_at_the_border(size: tuple[float, float]) -> None:
     around = [[-3.0, -2, 9, -2, 9, 8, -3, 8]]
     corner = [[-2.0, -2, 2.5, -2, 2.5, 1.5, -2, 1.5]]
     beyond = [[7.0, 1, 9, 1, 9, 3, 7, 3]]
     above = [[1.0, -4, 3, -4, 3, -1, 1, -1]]
     diagonal = [[-2.0, 1, 1, -2, 4, 1, 1, 4]]
-    everything, near, gone, over, diamond = _draw([around, corner, beyond, above, diagonal], *size)
+    everything, near, outside, over, diamond = _draw(
+        [around, corner, beyond, above, diagonal], *size
+    )
     assert everything.sum() == pytest.approx(size[0] * size[1])
     assert near.sum() == pytest.approx(2.5 * 1.5) and near[1, 2] == pytest.approx(0.25)
-    assert max(gone.max(), over.max()) < 1e-12
+    assert max(outside.max(), over.max()) < 1e-12
     expected = _clipped_area(np.reshape(diagonal[0], (-1, 2)), *size)
     assert diamond.sum() == pytest.approx(expected)
 

@@ -387,11 +387,11 @@ def test_repeat_factors_are_those_of_lvis() -> None:
     np.testing.assert_allclose(alone, [1, 2, 1, 1])
 
 
-def test_generators_differ_by_every_word_and_by_nothing_else() -> None:
+def test_generators_differ_by_every_number_and_by_nothing_else() -> None:
     first = generator_of(2, 0, 5, 7, 0).random(4)
     np.testing.assert_array_equal(first, generator_of(2, 0, 5, 7, 0).random(4))
-    for words in ((1, 0, 5, 7, 0), (2, 1, 5, 7, 0), (2, 0, 5, 7, 1), (2, 0, 5, -7, 0)):
-        assert not np.array_equal(first, generator_of(*words).random(4))
+    for seed in ((1, 0, 5, 7, 0), (2, 1, 5, 7, 0), (2, 0, 5, 7, 1), (2, 0, 5, -7, 0)):
+        assert not np.array_equal(first, generator_of(*seed).random(4))
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 57])

@@ -1,3 +1,5 @@
+"""Targets of the loss and ground truth, from polygons, RLE and masks."""
+
 from typing import Any
 
 import hypothesis.strategies as st
@@ -83,9 +85,9 @@ def _rle(top: int, left: int, height: int, width: int) -> dict[str, Any]:
 def test_rle_thin_outlines_and_nothing_at_all(resolution: str) -> None:
     frame = make_frame(SIZE, 64, resize_mode="pad")
     line = [np.array([100, 200.4, 140, 200.4, 140, 200.6, 100, 200.6])]
-    gone = [np.array([2000.0, 2000, 2100, 2000, 2100, 2100])]
+    outside = [np.array([2000.0, 2000, 2100, 2000, 2100, 2100])]
     square = [np.array([100.0, 100, 300, 100, 300, 300, 100, 300])]
-    objects = [line, _rle(100, 100, 200, 200), gone, square]
+    objects = [line, _rle(100, 100, 200, 200), outside, square]
     # A fifth of a pixel wide, but over the centres of 40 pixels, all of which pycocotools draws.
     assert decode_cropped(line, SIZE).mask.sum() == 40
     kept, targets = draw_targets(objects, frame, resolution=resolution)
@@ -139,7 +141,7 @@ def test_real_targets_agree_with_the_masks_that_pycocotools_draws(
             assert len(kept) == len(objects)
             half = 128 if resolution == "low" else 1
             for item, target in zip(objects, targets, strict=True):
-                truth, found = _averaged(item, frame, resolution) >= half, target >= half
+                truth, drawn = _averaged(item, frame, resolution) >= half, target >= half
                 if truth.sum() >= 32:
-                    ious.append((truth & found).sum() / (truth | found).sum())
+                    ious.append((truth & drawn).sum() / (truth | drawn).sum())
     assert len(ious) > 10 and np.mean(ious) >= 0.985

@@ -73,9 +73,9 @@ def test_a_box_drawn_on_the_original_lands_where_the_image_has_it(
     frame = make_frame(size, 512, resize_mode=mode, flipped=flipped)
     bright = resize_image(image, frame)[..., 0] > 127
     ys, xs = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
-    found = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+    tight_box = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
     box = boxes_to_input(np.array([[30, 20, 70, 80]]), frame)[0]
-    np.testing.assert_allclose(box, found, atol=0.51)
+    np.testing.assert_allclose(box, tight_box, atol=0.51)
     low = mask_to_low(crop_of(image[..., 0] // 255), frame)
     # Bilinear interpolation rounds the corners off.
     assert np.count_nonzero(mask_to_input(crop_of(image[..., 0] // 255), frame) != bright) <= 4
@@ -84,7 +84,9 @@ def test_a_box_drawn_on_the_original_lands_where_the_image_has_it(
 
 
 @given(height=SIDES, width=SIDES, flipped=st.booleans(), mode=st.sampled_from(["pad", "squash"]))
-def test_boxes_come_back(height: int, width: int, flipped: bool, mode: str) -> None:
+def test_boxes_map_back_to_the_original_frame(
+    height: int, width: int, flipped: bool, mode: str
+) -> None:
     frame = make_frame((height, width), 512, resize_mode=mode, flipped=flipped)
     boxes = np.array([[0, 0, width, height], [0.25 * width, 0, 0.5 * width, 0.125 * height]])
     there = boxes_to_input(boxes, frame)
@@ -241,9 +243,9 @@ def test_a_crop_is_a_part_of_the_resized_image(options: Any, flipped: bool, mode
     assert part.shape[:2] == (height, width) and max(height, width) <= 128
     assert frame.is_cropped == (frame.resized_size != (height, width))
     for exact in (True, False):
-        found = resize_image(image, frame, exact=exact)
-        assert np.abs(found[:height, :width] - part.astype(int)).max() <= 1
-        assert found[height:].sum() == found[:, width:].sum() == 0
+        resized = resize_image(image, frame, exact=exact)
+        assert np.abs(resized[:height, :width] - part.astype(int)).max() <= 1
+        assert resized[height:].sum() == resized[:, width:].sum() == 0
     # Whatever of the frame could show image does.
     assert height == min(128, size[1]) and width == min(128, size[0])
 

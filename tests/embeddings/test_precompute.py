@@ -124,7 +124,7 @@ def die_after(number: int, how: Any) -> Any:
 
 
 def fail() -> None:
-    raise RuntimeError("the device is gone")
+    raise RuntimeError("the device was lost")
 
 
 def kill_myself() -> None:
@@ -136,7 +136,7 @@ def die_while_filling(root: Path) -> None:
         fill(open_cache(root))
 
 
-def test_a_killed_pass_goes_on_where_it_was(root: Path) -> None:
+def test_a_killed_pass_resumes_where_it_was(root: Path) -> None:
     process = torch.multiprocessing.get_context("spawn").Process(
         target=die_while_filling, args=(root,)
     )
@@ -152,10 +152,10 @@ def test_a_killed_pass_goes_on_where_it_was(root: Path) -> None:
 
 
 def test_a_pass_that_fails_costs_at_most_a_round(root: Path) -> None:
-    with counted_encodings(at=die_after(6, fail)), pytest.raises(RuntimeError, match="gone"):
+    with counted_encodings(at=die_after(6, fail)), pytest.raises(RuntimeError, match="lost"):
         fill(open_cache(root), sync_seconds=100)
     assert len(open_cache(root).missing) == NUM_IMAGES
-    with counted_encodings(at=die_after(6, fail)), pytest.raises(RuntimeError, match="gone"):
+    with counted_encodings(at=die_after(6, fail)), pytest.raises(RuntimeError, match="lost"):
         fill(open_cache(root))
     assert len(open_cache(root).missing) == NUM_IMAGES - 3
 
@@ -213,7 +213,7 @@ def full_after(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "pwrite", write)
 
 
-def test_a_full_disk_is_said_and_what_was_written_counts(root: Path, monkeypatch: Any) -> None:
+def test_a_full_disk_is_reported_and_what_was_written_counts(root: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
         full_after(patch, 5)
         with pytest.raises(UserError) as caught:
@@ -273,7 +273,7 @@ def test_what_float16_cannot_hold_is_refused(root: Path) -> None:
     assert fill(open_cache(root, dtype="float32"), model=make_model(scale=1e5))
 
 
-def test_progress_is_said(root: Path, caplog: Any) -> None:
+def test_progress_is_logged(root: Path, caplog: Any) -> None:
     with caplog.at_level("INFO", logger="samft"):
         fill(open_cache(root))
     assert f"encoded {NUM_IMAGES} images in" in caplog.text

@@ -25,7 +25,7 @@ from samft.embeddings.store import EmbeddingRecord, EmbeddingStore
 from samft.errors import UserError
 from samft.models.sam import build_sam
 
-RECIPE = CacheKey("abc", 64, "pad", True, False, "float32", "float16")
+KEY = CacheKey("abc", 64, "pad", True, False, "float32", "float16")
 OTHER: dict[str, Any] = {
     "encoder": "abd",
     "image_size": 80,
@@ -37,13 +37,11 @@ OTHER: dict[str, Any] = {
 }
 
 
-def test_everything_in_a_recipe_changes_its_key() -> None:
+def test_every_field_of_a_key_changes_the_store_name() -> None:
     assert OTHER.keys() == {field.name for field in dataclasses.fields(CacheKey)}
-    keys = {
-        dataclasses.replace(RECIPE, **{name: value}).store_name for name, value in OTHER.items()
-    }
-    assert len(keys | {RECIPE.store_name}) == len(OTHER) + 1
-    assert dataclasses.replace(RECIPE).store_name == RECIPE.store_name
+    keys = {dataclasses.replace(KEY, **{name: value}).store_name for name, value in OTHER.items()}
+    assert len(keys | {KEY.store_name}) == len(OTHER) + 1
+    assert dataclasses.replace(KEY).store_name == KEY.store_name
 
 
 def test_the_digest_is_of_the_encoder_only() -> None:
@@ -93,10 +91,10 @@ def digests_of(annotations: Path, *, on_bad_image: str = "skip") -> ImageDigests
 def test_digests_are_of_contents_whatever_the_number_of_ranks(gloo2: GlooPool, split: Path) -> None:
     alone = digests_of(split)
     assert alone is not None
-    for found in gloo2.run(digests_of, split):
-        assert np.array_equal(found.digests, alone.digests)
-        assert np.array_equal(found.sizes, alone.sizes)
-        assert found.bad_images == alone.bad_images
+    for shared in gloo2.run(digests_of, split):
+        assert np.array_equal(shared.digests, alone.digests)
+        assert np.array_equal(shared.sizes, alone.sizes)
+        assert shared.bad_images == alone.bad_images
     assert alone.digest_of(0) == alone.digest_of(6) != alone.digest_of(1)
     assert alone.sizes[1].tolist() == [64, 48]
     assert list(alone.bad_images) == [3] and "image_3.png" in alone.bad_images[3]

@@ -45,8 +45,8 @@ def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> Embeddin
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_what_was_committed_is_read_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
     store = a_store(tmp_path / "a", count=3, dtype=dtype)
-    found = store.read_records()
-    assert found == {digest(k): EmbeddingRecord(k, digest(k), (40 + k, 60)) for k in range(3)}
+    records = store.read_records()
+    assert records == {digest(k): EmbeddingRecord(k, digest(k), (40 + k, 60)) for k in range(3)}
     for reader in (store, pickle.loads(pickle.dumps(store))):
         for number in (2, 0, 1):
             read = reader.read(number)
@@ -189,13 +189,15 @@ def test_what_another_run_reads_is_not_evicted(filled: Path) -> None:
     assert names(filled) == set()
 
 
-def test_too_little_allowed_is_said_and_nothing_is_evicted(filled: Path) -> None:
+def test_too_low_a_limit_is_explained_and_nothing_is_evicted(filled: Path) -> None:
     why = evict_unused_stores(filled, own={"a"}, needed=3 * GIB, limit=2 * GIB)
     assert why == "it would hold 3.0 GiB, and cache_max_gib allows 2.0 GiB"
     assert names(filled) == {"a", "b", "c"}
 
 
-def test_too_small_a_disk_is_said_or_made_room_on(filled: Path, monkeypatch: Any) -> None:
+def test_too_small_a_disk_is_explained_or_stores_are_evicted(
+    filled: Path, monkeypatch: Any
+) -> None:
     def with_free(free: int) -> None:
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
 

@@ -73,8 +73,8 @@ def test_all_at_once_is_each_alone() -> None:
                 check_segmentation(raw)
             assert error.value.code == checked.codes[k] and checked.segmentations.starts[k] == -1
         else:
-            alone, together = check_segmentation(raw), checked.segmentations[k]
-            for one, other in zip(_arrays(alone), _arrays(together), strict=True):
+            alone, batched = check_segmentation(raw), checked.segmentations[k]
+            for one, other in zip(_arrays(alone), _arrays(batched), strict=True):
                 np.testing.assert_array_equal(one, other)
 
 

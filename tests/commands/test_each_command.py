@@ -35,8 +35,8 @@ def run_of(data: Path, folder: Path, **changes: Any) -> list[str]:
 
 def command(*argv: str, processes: int) -> str:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    words = [sys.executable, *launcher, "-m", *argv]
-    code, output = run_preloaded(words, clean_environment(), timeout=SECONDS)
+    command = [sys.executable, *launcher, "-m", *argv]
+    code, output = run_preloaded(command, clean_environment(), timeout=SECONDS)
     assert code == 0, output
     return output
 

@@ -179,12 +179,12 @@ def test_the_total_is_weighted() -> None:
 
 def test_each_mask_has_its_own_losses() -> None:
     logits = torch.randn(3, LOW, LOW)
-    together = losses_of(logits, truth())
+    batched = losses_of(logits, truth())
     for number in range(3):
         alone = losses_of(logits[number : number + 1], truth())
         for name in ("total", "focal", "dice", "iou", "iou_actual"):
             expected = getattr(alone, name)[0]
-            torch.testing.assert_close(getattr(together, name)[number], expected)
+            torch.testing.assert_close(getattr(batched, name)[number], expected)
 
 
 @pytest.mark.parametrize("side", [LOW, S])
@@ -242,12 +242,12 @@ def test_the_mean_is_over_the_image_not_the_padding() -> None:
 def test_the_padding_of_each_mask_is_that_of_its_own_image() -> None:
     sizes, index = torch.tensor([[S, S], [24, S]]), torch.tensor([1, 0, 1])
     logits = torch.randn(3, LOW, LOW)
-    together = losses_of(logits, truth(), image_index=index, input_sizes=sizes)
+    batched = losses_of(logits, truth(), image_index=index, input_sizes=sizes)
     for number, image in enumerate(index.tolist()):
         alone = losses_of(
             logits[number : number + 1], truth(), input_sizes=sizes[image : image + 1]
         )
-        torch.testing.assert_close(together.total[number], alone.total[0])
+        torch.testing.assert_close(batched.total[number], alone.total[0])
 
 
 @pytest.mark.parametrize("side", [LOW, S])
@@ -390,12 +390,12 @@ def test_two_ranks_have_the_gradients_of_one_process(gloo2: GlooPool) -> None:
     model = prompted_model()
     alone = step_gradients(copy.deepcopy(model), [0, 1, 2])
     assert set(alone) == {n for n, p in model.named_parameters() if p.requires_grad}
-    for together in gloo2.run(gradients_of_rank):
-        assert set(together) == set(alone)
+    for batched in gloo2.run(gradients_of_rank):
+        assert set(batched) == set(alone)
         for name, gradient in alone.items():
             # Some gradients are 0 but for rounding (a bias of keys cancels in the softmax).
             tolerance = 1e-7 + 1e-5 * gradient.abs().max().item()
-            torch.testing.assert_close(together[name], gradient, atol=tolerance, rtol=1e-4)
+            torch.testing.assert_close(batched[name], gradient, atol=tolerance, rtol=1e-4)
     assert sum(gradient.abs().max() > 1e-3 for gradient in alone.values()) > 100
 
 

@@ -105,7 +105,6 @@ class Forecast:
     parts: dict[str, float]  # seconds of a step by part
     steps_per_epoch: float
     loader_cores: float  # cores per GPU that keep up with it
-    reduced_mb: float  # sent by each GPU in a step
     cache_gb: float
     checkpoint_gb: float
     bottleneck: str  # the part to speed up first
@@ -159,7 +158,6 @@ def forecast_training(
         parts=parts,
         steps_per_epoch=images / (gpus * plan.batch_size),
         loader_cores=plan.batch_size * costs.loader_s / max(compute, 1e-9),
-        reduced_mb=sent,
         cache_gb=images * plan.embedding_mb / 1e3,
         checkpoint_gb=checkpoint_gb,
         bottleneck=worst if others[worst] > compute / 10 else "compute",

@@ -131,7 +131,7 @@ def forecast_training(
     local = min(gpus, cluster.gpus_per_host)
     # All GPUs of a host share its network, so a ring through all of them runs at the host's rate.
     rate = cluster.network_gb_s if hosts > 1 else cluster.link_gb_s
-    sent, network = all_reduce_seconds(4 * trained / 1e6, ranks=gpus, rate_mb_s=1e3 * rate)
+    _, network = all_reduce_seconds(4 * trained / 1e6, ranks=gpus, rate_mb_s=1e3 * rate)
     # Loading overlaps with computing; the GPU waits for what takes longer.
     loader = plan.batch_size * costs.loader_s / cluster.workers
     read_mb = plan.batch_size * (plan.embedding_mb if plan.mode == "cached" else costs.image_mb)

@@ -13,7 +13,9 @@ Parts = list[list[float]]
 SQUARE = [1.0, 1, 3, 1, 3, 3, 1, 3]
 
 
-def _draw(objects: list[Parts], height: float, width: float, *, scale: float = 1.0) -> np.ndarray:
+def _draw_coverage(
+    objects: list[Parts], height: float, width: float, *, scale: float = 1.0
+) -> np.ndarray:
     polygons = Polygons.pack([[np.array(p) * scale for p in parts] for parts in objects])
     canvas = np.zeros((len(objects), int(np.ceil(height)), int(np.ceil(width))))
     for block in rasterize_polygons(polygons, size=(height, width)):
@@ -37,35 +39,35 @@ def test_a_rectangle_covers_what_it_overlaps() -> None:
     expected[1:4, 1:4] = np.outer([0.5, 1, 1], [0.75, 1, 0.5])
     reversed_one = np.array(rectangle).reshape(-1, 2)[::-1].ravel().tolist()
     for polygon in (rectangle, reversed_one):
-        np.testing.assert_allclose(_draw([[polygon]], 5, 6)[0], expected, atol=1e-12)
+        np.testing.assert_allclose(_draw_coverage([[polygon]], 5, 6)[0], expected, atol=1e-12)
 
 
 def test_a_triangle_covers_half_of_the_cells_on_its_diagonal() -> None:
-    share = _draw([[[0, 0, 4, 0, 0, 4]]], 4, 4)[0]
+    share = _draw_coverage([[[0, 0, 4, 0, 0, 4]]], 4, 4)[0]
     x, y = np.meshgrid(np.arange(4), np.arange(4))
     np.testing.assert_allclose(share, np.select([x + y < 3, x + y == 3], [1, 0.5]), atol=1e-12)
     # 3 across and 1 down: the first cell is cut at heights 0 and 1/3.
-    share = _draw([[[0, 0, 3, 0, 3, 1]]], 1, 3)[0]
+    share = _draw_coverage([[[0, 0, 3, 0, 3, 1]]], 1, 3)[0]
     np.testing.assert_allclose(share[0], [1 / 6, 1 / 2, 5 / 6], atol=1e-12)
 
 
 def test_a_sliver_inside_of_one_cell() -> None:
-    share = _draw([[[2.2, 1.2, 2.6, 1.2, 2.6, 1.7, 2.2, 1.7]]], 3, 4)[0]
+    share = _draw_coverage([[[2.2, 1.2, 2.6, 1.2, 2.6, 1.7, 2.2, 1.7]]], 3, 4)[0]
     assert share[1, 2] == pytest.approx(0.2) and np.count_nonzero(share) == 1
 
 
 def test_parts_are_joined_and_holes_are_by_the_even_odd_rule() -> None:
     far, near = [[1.0, 1, 2, 1, 2, 2, 1, 2], [4.0, 4, 5, 4, 5, 4.5, 4, 4.5]], [SQUARE, SQUARE]
-    joined, twice = _draw([far, near], 6, 6)
+    joined, twice = _draw_coverage([far, near], 6, 6)
     assert joined[1, 1] == 1 and joined[4, 4] == 0.5 and joined.sum() == 1.5
     assert twice.max() == 1 and twice.sum() == 4  # both parts cover the same: no more than once
     star = [[20 + 15 * np.sin(2.4 * np.pi * i / 3), 20 - 15 * np.cos(2.4 * np.pi * i / 3)]
             for i in range(5)]  # fmt: skip
     pentagram = np.ravel(star).tolist()
-    share = _draw([[pentagram]], 40, 40)[0]
+    share = _draw_coverage([[pentagram]], 40, 40)[0]
     assert share[20, 20] == pytest.approx(0, abs=1e-9)
     assert np.abs(share - _fine([pentagram], 40)).mean() < 0.002
-    bow_tie = _draw([[[0, 0, 4, 4, 4, 0, 0, 4]]], 4, 4)[0]
+    bow_tie = _draw_coverage([[[0, 0, 4, 4, 4, 0, 0, 4]]], 4, 4)[0]
     x, y = np.meshgrid(np.arange(4), np.arange(4))
     sides = np.select([(x == y) | (x == 3 - y), (x < y) ^ (x > 3 - y)], [0.5, 1])
     np.testing.assert_allclose(bow_tie, sides, atol=1e-12)
@@ -78,7 +80,7 @@ def test_polygons_are_clipped_at_the_border(size: tuple[float, float]) -> None:
     beyond = [[7.0, 1, 9, 1, 9, 3, 7, 3]]
     above = [[1.0, -4, 3, -4, 3, -1, 1, -1]]
     diagonal = [[-2.0, 1, 1, -2, 4, 1, 1, 4]]
-    everything, near, outside, over, diamond = _draw(
+    everything, near, outside, over, diamond = _draw_coverage(
         [around, corner, beyond, above, diagonal], *size
     )
     assert everything.sum() == pytest.approx(size[0] * size[1])
@@ -98,7 +100,7 @@ def test_areas_are_exact_for_triangles_of_any_place(
     points: list[tuple[float, float]], height: float, width: float
 ) -> None:
     triangle = np.array(points[:3])
-    share = _draw([[triangle.ravel().tolist()]], height, width)[0]
+    share = _draw_coverage([[triangle.ravel().tolist()]], height, width)[0]
     assert share.min() >= 0 and share.max() <= 1 + 1e-9
     assert share.sum() == pytest.approx(_clipped_area(triangle, height, width), abs=1e-6)
 
@@ -123,7 +125,7 @@ def _clipped_area(polygon: np.ndarray, height: float, width: float) -> float:
 @given(seed=st.integers(0, 10**6), num_points=st.integers(3, 9))
 def test_any_outline_is_what_pycocotools_draws_finely(seed: int, num_points: int) -> None:
     polygon = np.random.default_rng(seed).uniform(0.5, 15.5, 2 * num_points).tolist()
-    off = np.abs(_draw([[polygon]], 16, 16)[0] - _fine([polygon], 16))
+    off = np.abs(_draw_coverage([[polygon]], 16, 16)[0] - _fine([polygon], 16))
     # Only cells in which the outline crosses itself may be off by more than pycocotools' rounding.
     assert off.mean() < 0.012 and np.count_nonzero(off > 0.06) <= num_points * (num_points - 3) / 2
 
@@ -139,15 +141,15 @@ def test_many_objects_in_small_chunks_are_each_as_alone(monkeypatch: pytest.Monk
             ring = np.stack([np.cos(angle), np.sin(angle)], axis=1) * reach
             parts.append((generator.uniform(0, 60, 2) + ring).ravel().tolist())
         objects.append(parts)
-    alone = np.concatenate([_draw([parts], 60, 60) for parts in objects])
-    np.testing.assert_allclose(_draw(objects, 60, 60), alone, atol=1e-9)
+    alone = np.concatenate([_draw_coverage([parts], 60, 60) for parts in objects])
+    np.testing.assert_allclose(_draw_coverage(objects, 60, 60), alone, atol=1e-9)
     monkeypatch.setattr(rasterize, "_CHUNK_CELLS", 100)
-    np.testing.assert_allclose(_draw(objects, 60, 60), alone, atol=1e-9)
+    np.testing.assert_allclose(_draw_coverage(objects, 60, 60), alone, atol=1e-9)
 
 
 def test_lines_and_nothing_cover_nothing() -> None:
     level, point, upright = [[1.0, 2, 5, 2, 3, 2]], [[1.0, 1, 1, 1, 1, 1]], [[2.0, 1, 2, 4, 2, 3]]
-    assert _draw([level, point, upright, [], [SQUARE]], 6, 6).sum(axis=(1, 2)).tolist() == [
+    assert _draw_coverage([level, point, upright, [], [SQUARE]], 6, 6).sum(axis=(1, 2)).tolist() == [
         0, 0, 0, 0, 4,
     ]  # fmt: skip
     assert list(rasterize_polygons(Polygons.pack([]), size=(4, 4))) == []

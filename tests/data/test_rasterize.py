@@ -149,8 +149,7 @@ def test_many_objects_in_small_chunks_are_each_as_alone(monkeypatch: pytest.Monk
 
 def test_lines_and_nothing_cover_nothing() -> None:
     level, point, upright = [[1.0, 2, 5, 2, 3, 2]], [[1.0, 1, 1, 1, 1, 1]], [[2.0, 1, 2, 4, 2, 3]]
-    assert _draw_coverage([level, point, upright, [], [SQUARE]], 6, 6).sum(axis=(1, 2)).tolist() == [
-        0, 0, 0, 0, 4,
-    ]  # fmt: skip
+    areas = _draw_coverage([level, point, upright, [], [SQUARE]], 6, 6).sum(axis=(1, 2))
+    assert areas.tolist() == [0, 0, 0, 0, 4]
     assert list(rasterize_polygons(Polygons.pack([]), size=(4, 4))) == []
     assert list(rasterize_polygons(Polygons.pack([[], []]), size=(4, 4))) == []

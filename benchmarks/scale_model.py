@@ -105,6 +105,7 @@ class Forecast:
     parts: dict[str, float]  # seconds of a step by part
     steps_per_epoch: float
     loader_cores: float  # cores per GPU that keep up with it
+    reduced_mb: float  # sent by each GPU in a step
     cache_gb: float
     checkpoint_gb: float
     bottleneck: str  # the part to speed up first
@@ -131,7 +132,7 @@ def forecast_training(
     local = min(gpus, cluster.gpus_per_host)
     # All GPUs of a host share its network, so a ring through all of them runs at the host's rate.
     rate = cluster.network_gb_s if hosts > 1 else cluster.link_gb_s
-    _, network = all_reduce_seconds(4 * trained / 1e6, ranks=gpus, rate_mb_s=1e3 * rate)
+    sent, network = all_reduce_seconds(4 * trained / 1e6, ranks=gpus, rate_mb_s=1e3 * rate)
     # Loading overlaps with computing; the GPU waits for what takes longer.
     loader = plan.batch_size * costs.loader_s / cluster.workers
     read_mb = plan.batch_size * (plan.embedding_mb if plan.mode == "cached" else costs.image_mb)
@@ -158,6 +159,7 @@ def forecast_training(
         parts=parts,
         steps_per_epoch=images / (gpus * plan.batch_size),
         loader_cores=plan.batch_size * costs.loader_s / max(compute, 1e-9),
+        reduced_mb=sent,
         cache_gb=images * plan.embedding_mb / 1e3,
         checkpoint_gb=checkpoint_gb,
         bottleneck=worst if others[worst] > compute / 10 else "compute",

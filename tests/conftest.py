@@ -11,10 +11,13 @@ import torch
 import samft.runtime.torchvision_compat  # noqa: F401  (before all that imports torchvision)
 from helpers import REPOSITORY
 from helpers.gloo_pool import GlooPool
+from helpers.preloaded import preloading_context
 
 # The commands that tests start, and the workers of loaders, share the cores with the tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Before any test starts the server in another way.
+preloading_context()
 
 hypothesis.settings.register_profile("samft", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("samft")

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing
 from torch import distributed
 
-from helpers.preloaded import preloading_context
+from helpers.preloaded import preloading_context, use_default_start_method
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 # The time limit of a function, and of the other ranks once one has failed: they may be waiting for
@@ -129,6 +129,7 @@ class GlooPool:
 
 
 def _serve_rank(pipe: Connection, rendezvous: str, rank: int, world_size: int) -> None:
+    use_default_start_method()
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",

@@ -34,6 +34,11 @@ def preloading_context() -> Any:
     return context
 
 
+def use_default_start_method() -> None:
+    """Has a process of the server start its own as any would: loaders' workers are its forks."""
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
+
+
 class PreloadedCommand:
     """A command that runs in a fork of the server.
 
@@ -92,6 +97,7 @@ def _run_as_main(command: list[str]) -> None:
     """Runs a Python command as the whole of this process, and never returns."""
     os.setsid()
     _set_command_line(command)
+    use_default_start_method()
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     arguments = [argument for argument in command[1:] if argument != "-u"]

@@ -56,16 +56,29 @@ def baseline_losses(mask_logits: Tensor, iou_predicted: Tensor, sample: Baseline
     size = sample.masks.shape[-1]
     logits = F.interpolate(mask_logits, (size, size), mode="bilinear", align_corners=False)
     logits, masks = logits[:, 0, :height, :width], sample.masks[:, :height, :width]
-    focal = sigmoid_focal_loss(logits, masks, alpha=0.25, gamma=2.0).mean((1, 2))
-    probabilities = logits.sigmoid()
-    overlap = (probabilities * masks).sum((1, 2))
-    total = probabilities.sum((1, 2)) + masks.sum((1, 2))
-    dice = 1 - (2 * overlap + 1) / (total + 1)
+    focal, dice = focal_and_dice(logits, masks)
     predicted, truth = logits > 0, masks > 0.5
     union = (predicted | truth).sum((1, 2))
     iou_actual = (predicted & truth).sum((1, 2)) / union.clamp(min=1)
     iou = (iou_predicted[:, 0] - iou_actual).square()
     return FOCAL_WEIGHT * focal + DICE_WEIGHT * dice + IOU_WEIGHT * iou
+
+
+def focal_and_dice(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Focal loss, a mean over pixels, and dice loss of each mask; also those of the original tool.
+
+    Args:
+        logits: float32 [K, h, w].
+        masks: float32 [K, h, w], 0 and 1.
+
+    Returns:
+        Two float32 [K], without weights.
+    """
+    focal = sigmoid_focal_loss(logits, masks, alpha=0.25, gamma=2.0).mean((1, 2))
+    probabilities = logits.sigmoid()
+    overlap = (probabilities * masks).sum((1, 2))
+    total = probabilities.sum((1, 2)) + masks.sum((1, 2))
+    return focal, 1 - (2 * overlap + 1) / (total + 1)
 
 
 class BaselineTrainer:

@@ -106,7 +106,7 @@ def draw_scene(
     hidden = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), np.uint8)
     for group in reversed(groups):  # the last one painted lies on top
         whole = _supersampled_mask(group, size)
-        polygons = _trace_polygons(whole & ~hidden)
+        polygons = trace_polygons(whole & ~hidden)
         hidden |= whole
         if polygons:
             objects.append(SceneObject(polygons, group[0].category, crowd=len(group) > 1))
@@ -303,8 +303,15 @@ def _supersampled_mask(figures: list[_Figure], size: int) -> np.ndarray:
     return mask
 
 
-def _trace_polygons(mask: np.ndarray) -> list[list[float]]:
-    """The outer outlines of a supersampled mask as COCO polygons, in pixels of the picture."""
+def trace_polygons(mask: np.ndarray) -> list[list[float]]:
+    """The outer outlines of a mask as COCO polygons, without specks.
+
+    Args:
+        mask: uint8 [H, W], 0 or 1, `SUPERSAMPLING` times as high and wide as the picture.
+
+    Returns:
+        Polygons [x0, y0, x1, y1, ...] in pixels of the picture; holes are filled.
+    """
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     polygons = []
     for contour in contours:

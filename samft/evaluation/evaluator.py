@@ -40,6 +40,7 @@ class EvaluatedObjects(ObjectScores):
 
     Attributes:
         iou_boundary: float64 [K], see `metrics.boundary_iou`.
+        iou_boundary_jitter_10: The same, prompted as for `iou_jitter_10`.
         iou_box_fill: float64 [K], of filling the box, see `metrics.box_fill_ious`.
         iou_jitter_5: float64 [K], prompted with a box whose sides are moved by up to 5 %.
         iou_jitter_10: The same, 10 %.
@@ -50,6 +51,7 @@ class EvaluatedObjects(ObjectScores):
     """
 
     iou_boundary: NDArray[np.float64]
+    iou_boundary_jitter_10: NDArray[np.float64]
     iou_box_fill: NDArray[np.float64]
     iou_jitter_5: NDArray[np.float64]
     iou_jitter_10: NDArray[np.float64]
@@ -157,13 +159,21 @@ def score_masks(
     truths = [batch.truths[k] for k in part.tolist()]
     sizes = batch.image_sizes
     size = sizes["original_size"]
-    by_box = list(masks["box"])
+    # Two prompts' masks get more than one score; those of the others are dropped one by one.
+    by_box, by_jitter = list(masks["box"]), list(masks["jitter_10"])
+    masks = {**masks, "jitter_10": by_jitter}
     pairs = list(zip(by_box, truths, strict=True))
     other_ious = {
         f"iou_{name}": np.array(
             [cropped_iou(*pair) for pair in zip(masks[name], truths, strict=True)]
         )
         for name in OTHER_PROMPTS
+    }
+    boundaries = {
+        f"iou_boundary{suffix}": np.array(
+            [boundary_iou(*pair, original_size=size) for pair in zip(own, truths, strict=True)]
+        )
+        for suffix, own in (("", by_box), ("_jitter_10", by_jitter))
     }
     fill = box_fill_ious(batch.boxes[part], truths, **sizes)
     return EvaluatedObjects(
@@ -172,10 +182,10 @@ def score_masks(
         areas=np.array([float(truth.mask.sum()) for truth in truths]),
         iou_actual=np.array([cropped_iou(*pair) for pair in pairs]),
         iou_predicted=iou_predicted.double().numpy(),
-        iou_boundary=np.array([boundary_iou(*pair, original_size=size) for pair in pairs]),
         iou_box_fill=fill.numpy(),
         rle_predicted=_encode_masks(by_box, size),
         rle_true=_encode_masks(truths, size),
+        **boundaries,
         **other_ious,
     )
 

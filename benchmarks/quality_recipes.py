@@ -1,0 +1,177 @@
+"""The recipes of the quality lab: each trains the packaged `vit_tiny` on one dataset.
+
+A new question is a line of `VARIANTS`: the fields of `TrainConfig` in which a run differs from
+samft's defaults.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.original_recipe import OriginalSamples, train_original
+from benchmarks.quality_datasets import DATASETS
+from samft.config import FREE_ON_RESUME, TrainConfig
+from samft.errors import ConfigError
+from samft.models.prompted_sam import PromptedSam
+from samft.recipes.build import build_loaders, build_model, build_trainer, load_weights
+from samft.recipes.datasets import Splits, load_splits
+from samft.recipes.embedding_cache import prepare_cache
+from samft.training.engine import Progress, train
+
+UNTOUCHED, ORIGINAL, DEFAULT = "untouched", "original", "default"
+VARIANTS: dict[str, dict[str, Any]] = {
+    DEFAULT: {},
+    "low": {"loss_resolution": "low"},
+    "input": {"loss_resolution": "input"},
+    "input_focal_5": {"loss_resolution": "input", "loss_focal_weight": 5.0},
+    "squash": {"resize_mode": "squash"},
+    "scale": {"augment": "scale"},
+    "no_flip": {"augment": "none"},
+    "no_jitter": {"box_jitter": 0.0},
+    "jitter_5": {"box_jitter": 0.05},
+    "jitter_20": {"box_jitter": 0.2},
+    "no_clip": {"clip_grad_norm": 0.0},
+    "clip_0.1": {"clip_grad_norm": 0.1},
+    "no_warmup": {"warmup_steps": 0},
+    "cosine": {"lr_schedule": "cosine"},
+    "constant": {"lr_schedule": "constant"},
+    "lr_3e-5": {"learning_rate": 3e-5},
+    "lr_3e-4": {"learning_rate": 3e-4},
+    "lr_1e-3": {"learning_rate": 1e-3},
+}
+RECIPES = (UNTOUCHED, ORIGINAL, *VARIANTS)
+# What may differ between runs that learn the same, for this and for resuming alike; but the
+# number of images a step is a question of its own.
+_IRRELEVANT = FREE_ON_RESUME - {"batch_size", "accumulate_steps"} | {"checkpoint_path", "seed"}
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run of the lab: what to train on what, and how long.
+
+    Attributes:
+        dataset: A key of `DATASETS`.
+        recipe: One of `RECIPES`.
+        seed: Of the order of images and of augmentation.
+        steps: Optimizer steps.
+        batch_size: Images a step; a variant may have a number of its own.
+        frozen: Whether the image encoder is frozen.
+    """
+
+    dataset: str
+    recipe: str
+    seed: int
+    steps: int
+    batch_size: int
+    frozen: bool
+
+    def config(self, lab_dir: Path) -> TrainConfig:
+        """samft's configuration of the run; of `untouched` and `original`, that of their data.
+
+        Raises:
+            UserError: The data is missing, or a variant has a setting that is not valid.
+        """
+        settings: dict[str, Any] = {
+            "model_type": "vit_tiny",
+            "checkpoint_path": "auto",
+            "freeze_image_encoder": self.frozen,
+            "batch_size": self.batch_size,
+            "steps": max(1, self.steps),  # untouched: none
+            "seed": self.seed,
+            "metrics_interval": max(1, self.steps),
+            "num_workers": 0,
+            "output_dir": str(lab_dir),
+            "cache_dir": str(lab_dir / "embeddings"),
+            "device": "cpu",
+            **DATASETS[self.dataset].settings(lab_dir),
+            **VARIANTS.get(self.recipe, {}),
+        }
+        config = TrainConfig(**settings)
+        if problems := config.check():
+            raise ConfigError(f"recipe {self.recipe}: {' '.join(problems)}")
+        return config
+
+    def learnt_settings(self, lab_dir: Path) -> dict[str, Any]:
+        """The settings that decide what is learnt; those of `original` cannot be set."""
+        if self.recipe not in VARIANTS:
+            return {}
+        values = asdict(self.config(lab_dir))
+        return {name: value for name, value in values.items() if name not in _IRRELEVANT}
+
+
+@dataclass
+class Laboratory:
+    """What runs share: the folder, and the data, which is read once.
+
+    Attributes:
+        folder: Of rows, scores, drawn data and embeddings.
+        splits: By dataset and image size.
+        original_samples: The same, of frozen encoders.
+    """
+
+    folder: Path
+    splits: dict[tuple[str, int], Splits] = field(default_factory=dict)
+    original_samples: dict[tuple[str, int], OriginalSamples] = field(default_factory=dict)
+
+    def read_splits(self, request: RunRequest, config: TrainConfig) -> Splits:
+        """The datasets of a run, for scoring and for the original's loader."""
+        key = request.dataset, config.image_size
+        if key not in self.splits:
+            self.splits[key] = load_splits(config)
+        return self.splits[key]
+
+    def train_recipe(self, request: RunRequest) -> PromptedSam:
+        """Trains as requested; the model has the weights of the last step."""
+        config = request.config(self.folder)
+        if request.recipe == UNTOUCHED:
+            return build_model(config, load_weights(config, quiet=True), torch.device("cpu"))
+        if request.recipe == ORIGINAL:
+            return self._train_original(request, config)
+        return train_with_samft(config)
+
+    def _train_original(self, request: RunRequest, config: TrainConfig) -> PromptedSam:
+        model = build_model(config, load_weights(config, quiet=True), torch.device("cpu"))
+        train_subset = self.read_splits(request, config).train.subset
+        samples = OriginalSamples(train_subset, image_size=config.image_size)
+        if request.frozen:  # all frozen runs have the same encoder, so embeddings stay valid
+            key = request.dataset, config.image_size
+            samples = self.original_samples.setdefault(key, samples)
+        train_original(
+            model,
+            samples,
+            steps=request.steps,
+            batch_size=request.batch_size,
+            seed=request.seed,
+        )
+        return model
+
+
+def train_with_samft(config: TrainConfig) -> PromptedSam:
+    """Trains exactly as `samft.train` does, without its validations, files and log.
+
+    Args:
+        config: A checked configuration of one process.
+
+    Returns:
+        The model with the weights of the last step.
+    """
+    splits = load_splits(config)
+    model = build_model(config, load_weights(config, quiet=True), torch.device("cpu"))
+    progress = Progress()
+    prepare_cache(config, model, splits, progress=progress, should_stop=lambda: False)
+    trainer = build_trainer(config, model, progress=progress)
+    batches, _ = build_loaders(config, splits, start_step=0)
+    train(
+        trainer,
+        batches,
+        steps=config.steps,
+        accumulate_steps=config.accumulate_steps,
+        interval=config.metrics_interval,
+        max_bad_steps=config.max_bad_steps,
+        should_stop=lambda: False,
+        on_step=lambda taken, image_ids: None,
+        on_interval=lambda metrics: None,
+    )
+    return model

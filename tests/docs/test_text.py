@@ -20,7 +20,7 @@ from helpers.documentation import PAGES, Block, PageError, Runner
 from samft.config import TrainConfig
 
 COMMANDS = ("train", "evaluate", "predict", "export", "check", "demo")
-BENCHMARKS = ("coco_like", "predict", "same_numbers", "saving", "scale", "train_step")
+BENCHMARKS = ("coco_like", "predict", "quality", "same_numbers", "saving", "scale", "train_step")
 # Flags of other programs, and those that stand for any.
 FOREIGN = {
     "--x",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from samft.cli import CommandParser, run_command, user_path
+from samft.coco.boxes import advise_on_small_objects
 from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
@@ -148,6 +149,13 @@ def _print_report(splits: Splits, options: argparse.Namespace) -> None:
     if options.data_root and not options.annotations and VAL not in splits:
         advice = "name one (--val_split), or train with --val_fraction"
         _print_lines(["", f"no validation split: {advice}"])
+    small_objects = {
+        name: split.statistics.small
+        for name, split in splits.items()
+        if split.statistics and (name != TEST or options.annotations)
+    }
+    if advice_on_size := advise_on_small_objects(small_objects):
+        _print_lines(["", advice_on_size])
 
 
 def _to_json(splits: Splits, options: argparse.Namespace) -> dict[str, Any]:

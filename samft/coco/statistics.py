@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.coco.boxes import CELL, SmallObjects, find_small_objects
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, class_names, index_file
 from samft.coco.json_reader import UnusableFile
@@ -22,11 +23,7 @@ from samft.errors import DataError
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
-CELL = 4  # px of the model's input: one cell of the decoder's masks
 COVERED = 0.99  # share of the images that the suggested max_masks_per_image suffices for
-FEW_VANISH = 0.01  # largest share of the objects that may vanish at the suggested image_size
-LARGEST_SUGGESTED = 2048  # px
-_WINDOW_STEP = 64  # px; image sizes that keep the encoder's windows whole
 _COCO_SIZES = {"small": 0, "medium": 32**2, "large": 96**2}  # px, from that area on
 _SIDES = (CELL, 8, 16, 32, 64, 128, 256, 512)  # px
 _TOP_CLASSES = 20
@@ -53,11 +50,10 @@ class Statistics:
         image_size: The model's input that the sides refer to, px.
         num_vanishing: Objects whose longer side at the input is under 4 px, less than one cell of
             the decoder's masks.
+        small: Objects that are too small at the input, and the suggested `image_size`.
         most_objects: In one image.
         max_masks_per_image: Suggested: the smallest power of two, at least 8, that is no less than
             the number of objects in 99 % of the images.
-        suggested_image_size: The smallest multiple of 64 px, from `image_size` to 2048, at which no
-            more than 1 % of the objects vanish; the last if none is.
     """
 
     num_images: int
@@ -70,9 +66,9 @@ class Statistics:
     classes: dict[str, int]
     image_size: int
     num_vanishing: int
+    small: SmallObjects
     most_objects: int
     max_masks_per_image: int
-    suggested_image_size: int
 
     @property
     def vanishing_share(self) -> float:
@@ -94,9 +90,10 @@ class Statistics:
             },
             "image_size": self.image_size,
             "vanishing": {"objects": self.num_vanishing, "share": self.vanishing_share},
+            "too_small": {"objects": self.small.num_small, "share": self.small.share},
             "suggestions": {
                 "max_masks_per_image": self.max_masks_per_image,
-                "image_size": self.suggested_image_size,
+                "image_size": self.small.suggested_image_size,
             },
         }
 
@@ -252,9 +249,9 @@ def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:
         classes=_count_classes(index, plain),
         image_size=image_size,
         num_vanishing=int((sides * image_size < CELL).sum()),
+        small=find_small_objects(boxes, index.sizes[row_of[plain]], image_size=image_size),
         most_objects=int(per_image.max(initial=0)),
         max_masks_per_image=suggest_max_masks(filled),
-        suggested_image_size=suggest_image_size(sides, at_least=image_size),
     )
 
 
@@ -266,21 +263,6 @@ def suggest_max_masks(per_image: NDArray[np.int64]) -> int:
     """
     enough = int(np.quantile(per_image, COVERED, method="higher")) if len(per_image) else 0
     return max(8, 1 << max(enough - 1, 0).bit_length())
-
-
-def suggest_image_size(sides: NDArray[np.float64], *, at_least: int) -> int:
-    """The smallest input at which no more than 1 % of the objects vanish; see `Statistics`.
-
-    Args:
-        sides: Longer side of each object's box, as a share of the image's longer side.
-        at_least: The smallest size to suggest, px.
-    """
-    larger = range((at_least // _WINDOW_STEP + 1) * _WINDOW_STEP, LARGEST_SUGGESTED + 1, 64)
-    size = at_least
-    for size in (at_least, *larger):
-        if (sides * size < CELL).sum() <= FEW_VANISH * len(sides):
-            break
-    return size
 
 
 def _count_by_powers_of_two(per_image: NDArray[np.int64]) -> dict[str, int]:
@@ -339,22 +321,19 @@ def statistics_lines(statistics: Statistics) -> list[str]:
 def suggestion_lines(statistics: Statistics) -> list[str]:
     """Settings that suit the split, with reasons."""
     masks, size = statistics.max_masks_per_image, statistics.image_size
-    share, suggested = statistics.vanishing_share, statistics.suggested_image_size
     more = f"; one has {statistics.most_objects}" if statistics.most_objects > masks else ""
     lines = [
         f"suggested max_masks_per_image: {masks} (enough for all objects of 99 % of the images"
         f"{more}; of more objects each epoch draws others)"
     ]
-    if not statistics.num_vanishing:
-        return [*lines, f"at image_size {size} no object vanishes"]
-    lines.append(
-        f"at image_size {size} {statistics.num_vanishing:,} objects ({share:.1%}) "
-        f"vanish: longer side under {CELL} px, less than one cell of the decoder's masks"
-    )
-    if share > FEW_VANISH and suggested > size:
-        lines.append(f"suggested image_size: {suggested}")
-    if share > FEW_VANISH and suggested >= LARGEST_SUGGESTED:
-        lines.append("or cut the images into tiles")
+    if statistics.num_vanishing:
+        lines.append(
+            f"at image_size {size} {statistics.num_vanishing:,} objects "
+            f"({statistics.vanishing_share:.1%}) vanish: longer side under {CELL} px, less than "
+            "one cell of the decoder's masks"
+        )
+    else:
+        lines.append(f"at image_size {size} no object vanishes")
     return lines
 
 

@@ -41,7 +41,6 @@ class EvaluatedObjects(ObjectScores):
     Attributes:
         iou_boundary: float64 [K], see `metrics.boundary_iou`.
         iou_boundary_jitter_10: The same, prompted as for `iou_jitter_10`.
-        iou_box_fill: float64 [K], of filling the box, see `metrics.box_fill_ious`.
         iou_jitter_5: float64 [K], prompted with a box whose sides are moved by up to 5 %.
         iou_jitter_10: The same, 10 %.
         iou_jitter_20: The same, 20 %.
@@ -52,7 +51,6 @@ class EvaluatedObjects(ObjectScores):
 
     iou_boundary: NDArray[np.float64]
     iou_boundary_jitter_10: NDArray[np.float64]
-    iou_box_fill: NDArray[np.float64]
     iou_jitter_5: NDArray[np.float64]
     iou_jitter_10: NDArray[np.float64]
     iou_jitter_20: NDArray[np.float64]

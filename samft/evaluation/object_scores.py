@@ -4,6 +4,7 @@ A table is gathered from all ranks, sorted by image and object. Two models are c
 object: which gained, which lost, means of groups, and an interval for the mean change.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +39,7 @@ class ObjectScores:
         areas: float64 [K], of the true mask in pixels of the original image.
         iou_actual: float64 [K], with the true mask, at the original resolution.
         iou_predicted: float64 [K], the model's own estimate of its IoU.
+        iou_box_fill: float64 [K], of filling the box, see `metrics.box_fill_ious`.
     """
 
     image_ids: NDArray[np.int64]
@@ -45,9 +47,15 @@ class ObjectScores:
     areas: NDArray[np.float64]
     iou_actual: NDArray[np.float64]
     iou_predicted: NDArray[np.float64]
+    iou_box_fill: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.object_ids)
+
+    @property
+    def num_above_box_fill(self) -> int:
+        """Objects whose mask is better than their filled box."""
+        return int((self.iou_actual > self.iou_box_fill).sum())
 
     def keys(self) -> NDArray[np.int64]:
         """Image id and object id of each row, int64 [K, 2]."""
@@ -146,6 +154,30 @@ class GroupMeans:
     num_objects: int
     before: float
     after: float
+
+
+def describe_against_box_fill(iou: float, box_fill_iou: float) -> str:
+    """How a mean IoU compares with that of filling each box: no model should be below it.
+
+    Args:
+        iou: Of the model's masks.
+        box_fill_iou: Of the same objects' filled boxes.
+
+    Returns:
+        A phrase that continues a sentence on the model's masks, with both numbers in it.
+    """
+    difference = iou - box_fill_iou
+    if math.isnan(difference):
+        return f"not comparable with filling each box ({box_fill_iou:.4f})"
+    if difference == 0:
+        return f"just as good as filling each box ({box_fill_iou:.4f})"
+    where = "above" if difference > 0 else "below"
+    return f"{abs(difference):.4f} {where} filling each box ({box_fill_iou:.4f})"
+
+
+def describe_share(num: int, num_objects: int) -> str:
+    """A number of objects among all, with its share in per cent."""
+    return f"{num:,} of {num_objects:,} objects ({num / max(num_objects, 1):.0%})"
 
 
 def compare_objects(before: Table, after: Table) -> Comparison[Table]:

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from samft.evaluation.coco_ap import USUAL_MAX_DETS
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects
-from samft.evaluation.object_scores import LOST_IOU, compare_objects, mean_change
+from samft.evaluation.object_scores import (
+    LOST_IOU,
+    compare_objects,
+    describe_against_box_fill,
+    describe_share,
+    mean_change,
+)
 
 Floats = NDArray[np.float64]
 
@@ -66,6 +72,7 @@ def summarise_scores(
         "dice": summary_statistics(objects.dice),
         "boundary_iou": summary_statistics(objects.iou_boundary),
         "box_fill_iou": float(objects.iou_box_fill.mean()),
+        "masks_above_box_fill": objects.num_above_box_fill,
         "by_size": _means_by_size(objects),
         "by_category": _means_by_category(objects, category_ids, names),
         "by_prompt": {
@@ -226,6 +233,7 @@ def format_tables(evaluations: list[dict[str, Any]], *, data: str) -> list[str]:
         model = "{model_type}, {image_size} px, {resize_mode}".format(**evaluation)
         prefix = f"{letter}  " if has_several else ""
         lines.append(f"{prefix}{evaluation['checkpoint']} ({model})")
+        lines += [f"{' ' * len(prefix)}{line}" for line in _verdict_lines(evaluation)]
     heads = [*letters, *(f"{letter} - A" for letter in letters[1:])] if has_several else [""]
     lines += ["", _format_line("", heads)] if has_several else [""]
     for label, values in _score_rows(evaluations):
@@ -236,6 +244,15 @@ def format_tables(evaluations: list[dict[str, Any]], *, data: str) -> list[str]:
     for letter, evaluation in zip(letters[1:], evaluations[1:], strict=True):
         lines += ["", *_comparison_lines(evaluation["comparison"], letter)]
     return lines
+
+
+def _verdict_lines(evaluation: dict[str, Any]) -> list[str]:
+    iou = evaluation["per_mask_iou"]
+    share = describe_share(evaluation["masks_above_box_fill"], evaluation["masks"])
+    return [
+        f"IoU {iou:.4f}, {describe_against_box_fill(iou, evaluation['box_fill_iou'])}",
+        f"better than their filled boxes are {share}",
+    ]
 
 
 def _format_line(label: str, cells: list[str]) -> str:

@@ -202,6 +202,7 @@ def _score_rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> Object
         areas=np.array([float(batch.truths[k].mask.sum()) for k in part.tolist()]),
         iou_actual=scores["per_mask_iou"].double().cpu().numpy(),
         iou_predicted=scores["iou_predicted"].double().cpu().numpy(),
+        iou_box_fill=scores["box_fill_iou"].numpy(),
     )
 
 

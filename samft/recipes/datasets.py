@@ -3,12 +3,15 @@
 import hashlib
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from samft import distributed
+from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_split
 from samft.coco.problems import NOTE, WARNING
 from samft.coco.subset import CocoSubset, find_shared, read_coco, split_by_hash
@@ -38,8 +41,14 @@ class Splits:
     counts: dict[str, dict[str, Any]]
     fingerprint: str
 
+    @cached_property
+    def small_objects(self) -> dict[str, SmallObjects]:
+        """How many objects of each split are small at the run's image size; reads no pixels."""
+        splits = {"train": self.train, "val": self.val}
+        return {split: _measure_objects(dataset) for split, dataset in splits.items()}
+
     def log_counts(self) -> None:
-        """Logs the number of images and masks, what was left out, and what was repaired."""
+        """Logs the number of images and masks, what was left out or repaired, what is small."""
         for dataset, (split, counts) in zip(
             (self.train, self.val), self.counts.items(), strict=True
         ):
@@ -54,6 +63,19 @@ class Splits:
             for line in dataset.subset.index.problems.lines(WARNING, NOTE, num_examples=1):
                 LOGGER.info("  %s", line)
             _log_bad_images(counts["bad_images"])
+        advice = advise_on_small_objects(self.small_objects)
+        if advice and distributed.is_main():  # a warning is for the other ranks' logs, too
+            LOGGER.warning("%s", advice)
+
+
+def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
+    subset = dataset.subset
+    return find_small_objects(
+        subset.index.boxes[subset.objects],
+        np.repeat(subset.index.sizes[subset.rows], np.diff(subset.first_object), axis=0),
+        image_size=dataset.image_size,
+        resize_mode=dataset.resize_mode,
+    )
 
 
 def _log_bad_images(bad_images: dict[str, str]) -> None:

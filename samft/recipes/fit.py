@@ -11,6 +11,7 @@ from samft import distributed
 from samft.checkpoints.top_k import make_sidecar
 from samft.data.loaders import BatchLoader, prefetch_to_device
 from samft.errors import TrainingError
+from samft.evaluation.object_scores import describe_against_box_fill
 from samft.evaluation.validation import Validation, validate
 from samft.recipes.build import images_per_step
 from samft.recipes.prepare import RunParts
@@ -97,9 +98,9 @@ def _validate_initial_weights(run: TrainingRun) -> None:
     run.progress.baseline = validation.metrics
     run.progress.box_fill_iou = validation.box_fill_iou
     LOGGER.info(
-        "step 0: val_per_mask_iou %.4f before training (filling each box: %.4f)",
+        "step 0: val_per_mask_iou %.4f before training, %s",
         validation.metrics["per_mask_iou"],
-        validation.box_fill_iou,
+        describe_against_box_fill(validation.metrics["per_mask_iou"], validation.box_fill_iou),
     )
     _save_state(run, validation)
 

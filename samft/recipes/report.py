@@ -79,6 +79,8 @@ class RunReport:
             folder=self.output_dir,
             counts=self.splits.counts,
             config=asdict(self.config),
+            defaults=asdict(TrainConfig()),
+            small_objects=self.splits.small_objects,
             comparison=self.comparison,
         )
 

@@ -1,17 +1,23 @@
-"""The summary of a run: summary.json, what got worse and advice for it, and the last log lines."""
+"""The summary of a run: summary.json, the verdict and advice for a bad one, the last log lines."""
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from samft.checkpoints.top_k import Checkpoint
-from samft.evaluation.object_scores import LOST_IOU, Comparison
+from samft.coco.boxes import SmallObjects, advise_on_small_objects
+from samft.evaluation.object_scores import (
+    LOST_IOU,
+    Comparison,
+    describe_against_box_fill,
+    describe_share,
+)
 from samft.reports.validation_images import BEFORE_AFTER
 from samft.runtime.logs import LOGGER, format_duration
 from samft.training.engine import Progress
 
-_DEFAULT_LEARNING_RATE, _SAM_IMAGE_SIZE = 1e-4, 1024
 LOST_SHARE = 0.1  # a larger share of objects that lost is a warning, even if the mean rose
 
 
@@ -22,6 +28,8 @@ def summarise_run(
     folder: Path,
     counts: dict[str, dict[str, Any]],
     config: dict[str, Any],
+    defaults: dict[str, Any],
+    small_objects: dict[str, SmallObjects],
     comparison: Comparison | None,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
@@ -32,22 +40,33 @@ def summarise_run(
         folder: The output folder.
         counts: Of images and masks, by split.
         config: The run's configuration.
+        defaults: The default configuration.
+        small_objects: Of each split.
         comparison: Of the objects' scores at step 0 and at the best step, if both are known.
     """
     before, after = progress.baseline["per_mask_iou"], best.score if best else None
+    box_fill_iou = progress.box_fill_iou
     bad_images = progress.bad_images  # those that turned out bad only while training
     data = {
         split: {**own, "bad_images": {**own["bad_images"], **bad_images.get(split, {})}}
         for split, own in counts.items()
     }
-    regressions = find_regressions(before, after, comparison)
+    regressions = find_regressions(before, after, box_fill_iou=box_fill_iou, comparison=comparison)
+    advice = suggest_changes(
+        config,
+        progress,
+        best=best,
+        defaults=defaults,
+        small_objects=small_objects,
+    )
     return {
         "got_worse": regressions,
-        "what_to_try": suggest_changes(config, progress, best) if regressions else [],
+        "what_to_try": advice if regressions else [],
         "best_step": best.step if best else None,
         "best_val_per_mask_iou": after,
         "baseline_val_per_mask_iou": before,
-        "box_fill_iou": progress.box_fill_iou,
+        "box_fill_iou": box_fill_iou,
+        "above_box_fill": None if after is None else after - box_fill_iou,
         "best_checkpoint": str(folder / best.name) if best else None,
         "steps": progress.step,
         "wall_seconds": progress.wall_seconds,
@@ -58,22 +77,25 @@ def summarise_run(
             "compared": len(comparison.before),
             "gained": comparison.num_gained,
             "lost": comparison.num_lost,
+            "above_box_fill": comparison.after.num_above_box_fill,
         }
         if comparison
         else None,
+        "too_small": {split: asdict(small) for split, small in small_objects.items()},
         "data": data,
     }
 
 
 def find_regressions(
-    before: float, after: float | None, comparison: Comparison | None
+    before: float, after: float | None, *, box_fill_iou: float, comparison: Comparison | None
 ) -> list[str]:
-    """Describes what got worse in a run, a sentence each; an empty list if nothing did.
+    """Describes why a run is no success, a sentence or two each; an empty list if it is one.
 
     Args:
         before: Mean IoU at step 0.
         after: Mean IoU at the best step; None if there is none.
-        comparison: Of the objects' scores at both, if it is known.
+        box_fill_iou: Mean IoU of filling each box.
+        comparison: Of the objects' scores at both steps, if it is known.
     """
     regressions = []
     if after is None:
@@ -83,37 +105,53 @@ def find_regressions(
             f"Validation IoU fell from {before:.4f} at step 0 to {after:.4f} at its best: no "
             "checkpoint of this run is better than the one that it started from."
         )
+    if after is not None and after < box_fill_iou:
+        regressions.append(
+            "The result is worse than no model at all: the masks of the best checkpoint score "
+            f"{after:.4f}, {describe_against_box_fill(after, box_fill_iou)}."
+        )
+        if comparison:
+            share = describe_share(comparison.after.num_above_box_fill, len(comparison.after))
+            regressions[-1] += f" Better than their filled boxes are {share}."
     if comparison and comparison.num_lost > LOST_SHARE * len(comparison.before):
         lost, total = comparison.num_lost, len(comparison.before)
         regressions.append(
-            f"{lost:,} of {total:,} objects ({lost / total:.0%}) lost more than {LOST_IOU} IoU; "
+            f"{describe_share(lost, total)} lost more than {LOST_IOU} IoU; "
             f"{comparison.num_gained:,} gained as much."
         )
     return regressions
 
 
 def suggest_changes(
-    config: dict[str, Any], progress: Progress, best: Checkpoint | None
+    config: dict[str, Any],
+    progress: Progress,
+    *,
+    best: Checkpoint | None,
+    defaults: dict[str, Any],
+    small_objects: dict[str, SmallObjects],
 ) -> list[str]:
-    """Suggests what to change after a run that got worse, the most promising first.
+    """Suggests what to change after a run that is no success.
 
     Args:
         config: The run's configuration.
         progress: At the end of the run.
         best: Its best checkpoint after step 0, if there is one.
+        defaults: The default configuration.
+        small_objects: Of each split.
 
     Returns:
-        A sentence each.
+        A sentence each, what changed measured scores most first (docs/experiments.md): the
+        resolution of the loss, the image size where objects are small, the learning rate.
     """
-    learning_rate = min(config["learning_rate"] / 10, _DEFAULT_LEARNING_RATE)
-    advice = [f"A lower learning rate: --learning_rate {learning_rate:.3g}."]
-    box_fill_iou = progress.box_fill_iou
-    if progress.baseline["per_mask_iou"] < box_fill_iou and config["image_size"] < _SAM_IMAGE_SIZE:
+    advice = []
+    if config["loss_resolution"] != defaults["loss_resolution"]:
         advice.append(
-            f"A larger --image_size, up to {_SAM_IMAGE_SIZE}: before training, filling each box "
-            f"scored better ({box_fill_iou:.3f}), so many objects may be too small at "
-            f"{config['image_size']} px."
+            f"The default --loss_resolution {defaults['loss_resolution']}: it made better masks "
+            f"than {config['loss_resolution']} where both were measured."
         )
+    if of_size := advise_on_small_objects(small_objects):
+        advice.append(f"A larger image size: {of_size}.")
+    advice.append(_suggest_rate_or_steps(config, progress, best=best, defaults=defaults))
     if not config["freeze_image_encoder"]:
         advice.append(
             "--freeze_image_encoder: with few images, an encoder that is trained forgets what it "
@@ -130,6 +168,23 @@ def suggest_changes(
     )
     advice.append("More images, or --augment scale.")
     return advice
+
+
+def _suggest_rate_or_steps(
+    config: dict[str, Any],
+    progress: Progress,
+    *,
+    best: Checkpoint | None,
+    defaults: dict[str, Any],
+) -> str:
+    before = progress.baseline["per_mask_iou"]
+    if best is not None and before <= best.score < progress.box_fill_iou:
+        return (
+            f"More steps: --steps {2 * config['steps']}. The score did not fall, so a lower "
+            "learning rate is no remedy."
+        )
+    learning_rate = min(config["learning_rate"] / 10, defaults["learning_rate"])
+    return f"A lower learning rate: --learning_rate {learning_rate:.3g}."
 
 
 def next_commands(
@@ -172,19 +227,21 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
         for name in ("baseline_val_per_mask_iou", "best_val_per_mask_iou")
     )
     LOGGER.info(
-        "done: val_per_mask_iou %.4f -> %.4f (best at step %s; filling each box: %.4f) in %s",
+        "done: val_per_mask_iou %.4f -> %.4f (best at step %s), %s, in %s",
         before,
         after,
         summary["best_step"],
-        summary["box_fill_iou"],
+        describe_against_box_fill(after, summary["box_fill_iou"]),
         format_duration(summary["wall_seconds"]),
     )
     if objects := summary["objects"]:
         LOGGER.info(
-            f"of %d objects, %d gained more than {LOST_IOU} IoU and %d lost as much",
+            f"of %d objects, %d gained more than {LOST_IOU} IoU and %d lost as much; better than "
+            "their filled boxes are %s",
             objects["compared"],
             objects["gained"],
             objects["lost"],
+            describe_share(objects["above_box_fill"], objects["compared"]),
         )
     num_bad_images = sum(len(counts["bad_images"]) for counts in summary["data"].values())
     if num_bad_images:

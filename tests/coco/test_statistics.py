@@ -13,7 +13,6 @@ from samft.coco.index import CocoIndex, index_file
 from samft.coco.statistics import (
     compute_statistics,
     statistics_lines,
-    suggest_image_size,
     suggest_max_masks,
     suggestion_lines,
 )
@@ -100,34 +99,15 @@ def test_suggested_max_masks(per_image: list[int], expected: int) -> None:
     assert suggest_max_masks(np.array(per_image, dtype=np.int64)) == expected
 
 
-@pytest.mark.parametrize(
-    ("sides", "at_least", "expected"),
-    [
-        ([], 1024, 1024),
-        ([0.1], 256, 256),
-        ([4 / 512], 256, 512),  # 4 px at 512
-        ([4 / 500], 256, 512),
-        ([4 / 500] + [0.1] * 99, 256, 256),  # one in a hundred may vanish
-        ([4 / 500] * 2 + [0.1] * 98, 256, 512),
-        ([0.001], 1024, 2048),  # never
-        ([0.001], 4096, 4096),
-        ([4 / 512], 272, 512),  # from a size that is no multiple of 64 on
-    ],
-)
-def test_suggested_image_size(sides: list[float], at_least: int, expected: int) -> None:
-    assert suggest_image_size(np.array(sides), at_least=at_least) == expected
-
-
 def test_lines(index: CocoIndex) -> None:
     lines = statistics_lines(compute_statistics(index, image_size=32))
     assert lines[0] == "4 images, 2 of them with objects; 4 objects in 2 classes; 1 crowds"
     assert "  a          3  " + "#" * 40 in lines
     assert "  b          1  " + "#" * 14 in lines
     assert not any("never" in line or "large" in line for line in lines)
-    first, second, third = suggestion_lines(compute_statistics(index, image_size=32))
+    first, second = suggestion_lines(compute_statistics(index, image_size=32))
     assert first.startswith("suggested max_masks_per_image: 8 ")
     assert second.startswith("at image_size 32 1 objects (25.0%) vanish: ")
-    assert third == "suggested image_size: 64"
     assert suggestion_lines(compute_statistics(index, image_size=64))[1:] == [
         "at image_size 64 no object vanishes"
     ]
@@ -144,5 +124,6 @@ def test_only_twenty_classes_are_shown(index: CocoIndex) -> None:
 def test_json_is_plain(index: CocoIndex) -> None:
     statistics = json.loads(json.dumps(compute_statistics(index, image_size=32).to_json()))
     assert statistics["vanishing"] == {"objects": 1, "share": 0.25}
+    assert statistics["too_small"] == {"objects": 2, "share": 0.5}  # 3.2 and 6.4 px
     assert statistics["suggestions"] == {"max_masks_per_image": 8, "image_size": 64}
     assert set(statistics["histograms"]) == {"objects_per_image", "object_sizes", "object_sides"}

@@ -11,11 +11,13 @@ import pytest
 
 from helpers.broken_coco import write_broken
 from helpers.coco_files import annotation, write_coco, write_json
-from helpers.short_runs import arguments, train_here
+from helpers.short_runs import a_config, arguments, train_here
 from samft.check import main
 from samft.cli import run_command
+from samft.coco.boxes import advise_on_small_objects
 from samft.coco.problems import ERROR, FACT, KINDS
 from samft.errors import ConfigError, DataError
+from samft.recipes.datasets import load_splits
 
 # What the README.md beside the real sets lists; and, marked *, three facts that it leaves out.
 PLACEHOLDER = {"category-placeholder": 1}
@@ -233,6 +235,21 @@ def test_the_report_of_a_good_set(good: Path, capsys: pytest.CaptureFixture[str]
     train = report["splits"]["train"]
     assert (train["images"], train["objects"], train["classes"]) == (3, 7, {"thing": 7})
     assert train["annotations"] == str(good / "train" / "_annotations.coco.json")
+
+
+def test_small_objects_get_the_advice_of_a_training_run(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = main(["--data_root", str(good), "--image_size", "16"])
+    printed = capsys.readouterr().out
+    advice = load_splits(a_config(good, image_size=16)).small_objects
+    assert advise_on_small_objects(advice) in printed.splitlines()
+    for split, small in advice.items():
+        told = report["splits"][split]
+        assert told["too_small"] == {"objects": small.num_small, "share": small.share}
+        assert told["suggestions"]["image_size"] == small.suggested_image_size > 16
+    main(["--data_root", str(good), "--image_size", "1024"])
+    assert "too small for image_size" not in capsys.readouterr().out
 
 
 def test_warnings_end_well(good: Path) -> None:

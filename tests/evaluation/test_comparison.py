@@ -6,6 +6,8 @@ import pytest
 from samft.evaluation.object_scores import (
     ObjectScores,
     compare_objects,
+    describe_against_box_fill,
+    describe_share,
     mean_by_group,
     mean_by_size,
     mean_change,
@@ -21,6 +23,7 @@ def rows(objects: dict[tuple[int, int], tuple[float, float]]) -> ObjectScores:
         areas=np.array([value[0] for value in values], dtype=float),
         iou_actual=np.array([value[1] for value in values], dtype=float),
         iou_predicted=np.full(len(keys), 0.5),
+        iou_box_fill=np.full(len(keys), 0.4),
     )
 
 
@@ -32,6 +35,29 @@ def test_objects_are_paired_by_both_ids_and_the_others_left_out() -> None:
     assert comparison.after.keys().tolist() == comparison.before.keys().tolist()
     assert comparison.change == pytest.approx([0.4, 0.4, 0.4])
     assert (comparison.num_gained, comparison.num_lost) == (3, 0)
+
+
+def test_objects_better_than_their_filled_boxes_are_counted() -> None:
+    objects = rows({(1, k): (9, iou) for k, iou in enumerate((0.39, 0.4, 0.41, 0.9))})
+    assert objects.num_above_box_fill == 2  # a tie is not better
+
+
+@pytest.mark.parametrize(
+    ("iou", "expected"),
+    [
+        (0.65, "0.1250 above filling each box (0.5250)"),
+        (0.5, "0.0250 below filling each box (0.5250)"),
+        (0.525, "just as good as filling each box (0.5250)"),
+        (float("nan"), "not comparable with filling each box (0.5250)"),
+    ],
+)
+def test_a_mean_is_described_against_filling_each_box(iou: float, expected: str) -> None:
+    assert describe_against_box_fill(iou, 0.525) == expected
+
+
+def test_a_share_of_the_objects_is_described_with_its_numbers() -> None:
+    assert describe_share(1500, 2000) == "1,500 of 2,000 objects (75%)"
+    assert describe_share(0, 0) == "0 of 0 objects (0%)"
 
 
 def change_by(changes: list[float]) -> tuple[ObjectScores, ObjectScores]:

@@ -30,7 +30,11 @@ def one(ious: list[float], *, classes: list[int], max_dets: int = 100) -> dict[s
 def test_one_model() -> None:
     lines = format_tables([one([0.25, 0.75], classes=[1, 2])], data="birds val")
     assert lines[0] == "birds val: 2 images, 2 masks"
-    assert lines[2] == "a.pth (vit_b, 1024 px, pad)"
+    assert lines[2:5] == [
+        "a.pth (vit_b, 1024 px, pad)",
+        "IoU 0.5000, 0.5000 above filling each box (0.0000)",
+        "better than their filled boxes are 2 of 2 objects (100%)",
+    ]
     rows = {line[:36].strip(): line[36:].split() for line in lines}
     assert rows["IoU, mean over masks"] == ["0.5000"]
     assert rows["AP medium"] == ["-"]
@@ -56,6 +60,18 @@ def test_two_models_side_by_side() -> None:
     assert "B against A" in text and "95 % interval -0.5000 to +0.2500" in text
     assert "better 1, worse 1, within 0.01: 0; lost over 0.1: 1" in text
     assert "0.750 -> 0.250   object 101 (bird) in x.jpg" in text
+
+
+def test_each_model_is_compared_with_filling_each_box() -> None:
+    other = {**one([0.5, 0.25], classes=[1, 2]), "box_fill_iou": 0.4, "masks_above_box_fill": 1}
+    comparison = summarise_comparison(objects([0.5]), objects([0.5]))
+    first = one([0.5, 0.5], classes=[1, 2])
+    lines = format_tables([first, {**other, "comparison": comparison}], data="birds")
+    place = lines.index("B  a.pth (vit_b, 1024 px, pad)")
+    assert lines[place + 1 : place + 3] == [
+        "   IoU 0.3750, 0.0250 below filling each box (0.4000)",
+        "   better than their filled boxes are 1 of 2 objects (50%)",
+    ]
 
 
 def test_many_classes_are_cut_to_the_worst() -> None:

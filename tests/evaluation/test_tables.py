@@ -39,6 +39,7 @@ def test_sizes_classes_and_prompts() -> None:
     assert next(iter(summary)) == "per_mask_iou"
     assert summary["per_mask_iou"] == summary["iou"]["mean"] == pytest.approx(0.6)
     assert (summary["images"], summary["masks"], summary["box_fill_iou"]) == (2, 5, 0.5)
+    assert summary["masks_above_box_fill"] == 3
     assert summary["dice"]["mean"] == pytest.approx(
         np.mean([2 * i / (1 + i) for i in (0.2, 0.4, 0.6, 0.8, 1)])
     )

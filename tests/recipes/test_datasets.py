@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from helpers.coco_files import write_coco
+from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import a_config, write_data
 from samft.errors import DataError
 from samft.recipes.datasets import count_repeats, load_splits
@@ -54,6 +54,33 @@ def test_skipped_objects_of_real_data(data_root):
 def test_valid_is_found_for_val(data_root):
     splits = load_splits(a_config(data_root / "hbn_flakes"))
     assert splits.val.subset.index.image_folder.name == "valid"
+
+
+@pytest.mark.parametrize(
+    ("resize_mode", "side", "expected"),
+    [
+        ("pad", 9.9, "4 of 4 train objects (100.0%) are too small for image_size 64"),
+        ("pad", 10.1, None),
+        ("squash", 5.1, None),  # the height of the image, too, becomes 64 px
+    ],
+)
+def test_the_log_tells_in_time_that_objects_are_too_small(
+    resize_mode: str, side: float, expected: str | None, tmp_path, caplog
+):
+    for split in ("train", "val"):
+        path = write_coco(tmp_path, 2, split=split, seed=len(split), sizes=((40, 80),))
+        document = json.loads(path.read_text())
+        right, bottom = 1 + 2 * side, 1 + side  # twice as wide as high
+        corners = [1, 1, right, 1, right, bottom, 1, bottom]
+        objects = [annotation(k, 10 + k % 2, corners) for k in range(1, 5)]
+        write_json(path, document["images"], objects)
+    with caplog.at_level(logging.INFO, logger="samft"):
+        load_splits(a_config(tmp_path, image_size=64, resize_mode=resize_mode)).log_counts()
+    loud = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(loud) == (expected is not None)
+    if expected:
+        assert caplog.messages[-1].startswith(expected)
+        assert "--image_size 128 leaves 0 of them, at 4.0 times" in caplog.messages[-1]
 
 
 def test_the_log_names_what_was_left_out(data, caplog):

@@ -35,7 +35,7 @@ HOSTILE = (
 def a_page(name: str = "plain", **changes: Any) -> ReportPage:
     ids = np.arange(30)
     before, after = np.linspace(0, 0.8, 30), np.linspace(0.2, 0.9, 30)
-    rows = [ObjectScores(ids, ids, ids + 9.0, iou, iou**2) for iou in (before, after)]
+    rows = [ObjectScores(ids, ids, ids + 9.0, iou, iou**2, iou) for iou in (before, after)]
     tile = np.full((16, 16, 3), 90, np.uint8)
     pair = ObjectPair(name, name, 7, 1234.0, (0.25, 0.5), (tile, tile))
     counts = {"images": 3, "masks": 30, "skipped": {name: 1}, "bad_images": {name: name}}
@@ -45,7 +45,8 @@ def a_page(name: str = "plain", **changes: Any) -> ReportPage:
         "baseline_val_per_mask_iou": 0.4,
         "best_val_per_mask_iou": 0.55,
         "box_fill_iou": 0.5,
-        "objects": {"compared": 30, "gained": 12, "lost": 0},
+        "above_box_fill": 0.05,
+        "objects": {"compared": 30, "gained": 12, "lost": 0, "above_box_fill": 21},
         "data": {"train": counts, "val": counts},
     }
     page = ReportPage(
@@ -123,6 +124,10 @@ def test_scores_and_counts_are_shown() -> None:
         "0.400",
         "0.550 +0.150",
         "0.500",
+        "against filling each box",
+        "+0.050",
+        "better than their filled box",
+        "21 of 30",
         "12 of 30",
         "5 more",
         "1,234 px",
@@ -135,8 +140,10 @@ def test_missing_parts_are_explained() -> None:
     page = a_page(
         comparison=None, sizes=[], classes=[], pairs={}, why_no_pairs="Gone.", commands=[]
     )
-    summary = {**page.summary, "objects": None, "best_val_per_mask_iou": None}
+    nothing = dict.fromkeys(("objects", "best_val_per_mask_iou", "above_box_fill"))
+    summary = {**page.summary, **nothing}
     text = Reader(render(replace(page, summary=summary, metrics=[]))).text
+    assert "against filling each box" not in text
     assert "There are no pictures. Gone." in text and "Each object" not in text
 
 
@@ -203,6 +210,9 @@ def test_the_report_of_a_run_agrees_with_its_summary(demo_run: Path) -> None:
     summary = json.loads((demo_run / "summary.json").read_text())
     for name in ("baseline_val_per_mask_iou", "best_val_per_mask_iou", "box_fill_iou"):
         assert f"{summary[name]:.3f}" in page.text
+    assert summary["above_box_fill"] == summary["best_val_per_mask_iou"] - summary["box_fill_iou"]
+    assert format_score(abs(summary["above_box_fill"])) in page.text
+    assert all(sentence in page.text for sentence in summary["got_worse"])
     assert page.tags.count("img") >= 2
     assert "a 'run' <b>" in page.text and "b" not in page.tags[page.tags.index("pre") :]
 

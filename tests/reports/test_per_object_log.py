@@ -12,7 +12,8 @@ from samft.reports.validation_images import FILE_NAME, PerObjectLog
 
 def rows(iou: float) -> ObjectScores:
     ids = np.array([4, 5])
-    return ObjectScores(ids, ids, np.array([9.0, 1.5]), np.array([iou, iou]), np.array([0.1, 0.2]))
+    areas, predicted, filled = np.array([9.0, 1.5]), np.array([0.1, 0.2]), np.array([0.7, 0.3])
+    return ObjectScores(ids, ids, areas, np.array([iou, iou]), predicted, filled)
 
 
 def open_log(folder: Path, start_step: int = 0, resumed_from: Path | None = None) -> PerObjectLog:
@@ -45,6 +46,7 @@ def test_a_resumed_run_keeps_the_entries_up_to_its_step(tmp_path: Path) -> None:
     assert again.read(20) is None
     best = again.read(10)
     assert best is not None and best.areas.tolist() == [9.0, 1.5]
+    assert best.iou_box_fill.tolist() == [0.7, 0.3]
     assert best.image_ids.dtype == np.int64
     assert again.record_scores(20, rows(0.7)) and not again.record_scores(30, rows(0.65))
 

@@ -1,4 +1,4 @@
-"""The summary of a run: regressions, advice, log records and next commands."""
+"""The summary of a run: the verdict, advice, log records and next commands."""
 
 import ast
 import logging
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from samft.checkpoints.top_k import Checkpoint
+from samft.coco.boxes import SmallObjects
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores
 from samft.reports.summary import (
@@ -25,9 +26,20 @@ from samft.training.engine import Progress
 CONFIG = {**vars(TrainConfig()), "image_size": 256}
 
 
-def a_comparison(*, num_lost: int, num_gained: int = 0, num: int = 20) -> Comparison:
+DEFAULTS = vars(TrainConfig())
+ROOMY = {"val": SmallObjects(256, 20, 5, 256, 5)}  # a quarter is too small, which is not many
+CRAMPED = {
+    "train": SmallObjects(256, 40, 12, 320, 9),
+    "val": SmallObjects(256, 20, 15, 512, 4),
+}
+
+
+def a_comparison(
+    *, num_lost: int, num_gained: int = 0, num: int = 20, box_fill: float = 0.4
+) -> Comparison:
     def rows(iou: np.ndarray) -> ObjectScores:
-        return ObjectScores(np.arange(num), np.arange(num), np.full(num, 9.0), iou, iou)
+        ids, filled = np.arange(num), np.full(num, box_fill)
+        return ObjectScores(ids, ids, np.full(num, 9.0), iou, iou, filled)
 
     after = np.full(num, 0.5)
     after[:num_lost] = 0.3
@@ -43,15 +55,18 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
         "best_val_per_mask_iou": 0.75,
         "baseline_val_per_mask_iou": 0.5,
         "box_fill_iou": 0.6,
+        "above_box_fill": 0.15,
         "best_checkpoint": str(folder / "40-0.75.ckpt"),
         "wall_seconds": 83.0,
-        "objects": {"compared": 20, "gained": 4, "lost": 1},
+        "objects": {"compared": 20, "gained": 4, "lost": 1, "above_box_fill": 15},
         "data": {"train": {"bad_images": {}}, "val": {"bad_images": {}}},
         **changes,
     }
 
 
-# Whether it got worse
+# The verdict
+
+BETTER = "Better than their filled boxes are"
 
 
 @pytest.mark.parametrize(
@@ -65,31 +80,80 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
         (None, 0, ["no best checkpoint"]),
     ],
 )
-def test_regressions_are_described_with_their_numbers(
+def test_what_got_worse_is_described_with_its_numbers(
     after: float | None, num_lost: int, expected: list[str]
 ) -> None:
-    sentences = find_regressions(
-        0.5, after, a_comparison(num_lost=num_lost, num_gained=5 * (num_lost < 15))
-    )
+    comparison = a_comparison(num_lost=num_lost, num_gained=5 * (num_lost < 15))
+    sentences = find_regressions(0.5, after, box_fill_iou=0.4, comparison=comparison)
     assert len(sentences) == len(expected)
     assert all(part in text for part, text in zip(expected, sentences, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "fell", "lost_to_boxes"),
+    [
+        (0.5, 0.7, False, False),  # rose, above the boxes
+        (0.7, 0.65, True, False),  # fell, still above
+        (0.4, 0.5, False, True),  # rose, but stays below
+        (0.7, 0.5, True, True),
+        (0.5, 0.6, False, False),  # as good as the boxes
+    ],
+)
+def test_no_run_is_a_success_that_loses_to_filling_each_box(
+    before: float, after: float, fell: bool, lost_to_boxes: bool
+) -> None:
+    comparison = a_comparison(num_lost=0, num_gained=5, box_fill=0.6)
+    sentences = find_regressions(before, after, box_fill_iou=0.6, comparison=comparison)
+    assert len(sentences) == fell + lost_to_boxes
+    if fell:
+        assert f"fell from {before:.4f} at step 0 to {after:.4f}" in sentences[0]
+    if lost_to_boxes:
+        assert "worse than no model at all" in sentences[-1]
+        assert "score 0.5000, 0.1000 below filling each box (0.6000)." in sentences[-1]
+        assert sentences[-1].endswith(f"{BETTER} 5 of 20 objects (25%).")
+
+
 def test_means_are_compared_without_object_scores() -> None:
-    assert find_regressions(0.5, 0.6, None) == []
-    assert len(find_regressions(0.5, 0.4, None)) == 1
+    assert find_regressions(0.5, 0.6, box_fill_iou=0.3, comparison=None) == []
+    assert len(find_regressions(0.5, 0.4, box_fill_iou=0.3, comparison=None)) == 1
+    (sentence,) = find_regressions(0.5, 0.6, box_fill_iou=0.7, comparison=None)
+    assert "0.1000 below filling each box" in sentence and BETTER not in sentence
 
 
-def test_the_summary_holds_regressions_and_advice() -> None:
+def test_the_summary_holds_the_verdict_and_advice() -> None:
     best = Checkpoint("10-0.45.ckpt", 10, 0.45)
     progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
     parts: dict[str, Any] = {"folder": Path("run"), "counts": {}, "config": CONFIG}
+    parts |= {"defaults": DEFAULTS, "small_objects": ROOMY}
     worse = summarise_run(progress, best, **parts, comparison=a_comparison(num_lost=3))
     assert len(worse["got_worse"]) == 2 and worse["what_to_try"]
-    assert worse["objects"] == {"compared": 20, "gained": 0, "lost": 3}
+    assert worse["objects"] == {"compared": 20, "gained": 0, "lost": 3, "above_box_fill": 17}
     progress.baseline["per_mask_iou"] = 0.4
     better = summarise_run(progress, best, **parts, comparison=None)
     assert better["got_worse"] == better["what_to_try"] == [] and better["objects"] is None
+    assert better["above_box_fill"] == pytest.approx(0.15)
+    assert better["too_small"]["val"] == {
+        "image_size": 256,
+        "num_objects": 20,
+        "num_small": 5,
+        "suggested_image_size": 256,
+        "num_small_then": 5,
+    }
+    progress.box_fill_iou = 0.6
+    below = summarise_run(progress, best, **parts, comparison=None)
+    assert below["above_box_fill"] == pytest.approx(-0.15)
+    assert len(below["got_worse"]) == 1 and below["what_to_try"]
+    none = summarise_run(progress, None, **parts, comparison=None)
+    assert none["above_box_fill"] is None and len(none["got_worse"]) == 1
+
+
+def advice_for(
+    changes: dict[str, Any], *, before: float, after: float = 0.4, step: int = 500, **parts: Any
+) -> list[str]:
+    progress = Progress(baseline={"per_mask_iou": before}, box_fill_iou=0.6)
+    given: dict[str, Any] = {"defaults": DEFAULTS, "small_objects": ROOMY, **parts}
+    best = Checkpoint("name", step, after)
+    return suggest_changes({**CONFIG, **changes}, progress, best=best, **given)
 
 
 @pytest.mark.parametrize(
@@ -99,18 +163,50 @@ def test_the_summary_holds_regressions_and_advice() -> None:
         ({"learning_rate": 1.0}, 0.7, 500, ["--learning_rate 0.0001."], ["earlier"]),
         ({"freeze_image_encoder": True}, 0.7, 500, [], ["--freeze_image_encoder"]),
         ({}, 0.7, 50, ["the first validation was the best"], []),
-        ({}, 0.5, 500, ["--image_size, up to 1024", "0.600", "256 px"], []),
-        ({"image_size": 1024}, 0.5, 500, [], ["--image_size"]),
     ],
 )
 def test_advice_fits_the_run(
     changes: dict[str, Any], before: float, step: int, expected: list[str], absent: list[str]
 ) -> None:
-    progress = Progress(baseline={"per_mask_iou": before}, box_fill_iou=0.6)
-    best = Checkpoint("name", step, 0.4)
-    text = " ".join(suggest_changes({**CONFIG, **changes}, progress, best))
+    text = " ".join(advice_for(changes, before=before, step=step))
     assert all(part in text for part in expected)
     assert not any(part in text for part in absent)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rate", "steps"),
+    [
+        (0.7, 0.65, True, False),  # fell, above the boxes
+        (0.7, 0.5, True, False),  # fell, below
+        (0.4, 0.5, False, True),  # rose, but stays below the boxes
+        (0.5, 0.5, False, True),  # did not fall
+        (0.5, 0.7, True, False),  # rose above the boxes, but single objects lost
+    ],
+)
+def test_a_rate_that_raised_the_score_is_not_lowered(
+    before: float, after: float, rate: bool, steps: bool
+) -> None:
+    text = " ".join(advice_for({"steps": 300}, before=before, after=after))
+    assert ("A lower learning rate: --learning_rate 1e-05." in text) == rate
+    assert ("More steps: --steps 600." in text) == steps
+
+
+def test_advice_names_the_loss_then_the_image_size_then_the_rate() -> None:
+    loss, size, rate, *_ = advice_for(
+        {"loss_resolution": "low"},
+        before=0.7,
+        defaults={**DEFAULTS, "loss_resolution": "input"},
+        small_objects=CRAMPED,
+    )
+    assert loss.startswith("The default --loss_resolution input:")
+    assert size.startswith("A larger image size: 15 of 20 val objects (75.0%) are too small")
+    assert "--image_size 512 leaves 4 of them, at 4.0 times the time" in size
+    assert rate.startswith("A lower learning rate:")
+
+
+def test_advice_does_not_name_what_is_as_it_should_be() -> None:
+    first = advice_for({}, before=0.7)[0]
+    assert first.startswith("A lower learning rate:")
 
 
 def test_warnings_are_the_last_log_records(tmp_path, caplog):
@@ -131,12 +227,30 @@ def test_the_log_has_scores_files_and_next_commands(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="samft"):
         log_summary(a_summary(tmp_path), tmp_path, commands=["one", "two", "three"])
     score, objects, places, commands = caplog.messages
-    assert "0.5000 -> 0.7500 (best at step 40; filling each box: 0.6000) in 1:23" in score
-    assert objects == "of 20 objects, 4 gained more than 0.1 IoU and 1 lost as much"
+    assert score == (
+        "done: val_per_mask_iou 0.5000 -> 0.7500 (best at step 40), "
+        "0.1500 above filling each box (0.6000), in 1:23"
+    )
+    assert objects == (
+        "of 20 objects, 4 gained more than 0.1 IoU and 1 lost as much; "
+        "better than their filled boxes are 15 of 20 objects (75%)"
+    )
     assert all(
         name in places for name in (str(tmp_path), "40-0.75.ckpt", BEFORE_AFTER, "report.html")
     )
     assert commands.splitlines()[1:] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [(0.55, "0.0500 below filling each box (0.6000)"), (None, "not comparable with filling")],
+)
+def test_the_log_says_how_the_result_stands_to_filling_each_box(
+    after: float | None, expected: str, tmp_path, caplog
+) -> None:
+    with caplog.at_level(logging.INFO, logger="samft"):
+        log_summary(a_summary(tmp_path, best_val_per_mask_iou=after), tmp_path, commands=[])
+    assert expected in caplog.messages[0]
 
 
 def test_the_log_counts_the_images_that_could_not_be_used(tmp_path, caplog):

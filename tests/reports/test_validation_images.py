@@ -71,7 +71,7 @@ def a_validation(images: ValidationImages, subset: CocoSubset, *, iou: float) ->
         selection.add((image_id, object_id), mask, ious=(iou, 0.5), size=(40, 40))
     selection.gather()
     values = np.full(len(image_ids), iou)
-    rows = ObjectScores(image_ids, index.object_ids, index.areas, values, values)
+    rows = ObjectScores(image_ids, index.object_ids, index.areas, values, values, values)
     return Validation({}, 0.0, objects=rows, selection=selection)
 
 
@@ -115,7 +115,7 @@ def test_other_ranks_draw_nothing(subset: CocoSubset, tmp_path: Path) -> None:
 def test_calibration_is_darkest_where_most_masks_are() -> None:
     ids = np.arange(5)
     predicted, actual = np.array([0.9, 0.9, 0.9, 0.9, 0.1]), np.array([0.1, 0.1, 0.1, 0.1, 0.1])
-    picture = draw_calibration(ObjectScores(ids, ids, ids + 1.0, actual, predicted))
+    picture = draw_calibration(ObjectScores(ids, ids, ids + 1.0, actual, predicted, actual))
     plot = picture[30 : 30 + 320, 44 : 44 + 320].astype(int).sum(2)
     at = {"right": plot[320 - 40, 18 * 16 + 5], "left": plot[320 - 40, 2 * 16 + 4]}
     assert at["right"] < at["left"] < plot[40, 5] == 3 * 255

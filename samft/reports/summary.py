@@ -73,16 +73,18 @@ def summarise_run(
         "train_seconds": progress.train_seconds,
         "images_per_second": progress.train_images / max(progress.train_seconds, 1e-9),
         "skipped_steps": progress.skipped_steps,
-        "objects": {
-            "compared": len(comparison.before),
-            "gained": comparison.num_gained,
-            "lost": comparison.num_lost,
-            "above_box_fill": comparison.after.num_above_box_fill,
-        }
-        if comparison
-        else None,
+        "objects": _count_changes(comparison) if comparison else None,
         "too_small": {split: asdict(small) for split, small in small_objects.items()},
         "data": data,
+    }
+
+
+def _count_changes(comparison: Comparison) -> dict[str, int]:
+    return {
+        "compared": len(comparison.before),
+        "gained": comparison.num_gained,
+        "lost": comparison.num_lost,
+        "above_box_fill": comparison.after.num_above_box_fill,
     }
 
 

@@ -245,9 +245,9 @@ def test_small_objects_get_the_advice_of_a_training_run(
     advice = load_splits(a_config(good, image_size=16)).small_objects
     assert advise_on_small_objects(advice) in printed.splitlines()
     for split, small in advice.items():
-        told = report["splits"][split]
-        assert told["too_small"] == {"objects": small.num_small, "share": small.share}
-        assert told["suggestions"]["image_size"] == small.suggested_image_size > 16
+        report_of_split = report["splits"][split]
+        assert report_of_split["too_small"] == {"objects": small.num_small, "share": small.share}
+        assert report_of_split["suggestions"]["image_size"] == small.suggested_image_size > 16
     main(["--data_root", str(good), "--image_size", "1024"])
     assert "too small for image_size" not in capsys.readouterr().out
 

@@ -29,6 +29,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from samft.data.samplers import SampleKey
 from samft.models.sam import PIXEL_MEAN, PIXEL_STD
+from samft.training.losses import MaskLosses
 
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 LEARNING_RATE = 1e-4
@@ -79,6 +80,88 @@ def focal_and_dice(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     overlap = (probabilities * masks).sum((1, 2))
     total = probabilities.sum((1, 2)) + masks.sum((1, 2))
     return focal, 1 - (2 * overlap + 1) / (total + 1)
+
+
+def plain_losses(
+    mask_logits: Tensor,
+    iou_predicted: Tensor,
+    *,
+    targets: Tensor,
+    windows: Tensor,
+    image_index: Tensor,
+    input_sizes: Tensor,
+    focal_weight: float,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    overlap_loss: str = "dice",
+) -> MaskLosses:
+    """samft's default losses of each mask, written out for autograd with PyTorch's own sampling.
+
+    Arguments and result as those of `samft.training.losses.mask_losses`, which the tests compare
+    with this; `alpha` and `gamma` of the focal loss and `overlap_loss`, `dice` or `iou`, are for
+    experiments with other losses.
+    """
+    height, width = input_sizes[image_index].unbind(1)
+    zero, size = torch.zeros(len(windows)), targets.shape[-1]
+    x0, y0, x1, y1 = windows.unbind(1)
+    steps = torch.linspace(0, 1, size + 1)
+    x, y = (low[:, None] + (high - low)[:, None] * steps for low, high in ((x0, x1), (y0, y1)))
+    frame = 4 * mask_logits.shape[-1]
+    centres = torch.stack(
+        [
+            ((x[:, 1:] + x[:, :-1]) / 2)[:, None, :].expand(-1, size, -1),
+            ((y[:, 1:] + y[:, :-1]) / 2)[:, :, None].expand(-1, -1, size),
+        ],
+        dim=-1,
+    )
+    sampled = F.grid_sample(
+        mask_logits[:, None], 2 * centres / frame - 1, padding_mode="border", align_corners=False
+    )[:, 0]
+    shares = targets / 255
+    area = (
+        _lengths_within(y, zero, height)[:, :, None] * _lengths_within(x, zero, width)[:, None, :]
+    )
+    own = torch.arange(mask_logits.shape[-1] + 1)[None] * 4.0
+    of_image, of_window = (
+        _lengths_within(own, *rows)[:, :, None] * _lengths_within(own, *columns)[:, None, :]
+        for rows, columns in (
+            ((zero, height), (zero, width)),
+            (
+                (y0.clamp(min=0), torch.minimum(y1, height)),
+                (x0.clamp(min=0), torch.minimum(x1, width)),
+            ),
+        )
+    )
+    outside, none = of_image - of_window, torch.zeros_like(mask_logits)
+
+    def total(window: Tensor, surroundings: Tensor) -> Tensor:
+        return (window * area).sum((1, 2)) + (surroundings * outside).sum((1, 2))
+
+    focal = total(
+        sigmoid_focal_loss(sampled, shares, alpha=alpha, gamma=gamma),
+        sigmoid_focal_loss(mask_logits, none, alpha=alpha, gamma=gamma),
+    ) / (height * width)
+    overlap = total(sampled.sigmoid() * shares, none)
+    areas = total(sampled.sigmoid() + shares, mask_logits.sigmoid())
+    cell = (x1 - x0) * (y1 - y0) / size**2
+    if overlap_loss == "dice":
+        dice = 1 - (2 * overlap + cell) / (areas + cell)
+    else:
+        dice = 1 - (overlap + cell) / (areas - overlap + cell)
+    truth = shares >= shares.amax((1, 2), keepdim=True).clamp(min=1e-6, max=0.5)
+    common = total(((sampled > 0) & truth).float(), none)
+    union = total(((sampled > 0) | truth).float(), (mask_logits > 0).float())
+    iou_actual = torch.where(union > 0, common / union.clamp(min=1e-12), 1.0)
+    iou = (iou_predicted - iou_actual).square()
+    return MaskLosses(
+        focal_weight * focal + DICE_WEIGHT * dice + IOU_WEIGHT * iou, focal, dice, iou, iou_actual
+    )
+
+
+def _lengths_within(edges: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    # How much of each cell between edges [m, n + 1] lies between low and high [m]: [m, n].
+    starts = torch.maximum(edges[:, :-1], low[:, None])
+    return (torch.minimum(edges[:, 1:], high[:, None]) - starts).clamp(min=0)
 
 
 class BaselineTrainer:

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,32 +26,26 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch.utils.data import DataLoader
 
 from benchmarks.baseline import BaselineDataset, BaselineSample
 from benchmarks.index import open_pycocotools
 from benchmarks.tables import format_speedups, markdown_table
 from samft.coco.layout import find_split
+from samft.coco.segmentation import CroppedMask, uncompressed_rle
 from samft.coco.subset import read_coco
-from samft.data.dataset import Coco2MaskDataset
+from samft.data.dataset import Coco2MaskDataset, Sample
 from samft.data.loaders import train_loader
 from samft.data.samplers import EndlessBatchSampler, TrainingSampler
+from samft.data.targets import draw_targets, make_grids
+from samft.data.transforms import make_frame
 
 SecondsByLoader: TypeAlias = dict[str, list[float]]  # per image, by round
-MaskIous: TypeAlias = tuple[float, float, float]  # of samft's mask with each of _REFERENCES
+MaskIous: TypeAlias = tuple[float, float]  # of samft's mask with each of _REFERENCES
 
 _WARM_UP = 4  # batches: the worker starts, and its queue fills
 _SAMFT_EPOCHS = 4  # per epoch of the baseline, which is slow enough to be timed on one
-_MIN_SIDE = 32  # px at the loss resolution, longer side of the box: smaller masks are not compared
-# The baseline's masks have whole input pixels, so that many cells are covered by exactly one half.
-# Counting all of these in or out moves every outline by an eighth of a cell; the third leaves them
-# out.
-_REFERENCES = (
-    "pycocotools' mask, averaged",
-    "the baseline loader's",
-    "the same, without half-covered cells",
-)
+_REFERENCES = ("pycocotools' mask, averaged", "the baseline loader's, averaged")
 _LOADERS = {
     "samft": "samft",
     "again": "samft, again",
@@ -98,18 +92,19 @@ def open_datasets(
     annotations, folder = find_split(data_root, split)
     subset, coco = read_coco(annotations, folder, cache=cache), open_pycocotools(annotations)
     options: dict[str, Any] = {"image_size": image_size, "max_masks_per_image": 0, "training": True}
-    everything = Coco2MaskDataset(folder, subset=subset, augment="none", **options)
+    drawn, true = (
+        Coco2MaskDataset(folder, subset=subset, augment="none", **{**options, "training": training})
+        for training in (True, False)
+    )
     # samft leaves out unusable objects, so the baseline is given those that samft has.
-    targets, objects = [], []
-    for i in range(len(everything)):
-        sample = everything[i]
-        targets.append(np.packbits(sample.targets.numpy() >= 128, axis=-1))
-        objects.append((sample.image_id, sample.object_ids.tolist()))
-    baseline = partial(BaselineDataset, coco, folder, image_size=image_size)
+    objects: list[tuple[int, list[int]]] = []
     mask_ious: list[MaskIous] = []
-    for i, packed in enumerate(targets):
-        one_image = baseline(objects=objects[i : i + 1], mask_type=torch.uint8)
-        mask_ious += _compare_masks(one_image, np.unpackbits(packed, axis=-1).astype(bool))
+    baseline = partial(BaselineDataset, coco, folder, image_size=image_size)
+    for i in range(len(drawn)):
+        sample = drawn[i]
+        objects.append((sample.image_id, sample.object_ids.tolist()))
+        one_image = baseline(objects=objects[-1:], mask_type=torch.uint8)
+        mask_ious += _compare_masks(sample, true[i], one_image[0])
     timed = np.unique(np.linspace(0, len(objects) - 1, num_images).astype(int)).tolist()
     subset, objects = subset.select(timed), [objects[i] for i in timed]
     return LoaderDatasets(
@@ -123,43 +118,24 @@ def open_datasets(
     )
 
 
-def _compare_masks(baseline: BaselineDataset, targets: NDArray[np.bool_]) -> Iterable[MaskIous]:
-    # Of one image, at the loss resolution; a cell is in a mask if at least half of it is covered.
-    image_id, object_ids = baseline.objects[0]
-    entries, image = baseline.coco.loadAnns(object_ids), baseline.coco.loadImgs(image_id)[0]
-    side = baseline.image_size // 4
-    scale = side / max(image["height"], image["width"])
-    compared = [k for k, e in enumerate(entries) if max(e["bbox"][2:]) * scale >= _MIN_SIDE]
-    masks = baseline[0].masks.numpy() if compared else np.zeros(0)
-    for k in compared:
-        averaged = _covered_share(baseline.coco.annToMask(entries[k]), side)
-        cells = masks[k].reshape(side, 4, side, 4).sum(axis=(1, 3))
-        yield (
-            _iou(averaged >= 0.5 - 1e-9, targets[k]),
-            _iou(cells >= 8, targets[k]),
-            _iou((cells > 8)[cells != 8], targets[k][cells != 8]),
-        )
+def _compare_masks(drawn: Sample, true: Sample, baseline: BaselineSample) -> Iterable[MaskIous]:
+    # Of one image, in windows; a cell is in a mask if at least half of it is covered.
+    if len(drawn.boxes) == 0:
+        return
+    size = baseline.masks.shape[-1]
+    frame = make_frame((size, size), size, resize_mode="pad")
+    for k, target in enumerate(drawn.targets.numpy()):
+        whole = CroppedMask(0, 0, baseline.masks[k].numpy())
+        grids = make_grids(drawn.boxes[k : k + 1].numpy(), frame, resolution="window")
+        grids = replace(grids, windows=drawn.windows[k : k + 1].double().numpy())
+        _, others = draw_targets([uncompressed_rle(whole, (size, size))], frame, grids)
+        others = others if len(others) else grids.empty_targets()
+        yield _iou(target, true.targets[k].numpy()), _iou(target, others[0])
 
 
-def _iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    return float((one & other).sum() / max((one | other).sum(), 1))
-
-
-def _covered_share(mask: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    # The share of each cell that a mask of the whole image covers, exact up to rounding.
-    frame = ResizeLongestSide.get_preprocess_shape(*mask.shape, 4 * side)
-    rows, columns = (
-        _overlaps(length, 4 * length / scaled, side=side)
-        for length, scaled in zip(mask.shape, frame, strict=True)
-    )
-    return np.asarray(rows @ mask @ columns.T)
-
-
-def _overlaps(length: int, cell: float, *, side: int) -> NDArray[np.float64]:
-    # [side, length]: the share of each cell, `cell` pixels long, that lies in each pixel.
-    edges, pixels = np.arange(side + 1)[:, None] * cell, np.arange(length)
-    shared = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    return np.asarray(np.clip(shared, 0, None) / cell)
+def _iou(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    masks = one >= 128, other >= 128
+    return float((masks[0] & masks[1]).sum() / max((masks[0] | masks[1]).sum(), 1))
 
 
 def _seconds_per_image(loader: Iterable[Any], *, num_images: int) -> float:

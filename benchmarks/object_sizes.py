@@ -11,6 +11,7 @@ those of docs/experiments.md set `MIN_CELLS` of samft/coco/boxes.py.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from torch import Tensor
 from benchmarks.tables import markdown_table
 from samft.coco.boxes import CELL, shorter_sides
 from samft.coco.layout import find_split
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.coco.segmentation import CroppedMask, decode_cropped, uncompressed_rle
 from samft.coco.subset import CocoSubset, read_coco
 from samft.config import parse_config
-from samft.data.targets import mask_to_low
+from samft.data.targets import TargetGrids, draw_targets
 from samft.data.transforms import Frame, make_frame
 from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import ObjectScores
@@ -51,7 +52,7 @@ def fit_mask(mask: CroppedMask, frame: Frame, *, steps: int = 60) -> float:
     Returns:
         The best IoU on the way of the masks that the logits give in `SamPredictor`.
     """
-    share = torch.from_numpy(mask_to_low(mask, frame)).float() / 255
+    share = covered_share(mask, frame)
     spans = [_span(share.any(axis)) for axis in (1, 0)]
     rows, columns = (_upsampling(frame, axis, spans[axis]) for axis in (0, 1))
     truth = torch.zeros(frame.original_size)
@@ -97,9 +98,20 @@ def _soft_iou(masks: Tensor, truth: Tensor) -> Tensor:
     return overlap / (masks.sum() + truth.sum() - overlap)
 
 
+def covered_share(mask: CroppedMask, frame: Frame) -> Tensor:
+    """The share of each of the decoder's cells that a mask covers, float32 [S/4, S/4]."""
+    size = frame.image_size
+    grids = TargetGrids(
+        np.array([[0.0, 0.0, size, size]]), size // CELL, is_binary=False, min_cell_pixels=math.inf
+    )
+    rle = uncompressed_rle(mask, frame.original_size)
+    _, (target,) = draw_targets([rle], frame, grids)
+    return torch.from_numpy(target).float() / 255
+
+
 def averaged_iou(mask: CroppedMask, frame: Frame) -> float:
     """The IoU with a mask of logits that are the covered share of each cell, less one half."""
-    logits = torch.from_numpy(mask_to_low(mask, frame)).float()[None] / 255 - 0.5
+    logits = covered_share(mask, frame)[None] - 0.5
     (drawn,) = original_masks(
         logits,
         image_size=frame.image_size,

@@ -163,6 +163,12 @@ def draw_batches(num_images: int, batch_size: int, *, seed: int) -> Iterator[lis
         yield from loader
 
 
+def _loss_of_chunk(
+    mask_logits: Tensor, iou_predicted: Tensor, *, targets: Tensor, **_: Tensor
+) -> tuple[Tensor]:
+    return (original_losses(mask_logits, iou_predicted, targets),)
+
+
 def train_original(
     model: PromptedSam, samples: OriginalSamples, *, steps: int, batch_size: int, seed: int
 ) -> None:
@@ -186,8 +192,16 @@ def train_original(
         # Image by image, as the original decodes them; the sum of the gradients is the batch's.
         for row in rows:
             embedding, sample = samples.embed(model, row), samples.sample(row)
-            index = torch.zeros(len(sample.boxes), dtype=torch.int64)
-            mask_logits, iou_predicted = model.decode(embedding, sample.boxes, index)
-            losses = original_losses(mask_logits, iou_predicted, unpack_masks(sample))
-            (losses.sum() / num_masks).backward()
+            total, _ = model(
+                sample.image[None],
+                sample.boxes,
+                torch.zeros(len(sample.boxes), dtype=torch.int64),
+                input_sizes=torch.tensor([sample.input_size]),
+                embeddings=embedding,
+                loss=_loss_of_chunk,
+                targets=unpack_masks(sample),
+                windows=sample.windows,
+                gradient=torch.tensor(1 / num_masks),
+            )
+            (total / num_masks).backward()
         optimizer.step()

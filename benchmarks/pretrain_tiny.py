@@ -5,7 +5,9 @@
 Every step draws new scenes (`benchmarks/procedural.py`), so the model cannot overfit. Most steps
 use a small image size, where they are cheap; the last ones use the final size. The learning rate is
 constant and then falls linearly to zero over the last `--decay_steps`. After an interruption, the
-same command resumes. `docs/experiments.md` has the settings, time and scores of the packaged file.
+same command resumes. `--start_from` trains weights on instead of random ones; `--first_step` keeps
+it from drawing the scenes that they have seen. `docs/experiments.md` has the commands, time and
+scores of the packaged file.
 """
 
 import argparse
@@ -23,12 +25,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.procedural import make_scene
+from samft.coco.segmentation import CroppedMask, uncompressed_rle
+from samft.config import TrainConfig
+from samft.data.targets import draw_targets, make_grids
+from samft.data.transforms import make_frame
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze, load_state
+from samft.models.sam import build_sam, freeze, load_state, read_state
 from samft.training.losses import mask_losses
 
 HELD_OUT_SEED = 1_000_000_000
 BOX_JITTER = 0.1
+DEFAULT_FOCAL_WEIGHT = TrainConfig().loss_focal_weight
 
 
 @dataclass
@@ -38,13 +45,15 @@ class SceneBatch:
     images: Tensor  # uint8 [N, 3, S, S]
     boxes: Tensor  # float32 [M, 4]
     image_index: Tensor  # int64 [M]
-    targets: Tensor  # uint8 [M, S/4, S/4], covered share of each cell, times 255
+    windows: Tensor  # float32 [M, 4], see `samft.data.targets`
+    targets: Tensor  # uint8 [M, G, G], covered share of each cell of the window, times 255
     masks: list[np.ndarray]  # uint8 [K, S, S] of each image
 
 
 def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
     """Draws one scene per seed; each side of a box moves by up to `jitter` of its length."""
-    images, boxes, index, targets, masks = [], [], [], [], []
+    images, boxes, index, windows, targets, masks = [], [], [], [], [], []
+    frame = make_frame((size, size), size, resize_mode="pad")
     for position, seed in enumerate(seeds):
         scene = make_scene(seed, size=size)
         moves = np.random.default_rng(seed).uniform(-jitter, jitter, (len(scene.boxes), 4))
@@ -52,14 +61,17 @@ def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
         images.append(scene.image.transpose(2, 0, 1))
         boxes.append(np.clip(scene.boxes + moves * sides, 0, size))
         index += [position] * len(scene.boxes)
-        cells = scene.masks.reshape(len(scene.masks), size // 4, 4, size // 4, 4)
-        targets.append(cells.mean((2, 4), dtype=np.float32) * 255)
+        grids = make_grids(scene.boxes, frame, resolution="window")
+        windows.append(grids.windows)
+        outlines = [uncompressed_rle(CroppedMask(0, 0, mask), (size, size)) for mask in scene.masks]
+        targets.append(draw_targets(outlines, frame, grids)[1])
         masks.append(scene.masks)
     return SceneBatch(
         images=torch.from_numpy(np.stack(images)),
         boxes=torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
         image_index=torch.tensor(index),
-        targets=torch.from_numpy(np.concatenate(targets).round().astype(np.uint8)),
+        windows=torch.from_numpy(np.concatenate(windows).astype(np.float32)),
+        targets=torch.from_numpy(np.concatenate(targets)),
         masks=masks,
     )
 
@@ -112,7 +124,10 @@ def train_stage(
 ) -> None:
     """Trains from `args.step` to `args.stage_end` at one image size, saving every 1000 steps."""
     scenes = SceneStream(
-        size=size, batch_size=args.batch_size, start_step=args.step, end_step=args.stage_end
+        size=size,
+        batch_size=args.batch_size,
+        start_step=args.first_step + args.step,
+        end_step=args.first_step + args.stage_end,
     )
     loader = DataLoader(scenes, batch_size=None, num_workers=args.num_workers, prefetch_factor=4)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -133,9 +148,10 @@ def train_stage(
             logits,
             iou_predicted,
             targets=batch.targets.to(device),
+            windows=batch.windows.to(device),
             image_index=image_index,
             input_sizes=input_sizes,
-            image_size=size,
+            focal_weight=args.focal_weight,
         )
         optimizer.zero_grad(set_to_none=True)
         losses.total.mean().backward()
@@ -186,9 +202,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--stages", default="128:6000,256:14000", help="SIZE:STEPS,...")
+    parser.add_argument("--start_from", type=Path, help="weights to train on; default: random")
+    parser.add_argument("--first_step", type=int, default=0, help="counts scenes from this step")
     parser.add_argument("--decay_steps", type=int, default=5000)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--focal_weight", type=float, default=DEFAULT_FOCAL_WEIGHT)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -199,11 +218,12 @@ def main() -> None:
     torch.manual_seed(0)
     state = torch.load(saved, weights_only=True) if saved.exists() else None
     model: PromptedSam | None = None
+    first = read_state(args.start_from) if args.start_from and state is None else None
     for size, steps in stages:
         args.stage_end += steps
         if state is not None and state["step"] >= args.stage_end:
             continue
-        weights = model.sam.state_dict() if model else (state["model"] if state else None)
+        weights = model.sam.state_dict() if model else (state["model"] if state else first)
         sam = build_sam("vit_tiny", size)
         if weights is not None:
             load_state(sam, weights)

@@ -1,15 +1,17 @@
 """The recipes of the quality lab: each trains the packaged `vit_tiny` on one dataset.
 
 A new question is a line of `VARIANTS`: the fields of `TrainConfig` in which a run differs from
-samft's defaults.
+samft's defaults; or of `OTHER_LOSSES`: how its loss differs.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.baseline import plain_losses
 from benchmarks.original_recipe import OriginalSamples, train_original
 from benchmarks.quality_datasets import DATASETS
 from samft.config import FREE_ON_RESUME, TrainConfig
@@ -19,14 +21,22 @@ from samft.recipes.build import build_loaders, build_model, build_trainer, load_
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.embedding_cache import prepare_cache
 from samft.training.engine import Progress, train
+from samft.training.losses import LossFunction
 
 UNTOUCHED, ORIGINAL, DEFAULT = "untouched", "original", "default"
 VARIANTS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
-    "low": {"loss_resolution": "low"},
     "input": {"loss_resolution": "input"},
-    "input_focal_5": {"loss_resolution": "input", "loss_focal_weight": 5.0},
+    "input_focal_20": {"loss_resolution": "input", "loss_focal_weight": 20.0},
+    "no_focal": {"loss_focal_weight": 0.0},
+    "focal_5": {"loss_focal_weight": 5.0},
+    "focal_20": {"loss_focal_weight": 20.0},
+    "focal_40": {"loss_focal_weight": 40.0},
+    "no_dice": {"loss_dice_weight": 0.0},
+    "no_iou_loss": {"loss_iou_weight": 0.0},
+    "iou_loss_5": {"loss_iou_weight": 5.0},
     "squash": {"resize_mode": "squash"},
+    "size_304": {"image_size": 304},  # a 4:3 image is as large as squashed to 256 px
     "scale": {"augment": "scale"},
     "no_flip": {"augment": "none"},
     "no_jitter": {"box_jitter": 0.0},
@@ -41,7 +51,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr_3e-4": {"learning_rate": 3e-4},
     "lr_1e-3": {"learning_rate": 1e-3},
 }
-RECIPES = (UNTOUCHED, ORIGINAL, *VARIANTS)
+OTHER_LOSSES: dict[str, dict[str, Any]] = {  # arguments of `plain_losses`
+    "focal_alpha_0.5": {"focal_weight": 10.0, "alpha": 0.5},
+    "focal_gamma_1": {"focal_weight": 5.0, "gamma": 1.0},
+    "cross_entropy": {"focal_weight": 2.0, "alpha": 0.5, "gamma": 0.0},
+    "soft_iou": {"focal_weight": 10.0, "overlap_loss": "iou"},
+}
+RECIPES = (UNTOUCHED, ORIGINAL, *VARIANTS, *OTHER_LOSSES)
 # What may differ between runs that learn the same, for this and for resuming alike; but the
 # number of images a step is a question of its own.
 _IRRELEVANT = FREE_ON_RESUME - {"batch_size", "accumulate_steps"} | {"checkpoint_path", "seed"}
@@ -95,9 +111,9 @@ class RunRequest:
 
     def learnt_settings(self, lab_dir: Path) -> dict[str, Any]:
         """The settings that decide what is learnt; those of `original` cannot be set."""
-        if self.recipe not in VARIANTS:
+        if self.recipe in (UNTOUCHED, ORIGINAL):
             return {}
-        values = asdict(self.config(lab_dir))
+        values = asdict(self.config(lab_dir)) | OTHER_LOSSES.get(self.recipe, {})
         return {name: value for name, value in values.items() if name not in _IRRELEVANT}
 
 
@@ -129,7 +145,8 @@ class Laboratory:
             return build_model(config, load_weights(config, quiet=True), torch.device("cpu"))
         if request.recipe == ORIGINAL:
             return self._train_original(request, config)
-        return train_with_samft(config)
+        other = OTHER_LOSSES.get(request.recipe)
+        return train_with_samft(config, loss=partial(plain_losses, **other) if other else None)
 
     def _train_original(self, request: RunRequest, config: TrainConfig) -> PromptedSam:
         model = build_model(config, load_weights(config, quiet=True), torch.device("cpu"))
@@ -148,11 +165,12 @@ class Laboratory:
         return model
 
 
-def train_with_samft(config: TrainConfig) -> PromptedSam:
+def train_with_samft(config: TrainConfig, *, loss: LossFunction | None = None) -> PromptedSam:
     """Trains exactly as `samft.train` does, without its validations, files and log.
 
     Args:
         config: A checked configuration of one process.
+        loss: Instead of the one that it configures.
 
     Returns:
         The model with the weights of the last step.
@@ -162,6 +180,7 @@ def train_with_samft(config: TrainConfig) -> PromptedSam:
     progress = Progress()
     prepare_cache(config, model, splits, progress=progress, should_stop=lambda: False)
     trainer = build_trainer(config, model, progress=progress)
+    trainer.loss = loss or trainer.loss
     batches, _ = build_loaders(config, splits, start_step=0)
     train(
         trainer,

@@ -125,7 +125,8 @@ class Scorer:
         """
         objects = self._evaluate(model, "pad")
         own = objects if resize_mode == "pad" else self._evaluate(model, resize_mode)
-        predicted = mask_utils.area(objects.rle_predicted.tolist()).astype(np.float64)
+        # One by one: pycocotools counts a list's masks in a byte.
+        predicted = np.array([mask_utils.area(rle) for rle in objects.rle_predicted], dtype=float)
         return RunScores(
             image_ids=objects.image_ids,
             object_ids=objects.object_ids,

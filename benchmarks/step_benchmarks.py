@@ -104,8 +104,11 @@ def measure_steps(
 
 
 def _check_equality(variants: Variants, *, start: str) -> str:
-    loss, gradient = assert_equal(variants, start=start)
-    return f"Equal ({start}): weights exactly, loss to {loss:.1e}, gradients to {gradient:.1e}."
+    notes = []
+    for exact, name in ((True, "exact loss"), (False, "default loss")):
+        loss, gradient = assert_equal(variants, start=start, exact=exact)
+        notes.append(f"{name} to {loss:.1e}, its gradients to {gradient:.1e}")
+    return f"Equal ({start}): weights exactly, {', '.join(notes)}."
 
 
 def _rates(workload: Workload, seconds: float) -> list[str]:

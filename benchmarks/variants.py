@@ -15,11 +15,17 @@ from typing import Any
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from benchmarks.baseline import LEARNING_RATE, BaselineSample, BaselineTrainer
+from benchmarks.baseline import (
+    FOCAL_WEIGHT,
+    LEARNING_RATE,
+    BaselineSample,
+    BaselineTrainer,
+    plain_losses,
+)
 from benchmarks.measure import PhaseSpan
 from samft.data.dataset import NO_PIXELS, Batch
+from samft.data.targets import WINDOW_CELLS, WINDOW_SCALE, make_windows
 from samft.models.chunked_loss import BoxDecoder
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam, freeze
@@ -74,7 +80,7 @@ def samft_trainer(model: PromptedSam, *, amp: str = "auto") -> Trainer:
         model,
         build_optimizer(model, learning_rate=LEARNING_RATE, weight_decay=_WEIGHT_DECAY),
         learning_rate_at=lambda step: LEARNING_RATE,
-        loss=partial(mask_losses, image_size=model.sam.image_encoder.img_size),
+        loss=partial(mask_losses, focal_weight=FOCAL_WEIGHT),
         amp_dtype=pick_amp_dtype(amp, device),
     )
 
@@ -119,9 +125,12 @@ class SyntheticBatch:
         """On the device, as samft's loader returns it; with embeddings, there are no images."""
         count, masks = self.workload.num_images, self.workload.num_masks
         sizes = torch.tensor([self.input_size] * count)
+        whole_frame = torch.tensor([[0.0, 0.0, *[self.workload.image_size] * 2]])
+        windows = torch.from_numpy(make_windows(self.boxes.numpy())).float()
         batch = Batch(
             images=self.images if embeddings is None else NO_PIXELS.expand(count, -1, -1, -1),
             boxes=self.boxes,
+            windows=whole_frame.repeat(masks, 1) if exact else windows,
             image_index=torch.arange(count).repeat_interleave(self.workload.boxes),
             targets=torch.stack([self._target(k, exact=exact) for k in range(masks)]),
             input_sizes=sizes,
@@ -134,8 +143,11 @@ class SyntheticBatch:
         return batch.to(self.workload.device)
 
     def _target(self, k: int, *, exact: bool) -> Tensor:
-        mask = self.mask(k)
-        return mask if exact else (255 * F.avg_pool2d(mask[None].float(), 4)[0]).round().byte()
+        if exact:
+            return 255 * self.mask(k)
+        # The ellipse fills its box, and the window is larger by the same factor along both sides.
+        at = WINDOW_SCALE * ((2 * torch.arange(WINDOW_CELLS) + 1) / WINDOW_CELLS - 1)
+        return 255 * (at**2 + at[:, None] ** 2 <= 1).byte()
 
 
 class Variants:
@@ -256,6 +268,7 @@ def samft_loss(trainer: Trainer, batch: Batch) -> Tensor:
         embeddings=batch.embeddings,
         loss=trainer.loss,
         targets=batch.targets,
+        windows=batch.windows,
         gradient=weight,
     )
     return total * weight
@@ -271,12 +284,14 @@ def take_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return gradients
 
 
-def assert_equal(variants: Variants, *, start: str) -> tuple[float, float]:
-    """Checks that samft with its exact options in float32 equals the baseline.
+def assert_equal(variants: Variants, *, start: str, exact: bool = True) -> tuple[float, float]:
+    """Checks that samft in float32 equals the baseline.
 
     Args:
         variants: Those of the workload to compare.
         start: `images`: both encode them; `cached`: only the baseline does; `embeddings`: neither.
+        exact: Whether to compare the baseline's own loss, or samft's default loss, with its plain
+            form (`plain_losses`) on the stock decoder's masks.
 
     Returns:
         Relative difference of the losses, and the largest relative difference of a gradient.
@@ -286,13 +301,15 @@ def assert_equal(variants: Variants, *, start: str) -> tuple[float, float]:
     """
     baseline, trainer = variants.baseline, variants.samft
     _assert_equal_weights(baseline.sam, trainer.model.sam)
-    if start == "embeddings":
+    if not exact:
+        loss = _plain_loss(variants, start=start)
+    elif start == "embeddings":
         loss = baseline.decoder_loss(variants.embeddings, variants.samples)
     else:
         loss = baseline.loss(variants.samples)
     expected, gradients = loss.item(), take_gradients(baseline.sam, loss)
     embeddings = None if start == "images" else variants.embeddings
-    loss = samft_loss(trainer, variants.synthetic.batch(exact=True, embeddings=embeddings))
+    loss = samft_loss(trainer, variants.synthetic.batch(exact=exact, embeddings=embeddings))
     loss_difference = abs(loss.item() - expected) / abs(expected)
     assert loss_difference <= LOSS_TOLERANCE, (
         f"the losses differ by {loss_difference:.1e} of {expected:.6f}"
@@ -300,6 +317,29 @@ def assert_equal(variants: Variants, *, start: str) -> tuple[float, float]:
     worst = gradient_difference(take_gradients(trainer.model, loss), gradients)
     assert worst[0] <= GRADIENT_TOLERANCE, f"the gradients of {worst[1]} differ by {worst[0]:.1e}"
     return loss_difference, worst[0]
+
+
+def _plain_loss(variants: Variants, *, start: str) -> Tensor:
+    # The mean of `plain_losses` over all masks of the batch, decoded by the stock modules.
+    baseline, batch = variants.baseline, variants.synthetic.batch(exact=False)
+    embeddings = variants.embeddings
+    if start != "embeddings":
+        embeddings = baseline.encode(torch.stack([sample.image for sample in variants.samples]))
+    totals = []
+    for i, embedding in enumerate(embeddings):
+        own = batch.image_index == i
+        mask_logits, iou_predicted = baseline.decode(embedding[None], batch.boxes[own])
+        losses = plain_losses(
+            mask_logits[:, 0],
+            iou_predicted[:, 0],
+            targets=batch.targets[own],
+            windows=batch.windows[own],
+            image_index=batch.image_index[own],
+            input_sizes=batch.input_sizes,
+            focal_weight=FOCAL_WEIGHT,
+        )
+        totals.append(losses.total)
+    return torch.cat(totals).mean()
 
 
 def _assert_equal_weights(baseline: nn.Module, model: nn.Module) -> None:

@@ -158,15 +158,16 @@ class TrainConfig:
         1e-2, "AdamW's weight decay, not on biases, norms and embeddings", at_least=0
     )
     clip_grad_norm: float = _optimisation(1.0, "largest norm of the gradient; 0: off", at_least=0)
-    loss_focal_weight: float = _optimisation(20.0, "weight of the focal loss", at_least=0)
+    loss_focal_weight: float = _optimisation(10.0, "weight of the focal loss", at_least=0)
     loss_dice_weight: float = _optimisation(1.0, "weight of the dice loss", at_least=0)
     loss_iou_weight: float = _optimisation(
         1.0, "weight of the loss of the predicted IoU", at_least=0
     )
     loss_resolution: str = _optimisation(
-        "low",
-        "compare masks at: low: the decoder's own resolution; input: upsampled to image_size",
-        choices=("low", "input"),
+        "window",
+        "compare masks on: window: a fine grid over each object and its surroundings, whatever its "
+        "size, and coarsely elsewhere; input: the pixels of the model's input, as the original SAM",
+        choices=("window", "input"),
     )
     seed: int = _optimisation(
         0, "seed of the order of images, augmentation and box jitter", at_least=0

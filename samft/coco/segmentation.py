@@ -7,7 +7,9 @@ polygons and writes RLE.
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -240,7 +242,9 @@ def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
     counts = raw.get("counts")
     if isinstance(counts, str):
         counts = counts.encode("ascii", "replace")
-    numbers = _counts_from_string(counts) if isinstance(counts, bytes) else _to_numbers(counts)
+    numbers = (
+        _counts_from_strings([counts])[0] if isinstance(counts, bytes) else _to_numbers(counts)
+    )
     size = _to_numbers(raw.get("size"))
     if len(size) != 2 or not (size >= 1).all():
         raise MaskError("rle-malformed")
@@ -295,7 +299,7 @@ class Segmentations:
         if buffer[start] == _RLE:
             height, width, num_bytes = buffer[start + 1 : start + 4].tolist()
             text = buffer[start + 4 : start + 4 + -(-num_bytes // 8)].tobytes()[:num_bytes]
-            return {"size": [height, width], "counts": _counts_from_string(text)}
+            return {"size": [height, width], "counts": _counts_from_strings([text])[0]}
         first = start + 1 + int(buffer[start])
         ends = first + np.cumsum(buffer[start + 1 : first])
         return [
@@ -350,8 +354,7 @@ def decode_cropped(segmentation: Any, size: tuple[int, int]) -> CroppedMask:
     if isinstance(segmentation, dict):
         counts, rows = segmentation["counts"], segmentation["size"][0]
     else:
-        rle = _draw_polygons(segmentation, size)
-        counts, rows = _counts_from_string(rle["counts"]), height
+        counts, rows = _draw_polygons([segmentation], size)[0]["counts"], height
     ends = np.cumsum(counts)
     filled = 2 * np.flatnonzero(counts[1::2]) + 1
     if len(filled) == 0:
@@ -367,23 +370,62 @@ def decode_cropped(segmentation: Any, size: tuple[int, int]) -> CroppedMask:
     return _crop_tightly(mask, left=left)
 
 
+@dataclass(frozen=True)
+class MaskRuns:
+    """The pixels of K masks as R vertical runs, sorted by mask, column and row."""
+
+    mask: NDArray[np.int64]  # [R], 0 to K - 1
+    column: NDArray[np.int64]  # [R] px, original frame
+    top: NDArray[np.int64]  # [R] the first pixel
+    bottom: NDArray[np.int64]  # [R] one past the last pixel
+
+    def take(self, which: NDArray[np.bool_]) -> "MaskRuns":
+        """Some of the runs."""
+        return MaskRuns(*(values[which] for values in vars(self).values()))
+
+
+def decode_runs(segmentations: Sequence[Any], size: tuple[int, int]) -> MaskRuns:
+    """Draws K segmentations of an image at once; see `decode_cropped`."""
+    outlined = [item for item in segmentations if isinstance(item, list)]
+    drawn = iter(_draw_polygons(outlined, size) if outlined else [])
+    rles = [next(drawn) if isinstance(item, list) else item for item in segmentations]
+    counts = np.concatenate([np.zeros(0, dtype=np.int64), *(rle["counts"] for rle in rles)])
+    lengths = np.array([len(rle["counts"]) for rle in rles], dtype=np.int64)
+    mask = np.repeat(np.arange(len(rles)), lengths)
+    # Where each run of equal pixels ends. Every second run is of the mask's pixels.
+    ends = np.cumsum(counts)
+    ends -= np.append(0, ends)[_starts(lengths)][mask]
+    filled = ((np.arange(len(counts)) - _starts(lengths)[mask]) % 2 == 1) & (counts > 0)
+    mask, ends, counts = mask[filled], ends[filled], counts[filled]
+    rows = np.array([rle["size"][0] for rle in rles], dtype=np.int64)[mask]
+    # Into runs within a column, and within the image.
+    first, last = (ends - counts) // rows, (ends - 1) // rows
+    run = np.repeat(np.arange(len(mask)), last - first + 1)
+    column = first[run] + np.arange(len(run)) - _starts(last - first + 1)[run]
+    top = np.maximum((ends - counts)[run] - column * rows[run], 0)
+    bottom = np.minimum(ends[run] - column * rows[run], np.minimum(rows[run], size[0]))
+    return MaskRuns(mask[run], column, top, bottom).take((column < size[1]) & (top < bottom))
+
+
 def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
     """The mask that `encode_cropped` encoded, cropped tightly."""
-    counts = _counts_from_string(rle["counts"].encode("ascii"))
+    counts = _counts_from_strings([rle["counts"].encode("ascii")])[0]
     return decode_cropped({"size": rle["size"], "counts": counts}, rle["size"])
 
 
 def count_pixels(segmentation: Any, size: tuple[int, int]) -> int:
     """Number of pixels of an image of size H, W that a checked segmentation covers."""
-    if isinstance(segmentation, dict):
-        return int(decode_cropped(segmentation, size).mask.sum())
-    return int(mask_utils.area(_draw_polygons(segmentation, size)))
+    runs = decode_runs([segmentation], size)
+    return int((runs.bottom - runs.top).sum())
 
 
-def _draw_polygons(polygons: Any, size: tuple[int, int]) -> dict[str, Any]:
-    rles = mask_utils.frPyObjects(polygons, *size)
-    rle: dict[str, Any] = mask_utils.merge(rles) if len(rles) > 1 else rles[0]
-    return rle
+def _draw_polygons(objects: Sequence[Any], size: tuple[int, int]) -> list[dict[str, Any]]:
+    # As uncompressed RLE.
+    rles = mask_utils.frPyObjects([part for parts in objects for part in parts], *size)
+    ends = accumulate(map(len, objects), initial=0)
+    merged = [mask_utils.merge(rles[i:j]) if j > i + 1 else rles[i] for i, j in pairwise(ends)]
+    decoded = _counts_from_strings([rle["counts"] for rle in merged])
+    return [{"size": size, "counts": counts} for counts in decoded]
 
 
 def _crop_tightly(mask: NDArray[np.bool_], *, left: int) -> CroppedMask:
@@ -404,6 +446,13 @@ def encode_cropped(crop: CroppedMask, size: tuple[int, int]) -> dict[str, Any]:
     Returns:
         `size` [H, W], and `counts` as text, which JSON can hold.
     """
+    rle = uncompressed_rle(crop, size)
+    text = mask_utils.frPyObjects({**rle, "counts": rle["counts"].tolist()}, *size)["counts"]
+    return {**rle, "counts": text.decode("ascii")}
+
+
+def uncompressed_rle(crop: CroppedMask, size: tuple[int, int]) -> dict[str, Any]:
+    """The same with `counts` as int64 [R]: a checked segmentation, see `decode_cropped`."""
     height, width = size
     num_rows, num_columns = crop.mask.shape
     # Column after column, with an empty pixel before the first and below each.
@@ -417,21 +466,20 @@ def encode_cropped(crop: CroppedMask, size: tuple[int, int]) -> dict[str, Any]:
     counts = np.diff(positions, prepend=0, append=height * width)
     if len(counts) % 2 == 1 and len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
-    rle: dict[str, Any] = {"size": [height, width], "counts": counts.tolist()}
-    text = mask_utils.frPyObjects(rle, height, width)["counts"].decode("ascii")
-    return {"size": [height, width], "counts": text}
+    return {"size": [height, width], "counts": counts}
 
 
-def _counts_from_string(text: bytes) -> NDArray[np.int64]:
+def _counts_from_strings(texts: Sequence[bytes]) -> list[NDArray[np.int64]]:
     # COCO's code: a number is groups of 5 bits, the lowest first; bit 5 says that another group
     # follows, and bit 4 of the last group is the sign. From the fourth number on, the difference to
     # the number two places before is stored.
     # Source: rleFrString in cocoapi/common/maskApi.c.
-    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
     if len(codes) == 0:
-        return codes
+        return [codes] * len(texts)
+    text_ends = np.fromiter(accumulate(map(len, texts)), dtype=np.int64)
     is_last = codes & 32 == 0
-    if codes.min() < 0 or codes.max() > 63 or not is_last[-1]:
+    if codes.min() < 0 or codes.max() > 63 or not is_last[text_ends - 1].all():
         raise MaskError("rle-malformed")
     ends = np.flatnonzero(is_last) + 1
     lengths = np.diff(ends, prepend=0)
@@ -441,6 +489,9 @@ def _counts_from_string(text: bytes) -> NDArray[np.int64]:
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
     numbers = np.add.reduceat((codes & 31) << shifts, starts)
     numbers -= (codes[ends - 1] >> 4 & 1) << (5 * lengths)
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+    first_numbers = [0, *np.searchsorted(ends, text_ends, side="right").tolist()]
+    counts = [numbers[first:end] for first, end in pairwise(first_numbers)]
+    for part in counts:
+        np.cumsum(part[1::2], out=part[1::2])
+        np.cumsum(part[2::2], out=part[2::2])
+    return counts

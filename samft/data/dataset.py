@@ -26,7 +26,7 @@ from samft.data.augment import (
     filter_cropped_objects,
 )
 from samft.data.samplers import SAMPLE_STREAM, generator_of
-from samft.data.targets import draw_targets, empty_targets, rasterize_ground_truth
+from samft.data.targets import draw_targets, make_grids, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
 
@@ -40,7 +40,8 @@ class Sample:
 
     image: Tensor  # uint8 [3, S, S], RGB, input frame, channels last; `NO_PIXELS` with an embedding
     boxes: Tensor  # float32 [K, 4], input frame
-    targets: Tensor  # uint8 [K, s, s]; 0 to 255 at s = S/4, or 0 and 1 at s = S
+    windows: Tensor  # float32 [K, 4], input frame, what the targets cover; may exceed the image
+    targets: Tensor  # uint8 [K, s, s], see `draw_targets`
     input_size: tuple[int, int]  # h, w of the image area in the input frame
     original_size: tuple[int, int]  # H, W of the image file
     image_id: int
@@ -57,7 +58,8 @@ class Batch:
     images: Tensor  # uint8 [N, 3, S, S], RGB, input frame, channels last; [N, 3, 0, 0] if cached
     boxes: Tensor  # float32 [M, 4], input frame
     image_index: Tensor  # int64 [M], which of the N images an object is in
-    targets: Tensor  # uint8 [M, s, s]; 0 to 255 at s = S/4, or 0 and 1 at s = S
+    windows: Tensor  # float32 [M, 4], input frame, what the targets cover; may exceed the image
+    targets: Tensor  # uint8 [M, s, s], see `draw_targets`
     input_sizes: Tensor  # int64 [N, 2], h, w of the image areas in the input frame
     original_sizes: Tensor  # int64 [N, 2], H, W of the image files
     image_ids: list[int]
@@ -111,6 +113,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         images=torch.stack([s.image.permute(1, 2, 0) for s in samples]).permute(0, 3, 1, 2),
         boxes=torch.cat([sample.boxes for sample in samples]),
         image_index=torch.repeat_interleave(torch.arange(len(samples)), num_objects),
+        windows=torch.cat([sample.windows for sample in samples]),
         targets=torch.cat([sample.targets for sample in samples]),
         input_sizes=torch.tensor([sample.input_size for sample in samples]),
         original_sizes=torch.tensor([sample.original_size for sample in samples]),
@@ -161,7 +164,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         max_masks_per_image: Most objects of a training sample; 0: no limit.
         box_jitter: See `jitter_boxes`.
         augment: `none`, `flip` or `scale`, see `augment.draw_frame`; `scale` changes colours too.
-        loss_resolution: Targets at `low` (S/4) or `input` (S).
+        loss_resolution: Grid of the targets: `window` or `input`, see `make_grids`.
         on_bad_image: `error` raises for an image that cannot be read. `skip` uses the next readable
             image in training, and returns a sample without objects in validation.
         seed: Of all randomness.
@@ -182,7 +185,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         max_masks_per_image: int = 64,
         box_jitter: float = 0.1,
         augment: str = "flip",
-        loss_resolution: str = "low",
+        loss_resolution: str = "window",
         on_bad_image: str = "error",
         seed: int = 0,
         subset: CocoSubset | None = None,
@@ -240,6 +243,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         frame, objects, boxes_original = self._choose_placement(row, size, generator)
         pixels = self.decode_pixels(encoded, frame) if encoded else None
         boxes = boxes_to_input(boxes_original, frame)
+        grids = make_grids(boxes, frame, resolution=self.loss_resolution)
         if self.training:
             boxes = jitter_boxes(boxes, share=self.box_jitter, frame=frame, generator=generator)
         if pixels is not None and self.training and self.augment == "scale":
@@ -248,14 +252,13 @@ class Coco2MaskDataset(Dataset[Sample]):
         segmentations = [index.segmentations[k] for k in objects.tolist()]
         truths: list[CroppedMask] = []
         if self.training:
-            kept, targets = draw_targets(segmentations, frame, resolution=self.loss_resolution)
+            kept, targets = draw_targets(segmentations, frame, grids)
         else:
-            kept, targets, truths = rasterize_ground_truth(
-                segmentations, frame, resolution=self.loss_resolution
-            )
+            kept, targets, truths = rasterize_ground_truth(segmentations, frame, grids)
         return Sample(
             image=NO_PIXELS if pixels is None else torch.from_numpy(pixels).permute(2, 0, 1),
             boxes=torch.from_numpy(boxes[kept].astype(np.float32)),
+            windows=torch.from_numpy(grids.windows[kept].astype(np.float32)),
             targets=torch.from_numpy(targets),
             input_size=frame.input_size,
             original_size=size,
@@ -294,11 +297,12 @@ class Coco2MaskDataset(Dataset[Sample]):
     def _sample_without_objects(self, row: int) -> Sample:
         # Stands for an image that cannot be read, so that validation's order stays the same.
         frame = self.full_frame(self.subset.size(row))
-        targets = empty_targets(0, frame, resolution=self.loss_resolution)
+        grids = make_grids(np.zeros((0, 4)), frame, resolution=self.loss_resolution)
         return Sample(
             image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
             boxes=torch.zeros(0, 4),
-            targets=torch.from_numpy(targets),
+            windows=torch.zeros(0, 4),
+            targets=torch.from_numpy(grids.empty_targets()),
             input_size=frame.input_size,
             original_size=frame.original_size,
             image_id=self.subset.image_id(row),

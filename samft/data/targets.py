@@ -1,204 +1,180 @@
 """Draws the targets of the loss, and validation's ground truth, from COCO segmentations.
 
-Both are drawn from polygons or RLE into the input frame: at the decoder's resolution (`low`, one
-cell is 4 x 4 input px, a target is the share of the cell that the object covers), or at that of the
-input (`input`, binary). Imports no torch.
+Each object has a window in the input frame, divided into a grid of cells. Its target is the share
+of each cell that the object covers, drawn from polygons or RLE. The window is either around the
+object (`window`: the same number of cells whatever its size) or the whole frame (`input`: a cell is
+a pixel, and counts as covered or not). Imports no torch.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import CroppedMask, decode_cropped
-from samft.data.rasterize import CoveredBlock, Polygons, rasterize_polygons
-from samft.data.transforms import LOW_CELL, Frame
+from samft.coco.segmentation import CroppedMask, MaskRuns, decode_cropped, decode_runs
+from samft.data.rasterize import Edges, polygon_edges, rasterize, run_edges
+from samft.data.transforms import Frame
 
-# Polygons are drawn straight into the input frame where a cell is at least so many original pixels
-# wide: there the targets agree with pycocotools' masks to an IoU of .99 (objects of 32 cells or
-# more, three datasets). In finer cells the pixel steps of those masks, which are the ground truth
-# of validation, would show: the IoU is .95 to .98.
-_MIN_CELL_PIXELS = 6
+WINDOW_SCALE = 1.5  # sides of a window, in those of the object's box
+WINDOW_CELLS = 64  # along each side of a window
+MIN_WINDOW = 4.0  # input px, the shortest side of a window: a cell of the decoder
+# Polygons are drawn straight into a grid whose cells are at least so many original pixels wide:
+# there the targets agree with pycocotools' masks to an IoU of .99 (three datasets; of grids over
+# the image, objects of 32 cells or more). In finer cells the pixel steps of those masks, which are
+# the ground truth of validation, would show: the IoU is .95 to .98, in windows .90 to .99. In a
+# window an object has more cells, so fewer of them are at its rim.
+_MIN_CELL_PIXELS = {"window": 2.0, "input": 6.0}
 # The share of a cell from which on a binary target counts it, less what rounding can lose.
 _HALF = 0.5 - 1e-9
 
 
+@dataclass(frozen=True)
+class TargetGrids:
+    """K windows, one for each object, each divided into a grid of cells."""
+
+    windows: NDArray[np.float64]  # [K, 4] x0 y0 x1 y1, input px; may exceed the image
+    side: int  # cells along each side of a window
+    is_binary: bool  # whether a cell counts as covered or not, instead of by its share
+    min_cell_pixels: float  # original px, from which on outlines are drawn
+
+    @property
+    def cells(self) -> NDArray[np.float64]:
+        """Width and height of a cell of each window, input px: [K, 2]."""
+        return (self.windows[:, 2:] - self.windows[:, :2]) / self.side
+
+    def empty_targets(self) -> NDArray[np.uint8]:
+        """Targets of objects that cover nothing: uint8 [K, side, side]."""
+        return np.zeros((len(self.windows), self.side, self.side), dtype=np.uint8)
+
+
+def make_windows(boxes: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Windows around boxes [K, 4], both x0 y0 x1 y1 in the input frame, which they may exceed."""
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 2, 2)
+    half = np.maximum((corners[:, 1] - corners[:, 0]) * WINDOW_SCALE, MIN_WINDOW) / 2
+    centre = corners.mean(axis=1)
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def make_grids(boxes: NDArray[np.floating], frame: Frame, *, resolution: str) -> TargetGrids:
+    """The windows of K objects, and how many cells they have.
+
+    Args:
+        boxes: [K, 4], x0 y0 x1 y1 in the input frame, which they may exceed.
+        frame: Of the image, S x S px.
+        resolution: `window` (around each box) or `input` (the frame, S x S cells).
+    """
+    limit = _MIN_CELL_PIXELS[resolution]
+    if resolution == "window":
+        windows, side = make_windows(boxes), WINDOW_CELLS
+    else:
+        side = frame.image_size
+        windows = np.tile([0.0, 0.0, side, side], (len(boxes), 1))
+    return TargetGrids(windows, side, is_binary=resolution == "input", min_cell_pixels=limit)
+
+
 def draw_targets(
-    segmentations: Sequence[Any], frame: Frame, *, resolution: str
+    segmentations: Sequence[Any], frame: Frame, grids: TargetGrids
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Draws training targets: polygons where possible straight into the input frame.
+    """Draws training targets: polygons where possible straight into their grids.
 
     Args:
         segmentations: Checked, of K objects of one image.
         frame: Of the image.
-        resolution: `low` (s = S/4) or `input` (s = S).
+        grids: Of the K objects.
 
     Returns:
         Which of the K objects have a pixel in the original image, [M], and their targets, uint8
-        [M, s, s]; see `mask_to_low` and `mask_to_input`.
+        [M, side, side]: the share of each cell that the object covers, from 0, nothing, to 255,
+        all. With binary grids: 255 where it covers half a cell or more, else 0. Cells outside of
+        the image area are 0.
     """
-    targets = empty_targets(len(segmentations), frame, resolution=resolution)
-    undrawn = np.arange(len(targets))
-    cell = frame.image_size / targets.shape[-1]
-    if cell >= _MIN_CELL_PIXELS * max(frame.scale_x, frame.scale_y):
-        outlines = [[] if isinstance(item, dict) else item for item in segmentations]
-        draw_polygons = polygons_to_low if resolution == "low" else polygons_to_input
-        draw_polygons(Polygons.pack(outlines), frame, out=targets)
-        # RLEs have no outline. And outlines that are too thin to cover anything (lines, say) still
-        # have pixels in pycocotools' masks, and are objects in validation.
-        undrawn = np.flatnonzero(~targets.any(axis=(1, 2)))
-    kept = np.ones(len(targets), dtype=bool)
-    for k in undrawn.tolist():
-        mask = decode_cropped(segmentations[k], frame.original_size)
-        kept[k] = mask.mask.size > 0
-        _draw_mask(mask, frame, out=targets[k])
+    targets = grids.empty_targets()
+    is_coarse = (grids.cells / frame.scale_xyxy[:2]).min(axis=1) >= grids.min_cell_pixels
+    outlines = [
+        item if coarse and isinstance(item, list) else []
+        for item, coarse in zip(segmentations, is_coarse.tolist(), strict=True)
+    ]
+    kept = _draw_polygons(outlines, frame, grids, out=targets)
+    # RLEs have no outline. And outlines that are too thin to cover anything (lines, say) still
+    # have pixels in pycocotools' masks, and are objects in validation.
+    undrawn = np.flatnonzero(~kept)
+    runs = decode_runs([segmentations[k] for k in undrawn.tolist()], frame.original_size)
+    _draw_runs(runs, frame, grids, owner=undrawn, out=targets)
+    kept[undrawn[runs.mask]] = True
     return np.flatnonzero(kept), targets if kept.all() else targets[kept]
 
 
 def rasterize_ground_truth(
-    segmentations: Sequence[Any], frame: Frame, *, resolution: str
+    segmentations: Sequence[Any], frame: Frame, grids: TargetGrids
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], list[CroppedMask]]:
     """Draws masks at the original resolution, exactly as pycocotools does, and targets from them.
 
     Args:
         segmentations: Checked, of K objects of one image.
         frame: Of the image.
-        resolution: `low` or `input`.
+        grids: Of the K objects.
 
     Returns:
         As `draw_targets`, with targets that are averages of the masks; and the M masks.
     """
     masks = [decode_cropped(item, frame.original_size) for item in segmentations]
     kept = np.flatnonzero(np.array([mask.mask.size > 0 for mask in masks], dtype=bool))
-    targets = empty_targets(len(kept), frame, resolution=resolution)
-    truths = [masks[k] for k in kept.tolist()]
-    for target, truth in zip(targets, truths, strict=True):
-        _draw_mask(truth, frame, out=target)
-    return kept, targets, truths
+    targets = grids.empty_targets()
+    runs = decode_runs(segmentations, frame.original_size)
+    _draw_runs(runs, frame, grids, owner=np.arange(len(masks)), out=targets)
+    return kept, targets[kept], [masks[k] for k in kept.tolist()]
 
 
-def empty_targets(num_objects: int, frame: Frame, *, resolution: str) -> NDArray[np.uint8]:
-    """Targets of objects that cover nothing: uint8 [K, s, s] of zeros, see `draw_targets`."""
-    side = frame.image_size // LOW_CELL if resolution == "low" else frame.image_size
-    return np.zeros((num_objects, side, side), dtype=np.uint8)
+def _draw_polygons(
+    outlines: Sequence[Sequence[NDArray[np.floating]]],
+    frame: Frame,
+    grids: TargetGrids,
+    *,
+    out: NDArray[np.uint8],
+) -> NDArray[np.bool_]:
+    scale, shift, areas = _place_grids(frame, grids)
+    edges = polygon_edges(outlines).scale_and_shift(scale, shift)
+    return _draw_edges(edges, areas, out, is_binary=grids.is_binary)
 
 
-def _draw_mask(mask: CroppedMask, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    draw = mask_to_input if len(out) == frame.image_size else mask_to_low
-    draw(mask, frame, out=out)
+def _draw_runs(
+    runs: MaskRuns,
+    frame: Frame,
+    grids: TargetGrids,
+    *,
+    owner: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> None:
+    scale, shift, areas = _place_grids(frame, grids)
+    edges = run_edges(runs, owner).scale_and_shift(scale[:, ::-1], shift[:, ::-1])
+    _draw_edges(edges, areas[:, [1, 0, 3, 2]], out.swapaxes(1, 2), is_binary=grids.is_binary)
 
 
-def mask_to_low(
-    mask: CroppedMask, frame: Frame, *, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
-    """The share of each 4 x 4 px cell of the input frame that a mask covers.
-
-    Args:
-        mask: In the original frame.
-        frame: Of the image.
-        out: Zeros to draw on; None allocates them.
-
-    Returns:
-        uint8 [S/4, S/4] from 0, nothing covered, to 255, all covered. Padding is 0.
-    """
-    out = np.zeros((frame.image_size // LOW_CELL,) * 2, dtype=np.uint8) if out is None else out
-    rows, columns, share = _cell_coverage(mask, frame, cell=LOW_CELL)
-    out[rows, columns] = np.rint(share * 255)
-    return out
-
-
-def mask_to_input(
-    mask: CroppedMask, frame: Frame, *, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
-    """The pixels of the input frame of which a mask covers half or more; see `mask_to_low`.
-
-    Returns:
-        uint8 [S, S] of 0 and 1.
-    """
-    out = np.zeros((frame.image_size,) * 2, dtype=np.uint8) if out is None else out
-    rows, columns, share = _cell_coverage(mask, frame, cell=1)
-    out[rows, columns] = share >= _HALF
-    return out
-
-
-def _cell_coverage(
-    crop: CroppedMask, frame: Frame, *, cell: int
-) -> tuple[slice, slice, NDArray[np.float64]]:
-    # Rows and columns of the cells that the mask reaches, and the share of each that it covers.
-    # The integral of a mask is bilinear between the corners of its pixels, so differences of the
-    # integral at the cells' corners are exact areas: what cv2.INTER_AREA and a mean over the cell
-    # come to, but from the crop alone, without resizing the whole image.
-    mask, left = crop.mask, crop.left
-    height, width = mask.shape
-    (shown_height, shown_width), (offset_y, offset_x) = frame.input_size, frame.offset
+def _place_grids(
+    frame: Frame, grids: TargetGrids
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    # From original pixels to cells: cells = pixels * scale [K, 2] + shift [K, 2]. And the part of
+    # the grid that is image, x0 y0 x1 y1 in cells: [K, 4].
+    size = np.array(frame.input_size[::-1], dtype=np.float64)
+    scale, shift = frame.scale_xyxy[:2], -frame.offset_xyxy[:2].astype(np.float64)
     if frame.flipped:
-        mask, left = mask[:, ::-1], frame.original_size[1] - left - width
-        offset_x = frame.resized_size[1] - shown_width - offset_x
-    scale_x, scale_y = frame.scale_x / cell, frame.scale_y / cell
-    rows, edges_y = _cell_edges(crop.top, height, scale_y, offset_y / cell, shown_height / cell)
-    columns, edges_x = _cell_edges(left, width, scale_x, offset_x / cell, shown_width / cell)
-    if mask.size == 0 or rows.start >= rows.stop or columns.start >= columns.stop:
-        return slice(0), slice(0), np.zeros((0, 0))
-    integral = cv2.integral(np.ascontiguousarray(mask, dtype=np.uint8))
-    at_corners = _interpolate_rows(_interpolate_rows(integral, edges_y).T, edges_x).T
-    shares = np.diff(np.diff(at_corners, axis=0), axis=1) * (scale_x * scale_y)
-    return rows, columns, np.clip(shares, 0, 1)
+        scale[0], shift[0] = -scale[0], size[0] - shift[0]
+    origins, cells = grids.windows[:, :2], grids.cells
+    image = np.concatenate([-origins, size - origins], axis=1)
+    areas = np.clip(image / np.tile(cells, 2), 0, grids.side)
+    return scale / cells, (shift - origins) / cells, areas
 
 
-def _cell_edges(
-    start: int, length: int, scale: float, offset: float, shown: float
-) -> tuple[slice, NDArray[np.float64]]:
-    # Along one axis: the cells (1/scale original pixels each, counted from `offset` on, `shown` of
-    # them) that start:start + length reaches, and their edges in pixels of the crop.
-    first = int(np.floor(start * scale - offset + 1e-9))
-    last = max(first + 1, int(np.ceil((start + length) * scale - offset - 1e-9)))
-    cells = slice(max(first, 0), min(last, int(np.ceil(shown))))
-    edges = (np.minimum(np.arange(cells.start, cells.stop + 1), shown) + offset) / scale - start
-    return cells, np.clip(edges, 0, length)
-
-
-def _interpolate_rows(values: NDArray[np.number], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    low = np.minimum(at.astype(np.int64), len(values) - 2)
-    part = (at - low)[:, None]
-    return values[low] * (1 - part) + values[low + 1] * part
-
-
-def polygons_to_low(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    """As `mask_to_low`, for K objects at once, from their outlines instead of their masks.
-
-    Args:
-        polygons: In the original frame.
-        frame: Of the image.
-        out: uint8 [K, S/4, S/4] of zeros to draw on: 0 nothing covered, 255 all.
-    """
-    for block in _rasterize_in_cells(polygons, frame, cell=LOW_CELL):
-        _cells_of(block, out)[:] = np.rint(block.share * 255)
-
-
-def polygons_to_input(polygons: Polygons, frame: Frame, *, out: NDArray[np.uint8]) -> None:
-    """As `mask_to_input`, for K objects at once, from their outlines instead of their masks.
-
-    Args:
-        polygons: In the original frame.
-        frame: Of the image.
-        out: uint8 [K, S, S] of zeros to draw ones on.
-    """
-    for block in _rasterize_in_cells(polygons, frame, cell=1):
-        _cells_of(block, out)[:] = block.share >= _HALF
-
-
-def _rasterize_in_cells(polygons: Polygons, frame: Frame, *, cell: int) -> Iterator[CoveredBlock]:
-    points = polygons.points * frame.scale_xyxy[:2] - frame.offset_xyxy[:2]
-    height, width = frame.input_size
-    if frame.flipped:
-        points[:, 0] = width - points[:, 0]
-    in_cells = replace(polygons, points=points / cell)
-    return rasterize_polygons(in_cells, size=(height / cell, width / cell))
-
-
-def _cells_of(block: CoveredBlock, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    height, width = block.share.shape
-    return out[block.object, block.top : block.top + height, block.left : block.left + width]
+def _draw_edges(
+    edges: Edges, areas: NDArray[np.float64], out: NDArray[np.uint8], *, is_binary: bool
+) -> NDArray[np.bool_]:
+    # Returns which of the K objects cover anything.
+    covers = np.zeros(len(out), dtype=bool)
+    for block in rasterize(edges, areas):
+        (height, width), k = block.share.shape, block.object
+        drawn = out[k, block.top : block.top + height, block.left : block.left + width]
+        drawn[:] = np.rint(255 * (block.share >= _HALF if is_binary else block.share))
+        covers[k] = drawn.any()
+    return covers

@@ -143,7 +143,7 @@ def validate(
         model: Not wrapped in DDP.
         batches: This rank's images, one per batch, with their true masks; ranks may have different
             numbers of images, or none.
-        loss: `losses.mask_losses` with its weights and image size set.
+        loss: `losses.mask_losses` with its weights set.
         selection: Every mask is added to it; it decides which to keep.
         should_stop: Called before each image on every rank; all stop if it is true on any.
         waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
@@ -221,6 +221,7 @@ def _score_masks(
         logits,
         iou_predicted,
         targets=batch.targets[part],
+        windows=batch.windows[part],
         image_index=index,
         input_sizes=batch.input_sizes,
     )

@@ -136,7 +136,7 @@ class PromptedSam(nn.Module):
         self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None
     ) -> DecoderInputs:
         prompt_encoder = self.sam.prompt_encoder
-        with _full_precision(boxes.device):
+        with full_precision(boxes.device):
             sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
             if points is not None:  # two tokens, like a box: the point, and SAM's "not a point"
                 labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
@@ -169,6 +169,7 @@ class PromptedSam(nn.Module):
         embeddings: Tensor | None = None,
         loss: Callable[..., Tensors] | None = None,
         targets: Tensor | None = None,
+        windows: Tensor | None = None,
         gradient: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """Predicts the mask of each box; with a loss, returns the losses instead of the masks.
@@ -182,8 +183,9 @@ class PromptedSam(nn.Module):
             image_index: int64 [M].
             input_sizes: int [N, 2], or None where the images fill the frame.
             embeddings: float [N, C, S/16, S/16], used instead of encoding the images.
-            loss: `losses.mask_losses` with its weights and image size set, or a like function.
-            targets: uint8 [M, s, s], for the loss.
+            loss: `losses.mask_losses` with its weights set, or a like function.
+            targets: uint8 [M, G, G], for the loss.
+            windows: float32 [M, 4], the rectangles that the targets cover, for the loss.
             gradient: float32 scalar, what the sum of the loss is going to be multiplied by before
                 backward; None: 1. Any is right, but in float16 small gradients could be lost.
 
@@ -194,13 +196,14 @@ class PromptedSam(nn.Module):
         embeddings = self.embed(images, input_sizes, cached=embeddings)
         if loss is None:
             return self.decode(embeddings, boxes, image_index)
-        assert targets is not None and input_sizes is not None
+        assert targets is not None and windows is not None and input_sizes is not None
 
         def loss_of_chunk(mask_logits: Tensor, iou_predicted: Tensor, chunk: slice) -> Tensors:
             return loss(
                 mask_logits,
                 iou_predicted,
                 targets=targets[chunk],
+                windows=windows[chunk],
                 image_index=image_index[chunk],
                 input_sizes=input_sizes,
             )
@@ -212,8 +215,11 @@ class PromptedSam(nn.Module):
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    # The embedding of a position is a matrix product: in bf16 or TF32 corners would move by pixels.
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products within are of float32 proper: no autocast, no TF32.
+
+    Positions go through matrix products: in bf16 or TF32, corners of boxes would move by pixels.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

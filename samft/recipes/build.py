@@ -111,7 +111,6 @@ def build_loss(config: TrainConfig) -> LossFunction:
     """Builds the loss function with the weights of the configuration."""
     return partial(
         mask_losses,
-        image_size=config.image_size,
         focal_weight=config.loss_focal_weight,
         dice_weight=config.loss_dice_weight,
         iou_weight=config.loss_iou_weight,

@@ -17,6 +17,7 @@ from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME
 from samft.config import TrainConfig
+from samft.data.targets import WINDOW_CELLS
 from samft.errors import ConfigError
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import constant_names
@@ -182,7 +183,7 @@ def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_pl
         host_checks.raise_open_file_limit()
         return
     side = config.image_size
-    cells = side**2 // (16 if config.loss_resolution == "low" else 1)
+    cells = side**2 if config.loss_resolution == "input" else WINDOW_CELLS**2
     host_checks.check_host(
         model.sam.device,
         output_dir,

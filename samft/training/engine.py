@@ -167,7 +167,7 @@ class Trainer:
             model: On its device, with its frozen parts frozen.
             optimizer: Over the model's trainable parameters.
             learning_rate_at: The learning rate of a step, a pure function of the step.
-            loss: `losses.mask_losses` with its weights and image size set.
+            loss: `losses.mask_losses` with its weights set.
             amp_dtype: Autocast to this type; None: float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
             bf16_compress: Whether gradients travel between processes in bfloat16.
@@ -237,6 +237,7 @@ class Trainer:
                 embeddings=batch.embeddings,
                 loss=self.loss,
                 targets=batch.targets,
+                windows=batch.windows,
                 gradient=self.scaler.scale(weight),
             )
         return total, MaskLosses(*losses)

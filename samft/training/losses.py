@@ -1,11 +1,18 @@
-"""Focal, dice and IoU losses, one number per mask, from sums over pixels in closed form.
+"""Focal, dice and IoU losses, one number per mask, taken on a fine grid over each object.
 
 The caller sums the losses over masks and divides by the number of masks of the whole optimizer
 step, over all ranks and micro-batches, so that neither the number of processes nor accumulation
 changes what is learnt.
 
-Focal and dice loss are made of three sums over the pixels of a mask. For a logit z, a target t in
-0..1 and p = sigmoid(z), where a share w of the pixel is image:
+Each object has a *window*, a rectangle around it with a grid of G x G cells, on which its target is
+drawn. The decoder's logits, which have cells of 4 x 4 px of the input, are interpolated at the
+centres of the window's cells: bilinearly, as they are before a mask is thresholded. So a small
+object is compared as finely as a large one, at the same cost. Outside of its window an object has
+no pixels; there, the logits are compared with 0 as they are, in the decoder's own cells. Together,
+window and surroundings cover the image once: all sums below are areas in square pixels of the
+input, whatever the size of the cells.
+
+For a logit z, a target t in 0..1 and p = sigmoid(z), in a cell of which an area w is image:
 
     focal    F = sum w a u^2 e,   a = 3/4 - t/2             alpha: 1/4 for object, 3/4 for none
                                   u = p + t - 2 p t         1 - p_t: how far p is from the target
@@ -20,12 +27,12 @@ Their gradients follow from dp/dz = p (1 - p), du/dz = (1 - 2t) p (1 - p) and de
     dA/dz = w p (1 - p)
 
 Written out with autograd, the losses would keep a dozen arrays of the size of the masks for
-backward, 57 MB for one mask at 1024 x 1024. Here only the decoder's logits and the targets' bytes
-are kept. The rest is computed for a few masks at a time, in backward once more, in buffers that are
-used several times and never leave a processor's cache. Where targets are four times as fine as the
-logits, the logits are upsampled first, bilinearly.
+backward. Here only the decoder's logits and the targets' bytes are kept. The rest is computed for a
+few masks at a time, in backward once more, in buffers that are used several times and never leave a
+processor's cache.
 
-Source: `torchvision.ops.sigmoid_focal_loss` at alpha 1/4 and gamma 2, whose sum is F.
+Source: `torchvision.ops.sigmoid_focal_loss` at alpha 1/4 and gamma 2, whose sum is F. A loss at
+samples of the logits that lie where they matter is PointRend's (Kirillov et al., 2020).
 """
 
 from collections.abc import Callable, Iterator
@@ -35,15 +42,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from samft.models.prompted_sam import inside_sides
+from samft.data.transforms import LOW_CELL
+from samft.models.prompted_sam import full_precision
 
 FOCAL_ALPHA = 0.25  # gamma is 2, which the formulas above have built in
-DICE_SMOOTHING = 1.0
-# Pixels computed at once: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.
-PIXELS_AT_ONCE = {"cpu": 2**20}
-PIXELS_AT_ONCE_ELSEWHERE = 2**24
+# Cells computed at once: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.
+CELLS_AT_ONCE = {"cpu": 2**20}
+CELLS_AT_ONCE_ELSEWHERE = 2**24
 
 
 class MaskLosses(NamedTuple):
@@ -64,7 +70,7 @@ class MaskLosses(NamedTuple):
     iou_actual: Tensor
 
 
-LossFunction = Callable[..., MaskLosses]  # `mask_losses` with its weights and image size set
+LossFunction = Callable[..., MaskLosses]  # `mask_losses` with its weights set
 
 
 def mask_losses(
@@ -72,34 +78,34 @@ def mask_losses(
     iou_predicted: Tensor,
     *,
     targets: Tensor,
+    windows: Tensor,
     image_index: Tensor,
     input_sizes: Tensor,
-    image_size: int,
-    focal_weight: float = 20.0,
+    focal_weight: float = 10.0,
     dice_weight: float = 1.0,
     iou_weight: float = 1.0,
 ) -> MaskLosses:
     """The three losses of each mask, in float32 whatever autocast does.
 
-    Logits are compared at the resolution of the targets: as they are if the targets have the
-    decoder's own (a quarter of the input), upsampled bilinearly if the targets have the input's.
-    Memory does not grow with the latter (`focal_dice_sums`).
+    Logits are interpolated at the centres of the targets' cells. Memory does not grow with the
+    number of cells (`mask_sums`).
 
     - Focal: the mean over the pixels that are image, not padding.
-    - Dice: 1 - (2 |P T| + 1) / (|P| + |T| + 1), areas in pixels of the input. At a quarter of the
-      resolution, a smoothing of one cell would be sixteen pixels: enough to make an empty mask
-      almost as good as the right one where an object is a few pixels wide.
+    - Dice: 1 - (2 |P T| + c) / (|P| + |T| + c), smoothed by c, the area of one cell: an empty mask
+      of an empty target has none, and an empty mask of the smallest object has nearly all.
     - IoU: the squared error of the prediction. The actual IoU compares the mask, logits above 0,
-      with the pixels whose target is at least one half; an object too small to fill half of any
-      pixel counts as the pixels that it fills most. It is 1 where both are empty.
+      with the cells whose target is at least one half; an object too thin to fill half of any
+      cell counts as the cells that it fills most. It is 1 where both are empty.
 
     Args:
         mask_logits: float [M, S/4, S/4].
         iou_predicted: float [M].
-        targets: uint8 [M, s, s]; shares in 0..255 for s = S/4, 0 or 1 for s = S.
+        targets: uint8 [M, G, G], the share of each cell of the window that the object covers,
+            times 255.
+        windows: float32 [M, 4], x0 y0 x1 y1 in pixels of the input, which contain the objects; may
+            reach beyond the image.
         image_index: int64 [M], the image of each mask.
         input_sizes: int [N, 2], height and width of each image inside the frame.
-        image_size: S.
         focal_weight: Weight of the focal loss.
         dice_weight: Weight of the dice loss.
         iou_weight: Weight of the IoU loss.
@@ -108,33 +114,31 @@ def mask_losses(
         MaskLosses, each [M].
 
     Source: Lin et al., Focal Loss for Dense Object Detection, 2017; alpha 1/4 and gamma 2 as there.
-    Milletari et al., V-Net, 2016; dice smoothed as in MaskFormer.
+    Milletari et al., V-Net, 2016.
     """
     with torch.autocast(mask_logits.device.type, enabled=False):
-        size = targets.shape[-1]
-        cell = image_size // size  # pixels of the input along the side of a target's pixel
-        sides = inside_sides(input_sizes, size, cell=cell)[image_index]
-        full = 1.0 if cell == 1 else 255.0
-        sums = focal_dice_sums(mask_logits, targets, sides, full=full)
-        focal = sums.focal / sides.sum(2).prod(1).clamp(min=1)
-        overlap, areas = cell**2 * sums.overlap, cell**2 * (sums.area + sums.target_area)
-        dice = 1 - (2 * overlap + DICE_SMOOTHING) / (areas + DICE_SMOOTHING)
-        iou_actual = torch.where(sums.union > 0, sums.intersection / sums.union.clamp(min=1), 1.0)
+        extents = input_sizes[image_index].float()
+        sums = mask_sums(mask_logits, targets, windows, extents)
+        focal = sums.focal / extents.prod(1).clamp(min=1)
+        cell = (windows[:, 2:] - windows[:, :2]).prod(1) / targets.shape[-1] ** 2
+        dice = 1 - (2 * sums.overlap + cell) / (sums.area + sums.target_area + cell)
+        is_empty = sums.union <= 0
+        iou_actual = torch.where(is_empty, 1.0, sums.intersection / sums.union.clamp(min=1e-12))
         iou = (iou_predicted.float() - iou_actual).square()
         total = focal_weight * focal + dice_weight * dice + iou_weight * iou
     return MaskLosses(total, focal, dice, iou, iou_actual)
 
 
-class FocalDiceSums(NamedTuple):
-    """Sums over the pixels of each mask, float32 [M]; only the first three carry a gradient.
+class MaskSums(NamedTuple):
+    """Areas of each mask in pixels of the input, float32 [M]; the first three have gradients.
 
     Attributes:
         focal: F, of the focal loss.
         overlap: O, of p t.
         area: A, of p.
         target_area: Of t.
-        intersection: Pixels in both the mask (logit above 0) and the target.
-        union: Pixels in either.
+        intersection: Of what is both mask (logit above 0) and target.
+        union: Of what is either.
     """
 
     focal: Tensor
@@ -145,52 +149,48 @@ class FocalDiceSums(NamedTuple):
     union: Tensor
 
 
-def focal_dice_sums(
-    mask_logits: Tensor, targets: Tensor, sides: Tensor, *, full: float
-) -> FocalDiceSums:
-    """The sums over the pixels of each mask that the losses are made of.
+def mask_sums(mask_logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> MaskSums:
+    """The sums over window and surroundings of each mask that the losses are made of.
 
     Args:
-        mask_logits: float [M, s, s], or [M, s / 4, s / 4] to be upsampled.
-        targets: uint8 [M, s, s], 0 to `full`.
-        sides: float32 [M, 2, s], the share of each row and of each column that is image.
-        full: The target of a pixel that is all object.
+        mask_logits: float [M, s, s], in cells of 4 x 4 px.
+        targets: uint8 [M, G, G], 0 to 255.
+        windows: float32 [M, 4], x0 y0 x1 y1, px.
+        extents: float32 [M, 2], height and width of each mask's image inside the frame, px.
 
     Returns:
-        FocalDiceSums, in float32.
+        MaskSums, in float32.
     """
-    return FocalDiceSums(*_FocalDiceSums.apply(mask_logits, targets, sides, full))
+    return MaskSums(*_MaskSums.apply(mask_logits, targets, windows, extents))
 
 
-class _FocalDiceSums(torch.autograd.Function):
-    """`focal_dice_sums`, a few masks at a time, with the gradient of the first three sums.
+class _MaskSums(torch.autograd.Function):
+    """`mask_sums`, a few masks at a time, with the gradient of the first three sums.
 
-    Nothing of the size of the pixels is kept: backward computes the same chunks as forward again.
+    Nothing of the size of the targets is kept: backward computes the same chunks as forward again.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, sides: Tensor, full: float) -> Any:
-        ctx.save_for_backward(logits, targets, sides)
-        ctx.full = full
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> Any:
+        ctx.save_for_backward(logits, targets, windows, extents)
         sums = logits.new_zeros(6, len(logits), dtype=_at_least_float32(logits))
-        for chunk in _mask_chunks(targets):
-            pixels = _Pixels.from_logits(logits[chunk], targets[chunk], sides[chunk], full=full)
-            sums[:, chunk] = _sum_pixels(pixels)
+        for chunk in _mask_chunks(logits, targets):
+            grids = _Grids(logits[chunk], targets[chunk], windows[chunk], extents[chunk])
+            sums[:, chunk] = _sum_cells(grids.window()) + _sum_cells(grids.surroundings())
         ctx.mark_non_differentiable(*(constant := sums[3:].unbind()))
         return (*sums[:3].unbind(), *constant)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_focal: Tensor, d_overlap: Tensor, d_area: Tensor, *_: Tensor) -> Any:
-        logits, targets, sides = ctx.saved_tensors
+        logits, targets, windows, extents = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for chunk in _mask_chunks(targets):
-            pixels = _Pixels.from_logits(logits[chunk], targets[chunk], sides[chunk], full=ctx.full)
-            of_masks = (d_focal[chunk], d_overlap[chunk], d_area[chunk])
-            d_pixels = _gradient_of_pixels(pixels, *[d[:, None, None] for d in of_masks])
-            if d_pixels.shape != logits[chunk].shape:
-                d_pixels = upsampling_backward(upsampling_backward(d_pixels, 1), 2)
-            gradient[chunk] = d_pixels
+        for chunk in _mask_chunks(logits, targets):
+            grids = _Grids(logits[chunk], targets[chunk], windows[chunk], extents[chunk])
+            of_masks = [d[chunk, None, None] for d in (d_focal, d_overlap, d_area)]
+            of_window = _gradient_of_cells(grids.window(), *of_masks)
+            of_surroundings = _gradient_of_cells(grids.surroundings(), *of_masks)
+            gradient[chunk] = grids.interpolation_backward(of_window).add_(of_surroundings)
         return gradient, None, None, None
 
 
@@ -199,22 +199,86 @@ def _at_least_float32(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _mask_chunks(targets: Tensor) -> Iterator[slice]:
-    at_once = PIXELS_AT_ONCE.get(targets.device.type, PIXELS_AT_ONCE_ELSEWHERE)
-    step = max(1, at_once // max(targets[0].numel() if len(targets) else 1, 1))
+def _mask_chunks(logits: Tensor, targets: Tensor) -> Iterator[slice]:
+    at_once = CELLS_AT_ONCE.get(targets.device.type, CELLS_AT_ONCE_ELSEWHERE)
+    cells = max(1, logits.shape[1:].numel(), targets.shape[1:].numel())
+    step = max(1, at_once // cells)
     return (slice(start, start + step) for start in range(0, len(targets), step))
 
 
-@dataclass
-class _Pixels:
-    """A few masks pixel by pixel, in the letters of the top, float32 or wider [m, s, s] each.
+class _Grids:
+    """The two grids on which a few masks are compared with their targets: window, surroundings."""
 
-    `_sum_pixels` and `_gradient_of_pixels` overwrite these buffers; each says with what.
+    def __init__(self, logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> None:
+        """See `mask_sums`; of m masks."""
+        self.logits = logits.to(_at_least_float32(logits))
+        self.targets = targets
+        dtype, low = self.logits.dtype, logits.shape[-1]
+        size = targets.shape[-1]
+        # Along y, then x: [m, 2].
+        self.start, end = windows.to(dtype).reshape(-1, 2, 2).flip(2).unbind(1)
+        self.cell = (end - self.start) / size
+        self.inside = _overlaps(self.start, self.cell, size, 0.0 * extents, extents)
+        zeros, fours = torch.zeros_like(self.start), torch.full_like(self.start, LOW_CELL)
+        self.of_image = _overlaps(zeros, fours, low, zeros, extents)
+        within = self.start.clamp(min=0), torch.minimum(end, extents.to(dtype))
+        self.of_window = _overlaps(zeros, fours, low, *within)
+        self.weights = _interpolation_weights(self.start, self.cell, size, low)
+
+    def window(self) -> "_Cells":
+        """The cells of the windows, with the logits interpolated at their centres."""
+        rows, columns = self.weights.unbind(1)
+        with full_precision(self.logits.device):
+            logits = rows @ self.logits @ columns.transpose(1, 2)
+        targets = self.targets.to(logits.dtype).div_(255)
+        return _Cells.from_logits(logits, targets, _outer_product(self.inside))
+
+    def surroundings(self) -> "_Cells":
+        """The decoder's own cells, as far as they are outside of the windows: targets are 0."""
+        outside = _outer_product(self.of_image).sub_(_outer_product(self.of_window))
+        return _Cells.from_logits(self.logits, torch.zeros_like(self.logits), outside)
+
+    def interpolation_backward(self, gradient: Tensor) -> Tensor:
+        """From a gradient in the cells of the windows, [m, G, G], to that of the logits."""
+        # A matrix product, as the interpolation is: on a GPU it adds in a fixed order.
+        rows, columns = self.weights.unbind(1)
+        with full_precision(gradient.device):
+            return rows.transpose(1, 2) @ gradient @ columns
+
+
+def _overlaps(start: Tensor, cell: Tensor, size: int, low: Tensor, high: Tensor) -> Tensor:
+    # The length in px of each cell that lies between `low` and `high`: [m, 2, size] along y and x.
+    # Grids begin at `start` and have `size` cells; arguments are [m, 2].
+    numbers = torch.arange(size + 1, device=start.device, dtype=start.dtype)
+    edges = start[..., None] + numbers * cell[..., None]
+    return edges.clamp_(low[..., None], high[..., None]).diff()
+
+
+def _outer_product(lengths: Tensor) -> Tensor:
+    return lengths[:, 0, :, None] * lengths[:, 1, None, :]
+
+
+def _interpolation_weights(start: Tensor, cell: Tensor, size: int, low: int) -> Tensor:
+    # Bilinear, one axis at a time: [m, 2, size, low], the weight of each logit at the centre of
+    # each cell. Logits are at the centres of cells of LOW_CELL; beyond the outermost ones, the
+    # nearest counts, as in torch's `interpolate`.
+    numbers = torch.arange(size, device=start.device, dtype=start.dtype)
+    centres = start[..., None] + (numbers + 0.5) * cell[..., None]
+    at = (centres / LOW_CELL - 0.5).clamp_(0, low - 1)
+    logits = torch.arange(low, device=start.device, dtype=start.dtype)
+    return (1 - (at[..., None] - logits).abs_()).clamp_(min=0)
+
+
+@dataclass
+class _Cells:
+    """Cells of a few masks, in the letters of the top, float32 or wider [m, g, g] each.
+
+    `_sum_cells` and `_gradient_of_cells` overwrite these buffers; each says with what.
 
     Attributes:
         logits: z.
         targets: t.
-        inside: w.
+        weights: w, px^2.
         p: sigmoid(z).
         u: p + t - 2 p t.
         cross_entropy: e.
@@ -222,110 +286,66 @@ class _Pixels:
 
     logits: Tensor
     targets: Tensor
-    inside: Tensor
+    weights: Tensor
     p: Tensor
     u: Tensor
     cross_entropy: Tensor
 
     @classmethod
-    def from_logits(
-        cls, logits: Tensor, targets: Tensor, sides: Tensor, *, full: float
-    ) -> "_Pixels":
-        """Computes all of them.
-
-        Args:
-            logits: float [m, s, s], or [m, s / 4, s / 4].
-            targets: uint8 [m, s, s].
-            sides: float32 [m, 2, s], the share of each row and column that is image.
-            full: The target of a pixel that is all object.
-        """
-        z = logits.to(_at_least_float32(logits))
-        if targets.shape != z.shape:
-            z = F.interpolate(z[:, None], targets.shape[1:], mode="bilinear")[:, 0]
-        t = targets.to(z.dtype).div_(full)
+    def from_logits(cls, z: Tensor, t: Tensor, weights: Tensor) -> "_Cells":
+        """Computes all of them."""
         p = z.sigmoid()
         u = torch.addcmul(t, p, t, value=-2).add_(p)  # t - 2 p t, + p
         # softplus(z) = max(z, 0) + log(1 + exp(-|z|)), which cannot overflow.
         e = z.abs().neg_().exp_().log1p_()  # log(1 + exp(-|z|))
         e = e.add_(z.clamp(min=0)).addcmul_(z, t, value=-1)  # + max(z, 0), - z t
-        inside = sides[:, 0, :, None] * sides[:, 1, None, :]
-        return cls(z, t, inside.to(z.dtype), p, u, e)
+        return cls(z, t, weights, p, u, e)
 
     def weighted_alpha(self) -> Tensor:
         """The product w a = w (3/4 - t/2), in a buffer of its own."""
         a = torch.mul(self.targets, 2 * FOCAL_ALPHA - 1).add_(1 - FOCAL_ALPHA)
-        return a.mul_(self.inside)
+        return a.mul_(self.weights)
 
 
-def _sum_pixels(pixels: _Pixels) -> Tensor:
-    """The six sums of `FocalDiceSums`, [6, m]. Overwrites p, t and u."""
-    t, w, u, e = pixels.targets, pixels.inside, pixels.u, pixels.cross_entropy
-    focal = pixels.weighted_alpha().mul_(u).mul_(u).mul_(e).sum((1, 2))  # w a u u e
+def _sum_cells(cells: _Cells) -> Tensor:
+    """The six sums of `MaskSums`, [6, m]. Overwrites p, t and u."""
+    t, w, u, e = cells.targets, cells.weights, cells.u, cells.cross_entropy
+    focal = cells.weighted_alpha().mul_(u).mul_(u).mul_(e).sum((1, 2))  # w a u u e
 
-    weighted_p = pixels.p.mul_(w)  # reuses the buffer of p: w p
+    weighted_p = cells.p.mul_(w)  # reuses the buffer of p: w p
     area = weighted_p.sum((1, 2))
     weighted_overlap = weighted_p.mul_(t)  # reuses it again: w p t
     overlap = weighted_overlap.sum((1, 2))
     weighted_target = torch.mul(t, w, out=weighted_overlap)  # and again: w t
     target_area = weighted_target.sum((1, 2))
 
-    # Binary from here on, 1 or 0. An object too small to fill half of any pixel counts as the
-    # pixels that it fills most; the minimum keeps an empty target empty.
+    # Binary from here on, w or 0. An object too thin to fill half of any cell counts as the cells
+    # that it fills most; the minimum keeps an empty target empty.
     threshold = t.amax((1, 2), keepdim=True).clamp_(min=1e-6, max=0.5)
-    truth = torch.ge(t, threshold, out=t)  # reuses the buffer of t
-    masks = torch.gt(pixels.logits, 0, out=u).mul_(w > 0)  # reuses the buffer of u
-    both_areas = masks.sum((1, 2)) + truth.sum((1, 2))
+    truth = torch.ge(t, threshold, out=t).mul_(w)  # reuses the buffer of t
+    masks = torch.gt(cells.logits, 0, out=u)  # reuses the buffer of u
+    areas = (masks * w).sum((1, 2)) + truth.sum((1, 2))
     intersection = masks.mul_(truth).sum((1, 2))
-    union = both_areas - intersection
-    return torch.stack([focal, overlap, area, target_area, intersection, union])
+    return torch.stack([focal, overlap, area, target_area, intersection, areas - intersection])
 
 
-def _gradient_of_pixels(pixels: _Pixels, focal: Tensor, overlap: Tensor, area: Tensor) -> Tensor:
-    """The gradient of each logit, [m, s, s]: focal dF/dz + overlap dO/dz + area dA/dz.
+def _gradient_of_cells(cells: _Cells, focal: Tensor, overlap: Tensor, area: Tensor) -> Tensor:
+    """The gradient of each logit, [m, g, g]: focal dF/dz + overlap dO/dz + area dA/dz.
 
     Overwrites p, t, the cross-entropy and the returned buffer; the last three arguments are the
     gradients of the sums, [m, 1, 1].
     """
-    p, u, t, w = pixels.p, pixels.u, pixels.targets, pixels.inside
+    p, u, t, w = cells.p, cells.u, cells.targets, cells.weights
     slope = torch.addcmul(p, p, p, value=-1)  # p (1 - p) = p - p p
 
     # dF/dz = w a u (u (p - t) + 2 (1 - 2t) p (1 - p) e), from the inside out.
-    twice_slope_e = pixels.cross_entropy.mul_(slope).mul_(2)  # reuses the buffer of e
+    twice_slope_e = cells.cross_entropy.mul_(slope).mul_(2)  # reuses the buffer of e
     second_term = twice_slope_e.addcmul_(twice_slope_e, t, value=-2)  # times 1 - 2t, in place
     gradient = p.sub_(t)  # reuses the buffer of p, to the end: p - t
-    gradient = gradient.mul_(u).add_(second_term).mul_(u).mul_(pixels.weighted_alpha())
+    gradient = gradient.mul_(u).add_(second_term).mul_(u).mul_(cells.weighted_alpha())
     gradient = gradient.mul_(focal)
 
     # overlap dO/dz + area dA/dz = w p (1 - p) (overlap t + area)
     weighted_slope = slope.mul_(w)
     overlap_and_area = t.mul_(overlap).add_(area)  # reuses the buffer of t, no longer needed
     return gradient.addcmul_(weighted_slope, overlap_and_area)
-
-
-def upsampling_backward(gradient: Tensor, dim: int) -> Tensor:
-    """The transpose of bilinear upsampling by four along one dimension.
-
-    Output 4 i + r is sampled at i + (2 r - 3) / 8. For r = 0 to 3 it weighs sample i by
-    (5, 7, 7, 5) / 8, the sample before by (3, 1, 0, 0) / 8, and the one after by (0, 0, 1, 3) / 8;
-    beyond the border stands the border's own sample. Written as sums of slices: PyTorch's own
-    backward takes ten times as long on a CPU, and on a GPU adds in no fixed order.
-
-    Args:
-        gradient: float, 4 n long in `dim`.
-        dim: 0, 1 or 2; counted from the front, not negative.
-
-    Returns:
-        float, n long in `dim`.
-    """
-    a, b, c, d = gradient.unflatten(dim, (-1, 4)).unbind(dim + 1)  # r = 0, 1, 2, 3
-    to_own = (a + d).mul_(0.625).add_(b, alpha=0.875).add_(c, alpha=0.875)
-    to_before = (a * 0.375).add_(b, alpha=0.125)
-    to_after = (d * 0.375).add_(c, alpha=0.125)
-    last = to_own.shape[dim] - 1
-    total = to_own
-    total.narrow(dim, 0, last).add_(to_before.narrow(dim, 1, last))
-    total.narrow(dim, 1, last).add_(to_after.narrow(dim, 0, last))
-    # The first has no sample before it, and the last none after: theirs goes to themselves.
-    total.select(dim, 0).add_(to_before.select(dim, 0))
-    total.select(dim, last).add_(to_after.select(dim, last))
-    return total

@@ -155,7 +155,8 @@ def test_the_loader_benchmark_prints_its_tables(
     assert all(len(seconds) == 1 for seconds in figures["seconds_per_image"].values())
     mask_ious = np.array(figures["mask_ious"])
     assert len(mask_ious) > 10
-    assert mask_ious.mean(axis=0).min() > 0.97
+    assert mask_ious[:, 0].mean() > 0.99
+    assert mask_ious[:, 1].mean() > 0.8  # pixels of the input are coarse in a small window
 
 
 def test_the_index_benchmark_does_not_import_torch() -> None:

@@ -50,10 +50,10 @@ CONTRACT: dict[str, Any] = {
     "clip_grad_norm": 1.0,
     "lr_schedule": "multistep",
     "warmup_steps": 250,
-    "loss_focal_weight": 20.0,
+    "loss_focal_weight": 10.0,
     "loss_dice_weight": 1.0,
     "loss_iou_weight": 1.0,
-    "loss_resolution": "low",
+    "loss_resolution": "window",
     "cache_embeddings": "auto",
     "cache_dir": None,  # <output_dir>/embeddings
     "save_top_k": 1,

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from helpers.coco_files import SIZES, annotation, write_coco, write_json
+from helpers.targets import draw_mask
 from samft.coco.images import header_size
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset, Sample, collate
 from samft.data.loaders import train_loader, val_loader
+from samft.data.targets import make_windows
 from samft.data.transforms import make_frame
 from samft.errors import DataError
 
@@ -61,9 +63,10 @@ def test_a_validation_sample_is_what_was_annotated(annotations: Path) -> None:
         tight_box = [truth.left, truth.top, truth.left + width, truth.top + height]
         np.testing.assert_allclose(tight_box, [x, y, x + w, y + h], atol=1)
         # 64 px wide at an image size of 64: the target's cells hold the truth's pixels.
-        total = sample.targets[k].double().sum() / 255 * 16
+        x0, y0, x1, y1 = sample.windows[k].tolist()
+        total = sample.targets[k].double().mean() / 255 * (x1 - x0) * (y1 - y0)
         np.testing.assert_allclose(total, truth.mask.sum(), rtol=0.02)
-    assert sample.targets.shape == (7, 16, 16)
+    assert sample.targets.shape == (7, 64, 64)
 
 
 def test_targets_at_the_input_are_the_mask(annotations: Path) -> None:
@@ -72,8 +75,41 @@ def test_targets_at_the_input_are_the_mask(annotations: Path) -> None:
     expected = torch.zeros(1, 64, 64, dtype=torch.uint8)
     height, width = truth.mask.shape
     inside = expected[0, truth.top : truth.top + height, truth.left : truth.left + width]
-    inside[:] = torch.from_numpy(truth.mask)
+    inside[:] = 255 * torch.from_numpy(truth.mask)
     assert torch.equal(sample.targets, expected)
+
+
+@pytest.mark.parametrize("augment", ["flip", "scale"])
+def test_windows_are_around_objects_whatever_the_prompt(annotations: Path, augment: str) -> None:
+    options: dict[str, Any] = {"augment": augment, "loss_resolution": "window"}
+    shaken = _dataset(annotations, box_jitter=0.3, **options)
+    exact = _dataset(annotations, box_jitter=0.0, **options)
+    for epoch in range(10):
+        sample, other = shaken[epoch, 3], exact[epoch, 3]
+        assert not torch.equal(sample.boxes, other.boxes)
+        assert sample.windows.dtype == torch.float32
+        assert torch.equal(sample.windows, other.windows)
+        assert torch.equal(sample.targets, other.targets)
+        expected = make_windows(other.boxes.double().numpy())
+        np.testing.assert_allclose(sample.windows, expected, atol=1e-4)
+        assert sample.targets.shape == (len(sample.boxes), 64, 64)
+        # Cells that are covered reach as far as the object.
+        x0, y0, x1, y1 = other.boxes.T
+        share = sample.targets.double().sum(dim=(1, 2)) / 255 / 64**2
+        whole = (sample.windows[:, 2:] - sample.windows[:, :2]).prod(dim=1)
+        assert (share * whole <= (x1 - x0) * (y1 - y0) * 1.2 + 1).all() and (share > 0.05).all()
+
+
+def test_validation_draws_windows_from_the_truths(annotations: Path) -> None:
+    dataset = _dataset(annotations, training=False, loss_resolution="window")
+    sample = dataset[3]
+    frame = make_frame(SIZES[0], 64, resize_mode="pad")
+    assert len(sample.truths) == len(sample.windows) == 7
+    for window, target, truth in zip(sample.windows, sample.targets, sample.truths, strict=True):
+        expected = draw_mask(truth, frame, "window", window=window.double().numpy())
+        assert np.abs(target.numpy().astype(int) - expected).max() <= 1
+    batch = collate([sample, dataset[0]])
+    assert torch.equal(batch.windows[:7], sample.windows) and len(batch.windows) == 8
 
 
 def test_training_keeps_image_boxes_and_targets_together(annotations: Path) -> None:
@@ -154,7 +190,7 @@ def test_an_image_that_shrank_after_it_was_indexed(
         assert sample.object_ids.tolist() == expected and sample.original_size == (19, 30)
         batch = collate([sample, dataset[0]])
         assert batch.num_masks == 2 * len(expected)
-        assert batch.targets.shape == (batch.num_masks, 4, 4)
+        assert batch.targets.shape == (batch.num_masks, 64, 64)
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])
@@ -248,7 +284,7 @@ def test_skipping_in_validation_replaces_nothing(tmp_path: Path) -> None:
     assert [batch.image_ids for batch in batches] == [[10], [11], [12]]
     assert [batch.num_masks for batch in batches] == [1, 0, 2]
     assert [list(batch.bad_images) for batch in batches] == [[], ["image_1.png"], []]
-    assert batches[1].images.shape == (1, 3, 64, 64) and batches[1].targets.shape == (0, 16, 16)
+    assert batches[1].images.shape == (1, 3, 64, 64) and batches[1].targets.shape == (0, 64, 64)
     assert batches[1].original_sizes.tolist() == [list(SIZES[1])]
 
 
@@ -348,7 +384,10 @@ def test_real_samples_are_whole(data_root: Path, name: str) -> None:
         assert sample.original_size == header_size(subset.path(i))
         # What the target holds is the truth's area, but for rounding to 1/255 of a cell.
         scale = sample.input_size[0] / sample.original_size[0]
-        for target, truth in zip(sample.targets, sample.truths, strict=True):
+        sides = sample.windows[:, 2:] - sample.windows[:, :2]
+        cell_areas = (sides.prod(1) / sample.targets[0].numel()).tolist()
+        for target, truth, cell in zip(sample.targets, sample.truths, cell_areas, strict=True):
             area = truth.mask.sum() * scale * sample.input_size[1] / sample.original_size[1]
             cells = np.count_nonzero(target) + 4
-            assert abs(target.double().sum() / 255 * 16 - area) <= 16 * 0.5 / 255 * cells
+            rounding = cell * 0.5 / 255 * cells + 1e-4 * area
+            assert abs(target.double().sum() / 255 * cell - area) <= rounding

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from pycocotools import mask as mask_utils
 
-from samft.data import rasterize
-from samft.data.rasterize import Polygons, rasterize_polygons
+import samft.data.rasterize
+from helpers.targets import rle_of
+from samft.coco.segmentation import decode_runs
+from samft.data.rasterize import polygon_edges, rasterize, run_edges
 
 Parts = list[list[float]]
 SQUARE = [1.0, 1, 3, 1, 3, 3, 1, 3]
@@ -16,9 +18,10 @@ SQUARE = [1.0, 1, 3, 1, 3, 3, 1, 3]
 def _draw_coverage(
     objects: list[Parts], height: float, width: float, *, scale: float = 1.0
 ) -> np.ndarray:
-    polygons = Polygons.pack([[np.array(p) * scale for p in parts] for parts in objects])
+    edges = polygon_edges([[np.array(p) * scale for p in parts] for parts in objects])
+    areas = np.tile([0, 0, width, height], (len(objects), 1))
     canvas = np.zeros((len(objects), int(np.ceil(height)), int(np.ceil(width))))
-    for block in rasterize_polygons(polygons, size=(height, width)):
+    for block in rasterize(edges, areas):
         h, w = block.share.shape
         canvas[block.object, block.top : block.top + h, block.left : block.left + w] = block.share
         assert (h, w) == canvas[block.object, block.top :, block.left :][:h, :w].shape
@@ -143,7 +146,7 @@ def test_many_objects_in_small_chunks_are_each_as_alone(monkeypatch: pytest.Monk
         objects.append(parts)
     alone = np.concatenate([_draw_coverage([parts], 60, 60) for parts in objects])
     np.testing.assert_allclose(_draw_coverage(objects, 60, 60), alone, atol=1e-9)
-    monkeypatch.setattr(rasterize, "_CHUNK_CELLS", 100)
+    monkeypatch.setattr(samft.data.rasterize, "_CHUNK_CELLS", 100)
     np.testing.assert_allclose(_draw_coverage(objects, 60, 60), alone, atol=1e-9)
 
 
@@ -151,5 +154,33 @@ def test_lines_and_nothing_cover_nothing() -> None:
     level, point, upright = [[1.0, 2, 5, 2, 3, 2]], [[1.0, 1, 1, 1, 1, 1]], [[2.0, 1, 2, 4, 2, 3]]
     areas = _draw_coverage([level, point, upright, [], [SQUARE]], 6, 6).sum(axis=(1, 2))
     assert areas.tolist() == [0, 0, 0, 0, 4]
-    assert list(rasterize_polygons(Polygons.pack([]), size=(4, 4))) == []
-    assert list(rasterize_polygons(Polygons.pack([[], []]), size=(4, 4))) == []
+    assert list(rasterize(polygon_edges([]), np.zeros((0, 4)))) == []
+    assert list(rasterize(polygon_edges([[], []]), np.array([[0, 0, 4, 4]] * 2))) == []
+
+
+def test_runs_of_pixels_cover_what_their_mask_covers() -> None:
+    # With a hole, touching runs, a whole column, and a second object that has no pixel.
+    masks = np.random.default_rng(0).integers(0, 2, (3, 7, 9)).astype(bool)
+    masks[0, :, 4], masks[1] = True, False
+    runs = decode_runs([rle_of(mask) for mask in masks], (7, 9))
+    edges = run_edges(runs, np.arange(3)).scale_and_shift(np.full((3, 2), 1.5), np.ones((3, 2)))
+    drawn = np.zeros((3, 15, 12))  # x, y
+    for block in rasterize(edges, np.array([[0.0, 0, 12, 15]] * 3)):
+        height, width = block.share.shape
+        drawn[block.object, block.top :, block.left :][:height, :width] = block.share
+    # Each pixel covers 1.5 x 1.5 cells, from cell 1 on.
+    fine = np.kron(masks, np.ones((1, 3, 3)))  # half a cell each
+    padded = np.pad(fine, ((0, 0), (2, 1), (2, 1)))
+    expected = padded.reshape(3, 12, 2, 15, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(drawn, expected.swapaxes(1, 2), atol=1e-12)
+
+
+def test_each_object_is_clipped_to_an_area_of_its_own() -> None:
+    edges = polygon_edges([[np.array(SQUARE)]] * 4)
+    areas = np.array([[0, 0, 4, 4], [1.5, 0, 4, 2.25], [0, 3.5, 4, 4], [2, 2, 2, 4]])
+    shares = np.zeros((4, 4, 4))
+    for block in rasterize(edges, areas):
+        height, width = block.share.shape
+        shares[block.object, block.top :, block.left :][:height, :width] = block.share
+    assert shares.sum(axis=(1, 2)) == pytest.approx([4, 1.5 * 1.25, 0, 0])
+    np.testing.assert_allclose(shares[1, 1:3, 1:3], [[0.5, 1], [0.125, 0.25]])

@@ -13,8 +13,8 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from helpers.targets import draw_mask
 from samft.coco.segmentation import CroppedMask
-from samft.data.targets import mask_to_input, mask_to_low
 from samft.data.transforms import (
     Frame,
     boxes_to_input,
@@ -76,9 +76,10 @@ def test_a_box_drawn_on_the_original_lands_where_the_image_has_it(
     tight_box = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
     box = boxes_to_input(np.array([[30, 20, 70, 80]]), frame)[0]
     np.testing.assert_allclose(box, tight_box, atol=0.51)
-    low = mask_to_low(crop_of(image[..., 0] // 255), frame)
+    low = draw_mask(crop_of(image[..., 0] // 255), frame, "cells")
     # Bilinear interpolation rounds the corners off.
-    assert np.count_nonzero(mask_to_input(crop_of(image[..., 0] // 255), frame) != bright) <= 4
+    at_input = draw_mask(crop_of(image[..., 0] // 255), frame, "input")
+    assert np.count_nonzero(at_input != 255 * bright) <= 4
     mean = bright.reshape(128, 4, 128, 4).mean(axis=(1, 3))
     np.testing.assert_allclose(low / 255, mean, atol=0.26)
 
@@ -124,13 +125,13 @@ def test_targets_are_area_averages(size: tuple[int, int], flipped: bool) -> None
     mask = (cv2.blur(generator.random(size), (9, 9)) > 0.5).astype(np.uint8)
     frame = make_frame(size, 128, resize_mode="pad", flipped=flipped)
     expected = _reference(mask, frame)
-    low = mask_to_low(crop_of(mask), frame)
+    low = draw_mask(crop_of(mask), frame, "cells")
     assert low.dtype == np.uint8 and low.shape == (32, 32)
     mean = expected.reshape(32, 4, 32, 4).mean(axis=(1, 3))
     np.testing.assert_allclose(low / 255, mean, atol=0.5 / 255 + 1e-4)
-    at_input = mask_to_input(crop_of(mask), frame)
+    at_input = draw_mask(crop_of(mask), frame, "input")
     clear = np.abs(expected - 0.5) > 1e-4
-    np.testing.assert_array_equal(at_input[clear], (expected > 0.5)[clear])
+    np.testing.assert_array_equal(at_input[clear], 255 * (expected > 0.5)[clear])
 
 
 @given(
@@ -152,9 +153,9 @@ def test_a_crop_gives_what_the_whole_mask_gives(
     mask[y[0] : y[1], x[0] : x[1]] = generator.integers(0, 2, (y[1] - y[0], x[1] - x[0]))
     frame = make_frame((int(height), int(width)), image_size, resize_mode=mode, flipped=flipped)
     crop = mask[y[0] : y[1], x[0] : x[1]].astype(bool)
-    for transform in (mask_to_low, mask_to_input):
-        cropped = transform(crop_of(crop, top=int(y[0]), left=int(x[0])), frame)
-        whole = transform(crop_of(mask), frame).astype(int)
+    for resolution in ("cells", "input"):
+        cropped = draw_mask(crop_of(crop, top=int(y[0]), left=int(x[0])), frame, resolution)
+        whole = draw_mask(crop_of(mask), frame, resolution).astype(int)
         # A share on the very edge between two values may round either way.
         assert np.abs(cropped - whole).max() <= 1 and np.mean(cropped != whole) < 0.01
 
@@ -165,17 +166,19 @@ def test_targets_of_a_known_rectangle() -> None:
     mask[8:16, 6:13] = 1
     expected = np.zeros((16, 16))
     expected[2:4, 1:4] = [0.5, 1, 0.25]
-    np.testing.assert_array_equal(mask_to_low(crop_of(mask), frame), np.rint(expected * 255))
-    np.testing.assert_array_equal(mask_to_input(crop_of(mask), frame), mask)
-    full = mask_to_low(crop_of(np.ones((64, 32))), make_frame((64, 32), 64, resize_mode="pad"))
+    np.testing.assert_array_equal(draw_mask(crop_of(mask), frame, "cells"), np.rint(expected * 255))
+    np.testing.assert_array_equal(draw_mask(crop_of(mask), frame, "input"), 255 * mask)
+    full = draw_mask(
+        crop_of(np.ones((64, 32))), make_frame((64, 32), 64, resize_mode="pad"), "cells"
+    )
     assert (full[:, :8] == 255).all() and full[:, 8:].sum() == 0
 
 
 def test_one_pixel_of_a_large_image_still_leaves_its_share() -> None:
     frame = make_frame((512, 512), 256, resize_mode="pad")
-    low = mask_to_low(crop_of(np.ones((1, 1)), top=100, left=200), frame)
+    low = draw_mask(crop_of(np.ones((1, 1)), top=100, left=200), frame, "cells")
     assert low[12, 25] == round(255 / 64) and np.count_nonzero(low) == 1
-    assert mask_to_low(crop_of(np.zeros((0, 0))), frame).sum() == 0
+    assert draw_mask(crop_of(np.zeros((0, 0))), frame, "cells").sum() == 0
 
 
 @given(
@@ -316,19 +319,21 @@ def test_masks_are_cropped_with_the_image(options: Any, flipped: bool) -> None:
     part = np.zeros((128, 128))
     shown = whole[top : top + height, left : left + width]
     part[:height, :width] = shown[:, :: -1 if flipped else 1]
-    low = mask_to_low(crop_of(mask), frame) / 255
+    low = draw_mask(crop_of(mask), frame, "cells") / 255
     np.testing.assert_allclose(low, part.reshape(32, 4, 32, 4).mean(axis=(1, 3)), atol=0.004)
-    crop = mask_to_low(crop_of(mask[20:70, 40:130], top=20, left=40), frame) / 255
+    crop = draw_mask(crop_of(mask[20:70, 40:130], top=20, left=40), frame, "cells") / 255
     np.testing.assert_allclose(crop, low, atol=0.005)
     clear = np.abs(part - 0.5) > 1e-3
-    np.testing.assert_array_equal(mask_to_input(crop_of(mask), frame)[clear], (part > 0.5)[clear])
+    np.testing.assert_array_equal(
+        draw_mask(crop_of(mask), frame, "input")[clear], 255 * (part > 0.5)[clear]
+    )
 
 
 def test_a_mask_outside_of_the_crop_leaves_nothing() -> None:
     frame = make_frame((100, 100), 64, resize_mode="pad", zoom=2.0, crop_at=(0.0, 0.99))
     np.testing.assert_allclose(visible_box(frame), [50, 0, 100, 50])
     for top, left in ((60, 60), (10, 10), (60, 10)):
-        assert mask_to_low(crop_of(np.ones((30, 30)), top=top, left=left), frame).sum() == 0
+        assert draw_mask(crop_of(np.ones((30, 30)), top=top, left=left), frame, "cells").sum() == 0
     # 12.8 rows and 25.6 columns are visible; of the pixel at the corner 0.8 * 0.6, under a half.
-    shown = mask_to_input(crop_of(np.ones((30, 30)), top=40, left=40), frame)
-    assert shown.sum() == 13 * 26 - 1 and shown[51:, :26].sum() == 13 * 26 - 1
+    shown = draw_mask(crop_of(np.ones((30, 30)), top=40, left=40), frame, "input")
+    assert shown.sum() == shown[51:, :26].sum() == 255 * (13 * 26 - 1)

@@ -1,7 +1,6 @@
 """Small models, batches and trainers for tests of the loop and of validation."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,8 @@ import torch
 
 from samft.coco.segmentation import CroppedMask
 from samft.data.dataset import Batch, Sample, collate
+from samft.data.targets import draw_targets, make_grids
+from samft.data.transforms import make_frame
 from samft.distributed import get_rank, get_world_size
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze
@@ -19,7 +20,7 @@ from samft.training.optim import build_optimizer
 SIZE = 64
 
 
-LOSS = partial(mask_losses, image_size=SIZE)
+LOSS = mask_losses
 
 
 def make_sample(number: int) -> Sample:
@@ -29,16 +30,21 @@ def make_sample(number: int) -> Sample:
     count = 1 + number * 3 % 5
     image = np.zeros((3, SIZE, SIZE), np.uint8)
     image[:, :height] = generator.integers(0, 256, (3, height, SIZE))
-    targets, boxes, truths = np.zeros((count, SIZE // 4, SIZE // 4), np.uint8), [], []
-    for k in range(count):
+    boxes, truths = [], []
+    for _ in range(count):
         x0, y0 = generator.integers(0, SIZE // 8, 2) * 4
         x1, y1 = x0 + 4 * generator.integers(2, 8), min(height, y0 + 4 * generator.integers(2, 8))
         boxes.append([x0, y0, x1, y1])
-        targets[k, y0 // 4 : y1 // 4, x0 // 4 : x1 // 4] = 255
         truths.append(CroppedMask(int(y0), int(x0), np.ones((y1 - y0, x1 - x0), bool)))
+    outlines = [[x0, y0, x1, y0, x1, y1, x0, y1] for x0, y0, x1, y1 in boxes]
+    segmentations = [[np.array(outline, dtype=float)] for outline in outlines]
+    frame = make_frame((height, SIZE), SIZE, resize_mode="pad")
+    grids = make_grids(np.array(boxes), frame, resolution="window")
+    _, targets = draw_targets(segmentations, frame, grids)
     return Sample(
         image=torch.from_numpy(image),
         boxes=torch.tensor(boxes, dtype=torch.float32),
+        windows=torch.from_numpy(grids.windows).float(),
         targets=torch.from_numpy(targets),
         input_size=(height, SIZE),
         original_size=(height, SIZE),
@@ -71,6 +77,7 @@ def unreadable(number: int) -> Batch:
                 whole,
                 image=torch.zeros_like(whole.image),
                 boxes=whole.boxes[:0],
+                windows=whole.windows[:0],
                 targets=whole.targets[:0],
                 object_ids=whole.object_ids[:0],
                 truths=[],

@@ -3,7 +3,6 @@
 import copy
 import weakref
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from samft.models.sam import build_sam, freeze
 from samft.training.losses import MaskLosses, mask_losses
 
 S = 64
-LOSS = partial(mask_losses, image_size=S)
+LOSS = mask_losses
 INDEX = torch.tensor([2, 0, 0, 2, 0])  # no box in image 1, and not image by image
 SIZES = torch.tensor([[S, S], [S, S], [40, S]])
 
@@ -29,11 +28,13 @@ def start() -> PromptedSam:
     return model
 
 
-def boxes_and_targets(count: int, side: int) -> tuple[Tensor, Tensor]:
+def boxes_and_targets(count: int, side: int) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     corners = torch.rand(count, 2, 2, generator=generator) * S
     targets = torch.randint(0, 2, (count, side, side), dtype=torch.uint8, generator=generator)
-    return torch.cat([corners.amin(1), corners.amax(1)], 1), targets * (255 if side < S else 1)
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    windows = boxes + torch.tensor([-8.0, -8.0, 8.0, 8.0])
+    return boxes, {"targets": 255 * targets, "windows": windows}
 
 
 LossesAndGradients = tuple[MaskLosses, dict[str, Tensor]]
@@ -56,14 +57,14 @@ def run_step(
             index,
             input_sizes=SIZES,
             loss=LOSS,
-            targets=targets,
+            **targets,
             gradient=options.get("gradient"),
         )
         losses = MaskLosses(*values)
         assert not any(value.requires_grad for value in values)
     else:
         logits, iou = model(images, boxes, index, input_sizes=SIZES)
-        losses = LOSS(logits, iou, targets=targets, image_index=index, input_sizes=SIZES)
+        losses = LOSS(logits, iou, **targets, image_index=index, input_sizes=SIZES)
         total = losses.total.sum()
     torch.testing.assert_close(total, losses.total.sum())
     (total * 0.5).backward()
@@ -119,7 +120,7 @@ def test_frozen_parts_get_no_gradient(start: PromptedSam, frozen: str) -> None:
 def test_a_second_backward_is_refused(start: PromptedSam) -> None:
     boxes, targets = boxes_and_targets(1, S // 4)
     total, _ = start(
-        torch.zeros(3, 3, S, S), boxes, INDEX[:1], input_sizes=SIZES, loss=LOSS, targets=targets
+        torch.zeros(3, 3, S, S), boxes, INDEX[:1], input_sizes=SIZES, loss=LOSS, **targets
     )
     total.backward(retain_graph=True)
     start.zero_grad(set_to_none=True)
@@ -144,7 +145,7 @@ def test_small_gradients_survive_float16_if_they_are_expected(start: PromptedSam
                 INDEX,
                 input_sizes=SIZES,
                 loss=LOSS,
-                targets=targets,
+                **targets,
                 gradient=gradient,
             )
         (total * weight * scale).backward()
@@ -193,8 +194,8 @@ def peak_saved_bytes(
     images = torch.zeros(1, 3, S, S)
     shape = (1, 128, 4, 4)
     model.embed = lambda *_, **__: torch.zeros(shape, requires_grad=True)  # type: ignore[method-assign]
-    extra: dict[str, Any] = {"loss": LOSS, "targets": targets} if with_loss else {}
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), targets)}
+    extra: dict[str, Any] = {"loss": LOSS, **targets} if with_loss else {}
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *targets.values())}
 
     saved_bytes = SavedBytes()
 

@@ -80,7 +80,7 @@ def test_metrics_have_every_promised_line_and_key(straight):
     assert all(losses <= line.keys() for line in val)
     assert all(losses | rates <= line.keys() for line in train)
     for line in [*val, *train]:
-        parts = 20 * line["loss_focal"] + line["loss_dice"] + line["loss_iou"]
+        parts = 10 * line["loss_focal"] + line["loss_dice"] + line["loss_iou"]
         assert line["loss"] == pytest.approx(parts, rel=1e-6)
         assert 0 <= line["per_mask_iou"] <= 1
         assert all(math.isfinite(v) for name, v in line.items() if name != "split")

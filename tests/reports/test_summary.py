@@ -193,12 +193,11 @@ def test_a_rate_that_raised_the_score_is_not_lowered(
 
 def test_advice_names_the_loss_then_the_image_size_then_the_rate() -> None:
     loss, size, rate, *_ = advice_for(
-        {"loss_resolution": "low"},
+        {"loss_resolution": "input"},
         before=0.7,
-        defaults={**DEFAULTS, "loss_resolution": "input"},
         small_objects=CRAMPED,
     )
-    assert loss.startswith("The default --loss_resolution input:")
+    assert loss.startswith("The default --loss_resolution window:")
     assert size.startswith("A larger image size: 15 of 20 val objects (75.0%) are too small")
     assert "--image_size 512 leaves 4 of them, at 4.0 times the time" in size
     assert rate.startswith("A lower learning rate:")

@@ -183,6 +183,7 @@ def test_window_is_a_mean_over_masks() -> None:
             logits,
             iou,
             targets=batch.targets,
+            windows=batch.windows,
             image_index=batch.image_index,
             input_sizes=batch.input_sizes,
         )

@@ -120,9 +120,9 @@ def test_training_with_boxes_changes_only_what_they_reach(model: PromptedSam) ->
             logits,
             iou,
             targets=targets,
+            windows=torch.tensor([[0.0, 0.0, S, S]] * 3),
             image_index=index,
             input_sizes=torch.tensor([[S, S]] * 2),
-            image_size=S,
         )
         losses.total.mean().backward()
         optimizer.step()

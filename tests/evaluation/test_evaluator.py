@@ -120,10 +120,7 @@ def test_each_prompt_scores_as_with_stock_sam(folder: Path, evaluated: Evaluated
 
 
 def test_the_mean_iou_equals_that_of_validate(folder: Path, evaluated: EvaluatedObjects) -> None:
-    loss = LOSS.func
-    validation = validate(
-        tiny(), batches_of(read_subset(folder)), loss=lambda *a, **k: loss(*a, image_size=256, **k)
-    )
+    validation = validate(tiny(), batches_of(read_subset(folder)), loss=LOSS)
     assert evaluated.iou_actual.mean() == pytest.approx(
         validation.metrics["per_mask_iou"], abs=1e-12
     )

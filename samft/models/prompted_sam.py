@@ -1,7 +1,7 @@
 """PromptedSam: SAM driven by boxes, the module that is trained and wrapped for data parallelism.
 
 Beside it, SAM's own pre- and postprocessing for many images at once: which part of the model frame
-is image (`inside_sides`), and masks at the original resolution (`original_masks`).
+is image (`inside_image`), and masks at the original resolution (`original_masks`).
 """
 
 import math
@@ -229,25 +229,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def inside_sides(input_sizes: Tensor, size: int, *, cell: int = 1) -> Tensor:
-    """The share of each row and column of the model frame inside the image, not in the padding.
+def inside_image(input_sizes: Tensor, size: int) -> Tensor:
+    """Which pixels of the model frame are image, not padding: float32 [N, size, size], 1 or 0.
 
     Args:
-        input_sizes: int [N, 2], height and width of the image in the frame, in pixels.
-        size: Cells along each side.
-        cell: Side of a cell in pixels of the model frame.
-
-    Returns:
-        float32 [N, 2, size], rows then columns: 1 inside, 0 in the padding, between where the
-        image ends in a cell. The share of a cell is the product of its row's and its column's.
+        input_sizes: int [N, 2], height and width of the image in the frame.
+        size: Side of the frame.
     """
-    starts = torch.arange(size, device=input_sizes.device, dtype=torch.float32) * cell
-    return ((input_sizes[..., None] - starts) / cell).clamp(0, 1)
-
-
-def inside_image(input_sizes: Tensor, size: int) -> Tensor:
-    """Which pixels of the model frame lie inside the image: float32 [N, size, size], 1 or 0."""
-    rows, columns = inside_sides(input_sizes, size).unbind(1)
+    pixels = torch.arange(size, device=input_sizes.device)
+    rows, columns = (pixels < input_sizes[..., None]).float().unbind(1)
     return rows[:, :, None] * columns[:, None, :]
 
 

@@ -8,7 +8,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from samft.models.prompted_sam import PromptedSam, inside_image, inside_sides
+from samft.models.prompted_sam import PromptedSam, inside_image
 from samft.models.sam import build_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
@@ -155,15 +155,6 @@ def test_sam_is_wrapped_without_copying(tiny: Sam) -> None:
     model = PromptedSam(tiny)
     assert model.sam is tiny
     assert list(model.state_dict()) == [f"sam.{name}" for name in tiny.state_dict()]
-
-
-def test_inside_sides_are_the_shares_of_rows_and_columns() -> None:
-    shares = inside_sides(torch.tensor([[6, 9], [16, 16], [1, 16]]), 4, cell=4)
-    assert torch.equal(shares[0], torch.tensor([[1, 0.5, 0, 0], [1, 1, 0.25, 0]]))
-    assert torch.equal(shares[1], torch.ones(2, 4))
-    assert torch.equal(shares[2, 0], torch.tensor([0.25, 0, 0, 0]))
-    # The shares of all cells sum to the image's pixels, in cells of 4 x 4.
-    assert shares.sum(2).prod(1).tolist() == [6 * 9 / 16, 16.0, 1.0]
 
 
 def test_inside_image_at_pixels_is_one_or_zero() -> None:

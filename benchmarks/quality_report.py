@@ -224,7 +224,7 @@ def replace_block(text: str, name: str, content: str, *, page: Path) -> str:
 # The plot.
 
 _COLOURS = ("#1f6fb4", "#d2691e", "#2e8b57", "#8b3fa0", "#b8860b", "#555555")
-_ROW, _LEFT, _PANEL, _GAP, _TOP = 15, 190, 240, 22, 44
+_ROW, _LEFT, _PANEL, _GAP, _TOP = 15, 190, 240, 48, 44
 
 
 def draw_plot(differences: dict[tuple[str, str], dict[str, Difference | None]], title: str) -> str:

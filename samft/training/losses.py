@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from samft.data.transforms import LOW_CELL
 from samft.models.prompted_sam import full_precision
@@ -176,7 +177,7 @@ class _MaskSums(torch.autograd.Function):
         sums = logits.new_zeros(6, len(logits), dtype=_at_least_float32(logits))
         for chunk in _mask_chunks(logits, targets):
             grids = _Grids(logits[chunk], targets[chunk], windows[chunk], extents[chunk])
-            sums[:, chunk] = _sum_cells(grids.window()) + _sum_cells(grids.surroundings())
+            sums[:, chunk] = _sum_cells(grids.window()) + _sum_surroundings(*grids.surroundings())
         ctx.mark_non_differentiable(*(constant := sums[3:].unbind()))
         return (*sums[:3].unbind(), *constant)
 
@@ -189,8 +190,9 @@ class _MaskSums(torch.autograd.Function):
             grids = _Grids(logits[chunk], targets[chunk], windows[chunk], extents[chunk])
             of_masks = [d[chunk, None, None] for d in (d_focal, d_overlap, d_area)]
             of_window = _gradient_of_cells(grids.window(), *of_masks)
-            of_surroundings = _gradient_of_cells(grids.surroundings(), *of_masks)
-            gradient[chunk] = grids.interpolation_backward(of_window).add_(of_surroundings)
+            gradient[chunk] = grids.interpolation_backward(of_window).add_(
+                _gradient_of_surroundings(*grids.surroundings(), of_masks[0], of_masks[2])
+            )
         return gradient, None, None, None
 
 
@@ -233,10 +235,9 @@ class _Grids:
         targets = self.targets.to(logits.dtype).div_(255)
         return _Cells.from_logits(logits, targets, _outer_product(self.inside))
 
-    def surroundings(self) -> "_Cells":
-        """The decoder's own cells, as far as they are outside of the windows: targets are 0."""
-        outside = _outer_product(self.of_image).sub_(_outer_product(self.of_window))
-        return _Cells.from_logits(self.logits, torch.zeros_like(self.logits), outside)
+    def surroundings(self) -> tuple[Tensor, Tensor]:
+        """The decoder's logits, and the area of each cell outside of the window, where t is 0."""
+        return self.logits, _outer_product(self.of_image).sub_(_outer_product(self.of_window))
 
     def interpolation_backward(self, gradient: Tensor) -> Tensor:
         """From a gradient in the cells of the windows, [m, G, G], to that of the logits."""
@@ -349,3 +350,25 @@ def _gradient_of_cells(cells: _Cells, focal: Tensor, overlap: Tensor, area: Tens
     weighted_slope = slope.mul_(w)
     overlap_and_area = t.mul_(overlap).add_(area)  # reuses the buffer of t, no longer needed
     return gradient.addcmul_(weighted_slope, overlap_and_area)
+
+
+def _sum_surroundings(z: Tensor, w: Tensor) -> Tensor:
+    """`_sum_cells` where there is no object: u is p, and only F, A and the union are not 0."""
+    p = z.sigmoid()
+    weighted_p = p * w
+    area = weighted_p.sum((1, 2))
+    e = F.softplus(z)
+    focal = weighted_p.mul_(p).mul_(e).sum((1, 2)) * (1 - FOCAL_ALPHA)
+    union = torch.gt(z, 0, out=e).mul_(w).sum((1, 2))  # reuses the buffer of e
+    none = torch.zeros_like(area)
+    return torch.stack([focal, none, area, none, none, union])
+
+
+def _gradient_of_surroundings(z: Tensor, w: Tensor, focal: Tensor, area: Tensor) -> Tensor:
+    """`_gradient_of_cells` where there is no object: focal dF/dz + area dA/dz."""
+    p = z.sigmoid()
+    slope = torch.addcmul(p, p, p, value=-1)  # p (1 - p)
+    # dF/dz = w 3/4 p (p p + 2 p (1 - p) e) = w 3/4 p p (p + 2 (1 - p) e)
+    bracket = F.softplus(z).mul_(1 - p).mul_(2).add_(p)
+    focal_part = bracket.mul_(p).mul_(p).mul_(focal * (1 - FOCAL_ALPHA))
+    return focal_part.addcmul_(slope, area).mul_(w)

@@ -129,8 +129,11 @@ def _clipped_area(polygon: np.ndarray, height: float, width: float) -> float:
 def test_any_outline_is_what_pycocotools_draws_finely(seed: int, num_points: int) -> None:
     polygon = np.random.default_rng(seed).uniform(0.5, 15.5, 2 * num_points).tolist()
     off = np.abs(_draw_coverage([[polygon]], 16, 16)[0] - _fine([polygon], 16))
-    # Only cells in which the outline crosses itself may be off by more than pycocotools' rounding.
-    assert off.mean() < 0.012 and np.count_nonzero(off > 0.06) <= num_points * (num_points - 3) / 2
+    # Only where the outline crosses itself may cells be off by more than pycocotools' rounding: two
+    # edges that meet at a small angle share up to four cells (measured on 60,000 outlines).
+    crossings = num_points * (num_points - 3) / 2
+    assert off.mean() < min(0.04, 0.004 + 0.004 * crossings)
+    assert np.count_nonzero(off > 0.06) <= 4 * crossings
 
 
 def test_many_objects_in_small_chunks_are_each_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:

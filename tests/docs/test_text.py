@@ -20,7 +20,10 @@ from helpers.documentation import PAGES, Block, PageError, Runner
 from samft.config import TrainConfig
 
 COMMANDS = ("train", "evaluate", "predict", "export", "check", "demo")
-BENCHMARKS = ("coco_like", "predict", "quality", "same_numbers", "saving", "scale", "train_step")
+BENCHMARKS = (
+    *("coco_like", "predict", "pretrain_tiny", "quality", "same_numbers", "saving", "scale"),
+    "train_step",
+)
 # Flags of other programs, and those that stand for any.
 FOREIGN = {
     "--x",

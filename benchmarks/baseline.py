@@ -101,38 +101,22 @@ def plain_losses(
     with this; `alpha` and `gamma` of the focal loss and `overlap_loss`, `dice` or `iou`, are for
     experiments with other losses.
     """
-    height, width = input_sizes[image_index].unbind(1)
-    zero, size = torch.zeros(len(windows)), targets.shape[-1]
-    x0, y0, x1, y1 = windows.unbind(1)
-    steps = torch.linspace(0, 1, size + 1)
-    x, y = (low[:, None] + (high - low)[:, None] * steps for low, high in ((x0, x1), (y0, y1)))
-    frame = 4 * mask_logits.shape[-1]
+    size, frame = targets.shape[-1], 4 * mask_logits.shape[-1]
+    extents = input_sizes[image_index].float()
+    edges = _cell_edges(windows, size)
+    y, x = ((axis[:, 1:] + axis[:, :-1]) / 2 for axis in edges)
     centres = torch.stack(
-        [
-            ((x[:, 1:] + x[:, :-1]) / 2)[:, None, :].expand(-1, size, -1),
-            ((y[:, 1:] + y[:, :-1]) / 2)[:, :, None].expand(-1, -1, size),
-        ],
-        dim=-1,
+        [x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1
     )
     sampled = F.grid_sample(
         mask_logits[:, None], 2 * centres / frame - 1, padding_mode="border", align_corners=False
     )[:, 0]
-    shares = targets / 255
-    area = (
-        _lengths_within(y, zero, height)[:, :, None] * _lengths_within(x, zero, width)[:, None, :]
-    )
-    own = torch.arange(mask_logits.shape[-1] + 1)[None] * 4.0
-    of_image, of_window = (
-        _lengths_within(own, *rows)[:, :, None] * _lengths_within(own, *columns)[:, None, :]
-        for rows, columns in (
-            ((zero, height), (zero, width)),
-            (
-                (y0.clamp(min=0), torch.minimum(y1, height)),
-                (x0.clamp(min=0), torch.minimum(x1, width)),
-            ),
-        )
-    )
-    outside, none = of_image - of_window, torch.zeros_like(mask_logits)
+    shares, none = targets / 255, torch.zeros_like(mask_logits)
+    whole = torch.cat([torch.zeros_like(extents), extents.flip(1)], dim=1)
+    frames = torch.tensor([[0.0, 0.0, frame, frame]]).expand(len(windows), -1)
+    own = _cell_edges(frames, mask_logits.shape[-1])
+    area = _areas_within(edges, whole)
+    outside = _areas_within(own, whole) - _areas_within(own, _intersect(windows, whole))
 
     def total(window: Tensor, surroundings: Tensor) -> Tensor:
         return (window * area).sum((1, 2)) + (surroundings * outside).sum((1, 2))
@@ -140,10 +124,10 @@ def plain_losses(
     focal = total(
         sigmoid_focal_loss(sampled, shares, alpha=alpha, gamma=gamma),
         sigmoid_focal_loss(mask_logits, none, alpha=alpha, gamma=gamma),
-    ) / (height * width)
+    ) / extents.prod(1)
     overlap = total(sampled.sigmoid() * shares, none)
     areas = total(sampled.sigmoid() + shares, mask_logits.sigmoid())
-    cell = (x1 - x0) * (y1 - y0) / size**2
+    cell = (windows[:, 2:] - windows[:, :2]).prod(1) / size**2
     if overlap_loss == "dice":
         dice = 1 - (2 * overlap + cell) / (areas + cell)
     else:
@@ -158,10 +142,26 @@ def plain_losses(
     )
 
 
-def _lengths_within(edges: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    # How much of each cell between edges [m, n + 1] lies between low and high [m]: [m, n].
-    starts = torch.maximum(edges[:, :-1], low[:, None])
-    return (torch.minimum(edges[:, 1:], high[:, None]) - starts).clamp(min=0)
+def _cell_edges(rectangles: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    # The edges of size x size cells of each rectangle [m, 4], x0 y0 x1 y1: two [m, size + 1], y, x.
+    start, end = rectangles[:, :2, None], rectangles[:, 2:, None]
+    x, y = (start + (end - start) * torch.linspace(0, 1, size + 1)).unbind(1)
+    return y, x
+
+
+def _intersect(rectangles: Tensor, others: Tensor) -> Tensor:
+    start = torch.maximum(rectangles[:, :2], others[:, :2])
+    return torch.cat([start, torch.minimum(rectangles[:, 2:], others[:, 2:])], dim=1)
+
+
+def _areas_within(edges: tuple[Tensor, Tensor], rectangles: Tensor) -> Tensor:
+    # How much of each cell lies in a rectangle [m, 4]: [m, n, n].
+    x0, y0, x1, y1 = rectangles[:, :, None].unbind(1)
+    rows, columns = (
+        (torch.minimum(axis[:, 1:], high) - torch.maximum(axis[:, :-1], low)).clamp(min=0)
+        for axis, low, high in zip(edges, (y0, x0), (y1, x1), strict=True)
+    )
+    return rows[:, :, None] * columns[:, None, :]
 
 
 class BaselineTrainer:

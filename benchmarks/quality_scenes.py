@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from benchmarks.procedural_textures import fractal_noise
-from samft.coco.synthetic import SUPERSAMPLING, trace_polygons
+from samft.images.synthetic import SUPERSAMPLING, trace_polygons
 from samft.runtime.files import write_text
 
 NUM_TRAIN, NUM_VAL = 60, 40

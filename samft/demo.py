@@ -1,7 +1,7 @@
 """Writes a small COCO dataset to try the trainer on: `python -m samft.demo --output_dir D`.
 
-Painted butterflies and flowers (`samft.coco.synthetic`), in seconds and always the same for a seed,
-with every form of annotation that COCO has: polygons of one part and of many, compressed and
+Painted butterflies and flowers (`samft.images.synthetic`), in seconds, the same for a seed, with
+every form of annotation that COCO has: polygons of one part and of many, compressed and
 uncompressed RLE, a crowd, an image without objects.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from samft.cli import CommandParser, run_command
-from samft.coco.synthetic import CATEGORIES, SceneObject, draw_scene
 from samft.errors import ConfigError, DataError
+from samft.images.synthetic import CATEGORIES, SceneObject, draw_scene
 from samft.runtime.files import write_text
 
 DESCRIPTION = "samft demo: painted butterflies and flowers"

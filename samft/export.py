@@ -172,8 +172,8 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _verification_samples(options: argparse.Namespace) -> "list[VerificationSample]":
-    from samft.coco.images import read_image
     from samft.exporters.verification import image_sample, synthetic_sample
+    from samft.images.decoder import read_image
 
     samples = [synthetic_sample()]
     if options.image:

@@ -26,6 +26,7 @@ ORDER = (
     ("cli",),
     ("config", "distributed"),
     ("runtime",),
+    ("images",),
     ("coco",),
     ("models", "data"),
     ("embeddings", "checkpoints", "training"),
@@ -37,7 +38,7 @@ ORDER = (
     ("train", "evaluate", "predict", "export", "check", "demo"),
 )
 COMMANDS = ORDER[-1]
-WITHOUT_TORCH = ("errors", "cli", "config", "coco", *COMMANDS)
+WITHOUT_TORCH = ("errors", "cli", "config", "images", "coco", *COMMANDS)
 KNOW_THE_CONFIG = ("config", "recipes", *COMMANDS)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

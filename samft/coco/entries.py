@@ -1,7 +1,6 @@
-"""The entries of a COCO file, checked in bulk: images, categories and objects. Imports no torch.
+"""The categories and objects of a COCO file, checked in bulk. Imports no torch.
 
-Images are matched with the files on disk. Of objects, first the fields are read one by one, then
-all numbers of many objects are checked at once.
+Of objects, first the fields are read one by one, then all numbers of many objects at once.
 """
 
 import itertools
@@ -24,18 +23,15 @@ from samft.coco.boxes import (
     judge_boxes,
     to_corners,
 )
-from samft.coco.images import ImageFacts, inspect_images
+from samft.coco.image_entries import Images
 from samft.coco.json_reader import (
     UNSET,
-    ImageEntry,
     ObjectEntry,
     Raw,
     read_entries,
     to_id,
-    to_size,
     value_of,
 )
-from samft.coco.layout import RESPELLED, ImageFolder
 from samft.coco.problems import MAX_EXAMPLES, Problems
 from samft.coco.segmentation import CheckedMasks, RawMasks, Segmentations, decode_cropped
 
@@ -45,99 +41,6 @@ NO_ID = -(2**63)
 _CHUNK = 20_000  # objects that are decoded and checked at a time
 _TINY = 16  # px; masks below it are reported
 _NO_BOX = [float("nan")] * 4
-
-
-@dataclass
-class Images:
-    """The images of a COCO file, one row for each file on disk, N of them.
-
-    Attributes:
-        names: [N], file names relative to the image folder, as spelled on disk.
-        ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the file, px; those of the JSON where it cannot be read.
-        num_bytes: int64 [N], size of the file; 0 where it cannot be read.
-        codes: [N], why the file cannot be used: a key of `problems.KINDS`, or ''.
-        row_of: From every image id to its row.
-    """
-
-    names: list[str]
-    ids: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-    num_bytes: NDArray[np.int64]
-    codes: list[str]
-    row_of: dict[int, int]
-
-
-def read_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) -> Images:
-    """Reads the image entries, finds their files and inspects head and end of each file.
-
-    Args:
-        entries: `Document.images`.
-        folder: Where the files are.
-        problems: Problems are added to it, except `Images.codes`, which `read_objects` adds, since
-            they matter only for images with objects.
-
-    Returns:
-        The images, without entries that lack an id or a name.
-    """
-    images = _list_images(entries, folder, problems=problems)
-    rows = [row for row, code in enumerate(images.codes) if not code]
-    sizes = images.sizes.tolist()
-    paths = [folder.folder / images.names[row] for row in rows]
-    for row, facts in zip(rows, inspect_images(paths), strict=True):
-        images.codes[row], images.num_bytes[row] = facts.problem or "", facts.num_bytes
-        if facts.problem is None:
-            _compare_sizes(images.names[row], facts, tuple(sizes[row]), problems)
-            images.sizes[row] = facts.height, facts.width
-    return images
-
-
-def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) -> Images:
-    names: list[str] = []
-    codes, ids, sizes = [], [], []
-    row_of: dict[int, int] = {}
-    row_of_name: dict[str, int] = {}
-    for position, entry in enumerate(read_entries(entries, ImageEntry)):
-        image_id = None if entry is None else to_id(entry.id)
-        name = None if entry is None else entry.file_name
-        if entry is None or image_id is None or not isinstance(name, str) or not name.strip():
-            problems.add("image-malformed", f"entry {position}")
-            continue
-        if type(entry.id) is not int:
-            problems.add("id-not-integer", f"image {entry.id!r}")
-        path, code = folder.find(name)
-        row = row_of_name.setdefault(path, len(names))
-        known = row_of.setdefault(image_id, row)
-        if known != row:
-            both = f"image {image_id}: {names[known]!r} and {name!r}"
-            problems.add("image-id-ambiguous", both)
-        if row < len(names):
-            if known == row:
-                problems.add("image-listed-twice", path)
-            continue
-        if code == RESPELLED:
-            problems.add(code, name)
-        names.append(path)
-        codes.append("" if code == RESPELLED else code)
-        ids.append(image_id)
-        sizes.append(to_size(entry))
-    arrays = np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
-    return Images(names, *arrays, np.zeros(len(ids), dtype=np.int64), codes, row_of)
-
-
-def _compare_sizes(
-    name: str, facts: ImageFacts, size_json: tuple[int, int], problems: Problems
-) -> None:
-    size = facts.height, facts.width
-    if size_json == (0, 0):
-        problems.add("image-size-missing", name)
-    elif size_json != size:
-        is_rotated = facts.orientation > 4 and size_json == size[::-1]
-        reason = ", as if turned by EXIF" if is_rotated else ""
-        sizes = f"{size_json[1]}x{size_json[0]} is {size[1]}x{size[0]}"
-        problems.add("image-size-differs", f"{name}: {sizes}{reason}")
-    if facts.orientation != 1:
-        problems.add("image-exif-rotated", name)
 
 
 def read_categories(raw: Any, problems: Problems) -> dict[int, str]:

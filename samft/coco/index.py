@@ -22,18 +22,17 @@ from numpy.typing import NDArray
 from samft.coco.entries import (
     CROWD,
     NO_CATEGORY,
-    Images,
     Objects,
     check_category_ids,
     read_categories,
-    read_images,
     read_objects,
 )
+from samft.coco.image_entries import Images, read_images
 from samft.coco.json_reader import file_digest, load_document
-from samft.coco.layout import ImageFolder
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
+from samft.images.folder import ImageFolder
 from samft.runtime.files import cache_folder, file_lock, write_json
 from samft.runtime.logs import LOGGER
 

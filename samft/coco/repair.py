@@ -29,10 +29,10 @@ from samft.coco.json_reader import (
     to_id,
     value_of,
 )
-from samft.coco.layout import ImageFolder
 from samft.coco.problems import Problems
 from samft.coco.segmentation import count_pixels, decode_cropped, encode_cropped
 from samft.errors import ConfigError, DataError
+from samft.images.folder import ImageFolder
 from samft.runtime.files import write_atomically
 
 _LISTS = ("categories", "images", "annotations")

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from samft.coco.images import EncodedImage, ImageError, open_image
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.coco.subset import CocoSubset, read_coco
 from samft.data.augment import (
@@ -29,6 +28,8 @@ from samft.data.samplers import SAMPLE_STREAM, generator_of
 from samft.data.targets import draw_targets, make_grids, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
+from samft.images.decoder import EncodedImage, open_image
+from samft.images.files import ImageError
 
 NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
 _MAX_CROP_DRAWS = 8  # until a random crop shows an object

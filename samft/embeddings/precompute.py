@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from samft import distributed
-from samft.coco.images import ImageError, open_image
 from samft.data.loaders import init_worker, iterate_loader
 from samft.data.transforms import Frame
 from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache, hash_image
 from samft.embeddings.store import EmbeddingRecord
 from samft.errors import ConfigError, DataError, UserError
+from samft.images.decoder import open_image
+from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.logs import LOGGER
 

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 
 from samft import distributed
-from samft.coco.images import ImageError, open_image
 from samft.coco.subset import CocoSubset
 from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.store import DIGEST_BYTES, CachedEmbeddings, EmbeddingStore
 from samft.errors import UserError
+from samft.images.decoder import open_image
+from samft.images.files import ImageError
 
 _FORMAT = 1  # to be increased when equal keys give other embeddings than before
 

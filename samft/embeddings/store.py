@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.images import ImageError
+from samft.images.files import ImageError
 from samft.runtime.files import write_json
 from samft.runtime.logs import GIB, format_gib
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from samft.coco.synthetic import draw_scene
+from samft.images.synthetic import draw_scene
 from samft.prediction.predictors import build_mask_generator, choose_points_per_batch
 
 # Absolute, for predicted IoU and logits up to 10; relative to larger logits. float32 has 7 digits.

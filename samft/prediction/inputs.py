@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.entries import CROWD, NO_ID
-from samft.coco.images import inspect_image, inspect_images
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.json_reader import ObjectEntry, load_document, read_entries, to_id
 from samft.coco.problems import KINDS, WARNING, Problems
 from samft.coco.subset import raise_for_errors
 from samft.errors import DataError
+from samft.images.files import inspect_image, inspect_images
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of files in a folder
 DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists

@@ -21,11 +21,12 @@ from segment_anything import SamAutomaticMaskGenerator, automatic_mask_generator
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from samft.coco.images import ImageError, read_image
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.data.transforms import Frame, boxes_to_input, make_frame, resize_image
 from samft.errors import TrainingError
 from samft.evaluation.validation import MASK_CHUNK
+from samft.images.decoder import read_image
+from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime.torchvision_compat import replace_missing_nms
 

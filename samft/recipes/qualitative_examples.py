@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samft.coco.images import ImageError, read_image
 from samft.coco.index import class_names
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.config import TrainConfig
@@ -17,6 +16,8 @@ from samft.data.dataset import Coco2MaskDataset, collate
 from samft.errors import UserError
 from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import Comparison
+from samft.images.decoder import read_image
+from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.sam import build_sam, load_state, read_state
 from samft.recipes import build

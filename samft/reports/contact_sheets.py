@@ -16,10 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from samft.coco.entries import CROWD
-from samft.coco.images import ImageError, read_image
 from samft.coco.index import CocoIndex, class_names
 from samft.coco.problems import Problems
 from samft.coco.segmentation import CroppedMask
+from samft.images.decoder import read_image
+from samft.images.files import ImageError
 from samft.reports.drawing import (
     OUTSIDE_GREY,
     TILE,

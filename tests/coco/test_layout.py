@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from samft.coco.layout import ImageFolder, find_split
+from samft.coco.layout import find_split
 from samft.errors import DataError
+from samft.images.folder import ImageFolder
 
 
 def _touch_files(root: Path, *names: str) -> None:

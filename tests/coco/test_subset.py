@@ -13,13 +13,13 @@ from pycocotools import mask as mask_utils
 
 from helpers.broken_coco import SQUARE, encode_image, write_broken
 from helpers.coco_files import annotation, write_coco, write_json
-from samft.coco.images import header_size
 from samft.coco.index import index_file
 from samft.coco.layout import find_split
 from samft.coco.problems import BAD_IMAGES, KINDS
 from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import CocoSubset, find_shared, read_coco, select_objects, split_by_hash
 from samft.errors import DataError
+from samft.images.files import header_size
 
 
 def _write_image(

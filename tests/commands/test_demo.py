@@ -13,9 +13,9 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from samft.cli import run_command
-from samft.coco.synthetic import draw_scene
 from samft.demo import ANNOTATIONS, main, write_demo
 from samft.errors import ConfigError, DataError
+from samft.images.synthetic import draw_scene
 
 SPLITS = {"train": 8, "val": 4}
 SIZE = 160

@@ -12,7 +12,6 @@ import torch
 
 from helpers.coco_files import SIZES, annotation, write_coco, write_json
 from helpers.targets import draw_mask
-from samft.coco.images import header_size
 from samft.coco.layout import find_split
 from samft.coco.subset import read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset, Sample, collate
@@ -20,6 +19,7 @@ from samft.data.loaders import train_loader, val_loader
 from samft.data.targets import make_windows
 from samft.data.transforms import make_frame
 from samft.errors import DataError
+from samft.images.files import header_size
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from helpers import REPOSITORY
 from helpers.documentation import SMALL_FLAGS, Runner, smaller_exports
 from samft.cli import run_command
-from samft.coco.images import read_image
 from samft.demo import main as demo
+from samft.images.decoder import read_image
 from samft.train import main as train
 
 SIZE = 64

@@ -15,13 +15,13 @@ from helpers.cached_runs import counted_encodings
 from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 from samft import distributed
-from samft.coco.images import open_image
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.precompute import EncodingPass
 from samft.embeddings.split_cache import SplitCache, hash_images
 from samft.embeddings.store import EmbeddingStore
 from samft.errors import UserError
+from samft.images.decoder import open_image
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samft.coco.images import ImageError
 from samft.embeddings.store import (
     CachedEmbeddings,
     EmbeddingRecord,
     EmbeddingStore,
     evict_unused_stores,
 )
+from samft.images.files import ImageError
 from samft.runtime.logs import GIB, format_gib
 
 SHAPE = (8, 3, 3)

@@ -15,7 +15,6 @@ from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 from helpers.trainers import LOSS, make_trainer, unreadable
 from helpers.trainers import val_batches as small_batches
-from samft.coco.images import open_image
 from samft.coco.segmentation import CroppedMask
 from samft.coco.subset import CocoSubset, read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset
@@ -35,6 +34,7 @@ from samft.evaluation.evaluator import (
 from samft.evaluation.metrics import boundary_iou, cropped_iou
 from samft.evaluation.tables import summarise_scores
 from samft.evaluation.validation import validate
+from samft.images.decoder import open_image
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import load_sam
 from samft.models.weights import PACKAGED_TINY

@@ -12,9 +12,10 @@ import torch
 from segment_anything import SamPredictor
 
 from helpers.coco_files import write_coco
-from samft.coco.images import ImageError, read_image
 from samft.coco.segmentation import CroppedMask
 from samft.errors import TrainingError
+from samft.images.decoder import read_image
+from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, load_sam, load_state, open_checkpoint, read_state
 from samft.models.weights import PACKAGED_TINY

@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samft.coco.images import (
-    MAX_PIXELS,
-    ImageError,
-    ImageFacts,
-    header_size,
-    inspect_image,
-    open_image,
-    read_image,
-)
 from samft.errors import DataError
+from samft.images.decoder import open_image, read_image
+from samft.images.files import MAX_PIXELS, ImageError, ImageFacts, header_size, inspect_image
 
 
 def _encode_image(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -259,7 +252,8 @@ def test_inspection_never_raises(tmp_path: Path) -> None:
 BOMB = """
 import resource, sys
 from pathlib import Path
-from samft.coco.images import inspect_image, open_image
+from samft.images.decoder import open_image
+from samft.images.files import inspect_image
 from samft.errors import DataError
 path = Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

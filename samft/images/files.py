@@ -1,7 +1,4 @@
-"""Image files: inspected without decoding, and decoded as COCO annotations are drawn on them.
-
-Imports no torch.
-"""
+"""What an image file shows without being decoded: size, EXIF, whether it is whole. No torch."""
 
 import io
 import os
@@ -13,9 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -23,7 +17,7 @@ from samft.errors import DataError
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
-_JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _STARTS_OF_FRAME = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -31,12 +25,6 @@ _ORIENTATION = 0x0112  # EXIF's tag
 _GLANCE = 4096  # bytes
 _THREADS = 8  # a network disk answers many requests at once
 _PART = 64  # files that a thread inspects in one task: a task costs as much as an inspection
-_REDUCED = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
 
 
 class ImageError(DataError):
@@ -67,80 +55,6 @@ def header_size(source: Path | IO[bytes], *, name: str | None = None) -> tuple[i
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name} has {width} x {height} pixels, too many: scale it down.")
     return height, width
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """The content of an image file that is complete, as far as can be told without decoding."""
-
-    path: Path
-    content: bytes
-    size: tuple[int, int]  # H, W
-
-    def decode(self, *, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """The image in the file's own pixels, uint8 RGB.
-
-        An EXIF orientation is not applied: COCO annotations are drawn without it. Alpha is ignored
-        and the colours under it are taken as stored, as `cv2.imread` and Pillow's `convert("RGB")`
-        do: that is what users give to `SamPredictor`. Of 16 bits the upper 8 are taken.
-
-        Args:
-            at_least: A JPEG may be reduced to a half, a quarter or an eighth when decoded, which
-                costs less, as long as it remains at least this high and wide; None: not reduced.
-
-        Returns:
-            uint8 [H, W, 3], or [H/n, W/n, 3] rounded up.
-
-        Raises:
-            ImageError: If it is broken.
-        """
-        factor = self._reduction_factor(at_least) if at_least else 1
-        flags = _REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION
-        try:
-            image = cv2.imdecode(np.frombuffer(self.content, dtype=np.uint8), flags)
-        except cv2.error:
-            image = None
-        expected = tuple(-(-side // factor) for side in self.size)
-        if image is None or image.shape[:2] != expected:
-            raise _broken_image_error(self.path)
-        return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image), dtype=np.uint8)
-
-    def _reduction_factor(self, at_least: tuple[int, int]) -> int:
-        def suffices(factor: int) -> bool:
-            return all(
-                -(-side // factor) >= least for side, least in zip(self.size, at_least, strict=True)
-            )
-
-        if not self.content.startswith(_JPEG):
-            return 1
-        return max((factor for factor in _REDUCED if suffices(factor)), default=1)
-
-
-def open_image(path: Path) -> EncodedImage:
-    """Reads an image file and checks what can be checked without decoding it.
-
-    Raises:
-        ImageError: If it is missing, cut short, not an image, or larger than `MAX_PIXELS`.
-    """
-    try:
-        with path.open("rb") as file:
-            size = header_size(file, name=str(path))
-            file.seek(0)
-            content = file.read()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror}): check the file.") from error
-    if _is_cut_short(content):
-        raise _broken_image_error(path)
-    return EncodedImage(path, content, size)
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Reads an image file in full: uint8 [H, W, 3]; see `open_image` and `EncodedImage.decode`."""
-    return open_image(path).decode()
-
-
-def _broken_image_error(path: Path) -> ImageError:
-    return ImageError(f"{path} is broken or cut short: replace it, or remove it from the JSON.")
 
 
 @dataclass(frozen=True)
@@ -197,7 +111,7 @@ def _facts_of_head(head: bytes) -> ImageFacts | None:
     if head.startswith(_PNG) and len(head) > 24 and b"eXIf" not in head:
         width, height = struct.unpack_from(">II", head, 16)
         return _facts_of_size(height, width)
-    for marker, start in _jpeg_segments(head) if head.startswith(_JPEG) else ():
+    for marker, start in _jpeg_segments(head) if head.startswith(JPEG_START) else ():
         if marker == _APP1 and head.startswith(b"Exif", start):
             return None
         if marker in _STARTS_OF_FRAME and start + 5 <= len(head):
@@ -216,7 +130,7 @@ def _facts_by_pillow(file: io.FileIO, head: bytes) -> ImageFacts:
     except Image.DecompressionBombError:
         return ImageFacts(problem="image-too-large")
     except Exception:  # Pillow's parsers raise anything on malicious files
-        known = head.startswith((_JPEG, _PNG))
+        known = head.startswith((JPEG_START, _PNG))
         return ImageFacts(problem="image-truncated" if known else "image-not-an-image")
     valid = isinstance(orientation, int) and 1 <= orientation <= 8
     return _facts_of_size(height, width, orientation=orientation if valid else 1)
@@ -230,21 +144,21 @@ def _facts_of_size(height: int, width: int, *, orientation: int = 1) -> ImageFac
 
 
 def _seems_cut_short(file: io.FileIO, head: bytes, *, length: int) -> bool:
-    end = _PNG_END if head.startswith(_PNG) else _JPEG_END if head.startswith(_JPEG) else b""
+    end = _PNG_END if head.startswith(_PNG) else _JPEG_END if head.startswith(JPEG_START) else b""
     file.seek(max(0, length - _GLANCE))
     # Some writers pad the file. An end marker further up might be a thumbnail's.
     ending = (file.read() or b"").rstrip(b"\0\r\n ")
     if ending.endswith(end):
         return False
     file.seek(0)
-    return _is_cut_short(file.read() or b"")
+    return is_cut_short(file.read() or b"")
 
 
-def _is_cut_short(content: bytes) -> bool:
-    # OpenCV fills missing rows with grey and reports no error.
+def is_cut_short(content: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end: OpenCV fills missing rows with grey, in silence."""
     if content.startswith(_PNG):
         return _PNG_END not in content[-_GLANCE:]
-    if not content.startswith(_JPEG):
+    if not content.startswith(JPEG_START):
         return False
     # Past the header segments (which may hold a thumbnail with an end marker of its own), the end
     # marker cannot occur in the pixel data.
@@ -256,7 +170,7 @@ def _is_cut_short(content: bytes) -> bool:
 
 def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int]]:
     # Marker and first byte of the body of each header segment, up to the first scan's.
-    position = len(_JPEG)
+    position = len(JPEG_START)
     while content[position : position + 1] == b"\xff" and content[position + 1 : position + 2]:
         marker = content[position + 1]
         if marker == 0xFF:  # padding

@@ -1,0 +1,1 @@
+"""Image files: found, inspected without decoding, and decoded. Imports no torch."""

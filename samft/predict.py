@@ -321,7 +321,13 @@ def _predict_rows(
         pictures.write(names[row], prepared.image, drawn, boxes=inputs[k][1])
         return entries
 
-    results = predict_images(predictor, inputs, to_entries, num_workers=options.num_workers)
+    results = predict_images(
+        predictor,
+        inputs,
+        to_entries,
+        num_workers=options.num_workers,
+        orientations=images.orientations[task.rows].tolist(),
+    )
     bar = tqdm(zip(task.rows, results, strict=True), total=len(inputs), unit="image", disable=None)
     for row, entries in bar:
         if isinstance(entries, DataError):

@@ -18,7 +18,9 @@ class Images:
     Attributes:
         names: [N], file names relative to the image folder, as spelled on disk.
         ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the file, px; those of the JSON where it cannot be read.
+        sizes: int32 [N, 2], H, W of the file, px, turned by `orientations`; those of the JSON where
+            it cannot be read.
+        orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         num_bytes: int64 [N], size of the file; 0 where it cannot be read.
         codes: [N], why the file cannot be used: a key of `problems.KINDS`, or ''.
         row_of: From every image id to its row.
@@ -27,6 +29,7 @@ class Images:
     names: list[str]
     ids: NDArray[np.int64]
     sizes: NDArray[np.int32]
+    orientations: NDArray[np.uint8]
     num_bytes: NDArray[np.int64]
     codes: list[str]
     row_of: dict[int, int]
@@ -86,7 +89,8 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
         ids.append(image_id)
         sizes.append(to_size(entry))
     arrays = np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
-    return Images(names, *arrays, np.zeros(len(ids), dtype=np.int64), codes, row_of)
+    upright, num_bytes = np.ones(len(ids), dtype=np.uint8), np.zeros(len(ids), dtype=np.int64)
+    return Images(names, *arrays, upright, num_bytes, codes, row_of)
 
 
 def _compare_sizes(

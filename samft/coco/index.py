@@ -32,11 +32,12 @@ from samft.coco.json_reader import file_digest, load_document
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
+from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
 from samft.runtime.files import cache_folder, file_lock, write_json
 from samft.runtime.logs import LOGGER
 
-FORMAT = 2  # of the files of an index; part of its name
+FORMAT = 3  # of the files of an index; part of its name
 _META = "index.json"
 _UNUSED_DAYS = 30  # an index that was not opened for so long is deleted
 _ESCAPE = "surrogateescape"  # keeps file names that are not UTF-8
@@ -56,7 +57,8 @@ class CocoIndex:
         names: uint8, the file names one after the other, UTF-8; see `file_name`.
         name_ends: int64 [N], the end of each in `names`.
         image_ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the files, px.
+        sizes: int32 [N, 2], H, W of the files, px, turned by `orientations`.
+        orientations: uint8 [N], how each image is turned when decoded, as EXIF numbers it; 1: not.
         num_bytes: int64 [N], sizes of the files.
         bad: bool [N], whether the file cannot be used.
         first_object: int64 [N + 1]; image i has objects `first_object[i]` to
@@ -79,6 +81,7 @@ class CocoIndex:
     name_ends: NDArray[np.int64]
     image_ids: NDArray[np.int64]
     sizes: NDArray[np.int32]
+    orientations: NDArray[np.uint8]
     num_bytes: NDArray[np.int64]
     bad: NDArray[np.bool_]
     first_object: NDArray[np.int64]
@@ -105,6 +108,15 @@ class CocoIndex:
         """File name of an image, relative to the image folder."""
         start = int(self.name_ends[row - 1]) if row else 0
         return self.names[start : int(self.name_ends[row])].tobytes().decode(errors=_ESCAPE)
+
+    def open_image(self, row: int) -> EncodedImage:
+        """The file of an image, to be decoded in the frame of its outlines.
+
+        Raises:
+            ImageError: See `decoder.open_image`.
+        """
+        path = self.image_folder / self.file_name(row)
+        return open_image(path, orientation=int(self.orientations[row]))
 
     def file_names(self) -> list[str]:
         """File names of all images."""
@@ -298,6 +310,7 @@ def _write_index(checked: CheckedFile, target: Path, image_folder: ImageFolder) 
         "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
         "image_ids": images.ids,
         "sizes": images.sizes,
+        "orientations": images.orientations,
         "num_bytes": images.num_bytes,
         "bad": np.array([code != "" for code in images.codes], dtype=bool),
         "first_object": np.cumsum([0, *per_image], dtype=np.int64),

@@ -16,6 +16,7 @@ from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import BAD_IMAGES, KINDS, Issue, Problems
 from samft.errors import DataError
+from samft.images.decoder import EncodedImage
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,20 @@ class CocoSubset:
         """Path of the file of image i."""
         return self.index.image_folder / self.file_name(i)
 
+    def open_image(self, i: int) -> EncodedImage:
+        """The file of image i, to be decoded in the frame of its outlines.
+
+        Raises:
+            ImageError: It cannot be used.
+        """
+        return self.index.open_image(int(self.rows[i]))
+
     def image_id(self, i: int) -> int:
         """Id of image i in the COCO file."""
         return int(self.index.image_ids[self.rows[i]])
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image i, px: those of its file, not of the JSON."""
+        """Height and width of image i, px: those of its file, turned as its outlines are."""
         height, width = self.index.sizes[self.rows[i]].tolist()
         return height, width
 

@@ -28,7 +28,7 @@ from samft.data.samplers import SAMPLE_STREAM, generator_of
 from samft.data.targets import draw_targets, make_grids, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
-from samft.images.decoder import EncodedImage, open_image
+from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
 
 NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
@@ -44,7 +44,7 @@ class Sample:
     windows: Tensor  # float32 [K, 4], input frame, what the targets cover; may exceed the image
     targets: Tensor  # uint8 [K, s, s], see `draw_targets`
     input_size: tuple[int, int]  # h, w of the image area in the input frame
-    original_size: tuple[int, int]  # H, W of the image file
+    original_size: tuple[int, int]  # H, W of the image, in the frame of its outlines
     image_id: int
     object_ids: Tensor  # int64 [K]
     truths: list[CroppedMask]  # the K masks in validation, none in training
@@ -273,7 +273,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         # The file, unless an embedding replaces it, and its H, W.
         if self.embeddings is not None:
             return None, self.embeddings.size(row)
-        encoded = open_image(self.subset.path(row))
+        encoded = self.subset.open_image(row)
         return encoded, encoded.size
 
     def _read_embedding(self, row: int, frame: Frame) -> Tensor | None:

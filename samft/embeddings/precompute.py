@@ -21,7 +21,6 @@ from samft.data.transforms import Frame
 from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache, hash_image
 from samft.embeddings.store import EmbeddingRecord
 from samft.errors import ConfigError, DataError, UserError
-from samft.images.decoder import open_image
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.logs import LOGGER
@@ -49,9 +48,9 @@ class _MissingImages(Dataset[_LoadedImage]):
     def __getitem__(self, number: int) -> _LoadedImage:
         missing = self.missing[number]
         try:
-            encoded = open_image(self.dataset.subset.path(missing.row))
+            encoded = self.dataset.subset.open_image(missing.row)
             # The slot belongs to the content that was hashed, and to no other.
-            if hash_image(encoded.content) != self.files.digest_of(missing.row):
+            if hash_image(encoded) != self.files.digest_of(missing.row):
                 raise DataError(f"{encoded.path} was changed while it was read: start again.")
             frame = self.dataset.full_frame(encoded.size)
             pixels = self.dataset.decode_pixels(encoded, frame)

@@ -24,8 +24,9 @@ from samft.coco.subset import CocoSubset
 from samft.data.dataset import Coco2MaskDataset
 from samft.embeddings.store import DIGEST_BYTES, CachedEmbeddings, EmbeddingStore
 from samft.errors import UserError
-from samft.images.decoder import open_image
+from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
+from samft.images.orientation import UPRIGHT
 
 _FORMAT = 1  # to be increased when equal keys give other embeddings than before
 
@@ -94,9 +95,12 @@ class ImageDigests:
         return self.digests[row].tobytes()
 
 
-def hash_image(content: bytes) -> bytes:
-    """The SHA-256 of an image file's content: 32 bytes."""
-    return hashlib.sha256(content).digest()
+def hash_image(image: EncodedImage) -> bytes:
+    """The SHA-256 of an image file's content and of how it is turned: 32 bytes."""
+    digest = hashlib.sha256(image.content)
+    if image.orientation != UPRIGHT:
+        digest.update(f"orientation {image.orientation}".encode())
+    return digest.digest()
 
 
 def hash_images(
@@ -126,12 +130,12 @@ def hash_images(
         lambda _: not should_stop(), range(rank, subset.num_images, world_size)
     ):
         try:
-            encoded = open_image(subset.path(row))
+            encoded = subset.open_image(row)
         except ImageError as caught:
             files.bad_images[row] = str(caught)
             error = error or caught
         else:
-            files.digests[row] = np.frombuffer(hash_image(encoded.content), np.uint8)
+            files.digests[row] = np.frombuffer(hash_image(encoded), np.uint8)
             files.sizes[row] = encoded.size
     distributed.raise_on_all_ranks(error if on_bad_image == "error" else None)
     if distributed.any_rank(should_stop()):

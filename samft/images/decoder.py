@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.images.files import JPEG_START, ImageError, header_size, is_cut_short
+from samft.images.orientation import UPRIGHT, turn_pixels, turned_size
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
@@ -23,14 +24,16 @@ class EncodedImage:
 
     path: Path
     content: bytes
-    size: tuple[int, int]  # H, W
+    size: tuple[int, int]  # H, W, turned as `orientation` says
+    orientation: int = UPRIGHT
 
     def decode(self, *, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """The image in the file's own pixels, uint8 RGB.
+        """The image in the file's own pixels, uint8 RGB, turned as `orientation` says.
 
-        An EXIF orientation is not applied: COCO annotations are drawn without it. Alpha is ignored
-        and the colours under it are taken as stored, as `cv2.imread` and Pillow's `convert("RGB")`
-        do: that is what users give to `SamPredictor`. Of 16 bits the upper 8 are taken.
+        The file's own EXIF orientation is not looked at: COCO annotations are drawn without it, and
+        the index knows where they are not. Alpha is ignored and the colours under it are taken as
+        stored, as `cv2.imread` and Pillow's `convert("RGB")` do: that is what users give to
+        `SamPredictor`. Of 16 bits the upper 8 are taken.
 
         Args:
             at_least: A JPEG may be reduced to a half, a quarter or an eighth when decoded, which
@@ -48,10 +51,11 @@ class EncodedImage:
             image = cv2.imdecode(np.frombuffer(self.content, dtype=np.uint8), flags)
         except cv2.error:
             image = None
-        expected = tuple(-(-side // factor) for side in self.size)
+        expected = tuple(-(-side // factor) for side in turned_size(self.size, self.orientation))
         if image is None or image.shape[:2] != expected:
             raise _broken_image_error(self.path)
-        return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image), dtype=np.uint8)
+        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+        return turn_pixels(np.asarray(image, dtype=np.uint8), self.orientation)
 
     def _reduction_factor(self, at_least: tuple[int, int]) -> int:
         def suffices(factor: int) -> bool:
@@ -64,8 +68,12 @@ class EncodedImage:
         return max((factor for factor in _REDUCED if suffices(factor)), default=1)
 
 
-def open_image(path: Path) -> EncodedImage:
+def open_image(path: Path, *, orientation: int = UPRIGHT) -> EncodedImage:
     """Reads an image file and checks what can be checked without decoding it.
+
+    Args:
+        path: The file.
+        orientation: How to turn it, as EXIF numbers it; see `turn_pixels`.
 
     Raises:
         ImageError: If it is missing, cut short, not an image, or larger than `MAX_PIXELS`.
@@ -79,12 +87,12 @@ def open_image(path: Path) -> EncodedImage:
         raise ImageError(f"{path} cannot be read ({error.strerror}): check the file.") from error
     if is_cut_short(content):
         raise _broken_image_error(path)
-    return EncodedImage(path, content, size)
+    return EncodedImage(path, content, turned_size(size, orientation), orientation)
 
 
-def read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path, *, orientation: int = UPRIGHT) -> NDArray[np.uint8]:
     """Reads an image file in full: uint8 [H, W, 3]; see `open_image` and `EncodedImage.decode`."""
-    return open_image(path).decode()
+    return open_image(path, orientation=orientation).decode()
 
 
 def _broken_image_error(path: Path) -> ImageError:

@@ -64,7 +64,7 @@ class ImageFacts:
     Attributes:
         height: px, before any EXIF rotation; 0 if unknown.
         width: px, as `height`.
-        orientation: EXIF's, 1..8; 1 is upright. samft never rotates an image.
+        orientation: EXIF's, 1..8; 1 is upright.
         problem: None, or `image-empty`, `image-not-an-image`, `image-truncated`,
             `image-too-large`, `image-unreadable` (missing, say, or without permission).
         num_bytes: Size of the file.

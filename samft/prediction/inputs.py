@@ -22,6 +22,7 @@ from samft.coco.problems import KINDS, WARNING, Problems
 from samft.coco.subset import raise_for_errors
 from samft.errors import DataError
 from samft.images.files import inspect_image, inspect_images
+from samft.images.orientation import UPRIGHT
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of files in a folder
 DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists
@@ -38,7 +39,9 @@ class ImageList:
         names: Their file names in `images.json` and in error messages.
         paths: Their paths.
         ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the file, px; undefined for unreadable images.
+        sizes: int32 [N, 2], H, W of the file, px, turned by `orientations`; undefined for
+            unreadable images.
+        orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         bad: Row of each unreadable image -> the reason.
     """
 
@@ -46,6 +49,7 @@ class ImageList:
     paths: list[Path]
     ids: NDArray[np.int64]
     sizes: NDArray[np.int32]
+    orientations: NDArray[np.uint8]
     bad: dict[int, str]
 
 
@@ -183,7 +187,8 @@ def list_images(paths: Sequence[Path]) -> ImageList:
     facts = list(inspect_images(files))
     bad = {row: KINDS[fact.problem][1] for row, fact in enumerate(facts) if fact.problem}
     sizes = np.array([(fact.height, fact.width) for fact in facts], dtype=np.int32)
-    return ImageList(names, files, np.arange(1, len(files) + 1), sizes, bad)
+    upright = np.full(len(files), UPRIGHT, dtype=np.uint8)
+    return ImageList(names, files, np.arange(1, len(files) + 1), sizes, upright, bad)
 
 
 def _image_files(path: Path) -> list[Path]:
@@ -225,7 +230,7 @@ def read_coco_images(annotations: Path, folder: Path) -> tuple[ImageList, CocoIn
     names = index.file_names()
     paths = [folder / name for name in names]
     bad = {row: _reason_unreadable(index, names[row]) for row in np.flatnonzero(index.bad).tolist()}
-    return ImageList(names, paths, index.image_ids, index.sizes, bad), index
+    return ImageList(names, paths, index.image_ids, index.sizes, index.orientations, bad), index
 
 
 def _reason_unreadable(index: CocoIndex, name: str) -> str:

@@ -27,6 +27,7 @@ from samft.errors import TrainingError
 from samft.evaluation.validation import MASK_CHUNK
 from samft.images.decoder import read_image
 from samft.images.files import ImageError
+from samft.images.orientation import UPRIGHT
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime.torchvision_compat import replace_missing_nms
 
@@ -224,6 +225,7 @@ def predict_images(
     finish: Callable[[int, PreparedImage, Iterator[PredictedMask]], Finished],
     *,
     num_workers: int,
+    orientations: Sequence[int] | None = None,
 ) -> Iterator[Finished | ImageError]:
     """Predicts on image after image; memory does not grow with their number.
 
@@ -233,6 +235,7 @@ def predict_images(
         finish: Called with the index of an image in `images`, the image and an iterator over its
             masks; called from several threads if `predictor.images_at_once` is more than 1.
         num_workers: Threads; 0: none.
+        orientations: How to turn each image, as EXIF numbers it; None: not at all.
 
     Yields:
         For each image, in order: what `finish` returned, or the error of a file that is unreadable.
@@ -243,7 +246,8 @@ def predict_images(
 
     def prepare(k: int) -> PreparedImage | ImageError:
         try:
-            return predictor.prepare(read_image(images[k][0]))
+            orientation = UPRIGHT if orientations is None else orientations[k]
+            return predictor.prepare(read_image(images[k][0], orientation=orientation))
         except ImageError as error:
             return error
 

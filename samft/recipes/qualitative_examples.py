@@ -16,7 +16,6 @@ from samft.data.dataset import Coco2MaskDataset, collate
 from samft.errors import UserError
 from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import Comparison
-from samft.images.decoder import read_image
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.sam import build_sam, load_state, read_state
@@ -206,9 +205,9 @@ def _draw_pairs(
     names = class_names(index)
     pairs = {}
     for row, k in objects.items():
-        file_name = index.file_name(image_row_of(index, k))
+        image_row = image_row_of(index, k)
         try:
-            image = read_image(index.image_folder / file_name)
+            image = index.open_image(image_row).decode()
         except ImageError:
             continue
         if any(k not in predicted for predicted in masks):
@@ -219,7 +218,7 @@ def _draw_pairs(
         )
         ious = [float(t.iou_actual[row]) for t in (comparison.before, comparison.after)]
         pairs[row] = ObjectPair(
-            file_name=file_name,
+            file_name=index.file_name(image_row),
             class_name=names[int(index.categories[k])],
             object_id=int(index.object_ids[k]),
             area=float(comparison.before.areas[row]),

@@ -19,7 +19,6 @@ from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, class_names
 from samft.coco.problems import Problems
 from samft.coco.segmentation import CroppedMask
-from samft.images.decoder import read_image
 from samft.images.files import ImageError
 from samft.reports.drawing import (
     OUTSIDE_GREY,
@@ -225,14 +224,14 @@ def _add_missing_crops(
     for k in sorted(k for k in objects if k not in crops):
         if image_row_of(index, k) != image_row:
             image_row = image_row_of(index, k)
-            image = _read_or_none(index.image_folder / index.file_name(image_row))
+            image = _read_or_none(index, image_row)
         if image is not None:
             crops[k] = crop_around(index.boxes[k], image)
 
 
-def _read_or_none(path: Path) -> NDArray[np.uint8] | None:
+def _read_or_none(index: CocoIndex, row: int) -> NDArray[np.uint8] | None:
     try:
-        return read_image(path)
+        return index.open_image(row).decode()
     except ImageError:
         return None
 

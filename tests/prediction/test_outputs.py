@@ -76,6 +76,7 @@ def test_pycocotools_reads_results_of_listed_images(tmp_path: Path) -> None:
         paths=[],
         ids=np.array([4, 5, 6]),
         sizes=np.array([SIZE, (0, 0), (7, 8)], np.int32),
+        orientations=np.ones(3, np.uint8),
         bad={},
     )
     write_images_json(tmp_path / "images.json", images, [0, 2])

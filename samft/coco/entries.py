@@ -177,8 +177,9 @@ def read_objects(
 def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> None:
     for row, code in enumerate(images.codes):
         if code and lost[row]:
-            plural = "s" * (lost[row] > 1)
-            problems.add(code, f"{images.names[row]} ({lost[row]} object{plural})")
+            name, plural = images.names[row], "s" * (lost[row] > 1)
+            hint = f"; {images.hints[name]}" if name in images.hints else ""
+            problems.add(code, f"{name} ({lost[row]} object{plural}{hint})")
         elif code:
             images.codes[row] = "image-unused-bad"
             problems.add("image-unused-bad", images.names[row])

@@ -23,6 +23,7 @@ class Images:
         orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         num_bytes: int64 [N], size of the file; 0 where it cannot be read.
         codes: [N], why the file cannot be used: a key of `problems.KINDS`, or ''.
+        hints: By name, what a user should know about a file that was not found.
         row_of: From every image id to its row.
     """
 
@@ -32,6 +33,7 @@ class Images:
     orientations: NDArray[np.uint8]
     num_bytes: NDArray[np.int64]
     codes: list[str]
+    hints: dict[str, str]
     row_of: dict[int, int]
 
 
@@ -64,7 +66,11 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
     codes, ids, sizes = [], [], []
     row_of: dict[int, int] = {}
     row_of_name: dict[str, int] = {}
-    for position, entry in enumerate(read_entries(entries, ImageEntry)):
+    decoded = list(read_entries(entries, ImageEntry))
+    found = folder.find_all(
+        entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
+    )
+    for position, entry in enumerate(decoded):
         image_id = None if entry is None else to_id(entry.id)
         name = None if entry is None else entry.file_name
         if entry is None or image_id is None or not isinstance(name, str) or not name.strip():
@@ -72,7 +78,7 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
             continue
         if type(entry.id) is not int:
             problems.add("id-not-integer", f"image {entry.id!r}")
-        path, code = folder.find(name)
+        path, code = found[name]
         row = row_of_name.setdefault(path, len(names))
         known = row_of.setdefault(image_id, row)
         if known != row:
@@ -90,7 +96,7 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
         sizes.append(to_size(entry))
     arrays = np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
     upright, num_bytes = np.ones(len(ids), dtype=np.uint8), np.zeros(len(ids), dtype=np.int64)
-    return Images(names, *arrays, upright, num_bytes, codes, row_of)
+    return Images(names, *arrays, upright, num_bytes, codes, folder.hints, row_of)
 
 
 def _compare_sizes(

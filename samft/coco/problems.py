@@ -32,6 +32,8 @@ KINDS = {
     "image-listed-twice": (NOTE, "the same file is listed again; the entries are merged"),
     "image-outside": (ERROR, "the file lies outside of the data folder; it is never opened"),
     "image-missing": (ERROR, "there is no such image file"),
+    "image-ambiguous": (ERROR, "the name fits several files, or its file several names"),
+    "image-not-a-file": (ERROR, "a pipe, socket or device instead of a file; it is never opened"),
     "image-empty": (ERROR, "the image file is empty"),
     "image-not-an-image": (ERROR, "the file is no image (HTML, text, ...)"),
     "image-truncated": (ERROR, "the image file is cut short"),
@@ -102,8 +104,8 @@ KINDS = {
 }
 # Errors that `on_bad_image skip` turns into images left out.
 BAD_IMAGES = frozenset(
-    """image-outside image-missing image-empty image-not-an-image image-truncated image-too-large
-    image-unreadable""".split()
+    """image-outside image-missing image-ambiguous image-not-a-file image-empty image-not-an-image
+    image-truncated image-too-large image-unreadable""".split()
 )
 
 

@@ -140,11 +140,15 @@ class _RepairedImages:
         self.first_entry: dict[int, int] = {}
         rows = {name: row for row, name in enumerate(index.file_names())}
         row_of: dict[int, int] = {}  # image id -> row
-        for position, entry in enumerate(read_entries(raw, ImageEntry)):
+        decoded = list(read_entries(raw, ImageEntry))
+        found = folder.find_all(
+            entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
+        )
+        for position, entry in enumerate(decoded):
             image_id = None if entry is None else to_id(entry.id)
             if entry is None or image_id is None or not isinstance(entry.file_name, str):
                 continue
-            row = rows.get(folder.find(entry.file_name)[0])
+            row = rows.get(found[entry.file_name][0])
             if row is None:
                 continue
             if row_of.setdefault(image_id, row) != row:

@@ -34,7 +34,7 @@ from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
-from samft.runtime.files import cache_folder, file_lock, write_json
+from samft.runtime.files import cache_folder, file_lock, private_temporary_folder, write_json
 from samft.runtime.logs import LOGGER
 
 FORMAT = 3  # of the files of an index; part of its name
@@ -181,8 +181,8 @@ def index_file(
             return open_index(folder, image_folder)
     except OSError as error:
         raise DataError(
-            f"the index of {annotations} cannot be written to {cache} ({error.strerror}): set "
-            "SAMFT_CACHE to a folder with room."
+            f"the index of {annotations} cannot be written to {cache or error.filename} "
+            f"({error.strerror}): set SAMFT_CACHE to a folder of your own with room."
         ) from error
 
 
@@ -268,9 +268,9 @@ def _make_cache_folder(cache: Path | None) -> Path:
             return folder
     except OSError as error:
         # In containers, the home folder often cannot be written.
-        other = Path(tempfile.gettempdir()) / f"samft-{os.getuid()}" / "index"
+        other = private_temporary_folder() / "index"
         LOGGER.warning("%s cannot be written (%s); indexes are kept in %s", folder, error, other)
-        other.mkdir(mode=0o700, parents=True, exist_ok=True)
+        other.mkdir(exist_ok=True)
         return other
 
 

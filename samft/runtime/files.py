@@ -1,9 +1,12 @@
 """Atomic writes, file locks and SHA-256 digests. Imports no torch."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,10 +115,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of downloads and indexes: `SAMFT_CACHE`, else in `XDG_CACHE_HOME`."""
+    """The folder of downloads and indexes: `SAMFT_CACHE`, else in `XDG_CACHE_HOME`.
+
+    Raises:
+        OSError: There is no home folder to keep it in, and no private temporary folder.
+    """
     if os.environ.get("SAMFT_CACHE"):
         return Path(os.environ["SAMFT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samft"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samft"
+    except RuntimeError:  # a container's user without an entry in passwd, and without HOME
+        return private_temporary_folder()
+
+
+def private_temporary_folder() -> Path:
+    """A folder in the shared temporary folder that no other user can write or read.
+
+    What it holds is trusted later, and anyone may make a folder, or a link, of this name first.
+
+    Raises:
+        OSError: It cannot be made, or it is a link or another user's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"samft-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "it is a link or belongs to another user", str(folder))
+    if status.st_mode & 0o022:  # while it was open to others, they may have put anything into it
+        raise PermissionError(errno.EPERM, "other users may write into it", str(folder))
+    folder.chmod(0o700)
+    return folder
 
 
 def sha256_of(path: Path) -> str:

@@ -126,8 +126,13 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(coco_index.tempfile, "tempdir", str(tmp_path))
     index = index_file(path, path.parent)
-    assert index.folder.parent == tmp_path / f"samft-{os.getuid()}" / "index"
+    private = tmp_path / f"samft-{os.getuid()}"
+    assert index.folder.parent == private / "index"
+    assert private.stat().st_mode & 0o777 == 0o700
     assert "cannot be written" in log.text
+    private.chmod(0o777)  # as anyone could have made it before
+    with pytest.raises(DataError, match="other users may write into it.*folder of your own"):
+        index_file(path, path.parent)
 
 
 def test_an_index_nobody_opened_for_a_month_is_deleted(tmp_path: Path) -> None:

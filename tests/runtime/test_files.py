@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
@@ -13,7 +14,9 @@ import pytest
 from samft.errors import ConfigError
 from samft.runtime.files import (
     atomic_replacement,
+    cache_folder,
     matches_sidecar,
+    private_temporary_folder,
     read_digests,
     staging_path,
     try_lock,
@@ -267,6 +270,51 @@ def test_an_earlier_run_is_archived_with_both_of_its_states(tmp_path: Path) -> N
     assert sorted(os.listdir(tmp_path)) == ["mine.txt", "previous-1"]
     assert all((archive / name).read_text() == name for name in names)
     assert archive_previous_run(tmp_path) is None
+
+
+def test_the_private_temporary_folder_is_open_to_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"samft-{os.getuid()}"
+    for _ in range(2):
+        assert private_temporary_folder() == folder
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("taken", ["link", "file", "another user's", "open"])
+def test_a_temporary_folder_that_others_can_write_is_not_taken(
+    taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    user = os.getuid() + (taken == "another user's")
+    monkeypatch.setattr(os, "getuid", lambda: user)
+    folder = tmp_path / f"samft-{user}"
+    (tmp_path / "other").mkdir()
+    if taken == "link":
+        folder.symlink_to(tmp_path / "other")
+    elif taken == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if taken == "open" else 0o700)
+    with pytest.raises(PermissionError) as caught:
+        private_temporary_folder()
+    assert caught.value.filename == str(folder)
+
+
+def test_a_user_without_a_home_folder_has_a_private_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SAMFT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cache_folder() == tmp_path / f"samft-{os.getuid()}"
 
 
 def test_a_staged_file_replaces_the_target_when_the_block_ends(tmp_path: Path) -> None:

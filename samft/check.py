@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samft.cli import CommandParser, run_command, user_path
+from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.boxes import advise_on_small_objects
 from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
 from samft.coco.repair import write_repaired
@@ -74,6 +74,7 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         default="error",
         help="skip: leave missing and broken images out instead of refusing them; default error",
     )
+    add_links_flag(add)
     add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
     add("--fix", type=user_path, metavar="DIR", help="write repaired annotation files there")
     add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
@@ -95,12 +96,14 @@ def _check_dataset(options: argparse.Namespace) -> Splits:
             train_split=options.train_split,
             val_split=options.val_split,
             image_size=options.image_size,
+            allow_links=options.allow_links,
         )
     # Beside --annotations, --data_root says how far symbolic links of images may lead.
     split = check_split(
         options.annotations,
         options.images,
         root=options.data_root,
+        allow_links=options.allow_links,
         image_size=options.image_size,
     )
     path = options.annotations
@@ -203,6 +206,8 @@ def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
     advice = " `--fix DIR` writes repaired copies." if readable and not options.fix else ""
     if any(counts.keys() & BAD_IMAGES for counts in errors.values()):
         advice += " `--on_bad_image skip` leaves bad images out, here and in training."
+    if any(split.problems.has_links_outside for split in splits.values()):
+        advice += " `--allow_links DIR` opens those behind links into a folder that you trust."
     raise DataError(f"the dataset cannot be trained on ({listed}).{advice}")
 
 
@@ -223,6 +228,7 @@ def _write_repaired_copies(
                     split.annotations,
                     target=target,
                     root=options.data_root,
+                    allow_links=options.allow_links,
                     without=split.shared_rows,
                 )
             except DataError as error:

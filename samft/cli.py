@@ -95,6 +95,35 @@ def user_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+LINKS_HELP = (
+    "open images behind symbolic links into these folders, such as the cache of Hugging Face or "
+    "DVC, separated by commas; alone, or all: into any folder (default: only into the data folder)"
+)
+ALL_LINKS = "all"
+
+
+def link_folders(text: str | None) -> tuple[Path, ...]:
+    """The folders that `--allow_links` names, as `ImageFolder` takes them; `all` is the root."""
+    if not text:
+        return ()
+    whole = user_path(text).is_dir()  # a name may hold a comma
+    parts = [text] if whole else [part.strip() for part in text.split(",") if part.strip()]
+    return (Path("/"),) if ALL_LINKS in parts else tuple(map(user_path, parts))
+
+
+def add_links_flag(add: Callable[..., Any]) -> None:
+    """Adds `--allow_links` to the parser whose `add_argument` is given."""
+    add(
+        "--allow_links",
+        type=link_folders,
+        nargs="?",
+        const=link_folders(ALL_LINKS),
+        default=(),
+        metavar="DIR,DIR",
+        help=LINKS_HELP,
+    )
+
+
 class CheckedSettings(Protocol):
     """A dataclass of `setting`s that can check its values."""
 
@@ -117,6 +146,7 @@ def setting(
     choices: tuple[str, ...] = (),
     at_least: Any = None,
     metavar: str | None = None,
+    value_alone: str | None = None,
 ) -> Any:
     """A field of a dataclass of settings: one attribute, YAML key and flag.
 
@@ -128,6 +158,7 @@ def setting(
         choices: The allowed values; empty: any value of the field's type.
         at_least: The lowest number allowed.
         metavar: What `--help` shows for the value; None: by the field's type.
+        value_alone: The value of the flag if none follows it; None: one has to.
     """
     metadata = {
         "help": help,
@@ -136,6 +167,7 @@ def setting(
         "choices": choices,
         "at_least": at_least,
         "metavar": metavar,
+        "value_alone": value_alone,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -241,6 +273,8 @@ def _settings_parser(
             help = field.metadata["help"] + (f" (default: {default})" if default else "")
             names = [f"--{field.name}"]
             options: dict[str, Any] = {"metavar": _value_name(field)}
+            if field.metadata["value_alone"]:
+                options |= {"nargs": "?", "const": field.metadata["value_alone"]}
             if isinstance(field.default, bool):
                 names, options = [*names, f"--no-{field.name}"], {"action": _SwitchAction}
             section.add_argument(*names, help=help.replace("%", "%%"), **options)

@@ -10,14 +10,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.cli import check_fields, parse_settings, setting
+from samft.cli import ALL_LINKS, LINKS_HELP, check_fields, parse_settings, setting
 
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
 FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
-    cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image
+    cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links
     attention decoder mask_chunk compile activation_checkpointing optimizer_sharding
     dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit probe_memory""".split()
 )
@@ -92,6 +92,7 @@ class TrainConfig:
         "missing and broken images: error: refuse to train; skip: leave them out and name them",
         choices=("error", "skip"),
     )
+    allow_links: str | None = _data(None, LINKS_HELP, metavar="DIR,DIR", value_alone=ALL_LINKS)
     model_type: str | None = _model(
         None,
         "SAM model; vit_tiny is small, comes with samft, and suits tests and CPUs",

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-from samft.cli import CommandParser, run_command, user_path
+from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.errors import ConfigError, escape_unprintable
 from samft.runtime.signals import die_with_parent
 
@@ -112,6 +112,7 @@ def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
         help="missing or unreadable images: end with an error, or skip and list them "
         "(default: error)",
     )
+    add_links_flag(group.add_argument)
 
 
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:

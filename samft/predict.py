@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tqdm import tqdm
 
-from samft.cli import CommandParser, run_command, user_path
+from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.errors import CheckpointError, ConfigError, DataError, escape_unprintable
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         boxes=options.box,
         automatic=options.automatic,
         min_score=options.min_score,
+        allow_links=options.allow_links,
     )
     task = _without_bad_images(task, options)
     create_writable_dir(options.output_dir)
@@ -163,6 +164,7 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
         default="error",
         help="skip: leave out and name missing and broken images; default error",
     )
+    add_links_flag(add)
     add("--num_workers", type=int, default=4, metavar="N", help="threads; default 4")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
     add(

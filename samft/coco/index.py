@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,12 @@ def class_names(index: CocoIndex) -> dict[int, str]:
 
 
 def index_file(
-    annotations: Path, image_folder: Path, *, root: Path | None = None, cache: Path | None = None
+    annotations: Path,
+    image_folder: Path,
+    *,
+    root: Path | None = None,
+    allow_links: Sequence[Path] = (),
+    cache: Path | None = None,
 ) -> CocoIndex:
     """Opens the index of a COCO file; the first time, the file is checked and the index built.
 
@@ -156,6 +162,7 @@ def index_file(
         annotations: The JSON file.
         image_folder: What its file names are relative to.
         root: The dataset's folder; symbolic links of images may lead to anywhere below it.
+        allow_links: Other folders that symbolic links of images may lead to.
         cache: Folder of all indexes; by default `index` in samft's cache folder.
 
     Raises:
@@ -163,8 +170,9 @@ def index_file(
         DataError: The index cannot be written.
     """
     digest = file_digest(annotations)
-    images = ImageFolder(image_folder, root=root)
+    images = ImageFolder(image_folder, root=root, allow_links=allow_links)
     parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve()]
+    parts += [folder.resolve() for folder in allow_links]
     key = hashlib.sha256("\n".join(map(str, parts)).encode(errors=_ESCAPE)).hexdigest()[:32]
     try:
         cache = _make_cache_folder(cache)

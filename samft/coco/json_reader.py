@@ -14,7 +14,7 @@ import msgspec
 
 from samft.coco.problems import Problems
 from samft.errors import DataError
-from samft.runtime.files import sha256_of
+from samft.runtime.files import read_file, sha256_of
 
 UNSET = msgspec.UNSET
 Raw = msgspec.Raw | Any  # an entry as JSON text, or as a value if the fast parser cannot read it
@@ -87,7 +87,7 @@ def load_document(path: Path, problems: Problems) -> Document:
         UnusableFile: It cannot be read, is not JSON, or is not a COCO instances file.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise _unreadable_file(path, error) from error
     if content.startswith(codecs.BOM_UTF8):
@@ -106,6 +106,7 @@ def _load_with_json(path: Path, content: bytes, problems: Problems) -> Document:
     try:
         whole = json.loads(content)
     except json.JSONDecodeError as error:
+        _refuse_placeholder(path, content)
         raise UnusableFile(
             "json-invalid",
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
@@ -124,6 +125,18 @@ def _load_with_json(path: Path, content: bytes, problems: Problems) -> Document:
             )
     problems.add("json-not-standard", path.name)
     return Document(whole["images"], whole["annotations"], whole.get("categories"))
+
+
+def _refuse_placeholder(path: Path, content: bytes) -> None:
+    # What version control leaves where the content of a file was not fetched.
+    text = content[:1000].decode(errors="replace").strip()
+    reason = ""
+    if text.startswith("version https://git-lfs"):
+        reason = "a pointer of Git LFS: fetch its content (`git lfs pull`)"
+    elif len(content) < 1000 and "\n" not in text and not text.startswith(("{", "[", "<")):
+        reason = f"only the path {text!r}, a link that was copied as text: copy what it leads to"
+    if reason and "/" in text:
+        raise UnusableFile("json-invalid", f"{path} is no JSON; it holds {reason}.")
 
 
 def _unreadable_file(path: Path, error: OSError) -> UnusableFile:

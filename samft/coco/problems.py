@@ -35,7 +35,7 @@ KINDS = {
     "image-ambiguous": (ERROR, "the name fits several files, or its file several names"),
     "image-not-a-file": (ERROR, "a pipe, socket or device instead of a file; it is never opened"),
     "image-empty": (ERROR, "the image file is empty"),
-    "image-not-an-image": (ERROR, "the file is no image (HTML, text, ...)"),
+    "image-not-an-image": (ERROR, "the file is no image (HTML, text, a Git LFS pointer, ...)"),
     "image-truncated": (ERROR, "the image file is cut short"),
     "image-too-large": (ERROR, "the image has more than 179 million pixels"),
     "image-unreadable": (ERROR, "the image file cannot be read"),
@@ -149,6 +149,12 @@ class Problems:
         """Records one occurrence for each id, shown as `noun id`."""
         ids = list(ids)
         self.add(code, *(f"{noun} {one}" for one in ids[:MAX_EXAMPLES]), count=len(ids))
+
+    @property
+    def has_links_outside(self) -> bool:
+        """Whether images lie behind links that `--allow_links` would open."""
+        issue = self.issues.get("image-outside", Issue())
+        return any("--allow_links" in example for example in issue.examples)
 
     def __getitem__(self, code: str) -> int:
         return self.issues[code].count if code in self.issues else 0

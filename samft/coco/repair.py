@@ -33,7 +33,7 @@ from samft.coco.problems import Problems
 from samft.coco.segmentation import count_pixels, decode_cropped, encode_cropped
 from samft.errors import ConfigError, DataError
 from samft.images.folder import ImageFolder
-from samft.runtime.files import write_atomically
+from samft.runtime.files import read_file, write_atomically
 
 _LISTS = ("categories", "images", "annotations")
 
@@ -53,6 +53,7 @@ def write_repaired(
     *,
     target: Path,
     root: Path | None = None,
+    allow_links: Sequence[Path] = (),
     without: NDArray[np.int64] | None = None,
 ) -> RepairedFile:
     """Writes a copy of a COCO file in which `samft.check` finds no errors, warnings or notes.
@@ -66,6 +67,7 @@ def write_repaired(
         annotations: The COCO file itself.
         target: The copy; its folder is created.
         root: See `index_file`.
+        allow_links: See `index_file`.
         without: Rows of images to leave out, with their objects.
 
     Raises:
@@ -76,7 +78,7 @@ def write_repaired(
     if target.exists():
         raise ConfigError(f"{target} exists, and nothing is overwritten: choose another folder.")
     document = load_document(annotations, Problems())
-    folder = ImageFolder(index.image_folder, root=root)
+    folder = ImageFolder(index.image_folder, root=root, allow_links=allow_links)
     images = _RepairedImages(document.images, index, folder, without=without)
     objects = _select_objects(images, index, document.annotations)
     if not (index.flags[objects] & CROWD == 0).any():
@@ -109,7 +111,7 @@ def _write_document(
 
 def _other_fields(annotations: Path) -> dict[str, Any]:
     # The info, the licences and whatever else stands beside the lists.
-    content = annotations.read_bytes().removeprefix(codecs.BOM_UTF8)
+    content = read_file(annotations).removeprefix(codecs.BOM_UTF8)
     try:
         whole = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     except ValueError:

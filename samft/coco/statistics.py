@@ -5,6 +5,7 @@ Imports no torch.
 
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,12 @@ class CheckedSplit:
 
 
 def check_splits(
-    data_root: Path, *, train_split: str, val_split: str, image_size: int
+    data_root: Path,
+    *,
+    train_split: str,
+    val_split: str,
+    image_size: int,
+    allow_links: Sequence[Path] = (),
 ) -> dict[str, CheckedSplit]:
     """Checks the splits that a dataset has, and whether images are in train and in val.
 
@@ -158,6 +164,7 @@ def check_splits(
         train_split: Name of the training split.
         val_split: Name of the validation split.
         image_size: The model's input that sizes of objects refer to, px.
+        allow_links: See `index_file`.
 
     Returns:
         By `train`, `val` and `test`. A missing training split is in it as a failure; the others may
@@ -177,7 +184,9 @@ def check_splits(
                 folder = data_root / name
                 splits[role] = _unreadable_split(folder, folder, "json-missing", error)
             continue
-        splits[role] = check_split(annotations, images, root=data_root, image_size=image_size)
+        splits[role] = check_split(
+            annotations, images, root=data_root, allow_links=allow_links, image_size=image_size
+        )
     if len(missing) == 3:
         raise missing[TRAIN]
     if VAL in splits:
@@ -186,7 +195,12 @@ def check_splits(
 
 
 def check_split(
-    annotations: Path, images: Path, *, root: Path | None = None, image_size: int
+    annotations: Path,
+    images: Path,
+    *,
+    root: Path | None = None,
+    allow_links: Sequence[Path] = (),
+    image_size: int,
 ) -> CheckedSplit:
     """Checks one annotation file; that it cannot be read is a problem like any other.
 
@@ -194,10 +208,11 @@ def check_split(
         annotations: The JSON file.
         images: What its file names are relative to.
         root: See `index_file`.
+        allow_links: See `index_file`.
         image_size: The model's input that sizes of objects refer to, px.
     """
     try:
-        index = index_file(annotations, images, root=root)
+        index = index_file(annotations, images, root=root, allow_links=allow_links)
     except UnusableFile as error:
         return _unreadable_split(annotations, images, error.code, error)
     statistics = compute_statistics(index, image_size=image_size)

@@ -5,7 +5,7 @@ Imports no torch.
 
 import difflib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def read_coco(
     image_folder: Path,
     *,
     root: Path | None = None,
+    allow_links: Sequence[Path] = (),
     cache: Path | None = None,
     on_bad_image: str = "error",
     category_names: Iterable[str] = (),
@@ -102,6 +103,7 @@ def read_coco(
         annotations: The JSON file.
         image_folder: What its file names are relative to.
         root: See `index_file`.
+        allow_links: See `index_file`.
         cache: See `index_file`.
         on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
         category_names: Only objects of these classes are used; all if empty.
@@ -111,7 +113,7 @@ def read_coco(
         DataError: The file cannot be read or holds no usable object, images are missing or broken,
             or ids contradict each other.
     """
-    index = index_file(annotations, image_folder, root=root, cache=cache)
+    index = index_file(annotations, image_folder, root=root, allow_links=allow_links, cache=cache)
     raise_for_errors(index.problems, annotations, on_bad_image=on_bad_image)
     subset = select_objects(
         index, categories=find_categories(index, category_names), min_mask_area=min_mask_area
@@ -148,6 +150,8 @@ def _describe_errors(errors: dict[str, Issue], problems: Problems, annotations: 
         lines.append(f"  - left out: {counts or 'nothing; it has no annotations'}")
     if errors.keys() & BAD_IMAGES:
         lines.append("`--on_bad_image skip` leaves such images out.")
+    if problems.has_links_outside:
+        lines.append("`--allow_links DIR` opens those behind links into a folder that you trust.")
     lines.append("`python -m samft.check` lists everything, and repairs what it can with `--fix`.")
     return lines
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from samft.images.files import JPEG_START, ImageError, header_size, is_cut_short
 from samft.images.orientation import UPRIGHT, turn_pixels, turned_size
+from samft.runtime.files import open_file
 
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
@@ -79,7 +80,7 @@ def open_image(path: Path, *, orientation: int = UPRIGHT) -> EncodedImage:
         ImageError: If it is missing, cut short, not an image, or larger than `MAX_PIXELS`.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = header_size(file, name=str(path))
             file.seek(0)
             content = file.read()

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from PIL import Image
 from tqdm import tqdm
 
 from samft.errors import DataError
+from samft.runtime.files import NotAFileError, open_file
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
@@ -66,7 +67,7 @@ class ImageFacts:
         width: px, as `height`.
         orientation: EXIF's, 1..8; 1 is upright.
         problem: None, or `image-empty`, `image-not-an-image`, `image-truncated`,
-            `image-too-large`, `image-unreadable` (missing, say, or without permission).
+            `image-too-large`, `image-not-a-file` (a pipe), `image-unreadable` (missing, say).
         num_bytes: Size of the file.
     """
 
@@ -83,7 +84,7 @@ def inspect_image(path: Path) -> ImageFacts:
     Never raises, whatever is wrong with the file.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with cast(io.FileIO, open_file(path, buffering=0)) as file:
             length = os.fstat(file.fileno()).st_size
             head = file.read(_GLANCE)
             if not head:
@@ -92,6 +93,8 @@ def inspect_image(path: Path) -> ImageFacts:
             if facts.problem is None and _seems_cut_short(file, head, length=length):
                 facts = replace(facts, problem="image-truncated")
             return replace(facts, num_bytes=length)
+    except NotAFileError:
+        return ImageFacts(problem="image-not-a-file")
     except (OSError, ValueError):
         return ImageFacts(problem="image-unreadable")
 

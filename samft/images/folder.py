@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -52,21 +52,38 @@ class ImageFolder:
         Args:
             folder: What file names are relative to.
             root: The dataset's folder; symbolic links may lead to anywhere below it or `folder`.
-            allow_links: Other folders that symbolic links may lead to.
+            allow_links: Other folders that symbolic links and file names may lead to; `/` is for
+                links alone.
         """
         self.folder = folder
         self.hints: dict[str, str] = {}
         roots = [path for path in (folder, root, *allow_links) if path is not None]
         self._allowed = [path.resolve() for path in roots]
-        # The folder and the root without links, and each way in which a path may begin with them.
+        # Each folder without links, and the ways in which the path of a file in it may begin.
         self._own = [
             (spelled.parts[1:], path.resolve().parts[1:])
-            for path in roots[: 1 if root is None else 2]
+            for path in roots
+            if len(path.parts) > 1  # not "/", which is for links alone
             for spelled in (path.absolute(), path.resolve())
         ]
         self._listings: dict[str, dict[str, str]] = {}  # name -> kind
         self._unreadable: dict[str, str] = {}  # folders that cannot be listed -> why
         self._pools: dict[str, Path] = {}  # the folders that refused links lead to, by name
+
+    def image_names(self, suffixes: Collection[str]) -> list[str]:
+        """The files that lie directly in the folder, by their suffixes, sorted.
+
+        Args:
+            suffixes: With their dots, in lower case.
+        """
+        # macOS leaves files such as "._a.jpg" beside the image "a.jpg".
+        return sorted(
+            name
+            for name, kind in self._list_folder("").items()
+            if kind != _FOLDER
+            and not name.startswith(".")
+            and Path(name).suffix.lower() in suffixes
+        )
 
     def find(self, name: str) -> tuple[str, str]:
         """As `find_all`, for one name."""

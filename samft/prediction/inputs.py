@@ -21,8 +21,10 @@ from samft.coco.json_reader import ObjectEntry, load_document, read_entries, to_
 from samft.coco.problems import KINDS, WARNING, Problems
 from samft.coco.subset import raise_for_errors
 from samft.errors import DataError
-from samft.images.files import inspect_image, inspect_images
+from samft.images.files import ImageFacts, inspect_image, inspect_images
+from samft.images.folder import ImageFolder
 from samft.images.orientation import UPRIGHT
+from samft.runtime.files import read_file
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of files in a folder
 DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists
@@ -127,6 +129,7 @@ def build_task(
     boxes: Sequence[Sequence[float]] | None = None,
     automatic: bool = False,
     min_score: float = 0.0,
+    allow_links: Sequence[Path] = (),
 ) -> PredictionTask:
     """Lists images and boxes; with neither annotations nor boxes, masks are automatic.
 
@@ -137,6 +140,7 @@ def build_task(
         boxes: The same for all images, see `repeat_boxes`.
         automatic: Automatic masks even if `annotations` has boxes.
         min_score: See `detected_boxes`.
+        allow_links: Folders that symbolic links in folders of images may lead to.
 
     Returns:
         The task; its rows include unreadable images.
@@ -146,9 +150,9 @@ def build_task(
     """
     index, category = None, DEFAULT_CATEGORY
     if annotations is None:
-        images = list_images(paths)
+        images = list_images(paths, allow_links=allow_links)
     else:
-        images, index = read_coco_images(annotations, paths[0])
+        images, index = read_coco_images(annotations, paths[0], allow_links=allow_links)
         category = NO_CATEGORY
     if results is not None:
         detected = detected_boxes(results, images, min_score=min_score)
@@ -166,11 +170,12 @@ def build_task(
 # Images.
 
 
-def list_images(paths: Sequence[Path]) -> ImageList:
+def list_images(paths: Sequence[Path], *, allow_links: Sequence[Path] = ()) -> ImageList:
     """Lists image files, and checks the header and the end of each.
 
     Args:
         paths: Image files, and folders; subfolders are not searched.
+        allow_links: See `build_task`.
 
     Returns:
         The images, each once, with ids from 1; in the order given, by name within a folder.
@@ -179,48 +184,59 @@ def list_images(paths: Sequence[Path]) -> ImageList:
         DataError: A path does not exist, or a folder holds no image file.
     """
     name_of: dict[Path, str] = {}
+    reasons: dict[Path, str] = {}
     for path in paths:
-        for file in _image_files(path):
+        for file, reason in _image_files(path, allow_links):
             # Names are relative to the folder if there is only one, so that they are unique.
             name_of.setdefault(file.absolute(), file.name if len(paths) == 1 else str(file))
+            if reason:
+                reasons[file.absolute()] = reason
     files, names = list(name_of), list(name_of.values())
-    facts = list(inspect_images(files))
-    bad = {row: KINDS[fact.problem][1] for row, fact in enumerate(facts) if fact.problem}
+    inspected = inspect_images([file for file in files if file not in reasons])
+    facts = [ImageFacts() if file in reasons else next(inspected) for file in files]
+    bad = {row: reasons[file] for row, file in enumerate(files) if file in reasons}
+    bad |= {row: KINDS[fact.problem][1] for row, fact in enumerate(facts) if fact.problem}
     sizes = np.array([(fact.height, fact.width) for fact in facts], dtype=np.int32)
     upright = np.full(len(files), UPRIGHT, dtype=np.uint8)
     return ImageList(names, files, np.arange(1, len(files) + 1), sizes, upright, bad)
 
 
-def _image_files(path: Path) -> list[Path]:
+def _image_files(path: Path, allow_links: Sequence[Path]) -> Iterator[tuple[Path, str]]:
+    # Each file, and why it is not to be opened, if so.
     if not path.is_dir():
         if not path.exists():
             raise DataError(f"--images: there is no file or folder {path}: check the path.")
-        return [path]
-    files = sorted(file for file in path.iterdir() if _is_image_name(file))
-    if not files:
+        yield path, ""
+        return
+    folder = ImageFolder(path, allow_links=allow_links)
+    found = folder.find_all(folder.image_names(SUFFIXES))
+    if not found:
         raise DataError(
             f"--images: the folder {path} holds no image file ({', '.join(SUFFIXES)}; "
             "subfolders are not searched): check the path."
         )
-    return files
+    for name, (_, code) in found.items():
+        yield path / name, _describe(code, folder.hints.get(name)) if code else ""
 
 
-def _is_image_name(path: Path) -> bool:
-    # macOS leaves files such as "._a.jpg" beside the image "a.jpg".
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def _describe(code: str, hint: str | None) -> str:
+    return f"{KINDS[code][1]} ({hint})" if hint else KINDS[code][1]
 
 
-def read_coco_images(annotations: Path, folder: Path) -> tuple[ImageList, CocoIndex]:
+def read_coco_images(
+    annotations: Path, folder: Path, *, allow_links: Sequence[Path] = ()
+) -> tuple[ImageList, CocoIndex]:
     """The images that a COCO file lists, with or without objects.
 
     Args:
         annotations: The COCO file.
         folder: What its file names are relative to.
+        allow_links: See `build_task`.
 
     Raises:
         DataError: The file cannot be read, lists no image, or gives one id to several images.
     """
-    index = index_file(annotations, folder)
+    index = index_file(annotations, folder, allow_links=allow_links)
     problems = {
         code: issue for code, issue in index.problems.issues.items() if code != "no-objects"
     }
@@ -229,15 +245,19 @@ def read_coco_images(annotations: Path, folder: Path) -> tuple[ImageList, CocoIn
         raise DataError(f"{annotations} lists no image: give a COCO file that does.")
     names = index.file_names()
     paths = [folder / name for name in names]
-    bad = {row: _reason_unreadable(index, names[row]) for row in np.flatnonzero(index.bad).tolist()}
+    bad = _reasons_unreadable(index, ImageFolder(folder, allow_links=allow_links))
     return ImageList(names, paths, index.image_ids, index.sizes, index.orientations, bad), index
 
 
-def _reason_unreadable(index: CocoIndex, name: str) -> str:
-    code = index.bad_images.get(name)
-    if code is None and ".." not in Path(name).parts and not Path(name).is_absolute():
-        code = inspect_image(index.image_folder / name).problem
-    return KINDS[code or "image-outside"][1]
+def _reasons_unreadable(index: CocoIndex, folder: ImageFolder) -> dict[int, str]:
+    names = {row: index.file_name(row) for row in np.flatnonzero(index.bad).tolist()}
+    found = folder.find_all(names.values())
+    reasons = {}
+    for row, name in names.items():
+        code = index.bad_images.get(name) or found[name][1]
+        code = code or inspect_image(index.image_folder / name).problem or "image-unreadable"
+        reasons[row] = _describe(code, folder.hints.get(name))
+    return reasons
 
 
 # Boxes of the command line.
@@ -407,7 +427,7 @@ def detected_boxes(results: Path, images: ImageList, *, min_score: float = 0.0) 
 
 def _read_detections(results: Path) -> list[_Detection]:
     try:
-        return msgspec.json.decode(results.read_bytes(), type=list[_Detection], strict=False)
+        return msgspec.json.decode(read_file(results), type=list[_Detection], strict=False)
     except OSError as error:
         raise DataError(
             f"--boxes: {results} cannot be read ({error.strerror}): check the path."

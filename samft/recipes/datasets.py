@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft import distributed
+from samft.cli import link_folders
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_split
 from samft.coco.problems import NOTE, WARNING
@@ -144,6 +145,7 @@ def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
     return read_coco(
         *files,
         root=None if config.data_root is None else Path(config.data_root).expanduser(),
+        allow_links=link_folders(config.allow_links),
         on_bad_image=config.on_bad_image,
         category_names=[name for name in names if name],
         min_mask_area=config.min_mask_area,

@@ -132,6 +132,7 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
         annotations,
         images,
         root=options.data_root,
+        allow_links=options.allow_links,
         on_bad_image=options.on_bad_image,
         category_names=[name for name in names if name],
         min_mask_area=options.min_mask_area,

@@ -42,7 +42,7 @@ from samft.training.engine import Progress
 
 FILE_NAME = "report.html"
 # Flags of `samft.evaluate` that decide which objects are scored.
-_SELECTING_FLAGS = ("category_names", "min_mask_area", "on_bad_image")
+_SELECTING_FLAGS = ("category_names", "min_mask_area", "on_bad_image", "allow_links")
 _PACKAGES = ("torch", "torchvision", "segment-anything", "numpy", "opencv-python", "torchmetrics")
 
 
@@ -129,8 +129,21 @@ class RunReport:
             data=data,
             images=images,
             annotations=annotations,
+            links=self._links_of_predict(),
             folder=self.output_dir,
         )
+
+    def _links_of_predict(self) -> list[str]:
+        # `samft.predict` knows no data_root, below which images may be elsewhere, too.
+        config, subset = self.config, self.splits.val.subset
+        folders = [config.allow_links] if config.allow_links else []
+        leave_folder = (
+            subset.file_name(i).startswith("../") or subset.path(i).is_symlink()
+            for i in range(subset.num_images)
+        )
+        if config.data_root and any(leave_folder):
+            folders.append(config.data_root)
+        return ["--allow_links", ",".join(folders)] if folders else []
 
     def _build_page(
         self,

@@ -190,7 +190,13 @@ def _suggest_rate_or_steps(
 
 
 def next_commands(
-    checkpoint: str, *, data: list[str], images: Path, annotations: Path, folder: Path
+    checkpoint: str,
+    *,
+    data: list[str],
+    images: Path,
+    annotations: Path,
+    links: list[str],
+    folder: Path,
 ) -> list[str]:
     """Commands that use the best checkpoint, to be copied into a shell.
 
@@ -199,6 +205,7 @@ def next_commands(
         data: The flags that name the validation split.
         images: Folder of its images.
         annotations: Its COCO file.
+        links: The flag that names the folders that links of its images lead to, if they lead out.
         folder: The output folder.
 
     Returns:
@@ -209,7 +216,7 @@ def next_commands(
     return [
         shlex.join([*python, "samft.evaluate", "--checkpoint", checkpoint, *data]),
         shlex.join(
-            [*python, "samft.predict", "--checkpoint", checkpoint, *predict]
+            [*python, "samft.predict", "--checkpoint", checkpoint, *predict, *links]
             + ["--output_dir", str(folder / "predictions")]
         ),
         f"from samft import load_sam; sam = load_sam({checkpoint!r})",

@@ -148,10 +148,49 @@ def private_temporary_folder() -> Path:
     return folder
 
 
+class NotAFileError(OSError):
+    """A pipe, socket or device in the place of a file."""
+
+
+def open_file(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """Opens a file to read it, and never waits for the other end of a pipe.
+
+    Args:
+        path: The file.
+        buffering: See `open`.
+
+    Raises:
+        NotAFileError: It is a pipe, a socket or a device.
+        OSError: It cannot be opened.
+    """
+    return open(path, "rb", buffering, opener=_open_at_once)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    no_file = errno.EINVAL, "it is a pipe, socket or device, and no file", path
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise NotAFileError(*no_file) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise NotAFileError(*no_file)
+    return descriptor
+
+
+def read_file(path: Path) -> bytes:
+    """All of a file; see `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal; see `open_file`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

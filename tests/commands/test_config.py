@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import REPOSITORY
-from samft.cli import CommandParser
+from samft.cli import CommandParser, link_folders
 from samft.config import FREE_ON_RESUME, TrainConfig, changed_settings, parse_config, to_yaml
 from samft.errors import ConfigError
 
@@ -98,6 +98,7 @@ OTHER: dict[str, Any] = {
     "min_mask_area": 16.0,
     "repeat_threshold": 0.001,
     "on_bad_image": "skip",
+    "allow_links": "/pool,/cache",
     "resize_mode": "squash",
     "num_workers": 0,
     "amp": "off",
@@ -465,3 +466,15 @@ def test_each_ready_made_configuration_is_valid_and_opens_with_its_command(file:
     head = file.read_text().split("model_type:")[0]
     assert f"launch.sh --config configs/{file.name}" in head or file.name == "demo.yaml"
     assert "Hardware:" in head
+
+
+def test_links_are_allowed_into_folders_or_anywhere(tmp_path: Path) -> None:
+    assert link_folders(None) == ()
+    assert link_folders("all") == (Path("/"),)
+    assert link_folders("/pool, /cache") == (Path("/pool"), Path("/cache"))
+    with_comma = tmp_path / "a,b"
+    with_comma.mkdir()
+    assert link_folders(str(with_comma)) == (with_comma,)
+    required = ["--data_root", "d", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
+    assert parse_config([*required, "--allow_links"]).allow_links == "all"
+    assert parse_config(["--allow_links", "/pool", *required]).allow_links == "/pool"

@@ -1,6 +1,7 @@
 """Images to predict on: which are listed, their ids, and why some cannot be read."""
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -44,7 +45,7 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "c.jpg").write_text("<html>")
     assert list_images([tmp_path]).bad == {
         1: "the image file is cut short",
-        2: "the file is no image (HTML, text, ...)",
+        2: "the file is no image (HTML, text, a Git LFS pointer, ...)",
     }
 
 
@@ -63,7 +64,7 @@ def test_a_coco_file_without_objects_lists_images(tmp_path: Path) -> None:
     assert images.ids.tolist() == [7, 8, 9]
     assert images.sizes[0].tolist() == [11, 13]  # the file's, not the JSON's
     assert images.bad == {
-        1: "the image file cannot be read",
+        1: "there is no such image file",
         2: "the file lies outside of the data folder; it is never opened",
     }
     assert len(index.boxes) == 0
@@ -109,3 +110,18 @@ def test_images_without_a_coco_file_have_one_class(tmp_path: Path) -> None:
     task = build_task([tmp_path], boxes=[[1, 2, 11, 12], [3, 4, 9, 8]])
     assert task.boxes_of(0).tolist() == [[1, 2, 11, 12], [3, 4, 9, 8]]
     assert task.result_fields(0, 1) == {"image_id": 1, "category_id": 1}
+
+
+def test_links_in_a_folder_lead_outside_only_where_they_may(tmp_path: Path) -> None:
+    write_image(tmp_path / "pool" / "1.png").rename(tmp_path / "pool" / "1")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").symlink_to("../pool/1")
+    os.mkfifo(folder / "pipe.png")
+    pipe = "a pipe, socket or device instead of a file; it is never opened"
+    outside = "the file lies outside of the data folder; it is never opened"
+    hint = f"behind a link: --allow_links {tmp_path / 'pool'} opens it"
+    assert list_images([folder]).bad == {0: f"{outside} ({hint})", 1: pipe}
+    assert list_images([folder], allow_links=[tmp_path / "pool"]).bad == {1: pipe}
+    # Whoever names a file means it.
+    assert list_images([folder / "a.png", folder / "pipe.png"]).bad == {1: pipe}

@@ -26,8 +26,13 @@ def commands(data: Path, **changes: object) -> list[list[str]]:
     """The commands of a run in `a run`, as a shell would split them."""
     config = parse_config(short(data, Path("a run"), **changes))
     nothing: Any = SimpleNamespace(objects=SimpleNamespace(read=lambda step: None))
+    links = [path for path in (data / "val").glob("*") if path.is_symlink()]
+    val: Any = SimpleNamespace(
+        num_images=len(links), path=links.__getitem__, file_name=lambda i: links[i].name
+    )
+    splits: Any = SimpleNamespace(val=SimpleNamespace(subset=val))
     best = Checkpoint("1-0.50.ckpt", 1, 0.5)
-    report = RunReport(config, Path("a run"), nothing, nothing, best)
+    report = RunReport(config, Path("a run"), splits, nothing, best)
     return [shlex.split(line) for line in report.next_commands()]
 
 
@@ -41,6 +46,16 @@ def test_commands_name_the_validation_split(tmp_path: Path) -> None:
         *("--annotations", str(tmp_path / "val/_annotations.coco.json")),
         *("--output_dir", "a run/predictions"),
     ]
+
+
+def test_commands_open_the_links_that_the_run_opened(tmp_path: Path) -> None:
+    write_coco(tmp_path, 1, split="val")
+    assert "--allow_links" not in commands(tmp_path)[1]
+    evaluate, predict, _ = commands(tmp_path, allow_links="/pool")
+    assert evaluate[-2:] == ["--allow_links", "/pool"]
+    assert predict[-4:-2] == ["--allow_links", "/pool"]
+    (tmp_path / "val" / "link.png").symlink_to("image_0.png")
+    assert commands(tmp_path, allow_links="/pool")[1][-3] == f"/pool,{tmp_path}"
 
 
 def test_commands_name_the_files_that_were_given(tmp_path: Path) -> None:

@@ -270,6 +270,7 @@ def test_commands_can_be_copied_whatever_the_folders_are_called(folder: str) -> 
         data=["--data_root", str(place), "--split", "val"],
         images=place / "images",
         annotations=place / "a.json",
+        links=["--allow_links", str(place)],
         folder=place,
     )
     assert shlex.split(evaluate) == [
@@ -279,6 +280,7 @@ def test_commands_can_be_copied_whatever_the_folders_are_called(folder: str) -> 
     assert shlex.split(predict) == [
         *("python", "-m", "samft.predict", "--checkpoint", checkpoint),
         *("--images", str(place / "images"), "--annotations", str(place / "a.json")),
+        *("--allow_links", str(place)),
         *("--output_dir", str(place / "predictions")),
     ]
     load = ast.parse(python).body[-1]

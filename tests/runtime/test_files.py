@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +14,14 @@ import pytest
 
 from samft.errors import ConfigError
 from samft.runtime.files import (
+    NotAFileError,
     atomic_replacement,
     cache_folder,
     matches_sidecar,
+    open_file,
     private_temporary_folder,
     read_digests,
+    read_file,
     staging_path,
     try_lock,
     write_atomically,
@@ -370,3 +374,17 @@ def test_a_folder_that_cannot_be_replaced_is_restored(tmp_path: Path) -> None:
             part.mkdir()
     assert (target / "old").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path / "socket", Path("/dev/zero")):
+        with pytest.raises(NotAFileError, match="no file"):
+            open_file(path)
+    with pytest.raises(IsADirectoryError):
+        open_file(tmp_path)
+    (tmp_path / "file").write_bytes(b"abc")
+    assert read_file(tmp_path / "file") == b"abc"

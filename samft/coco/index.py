@@ -3,9 +3,11 @@
 A folder in the cache holds one index: a `.npy` file for each array and `index.json` for the rest.
 Its name is a hash of the JSON's content and the paths of the images. It is written beside its place
 and renamed, under a lock, so that processes of a node never see a part of it and build it once.
+Whoever opens it verifies the checksums of all files first: one that is damaged is built again.
 Imports no torch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,6 +37,7 @@ from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
+from samft.runtime.checksums import is_intact, write_checksums
 from samft.runtime.files import cache_folder, file_lock, private_temporary_folder, write_json
 from samft.runtime.logs import LOGGER
 
@@ -133,7 +136,11 @@ _OTHER_FIELDS = {
     "bad_images",
     "problems",
 }
-_ARRAYS = tuple(name for name in CocoIndex.__annotations__ if name not in _OTHER_FIELDS)
+_ARRAYS = (
+    *(name for name in CocoIndex.__annotations__ if name not in _OTHER_FIELDS),
+    *(_BUFFER, _STARTS),
+)
+_FILES = (_META, *(f"{name}.npy" for name in _ARRAYS))
 
 
 def class_names(index: CocoIndex) -> dict[int, str]:
@@ -176,17 +183,15 @@ def index_file(
     key = hashlib.sha256("\n".join(map(str, parts)).encode(errors=_ESCAPE)).hexdigest()[:32]
     try:
         cache = _make_cache_folder(cache)
-        with file_lock(cache / f"{key}.lock"):
-            folder = cache / key
-            if not _is_current(folder, images):
-                started = time.monotonic()
-                checked = check_file(annotations, images)
-                _write_index(checked, folder, images)
-                _delete_unused(cache)
-                seconds = time.monotonic() - started
-                LOGGER.info("checked and indexed %s in %.1f s", annotations, seconds)
-            os.utime(folder / _META)  # when it was opened last, for `_delete_unused`
-            return open_index(folder, image_folder)
+        folder, lock = cache / key, cache / f"{key}.lock"
+        with file_lock(lock, shared=True):
+            index = _open_current(folder, images)
+        if index is None:
+            with file_lock(lock):
+                # Listed anew: while this process waited, another one may have built it.
+                images = ImageFolder(image_folder, root=root, allow_links=allow_links)
+                index = _open_current(folder, images) or _build_index(annotations, folder, images)
+        return index
     except OSError as error:
         raise DataError(
             f"the index of {annotations} cannot be written to {cache or error.filename} "
@@ -194,15 +199,27 @@ def index_file(
         ) from error
 
 
+def _build_index(annotations: Path, folder: Path, images: ImageFolder) -> CocoIndex:
+    started = time.monotonic()
+    if os.path.lexists(folder) and not is_intact(folder, _FILES, identity=folder.name):
+        LOGGER.warning("the index in %s is damaged: it is built again", folder)
+    checked = check_file(annotations, images)
+    _write_index(checked, folder, images)
+    _delete_unused(folder.parent)
+    seconds = time.monotonic() - started
+    LOGGER.info("checked and indexed %s in %.1f s", annotations, seconds)
+    return open_index(folder, images.folder)
+
+
 def open_index(folder: Path, image_folder: Path) -> CocoIndex:
-    """Maps an index into memory that `index_file` has built.
+    """Maps an index into memory that `index_file` has built or verified.
 
     Args:
         folder: Where the arrays are.
         image_folder: What file names are relative to.
     """
     meta = json.loads((folder / _META).read_text())
-    arrays = {name: _map_array(folder / f"{name}.npy") for name in (*_ARRAYS, _BUFFER, _STARTS)}
+    arrays = {name: _map_array(folder / f"{name}.npy") for name in _ARRAYS}
     segmentations = Segmentations(arrays.pop(_BUFFER), arrays.pop(_STARTS))
     return CocoIndex(
         folder=folder,
@@ -282,15 +299,18 @@ def _make_cache_folder(cache: Path | None) -> Path:
         return other
 
 
-def _is_current(folder: Path, images: ImageFolder) -> bool:
-    try:
-        meta = json.loads((folder / _META).read_text())
-    except FileNotFoundError:
-        return False
-    return not images.has_changed(meta["listings"]) and all(
-        _stamp_of(images.folder, name, meta["bad_images"][name]) == stamp
+def _open_current(folder: Path, images: ImageFolder) -> CocoIndex | None:
+    # None where there is none, or it is damaged, or files have come, gone or been replaced.
+    if not is_intact(folder, _FILES, identity=folder.name):
+        return None
+    meta = json.loads((folder / _META).read_text())
+    if images.has_changed(meta["listings"]) or any(
+        _stamp_of(images.folder, name, meta["bad_images"][name]) != stamp
         for name, stamp in meta["bad_stamps"].items()
-    )
+    ):
+        return None
+    os.utime(folder / _META)  # when it was opened last, for `_delete_unused`
+    return open_index(folder, images.folder)
 
 
 def _stamp_of(folder: Path, name: str, code: str) -> list[int] | None:
@@ -345,6 +365,7 @@ def _write_index(checked: CheckedFile, target: Path, image_folder: ImageFolder) 
             "problems": checked.problems.to_json(),
         }
         write_json(part / _META, meta)
+        write_checksums(part, _FILES, identity=target.name)
         _replace_folder(target, part)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -359,7 +380,7 @@ def _make_part_folder(parent: Path) -> Path:
 
 def _replace_folder(target: Path, part: Path) -> None:
     # Processes that have the old files mapped keep them.
-    if target.exists():
+    if os.path.lexists(target):  # also a link that leads nowhere
         old = _make_part_folder(target.parent)
         target.rename(old / "old")
         part.rename(target)
@@ -371,7 +392,7 @@ def _replace_folder(target: Path, part: Path) -> None:
 def _delete_unused(cache: Path) -> None:
     limit = time.time() - _UNUSED_DAYS * 86_400
     for folder in cache.iterdir():
-        meta = folder / _META
-        is_old_part = folder.name.endswith(".part") and folder.stat().st_mtime < limit
-        if is_old_part or (meta.exists() and meta.stat().st_mtime < limit):
-            shutil.rmtree(folder, ignore_errors=True)
+        used = folder if folder.name.endswith(".part") else folder / _META
+        with contextlib.suppress(OSError):  # no index, or another process has just deleted it
+            if used.stat().st_mtime < limit:
+                shutil.rmtree(folder, ignore_errors=True)

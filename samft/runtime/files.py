@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 
@@ -215,20 +215,25 @@ def matches_sidecar(path: Path, sidecar: Path) -> bool:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file, between the processes of this host; waits for it."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def file_lock(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Holds a lock on a file, between the processes of this host; waits for it.
+
+    Args:
+        path: The file; it is created, and its content does not matter.
+        shared: Whether others may hold it as well, shared too.
+    """
+    with _open_lock(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 
-def try_lock(path: Path) -> TextIO | None:
+def try_lock(path: Path) -> BinaryIO | None:
     """Takes an exclusive lock on a file, without waiting; it is held until the file is closed.
 
     Returns:
         The open file; None if another process holds the lock.
     """
-    file = path.open("w")
+    file = _open_lock(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,3 +242,10 @@ def try_lock(path: Path) -> TextIO | None:
     except OSError:  # a file system without locks, where no process can be kept out
         pass
     return file
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    # Without emptying it or following a link: what lies there may be somebody's file. For reading
+    # and writing, as NFS demands for locks of both kinds, and as a pipe can be opened at once.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    return open(descriptor, "rb", buffering=0)

@@ -11,8 +11,11 @@ import pytest
 
 from helpers.broken_coco import SQUARE, encode_image
 from helpers.coco_files import annotation, write_coco, write_json
+from helpers.damage import FAULTS, REPLACEMENTS
 from samft.coco import index as coco_index
-from samft.coco.index import index_file, open_index
+from samft.coco.index import CocoIndex, index_file, open_index
+from samft.coco.problems import Problems
+from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 
 
@@ -28,14 +31,26 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
+def check_equal(index: CocoIndex, other: CocoIndex) -> None:
+    """All that two indexes hold is equal."""
+    for name in CocoIndex.__annotations__:
+        mine, others = getattr(index, name), getattr(other, name)
+        if isinstance(mine, Segmentations):
+            np.testing.assert_array_equal(mine.buffer, others.buffer)
+            np.testing.assert_array_equal(mine.starts, others.starts)
+        elif isinstance(mine, Problems):
+            assert mine.to_json() == others.to_json()
+        elif name != "folder":
+            np.testing.assert_array_equal(mine, others)
+
+
 def test_a_file_is_indexed_once(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     path, cache = write_coco(tmp_path, 5), tmp_path / "cache"
     first = index_file(path, path.parent, cache=cache)
     assert _count_builds(log) == 1
     second = index_file(path, path.parent, cache=cache)
     assert _count_builds(log) == 0 and second.folder == first.folder
-    for name in coco_index._ARRAYS:
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    check_equal(first, second)
     # Mapped, not read.
     base = first.boxes.base
     assert isinstance(base, np.memmap) and not first.boxes.flags.writeable
@@ -150,6 +165,67 @@ def test_an_index_nobody_opened_for_a_month_is_deleted(tmp_path: Path) -> None:
         - (index_file(kept, kept.parent, cache=cache).folder / "index.json").stat().st_mtime
         < 3600
     )
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *REPLACEMENTS])
+def test_a_damaged_index_is_built_again_and_said(
+    tmp_path: Path, log: pytest.LogCaptureFixture, fault: str
+) -> None:
+    path, cache = write_coco(tmp_path, 5), tmp_path / "cache"
+    (path.parent / "image_1.png").write_bytes(b"")  # something for the lists of what is bad
+    index = index_file(path, path.parent, cache=tmp_path / "whole")
+    folder = index_file(path, path.parent, cache=cache).folder
+    generator, damage = np.random.default_rng(0), {**FAULTS, **REPLACEMENTS}[fault]
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for name in sorted(whole):
+        for _ in range(3 if fault in FAULTS else 1):
+            log.clear()
+            damage(folder / name, generator)
+            is_changed = (folder / name).is_fifo() or any(
+                (folder / one).read_bytes() != whole[one] if (folder / one).is_file() else True
+                for one in whole
+            )
+            check_equal(index_file(path, path.parent, cache=cache), index)
+            said = [one for one in log.messages if "is damaged: it is built again" in one]
+            assert len(said) == (is_changed or fault == "link"), name
+            assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+def test_the_index_of_another_file_in_its_place_is_not_believed(tmp_path: Path) -> None:
+    cache, paths = tmp_path / "cache", [write_coco(tmp_path / name, 3) for name in "ab"]
+    document = json.loads(paths[1].read_text())
+    document["annotations"][0]["bbox"][2] += 1
+    paths[1].write_text(json.dumps(document))
+    one, other = (index_file(path, path.parent, cache=cache) for path in paths)
+    one.folder.rename(cache / "aside")
+    other.folder.rename(one.folder)
+    (cache / "aside").rename(other.folder)
+    for path, index in zip(paths, (one, other), strict=True):
+        check_equal(index_file(path, path.parent, cache=cache), index)
+
+
+@pytest.mark.parametrize("fault", REPLACEMENTS)
+def test_something_else_in_the_place_of_an_index_is_replaced(tmp_path: Path, fault: str) -> None:
+    path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
+    index = index_file(path, path.parent, cache=tmp_path / "whole")
+    place = index_file(path, path.parent, cache=cache).folder
+    place.rename(cache / "aside")
+    place.write_text("of somebody")
+    REPLACEMENTS[fault](place, np.random.default_rng(0))
+    check_equal(index_file(path, path.parent, cache=cache), index)
+    assert not place.is_symlink() and place.is_dir()
+
+
+def test_a_lock_that_is_a_link_leaves_the_file_alone(tmp_path: Path) -> None:
+    path, cache = write_coco(tmp_path, 3), tmp_path / "cache"
+    folder = index_file(path, path.parent, cache=cache).folder
+    lock, theirs = folder.with_suffix(".lock"), tmp_path / "theirs.txt"
+    theirs.write_text("of somebody")
+    lock.unlink()
+    lock.symlink_to(theirs)
+    with pytest.raises(DataError, match="SAMFT_CACHE"):
+        index_file(path, path.parent, cache=cache)
+    assert theirs.read_text() == "of somebody"
 
 
 def test_arrays_that_hold_nothing_are_mapped_too(tmp_path: Path) -> None:

@@ -301,11 +301,9 @@ class Segmentations:
             text = buffer[start + 4 : start + 4 + -(-num_bytes // 8)].tobytes()[:num_bytes]
             return {"size": [height, width], "counts": _counts_from_strings([text])[0]}
         first = start + 1 + int(buffer[start])
-        ends = first + np.cumsum(buffer[start + 1 : first])
-        return [
-            buffer[end - length : end].view(np.float64)
-            for end, length in zip(ends.tolist(), buffer[start + 1 : first].tolist(), strict=True)
-        ]
+        lengths = buffer[start + 1 : first].tolist()
+        ends = accumulate(lengths, initial=first)
+        return [buffer[low:high].view(np.float64) for low, high in pairwise(ends)]
 
 
 def _pack_polygons(
@@ -489,9 +487,14 @@ def _counts_from_strings(texts: Sequence[bytes]) -> list[NDArray[np.int64]]:
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
     numbers = np.add.reduceat((codes & 31) << shifts, starts)
     numbers -= (codes[ends - 1] >> 4 & 1) << (5 * lengths)
-    first_numbers = [0, *np.searchsorted(ends, text_ends, side="right").tolist()]
-    counts = [numbers[first:end] for first, end in pairwise(first_numbers)]
-    for part in counts:
-        np.cumsum(part[1::2], out=part[1::2])
-        np.cumsum(part[2::2], out=part[2::2])
-    return counts
+    first_numbers = np.append(0, np.searchsorted(ends, text_ends, side="right"))
+    per_text = np.diff(first_numbers)
+    nth = np.arange(len(numbers)) - np.repeat(first_numbers[:-1], per_text)
+    for chosen, count in (
+        (nth % 2 == 1, per_text // 2),
+        (nth % 2 < (nth > 0), (per_text - 1) // 2),
+    ):
+        # The running sum of each text: that of all texts, less what it was before the text.
+        sums = np.append(0, np.cumsum(numbers[chosen]))
+        numbers[chosen] = sums[1:] - np.repeat(sums[np.cumsum(count) - count], count)
+    return [numbers[first:end] for first, end in pairwise(first_numbers.tolist())]

@@ -1,10 +1,10 @@
-"""Rasterises polygons: the exact share of each cell of a grid that they cover.
+"""Rasterises polygons and masks: the exact share of each cell of a grid that they cover.
 
-The method is that of font rasterisers. An outline is split where it crosses cell borders. Each
-piece deposits in its cell the signed area to its right, and in the next cell what is missing to its
-signed height; so the running sum of the deposits along a row is the covered area of each cell. All
-objects of an image are drawn in one pass, each part in a box of its own: the cost is proportional
-to the lengths of the outlines in cells. Imports no torch.
+The method for polygons is that of font rasterisers. An outline is split where it crosses cell
+borders. Each piece deposits in its cell the signed area to its right, and in the next cell what is
+missing to its signed height; so the running sum of the deposits along a row is the covered area of
+each cell. All objects of an image are drawn in one pass, each part in a box of its own: the cost is
+proportional to the lengths of the outlines in cells. Imports no torch.
 
 Source: signed-area accumulation as in FreeType's `ftgrays.c` and Raph Levien's font-rs.
 """
@@ -19,6 +19,8 @@ from samft.coco.segmentation import MaskRuns
 
 _CHUNK_CELLS = 2**16  # of the parts that are drawn together: buffers of 512 KiB stay in a cache
 _ROUNDING = 1e-9  # cells
+# The share of a cell from which on a binary target counts it, less what rounding can lose.
+_HALF = 0.5 - 1e-9
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -89,20 +91,6 @@ def polygon_edges(objects: Sequence[Sequence[NDArray[np.floating]]]) -> Edges:
     return Edges(points, points[following], np.repeat(np.arange(len(parts)), lengths), owner)
 
 
-def run_edges(runs: MaskRuns, owner: Ints) -> Edges:
-    """The outlines of masks, with x and y exchanged, so that edges are along the columns.
-
-    Args:
-        runs: The pixels of P masks.
-        owner: [P], the object of each mask.
-    """
-    left, right = runs.column, runs.column + 1
-    ends = [(runs.top, left), (runs.bottom, right), (runs.top, right), (runs.bottom, left)]
-    points = np.stack([np.stack(point, axis=1) for point in ends], axis=1).astype(np.float64)
-    start, end = points[:, :2].reshape(-1, 2), points[:, 2:].reshape(-1, 2)
-    return Edges(start, end, np.repeat(runs.mask, 2), owner)
-
-
 def rasterize(edges: Edges, areas: Floats) -> Iterator[CoveredBlock]:
     """Draws objects, each on a grid of cells of its own.
 
@@ -147,6 +135,110 @@ def rasterize(edges: Edges, areas: Floats) -> Iterator[CoveredBlock]:
         yield CoveredBlock(k, top, left, np.minimum(joined, 1, out=joined))
 
 
+def rasterize_runs(
+    runs: MaskRuns,
+    owner: Ints,
+    *,
+    scale: Floats,
+    shift: Floats,
+    areas: Floats,
+    is_binary: bool,
+    out: NDArray[np.uint8],
+) -> None:
+    """Draws masks of whole pixels, each on a grid of cells of its own.
+
+    Args:
+        runs: The pixels of P masks.
+        owner: [P], the object of each mask, 0 to K - 1, ascending.
+        scale: [K, 2], cells per pixel along x and y; below 0 where the image is mirrored.
+        shift: [K, 2], x and y of the image's corner in cells.
+        areas: As for `rasterize`.
+        is_binary: As for `round_shares`.
+        out: [K, side, side], zeros; receives the rounded shares, see `round_shares`.
+    """
+    low, high, drawn = _place_runs(runs, owner, scale, shift, areas)
+    if len(drawn) == 0:
+        return
+    objects, first = np.unique(drawn, return_index=True)
+    corner = np.floor(np.minimum.reduceat(low, first, axis=1)).astype(np.int64)
+    shape = np.ceil(np.maximum.reduceat(high, first, axis=1)).astype(np.int64) - corner
+    sizes = shape[0] * (shape[1] + 1)
+    last = np.append(first[1:], len(drawn))
+    for boxes in _split_by_cells(sizes):
+        chosen = slice(first[boxes[0]], last[boxes[-1]])
+        flat = _accumulate_runs(
+            low[:, chosen],
+            high[:, chosen],
+            np.repeat(np.arange(len(boxes)), (last - first)[boxes]),
+            corner=corner[:, boxes],
+            shape=shape[:, boxes],
+        )
+        levels = round_shares(flat, is_binary=is_binary)
+        ends = np.cumsum(sizes[boxes])
+        places = np.stack([objects[boxes], *corner[:, boxes], *shape[:, boxes], ends], axis=1)
+        for k, left, top, width, height, end in places.tolist():
+            columns = levels[end - width * (height + 1) : end].reshape(width, height + 1)
+            out[k, top : top + height, left : left + width] = columns[:, :-1].T
+
+
+def _place_runs(
+    runs: MaskRuns, owner: Ints, scale: Floats, shift: Floats, areas: Floats
+) -> tuple[Floats, Floats, Ints]:
+    # The rectangles of the runs that lie in their areas, in cells: low and high corners, x and y
+    # [2, R], and the object of each.
+    drawn = owner.take(runs.mask)
+    by, to, limits = (values.T.take(drawn, axis=1) for values in (scale, shift, areas))
+    one = np.stack([runs.column, runs.top]) * by + to
+    other = np.stack([runs.column + 1, runs.bottom]) * by + to
+    low = np.maximum(np.minimum(one, other), limits[:2])
+    high = np.minimum(np.maximum(one, other), limits[2:])
+    visible = (high - low > _ROUNDING).all(axis=0)
+    if visible.all():
+        return low, high, drawn
+    return low[:, visible], high[:, visible], drawn[visible]
+
+
+def _accumulate_runs(low: Floats, high: Floats, box: Ints, *, corner: Ints, shape: Ints) -> Floats:
+    # Rectangles of R runs in boxes of cells, each box column after column, with a spare cell below
+    # each. A rectangle covers some width of each column of cells that it meets; it deposits that
+    # width at its upper end and takes it away at its lower end, and the running sum down the column
+    # is the covered share.
+    first = low[0].astype(np.int64)
+    met = np.ceil(high[0]).astype(np.int64) - first
+    piece = np.repeat(np.arange(len(box)), met)
+    column = np.arange(len(piece)) + (first - np.cumsum(met) + met).take(piece)
+    width = np.minimum(high[0].take(piece), column + 1) - np.maximum(low[0].take(piece), column)
+    stride = shape[1] + 1
+    ends = np.cumsum(shape[0] * stride)
+    start = ends - (shape[0] + corner[0]) * stride - corner[1]
+    base = column * stride.take(box).take(piece) + start.take(box).take(piece)
+    cells, shares = [], []
+    for y, sign in ((low[1], 1), (high[1], -1)):
+        row = y.astype(np.int64)
+        beyond = (sign * (y - row)).take(piece) * width
+        at = base + row.take(piece)
+        cells += [at, at + 1]
+        shares += [sign * width - beyond, beyond]
+    # What is deposited past the end has no weight.
+    deposits = np.bincount(np.concatenate(cells), np.concatenate(shares), ends[-1])[: ends[-1]]
+    return np.cumsum(deposits, dtype=np.float64)
+
+
+def _split_by_cells(cells: Ints) -> list[Ints]:
+    # Numbers of boxes that are drawn together, each group of a bounded number of cells.
+    chunk = np.cumsum(cells) // _CHUNK_CELLS
+    return np.split(np.arange(len(cells)), np.flatnonzero(np.diff(chunk)) + 1)
+
+
+def round_shares(share: Floats, *, is_binary: bool) -> NDArray[np.uint8]:
+    """Covered shares as whole numbers, 0 to 255; binary: 255 from half of a cell on, else 0."""
+    if is_binary:
+        return np.where(share >= _HALF, np.uint8(255), np.uint8(0))
+    levels = 255 * share
+    levels += 0.5
+    return levels.astype(np.uint8)
+
+
 def _clip_edges(edges: Edges, areas: Floats) -> Edges:
     # Edges above and below the area are dropped. Those to the left and right are moved to its
     # border, for they still decide whether the cells to their right are covered.
@@ -187,8 +279,7 @@ def _part_coverages(
     stride = width + 1  # with a spare column for what the last column deposits to its right
     sizes = height * stride
     last = np.append(first[1:], len(edges.part))
-    chunk = np.cumsum(sizes) // _CHUNK_CELLS
-    for parts in np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(chunk)) + 1):
+    for parts in _split_by_cells(sizes):
         chosen = slice(first[parts[0]], last[parts[-1]])
         ends = np.cumsum(sizes[parts])
         box = np.repeat(parts, last[parts] - first[parts])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.segmentation import CroppedMask, MaskRuns, decode_cropped, decode_runs
-from samft.data.rasterize import Edges, polygon_edges, rasterize, run_edges
+from samft.data.rasterize import polygon_edges, rasterize, rasterize_runs, round_shares
 from samft.data.transforms import Frame
 
 WINDOW_SCALE = 1.5  # sides of a window, in those of the object's box
@@ -26,8 +26,6 @@ MIN_WINDOW = 4.0  # input px, the shortest side of a window: a cell of the decod
 # the ground truth of validation, would show: the IoU is .95 to .98, in windows .90 to .99. In a
 # window an object has more cells, so fewer of them are at its rim.
 _MIN_CELL_PIXELS = {"window": 2.0, "input": 6.0}
-# The share of a cell from which on a binary target counts it, less what rounding can lose.
-_HALF = 0.5 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,16 @@ def _draw_polygons(
     *,
     out: NDArray[np.uint8],
 ) -> NDArray[np.bool_]:
+    # Returns which of the K objects cover anything.
     scale, shift, areas = _place_grids(frame, grids)
     edges = polygon_edges(outlines).scale_and_shift(scale, shift)
-    return _draw_edges(edges, areas, out, is_binary=grids.is_binary)
+    covers = np.zeros(len(out), dtype=bool)
+    for block in rasterize(edges, areas):
+        (height, width), k = block.share.shape, block.object
+        drawn = out[k, block.top : block.top + height, block.left : block.left + width]
+        drawn[:] = round_shares(block.share, is_binary=grids.is_binary)
+        covers[k] = drawn.any()
+    return covers
 
 
 def _draw_runs(
@@ -148,8 +153,9 @@ def _draw_runs(
     out: NDArray[np.uint8],
 ) -> None:
     scale, shift, areas = _place_grids(frame, grids)
-    edges = run_edges(runs, owner).scale_and_shift(scale[:, ::-1], shift[:, ::-1])
-    _draw_edges(edges, areas[:, [1, 0, 3, 2]], out.swapaxes(1, 2), is_binary=grids.is_binary)
+    rasterize_runs(
+        runs, owner, scale=scale, shift=shift, areas=areas, is_binary=grids.is_binary, out=out
+    )
 
 
 def _place_grids(
@@ -165,16 +171,3 @@ def _place_grids(
     image = np.concatenate([-origins, size - origins], axis=1)
     areas = np.clip(image / np.tile(cells, 2), 0, grids.side)
     return scale / cells, (shift - origins) / cells, areas
-
-
-def _draw_edges(
-    edges: Edges, areas: NDArray[np.float64], out: NDArray[np.uint8], *, is_binary: bool
-) -> NDArray[np.bool_]:
-    # Returns which of the K objects cover anything.
-    covers = np.zeros(len(out), dtype=bool)
-    for block in rasterize(edges, areas):
-        (height, width), k = block.share.shape, block.object
-        drawn = out[k, block.top : block.top + height, block.left : block.left + width]
-        drawn[:] = np.rint(255 * (block.share >= _HALF if is_binary else block.share))
-        covers[k] = drawn.any()
-    return covers

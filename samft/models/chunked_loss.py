@@ -27,9 +27,10 @@ from samft.models.mask_decoder import DecoderImplementation, Tensors
 # chunk, measured with vit_b at 1024 px in float32 (81 MB a box).
 BYTES_PER_VALUE = 81
 SHARE_OF_FREE_MEMORY = 0.25
-# On a CPU more at once gains nothing: the larger tensors come fresh from the system each time.
-MAX_BOXES = {"cpu": 8}
-MAX_BOXES_ELSEWHERE = 64
+# On a CPU a chunk has at most so many values, 2 boxes at 1024 px or 32 at 256 px: tensors of 32 MiB
+# and more, which a layer of the upscaling has with 4 boxes, come fresh from the system each time.
+MAX_VALUES = {"cpu": 2**21}
+MAX_BOXES = 64
 
 ChunkLoss = Callable[[Tensor, Tensor, slice], Tensors]
 T = TypeVar("T")
@@ -47,8 +48,9 @@ def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) ->
     Returns:
         1 to 64, and no more than a quarter of the memory can hold.
     """
-    most = MAX_BOXES.get(device_type, MAX_BOXES_ELSEWHERE)
-    return int(max(1, min(most, SHARE_OF_FREE_MEMORY * free_memory / BYTES_PER_VALUE / num_values)))
+    by_memory = SHARE_OF_FREE_MEMORY * free_memory / BYTES_PER_VALUE
+    most = min(by_memory, MAX_VALUES.get(device_type, float("inf")))
+    return int(max(1, min(most / num_values, MAX_BOXES)))
 
 
 class DecoderInputs(NamedTuple):

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import textwrap
@@ -88,6 +89,43 @@ class CommandParser(argparse.ArgumentParser):
             ConfigError: Always.
         """
         raise ConfigError(f"{message}. `{self.prog} --help` lists every flag.")
+
+
+PIXEL_RANGES = ("auto", "percentile", "full")
+
+
+def parse_pixel_range(text: str) -> tuple[float, float] | None:
+    """Low and high of `MIN,MAX`; None for one of `PIXEL_RANGES`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if text in PIXEL_RANGES:
+        return None
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"'{text}' is none of {', '.join(PIXEL_RANGES)}, nor MIN,MAX with MIN below MAX"
+        )
+    return low, high
+
+
+def parse_channels(text: str) -> tuple[int, ...]:
+    """Band numbers from `R,G,B`, or from one number.
+
+    Raises:
+        ValueError: It is neither, or a number is below 1.
+    """
+    try:
+        channels = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        channels = ()
+    if len(channels) not in (1, 3) or min(channels) < 1:
+        raise ValueError(f"'{text}' is not one or three band numbers from 1 on, such as 3,2,1")
+    return channels
 
 
 def user_path(text: str) -> Path:

@@ -10,7 +10,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.cli import ALL_LINKS, LINKS_HELP, check_fields, parse_settings, setting
+from samft.cli import (
+    ALL_LINKS,
+    LINKS_HELP,
+    check_fields,
+    parse_channels,
+    parse_pixel_range,
+    parse_settings,
+    setting,
+)
 
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
@@ -93,6 +101,25 @@ class TrainConfig:
         choices=("error", "skip"),
     )
     allow_links: str | None = _data(None, LINKS_HELP, metavar="DIR,DIR", value_alone=ALL_LINKS)
+    pixel_range: str = _data(
+        "auto",
+        "pixel values that become 0 to 255: auto: 8-bit images as they are, others as percentile; "
+        "percentile: those between percentiles 1 and 99 of a sample of the training images; full: "
+        "the whole range of the type; or MIN,MAX",
+        metavar="RANGE",
+    )
+    channels: str | None = _data(
+        None,
+        "of images of more than three bands, those to use as red, green and blue, or the one to "
+        "use as grey; counted from 1",
+        metavar="R,G,B",
+    )
+    page: int | None = _data(
+        None,
+        "of stacks and animations, the page to use, counted from 1",
+        at_least=1,
+        metavar="N",
+    )
     model_type: str | None = _model(
         None,
         "SAM model; vit_tiny is small, comes with samft, and suits tests and CPUs",
@@ -297,7 +324,8 @@ class TrainConfig:
         Returns:
             All problems, one sentence each, beginning with the name of the field.
         """
-        return check_fields(self) + self._check_required() + self._check_combinations()
+        problems = check_fields(self) + self._check_required() + self._check_combinations()
+        return problems + self._check_pixels()
 
     def _check_required(self) -> list[str]:
         problems = []
@@ -337,6 +365,16 @@ class TrainConfig:
         if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
             problems.append(f"repeat_threshold: {self.repeat_threshold} must lie between 0 and 1.")
         return problems + self._check_cache()
+
+    def _check_pixels(self) -> list[str]:
+        problems = []
+        for name, parse in (("pixel_range", parse_pixel_range), ("channels", parse_channels)):
+            text = getattr(self, name)
+            try:
+                parse(text) if text is not None else None
+            except ValueError as error:
+                problems.append(f"{name}: {error}.")
+        return problems
 
     def _check_cache(self) -> list[str]:
         problems = []

@@ -9,6 +9,7 @@ from samft.coco.json_reader import ImageEntry, Raw, read_entries, to_id, to_size
 from samft.coco.problems import Problems
 from samft.images.files import ImageFacts, inspect_images
 from samft.images.folder import RESPELLED, ImageFolder
+from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
 
 
 @dataclass
@@ -22,8 +23,9 @@ class Images:
             it cannot be read.
         orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         num_bytes: int64 [N], size of the file; 0 where it cannot be read.
+        pixel_types: uint8 [N], positions in `pixels.PIXEL_TYPES`.
         codes: [N], why the file cannot be used: a key of `problems.KINDS`, or ''.
-        hints: By name, what a user should know about a file that was not found.
+        hints: By name, what a user should know about a file that cannot be used.
         row_of: From every image id to its row.
     """
 
@@ -32,19 +34,29 @@ class Images:
     sizes: NDArray[np.int32]
     orientations: NDArray[np.uint8]
     num_bytes: NDArray[np.int64]
+    pixel_types: NDArray[np.uint8]
     codes: list[str]
     hints: dict[str, str]
     row_of: dict[int, int]
 
 
-def read_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) -> Images:
-    """Reads the image entries, finds their files and inspects head and end of each file.
+def read_images(
+    entries: list[Raw],
+    folder: ImageFolder,
+    *,
+    problems: Problems,
+    pixels: PixelFormat = PLAIN,
+    decode: bool = False,
+) -> Images:
+    """Reads the image entries, finds their files and inspects each file.
 
     Args:
         entries: `Document.images`.
         folder: Where the files are.
         problems: Problems are added to it, except `Images.codes`, which `read_objects` adds, since
             they matter only for images with objects.
+        pixels: Says which bands and page of a file are used.
+        decode: See `inspect_image`.
 
     Returns:
         The images, without entries that lack an id or a name.
@@ -53,11 +65,17 @@ def read_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) 
     rows = [row for row, code in enumerate(images.codes) if not code]
     sizes = images.sizes.tolist()
     paths = [folder.folder / images.names[row] for row in rows]
-    for row, facts in zip(rows, inspect_images(paths), strict=True):
+    inspected = inspect_images(paths, pixels, decode=decode)
+    for row, facts in zip(rows, inspected, strict=True):
         images.codes[row], images.num_bytes[row] = facts.problem or "", facts.num_bytes
         if facts.problem is None:
             _compare_sizes(images.names[row], facts, tuple(sizes[row]), problems)
             images.sizes[row] = facts.height, facts.width
+            if facts.pixel_type != PIXEL_TYPES[0]:
+                images.pixel_types[row] = PIXEL_TYPES.index(facts.pixel_type)
+                problems.add("image-pixel-type", f"{images.names[row]}: {facts.pixel_type}")
+        elif facts.detail:
+            images.hints[images.names[row]] = facts.detail
     return images
 
 
@@ -96,7 +114,8 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
         sizes.append(to_size(entry))
     arrays = np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
     upright, num_bytes = np.ones(len(ids), dtype=np.uint8), np.zeros(len(ids), dtype=np.int64)
-    return Images(names, *arrays, upright, num_bytes, codes, folder.hints, row_of)
+    pixel_types = np.zeros(len(ids), dtype=np.uint8)
+    return Images(names, *arrays, upright, num_bytes, pixel_types, codes, folder.hints, row_of)
 
 
 def _compare_sizes(

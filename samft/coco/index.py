@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.checksums import is_intact, write_checksums
 from samft.runtime.files import cache_folder, file_lock, private_temporary_folder, write_json
 from samft.runtime.logs import LOGGER
@@ -64,6 +65,7 @@ class CocoIndex:
         sizes: int32 [N, 2], H, W of the files, px, turned by `orientations`.
         orientations: uint8 [N], how each image is turned when decoded, as EXIF numbers it; 1: not.
         num_bytes: int64 [N], sizes of the files.
+        pixel_types: uint8 [N], positions in `pixels.PIXEL_TYPES`.
         bad: bool [N], whether the file cannot be used.
         first_object: int64 [N + 1]; image i has objects `first_object[i]` to
             `first_object[i + 1] - 1`.
@@ -77,6 +79,7 @@ class CocoIndex:
         category_names: By category id.
         bad_images: Codes in `problems.KINDS` by file name, of bad images that have objects.
         problems: Everything that is wrong with the file.
+        pixels: How the values of its images become 8 bits; not a part of what is on disk.
     """
 
     folder: Path
@@ -87,6 +90,7 @@ class CocoIndex:
     sizes: NDArray[np.int32]
     orientations: NDArray[np.uint8]
     num_bytes: NDArray[np.int64]
+    pixel_types: NDArray[np.uint8]
     bad: NDArray[np.bool_]
     first_object: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -99,9 +103,10 @@ class CocoIndex:
     category_names: dict[int, str]
     bad_images: dict[str, str]
     problems: Problems
+    pixels: PixelFormat
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_index, (self.folder, self.image_folder)
+        return open_index, (self.folder, self.image_folder, self.pixels)
 
     @property
     def num_images(self) -> int:
@@ -120,7 +125,7 @@ class CocoIndex:
             ImageError: See `decoder.open_image`.
         """
         path = self.image_folder / self.file_name(row)
-        return open_image(path, orientation=int(self.orientations[row]))
+        return open_image(path, orientation=int(self.orientations[row]), pixels=self.pixels)
 
     def file_names(self) -> list[str]:
         """File names of all images."""
@@ -135,6 +140,7 @@ _OTHER_FIELDS = {
     "category_names",
     "bad_images",
     "problems",
+    "pixels",
 }
 _ARRAYS = (
     *(name for name in CocoIndex.__annotations__ if name not in _OTHER_FIELDS),
@@ -159,6 +165,8 @@ def index_file(
     root: Path | None = None,
     allow_links: Sequence[Path] = (),
     cache: Path | None = None,
+    pixels: PixelFormat = PLAIN,
+    decode: bool = False,
 ) -> CocoIndex:
     """Opens the index of a COCO file; the first time, the file is checked and the index built.
 
@@ -171,6 +179,8 @@ def index_file(
         root: The dataset's folder; symbolic links of images may lead to anywhere below it.
         allow_links: Other folders that symbolic links of images may lead to.
         cache: Folder of all indexes; by default `index` in samft's cache folder.
+        pixels: Says which bands and page of the image files are used.
+        decode: Decode every image file; whoever opens the index later knows what came out.
 
     Raises:
         UnusableFile: The JSON cannot be read.
@@ -178,20 +188,22 @@ def index_file(
     """
     digest = file_digest(annotations)
     images = ImageFolder(image_folder, root=root, allow_links=allow_links)
-    parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve()]
+    parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve(), pixels.layout]
     parts += [folder.resolve() for folder in allow_links]
     key = hashlib.sha256("\n".join(map(str, parts)).encode(errors=_ESCAPE)).hexdigest()[:32]
     try:
         cache = _make_cache_folder(cache)
         folder, lock = cache / key, cache / f"{key}.lock"
         with file_lock(lock, shared=True):
-            index = _open_current(folder, images)
+            index = _open_current(folder, images, decode=decode)
         if index is None:
             with file_lock(lock):
                 # Listed anew: while this process waited, another one may have built it.
                 images = ImageFolder(image_folder, root=root, allow_links=allow_links)
-                index = _open_current(folder, images) or _build_index(annotations, folder, images)
-        return index
+                index = _open_current(folder, images, decode=decode) or _build_index(
+                    annotations, folder, images, pixels=pixels.layout, decode=decode
+                )
+        return replace(index, pixels=pixels)
     except OSError as error:
         raise DataError(
             f"the index of {annotations} cannot be written to {cache or error.filename} "
@@ -199,24 +211,27 @@ def index_file(
         ) from error
 
 
-def _build_index(annotations: Path, folder: Path, images: ImageFolder) -> CocoIndex:
+def _build_index(
+    annotations: Path, folder: Path, images: ImageFolder, *, pixels: PixelFormat, decode: bool
+) -> CocoIndex:
     started = time.monotonic()
     if os.path.lexists(folder) and not is_intact(folder, _FILES, identity=folder.name):
         LOGGER.warning("the index in %s is damaged: it is built again", folder)
-    checked = check_file(annotations, images)
-    _write_index(checked, folder, images)
+    checked = check_file(annotations, images, pixels=pixels, decode=decode)
+    _write_index(checked, folder, images, decode=decode)
     _delete_unused(folder.parent)
     seconds = time.monotonic() - started
     LOGGER.info("checked and indexed %s in %.1f s", annotations, seconds)
     return open_index(folder, images.folder)
 
 
-def open_index(folder: Path, image_folder: Path) -> CocoIndex:
+def open_index(folder: Path, image_folder: Path, pixels: PixelFormat = PLAIN) -> CocoIndex:
     """Maps an index into memory that `index_file` has built or verified.
 
     Args:
         folder: Where the arrays are.
         image_folder: What file names are relative to.
+        pixels: How the values of its images become 8 bits.
     """
     meta = json.loads((folder / _META).read_text())
     arrays = {name: _map_array(folder / f"{name}.npy") for name in _ARRAYS}
@@ -228,6 +243,7 @@ def open_index(folder: Path, image_folder: Path) -> CocoIndex:
         category_names={int(key): name for key, name in meta["categories"].items()},
         bad_images=meta["bad_images"],
         problems=Problems.from_json(meta["problems"]),
+        pixels=pixels,
         **arrays,
     )
 
@@ -247,12 +263,20 @@ class CheckedFile:
     problems: Problems
 
 
-def check_file(annotations: Path, folder: ImageFolder) -> CheckedFile:
+def check_file(
+    annotations: Path,
+    folder: ImageFolder,
+    *,
+    pixels: PixelFormat = PLAIN,
+    decode: bool = False,
+) -> CheckedFile:
     """Reads a COCO file and checks all of it.
 
     Args:
         annotations: The JSON file.
         folder: Where its images are.
+        pixels: See `index_file`.
+        decode: See `index_file`.
 
     Returns:
         Usable images and objects, and all problems.
@@ -262,7 +286,7 @@ def check_file(annotations: Path, folder: ImageFolder) -> CheckedFile:
     """
     problems = Problems()
     document = load_document(annotations, problems)
-    images = read_images(document.images, folder, problems=problems)
+    images = read_images(document.images, folder, problems=problems, pixels=pixels, decode=decode)
     categories = read_categories(document.categories, problems)
     objects = read_objects(
         document.annotations, images, categories=set(categories), problems=problems
@@ -299,11 +323,14 @@ def _make_cache_folder(cache: Path | None) -> Path:
         return other
 
 
-def _open_current(folder: Path, images: ImageFolder) -> CocoIndex | None:
-    # None where there is none, or it is damaged, or files have come, gone or been replaced.
+def _open_current(folder: Path, images: ImageFolder, *, decode: bool) -> CocoIndex | None:
+    # None where there is none, or it is damaged, or files have come, gone or been replaced, or it
+    # knows less than is asked for.
     if not is_intact(folder, _FILES, identity=folder.name):
         return None
     meta = json.loads((folder / _META).read_text())
+    if decode and not meta["decoded"]:
+        return None
     if images.has_changed(meta["listings"]) or any(
         _stamp_of(images.folder, name, meta["bad_images"][name]) != stamp
         for name, stamp in meta["bad_stamps"].items()
@@ -324,7 +351,9 @@ def _stamp_of(folder: Path, name: str, code: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _write_index(checked: CheckedFile, target: Path, image_folder: ImageFolder) -> None:
+def _write_index(
+    checked: CheckedFile, target: Path, image_folder: ImageFolder, *, decode: bool
+) -> None:
     images, objects = checked.images, checked.objects
     names = [name.encode(errors=_ESCAPE) for name in images.names]
     per_image = np.bincount(objects.rows, minlength=len(names))
@@ -340,6 +369,7 @@ def _write_index(checked: CheckedFile, target: Path, image_folder: ImageFolder) 
         "sizes": images.sizes,
         "orientations": images.orientations,
         "num_bytes": images.num_bytes,
+        "pixel_types": images.pixel_types,
         "bad": np.array([code != "" for code in images.codes], dtype=bool),
         "first_object": np.cumsum([0, *per_image], dtype=np.int64),
         "object_ids": objects.ids,
@@ -357,6 +387,7 @@ def _write_index(checked: CheckedFile, target: Path, image_folder: ImageFolder) 
                 os.fsync(file.fileno())
         meta = {
             "listings": image_folder.listing_digests(),
+            "decoded": decode,
             "bad_images": bad,
             "bad_stamps": {
                 name: _stamp_of(image_folder.folder, name, code) for name, code in bad.items()

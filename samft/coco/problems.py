@@ -37,12 +37,17 @@ KINDS = {
     "image-empty": (ERROR, "the image file is empty"),
     "image-not-an-image": (ERROR, "the file is no image (HTML, text, a Git LFS pointer, ...)"),
     "image-truncated": (ERROR, "the image file is cut short"),
+    "image-damaged": (ERROR, "the image file cannot be decoded"),
+    "image-format": (ERROR, "an image of a kind that is not read; convert it to PNG, say"),
+    "image-bands": (ERROR, "bands that are not red, green and blue; choose some with channels"),
+    "image-pages": (ERROR, "several pages or frames in one image file; choose one with page"),
     "image-too-large": (ERROR, "the image has more than 179 million pixels"),
     "image-unreadable": (ERROR, "the image file cannot be read"),
     "image-unused-bad": (NOTE, "file of an image without objects is missing or broken"),
     "image-name-mended": (NOTE, "found under another spelling of its name"),
     "image-size-missing": (NOTE, "no usable width and height; the file's are used"),
     "image-size-differs": (NOTE, "width and height are not the file's; the file's are used"),
+    "image-pixel-type": (NOTE, "not 8 bits a value; mapped to 8 bits as pixel_range says"),
     "image-in-train-and-val": (WARNING, "also in the validation split, so not trained on"),
     "image-exif-rotated": (FACT, "EXIF asks for a rotation; not applied, as in COCO's annotations"),
     "image-without-objects": (FACT, "no usable object; not trained on"),
@@ -105,7 +110,8 @@ KINDS = {
 # Errors that `on_bad_image skip` turns into images left out.
 BAD_IMAGES = frozenset(
     """image-outside image-missing image-ambiguous image-not-a-file image-empty image-not-an-image
-    image-truncated image-too-large image-unreadable""".split()
+    image-truncated image-damaged image-format image-bands image-pages image-too-large
+    image-unreadable""".split()
 )
 
 

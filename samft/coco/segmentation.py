@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
 from samft.errors import DataError
-from samft.images.files import MAX_PIXELS
+from samft.images.limits import MAX_PIXELS
 
 _MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
 _MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter

@@ -17,6 +17,8 @@ from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import BAD_IMAGES, KINDS, Issue, Problems
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
+from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
+from samft.images.ranges import measure_ranges
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ class CocoSubset:
         """The objects of image i, as indices into the object arrays of `index`."""
         return self.objects[self.first_object[i] : self.first_object[i + 1]]
 
+    def measure_pixels(self, pixels: PixelFormat) -> PixelFormat:
+        """A pixel format with the ranges that it lacks, measured on these images."""
+        types = self.index.pixel_types[self.rows].tolist()
+        return measure_ranges(pixels, [PIXEL_TYPES[one] for one in types], path=self.path)
+
+    def with_pixels(self, pixels: PixelFormat) -> "CocoSubset":
+        """The same images, whose values become 8 bits in another way."""
+        return replace(self, index=replace(self.index, pixels=pixels))
+
     def select(self, images: Iterable[int]) -> "CocoSubset":
         """The subset of the given images, in that order, with empty `counts`."""
         chosen = np.fromiter(images, dtype=np.int64)
@@ -93,6 +104,7 @@ def read_coco(
     root: Path | None = None,
     allow_links: Sequence[Path] = (),
     cache: Path | None = None,
+    pixels: PixelFormat = PLAIN,
     on_bad_image: str = "error",
     category_names: Iterable[str] = (),
     min_mask_area: float = 0,
@@ -105,6 +117,7 @@ def read_coco(
         root: See `index_file`.
         allow_links: See `index_file`.
         cache: See `index_file`.
+        pixels: See `index_file`.
         on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
         category_names: Only objects of these classes are used; all if empty.
         min_mask_area: Only masks of at least so many pixels are used.
@@ -113,7 +126,9 @@ def read_coco(
         DataError: The file cannot be read or holds no usable object, images are missing or broken,
             or ids contradict each other.
     """
-    index = index_file(annotations, image_folder, root=root, allow_links=allow_links, cache=cache)
+    index = index_file(
+        annotations, image_folder, root=root, allow_links=allow_links, cache=cache, pixels=pixels
+    )
     raise_for_errors(index.problems, annotations, on_bad_image=on_bad_image)
     subset = select_objects(
         index, categories=find_categories(index, category_names), min_mask_area=min_mask_area

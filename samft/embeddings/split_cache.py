@@ -26,7 +26,6 @@ from samft.embeddings.store import DIGEST_BYTES, CachedEmbeddings, EmbeddingStor
 from samft.errors import UserError
 from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
-from samft.images.orientation import UPRIGHT
 
 _FORMAT = 1  # to be increased when equal keys give other embeddings than before
 
@@ -96,10 +95,9 @@ class ImageDigests:
 
 
 def hash_image(image: EncodedImage) -> bytes:
-    """The SHA-256 of an image file's content and of how it is turned: 32 bytes."""
+    """The SHA-256 of an image file's content and of how it becomes 8-bit pixels: 32 bytes."""
     digest = hashlib.sha256(image.content)
-    if image.orientation != UPRIGHT:
-        digest.update(f"orientation {image.orientation}".encode())
+    digest.update(image.treatment.encode())
     return digest.digest()
 
 

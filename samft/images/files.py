@@ -1,29 +1,40 @@
-"""What an image file shows without being decoded: size, EXIF, whether it is whole. No torch."""
+"""What an image file shows when it is looked at once: size, type, EXIF, whether it is whole.
+
+8-bit JPEG and PNG, most of all datasets, are not decoded for that: a JPEG is judged by its header
+and its end, a PNG by its checksums too. Any other file is decoded as training will decode it, so
+that what passes here can be trained on. Imports no torch.
+"""
 
 import io
 import os
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 from PIL import Image
 from tqdm import tqdm
 
 from samft.errors import DataError
+from samft.images.formats import read_values
+from samft.images.limits import MAX_PIXELS, UnusableImage
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.files import NotAFileError, open_file
-
-MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 
 JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_PNG_DEPTH = 24  # position of the number of bits
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
-_STARTS_OF_FRAME = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_STARTS_OF_FRAME = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; others need Pillow
+_NO_FRAMES = {0xC4, 0xC8, 0xCC}  # among the markers of frames
+_EXIF = (b"Exif\0\0", b"eXIf")
 _ORIENTATION = 0x0112  # EXIF's tag
 _GLANCE = 4096  # bytes
+_LONG_HEADER = 1 << 17  # bytes of metadata before a JPEG's size
 _THREADS = 8  # a network disk answers many requests at once
 _PART = 64  # files that a thread inspects in one task: a task costs as much as an inspection
 
@@ -32,43 +43,18 @@ class ImageError(DataError):
     """An image file that cannot be used: missing, cut short, not an image, or too large."""
 
 
-def header_size(source: Path | IO[bytes], *, name: str | None = None) -> tuple[int, int]:
-    """Height and width from an image file's header, without decoding the image.
-
-    Args:
-        source: The file, or an open one.
-        name: How errors name it.
-
-    Raises:
-        ImageError: If it is missing, not an image, or larger than `MAX_PIXELS`.
-    """
-    name = name or str(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has too many pixels ({error}): scale it down.") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or "not an image format that is known here"
-        raise ImageError(f"{name} cannot be read as an image ({reason}): replace it.") from error
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{name} has {width} x {height} pixels, too many: scale it down.")
-    return height, width
-
-
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an image file shows without being decoded.
+    """What an image file shows when it is looked at once.
 
     Attributes:
         height: px, before any EXIF rotation; 0 if unknown.
         width: px, as `height`.
         orientation: EXIF's, 1..8; 1 is upright.
-        problem: None, or `image-empty`, `image-not-an-image`, `image-truncated`,
-            `image-too-large`, `image-not-a-file` (a pipe), `image-unreadable` (missing, say).
+        problem: None, `image-not-a-file` (a pipe), or a key of `limits.SENTENCES`.
         num_bytes: Size of the file.
+        pixel_type: One of `pixels.PIXEL_TYPES`.
+        detail: About the problem, in a few words; may be empty.
     """
 
     height: int = 0
@@ -76,12 +62,19 @@ class ImageFacts:
     orientation: int = 1
     problem: str | None = None
     num_bytes: int = 0
+    pixel_type: str = "uint8"
+    detail: str = ""
 
 
-def inspect_image(path: Path) -> ImageFacts:
-    """Reads a file's first and last 4 KiB, and all of it only if these do not suffice.
+def inspect_image(path: Path, pixels: PixelFormat = PLAIN, *, decode: bool = False) -> ImageFacts:
+    """Looks at a file; never raises, whatever is wrong with it.
 
-    Never raises, whatever is wrong with the file.
+    Of a JPEG, only the first and last 4 KiB are read, and all of it only if these do not suffice.
+
+    Args:
+        path: The file.
+        pixels: Says which bands and page of a file are used.
+        decode: Decode JPEG and PNG files, too.
     """
     try:
         with cast(io.FileIO, open_file(path, buffering=0)) as file:
@@ -89,72 +82,132 @@ def inspect_image(path: Path) -> ImageFacts:
             head = file.read(_GLANCE)
             if not head:
                 return ImageFacts(problem="image-empty")
-            facts = _facts_of_head(head) or _facts_by_pillow(file, head)
-            if facts.problem is None and _seems_cut_short(file, head, length=length):
-                facts = replace(facts, problem="image-truncated")
-            return replace(facts, num_bytes=length)
+            return replace(_inspect_file(file, head, pixels, decode), num_bytes=length)
     except NotAFileError:
         return ImageFacts(problem="image-not-a-file")
     except (OSError, ValueError):
         return ImageFacts(problem="image-unreadable")
 
 
-def inspect_images(paths: list[Path]) -> Iterator[ImageFacts]:
+def inspect_images(
+    paths: list[Path], pixels: PixelFormat = PLAIN, *, decode: bool = False
+) -> Iterator[ImageFacts]:
     """Inspects many files in parallel; yields what `inspect_image` returns, in the order given."""
     bar = tqdm(total=len(paths), desc="inspecting images", unit="image", disable=None, delay=2)
     parts = [paths[first : first + _PART] for first in range(0, len(paths), _PART)]
+
+    def inspect_part(part: list[Path]) -> list[ImageFacts]:
+        return [inspect_image(path, pixels, decode=decode) for path in part]
+
     with bar, ThreadPoolExecutor(_THREADS) as pool:
-        for facts in pool.map(lambda part: [inspect_image(path) for path in part], parts):
+        for facts in pool.map(inspect_part, parts):
             bar.update(len(facts))
             yield from facts
 
 
-def _facts_of_head(head: bytes) -> ImageFacts | None:
-    # A tenth of Pillow's time, for the two formats of most datasets. None: Pillow has to read it.
-    if head.startswith(_PNG) and len(head) > 24 and b"eXIf" not in head:
-        width, height = struct.unpack_from(">II", head, 16)
-        return _facts_of_size(height, width)
-    for marker, start in _jpeg_segments(head) if head.startswith(JPEG_START) else ():
-        if marker == _APP1 and head.startswith(b"Exif", start):
-            return None
-        if marker in _STARTS_OF_FRAME and start + 5 <= len(head):
-            return _facts_of_size(*struct.unpack_from(">HH", head, start + 1))
-    return None
+def _inspect_file(file: io.FileIO, head: bytes, pixels: PixelFormat, decode: bool) -> ImageFacts:
+    size, known = plain_size(head), head.startswith((JPEG_START, _PNG))
+    if size is None and head.startswith(JPEG_START):  # long metadata
+        head += file.read(_LONG_HEADER) or b""
+        size = plain_size(head)
+    orientation = 1
+    if not known or any(name in head for name in _EXIF):
+        orientation = _read_orientation(file)
+    if size is not None:
+        height, width = size
+        if height * width > MAX_PIXELS:
+            return ImageFacts(height, width, orientation, "image-too-large")
+        if head.startswith(JPEG_START) and not decode:
+            cut = _seems_cut_short(file)
+            return ImageFacts(height, width, orientation, "image-truncated" if cut else None)
+    content = _read_all(file)
+    try:
+        if size is None or decode or png_problem(content) is not None:
+            values = read_values(content, pixels)
+            height, width = values.shape[:2]
+            return ImageFacts(height, width, orientation, pixel_type=values.dtype.name)
+    except UnusableImage as error:
+        error = explain_damage(content, error)
+        return ImageFacts(*(size or (0, 0)), 1, error.code, detail=error.detail)
+    return ImageFacts(*size, orientation)
 
 
-def _facts_by_pillow(file: io.FileIO, head: bytes) -> ImageFacts:
+def _read_all(file: io.FileIO) -> bytes:
+    file.seek(0)
+    return file.read() or b""
+
+
+def _read_orientation(file: io.FileIO) -> int:
     file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file) as image:
-                width, height = image.size
                 orientation = image.getexif().get(_ORIENTATION, 1)
-    except Image.DecompressionBombError:
-        return ImageFacts(problem="image-too-large")
     except Exception:  # Pillow's parsers raise anything on malicious files
-        known = head.startswith((JPEG_START, _PNG))
-        return ImageFacts(problem="image-truncated" if known else "image-not-an-image")
-    valid = isinstance(orientation, int) and 1 <= orientation <= 8
-    return _facts_of_size(height, width, orientation=orientation if valid else 1)
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _facts_of_size(height: int, width: int, *, orientation: int = 1) -> ImageFacts:
-    if not height or not width:
-        return ImageFacts(problem="image-not-an-image")
-    problem = "image-too-large" if height * width > MAX_PIXELS else None
-    return ImageFacts(height, width, orientation, problem)
+def plain_size(content: bytes) -> tuple[int, int] | None:
+    """H, W of an 8-bit JPEG or PNG, before any EXIF rotation, px.
+
+    Args:
+        content: The first bytes of the file, or all.
+
+    Returns:
+        None for any other file, for an animation, and if the header goes on after `content`.
+    """
+    if content.startswith(_PNG) and len(content) > _PNG_DEPTH:
+        width, height = struct.unpack_from(">II", content, 16)
+        if content[_PNG_DEPTH] == 16 or b"acTL" in content[:_GLANCE] or not height * width:
+            return None
+        return height, width
+    for marker, start in _jpeg_segments(content) if content.startswith(JPEG_START) else ():
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
+            if marker not in _STARTS_OF_FRAME or content[start : start + 1] != b"\x08":
+                return None
+            height, width = struct.unpack(">HH", content[start + 1 : start + 5].ljust(4, b"\0"))
+            return (height, width) if height * width else None
+    return None
 
 
-def _seems_cut_short(file: io.FileIO, head: bytes, *, length: int) -> bool:
-    end = _PNG_END if head.startswith(_PNG) else _JPEG_END if head.startswith(JPEG_START) else b""
-    file.seek(max(0, length - _GLANCE))
+def explain_damage(content: bytes, error: UnusableImage) -> UnusableImage:
+    """The reason why a JPEG or PNG cannot be decoded, from its structure, else the given one."""
+    if error.code not in ("image-damaged", "image-not-an-image", "image-truncated"):
+        return error
+    if is_cut_short(content):
+        return UnusableImage("image-truncated")
+    if problem := png_problem(content):
+        return UnusableImage("image-damaged", problem)
+    if content.startswith((JPEG_START, _PNG)) and error.code == "image-not-an-image":
+        return UnusableImage("image-damaged", "its header")
+    return error
+
+
+def png_problem(content: bytes) -> str | None:
+    """What is wrong with the chunks that a PNG is decoded from; None: nothing, or it is no PNG."""
+    position = len(_PNG)
+    while content.startswith(_PNG):
+        length = int.from_bytes(content[position : position + 4], "big")
+        name, end = content[position + 4 : position + 8], position + 8 + length
+        if end + 4 > len(content):
+            return f"a chunk at byte {position} reaches past the end"
+        is_critical = name[:1].isupper()
+        stored = int.from_bytes(content[end : end + 4], "big")
+        if is_critical and zlib.crc32(memoryview(content)[position + 4 : end]) != stored:
+            return f"the checksum of bytes {position} to {end} is wrong"
+        if name == b"IEND":
+            return None
+        position = end + 4
+    return None
+
+
+def _seems_cut_short(file: io.FileIO) -> bool:
+    file.seek(max(0, os.fstat(file.fileno()).st_size - _GLANCE))
     # Some writers pad the file. An end marker further up might be a thumbnail's.
     ending = (file.read() or b"").rstrip(b"\0\r\n ")
-    if ending.endswith(end):
-        return False
-    file.seek(0)
-    return is_cut_short(file.read() or b"")
+    return not ending.endswith(_JPEG_END) and is_cut_short(_read_all(file))
 
 
 def is_cut_short(content: bytes) -> bool:

@@ -96,7 +96,9 @@ def _build_in_process(
 ) -> None:
     calls = []
     real = coco_index.check_file
-    coco_index.check_file = lambda *given: calls.append(1) or time.sleep(0.3) or real(*given)
+    coco_index.check_file = lambda *given, **named: (
+        calls.append(1) or time.sleep(0.3) or real(*given, **named)
+    )
     index = index_file(path, path.parent, cache=cache)
     results.put((len(calls), len(index.object_ids)))
 

@@ -19,7 +19,7 @@ from samft.coco.problems import BAD_IMAGES, KINDS
 from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import CocoSubset, find_shared, read_coco, select_objects, split_by_hash
 from samft.errors import DataError
-from samft.images.files import header_size
+from samft.images.decoder import open_image
 
 
 def _write_image(
@@ -137,7 +137,7 @@ def test_usable_objects_are_whole(broken: tuple[Path, dict[str, dict[str, int]]]
     subset = read_coco(*files, root=root, on_bad_image="skip")
     assert len(set(_ids(subset))) == subset.num_objects
     for i in range(subset.num_images):
-        assert header_size(subset.path(i)) == subset.size(i) == (20, 30)
+        assert open_image(subset.path(i)).size == subset.size(i) == (20, 30)
         for k in subset.objects_of(i):
             crop = decode_cropped(subset.index.segmentations[int(k)], (20, 30))
             assert np.abs(subset.index.boxes[k] - crop.extent).max() < 3
@@ -435,7 +435,7 @@ def test_real_masks_are_pycocotools_at_the_real_size(data_root: Path, name: str)
     # Of 71 such images, one has no objects.
     assert len(differing) == (70 if name == "hbn_flakes/train" else 0)
     for i in (differing or range(subset.num_images))[:6]:
-        size = header_size(subset.path(i))
+        size = open_image(subset.path(i)).size
         for k in subset.objects_of(i):
             raw = entries[int(subset.index.object_ids[k])]["segmentation"]
             expected = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(raw, *size)))

@@ -19,7 +19,7 @@ from samft.data.loaders import train_loader, val_loader
 from samft.data.targets import make_windows
 from samft.data.transforms import make_frame
 from samft.errors import DataError
-from samft.images.files import header_size
+from samft.images.decoder import open_image
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +381,7 @@ def test_real_samples_are_whole(data_root: Path, name: str) -> None:
         sample = dataset[i]
         count = int(subset.first_object[i + 1] - subset.first_object[i])
         assert len(sample.boxes) == len(sample.truths) == len(sample.targets) == count
-        assert sample.original_size == header_size(subset.path(i))
+        assert sample.original_size == open_image(subset.path(i)).size
         # What the target holds is the truth's area, but for rounding to 1/255 of a cell.
         scale = sample.input_size[0] / sample.original_size[0]
         sides = sample.windows[:, 2:] - sample.windows[:, :2]

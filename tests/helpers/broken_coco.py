@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import tifffile
 from PIL import Image
 from pycocotools import mask as mask_utils
 
@@ -141,6 +143,26 @@ def _add_images(train: BrokenSplit, outside: Path) -> None:
         train.add_object(image_id=image_id)
 
 
+def _add_images_of_other_kinds(train: BrokenSplit) -> None:
+    damaged = bytearray(encode_image(31))
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 100] = bytes(100)
+    frame = Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8))
+    animation, bands = io.BytesIO(), io.BytesIO()
+    frame.save(animation, "GIF", save_all=True, append_images=[frame.point(lambda _: 9)])
+    tifffile.imwrite(bands, np.zeros((5, HEIGHT, WIDTH), np.uint16), planarconfig="separate")
+    deep = cv2.imencode(".png", np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH))
+    for image_id, name, code, content in (
+        (31, "damaged.png", "image-damaged", bytes(damaged)),
+        (32, "phone.heic", "image-format", b"\0\0\0\x18ftypheic" + bytes(100)),
+        (33, "five.tif", "image-bands", bands.getvalue()),
+        (34, "moving.gif", "image-pages", animation.getvalue()),
+        (35, "deep.png", "image-pixel-type", deep[1].tobytes()),
+    ):
+        train.write_file(name, content)
+        train.add_image(image_id, name, code)
+        train.add_object(image_id=image_id, good=code == "image-pixel-type")
+
+
 def _add_ids(train: BrokenSplit) -> None:
     train.add_object()
     first = train.annotations[-1]
@@ -252,6 +274,7 @@ def write_broken(root: Path) -> dict[str, dict[str, int]]:
     root.mkdir(parents=True)
     train, val = BrokenSplit(root / "train"), BrokenSplit(root / "val")
     _add_images(train, root.parent / "outside.png")
+    _add_images_of_other_kinds(train)
     _add_ids(train)
     _add_boxes(train)
     _add_masks(train)

@@ -18,6 +18,7 @@ from typing import Any
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.boxes import advise_on_small_objects
+from samft.coco.layout import describe_folder
 from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
@@ -150,7 +151,8 @@ def _print_report(splits: Splits, options: argparse.Namespace) -> None:
         suggest = name == TRAIN or options.annotations is not None
         _print_lines(["", title, "=" * len(title), *split.lines(suggest=suggest)])
     if options.data_root and not options.annotations and VAL not in splits:
-        advice = "name one (--val_split), or train with --val_fraction"
+        there = describe_folder(options.data_root)
+        advice = f"name one (--val_split), or train with --val_fraction; {there} is there"
         _print_lines(["", f"no validation split: {advice}"])
     small_objects = {
         name: split.statistics.small

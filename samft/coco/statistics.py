@@ -177,7 +177,11 @@ def check_splits(
     missing: dict[str, DataError] = {}
     for role, name in ((TRAIN, train_split), (VAL, val_split), (TEST, TEST)):
         try:
-            annotations, images = find_split(data_root, name)
+            annotations, images = find_split(
+                data_root,
+                name,
+                flags=f"--{role}_split NAME, or --annotations FILE and --images DIR",
+            )
         except DataError as error:
             missing[role] = error
             if role == TRAIN:

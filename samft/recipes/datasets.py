@@ -158,7 +158,11 @@ def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
         return Path(annotations).expanduser(), Path(getattr(config, f"{split}_images")).expanduser()
     if config.data_root is None:
         raise DataError(f"there is no {split} split: data_root and {split}_annotations are empty.")
-    return find_split(Path(config.data_root).expanduser(), getattr(config, f"{split}_split"))
+    return find_split(
+        Path(config.data_root).expanduser(),
+        getattr(config, f"{split}_split"),
+        flags=f"--{split}_split NAME, or --{split}_annotations FILE and --{split}_images DIR",
+    )
 
 
 def _hold_out(whole: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:

@@ -124,7 +124,11 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
     if options.annotations:
         annotations, images = options.annotations, options.images
     else:
-        annotations, images = find_split(options.data_root, options.split)
+        annotations, images = find_split(
+            options.data_root,
+            options.split,
+            flags="--split NAME, or --annotations FILE and --images DIR",
+        )
     if options.output:
         _check_output(options.output, [annotations, *options.checkpoint])
     names = [name.strip() for name in (options.category_names or "").split(",")]

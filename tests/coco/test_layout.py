@@ -9,7 +9,7 @@ from samft.errors import DataError
 def _touch_files(root: Path, *names: str) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("{}")
+        (root / name).write_text('{"images": [], "annotations": []}')
 
 
 def test_find_split_in_both_layouts(tmp_path: Path) -> None:
@@ -30,3 +30,71 @@ def test_find_split_in_both_layouts(tmp_path: Path) -> None:
         find_split(a, "test")
     with pytest.raises(DataError, match="no dataset folder"):
         find_split(tmp_path / "c", "train")
+
+
+@pytest.mark.parametrize(
+    ("split", "annotations", "images", "others"),
+    [
+        ("train", "annotations/instances_Train.json", "images/Train", ["annotations/Val.json"]),
+        ("val", "annotations/instances_Validation.json", "images/Validation", ["a/train.json"]),
+        ("train", "result.json", "images", []),
+        ("train", "labels.json", "data", []),
+        ("train", "_annotations.coco.json", ".", ["images.txt"]),
+        ("train", "train.json", ".", ["val.json"]),
+        ("val", "val.json", "images", ["train.json"]),
+        ("val", "val.json", "valid", ["train.json", "train/a.jpg"]),
+        ("train", "train/annotations.json", "train", ["test/annotations.json"]),
+        ("val", "Valid/_annotations.coco.json", "Valid", ["Train/_annotations.coco.json"]),
+        ("train", "annotations/instances_default.json", "images", []),
+        ("train", "labels/train2017.json", "train2017", ["labels/val2017.json"]),
+        ("test", "annotations/test.json", "images/test", ["annotations/train.json"]),
+    ],
+)
+def test_the_only_file_that_can_be_meant_is_taken(
+    tmp_path: Path, split: str, annotations: str, images: str, others: list[str]
+) -> None:
+    _touch_files(tmp_path, annotations, *others)
+    (tmp_path / images).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "annotations").mkdir(exist_ok=True)
+    (tmp_path / "annotations" / "captions_train.json").write_text("{}")
+    assert find_split(tmp_path, split) == (tmp_path / annotations, tmp_path / images)
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        (["result.json"], "val", r"no split val or .*It holds result.json \(images in .*\)"),
+        (["a.json", "b.json"], "train", "no split train: .* a.json .*, b.json"),
+        (["Train.json", "training.json"], "train", "more than one split for 'train'"),
+        (["data.yaml", "labels/train/a.txt"], "train", "YOLO's labels .data.yaml, labels/train/a"),
+        (["Annotations/a.xml", "JPEGImages/a.jpg"], "train", "Pascal VOC's XML .Annotations/a.xml"),
+        (["a.jpg", "b.jpg"], "train", "no annotations, only a.jpg, b.jpg"),
+        ([], "train", "It holds nothing"),
+    ],
+)
+def test_a_missing_split_names_what_is_there(
+    tmp_path: Path, files: list[str], split: str, message: str
+) -> None:
+    _touch_files(tmp_path, *files)
+    with pytest.raises(DataError, match=message) as error:
+        find_split(tmp_path, split, flags="--this NAME")
+    assert str(error.value).endswith("Give --this NAME.")
+
+
+def test_files_of_other_tools_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"version": "5.0", "shapes": []}')
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(DataError, match=r"LabelMe's JSON \(a.json\), other JSON \(b.json\), which"):
+        find_split(tmp_path, "train")
+    with pytest.raises(DataError, match="is no folder: give --flags"):
+        find_split(tmp_path / "a.json", "train", flags="--flags")
+
+
+def test_a_split_folder_as_the_root_is_its_split(tmp_path: Path) -> None:
+    _touch_files(tmp_path, "train/_annotations.coco.json", "valid/_annotations.coco.json")
+    train, valid = tmp_path / "train", tmp_path / "valid"
+    assert find_split(train, "train") == (train / "_annotations.coco.json", train)
+    assert find_split(valid, "val") == (valid / "_annotations.coco.json", valid)
+    for folder, split in ((train, "val"), (valid, "train")):
+        with pytest.raises(DataError, match="It holds _annotations.coco.json"):
+            find_split(folder, split)

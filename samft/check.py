@@ -76,6 +76,12 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         help="skip: leave missing and broken images out instead of refusing them; default error",
     )
     add_links_flag(add)
+    add(
+        "--crowds",
+        choices=("auto", "leave_out", "use"),
+        default="auto",
+        help="objects with iscrowd 1; auto: leave out those that look like crowds; default auto",
+    )
     add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
     add("--fix", type=user_path, metavar="DIR", help="write repaired annotation files there")
     add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
@@ -98,6 +104,7 @@ def _check_dataset(options: argparse.Namespace) -> Splits:
             val_split=options.val_split,
             image_size=options.image_size,
             allow_links=options.allow_links,
+            crowds=options.crowds,
         )
     # Beside --annotations, --data_root says how far symbolic links of images may lead.
     split = check_split(
@@ -106,6 +113,7 @@ def _check_dataset(options: argparse.Namespace) -> Splits:
         root=options.data_root,
         allow_links=options.allow_links,
         image_size=options.image_size,
+        crowds=options.crowds,
     )
     path = options.annotations
     beside_images = path.name.startswith("_annotations")

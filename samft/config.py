@@ -84,6 +84,12 @@ class TrainConfig:
         at_least=0,
         metavar="PX",
     )
+    crowds: str = _data(
+        "auto",
+        "objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: all; use: "
+        "none",
+        choices=("auto", "leave_out", "use"),
+    )
     max_masks_per_image: int = _data(
         64,
         "largest number of objects per image in training, a random subset in each epoch; "

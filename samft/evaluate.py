@@ -106,6 +106,13 @@ def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
         help="only masks of at least so many pixels of the original image (default: 0)",
     )
     group.add_argument(
+        "--crowds",
+        choices=("auto", "leave_out", "use"),
+        default="auto",
+        help="objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: all; "
+        "use: none (default: auto)",
+    )
+    group.add_argument(
         "--on_bad_image",
         choices=("error", "skip"),
         default="error",

@@ -1,14 +1,17 @@
-"""The categories and objects of a COCO file, checked in bulk. Imports no torch.
+"""The objects of a COCO file, checked in bulk, and which of them are crowds. Imports no torch.
 
 Of objects, first the fields are read one by one, then all numbers of many objects at once.
 """
 
+import hashlib
 import itertools
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -35,60 +38,19 @@ from samft.coco.json_reader import (
 from samft.coco.problems import MAX_EXAMPLES, Problems
 from samft.coco.segmentation import CheckedMasks, RawMasks, Segmentations, decode_cropped
 
-CROWD = 1  # a bit of `Objects.flags`
+CROWD = 1  # a bit of `Objects.flags`; as read, of objects with iscrowd 1, see `mark_crowds`
 NO_CATEGORY = -1
 NO_ID = -(2**63)
 _CHUNK = 20_000  # objects that are decoded and checked at a time
 _TINY = 16  # px; masks below it are reported
 _NO_BOX = [float("nan")] * 4
 
-
-def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
-    """Reads the category entries.
-
-    Args:
-        raw: `Document.categories`, whatever it is.
-        problems: Problems are added to it.
-
-    Returns:
-        From category id to name.
-    """
-    if not isinstance(raw, list) or not raw:
-        problems.add("categories-missing", "categories")
-        return {}
-    categories: dict[int, str] = {}
-    for position, entry in enumerate(raw):
-        category_id = to_id(entry.get("id")) if isinstance(entry, dict) else None
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if category_id is None or not isinstance(name, str):
-            problems.add("category-malformed", f"entry {position}")
-            continue
-        if type(entry["id"]) is not int:
-            problems.add("id-not-integer", f"category {entry['id']!r}")
-        if category_id in categories:
-            problems.add("category-id-twice", f"category {category_id} ({name})")
-            continue
-        if name in categories.values():
-            problems.add("category-name-twice", f"{name} (category {category_id})")
-        categories[category_id] = name
-    return categories
-
-
-def check_category_ids(categories: dict[int, str], used: set[int], *, problems: Problems) -> None:
-    """Adds gaps between category ids and an unused id 0 to the problems.
-
-    Args:
-        categories: From `read_categories`.
-        used: The category ids of all objects.
-        problems: Problems are added to it.
-    """
-    if 0 in categories and 0 not in used and len(categories) > 1:
-        problems.add("category-placeholder", f"0 ({categories[0]})")
-    ids = sorted(categories)
-    gaps = [after for before, after in itertools.pairwise(ids) if after != before + 1]
-    problems.add(
-        "category-ids-not-contiguous", *(f"gap before {category_id}" for category_id in gaps)
-    )
+# What crowds look like. Of the 13 crowds among 1,041 objects of COCO 2017, 11 are in several parts,
+# 11 have boxes of over 4 times the median of their class, 10 cover boxes of ordinary objects of it.
+_LARGE = 4  # times the median area of the boxes of the class's ordinary objects
+_PART = 0.02  # share of a mask from which on a part counts; a brush leaves stray pixels
+_COVERED = 0.5  # share of a box
+_MOST_LOOKED_AT = 500  # masks that are decoded to decide on a file
 
 
 @dataclass
@@ -166,12 +128,7 @@ def read_objects(
             chunks.append(chunk.finish(problems))
             bar.update(len(part))
     _add_bad_images(images, lost, problems)
-    objects = _make_ids_unique(Objects.concatenate(chunks), entries, problems)
-    if len(objects.flags) and (objects.flags & CROWD).all():
-        problems.add_ids("all-crowd", objects.ids, noun="object")
-        objects.flags[:] = 0
-    problems.add_ids("crowd", objects.ids[objects.flags & CROWD > 0], noun="object")
-    return objects
+    return _make_ids_unique(Objects.concatenate(chunks), entries, problems)
 
 
 def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> None:
@@ -187,9 +144,6 @@ def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> N
 
 def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -> Objects:
     # A repeated entry is left out; another object with a used id, or with none, gets a free one.
-    def value(k: int) -> Any:
-        return value_of(entries[objects.positions[k]])
-
     # By id, and by position within it: of equal ids, the first in the file keeps it.
     order = np.lexsort([objects.positions, objects.ids])
     ids = objects.ids[order]
@@ -197,18 +151,32 @@ def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -
     firsts = np.searchsorted(ids, ids[again])
     kept = np.ones(len(ids), dtype=bool)
     renewed = np.flatnonzero(objects.ids == NO_ID).tolist()
+    seen: dict[int, set[bytes]] = {}  # id -> hashes of its entries, so that none is compared twice
     for k, first in zip(order[again].tolist(), order[firsts].tolist(), strict=True):
-        same = value(k) == value(first)
-        code = "annotation-duplicate" if same else "annotation-id-twice"
-        problems.add(code, f"object {objects.ids[k]}")
-        kept[k] = not same
-        renewed += [] if same else [k]
+        object_id = int(objects.ids[k])
+        if object_id not in seen:
+            seen[object_id] = {_hash_entry(entries[objects.positions[first]])}
+        hashed = _hash_entry(entries[objects.positions[k]])
+        kept[k] = hashed not in seen[object_id]
+        code = "annotation-id-twice" if kept[k] else "annotation-duplicate"
+        problems.add(code, f"object {object_id}")
+        seen[object_id].add(hashed)
+        renewed += [k] if kept[k] else []
     if renewed:
         taken = set(objects.ids.tolist())
         free = (number for number in itertools.count(1) if number not in taken)
         for k in sorted(renewed, key=lambda k: int(objects.positions[k])):
             objects.ids[k] = next(free)
     return objects if kept.all() else objects.take(np.flatnonzero(kept))
+
+
+def _hash_entry(entry: Raw) -> bytes:
+    # Equal for entries of equal fields, in whatever order.
+    try:
+        text = msgspec.json.encode(value_of(entry), order="sorted")
+    except (ValueError, OverflowError, RecursionError):  # lone surrogates, numbers over 64 bits
+        text = repr(entry).encode(errors="surrogatepass")
+    return hashlib.sha256(text).digest()
 
 
 class ObjectChunk:
@@ -399,3 +367,98 @@ class ObjectChunk:
         objects = np.flatnonzero(which)
         examples = [self.labels[k] for k in objects[:MAX_EXAMPLES]]
         problems.add(code, *examples, count=len(objects))
+
+
+# Crowds.
+
+
+def mark_crowds(
+    objects: Objects, sizes: NDArray[np.int32], *, mode: str, problems: Problems
+) -> None:
+    """Clears `CROWD` in the flags of objects that are no crowds.
+
+    COCO's crowds are regions of many objects that nobody drew one by one: rare, large, in several
+    parts, around ordinary objects of their class. CVAT and Datumaro write `iscrowd: 1` to each mask
+    that was painted with a brush, because in COCO's own files only crowds are RLE.
+
+    Args:
+        objects: Of one file, `CROWD` where its iscrowd is 1.
+        sizes: int32 [N, 2], H, W of the images, px.
+        mode: `auto` decides by what the masks look like, `leave_out` believes iscrowd, `use` never
+            does.
+        problems: What is left out and what is used are added to it.
+    """
+    called = np.flatnonzero(objects.flags & CROWD)
+    is_crowd = np.full(len(called), mode == "leave_out")
+    if mode == "auto" and len(called):
+        is_crowd = _find_crowds(objects, called, sizes)
+    objects.flags[called[~is_crowd]] &= ~np.uint8(CROWD)
+    problems.add_ids("crowd-used", objects.ids[called[~is_crowd]], noun="object")
+    problems.add_ids("crowd", objects.ids[called[is_crowd]], noun="object")
+
+
+def _find_crowds(
+    objects: Objects, called: NDArray[np.int64], sizes: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    ordinary = np.flatnonzero(objects.flags & CROWD == 0)
+    if not len(ordinary):  # a file of nothing but crowds has nothing that they could be told from
+        return np.zeros(len(called), dtype=bool)
+    is_rle = objects.segmentations.are_rle()
+    marks = _is_large(objects, called, ordinary).astype(int)
+    marks += _covers_objects(objects, called)
+    sample = np.unique(np.linspace(0, len(called) - 1, _MOST_LOOKED_AT).astype(int))
+    in_parts = _in_parts(objects, called[sample], sizes)
+    look_like_crowds = 2 * np.count_nonzero(marks[sample] + in_parts) >= len(sample)
+    # A tool that calls each RLE a crowd calls no polygon so, and writes no RLE of other objects.
+    classes = np.unique(objects.categories[called])
+    same_class = ordinary[np.isin(objects.categories[ordinary], classes)]
+    means_rle = is_rle[called].mean() > 0.5 and is_rle[same_class].sum() < len(called)
+    if len(called) <= len(ordinary) and (look_like_crowds or not means_rle):
+        return np.ones(len(called), dtype=bool)
+    suspects = np.flatnonzero(marks)
+    marks[suspects] += _in_parts(objects, called[suspects], sizes)
+    return np.asarray(marks >= 2)
+
+
+def _is_large(
+    objects: Objects, called: NDArray[np.int64], ordinary: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    areas = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1)
+    large = np.zeros(len(called), dtype=bool)
+    for category in np.unique(objects.categories[called]).tolist():
+        usual = areas[ordinary[objects.categories[ordinary] == category]]
+        if len(usual):
+            of_class = objects.categories[called] == category
+            large[of_class] = areas[called[of_class]] >= _LARGE * np.median(usual)
+    return large
+
+
+def _covers_objects(objects: Objects, called: NDArray[np.int64]) -> NDArray[np.bool_]:
+    # Whether most of the box of an ordinary object of the class lies in the box of each.
+    covers = np.zeros(len(called), dtype=bool)
+    firsts = np.searchsorted(objects.rows, objects.rows[called])
+    lasts = np.searchsorted(objects.rows, objects.rows[called], side="right")
+    for number, (k, first, last) in enumerate(zip(called.tolist(), firsts, lasts, strict=True)):
+        others = objects.boxes[first:last][
+            (objects.categories[first:last] == objects.categories[k])
+            & (objects.flags[first:last] & CROWD == 0)
+        ]
+        low = np.maximum(others[:, :2], objects.boxes[k, :2])
+        high = np.minimum(others[:, 2:], objects.boxes[k, 2:])
+        common = np.maximum(high - low, 0).prod(1)
+        covers[number] = (common >= _COVERED * (others[:, 2:] - others[:, :2]).prod(1)).any()
+    return covers
+
+
+def _in_parts(
+    objects: Objects, which: NDArray[np.int64], sizes: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    several = np.zeros(len(which), dtype=bool)
+    for number, k in enumerate(which.tolist()):
+        height, width = sizes[objects.rows[k]].tolist()
+        mask = decode_cropped(objects.segmentations[k], (height, width)).mask
+        if mask.size:
+            _, _, measures, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+            areas = measures[1:, cv2.CC_STAT_AREA]
+            several[number] = (areas >= _PART * areas.sum()).sum() > 1
+    return several

@@ -1,6 +1,11 @@
-"""The image entries of a COCO file, matched with the files on disk. Imports no torch."""
+"""The images and categories of a COCO file; images are matched with the files on disk.
 
+Imports no torch.
+"""
+
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,3 +136,51 @@ def _compare_sizes(
         problems.add("image-size-differs", f"{name}: {sizes}{reason}")
     if facts.orientation != 1:
         problems.add("image-exif-rotated", name)
+
+
+def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
+    """Reads the category entries.
+
+    Args:
+        raw: `Document.categories`, whatever it is.
+        problems: Problems are added to it.
+
+    Returns:
+        From category id to name.
+    """
+    if not isinstance(raw, list) or not raw:
+        problems.add("categories-missing", "categories")
+        return {}
+    categories: dict[int, str] = {}
+    for position, entry in enumerate(raw):
+        category_id = to_id(entry.get("id")) if isinstance(entry, dict) else None
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if category_id is None or not isinstance(name, str):
+            problems.add("category-malformed", f"entry {position}")
+            continue
+        if type(entry["id"]) is not int:
+            problems.add("id-not-integer", f"category {entry['id']!r}")
+        if category_id in categories:
+            problems.add("category-id-twice", f"category {category_id} ({name})")
+            continue
+        if name in categories.values():
+            problems.add("category-name-twice", f"{name} (category {category_id})")
+        categories[category_id] = name
+    return categories
+
+
+def check_category_ids(categories: dict[int, str], used: set[int], *, problems: Problems) -> None:
+    """Adds gaps between category ids and an unused id 0 to the problems.
+
+    Args:
+        categories: From `read_categories`.
+        used: The category ids of all objects.
+        problems: Problems are added to it.
+    """
+    if 0 in categories and 0 not in used and len(categories) > 1:
+        problems.add("category-placeholder", f"0 ({categories[0]})")
+    ids = sorted(categories)
+    gaps = [after for before, after in itertools.pairwise(ids) if after != before + 1]
+    problems.add(
+        "category-ids-not-contiguous", *(f"gap before {category_id}" for category_id in gaps)
+    )

@@ -26,11 +26,15 @@ from samft.coco.entries import (
     CROWD,
     NO_CATEGORY,
     Objects,
-    check_category_ids,
-    read_categories,
+    mark_crowds,
     read_objects,
 )
-from samft.coco.image_entries import Images, read_images
+from samft.coco.image_entries import (
+    Images,
+    check_category_ids,
+    read_categories,
+    read_images,
+)
 from samft.coco.json_reader import file_digest, load_document
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
@@ -167,6 +171,7 @@ def index_file(
     cache: Path | None = None,
     pixels: PixelFormat = PLAIN,
     decode: bool = False,
+    crowds: str = "auto",
 ) -> CocoIndex:
     """Opens the index of a COCO file; the first time, the file is checked and the index built.
 
@@ -181,6 +186,7 @@ def index_file(
         cache: Folder of all indexes; by default `index` in samft's cache folder.
         pixels: Says which bands and page of the image files are used.
         decode: Decode every image file; whoever opens the index later knows what came out.
+        crowds: See `entries.mark_crowds`.
 
     Raises:
         UnusableFile: The JSON cannot be read.
@@ -188,7 +194,7 @@ def index_file(
     """
     digest = file_digest(annotations)
     images = ImageFolder(image_folder, root=root, allow_links=allow_links)
-    parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve(), pixels.layout]
+    parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve(), pixels.layout, crowds]
     parts += [folder.resolve() for folder in allow_links]
     key = hashlib.sha256("\n".join(map(str, parts)).encode(errors=_ESCAPE)).hexdigest()[:32]
     try:
@@ -201,7 +207,12 @@ def index_file(
                 # Listed anew: while this process waited, another one may have built it.
                 images = ImageFolder(image_folder, root=root, allow_links=allow_links)
                 index = _open_current(folder, images, decode=decode) or _build_index(
-                    annotations, folder, images, pixels=pixels.layout, decode=decode
+                    annotations,
+                    folder,
+                    images,
+                    pixels=pixels.layout,
+                    decode=decode,
+                    crowds=crowds,
                 )
         return replace(index, pixels=pixels)
     except OSError as error:
@@ -212,12 +223,18 @@ def index_file(
 
 
 def _build_index(
-    annotations: Path, folder: Path, images: ImageFolder, *, pixels: PixelFormat, decode: bool
+    annotations: Path,
+    folder: Path,
+    images: ImageFolder,
+    *,
+    pixels: PixelFormat,
+    decode: bool,
+    crowds: str,
 ) -> CocoIndex:
     started = time.monotonic()
     if os.path.lexists(folder) and not is_intact(folder, _FILES, identity=folder.name):
         LOGGER.warning("the index in %s is damaged: it is built again", folder)
-    checked = check_file(annotations, images, pixels=pixels, decode=decode)
+    checked = check_file(annotations, images, pixels=pixels, decode=decode, crowds=crowds)
     _write_index(checked, folder, images, decode=decode)
     _delete_unused(folder.parent)
     seconds = time.monotonic() - started
@@ -269,6 +286,7 @@ def check_file(
     *,
     pixels: PixelFormat = PLAIN,
     decode: bool = False,
+    crowds: str = "auto",
 ) -> CheckedFile:
     """Reads a COCO file and checks all of it.
 
@@ -277,6 +295,7 @@ def check_file(
         folder: Where its images are.
         pixels: See `index_file`.
         decode: See `index_file`.
+        crowds: See `entries.mark_crowds`.
 
     Returns:
         Usable images and objects, and all problems.
@@ -291,6 +310,7 @@ def check_file(
     objects = read_objects(
         document.annotations, images, categories=set(categories), problems=problems
     )
+    mark_crowds(objects, images.sizes, mode=crowds, problems=problems)
     used = set(np.unique(objects.categories).tolist())
     check_category_ids(categories, used, problems=problems)
     plain = objects.rows[objects.flags & CROWD == 0]

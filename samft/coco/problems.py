@@ -71,7 +71,7 @@ KINDS = {
     "category-unknown": (NOTE, "its category_id is not among the categories"),
     "iscrowd-missing": (NOTE, "no iscrowd; taken as 0"),
     "iscrowd-malformed": (NOTE, "iscrowd is neither 0 nor 1; read as the nearer of them"),
-    "all-crowd": (NOTE, "every object is marked as a crowd; they are used as objects"),
+    "crowd-used": (NOTE, "iscrowd is 1, but it is used: no crowd by its looks, or --crowds use"),
     "crowd": (FACT, "crowd region; not trained on"),
     # boxes
     "box-missing": (NOTE, "no bbox; taken from the mask"),
@@ -102,6 +102,7 @@ KINDS = {
     "rle-malformed": (WARNING, "RLE that cannot be decoded, or does not fill its size"),
     "rle-empty": (WARNING, "RLE without a pixel"),
     "rle-too-large": (WARNING, "RLE of more than 179 million pixels"),
+    "rle-size-foreign": (WARNING, "RLE of over 32 times the image's height or width"),
     "rle-size-differs": (NOTE, "RLE of another size than the image; cut or padded"),
     # the set
     "split-name": (FACT, "the validation split is not called 'val'"),

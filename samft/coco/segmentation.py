@@ -16,20 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from samft.errors import DataError
-from samft.images.limits import MAX_PIXELS
+from samft.coco.json_reader import MaskError, check_rle, counts_from_strings
 
 _MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
 _MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
+_MOST_TIMES_IMAGE = 32  # the side of an RLE may have so many times that of its image
 _RLE = -1  # in `Segmentations`, instead of a number of polygons
-
-
-class MaskError(DataError):
-    """A segmentation that cannot be used; `code` is a key of `problems.KINDS`."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -179,8 +171,16 @@ class CheckedMasks:
         self.extents[has_parts, 2:] = np.maximum.reduceat(points, first_points)
 
     def _measure_rle(self, owner: int, rle: dict[str, Any]) -> None:
-        crop = decode_cropped(rle, rle["size"])
-        self.extents[owner] = crop.extent
+        # From the run lengths, so that no size makes it slow or takes memory.
+        ends, rows = np.cumsum(rle["counts"]), rle["size"][0]
+        filled = 2 * np.flatnonzero(rle["counts"][1::2]) + 1
+        firsts, lasts = ends[filled - 1], ends[filled] - 1
+        left, right = firsts[0] // rows, lasts[-1] // rows + 1
+        if (firsts // rows == lasts // rows).all():
+            top, bottom = (firsts % rows).min(), (lasts % rows).max() + 1
+        else:  # a run continues at the top of the next column
+            top, bottom = 0, rows
+        self.extents[owner] = left, top, right, bottom
         self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
 
     def find_empty(self, sizes: NDArray[np.float64]) -> None:
@@ -189,6 +189,10 @@ class CheckedMasks:
         Args:
             sizes: float64 [n, 2], H, W of the images, px.
         """
+        owners = np.array(list(self.rle_sizes), dtype=np.int64)
+        rle_sizes = np.array(list(self.rle_sizes.values())).reshape(-1, 2)
+        foreign = (rle_sizes > _MOST_TIMES_IMAGE * sizes[owners]).any(1)
+        self.codes[owners[foreign]] = "rle-size-foreign"
         # A polygon inside of the image that is thicker than a few pixels covers some: no need to
         # draw it. Nosarzewska's bound asks for half the perimeter.
         corner = sizes[:, ::-1]
@@ -230,44 +234,6 @@ def judge_polygons(lengths: NDArray[np.int64], numbers: NDArray[np.float64]) -> 
     return verdicts.astype(np.int8)
 
 
-def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
-    """Checks a raw RLE dict, whose counts are a list or a compressed string.
-
-    Returns:
-        `size` [H, W], and `counts` as int64.
-
-    Raises:
-        MaskError: `rle-empty`, `rle-too-large` or `rle-malformed`.
-    """
-    counts = raw.get("counts")
-    if isinstance(counts, str):
-        counts = counts.encode("ascii", "replace")
-    numbers = (
-        _counts_from_strings([counts])[0] if isinstance(counts, bytes) else _to_numbers(counts)
-    )
-    size = _to_numbers(raw.get("size"))
-    if len(size) != 2 or not (size >= 1).all():
-        raise MaskError("rle-malformed")
-    if size.prod() > MAX_PIXELS:
-        raise MaskError("rle-too-large")
-    if len(numbers) == 0 or not numbers[1::2].any():
-        raise MaskError("rle-empty")
-    whole = (numbers >= 0).all() and (numbers % 1 == 0).all() and (size % 1 == 0).all()
-    if not whole or numbers.sum() != size.prod():
-        raise MaskError("rle-malformed")
-    return {"size": size.astype(int).tolist(), "counts": numbers.astype(np.int64)}
-
-
-def _to_numbers(raw: Any) -> NDArray[np.float64]:
-    try:
-        numbers = np.asarray(raw, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise MaskError("rle-malformed") from None
-    if numbers.ndim != 1 or not np.isfinite(numbers).all():
-        raise MaskError("rle-malformed")
-    return numbers
-
-
 @dataclass(frozen=True)
 class Segmentations:
     """Checked segmentations of all objects in one buffer, which processes share without copying.
@@ -288,6 +254,10 @@ class Segmentations:
     def __len__(self) -> int:
         return len(self.starts)
 
+    def are_rle(self) -> NDArray[np.bool_]:
+        """Which are RLE, not polygons, bool [K]."""
+        return np.asarray(self.buffer[self.starts] == _RLE)
+
     def take(self, which: NDArray[np.int64]) -> "Segmentations":
         """Some of the segmentations, in the order given, with the same buffer."""
         return Segmentations(self.buffer, self.starts[which])
@@ -299,7 +269,7 @@ class Segmentations:
         if buffer[start] == _RLE:
             height, width, num_bytes = buffer[start + 1 : start + 4].tolist()
             text = buffer[start + 4 : start + 4 + -(-num_bytes // 8)].tobytes()[:num_bytes]
-            return {"size": [height, width], "counts": _counts_from_strings([text])[0]}
+            return {"size": [height, width], "counts": counts_from_strings([text])[0]}
         first = start + 1 + int(buffer[start])
         lengths = buffer[start + 1 : first].tolist()
         ends = accumulate(lengths, initial=first)
@@ -357,14 +327,19 @@ def decode_cropped(segmentation: Any, size: tuple[int, int]) -> CroppedMask:
     filled = 2 * np.flatnonzero(counts[1::2]) + 1
     if len(filled) == 0:
         return _NO_PIXELS
-    # Only the columns between the first and the last pixel are ever written out.
-    first, last = int(filled[0]), int(filled[-1])
-    left, right = int(ends[first - 1]) // rows, (int(ends[last]) - 1) // rows + 1
+    # Only the columns of the image between the first and the last pixel are ever written out.
+    first = int(filled[0])
+    left = int(ends[first - 1]) // rows
+    if left >= width:
+        return _NO_PIXELS
+    last = min(int(filled[-1]), int(np.searchsorted(ends, width * rows)))
+    right = min((int(ends[last]) - 1) // rows + 1, width)
     runs = counts[first - 1 : last + 1].copy()
     runs[0] = ends[first - 1] - left * rows
+    runs[-1] -= max(int(ends[last]) - width * rows, 0)
     flat = np.repeat((np.arange(len(runs)) & 1).astype(bool), runs)
     flat = np.append(flat, np.zeros((right - left) * rows - len(flat), dtype=bool))
-    mask = flat.reshape(right - left, rows).T[:height, : max(0, width - left)]
+    mask = flat.reshape(right - left, rows).T[:height]
     return _crop_tightly(mask, left=left)
 
 
@@ -407,7 +382,7 @@ def decode_runs(segmentations: Sequence[Any], size: tuple[int, int]) -> MaskRuns
 
 def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
     """The mask that `encode_cropped` encoded, cropped tightly."""
-    counts = _counts_from_strings([rle["counts"].encode("ascii")])[0]
+    counts = counts_from_strings([rle["counts"].encode("ascii")])[0]
     return decode_cropped({"size": rle["size"], "counts": counts}, rle["size"])
 
 
@@ -422,7 +397,7 @@ def _draw_polygons(objects: Sequence[Any], size: tuple[int, int]) -> list[dict[s
     rles = mask_utils.frPyObjects([part for parts in objects for part in parts], *size)
     ends = accumulate(map(len, objects), initial=0)
     merged = [mask_utils.merge(rles[i:j]) if j > i + 1 else rles[i] for i, j in pairwise(ends)]
-    decoded = _counts_from_strings([rle["counts"] for rle in merged])
+    decoded = counts_from_strings([rle["counts"] for rle in merged])
     return [{"size": size, "counts": counts} for counts in decoded]
 
 
@@ -465,36 +440,3 @@ def uncompressed_rle(crop: CroppedMask, size: tuple[int, int]) -> dict[str, Any]
     if len(counts) % 2 == 1 and len(counts) > 1 and counts[-1] == 0:
         counts = counts[:-1]
     return {"size": [height, width], "counts": counts}
-
-
-def _counts_from_strings(texts: Sequence[bytes]) -> list[NDArray[np.int64]]:
-    # COCO's code: a number is groups of 5 bits, the lowest first; bit 5 says that another group
-    # follows, and bit 4 of the last group is the sign. From the fourth number on, the difference to
-    # the number two places before is stored.
-    # Source: rleFrString in cocoapi/common/maskApi.c.
-    codes = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(np.int64) - 48
-    if len(codes) == 0:
-        return [codes] * len(texts)
-    text_ends = np.fromiter(accumulate(map(len, texts)), dtype=np.int64)
-    is_last = codes & 32 == 0
-    if codes.min() < 0 or codes.max() > 63 or not is_last[text_ends - 1].all():
-        raise MaskError("rle-malformed")
-    ends = np.flatnonzero(is_last) + 1
-    lengths = np.diff(ends, prepend=0)
-    if lengths.max() > 7:
-        raise MaskError("rle-malformed")
-    starts = ends - lengths
-    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
-    numbers = np.add.reduceat((codes & 31) << shifts, starts)
-    numbers -= (codes[ends - 1] >> 4 & 1) << (5 * lengths)
-    first_numbers = np.append(0, np.searchsorted(ends, text_ends, side="right"))
-    per_text = np.diff(first_numbers)
-    nth = np.arange(len(numbers)) - np.repeat(first_numbers[:-1], per_text)
-    for chosen, count in (
-        (nth % 2 == 1, per_text // 2),
-        (nth % 2 < (nth > 0), (per_text - 1) // 2),
-    ):
-        # The running sum of each text: that of all texts, less what it was before the text.
-        sums = np.append(0, np.cumsum(numbers[chosen]))
-        numbers[chosen] = sums[1:] - np.repeat(sums[np.cumsum(count) - count], count)
-    return [numbers[first:end] for first, end in pairwise(first_numbers.tolist())]

@@ -156,6 +156,7 @@ def check_splits(
     val_split: str,
     image_size: int,
     allow_links: Sequence[Path] = (),
+    crowds: str = "auto",
 ) -> dict[str, CheckedSplit]:
     """Checks the splits that a dataset has, and whether images are in train and in val.
 
@@ -165,6 +166,7 @@ def check_splits(
         val_split: Name of the validation split.
         image_size: The model's input that sizes of objects refer to, px.
         allow_links: See `index_file`.
+        crowds: See `entries.mark_crowds`.
 
     Returns:
         By `train`, `val` and `test`. A missing training split is in it as a failure; the others may
@@ -189,7 +191,12 @@ def check_splits(
                 splits[role] = _unreadable_split(folder, folder, "json-missing", error)
             continue
         splits[role] = check_split(
-            annotations, images, root=data_root, allow_links=allow_links, image_size=image_size
+            annotations,
+            images,
+            root=data_root,
+            allow_links=allow_links,
+            image_size=image_size,
+            crowds=crowds,
         )
     if len(missing) == 3:
         raise missing[TRAIN]
@@ -205,6 +212,7 @@ def check_split(
     root: Path | None = None,
     allow_links: Sequence[Path] = (),
     image_size: int,
+    crowds: str = "auto",
 ) -> CheckedSplit:
     """Checks one annotation file; that it cannot be read is a problem like any other.
 
@@ -214,9 +222,10 @@ def check_split(
         root: See `index_file`.
         allow_links: See `index_file`.
         image_size: The model's input that sizes of objects refer to, px.
+        crowds: See `entries.mark_crowds`.
     """
     try:
-        index = index_file(annotations, images, root=root, allow_links=allow_links)
+        index = index_file(annotations, images, root=root, allow_links=allow_links, crowds=crowds)
     except UnusableFile as error:
         return _unreadable_split(annotations, images, error.code, error)
     statistics = compute_statistics(index, image_size=image_size)

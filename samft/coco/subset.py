@@ -105,6 +105,7 @@ def read_coco(
     allow_links: Sequence[Path] = (),
     cache: Path | None = None,
     pixels: PixelFormat = PLAIN,
+    crowds: str = "auto",
     on_bad_image: str = "error",
     category_names: Iterable[str] = (),
     min_mask_area: float = 0,
@@ -118,6 +119,7 @@ def read_coco(
         allow_links: See `index_file`.
         cache: See `index_file`.
         pixels: See `index_file`.
+        crowds: See `entries.mark_crowds`.
         on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
         category_names: Only objects of these classes are used; all if empty.
         min_mask_area: Only masks of at least so many pixels are used.
@@ -127,7 +129,13 @@ def read_coco(
             or ids contradict each other.
     """
     index = index_file(
-        annotations, image_folder, root=root, allow_links=allow_links, cache=cache, pixels=pixels
+        annotations,
+        image_folder,
+        root=root,
+        allow_links=allow_links,
+        cache=cache,
+        pixels=pixels,
+        crowds=crowds,
     )
     raise_for_errors(index.problems, annotations, on_bad_image=on_bad_image)
     subset = select_objects(

@@ -146,6 +146,7 @@ def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
         *files,
         root=None if config.data_root is None else Path(config.data_root).expanduser(),
         allow_links=link_folders(config.allow_links),
+        crowds=config.crowds,
         on_bad_image=config.on_bad_image,
         category_names=[name for name in names if name],
         min_mask_area=config.min_mask_area,

@@ -137,6 +137,7 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
         images,
         root=options.data_root,
         allow_links=options.allow_links,
+        crowds=options.crowds,
         on_bad_image=options.on_bad_image,
         category_names=[name for name in names if name],
         min_mask_area=options.min_mask_area,

@@ -42,7 +42,7 @@ from samft.training.engine import Progress
 
 FILE_NAME = "report.html"
 # Flags of `samft.evaluate` that decide which objects are scored.
-_SELECTING_FLAGS = ("category_names", "min_mask_area", "on_bad_image", "allow_links")
+_SELECTING_FLAGS = ("category_names", "min_mask_area", "crowds", "on_bad_image", "allow_links")
 _PACKAGES = ("torch", "torchvision", "segment-anything", "numpy", "opencv-python", "torchmetrics")
 
 

@@ -8,6 +8,7 @@ from helpers.segmentations import check_segmentation, decode_segmentation
 from samft.coco.segmentation import (
     CroppedMask,
     MaskError,
+    RawMasks,
     count_pixels,
     decode_cropped,
     encode_cropped,
@@ -106,3 +107,19 @@ def test_an_empty_crop_is_encoded_as_an_empty_mask() -> None:
     nothing = np.zeros((0, 0), dtype=bool)
     encoded = encode_cropped(CroppedMask(0, 0, nothing), (7, 5))
     assert encoded == _rle(np.zeros((7, 5), dtype=np.uint8), compressed=True)
+
+
+@pytest.mark.parametrize("size", [(25, 34), (13, 61), (40, 18), (20, 30)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_rle_of_another_size_is_cut_or_padded(size: tuple[int, int], seed: int) -> None:
+    mask = np.random.default_rng(seed).random(size) < 0.2 + 0.5 * seed
+    rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
+    drawn = decode_segmentation({"size": list(size), "counts": rle["counts"].decode()}, (20, 30))
+    expected = np.zeros((60, 80), np.uint8)
+    expected[: size[0], : size[1]] = mask
+    assert (drawn == expected[:20, :30]).all()
+    checked = RawMasks()
+    checked.add({"size": list(size), "counts": rle["counts"].decode()})
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    extent = [xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]
+    assert checked.check().extents.tolist() == [extent]

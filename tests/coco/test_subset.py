@@ -13,7 +13,9 @@ from pycocotools import mask as mask_utils
 
 from helpers.broken_coco import SQUARE, encode_image, write_broken
 from helpers.coco_files import annotation, write_coco, write_json
+from samft.coco import entries, segmentation
 from samft.coco.index import index_file
+from samft.coco.json_reader import value_of
 from samft.coco.layout import find_split
 from samft.coco.problems import BAD_IMAGES, KINDS
 from samft.coco.segmentation import decode_cropped
@@ -183,7 +185,7 @@ def test_crowds_are_left_out_unless_alone(tmp_path: Path) -> None:
     subset = _read_entries(tmp_path, [crowd, annotation(2, 1, SQUARE)])
     assert _ids(subset) == [2] and subset.counts == {"crowd": 1}
     alone = _read_entries(tmp_path, [crowd])
-    assert _ids(alone) == [1] and alone.counts == {} and alone.index.problems["all-crowd"] == 1
+    assert _ids(alone) == [1] and alone.counts == {} and alone.index.problems["crowd-used"] == 1
 
 
 def test_ids_are_made_unique(tmp_path: Path) -> None:
@@ -193,8 +195,35 @@ def test_ids_are_made_unique(tmp_path: Path) -> None:
     entries = [annotation(1, 1, SQUARE), {**other, "image_id": "1"}, last, without, other, other]
     subset = _read_entries(tmp_path, entries)
     # The last is what the one before it is; that one and the second differ from the first.
-    assert _ids(subset) == [1, 2, 2**63 - 1, 3, 4, 5]
-    assert subset.index.problems["annotation-id-twice"] == 3
+    assert _ids(subset) == [1, 2, 2**63 - 1, 3, 4]
+    assert subset.index.problems["annotation-id-twice"] == 2
+    assert subset.index.problems["annotation-duplicate"] == 1
+
+
+def test_objects_that_share_an_id_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+
+    def count(raw: Any) -> Any:
+        read.append(raw)
+        return value_of(raw)
+
+    monkeypatch.setattr(entries, "value_of", count)
+    objects = [annotation(1, 1, [v + k / 100 for v in SQUARE]) for k in range(50)]
+    assert len(_ids(_read_entries(tmp_path, objects))) == 50
+    assert len(read) == 50
+
+
+def test_an_rle_that_has_nothing_to_do_with_the_image_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = {"size": [13_000, 13_000], "counts": [5, 10, 13_000**2 - 15]}
+    large = [2.0, 2, 28, 2, 28, 18, 2, 18]
+    objects = [annotation(1, 1, large), annotation(2, 1, SQUARE, segmentation=huge)]
+    monkeypatch.setattr(segmentation, "decode_runs", pytest.fail)  # by its numbers alone
+    subset = _read_entries(tmp_path, objects)
+    assert _ids(subset) == [1] and subset.counts == {"rle-size-foreign": 1}
 
 
 def test_masks_without_a_pixel_in_the_image_are_counted(tmp_path: Path) -> None:

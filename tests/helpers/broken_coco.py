@@ -235,6 +235,7 @@ def _add_masks(train: BrokenSplit) -> None:
             {"size": [HEIGHT, WIDTH], "counts": [600]},
             {"size": [HEIGHT, WIDTH], "counts": ""},
         ],
+        "rle-size-foreign": [{"size": [HEIGHT, 1000], "counts": [0, 1000 * HEIGHT]}],
         "rle-too-large": [{"size": [10**6, 10**6], "counts": [0, 10**12]}],
     }
     for code, segmentations in bad.items():
@@ -285,7 +286,7 @@ def write_broken(root: Path) -> dict[str, dict[str, int]]:
     val.add_image(1, "other_name.png")
     val.add_image(2, "v.png")
     for image_id in (1, 2):
-        val.add_object("all-crowd", image_id=image_id, iscrowd=1)
+        val.add_object("crowd-used", image_id=image_id, iscrowd=1)
     val.expected["categories-missing"] += 1
     val.write_json("_annotations.coco.json", [])
     (root / "test").mkdir()

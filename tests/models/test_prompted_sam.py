@@ -213,10 +213,10 @@ def decoded_at_once(model: PromptedSam, **options: Any) -> list[int]:
 
 def test_the_chunk_can_be_set_at_any_time_and_for_one_call() -> None:
     model = PromptedSam(build_sam("vit_tiny", 64))
-    assert decoded_at_once(model) == [7]  # of up to 8 on a CPU
-    assert model.mask_chunk is None and model.boxes_at_once() == 8
+    assert decoded_at_once(model) == [7]  # of up to 64
+    assert model.mask_chunk is None and model.boxes_at_once() == 64
     assert decoded_at_once(model, mask_chunk=5) == [5, 2]
-    assert model.mask_chunk is None and model.boxes_at_once() == 8
+    assert model.mask_chunk is None and model.boxes_at_once() == 64
     model.mask_chunk = 3
     assert decoded_at_once(model) == [3, 3, 1]
     assert decoded_at_once(model, mask_chunk=4) == [4, 3]
@@ -224,7 +224,7 @@ def test_the_chunk_can_be_set_at_any_time_and_for_one_call() -> None:
 
 def test_the_automatic_chunk_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PromptedSam(build_sam("vit_tiny", 64))
-    assert model.boxes_at_once() == 8
+    assert model.boxes_at_once() == 64
     monkeypatch.setattr("samft.models.prompted_sam.free_memory_bytes", lambda device: 0.0)
-    assert model.boxes_at_once() == 8
+    assert model.boxes_at_once() == 64
     assert PromptedSam(model.sam).boxes_at_once() == 1

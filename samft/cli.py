@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import sys
@@ -450,21 +451,54 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
         _print_error(error)
         return exit_code(error)
     except Exception as error:
-        traceback.print_exc()
-        _report_to_torchrun(error)
+        reason = explain_os_error(error)
+        if reason is None or "--debug" in arguments:
+            traceback.print_exc()
+        if reason is not None:
+            _print_error(error, reason)
+        else:
+            _report_to_torchrun(error)
         return exit_code(error)
     return EXIT_DONE
 
 
-def _print_error(error: BaseException) -> None:
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
+
+def explain_os_error(error: BaseException) -> str | None:
+    """A sentence for an error of the host that any line of code may meet, such as a full disk.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        What happened, where, and what to do; None for any other error.
+    """
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _NO_ROOM:
+        where = error.filename or "a file"
+        advice = "make room, or name a folder on another disk, and run again"
+        return f"{where} cannot be written or read ({error.strerror}): {advice}."
+    if error.errno in _TOO_MANY_FILES:
+        return (
+            f"too many files are open at once ({error.strerror}): raise the limit (`ulimit -n`), "
+            "or lower num_workers."
+        )
+    return None
+
+
+def _print_error(error: BaseException, reason: str = "") -> None:
     rank = os.environ.get("RANK", "0")
     # Every rank has the same one of these, so rank 0 alone prints it.
     if rank != "0" and isinstance(error, (ConfigError, RunStopped, SharedError)):
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
     kind = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "error"
-    message = escape_paragraph(str(error) or "interrupted")
-    print(f"{prefix}{kind}: {message}", file=sys.stderr, flush=True)
+    message = escape_paragraph(reason or str(error) or "interrupted")
+    with contextlib.suppress(OSError):  # standard error may be a file on the disk that is full
+        print(f"{prefix}{kind}: {message}", file=sys.stderr, flush=True)
 
 
 def _report_to_torchrun(error: Exception) -> None:

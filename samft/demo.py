@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from samft.cli import CommandParser, run_command
 from samft.errors import ConfigError, DataError
 from samft.images.synthetic import CATEGORIES, SceneObject, draw_scene
-from samft.runtime.files import write_text
+from samft.runtime.files import read_json, write_text
 
 DESCRIPTION = "samft demo: painted butterflies and flowers"
 ANNOTATIONS = "_annotations.coco.json"
@@ -133,7 +133,7 @@ def _is_demo_file(path: Path, output_dir: Path) -> bool:
         return False
     if path.name == ANNOTATIONS:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             return bool(content["info"]["description"] == DESCRIPTION)
         except (ValueError, KeyError, TypeError):
             return False

@@ -74,10 +74,18 @@ class ObjectScores:
         """The table from the columns that `to_json` returned.
 
         Raises:
-            KeyError: A column is missing.
+            ValueError: A column is missing, of another length, or holds something else.
         """
         names = [field.name for field in fields(ObjectScores)]
-        return ObjectScores(*(np.array(columns[name], dtype=_column_dtype(name)) for name in names))
+        try:
+            table: list[NDArray[Any]] = [
+                np.array(columns[name], dtype=_column_dtype(name)) for name in names
+            ]
+        except (LookupError, TypeError, OverflowError) as error:
+            raise ValueError("no table of scores") from error
+        if {column.shape for column in table} != {(len(table[0]),)}:
+            raise ValueError("columns of different lengths")
+        return ObjectScores(*table)
 
     @classmethod
     def concatenate(cls: type[Table], parts: list[Table]) -> Table:

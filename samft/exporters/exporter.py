@@ -31,7 +31,7 @@ from samft.exporters.weight_files import (
 )
 from samft.models.sam import build_sam, identify_model, load_state, open_checkpoint, read_state
 from samft.models.weights import find_local_weights
-from samft.runtime.files import sha256_of, staging_path
+from samft.runtime.files import read_json, sha256_of, staging_path
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_tuned_checkpoint(path: Path) -> TunedCheckpoint:
     sidecar = {}
     if path.suffix == ".ckpt":
         try:
-            sidecar = json.loads(path.with_suffix(".json").read_text())
+            sidecar = read_json(path.with_suffix(".json"))
         except (OSError, ValueError):
             pass
     sidecar = sidecar if isinstance(sidecar, dict) else {}

@@ -69,7 +69,14 @@ class RunReport:
         """The objects at step 0 and at the best step; None unless the scores of both are known."""
         scores = self.images.per_object_log
         before, after = scores.read(0), scores.read(self.best.step if self.best else None)
-        return None if before is None or after is None else compare_objects(before, after)
+        if before is None or after is None:
+            return None
+        for table in (before, after):
+            found = find_objects(self.images.index, table.keys())
+            if not np.array_equal(self.images.index.object_ids[found], table.object_ids):
+                LOGGER.warning("%s has objects that the data has not: not used", scores.path)
+                return None
+        return compare_objects(before, after)
 
     def summarise(self, progress: Progress) -> dict[str, Any]:
         """What `summary.json` holds."""
@@ -101,6 +108,8 @@ class RunReport:
             try:
                 page = self._build_page(summary, model, commands, should_stop=should_stop)
                 write_text(path, render(page))
+            except OSError as error:  # a full disk, say
+                LOGGER.error("%s cannot be written: %s", path, error.strerror or error)
             except Exception:
                 LOGGER.exception("%s could not be written; all other files are complete", path)
         draw_before_and_after(

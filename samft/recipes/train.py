@@ -10,10 +10,10 @@ from typing import Any
 from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
-from samft.cli import exit_code
+from samft.cli import exit_code, explain_os_error
 from samft.config import TrainConfig, to_yaml
 from samft.data.loaders import batch_by_objects
-from samft.errors import EXIT_STOPPED, RunStopped
+from samft.errors import EXIT_STOPPED, RunStopped, TrainingError
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import prepare_cache
@@ -137,6 +137,9 @@ def finish(training: TrainingRun) -> dict[str, Any]:
 
     Returns:
         What `summary.json` holds.
+
+    Raises:
+        TrainingError: `summary.json` cannot be written.
     """
     config, progress = training.config, training.progress
     ranked = training.checkpointer.top_k.best
@@ -150,7 +153,13 @@ def finish(training: TrainingRun) -> dict[str, Any]:
     )
     summary: dict[str, Any] = distributed.broadcast(report.summarise(progress))
     if distributed.is_main():
-        write_json(training.output_dir / "summary.json", summary)
+        try:
+            write_json(training.output_dir / "summary.json", summary)
+        except OSError as error:
+            raise TrainingError(
+                f"all steps are done and saved, but {error.filename} could not be written "
+                f"({error.strerror}): make room, and run again."
+            ) from error
         results = {name: value for name, value in summary.items() if isinstance(value, float)}
         training.log.add_hparams(asdict(config), results)
         write_run_status(training.output_dir, "done", progress.step, exit_code=0, reason="finished")
@@ -239,7 +248,7 @@ def _record_failure(
                     state="failed",
                     step=parts.progress.step if parts else 0,
                     exit_code=exit_code(error),
-                    reason=str(error) or type(error).__name__,
+                    reason=explain_os_error(error) or str(error) or type(error).__name__,
                     last_checkpoint=str(last) if last.exists() else None,
                 )
         raise

@@ -168,10 +168,14 @@ def read_png(path: Path) -> np.ndarray:
     """Reads a picture, uint8 [H, W, 3] RGB, that `write_png` wrote.
 
     Raises:
-        ValueError: The file cannot be decoded.
+        OSError: The file cannot be read.
+        ValueError: It cannot be decoded.
     """
     encoded = np.frombuffer(path.read_bytes(), np.uint8)
-    picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    try:
+        picture = cv2.imdecode(encoded, cv2.IMREAD_COLOR) if len(encoded) else None
+    except cv2.error:  # a size in its header that no picture has
+        picture = None
     if picture is None:
         raise ValueError(f"{path} is not a readable picture")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)

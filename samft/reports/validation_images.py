@@ -28,7 +28,7 @@ from samft.reports.drawing import (
     stack_with_titles,
     write_png,
 )
-from samft.runtime.files import write_text
+from samft.runtime.files import read_json, write_text
 from samft.runtime.logs import LOGGER, RunLog
 
 FILE_NAME = "objects.json"
@@ -46,7 +46,7 @@ _INK, _SHADE = (40, 40, 40), np.array([20, 100, 90])
 class PerObjectLog:
     """The scores of each object at step 0 and at the best steps, kept in objects.json.
 
-    Only the report and pictures depend on it: a file that cannot be read counts as none, and one
+    Only the report and pictures depend on it: what cannot be read of the file is left out, and one
     that cannot be written is logged as an error.
     """
 
@@ -59,13 +59,8 @@ class PerObjectLog:
             start_step: The step at which the run starts; later entries are dropped.
         """
         self.path = folder / FILE_NAME
-        self._steps: dict[int, ObjectScores] = {}
-        try:
-            items = json.loads((resumed_from / FILE_NAME).read_text()).items()
-            steps = {int(step): ObjectScores.from_json(columns) for step, columns in items}
-            self._steps = {step: scores for step, scores in steps.items() if step <= start_step}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            pass  # no file, or a damaged one
+        steps = _read_steps(resumed_from / FILE_NAME)
+        self._steps = {step: scores for step, scores in steps.items() if step <= start_step}
 
     def record_scores(self, step: int, objects: ObjectScores) -> bool:
         """Writes the scores of a validation if it is that of step 0 or the best after it.
@@ -96,6 +91,29 @@ class PerObjectLog:
     def read(self, step: int | None) -> ObjectScores | None:
         """The scores at a step; None if they were not kept."""
         return None if step is None else self._steps.get(step)
+
+
+def _read_steps(path: Path) -> dict[int, ObjectScores]:
+    # The scores of each step that are whole; what is not is logged.
+    steps: dict[int, ObjectScores] = {}
+    if not path.exists():
+        return steps
+    damaged = []
+    try:
+        for step, columns in read_json(path).items():
+            try:
+                steps[int(step)] = ObjectScores.from_json(columns)
+            except ValueError:
+                damaged.append(f"the scores of step {step[:20]}")
+    except (OSError, ValueError, AttributeError):
+        damaged = ["all of it"]
+    if damaged:
+        LOGGER.warning(
+            "%s is damaged and %s left out: the report will not compare objects with those",
+            path,
+            " and ".join(damaged),
+        )
+    return steps
 
 
 def choose_fixed(subset: CocoSubset, num: int = NUM_FIXED) -> NDArray[np.int64]:
@@ -235,7 +253,11 @@ def draw_before_and_after(folder: Path, *, before: float, after: float | None) -
     if after is None or not all(path.exists() for path in paths):
         return
     titles = (f"before: mean IoU {before:.3f}", f"after: mean IoU {after:.3f}")
-    columns = zip(titles, map(read_png, paths), strict=True)
+    try:
+        columns = list(zip(titles, map(read_png, paths), strict=True))
+    except (OSError, ValueError) as error:  # a damaged file: no reason to end a run
+        LOGGER.error("%s was not drawn: %s", BEFORE_AFTER, error)
+        return
     picture = stack_horizontally([stack_with_titles([column]) for column in columns])
     _write_picture(folder / BEFORE_AFTER, picture)
 

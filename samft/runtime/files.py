@@ -57,6 +57,9 @@ def atomic_replacement(path: Path, write: Callable[[BinaryIO], object]) -> Itera
         yield part
         os.replace(part, path)
         _flush_to_disk(path.parent)  # the new name, which a power failure could undo
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write names no file
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -112,6 +115,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, indented, see `write_atomically`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file that may be damaged, or anything else.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_bytes().decode())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+
+
+def unused_path(path: Path) -> Path:
+    """The path itself, or with the first number behind it that makes it free."""
+    candidate, number = path, 1
+    while candidate.exists() or candidate.is_symlink():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
 
 
 def cache_folder() -> Path:
@@ -202,7 +227,7 @@ def read_digests(sidecar: Path) -> list[str]:
     `sha256` in the JSON is one digest, or a list of them while the checkpoint is being replaced.
     """
     try:
-        digests = json.loads(sidecar.read_text())["sha256"]
+        digests = read_json(sidecar)["sha256"]
         return [digests] if isinstance(digests, str) else [str(digest) for digest in digests]
     except (OSError, ValueError, LookupError, TypeError):
         return []

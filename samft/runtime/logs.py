@@ -8,22 +8,22 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from samft.errors import escape_paragraph
-from samft.runtime.files import write_text
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from samft.runtime.files import unused_path, write_text
+from samft.runtime.metrics_file import FILE_NAME, describe_damage, read_metrics_file
+from samft.runtime.tensorboard import FOLDER, TensorBoard
 
 LOGGER = logging.getLogger("samft")
 GIB = 1 << 30
@@ -96,20 +96,22 @@ def format_gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-@contextlib.contextmanager
-def _log_os_errors() -> Iterator[None]:
-    # TensorBoard's files repeat metrics.jsonl: not worth failing the run.
-    try:
-        yield
-    except OSError as error:
-        LOGGER.error("tensorboard/ cannot be written: %s", error.strerror)
+class _LogFile(logging.FileHandler):
+    # train.log. Where it cannot be written, the terminal still has every line: said once, instead
+    # of a traceback for each.
+    has_failed = False
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.has_failed:
+            self.has_failed = True
+            LOGGER.error("%s cannot be written: %s", self.baseFilename, error.strerror)
 
-def _open_tensorboard(folder: Path, start_step: int) -> "SummaryWriter":
-    # It imports torch, which modules that only log, such as those of samft.coco, do without.
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder, purge_step=start_step + 1)
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what it could not write before, it tries again
+            super().close()
 
 
 class RunLog:
@@ -128,7 +130,7 @@ class RunLog:
             start_step: The step that the run resumes from.
         """
         self.folder, self.main, self.steps = folder, main, steps
-        self.writer: SummaryWriter | None = None
+        self.board: TensorBoard | None = None
         self._unwritten: dict[str, list[str]] = {}
         self.bar = tqdm(
             total=steps,
@@ -139,10 +141,10 @@ class RunLog:
         )
         if not main:
             return
-        self._file = logging.FileHandler(folder / "train.log")
+        self._file = _LogFile(folder / "train.log")
         self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
         self._drop_records_after(start_step)
-        self.writer = _open_tensorboard(folder / "tensorboard", start_step)
+        self.board = TensorBoard(folder / FOLDER, start_step=start_step)
         # Last, as nothing that follows can fail: a log that was not opened installs no handlers.
         for handler in logging.getLogger().handlers[:]:
             if isinstance(handler, _StartupBuffer):
@@ -152,25 +154,33 @@ class RunLog:
         logging.getLogger().addHandler(self._file)
 
     def _drop_records_after(self, step: int) -> None:
-        lines = [
-            json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step
-        ]
-        write_text(self.folder / "metrics.jsonl", "".join(lines))
+        # Lines that stay are not written anew, letter for letter; damaged ones are put aside.
+        path = self.folder / FILE_NAME
+        lines = read_metrics_file(path)
+        if lines.damaged:
+            aside = unused_path(path.with_name(f"{FILE_NAME}.damaged"))
+            try:
+                shutil.copyfile(path, aside)
+            except OSError as error:
+                LOGGER.error("%s cannot be written: %s", aside, error.strerror)
+            LOGGER.warning(
+                "%s: %s damaged or repeated, and left out; all others are kept. The file as it "
+                "was is now %s",
+                path,
+                describe_damage(lines.damaged),
+                aside.name,
+            )
+        kept = "".join(f"{line.text}\n" for line in lines.whole if line.record["step"] <= step)
+        if not path.is_file() or path.read_bytes() != kept.encode():
+            write_text(path, kept)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Reads metrics.jsonl, up to a line that was cut short by a crash."""
-        path = self.folder / "metrics.jsonl"
-        records = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        """The records of metrics.jsonl; damaged lines are left out."""
+        return [line.record for line in read_metrics_file(self.folder / FILE_NAME).whole]
 
     def write_bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
         """Writes the images of a skipped step, by rank, to bad_steps.jsonl."""
-        if self.writer is not None:
+        if self.board is not None:
             record = {"after_step": step, "position": position, "image_ids": image_ids}
             self._append_record("bad_steps.jsonl", record)
 
@@ -201,20 +211,28 @@ class RunLog:
             split: `train` or `val`.
             values: Numbers by name; NaN and infinities become null, which JSON does not have.
         """
-        if self.writer is None:
+        if self.board is None:
             return
         record = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._append_record("metrics.jsonl", {"step": step, "split": split, **record})
-        with _log_os_errors():
-            for name, value in values.items():
-                self.writer.add_scalar(f"{split}/{name}", value, step)
-            self.writer.flush()
+        self._append_record(FILE_NAME, {"step": step, "split": split, **record})
+        with self._tensorboard() as board:
+            board.add_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[TensorBoard]:
+        # Says once why TensorBoard's files end where they do.
+        assert self.board is not None
+        had_failed = self.board.error is not None
+        yield self.board
+        if not had_failed and (error := self.board.error):
+            reason = error.strerror or error
+            LOGGER.error("%s/ cannot be written: %s. metrics.jsonl has it all", FOLDER, reason)
 
     def add_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds an image, uint8 [H, W, 3] RGB, to TensorBoard."""
-        if self.writer is not None:
-            with _log_os_errors():
-                self.writer.add_image(name, image, step, dataformats="HWC")
+        if self.board is not None:
+            with self._tensorboard() as board:
+                board.add_image(step, name, image)
 
     def add_pr_curve(self, step: int, name: str, *, labels: np.ndarray, scores: np.ndarray) -> None:
         """Adds a precision-recall curve to TensorBoard.
@@ -225,22 +243,21 @@ class RunLog:
             labels: bool [K], the positives.
             scores: float [K], predicted, in 0..1.
         """
-        if self.writer is not None:
-            with _log_os_errors():
-                clipped = np.clip(np.nan_to_num(scores), 0, 1)  # TensorBoard takes nothing else
-                self.writer.add_pr_curve(name, labels, clipped, step)
+        if self.board is not None:
+            with self._tensorboard() as board:
+                board.add_pr_curve(step, name, labels=labels, scores=scores)
 
     def add_text(self, name: str, text: str) -> None:
         """Adds a text to TensorBoard, indented so that it is shown verbatim."""
-        if self.writer is not None:
-            self.writer.add_text(name, "    " + text.replace("\n", "\n    "), 0)
+        if self.board is not None:
+            with self._tensorboard() as board:
+                board.add_text(name, text)
 
     def add_hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
         """Adds hyper-parameters and final results to TensorBoard, without a subfolder of theirs."""
-        if self.writer is None:
-            return
-        given = {name: value for name, value in hparams.items() if value is not None}
-        self.writer.add_hparams(given, results, run_name=".")
+        if self.board is not None:
+            with self._tensorboard() as board:
+                board.add_hparams(hparams, results)
 
     def advance_bar(self, **postfix: str) -> None:
         """Advances the progress bar by one step."""
@@ -251,10 +268,10 @@ class RunLog:
     def close(self) -> None:
         """Closes the bar and the files."""
         self.bar.close()
-        if self.writer is not None:
-            with _log_os_errors():
-                self.writer.close()
+        if self.board is not None:
+            with self._tensorboard() as board:
+                board.close()
             self._redirect.__exit__(None, None, None)  # restores the handlers it has replaced
             logging.getLogger().removeHandler(self._file)
             self._file.close()
-            self.writer = None
+            self.board = None

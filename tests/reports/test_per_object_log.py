@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,12 +60,34 @@ def test_a_run_resumed_from_another_folder_keeps_its_entries(tmp_path: Path) -> 
     assert set(json.loads((tmp_path / FILE_NAME).read_text())) == {"0", "10"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": {}}', '{"0": {"areas": [1]}}'])
-def test_a_damaged_file_counts_as_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text(text)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b'{"a": {}}', b'{"0": {"areas": [1]}}', b'{"0": 1}', b"[" * 100_000]
+    + [bytes(30), b"\xff\xfe{}"],
+)
+def test_a_damaged_file_counts_as_none_and_is_named(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / FILE_NAME).write_bytes(content)
     log = open_log(tmp_path)
     assert log.read(0) is None
+    assert f"{FILE_NAME} is damaged" in caplog.text
     assert log.record_scores(5, rows(0.5))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"areas": [1.0]}, {"areas": "many"}, {"image_ids": [1e400, 2]}, {"object_ids": [[4], [5]]}],
+)
+def test_damaged_scores_of_a_step_cost_no_other(tmp_path: Path, columns: dict[str, Any]) -> None:
+    log = open_log(tmp_path)
+    for step in (0, 10):
+        log.record_scores(step, rows(0.5))
+    document = json.loads((tmp_path / FILE_NAME).read_text())
+    document["0"].update(columns)
+    (tmp_path / FILE_NAME).write_text(json.dumps(document))
+    again = open_log(tmp_path, start_step=10)
+    assert again.read(0) is None and again.read(10) is not None
 
 
 def test_a_full_disk_is_logged_and_not_raised(

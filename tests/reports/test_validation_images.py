@@ -135,3 +135,18 @@ def test_without_a_picture_of_the_best_step_there_is_no_comparison(tmp_path: Pat
     drawing.write_png(tmp_path / BEFORE, np.zeros((20, 40, 3), np.uint8))
     draw_before_and_after(tmp_path, before=0.25, after=float("nan"))
     assert not (tmp_path / BEFORE_AFTER).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", bytes(200), None])
+def test_a_damaged_picture_is_named_and_not_drawn(
+    content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (BEFORE, AFTER):
+        drawing.write_png(tmp_path / name, np.zeros((20, 40, 3), np.uint8))
+    if content is None:  # a header that promises 4 * 10^9 pixels
+        content = (tmp_path / BEFORE).read_bytes()
+        content = content[:16] + b"\0\0\xff\xff\0\0\xff\xff" + content[24:]
+    (tmp_path / BEFORE).write_bytes(content)
+    draw_before_and_after(tmp_path, before=0.25, after=0.5)
+    assert not (tmp_path / BEFORE_AFTER).exists()
+    assert f"{BEFORE_AFTER} was not drawn" in caplog.text and str(tmp_path / BEFORE) in caplog.text

@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -71,6 +70,61 @@ def test_a_whole_line_without_its_end_is_kept_apart_from_the_next(tmp_path: Path
     path.write_text(path.read_text().rstrip("\n"))
     write_steps(tmp_path, range(2, 3), start_step=1)
     assert [record["step"] for record in lines_of(tmp_path)] == [0, 0, 1, 1, 2, 2]
+
+
+GARBAGE = {
+    "a bit": b'{"step": 1, "split": "train", "lo\xf3s": 0.25}',
+    "zeros": bytes(40),
+    "half a line": b'{"step": 1, "spl',
+    "two in one": b'{"step": 1, "split": "train"}{"step": 1, "split": "val"}',
+    "nested": b"[" * 100_000,
+    "no object": b"[1, 2]",
+    "a text as step": b'{"step": "1", "split": "train"}',
+    "a boolean as step": b'{"step": true, "split": "train"}',
+    "a step below 0": b'{"step": -1, "split": "train"}',
+    "a huge step": b'{"step": 1e400, "split": "train"}',
+    "a huge number": b'{"step": 1, "split": "train", "loss": 1e400}',
+    "a huge whole number": b'{"step": 1, "split": "train", "loss": 1' + b"0" * 400 + b"}",
+    "no number": b'{"step": 1, "split": "train", "loss": NaN}',
+    "a text as loss": b'{"step": 1, "split": "train", "loss": "low"}',
+    "of something else": b'{"epoch": 3, "loss": 0.5}',
+    "another split": b'{"step": 1, "split": ["train"]}',
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_damaged_line_costs_no_other_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, place: int
+) -> None:
+    write_steps(tmp_path, range(4))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    before = b"".join([*whole[:place], GARBAGE[kind] + b"\n", *whole[place:]])
+    path.write_bytes(before)
+    write_steps(tmp_path, range(4, 5), start_step=3)
+    assert path.read_bytes().startswith(b"".join(whole))  # to the letter
+    assert [record["step"] for record in lines_of(tmp_path)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert f"line {place + 1} is damaged or repeated" in caplog.text
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+
+
+def test_a_line_that_stands_there_twice_counts_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_steps(tmp_path, range(3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\ufeff" + path.read_text().replace("\n", "\r\n\n") * 2, newline="")
+    write_steps(tmp_path, range(0), start_step=2)
+    assert [record["step"] for record in lines_of(tmp_path)] == [0, 0, 1, 1, 2, 2]
+    assert "lines 13, 15, 17 and 3 more are damaged or repeated" in caplog.text
+
+
+def test_whole_metrics_are_not_written_anew(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(3))
+    with room_for(0):  # a run that is finished can be started again on a full disk
+        with closing(RunLog(tmp_path, main=True, steps=3, start_step=2)) as log:
+            assert [record["step"] for record in log.read_metrics()] == [0, 0, 1, 1, 2, 2]
 
 
 def test_tensorboard_has_the_same_scalars_and_purges_those_dropped(
@@ -245,14 +299,12 @@ def test_other_ranks_write_no_bad_step(tmp_path: Path) -> None:
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
     """No file can grow beyond this; Python gets an OSError after a part is written."""
-    before, hook = resource.getrlimit(resource.RLIMIT_FSIZE), threading.excepthook
-    threading.excepthook = lambda _: None  # TensorBoard's thread dies of it, loudly
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        threading.excepthook = hook
 
 
 # More and less than half of the line fits: what is left of it would fit, too, or would not.
@@ -277,10 +329,14 @@ def test_lines_that_a_full_disk_refuses_are_written_later_and_whole(
     assert len(errors) == 2
 
 
-def test_a_full_disk_does_not_make_logging_fail(tmp_path: Path) -> None:
-    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+def test_a_full_disk_does_not_make_logging_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logging_to_terminal(0), closing(RunLog(tmp_path, main=True, steps=9)) as log:
         with room_for(0):
             log.write_metrics(1, "train", {"loss": 0.5})
+            LOGGER.info("a line that only the terminal gets")
+            LOGGER.info("and another")
             log.write_metrics(1, "val", {"per_mask_iou": 0.25})
         log.write_metrics(2, "train", {"loss": 0.25})
     assert [(line["step"], line["split"]) for line in lines_of(tmp_path)] == [
@@ -288,6 +344,11 @@ def test_a_full_disk_does_not_make_logging_fail(tmp_path: Path) -> None:
         (1, "val"),
         (2, "train"),
     ]
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr and "Logging error" not in stderr
+    assert stderr.count("train.log cannot be written") == 1
+    assert stderr.count("tensorboard/ cannot be written") == 1
+    assert "a line that only the terminal gets" in stderr and "and another" in stderr
 
 
 def test_modules_that_only_log_import_no_torch() -> None:

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import errno
 import math
 import os
 import sys
@@ -35,6 +34,7 @@ from samft.errors import (
     TrainingError,
     UserError,
     escape_paragraph,
+    explain_os_error,
 )
 
 HELP_WIDTH = 80  # columns; the same in a terminal, a pipe and a test
@@ -460,33 +460,6 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
             _report_to_torchrun(error)
         return exit_code(error)
     return EXIT_DONE
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-
-
-def explain_os_error(error: BaseException) -> str | None:
-    """A sentence for an error of the host that any line of code may meet, such as a full disk.
-
-    Args:
-        error: Any exception.
-
-    Returns:
-        What happened, where, and what to do; None for any other error.
-    """
-    if not isinstance(error, OSError):
-        return None
-    if error.errno in _NO_ROOM:
-        where = error.filename or "a file"
-        advice = "make room, or name a folder on another disk, and run again"
-        return f"{where} cannot be written or read ({error.strerror}): {advice}."
-    if error.errno in _TOO_MANY_FILES:
-        return (
-            f"too many files are open at once ({error.strerror}): raise the limit (`ulimit -n`), "
-            "or lower num_workers."
-        )
-    return None
 
 
 def _print_error(error: BaseException, reason: str = "") -> None:

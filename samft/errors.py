@@ -1,5 +1,7 @@
 """Exit codes, and the exceptions that are the user's to resolve. Imports nothing of samft."""
 
+import errno
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -19,6 +21,33 @@ def escape_unprintable(text: str) -> str:
 def escape_paragraph(text: str) -> str:
     """Also indents all lines but the first, so that a file name cannot forge a line of the log."""
     return escape_unprintable(text).replace("\n", "\n  ")
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
+
+def explain_os_error(error: BaseException) -> str | None:
+    """A sentence for an error of the host that any line of code may meet, such as a full disk.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        What happened, where, and what to do; None for any other error.
+    """
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in _NO_ROOM:
+        where = error.filename or "a file"
+        advice = "make room, or name a folder on another disk, and run again"
+        return f"{where} cannot be written or read ({error.strerror}): {advice}."
+    if error.errno in _TOO_MANY_FILES:
+        return (
+            f"too many files are open at once ({error.strerror}): raise the limit (`ulimit -n`), "
+            "or lower num_workers."
+        )
+    return None
 
 
 class _SanitizedError(Exception):

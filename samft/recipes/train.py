@@ -10,10 +10,10 @@ from typing import Any
 from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
-from samft.cli import exit_code, explain_os_error
+from samft.cli import exit_code
 from samft.config import TrainConfig, to_yaml
 from samft.data.loaders import batch_by_objects
-from samft.errors import EXIT_STOPPED, RunStopped, TrainingError
+from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_os_error
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import prepare_cache

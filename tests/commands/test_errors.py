@@ -1,6 +1,8 @@
 """How a command ends: its exit code, its message, and which rank prints it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +175,19 @@ def test_torchrun_names_the_rank_and_the_exception_of_a_bug(tmp_path: Path) -> N
     summary = ended.stderr.partition("Root Cause (first observed failure)")[2]
     assert "rank      : 0 " in summary and "host      : " in summary
     assert "in main" in summary and "ZeroDivisionError: division by zero" in summary
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "make room"), (errno.EFBIG, "make room"), (errno.EMFILE, "ulimit -n")],
+)
+def test_an_error_of_the_host_is_one_sentence(
+    number: int, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise OSError(number, os.strerror(number), "run/summary.json")
+
+    assert run_command(fail, []) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert os.strerror(number) in stderr and advice in stderr

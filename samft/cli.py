@@ -385,9 +385,8 @@ def _suggest_nearest(name: str, options: Iterable[str]) -> str:
 
 
 EXTRAS = {
-    "safetensors": ("safetensors",),
     "onnx": ("onnx", "onnxruntime"),
-    "huggingface": ("safetensors", "transformers"),
+    "huggingface": ("transformers",),
 }
 
 

@@ -134,8 +134,9 @@ class TrainConfig:
     )
     checkpoint_path: str | None = _model(
         None,
-        "SAM weights to start from: Meta's .pth, or a .ckpt or .pth of samft; auto: the weights "
-        "of model_type, downloaded unless it is vit_tiny; random: random weights",
+        "SAM weights to start from: a .pth, .ckpt or .safetensors file, or a folder of "
+        "transformers; auto: the weights of model_type, downloaded unless it is vit_tiny; random: "
+        "random weights",
         most_used=True,
         metavar="FILE",
     )

@@ -16,7 +16,8 @@ import sys
 from typing import Any
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
-from samft.errors import ConfigError, escape_unprintable
+from samft.errors import CheckpointError, ConfigError, escape_unprintable
+from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.signals import die_with_parent
 
 
@@ -171,10 +172,10 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.num_workers < 0:
         raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
     for path in options.checkpoint:
-        if path.is_dir():
-            raise ConfigError(f"--checkpoint: {path} is a folder: name a .ckpt or .pth file in it.")
-        if not path.is_file():
-            raise ConfigError(f"--checkpoint: there is no file {path}: check the path.")
+        try:
+            find_weights_file(path, field="--checkpoint")
+        except CheckpointError as error:  # on every rank alike
+            raise ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":

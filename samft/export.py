@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samft.cli import EXTRAS, CommandParser, require_extra, run_command, user_path
-from samft.errors import CheckpointError, ConfigError, DataError, escape_paragraph
+from samft.errors import ConfigError, DataError, escape_paragraph
+from samft.runtime.checkpoint_paths import find_weights_file
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -123,18 +124,10 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_inputs(options: argparse.Namespace) -> None:
-    if options.checkpoint.is_dir():
-        names = sorted(path.name for path in options.checkpoint.glob("*.ckpt"))
-        hint = f", such as {names[0]}" if names else ""
-        raise CheckpointError(
-            f"--checkpoint: {options.checkpoint} is a folder: name a file in it{hint}."
-        )
     for flag in ("checkpoint", "base"):
         path = getattr(options, flag)
-        if path and not path.is_file():
-            raise CheckpointError(
-                f"--{flag}: there is no file {path}. Give a .ckpt of samft, or a .pth of SAM."
-            )
+        if path:
+            find_weights_file(path, field=f"--{flag}")
     if options.image and not options.image.is_file():
         raise DataError(f"--image: there is no file {options.image}.")
     if options.format in EXTRAS:

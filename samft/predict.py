@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tqdm import tqdm
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
-from samft.errors import CheckpointError, ConfigError, DataError, escape_unprintable
+from samft.errors import ConfigError, DataError, escape_unprintable
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
     PictureWriter,
@@ -40,6 +40,7 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
+from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import atomic_replacement
 from samft.runtime.output_dir import create_writable_dir, lock_output_dir
 
@@ -202,11 +203,7 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, least in (("num_workers", 0), ("points_per_side", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}: {getattr(options, name)} must be at least {least}.")
-    if not options.checkpoint.is_file():
-        raise CheckpointError(
-            f"--checkpoint: there is no file {options.checkpoint}: give a SAM .pth or .ckpt file; "
-            "summary.json of a run names its best checkpoint."
-        )
+    find_weights_file(options.checkpoint, field="--checkpoint")
     written = {(options.output_dir / name).resolve() for name in (RESULTS, IMAGES)}
     for name in ("annotations", "boxes"):
         source = getattr(options, name)

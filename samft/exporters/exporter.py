@@ -25,12 +25,12 @@ from samft.exporters.verification import (
 from samft.exporters.weight_files import (
     META_SIZE,
     read_pth,
-    read_safetensors,
     write_pth,
     write_safetensors,
 )
 from samft.models.sam import build_sam, identify_model, load_state, open_checkpoint, read_state
 from samft.models.weights import find_local_weights
+from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
 
 
@@ -62,7 +62,7 @@ class TunedCheckpoint:
             "model_type": self.model_type,
             "image_size": str(image_size),
             "resize_mode": str(self.sidecar.get("resize_mode", "pad")),
-            "source_sha256": sha256_of(self.path),
+            "source_sha256": sha256_of(find_weights_file(self.path)),
             "samft_version": samft.__version__,
         }
         if "step" in self.sidecar:
@@ -84,14 +84,14 @@ def open_tuned_checkpoint(path: Path) -> TunedCheckpoint:
     Raises:
         CheckpointError: The checkpoint cannot be read or is no SAM.
     """
-    sam, model_type, image_size, _ = open_checkpoint(path)
-    sidecar = {}
+    sam, model_type, image_size, resize_mode = open_checkpoint(path)
+    sidecar: Any = {}
     if path.suffix == ".ckpt":
         try:
             sidecar = read_json(path.with_suffix(".json"))
         except (OSError, ValueError):
             pass
-    sidecar = sidecar if isinstance(sidecar, dict) else {}
+    sidecar = {"resize_mode": resize_mode} | (sidecar if isinstance(sidecar, dict) else {})
     return TunedCheckpoint(path, sam, model_type, image_size, sidecar)
 
 
@@ -179,7 +179,7 @@ def _load_written(sam: Sam, part: Path, *, format: str) -> PredictFunction:
         return open_onnx(part)
     if format == "huggingface":
         return open_huggingface(part)
-    loaded = read_pth(part) if format == "pth" else read_safetensors(part)
+    loaded = read_pth(part) if format == "pth" else open_checkpoint(part).sam
     if not bitwise_equal(sam.state_dict(), loaded.state_dict()):
         raise ExportError(
             "the weights read back differ from those that were written, so the file was removed: "

@@ -1,6 +1,5 @@
 """Writes the three files of `transformers`' SamModel: configuration, weights, preprocessor."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,65 +7,14 @@ from typing import Any
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
-from torch import Tensor
 
 from samft.exporters.verification import PredictFunction, Prediction, VerificationSample
 from samft.exporters.weight_files import save_safetensors
+from samft.models.huggingface_names import to_huggingface_names
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify_model
 from samft.runtime.files import write_json
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
-
-# segment_anything's parameter names -> transformers', applied in this order. A test loads the names
-# of every model type into SamModel: none may be missing or left over, and all shapes must be equal.
-_RENAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
-        (r"^image_encoder\.", "vision_encoder."),
-        (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
-        (r"\.neck\.0\.", ".neck.conv1."),
-        (r"\.neck\.1\.", ".neck.layer_norm1."),
-        (r"\.neck\.2\.", ".neck.conv2."),
-        (r"\.neck\.3\.", ".neck.layer_norm2."),
-        (
-            r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
-            "shared_image_embedding.positional_embedding",
-        ),
-        (r"\.point_embeddings\.", ".point_embed."),
-        (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
-        (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
-        (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
-        (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
-        (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
-        (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
-        (r"\.norm([1-4])\.", r".layer_norm\1."),
-        (r"\.output_upscaling\.0\.", ".upscale_conv1."),
-        (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
-        (r"\.output_upscaling\.3\.", ".upscale_conv2."),
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
-    )
-)
-
-
-def to_huggingface_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """SAM's state dict with the parameter names of `transformers`' SamModel.
-
-    Args:
-        state: SAM's own keys -> tensors.
-
-    Returns:
-        The same tensors. `prompt_encoder.shared_embedding` has no entry, because transformers ties
-        it to `shared_image_embedding`.
-    """
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
-        renamed[name] = tensor.contiguous()
-    return renamed
 
 
 def model_config(model_type: str, image_size: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
 from samft.checkpoints.top_k import save_tensors
-from samft.models.sam import build_sam, identify_model, load_sam, load_state
+from samft.models.sam import identify_model, load_sam
 
 META_SIZE = 1024  # px, the only image size that sam_model_registry builds
 
@@ -55,21 +57,8 @@ def save_safetensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[
     Raises:
         OSError: The disk is full or the folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:  # raised for a full disk too
         raise OSError(str(error)) from error
-
-
-def read_safetensors(path: Path) -> Sam:
-    """Builds the model of a safetensors file, with its weights."""
-    from safetensors.torch import load_file
-
-    state = load_file(path)
-    sam = build_sam(*identify_model(state, source=path))
-    load_state(sam, state, source=path)
-    return sam

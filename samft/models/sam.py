@@ -6,9 +6,9 @@ is what that package reads.
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +23,15 @@ from segment_anything.modeling import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samft.errors import CheckpointError
+from samft import distributed
+from samft.errors import CheckpointError, escape_paragraph
+from samft.models.checkpoint_files import read_checkpoint_file, read_metadata
+from samft.models.huggingface_names import from_huggingface_names
 from samft.models.image_encoder import use_fast_attention
+from samft.models.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_state, to_float32
+from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import matches_sidecar
+from samft.runtime.logs import LOGGER
 
 PATCH_SIZE = 16
 PIXEL_MEAN = [123.675, 116.28, 103.53]
@@ -128,43 +134,53 @@ def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stoc
     return sam.eval()
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads a flat SAM state dict: Meta's `.pth`, a top-k `.ckpt` of ours, or our `last.ckpt`.
+def read_state(path: Path, *, quiet: bool = False) -> dict[str, Tensor]:
+    """Reads the weights of a SAM, whichever program saved them in whichever format.
 
     Args:
-        path: The file; only tensors and plain Python values are ever loaded from it.
+        path: Meta's `.pth`, a `.ckpt` of samft, a training state of another program, safetensors,
+            or a folder of `transformers`. Only tensors and plain Python values are ever loaded.
+        quiet: Whether to log nothing of wrappers, prefixes and dtypes, because the weights are
+            read once more.
 
     Returns:
-        SAM's own keys to tensors, on the CPU.
+        Exactly SAM's own keys to float32 tensors of its shapes (of positions: of any image size),
+        on the CPU.
 
     Raises:
         CheckpointError: The file is absent, unreadable, or holds no SAM weights.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}: give a SAM .pth or a .ckpt of samft.")
-    sidecar = path.with_suffix(".json")
-    if path.suffix == ".ckpt" and sidecar.is_file() and not matches_sidecar(path, sidecar):
+    file = find_weights_file(path)
+    sidecar = file.with_suffix(".json")
+    if file.suffix == ".ckpt" and sidecar.is_file() and not matches_sidecar(file, sidecar):
         raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one in {sidecar.name}. "
+            f"{file} is damaged: its SHA-256 is not the one in {sidecar.name}. "
             "Copy it again, or take another checkpoint."
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for a damaged or hostile file
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint "
-            f"({_first_sentence(error)}). It may be cut short: fetch or copy it again."
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]  # of `last.ckpt`, a whole training state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} holds no flat dict of SAM's tensors.")
+    read = read_checkpoint_file(file)
+    extracted = find_state(read.content, source=file)
+    state, notes = to_float32(extracted.state, file_bytes=read.num_bytes, source=file)
+    if extracted.is_huggingface:
+        positions = {POSITIONS: state[HUGGINGFACE_POSITIONS]}
+        names = _shapes_of_model(*identify_model(positions, source=file))
+        state = from_huggingface_names(state, names)
+        notes.insert(0, "names of transformers translated")
+    # Before any model is built: a file of a few bytes may pose as the largest one.
+    misfit = describe_misfit(state, _shapes_of_model(*identify_model(state, source=file)))
+    if misfit is not None:
+        raise CheckpointError(f"{file} does not fit the model: {misfit}.")
+    is_last = isinstance(read.content, dict) and "format" in read.content  # of samft itself
+    notes = [*extracted.notes * (not is_last), *notes]
+    if notes and not quiet and distributed.is_main():
+        LOGGER.warning("%s", escape_paragraph(f"{file}: {'; '.join(notes)}"))
     return state
 
 
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text.split(". ")[0] or type(error).__name__)[:160]
+@lru_cache(maxsize=4)
+def _shapes_of_model(model_type: str, image_size: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        state = build_sam(model_type, image_size).state_dict()
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def identify_model(
@@ -182,16 +198,21 @@ def identify_model(
     Raises:
         CheckpointError: It is not a SAM of a known type.
     """
-    positions = state.get("image_encoder.pos_embed")
+    positions = state.get(POSITIONS)
     if positions is None or positions.ndim != 4:
         raise CheckpointError(
-            f"{source} holds no SAM image encoder ('image_encoder.pos_embed' is missing): samft "
-            "reads SAM 1 checkpoints (vit_h, vit_l, vit_b) and its own."
+            f"{source} holds no SAM image encoder ('{POSITIONS}' is missing, or not of four "
+            "dimensions): samft reads SAM 1 checkpoints (vit_h, vit_l, vit_b) and its own."
         )
-    width = positions.shape[-1]
+    one, height, grid, width = positions.shape
+    if one != 1 or height != grid or not grid:
+        raise CheckpointError(
+            f"{source} has position embeddings of the shape {tuple(positions.shape)}, which are "
+            "those of no square image."
+        )
     for model_type, shape in MODEL_SHAPES.items():
         if shape.encoder_width == width:
-            return model_type, positions.shape[1] * PATCH_SIZE
+            return model_type, grid * PATCH_SIZE
     raise CheckpointError(f"{source} has an encoder {width} wide, which no known model type has.")
 
 
@@ -214,9 +235,9 @@ def fit_positions(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
         if name not in target or tensor.shape == target[name].shape:
             continue
         shape = target[name].shape
-        if tensor.ndim != len(shape):
+        if not _is_resizable(name, tensor, shape):
             continue
-        if name.endswith("pos_embed") and tensor.shape[-1] == shape[-1]:
+        if name.endswith("pos_embed"):
             fitted[name] = F.interpolate(
                 tensor.float().permute(0, 3, 1, 2),
                 size=shape[1:3],
@@ -224,11 +245,43 @@ def fit_positions(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
                 antialias=True,
                 align_corners=False,
             ).permute(0, 2, 3, 1)
-        elif ".rel_pos_" in name and tensor.shape[-1] == shape[-1]:
+        else:
             fitted[name] = F.interpolate(
                 tensor.float().T[None], size=shape[0], mode="linear", align_corners=False
             )[0].T.contiguous()
     return fitted
+
+
+def describe_misfit(state: Mapping[str, Tensor], target: Mapping[str, torch.Size]) -> str | None:
+    """How weights differ from those of a model: names that are missing or unknown, other shapes.
+
+    Args:
+        state: Keys to tensors.
+        target: Keys of the model to the shapes that it has; positions may be of any length.
+
+    Returns:
+        The first few of each kind; None if all fit.
+    """
+    missing = [name for name in target if name not in state]
+    extra = [name for name in state if name not in target]
+    misshapen = [
+        n
+        for n, shape in target.items()
+        if n in state and state[n].shape != shape and not _is_resizable(n, state[n], shape)
+    ]
+    kinds = (("missing", missing), ("unknown", extra), ("of another shape", misshapen))
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds
+        if names
+    ]
+    return "; ".join(problems) or None
+
+
+def _is_resizable(name: str, tensor: Tensor, shape: torch.Size) -> bool:
+    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1] or not tensor.numel():
+        return False
+    return name.endswith("pos_embed") or ".rel_pos_" in name
 
 
 def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the checkpoint") -> None:
@@ -242,19 +295,11 @@ def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the chec
     Raises:
         CheckpointError: Keys or shapes do not fit; the first few are named.
     """
+    target = {name: tensor.shape for name, tensor in sam.state_dict().items()}
+    misfit = describe_misfit(state, target)
+    if misfit is not None:
+        raise CheckpointError(f"{source} does not fit the model: {misfit}.")
     fitted = fit_positions(state, sam)
-    target = sam.state_dict()
-    missing = [name for name in target if name not in fitted]
-    extra = [name for name in fitted if name not in target]
-    misshapen = [n for n in target if n in fitted and fitted[n].shape != target[n].shape]
-    kinds = (("missing", missing), ("unknown", extra), ("of another shape", misshapen))
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in kinds
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}.")
     infinite = [n for n, tensor in fitted.items() if not bool(torch.isfinite(tensor).all())]
     if infinite:
         raise CheckpointError(
@@ -268,11 +313,13 @@ def saved_resize_mode(path: Path) -> str:
     """The resize mode that a checkpoint was trained with; `pad`, SAM's own, if it is not recorded.
 
     Args:
-        path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`.
+        path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`
+            or was exported to safetensors.
     """
     try:
+        path = find_weights_file(path)
         sidecar = path.with_suffix(".json")
-        metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else read_metadata(path)
         if "resize_mode" not in metadata and path.suffix == ".ckpt":
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             metadata = state.get("config", {})

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from samft.errors import CheckpointError
+from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import CHUNK_BYTES, cache_folder, file_lock, sha256_of
 
 # Where Meta publishes the files, with their SHA-256; SAMFT_SAM_URL can name a mirror.
@@ -47,12 +48,13 @@ def find_weights(checkpoint_path: str, model_type: str) -> Path | None:
         return None
     if checkpoint_path != "auto":
         path = Path(checkpoint_path).expanduser()
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise CheckpointError(
-                f"checkpoint_path: there is no file {path}. Give a SAM .pth or .ckpt file, 'auto' "
-                "(the packaged file for vit_tiny, else a download) or 'random'."
+                f"checkpoint_path: there is no file {path}. Give a SAM .pth, .ckpt or .safetensors "
+                "file, a folder of transformers, 'auto' (the packaged file for vit_tiny, else a "
+                "download) or 'random'."
             )
-        return path
+        return find_weights_file(path, field="checkpoint_path")
     if model_type == "vit_tiny":
         return PACKAGED_TINY
     name, sha256 = SAM_FILES[model_type]

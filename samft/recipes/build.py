@@ -49,7 +49,7 @@ def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tenso
             )
         return None
     try:
-        state = read_state(path)
+        state = read_state(path, quiet=quiet)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint_path: {error}") from error
     model_type, image_size = identify_model(state, source=path)

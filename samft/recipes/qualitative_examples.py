@@ -110,7 +110,8 @@ def _predict_with_both(
 ) -> list[dict[int, CroppedMask]]:
     embeddings: dict[int, Tensor] = {}  # the same for both weights if the encoder is frozen
     masks = []
-    for load_weights in (partial(_load_initial_weights, config), partial(read_state, checkpoint)):
+    initial = partial(_load_initial_weights, config)
+    for load_weights in (initial, partial(read_state, checkpoint, quiet=True)):
         load_state(model.sam, load_weights(), source="the weights of this run")
         masks.append(
             predict_objects(

@@ -279,7 +279,7 @@ def test_help_and_errors_do_not_import_torch(tmp_path):
 
 
 def test_constants_repeated_without_torch_equal_the_modules():
-    assert set(FORMATS) == {"pth", *cli.EXTRAS}
+    assert set(FORMATS) == {"pth", "safetensors", *cli.EXTRAS}
     assert FOLDERS["onnx"] == (onnx.ENCODER, onnx.DECODER)
     assert FOLDERS["huggingface"] == (
         huggingface.CONFIG,

@@ -1,6 +1,7 @@
 import json
 import logging
 import multiprocessing
+import shutil
 import signal
 import subprocess
 import time
@@ -26,6 +27,7 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.errors import DataError
+from samft.models.weights import PACKAGED_TINY
 from samft.recipes import build
 from samft.train import exit_code_for_launcher, main
 
@@ -143,9 +145,8 @@ def unreadable_checkpoint(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def checkpoint_of_other_type(folder: Path, data: Path) -> dict[str, Any]:
-    state = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}
-    torch.save(state, folder / "meta.pth")
-    return {"checkpoint_path": folder / "meta.pth"}
+    shutil.copy(PACKAGED_TINY, folder / "tiny.pth")
+    return {"checkpoint_path": folder / "tiny.pth", "model_type": "vit_b"}
 
 
 def no_sam(folder: Path, data: Path) -> dict[str, Any]:
@@ -176,7 +177,7 @@ BAD_INPUT: list[tuple[Callable[[Path, Path], dict[str, Any]], tuple[str, ...]]] 
     (missing_checkpoint, ("gone.pth", "auto")),
     (no_checkpoint, ("checkpoint_path is missing", "auto", "random")),
     (unreadable_checkpoint, ("cut.pth", "not a readable checkpoint")),
-    (checkpoint_of_other_type, ("meta.pth", "vit_b", "vit_tiny")),
+    (checkpoint_of_other_type, ("tiny.pth", "vit_b", "vit_tiny")),
     (no_sam, ("other.pth", "no SAM")),
     (output_is_a_file, ("output_dir", "choose another folder")),
     (broken_resume, ("last.ckpt", "cannot be read")),

@@ -270,7 +270,7 @@ def assert_refused(path: Path, *messages: str) -> None:
 
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "absent.pth", "there is no file")
-    assert_refused(tmp_path, "there is no file")
+    assert_refused(tmp_path, "is a folder: name a file in it")
 
 
 def test_a_file_cut_short_is_refused(tmp_path: Path, state: State) -> None:

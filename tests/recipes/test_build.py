@@ -133,9 +133,9 @@ def test_random_weights_depend_on_the_seed_only(data):
 
 def test_checkpoint_of_another_model_type_names_both(data, tmp_path):
     path = tmp_path / "other.pth"
-    torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, path)
-    with pytest.raises(CheckpointError, match="is a vit_b, but model_type is vit_tiny"):
-        build.load_weights(a_config(data, checkpoint_path=path))
+    torch.save(build_sam("vit_tiny", 64).state_dict(), path)
+    with pytest.raises(CheckpointError, match="is a vit_tiny, but model_type is vit_b"):
+        build.load_weights(a_config(data, checkpoint_path=path, model_type="vit_b"))
 
 
 def test_weights_are_loaded_and_parts_frozen_as_configured(data, tmp_path, caplog):

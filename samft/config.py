@@ -4,6 +4,7 @@ Imports no torch, so that `--help`, and the error for a wrong flag, come in less
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,13 @@ class TrainConfig:
         "without a validation split, hold out this share of the training images, chosen by a hash "
         "of their file names",
         most_used=True,
+    )
+    group_by: str = _data(
+        "auto",
+        "images that val_fraction keeps on one side, and that are warned of in both splits; auto: "
+        "Roboflow's copies of a picture (NAME.rf.HASH.jpg); folder; none; or a regular expression "
+        "whose first group in brackets names them",
+        metavar="auto|folder|none|REGEX",
     )
     train_split: str = _data("train", "name of the training split", metavar="NAME")
     val_split: str = _data(
@@ -367,6 +375,8 @@ class TrainConfig:
             problems.append(f"learning_rate: {self.learning_rate} must be above 0.")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             problems.append(f"val_fraction: {self.val_fraction} must lie between 0 and 1.")
+        if problem := pattern_problem(self.group_by):
+            problems.append(f"group_by: {problem}")
         if self.box_jitter > 0.5:
             problems.append(f"box_jitter: {self.box_jitter} must be at most 0.5.")
         if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
@@ -396,6 +406,22 @@ class TrainConfig:
                 "pixels, and with them the embedding, every time: take augment 'flip' or 'none'."
             )
         return problems
+
+
+GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
+
+
+def pattern_problem(group_by: str) -> str | None:
+    """What is wrong with a value of `group_by`; None if it is one of `GROUPINGS`, or a pattern."""
+    try:
+        if group_by in GROUPINGS or re.compile(group_by).groups:
+            return None
+    except re.error as error:
+        return f"'{group_by}' is no regular expression ({error})."
+    return (
+        f"'{group_by}' is none of {', '.join(GROUPINGS)}, and as a regular expression it has no "
+        "group in brackets, such as (.*)_frame."
+    )
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -16,6 +16,8 @@ import sys
 from typing import Any
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
+from samft.coco.layout import VAL_NAMES
+from samft.config import pattern_problem
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.signals import die_with_parent
@@ -97,6 +99,11 @@ def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
         help="only the images that samft.train --val_fraction F holds out of this split",
     )
     group.add_argument(
+        "--group_by",
+        metavar="auto|folder|none|REGEX",
+        help="as in training, for --val_fraction (default: that of the first checkpoint, or auto)",
+    )
+    group.add_argument(
         "--category_names", metavar="A,B", help="only objects of these classes (default: all)"
     )
     group.add_argument(
@@ -169,6 +176,14 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
         raise ConfigError(f"--val_fraction: {options.val_fraction} must lie between 0 and 1.")
+    if options.val_fraction is not None and not options.annotations and options.split in VAL_NAMES:
+        raise ConfigError(
+            f"--val_fraction: samft.train holds images out of the training split, and --split is "
+            f"{options.split}: add --split train to score those, or leave --val_fraction out to "
+            "score all of the validation split."
+        )
+    if options.group_by and (problem := pattern_problem(options.group_by)):
+        raise ConfigError(f"--group_by: {problem}")
     if options.num_workers < 0:
         raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
     for path in options.checkpoint:

@@ -11,8 +11,9 @@ from samft.images.names import is_image_name
 from samft.runtime.files import open_file
 from samft.runtime.logs import LOGGER
 
-_SPLIT_NAMES = {"val": ("val", "valid", "validation")}
-_ROLES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+VAL_NAMES = ("val", "valid", "validation")  # of a validation split
+_SPLIT_NAMES = {"val": VAL_NAMES}
+_ROLES = (("train", "training"), VAL_NAMES, ("test", "testing"))
 # Words in the name of an annotation file that name no split.
 _NO_NAME = r"instances|annotations?|coco|labels?|results?|default|data|dataset|json"
 _OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "person_keypoints_", "stuff_")

@@ -19,7 +19,7 @@ from samft.coco.index import CocoIndex, class_names, index_file
 from samft.coco.json_reader import UnusableFile
 from samft.coco.layout import find_split
 from samft.coco.problems import Problems
-from samft.coco.subset import find_shared, select_objects
+from samft.coco.subset import find_shared, find_siblings, select_objects
 from samft.errors import DataError
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -248,6 +248,9 @@ def _compare_splits(train: CheckedSplit, val: CheckedSplit) -> None:
         train.shared_rows = subset.rows[shared]
         names = [subset.file_name(i) for i in shared.tolist()]
         train.problems.add("image-in-train-and-val", *names)
+        copies = find_siblings(subset, select_objects(val.index), group_by="auto")
+        names = [subset.file_name(i) for i in np.setdiff1d(copies, shared).tolist()]
+        train.problems.add("image-copies-in-train-and-val", *names)
 
 
 def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:

@@ -17,8 +17,10 @@ from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import BAD_IMAGES, KINDS, Issue, Problems
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
+from samft.images.names import encode_name, group_of
 from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
 from samft.images.ranges import measure_ranges
+from samft.runtime.files import open_file
 
 
 @dataclass(frozen=True)
@@ -224,20 +226,30 @@ def find_categories(index: CocoIndex, names: Iterable[str]) -> set[int] | None:
 def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
     """Training images that are also in the validation split, whatever their names.
 
-    Two files are the same image where sizes in pixels and bytes and the first 64 KiB are equal.
+    Two files are the same image where their whole contents are equal. Those of equal sizes, in
+    pixels and bytes, are compared by their first 64 KiB first.
 
     Args:
         train: The training images.
         val: The validation images.
 
     Returns:
-        int64, the positions of those images in `train`.
+        int64, the positions of those images in `train`; a file that cannot be read is not shared.
     """
     keys = [_size_keys(subset) for subset in (train, val)]
     suspects = [np.flatnonzero(np.isin(mine, other)) for mine, other in (keys, keys[::-1])]
-    known = {_hash_start(val.path(i)) for i in suspects[1].tolist()}
-    shared = [i for i in suspects[0].tolist() if _hash_start(train.path(i)) in known]
-    return np.array(shared, dtype=np.int64)
+    paths = [
+        {i: subset.path(i) for i in some.tolist()}
+        for subset, some in zip((train, val), suspects, strict=True)
+    ]
+    for num_bytes in (1 << 16, -1):
+        digests = [{i: _digest(path, num_bytes) for i, path in some.items()} for some in paths]
+        common = set(digests[0].values()) & set(digests[1].values()) - {None}
+        paths = [
+            {i: path for i, path in some.items() if own[i] in common}
+            for some, own in zip(paths, digests, strict=True)
+        ]
+    return np.array(list(paths[0]), dtype=np.int64)
 
 
 def _size_keys(subset: CocoSubset) -> NDArray[np.int64]:
@@ -248,39 +260,70 @@ def _size_keys(subset: CocoSubset) -> NDArray[np.int64]:
     )
 
 
-def _hash_start(path: Path) -> bytes:
+def _digest(path: Path, num_bytes: int) -> bytes | None:
+    # Of the first bytes of a file, or with -1 of all; None for one that cannot be read.
     try:
-        with path.open("rb") as file:
-            return hashlib.sha256(file.read(1 << 16)).digest()
+        with open_file(path) as file:
+            return hashlib.sha256(file.read(num_bytes)).digest()
     except OSError:  # whoever loads the image reports it
-        return b""
+        return None
 
 
-def split_by_hash(subset: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
+def find_siblings(train: CocoSubset, val: CocoSubset, *, group_by: str) -> NDArray[np.int64]:
+    """Training images that are of one group with a validation image; see `names.group_of`.
+
+    Args:
+        train: The training images.
+        val: The validation images.
+        group_by: See `names.group_of`.
+
+    Returns:
+        int64, the positions of those images in `train`.
+    """
+    groups = [
+        [group_of(subset.file_name(i), group_by) for i in range(subset.num_images)]
+        for subset in (train, val)
+    ]
+    common = set(groups[0]) & set(groups[1]) - {None}
+    return np.array([i for i, group in enumerate(groups[0]) if group in common], dtype=np.int64)
+
+
+def split_by_hash(
+    subset: CocoSubset, val_fraction: float, *, group_by: str = "none"
+) -> tuple[CocoSubset, CocoSubset]:
     """Holds out a share of the images for validation: those whose file names hash lowest.
 
-    The choice depends on the file names only, not on their order or on a seed.
+    The choice depends on the file names only, not on their order or on a seed. The images of a
+    group stay together, where its name hashes to; an image without one is a group of its own.
 
     Args:
         subset: All images.
-        val_fraction: Share to hold out; at least one image goes to either side.
+        val_fraction: Share to hold out, as nearly as groups allow; at least one goes to each side.
+        group_by: Which images make up a group, see `names.group_of`.
 
     Returns:
         The training subset, which keeps `counts`, and the validation subset.
 
     Raises:
-        DataError: If there are fewer than two images to share out.
+        DataError: If there are fewer than two groups to share out.
     """
-    names = sorted(
-        {subset.file_name(i) for i in range(subset.num_images)},
-        key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest(),
-    )
-    if len(names) < 2:
+    groups: dict[str, set[str]] = {}  # a group's name -> file names
+    for i in range(subset.num_images):
+        name = subset.file_name(i)
+        group = group_of(name, group_by)
+        groups.setdefault(name if group is None else group, set()).add(name)
+    folder = subset.index.image_folder
+    if len(groups) < 2:
+        one = "image" if sum(map(len, groups.values())) < 2 else f"group by group_by {group_by}"
         raise DataError(
-            f"{subset.index.image_folder} has {len(names)} image with objects: holding out a share "
-            "for validation takes at least two."
+            f"{folder} has {len(groups)} {one} with objects: holding out a share for validation "
+            "takes at least two."
         )
-    held_out = set(names[: min(max(round(val_fraction * len(names)), 1), len(names) - 1)])
+    ordered = sorted(groups, key=lambda name: hashlib.sha256(encode_name(name)).digest())
+    sizes = np.cumsum([len(groups[name]) for name in ordered])
+    wanted = min(max(round(val_fraction * sizes[-1]), 1), sizes[-1] - 1)
+    num_groups = int(np.abs(sizes[:-1] - wanted).argmin()) + 1
+    held_out = set().union(*(groups[name] for name in ordered[:num_groups]))
     rows = range(subset.num_images)
     train = subset.select([i for i in rows if subset.file_name(i) not in held_out])
     val = subset.select([i for i in rows if subset.file_name(i) in held_out])

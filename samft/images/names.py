@@ -18,6 +18,14 @@ _REPLACED = re.compile(r"(?:(?![\x00-\x1f\x7f])[\W_])+")  # exporters write - or
 _OLD_SUFFIX = re.compile(r"_(jpe?g|png|bmp|tiff?|webp)$", re.IGNORECASE)
 
 
+def encode_name(name: str) -> bytes:
+    """A file name as the bytes on disk; also of names with half a character, which no file has."""
+    try:
+        return name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogatepass")
+
+
 def split_name(name: str) -> tuple[tuple[str, ...], bool]:
     """Splits the path of an image into its parts, without a drive, host or leading folders `..`.
 
@@ -54,6 +62,29 @@ def roboflow_original(name: str) -> str | None:
     stem = name[: -len(_suffix_of(name)) or None]
     match = _ROBOFLOW.match(stem)
     return match["name"] if match else None
+
+
+def group_of(name: str, group_by: str) -> str | None:
+    """The group of images that belong together: copies of a picture, frames of a video.
+
+    Args:
+        name: The file name, relative to the image folder.
+        group_by: `auto`: Roboflow's copies of a picture; `folder`; `none`; or a regular expression,
+            whose first group in brackets is the name of the group.
+
+    Returns:
+        The group's name; None for an image that belongs to none.
+    """
+    parent, slash, last = name.rpartition("/")
+    if group_by == "none":
+        return None
+    if group_by == "folder":
+        return parent
+    if group_by == "auto":
+        original = roboflow_original(last)
+        return None if original is None else f"{parent}{slash}{original}"
+    match = re.search(group_by, name)
+    return match[1] if match else None
 
 
 def _suffix_of(name: str) -> str:

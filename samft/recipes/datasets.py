@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,18 @@ from samft.cli import link_folders
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_split
 from samft.coco.problems import NOTE, WARNING
-from samft.coco.subset import CocoSubset, find_shared, read_coco, split_by_hash
+from samft.coco.subset import (
+    CocoSubset,
+    find_shared,
+    find_siblings,
+    read_coco,
+    split_by_hash,
+)
 from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.samplers import repeat_factors
 from samft.errors import DataError
+from samft.images.names import encode_name, group_of
 from samft.runtime.logs import LOGGER
 
 _MAX_LOGGED = 100  # names of images that could not be read
@@ -104,18 +112,37 @@ def load_splits(config: TrainConfig) -> Splits:
     split, files = find_val_files(config)
     if split == "train":
         assert config.val_fraction is not None
-        train_subset, val_subset = _hold_out(train_subset, config.val_fraction)
+        train_subset, val_subset = _hold_out(train_subset, config.val_fraction, config.group_by)
     else:
         val_subset = _read_subset(config, files)
+        _warn_of_siblings(train_subset, val_subset, config.group_by)
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
     train_subset = _remove_shared_images(train_subset, val_subset)
     counts = {"train": _count_subset(train_subset), "val": _count_subset(val_subset)}
+    val = _build_dataset(val_subset, config, training=False)
+    if config.on_bad_image == "skip":
+        _refuse_unreadable(val)
     return Splits(
         train=_build_dataset(train_subset, config, training=True),
-        val=_build_dataset(val_subset, config, training=False),
+        val=val,
         counts=counts,
         fingerprint=_hash_training_data(train_subset),
+    )
+
+
+def _refuse_unreadable(val: Coco2MaskDataset) -> None:
+    # Nearly always the first image can be decoded, so that this takes no time.
+    bad_images: dict[str, str] = {}
+    for i in range(len(val)):
+        bad_of_sample = val[i].bad_images
+        if not bad_of_sample:
+            return
+        bad_images |= bad_of_sample
+    raise DataError(
+        f"none of the {len(val)} validation images can be used, so nothing would tell which "
+        f"checkpoint is best (the first: {next(iter(bad_images.values()))}) Replace them, or name "
+        "another validation split, or set val_fraction."
     )
 
 
@@ -166,8 +193,21 @@ def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
     )
 
 
-def _hold_out(whole: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoSubset]:
-    train_subset, val_subset = split_by_hash(whole, val_fraction)
+def _hold_out(
+    whole: CocoSubset, val_fraction: float, group_by: str
+) -> tuple[CocoSubset, CocoSubset]:
+    train_subset, val_subset = split_by_hash(whole, val_fraction, group_by=group_by)
+    groups = Counter(group_of(whole.file_name(i), group_by) for i in range(whole.num_images))
+    del groups[None]
+    groups = Counter({name: number for name, number in groups.items() if number > 1})
+    if groups:
+        LOGGER.info(
+            "group_by %s: %d images are in %d groups, each of which stays on one side (%s: %d)",
+            group_by,
+            groups.total(),
+            len(groups),
+            *groups.most_common(1)[0],
+        )
     LOGGER.info(
         "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
         val_subset.num_images,
@@ -176,6 +216,20 @@ def _hold_out(whole: CocoSubset, val_fraction: float) -> tuple[CocoSubset, CocoS
         ", ..." if val_subset.num_images > 5 else "",
     )
     return train_subset, val_subset
+
+
+def _warn_of_siblings(train: CocoSubset, val: CocoSubset, group_by: str) -> None:
+    # Folders of one name, as the splits have them, say nothing.
+    siblings = find_siblings(train, val, group_by="none" if group_by == "folder" else group_by)
+    if len(siblings):
+        LOGGER.warning(
+            "%d training images are, by their names, of one group with validation images (%s, "
+            "group_by %s): validation scores will be better than on new pictures; split the "
+            "originals, or leave out the validation split and set val_fraction",
+            len(siblings),
+            train.file_name(int(siblings[0])),
+            group_by,
+        )
 
 
 def _remove_shared_images(train: CocoSubset, val: CocoSubset) -> CocoSubset:
@@ -256,7 +310,7 @@ def _build_dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -
 def _hash_training_data(subset: CocoSubset) -> str:
     index = subset.index
     names = "\n".join(subset.file_name(i) for i in range(subset.num_images))
-    digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+    digest = hashlib.sha256(encode_name(names))
     for array in (index.image_ids[subset.rows], index.object_ids[subset.objects]):
         digest.update(array.tobytes())
     digest.update(index.boxes[subset.objects].tobytes())

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from samft.evaluation.coco_ap import (
 )
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
 from samft.evaluation.tables import format_tables, summarise_comparison, summarise_scores
+from samft.images.names import encode_name
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
 from samft.runtime import heartbeat
@@ -144,7 +146,8 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
     )
     skipped = ", ".join(f"{code} {number:,}" for code, number in subset.counts.items())
     if options.val_fraction is not None:
-        _, subset = split_by_hash(subset, options.val_fraction)
+        group_by = options.group_by or _saved_group_by(options.checkpoint[0])
+        _, subset = split_by_hash(subset, options.val_fraction, group_by=group_by)
     LOGGER.info(
         "%s: %d images, %d masks%s",
         annotations,
@@ -153,6 +156,15 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
         f"; left out: {skipped}" if skipped else "",
     )
     return subset
+
+
+def _saved_group_by(checkpoint: Path) -> str:
+    # A run from before there was such a setting had no groups.
+    try:
+        config = json.loads(checkpoint.with_suffix(".json").read_text())["config"]
+        return str(config.get("group_by", "none"))
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return "auto"
 
 
 def objects_path(output: Path) -> Path:
@@ -267,7 +279,7 @@ def _write_output(
         for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):
             category_name = subset.index.category_names[category]
             writer.writerow([checkpoint, names[row[0]], category_name, *row])
-    content = text.getvalue().encode(errors="surrogateescape")
+    content = encode_name(text.getvalue())
     try:
         write_atomically(objects_path(output), lambda file: file.write(content))
         write_json(output, report)

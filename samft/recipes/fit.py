@@ -1,5 +1,6 @@
 """The loop of a run: training steps, and at each interval a validation, a save and a log line."""
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from samft import distributed
 from samft.checkpoints.top_k import make_sidecar
 from samft.data.loaders import BatchLoader, prefetch_to_device
-from samft.errors import TrainingError
+from samft.errors import DataError, TrainingError
 from samft.evaluation.object_scores import describe_against_box_fill
 from samft.evaluation.validation import Validation, validate
 from samft.recipes.build import images_per_step
@@ -94,6 +95,12 @@ def fit(run: TrainingRun) -> bool:
 def _validate_initial_weights(run: TrainingRun) -> None:
     # Step 0: what the untouched checkpoint scores, which every later validation is compared with.
     validation = _validate_model(run)
+    if not math.isfinite(validation.metrics["per_mask_iou"]):
+        reasons = "; ".join(list(run.progress.bad_images.get("val", {}).values())[:3])
+        raise DataError(
+            "the validation before the first step gives no number, so nothing would tell which "
+            f"checkpoint is best: {reasons or 'no object was scored'}. Check the validation split."
+        )
     _log_validation(run, validation)
     run.progress.baseline = validation.metrics
     run.progress.box_fill_iou = validation.box_fill_iou

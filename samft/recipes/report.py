@@ -130,6 +130,8 @@ class RunReport:
             data = ["--data_root", config.data_root, "--split", getattr(config, f"{split}_split")]
         if split == "train":
             data += ["--val_fraction", str(config.val_fraction)]
+            if config.group_by != TrainConfig().group_by:
+                data += ["--group_by", config.group_by]
         for name in _SELECTING_FLAGS:
             if getattr(config, name) != getattr(TrainConfig(), name):
                 data += [f"--{name}", str(getattr(config, name))]

@@ -1,11 +1,13 @@
 """What a run resumes from: the newest undamaged state, checked against the configuration."""
 
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from samft import distributed
+from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME, load_latest, load_state_file, run_dir_of
 from samft.config import TrainConfig, changed_settings
 from samft.errors import ConfigError
@@ -59,8 +61,32 @@ def find_resume_point(
     if saved != fingerprint:
         rows.append(f"{'training data':24} {saved[:12]:24} {fingerprint[:12]}")
     if rows:
+        if [row.split()[0] for row in rows] == ["steps"]:
+            _refuse_more_steps(point, config)
         raise _other_configuration(point.path, rows)
     return point
+
+
+def _refuse_more_steps(point: ResumePoint, config: TrainConfig) -> None:
+    # The learning rate of a finished run has come to its end: more steps are another run.
+    saved_steps, best = point.state["config"]["steps"], point.state["best"]
+    if not (point.state["progress"]["step"] == saved_steps < config.steps and best):
+        return
+    folder = point.output_dir
+    command = shlex.join(
+        [
+            *("python", "-m", "samft.train", "--config", str(folder / "config.yaml")),
+            *("--checkpoint_path", str(folder / TopK.from_list(best)[0].name)),
+            *("--steps", str(config.steps - saved_steps)),
+            *("--output_dir", f"{config.output_dir.rstrip('/')}-more"),
+        ]
+    )
+    raise ConfigError(
+        f"the run in {folder} is finished: it has taken its {saved_steps} steps, and its learning "
+        f"rate was scheduled for them. To go on from its best checkpoint, start another run:\n"
+        f"  {command}\nor repeat it with {config.steps} steps in another output_dir, or with "
+        "`--resume never`."
+    )
 
 
 def _read_resume_point(config: TrainConfig, output_dir: Path) -> ResumePoint | None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import subprocess
@@ -19,7 +20,14 @@ from samft.coco.json_reader import value_of
 from samft.coco.layout import find_split
 from samft.coco.problems import BAD_IMAGES, KINDS
 from samft.coco.segmentation import decode_cropped
-from samft.coco.subset import CocoSubset, find_shared, read_coco, select_objects, split_by_hash
+from samft.coco.subset import (
+    CocoSubset,
+    find_shared,
+    find_siblings,
+    read_coco,
+    select_objects,
+    split_by_hash,
+)
 from samft.errors import DataError
 from samft.images.decoder import open_image
 
@@ -110,6 +118,7 @@ def test_at_least_thirty_kinds(broken: tuple[Path, dict[str, dict[str, int]]]) -
         "image-id-ambiguous",
         "image-ambiguous",
         "image-not-a-file",
+        "image-copies-in-train-and-val",
         "split-name",
         "objects-not-chosen",
     }
@@ -369,6 +378,71 @@ def test_split_by_hash_leaves_both_sides_an_image(tmp_path: Path, share: float) 
     assert {part.num_images for part in split_by_hash(subset, share)} == {1, 2}
     with pytest.raises(DataError, match="at least two"):
         split_by_hash(subset.select([0]), share)
+
+
+def _copies(tmp_path: Path, names: list[str]) -> CocoSubset:
+    images = [{**_write_image(tmp_path, name), "id": k} for k, name in enumerate(names)]
+    square = [annotation(k + 1, k, [1, 1, 9, 1, 9, 9, 1, 9]) for k in range(len(names))]
+    return read_coco(write_json(tmp_path / "a.json", images, square), tmp_path)
+
+
+def _rf(name: str, k: int) -> str:
+    return f"{name}_jpg.rf.{k:032x}.png"
+
+
+def test_copies_of_a_picture_stay_on_one_side(tmp_path: Path) -> None:
+    names = [_rf(f"p{k % 7}", k) for k in range(21)] + ["a.png", "b.png"]
+    subset = _copies(tmp_path, names)
+    train, val = split_by_hash(subset, 0.3, group_by="auto")
+    originals = [{name.split(".rf.")[0] for name in _names(part)} for part in (train, val)]
+    assert not originals[0] & originals[1]
+    assert train.num_images + val.num_images == 23
+    assert abs(val.num_images - 7) <= 2  # half a group
+    # Without groups, as before: by names alone.
+    _, alone = split_by_hash(subset, 0.3)
+    by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert set(_names(alone)) == set(by_hash[:7])
+    assert len(find_siblings(train, alone, group_by="auto")) > 0
+    assert len(find_siblings(train, val, group_by="auto")) == 0
+
+
+@pytest.mark.parametrize(
+    ("group_by", "expected"), [("folder", 2), (r"(\w+)_frame", 2), ("none", 6), ("auto", 6)]
+)
+def test_groups_are_folders_or_what_a_pattern_finds(
+    tmp_path: Path, group_by: str, expected: int
+) -> None:
+    names = [f"{video}/{video}_frame{k}.png" for video in "vw" for k in range(3)]
+    train, val = split_by_hash(_copies(tmp_path, names), 0.5, group_by=group_by)
+    videos = [{name[0] for name in _names(part)} for part in (train, val)]
+    assert len(videos[0]) == len(videos[1]) == (1 if expected == 2 else len(videos[0]))
+    assert (videos[0] | videos[1]) == {"v", "w"}
+    assert train.num_images == val.num_images == 3
+
+
+def test_one_group_alone_cannot_be_shared_out(tmp_path: Path) -> None:
+    subset = _copies(tmp_path, ["a.png", "b.png"])
+    with pytest.raises(DataError, match="1 group by group_by folder"):
+        split_by_hash(subset, 0.5, group_by="folder")
+
+
+def test_images_of_equal_size_and_start_are_compared_as_a_whole(tmp_path: Path) -> None:
+    # Uncompressed, with a black border of more than 64 KiB: equal to the last pixels.
+    subsets = []
+    for split, values in (("train", (1, 2, 3)), ("val", (9, 3))):
+        folder = tmp_path / split
+        images = []
+        for k, value in enumerate(values):
+            images.append({**_write_image(folder, f"{k}.bmp", 200, 300), "id": k})
+            content = bytearray((folder / f"{k}.bmp").read_bytes())
+            content[-300:] = bytes([value]) * 300
+            (folder / f"{k}.bmp").write_bytes(content)
+        square = [annotation(k + 1, k, [1, 1, 9, 1, 9, 9, 1, 9]) for k in range(len(values))]
+        subsets.append(read_coco(write_json(folder / "a.json", images, square), folder))
+    assert find_shared(*subsets).tolist() == [2]
+    for subset in subsets:  # what cannot be read is equal to nothing
+        subset.path(subset.num_images - 1).unlink()
+    assert find_shared(*subsets).tolist() == []
 
 
 def test_images_in_both_splits_are_found_by_content(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
     one_split = tmp_path / "data"
     shutil.copytree(data / "train", one_split / "train")
     folder = tmp_path / "run"
-    train_here(arguments(one_split, folder, steps=2, metrics_interval=2, val_fraction=0.3))
+    settings = {"steps": 2, "metrics_interval": 2, "val_fraction": 0.3, "group_by": "(image_1)"}
+    train_here(arguments(one_split, folder, **settings))
     printed = re.search("python -m samft.evaluate (.*)", (folder / "train.log").read_text())
     assert printed
     argv = [*shlex.split(printed[1]), "--num_workers", "0", "--device", "cpu"]
@@ -214,12 +215,18 @@ def test_missing_images_are_refused_or_left_out(
         (["--checkpoint", "nowhere.ckpt"], "there is no file nowhere.ckpt"),
         (["--checkpoint", "."], "is a folder"),
         (["--split", "test"], "no split test"),
+        (["--split", "test"], "Give --split NAME, or --annotations FILE and --images DIR"),
         (["--data_root", "nowhere"], "no dataset folder"),
         (["--category_names", "thin"], "Did you mean 'thing'"),
         (["--min_mask_area", "1e9"], "no object is left"),
         (["--annotations", "a.json"], "go together"),
         (["--num_workers", "-1"], "must be at least 0"),
         (["--val_fraction", "1"], "must lie between 0 and 1"),
+        (["--val_fraction", "0.5"], "add --split train"),
+        (
+            ["--val_fraction", "0.5", "--split", "train", "--group_by", "a("],
+            "no regular expression",
+        ),
         (["--min_mask_area", "many"], "--help"),
         (["--splitt", "val"], "--help"),
         (["--output", str(PACKAGED_TINY)], "choose another name"),

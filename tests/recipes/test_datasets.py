@@ -190,6 +190,45 @@ def test_larger_share_contains_the_smaller(one_split):
     assert names(shares[0]) < names(shares[1])
 
 
+def _rename_as_copies(annotations: Path) -> None:
+    document = json.loads(annotations.read_text())
+    for k, image in enumerate(document["images"]):
+        name = f"p{k % 4}_png.rf.{k:032x}.png"
+        (annotations.parent / image["file_name"]).rename(annotations.parent / name)
+        image["file_name"] = name
+    annotations.write_text(json.dumps(document))
+
+
+def test_copies_of_a_picture_are_kept_together_and_said(tmp_path, caplog):
+    _rename_as_copies(write_coco(tmp_path, 12))
+    with caplog.at_level(logging.INFO, logger="samft"):
+        splits = load_splits(a_config(tmp_path, val_fraction=0.25))
+    assert "12 images are in 4 groups, each of which stays on one side (p" in caplog.text
+    held_out = {name.split(".rf.")[0] for name in names(splits.val)}
+    assert len(held_out) == 1 and len(splits.val) == 3
+    alone = load_splits(a_config(tmp_path, val_fraction=0.25, group_by="none"))
+    assert len({name.split(".rf.")[0] for name in names(alone.val)}) > 1
+
+
+def test_copies_in_both_splits_are_a_warning(tmp_path, caplog):
+    _rename_as_copies(write_coco(tmp_path, 4))
+    _rename_as_copies(write_coco(tmp_path, 2, split="val", seed=1))
+    splits = load_splits(a_config(tmp_path))
+    assert len(splits.train) == 4
+    assert "2 training images are, by their names, of one group with validation" in caplog.text
+
+
+def test_a_validation_split_that_cannot_be_decoded_is_refused(tmp_path):
+    write_coco(tmp_path, 2)
+    val = write_coco(tmp_path, 2, split="val", seed=1).parent
+    for path in val.glob("*.png"):
+        content = path.read_bytes()
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes(40) + content[half + 40 :])
+    with pytest.raises(DataError, match="image can be used|images can be used|no usable object"):
+        load_splits(a_config(tmp_path, on_bad_image="skip"))
+
+
 def test_validation_split_wins_over_val_fraction(data, caplog):
     splits = load_splits(a_config(data, val_fraction=0.5))
     assert splits.counts["val"]["images"] == 5

@@ -162,6 +162,23 @@ def test_another_configuration_is_refused_with_a_table(
     assert row.removeprefix(f"  {name}").split() == [before, after]
 
 
+def test_more_steps_of_a_finished_run_are_another_run(tmp_path: Path) -> None:
+    config = a_config(DATA, output_dir=str(tmp_path / "run"))
+    best = [{"name": "2-0.75.ckpt", "step": 2, "score": 0.75}]
+    done = a_state(config, progress={"step": config.steps}, best=best)
+    more = a_config(DATA, output_dir=str(tmp_path / "run"), steps=config.steps + 5)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ConfigError, match="is finished") as caught:
+        find(more, tmp_path / "run", done)
+    line = next(line for line in str(caught.value).splitlines() if "python" in line)
+    assert line.strip() == (
+        f"python -m samft.train --config {tmp_path}/run/config.yaml "
+        f"--checkpoint_path {tmp_path}/run/2-0.75.ckpt --steps 5 --output_dir {tmp_path}/run-more"
+    )
+    with pytest.raises(ConfigError, match="another configuration"):
+        find(more, tmp_path / "run", {**done, "progress": {"step": config.steps - 1}})
+
+
 def test_a_state_of_the_first_format_is_resumed(tmp_path: Path) -> None:
     state = torch.load(FIXTURE, weights_only=True)
     # Of all that such a run could be asked for, only its loss is gone.

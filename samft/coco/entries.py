@@ -26,20 +26,20 @@ from samft.coco.boxes import (
     judge_boxes,
     to_corners,
 )
-from samft.coco.image_entries import Images
+from samft.coco.image_entries import Categories, Images
 from samft.coco.json_reader import (
     UNSET,
     ObjectEntry,
     Raw,
     read_entries,
     to_id,
+    to_key,
     value_of,
 )
 from samft.coco.problems import MAX_EXAMPLES, Problems
 from samft.coco.segmentation import CheckedMasks, RawMasks, Segmentations, decode_cropped
 
 CROWD = 1  # a bit of `Objects.flags`; as read, of objects with iscrowd 1, see `mark_crowds`
-NO_CATEGORY = -1
 NO_ID = -(2**63)
 _CHUNK = 20_000  # objects that are decoded and checked at a time
 _TINY = 16  # px; masks below it are reported
@@ -103,14 +103,14 @@ _OBJECT_ARRAYS = ("rows", "positions", "ids", "categories", "flags", "boxes", "a
 
 
 def read_objects(
-    entries: list[Raw], images: Images, *, categories: set[int], problems: Problems
+    entries: list[Raw], images: Images, *, categories: Categories, problems: Problems
 ) -> Objects:
     """Reads and checks the object entries.
 
     Args:
         entries: `Document.annotations`.
         images: Of the same file. `codes` becomes `image-unused-bad` for bad images without objects.
-        categories: The category ids of the file.
+        categories: Of the same file; becomes complete.
         problems: Problems are added to it, also those of bad images.
 
     Returns:
@@ -118,17 +118,20 @@ def read_objects(
     """
     chunks = []
     lost: Counter[int] = Counter()
+    keys: dict[str, int] = {}
     bar = tqdm(total=len(entries), desc="checking objects", unit="object", disable=None, delay=2)
     with bar:
         for first in range(0, max(len(entries), 1), _CHUNK):
             part = entries[first : first + _CHUNK]
-            chunk = ObjectChunk(images, categories=categories, lost=lost)
+            chunk = ObjectChunk(images, categories=categories, keys=keys, lost=lost)
             for position, entry in enumerate(read_entries(part, ObjectEntry), first):
                 chunk.add(position, entry)
             chunks.append(chunk.finish(problems))
             bar.update(len(part))
     _add_bad_images(images, lost, problems)
-    return _make_ids_unique(Objects.concatenate(chunks), entries, problems)
+    objects = Objects.concatenate(chunks)
+    objects.categories = categories.number(objects.categories)
+    return _make_ids_unique(objects, entries, problems, keys=keys)
 
 
 def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> None:
@@ -142,7 +145,9 @@ def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> N
             problems.add("image-unused-bad", images.names[row])
 
 
-def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -> Objects:
+def _make_ids_unique(
+    objects: Objects, entries: list[Raw], problems: Problems, *, keys: dict[str, int]
+) -> Objects:
     # A repeated entry is left out; another object with a used id, or with none, gets a free one.
     # By id, and by position within it: of equal ids, the first in the file keeps it.
     order = np.lexsort([objects.positions, objects.ids])
@@ -150,7 +155,8 @@ def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -
     again = np.flatnonzero((ids[1:] == ids[:-1]) & (ids[1:] != NO_ID)) + 1
     firsts = np.searchsorted(ids, ids[again])
     kept = np.ones(len(ids), dtype=bool)
-    renewed = np.flatnonzero(objects.ids == NO_ID).tolist()
+    renewed = objects.ids <= NO_ID + len(keys)
+    labels = {number: key for key, number in keys.items()}
     seen: dict[int, set[bytes]] = {}  # id -> hashes of its entries, so that none is compared twice
     for k, first in zip(order[again].tolist(), order[firsts].tolist(), strict=True):
         object_id = int(objects.ids[k])
@@ -159,13 +165,14 @@ def _make_ids_unique(objects: Objects, entries: list[Raw], problems: Problems) -
         hashed = _hash_entry(entries[objects.positions[k]])
         kept[k] = hashed not in seen[object_id]
         code = "annotation-id-twice" if kept[k] else "annotation-duplicate"
-        problems.add(code, f"object {object_id}")
+        problems.add(code, f"object {labels.get(object_id, object_id)}")
         seen[object_id].add(hashed)
-        renewed += [k] if kept[k] else []
-    if renewed:
+        renewed[k] = True
+    renewed &= kept
+    if renewed.any():
         taken = set(objects.ids.tolist())
         free = (number for number in itertools.count(1) if number not in taken)
-        for k in sorted(renewed, key=lambda k: int(objects.positions[k])):
+        for k in sorted(np.flatnonzero(renewed).tolist(), key=objects.positions.__getitem__):
             objects.ids[k] = next(free)
     return objects if kept.all() else objects.take(np.flatnonzero(kept))
 
@@ -182,15 +189,20 @@ def _hash_entry(entry: Raw) -> bytes:
 class ObjectChunk:
     """Object entries that are checked together: first their fields, then all their numbers."""
 
-    def __init__(self, images: Images, *, categories: set[int], lost: Counter[int]) -> None:
+    def __init__(
+        self, images: Images, *, categories: Categories, keys: dict[str, int], lost: Counter[int]
+    ) -> None:
         """Starts with no entry.
 
         Args:
             images: Of the same file.
-            categories: The category ids of the file.
+            categories: Of the same file.
+            keys: From ids that are text to numbers from `NO_ID` + 1 on, which stand for them until
+                all ids are known; what is missing is added.
             lost: Counts objects of bad images, by the image's row.
         """
-        self.images, self.known_categories, self.lost = images, categories, lost
+        self.images, self.known_categories = images, categories
+        self.keys, self.lost = keys, lost
         self.labels: list[str] = []
         self.rows: list[int] = []
         self.positions: list[int] = []
@@ -213,9 +225,9 @@ class ObjectChunk:
         if entry is None:
             self.labels_by_code["annotation-malformed"].append(f"entry {position}")
             return
-        object_id = to_id(entry.id)
+        object_id = to_key(entry.id)
         label = f"entry {position}" if object_id is None else f"object {object_id}"
-        image_id = to_id(entry.image_id)
+        image_id = to_key(entry.image_id)
         row = None if image_id is None else self.images.row_of.get(image_id)
         if row is None:
             if image_id is None:
@@ -236,14 +248,16 @@ class ObjectChunk:
             )
             self.masks.add(None if entry.segmentation is UNSET else entry.segmentation)
 
-    def _add_ids(self, entry: ObjectEntry, object_id: int | None, label: str) -> None:
-        category = to_id(entry.category_id)
-        if category is None:
-            self.labels_by_code["category-missing"].append(label)
-        elif self.known_categories and category not in self.known_categories:
-            self.labels_by_code["category-unknown"].append(f"{label}: category {category}")
-        self.categories.append(NO_CATEGORY if category is None else category)
-        if object_id is None:
+    def _add_ids(self, entry: ObjectEntry, object_id: int | str | None, label: str) -> None:
+        category, code = self.known_categories.find(entry.category_id)
+        self.categories.append(category)
+        if code:
+            which = f": category {entry.category_id}" if category >= 0 else ""
+            self.labels_by_code[code].append(label + which)
+        if isinstance(object_id, str):
+            self.labels_by_code["id-renumbered"].append(label)
+            object_id = self.keys.setdefault(object_id, NO_ID + 1 + len(self.keys))
+        elif object_id is None:
             self.labels_by_code["annotation-id-missing"].append(label)
         elif object_id == 0:
             self.labels_by_code["annotation-id-zero"].append(label)

@@ -10,11 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.json_reader import ImageEntry, Raw, read_entries, to_id, to_size
+from samft.coco.json_reader import (
+    ImageEntry,
+    ObjectEntry,
+    Raw,
+    number_keys,
+    read_entries,
+    to_id,
+    to_key,
+    to_size,
+)
 from samft.coco.problems import Problems
 from samft.images.files import ImageFacts, inspect_images
 from samft.images.folder import RESPELLED, ImageFolder
 from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
+
+NO_CATEGORY = -1
 
 
 @dataclass
@@ -31,7 +42,8 @@ class Images:
         pixel_types: uint8 [N], positions in `pixels.PIXEL_TYPES`.
         codes: [N], why the file cannot be used: a key of `problems.KINDS`, or ''.
         hints: By name, what a user should know about a file that cannot be used.
-        row_of: From every image id to its row.
+        row_of: From every image id to its row; see `json_reader.to_key`.
+        keys: From ids that are text to those in `ids`.
     """
 
     names: list[str]
@@ -42,7 +54,8 @@ class Images:
     pixel_types: NDArray[np.uint8]
     codes: list[str]
     hints: dict[str, str]
-    row_of: dict[int, int]
+    row_of: dict[int | str, int]
+    keys: dict[str, int]
 
 
 def read_images(
@@ -87,19 +100,21 @@ def read_images(
 def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems) -> Images:
     names: list[str] = []
     codes, ids, sizes = [], [], []
-    row_of: dict[int, int] = {}
+    row_of: dict[int | str, int] = {}
     row_of_name: dict[str, int] = {}
     decoded = list(read_entries(entries, ImageEntry))
     found = folder.find_all(
         entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
     )
     for position, entry in enumerate(decoded):
-        image_id = None if entry is None else to_id(entry.id)
+        image_id = None if entry is None else to_key(entry.id)
         name = None if entry is None else entry.file_name
         if entry is None or image_id is None or not isinstance(name, str) or not name.strip():
             problems.add("image-malformed", f"entry {position}")
             continue
-        if type(entry.id) is not int:
+        if isinstance(image_id, str):
+            problems.add("id-renumbered", f"image {image_id!r}")
+        elif type(entry.id) is not int:
             problems.add("id-not-integer", f"image {entry.id!r}")
         path, code = found[name]
         row = row_of_name.setdefault(path, len(names))
@@ -117,10 +132,14 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
         codes.append("" if code == RESPELLED else code)
         ids.append(image_id)
         sizes.append(to_size(entry))
-    arrays = np.array(ids, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
+    keys = number_keys(row_of)
+    numbers = [keys[one] if isinstance(one, str) else one for one in ids]
+    arrays = np.array(numbers, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
     upright, num_bytes = np.ones(len(ids), dtype=np.uint8), np.zeros(len(ids), dtype=np.int64)
     pixel_types = np.zeros(len(ids), dtype=np.uint8)
-    return Images(names, *arrays, upright, num_bytes, pixel_types, codes, folder.hints, row_of)
+    return Images(
+        names, *arrays, upright, num_bytes, pixel_types, codes, folder.hints, row_of, keys
+    )
 
 
 def _compare_sizes(
@@ -138,48 +157,128 @@ def _compare_sizes(
         problems.add("image-exif-rotated", name)
 
 
-def read_categories(raw: Any, problems: Problems) -> dict[int, str]:
+class Categories:
+    """The categories of a COCO file: those that it lists, and those that only its objects name.
+
+    Attributes:
+        listed: Those that the file lists, from `to_key` of the id to the name.
+        names: From category id to name, for the categories that are listed or used; complete once
+            `number` was called.
+        keys: From names, and from ids that are text, to category ids; the same.
+    """
+
+    def __init__(self, listed: dict[int | str, str]) -> None:
+        """Starts with the categories that are listed: from `to_key` of the id to the name."""
+        self.listed = listed
+        self._key_of_name = {name: key for key, name in reversed(listed.items())}
+        self._used: dict[int | str, int] = {}  # keys, numbered in order of their first object
+        self.names: dict[int, str] = {}
+        self.keys: dict[str, int] = {}
+
+    def find(self, raw: Any) -> tuple[int, str]:
+        """The category of an object.
+
+        Args:
+            raw: Its category_id, whatever it is.
+
+        Returns:
+            What `number` needs to give the category's id; and what is wrong, a code or ''.
+        """
+        key, code = to_key(raw), ""
+        if key is None:
+            return -1, "category-missing"
+        if key not in self.listed and isinstance(key, str):
+            key, code = self._key_of_name.get(key, key), "category-named"
+        if key not in self.listed and self.listed:
+            code = "category-unknown"
+        return self._used.setdefault(key, len(self._used)), code
+
+    def number(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Gives each category an id: its own where that is a whole number.
+
+        Args:
+            found: int64 [K], of objects, from `find`.
+
+        Returns:
+            int64 [K], category ids, or `NO_CATEGORY`.
+        """
+        numbers = number_keys([*self.listed, *self._used])
+
+        def id_of(key: int | str) -> int:
+            return numbers[key] if isinstance(key, str) else key
+
+        self.names = {id_of(key): name for key, name in self.listed.items()}
+        for key in self._used:
+            self.names.setdefault(id_of(key), key if isinstance(key, str) else f"category {key}")
+        if (found < 0).any():
+            self.names.setdefault(NO_CATEGORY, "unknown")
+        self.keys = {name: number for number, name in reversed(self.names.items())} | numbers
+        return np.array([*map(id_of, self._used), NO_CATEGORY], dtype=np.int64)[found]
+
+
+def read_categories(raw: Any, problems: Problems, *, annotations: list[Raw]) -> Categories:
     """Reads the category entries.
 
     Args:
         raw: `Document.categories`, whatever it is.
         problems: Problems are added to it.
-
-    Returns:
-        From category id to name.
+        annotations: `Document.annotations`, which tell what a plain list of names is numbered from.
     """
-    if not isinstance(raw, list) or not raw:
+    entries = _category_entries(raw, annotations, problems)
+    if not entries:
         problems.add("categories-missing", "categories")
-        return {}
-    categories: dict[int, str] = {}
-    for position, entry in enumerate(raw):
-        category_id = to_id(entry.get("id")) if isinstance(entry, dict) else None
+    listed: dict[int | str, str] = {}
+    for position, entry in enumerate(entries):
+        key = to_key(entry.get("id")) if isinstance(entry, dict) else None
         name = entry.get("name") if isinstance(entry, dict) else None
-        if category_id is None or not isinstance(name, str):
+        name = str(name) if isinstance(name, (int, float)) else name
+        if key is None or not isinstance(name, str):
             problems.add("category-malformed", f"entry {position}")
             continue
-        if type(entry["id"]) is not int:
+        if isinstance(key, str):
+            problems.add("id-renumbered", f"category {key!r}")
+        elif type(entry["id"]) is not int:
             problems.add("id-not-integer", f"category {entry['id']!r}")
-        if category_id in categories:
-            problems.add("category-id-twice", f"category {category_id} ({name})")
+        if key in listed:
+            problems.add("category-id-twice", f"category {key} ({name})")
             continue
-        if name in categories.values():
-            problems.add("category-name-twice", f"{name} (category {category_id})")
-        categories[category_id] = name
-    return categories
+        if name in listed.values():
+            problems.add("category-name-twice", f"{name} (category {key})")
+        listed[key] = name
+    return Categories(listed)
 
 
-def check_category_ids(categories: dict[int, str], used: set[int], *, problems: Problems) -> None:
+def _category_entries(raw: Any, annotations: list[Raw], problems: Problems) -> list[Any]:
+    # As COCO lists them, also from a list of names, and from a table of names or ids.
+    if isinstance(raw, dict) and not {"id", "name"} <= raw.keys():
+        problems.add("categories-table", f"{len(raw)} entries")
+        if all(type(value) is int for value in raw.values()):
+            return [{"id": value, "name": key} for key, value in raw.items()]
+        return [
+            {"id": key, **value} if isinstance(value, dict) else {"id": key, "name": value}
+            for key, value in raw.items()
+        ]
+    if isinstance(raw, list) and raw and all(isinstance(name, str) for name in raw):
+        used = {to_id(one.category_id) for one in read_entries(annotations, ObjectEntry) if one}
+        first = 0 if 0 in used else 1
+        problems.add("categories-table", f"{len(raw)} names, numbered from {first}")
+        return [{"id": number, "name": name} for number, name in enumerate(raw, first)]
+    return raw if isinstance(raw, list) else [raw] * isinstance(raw, dict)
+
+
+def check_category_ids(
+    categories: dict[int | str, str], used: set[int], *, problems: Problems
+) -> None:
     """Adds gaps between category ids and an unused id 0 to the problems.
 
     Args:
-        categories: From `read_categories`.
+        categories: `Categories.listed`.
         used: The category ids of all objects.
         problems: Problems are added to it.
     """
     if 0 in categories and 0 not in used and len(categories) > 1:
         problems.add("category-placeholder", f"0 ({categories[0]})")
-    ids = sorted(categories)
+    ids = sorted(key for key in categories if isinstance(key, int))
     gaps = [after for before, after in itertools.pairwise(ids) if after != before + 1]
     problems.add(
         "category-ids-not-contiguous", *(f"gap before {category_id}" for category_id in gaps)

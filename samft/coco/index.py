@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from samft.coco.entries import (
     CROWD,
-    NO_CATEGORY,
     Objects,
     mark_crowds,
     read_objects,
 )
 from samft.coco.image_entries import (
+    Categories,
     Images,
     check_category_ids,
     read_categories,
@@ -80,7 +80,10 @@ class CocoIndex:
         boxes: float64 [K, 4], x0 y0 x1 y1, px, original frame.
         areas: float64 [K], of the masks, px.
         segmentations: [K].
-        category_names: By category id.
+        category_names: By category id, of all that are listed or used; `category 99` or `unknown`
+            where the file has no name.
+        category_keys: From names, and from ids that are text, to category ids.
+        image_keys: From image ids that are text to those in `image_ids`.
         bad_images: Codes in `problems.KINDS` by file name, of bad images that have objects.
         problems: Everything that is wrong with the file.
         pixels: How the values of its images become 8 bits; not a part of what is on disk.
@@ -105,6 +108,8 @@ class CocoIndex:
     areas: NDArray[np.float64]
     segmentations: Segmentations
     category_names: dict[int, str]
+    category_keys: dict[str, int]
+    image_keys: dict[str, int]
     bad_images: dict[str, str]
     problems: Problems
     pixels: PixelFormat
@@ -131,6 +136,11 @@ class CocoIndex:
         path = self.image_folder / self.file_name(row)
         return open_image(path, orientation=int(self.orientations[row]), pixels=self.pixels)
 
+    def image_ids_as_written(self) -> list[int | str]:
+        """The ids of all images as the file has them: text where that is no whole number."""
+        texts = {number: text for text, number in self.image_keys.items()}
+        return [texts.get(number, number) for number in self.image_ids.tolist()]
+
     def file_names(self) -> list[str]:
         """File names of all images."""
         return [self.file_name(row) for row in range(self.num_images)]
@@ -142,6 +152,8 @@ _OTHER_FIELDS = {
     "image_folder",
     "segmentations",
     "category_names",
+    "category_keys",
+    "image_keys",
     "bad_images",
     "problems",
     "pixels",
@@ -151,15 +163,6 @@ _ARRAYS = (
     *(_BUFFER, _STARTS),
 )
 _FILES = (_META, *(f"{name}.npy" for name in _ARRAYS))
-
-
-def class_names(index: CocoIndex) -> dict[int, str]:
-    """Names of all category ids that are listed or used; `category 99` or `unknown` if unnamed."""
-    used = np.unique(index.categories).tolist()
-    missing = {one: f"category {one}" for one in used if one not in index.category_names}
-    if NO_CATEGORY in missing:
-        missing[NO_CATEGORY] = "unknown"
-    return {**index.category_names, **missing}
 
 
 def index_file(
@@ -258,6 +261,8 @@ def open_index(folder: Path, image_folder: Path, pixels: PixelFormat = PLAIN) ->
         image_folder=image_folder,
         segmentations=segmentations,
         category_names={int(key): name for key, name in meta["categories"].items()},
+        category_keys=meta["category_keys"],
+        image_keys=meta["image_keys"],
         bad_images=meta["bad_images"],
         problems=Problems.from_json(meta["problems"]),
         pixels=pixels,
@@ -276,7 +281,7 @@ class CheckedFile:
 
     images: Images
     objects: Objects
-    categories: dict[int, str]  # id -> name
+    categories: Categories
     problems: Problems
 
 
@@ -306,13 +311,12 @@ def check_file(
     problems = Problems()
     document = load_document(annotations, problems)
     images = read_images(document.images, folder, problems=problems, pixels=pixels, decode=decode)
-    categories = read_categories(document.categories, problems)
-    objects = read_objects(
-        document.annotations, images, categories=set(categories), problems=problems
-    )
+    annotations_raw = document.annotations
+    categories = read_categories(document.categories, problems, annotations=annotations_raw)
+    objects = read_objects(annotations_raw, images, categories=categories, problems=problems)
     mark_crowds(objects, images.sizes, mode=crowds, problems=problems)
     used = set(np.unique(objects.categories).tolist())
-    check_category_ids(categories, used, problems=problems)
+    check_category_ids(categories.listed, used, problems=problems)
     plain = objects.rows[objects.flags & CROWD == 0]
     filled = np.bincount(plain, minlength=len(images.names)) > 0
     empty = [
@@ -412,7 +416,9 @@ def _write_index(
             "bad_stamps": {
                 name: _stamp_of(image_folder.folder, name, code) for name, code in bad.items()
             },
-            "categories": checked.categories,
+            "categories": checked.categories.names,
+            "category_keys": checked.categories.keys,
+            "image_keys": images.keys,
             "problems": checked.problems.to_json(),
         }
         write_json(part / _META, meta)

@@ -4,8 +4,11 @@ Imports no torch.
 """
 
 import codecs
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -195,12 +198,54 @@ def to_id(raw: Any) -> int | None:
     """A whole number of 64 bits, even if written as text or as 5.0; None for anything else."""
     if type(raw) is int:
         return raw if -(2**63) <= raw < 2**63 else None
+    if isinstance(raw, str):
+        # int() also takes 1_000 and digits of other scripts.
+        raw = raw.strip()
+        raw = int(raw.partition(".")[0]) if _WHOLE_NUMBER.fullmatch(raw) else None
     try:
         number = int(raw)
     except (TypeError, ValueError, OverflowError):
         return None
-    whole = number == raw if isinstance(raw, float) else True
-    return number if whole and -(2**63) <= number < 2**63 else None
+    return number if number == raw and -(2**63) <= number < 2**63 else None
+
+
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.0*)?")
+
+
+def to_key(raw: Any) -> int | str | None:
+    """What an id stands for, to compare ids by; None for what is no id.
+
+    Returns:
+        A whole number where `to_id` reads one; else the text, or the number as text.
+    """
+    number = to_id(raw)
+    if number is not None:
+        return number
+    if isinstance(raw, str):
+        return raw.strip() or None
+    if isinstance(raw, float) and math.isfinite(raw):
+        return str(int(raw)) if raw.is_integer() else repr(raw)
+    return str(raw) if type(raw) is int else None
+
+
+def number_keys(keys: Iterable[int | str]) -> dict[str, int]:
+    """Numbers for ids that are text: from 1 on, in their order, but not those of other ids."""
+    keys = list(keys)
+    taken = {key for key in keys if isinstance(key, int)}
+    free = (number for number in itertools.count(1) if number not in taken)
+    texts = dict.fromkeys(key for key in keys if isinstance(key, str))
+    return dict(zip(texts, free, strict=False))
+
+
+def number_of(raw: Any, numbers: Mapping[str, int]) -> int | None:
+    """The number that stands for an id; None for what is no id, or unknown text.
+
+    Args:
+        raw: The id as written.
+        numbers: Of ids that are text.
+    """
+    key = to_key(raw)
+    return numbers.get(key) if isinstance(key, str) else key
 
 
 def to_size(entry: ImageEntry) -> tuple[int, int]:

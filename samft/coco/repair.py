@@ -18,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from samft.coco.entries import CROWD, NO_CATEGORY
-from samft.coco.index import CocoIndex, class_names
+from samft.coco.entries import CROWD
+from samft.coco.image_entries import NO_CATEGORY
+from samft.coco.index import CocoIndex
 from samft.coco.json_reader import (
     ImageEntry,
     ObjectEntry,
     Raw,
     load_document,
+    number_of,
     read_entries,
-    to_id,
+    to_key,
     value_of,
 )
 from samft.coco.problems import Problems
@@ -138,16 +140,16 @@ class _RepairedImages:
         without: NDArray[np.int64] | None,
     ) -> None:
         self._raw, self._index = raw, index
-        self.ambiguous: set[int] = set()
+        self.ambiguous: set[int | str] = set()
         self.first_entry: dict[int, int] = {}
         rows = {name: row for row, name in enumerate(index.file_names())}
-        row_of: dict[int, int] = {}  # image id -> row
+        row_of: dict[int | str, int] = {}  # image id -> row
         decoded = list(read_entries(raw, ImageEntry))
         found = folder.find_all(
             entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
         )
         for position, entry in enumerate(decoded):
-            image_id = None if entry is None else to_id(entry.id)
+            image_id = None if entry is None else to_key(entry.id)
             if entry is None or image_id is None or not isinstance(entry.file_name, str):
                 continue
             row = rows.get(found[entry.file_name][0])
@@ -159,7 +161,8 @@ class _RepairedImages:
         self.ids: dict[int, int] = {}
         for image_id, row in row_of.items():
             if image_id not in self.ambiguous:
-                self.ids.setdefault(row, image_id)
+                number = index.image_keys[image_id] if isinstance(image_id, str) else image_id
+                self.ids.setdefault(row, number)
         left_out = set(np.flatnonzero(index.bad).tolist())
         left_out |= set(() if without is None else without.tolist())
         for row in left_out | (self.first_entry.keys() - self.ids.keys()):
@@ -189,7 +192,7 @@ def _select_objects(images: _RepairedImages, index: CocoIndex, raw: list[Raw]) -
         entries = read_entries(
             [raw[position] for position in index.positions[objects]], ObjectEntry
         )
-        sure = [to_id(entry.image_id) not in images.ambiguous for entry in entries if entry]
+        sure = [to_key(entry.image_id) not in images.ambiguous for entry in entries if entry]
         objects = objects[np.array(sure, dtype=bool)]
     return objects
 
@@ -203,16 +206,16 @@ class _RepairedCategories:
     """
 
     def __init__(self, raw: Any, index: CocoIndex) -> None:
-        names = class_names(index)
+        names = index.category_names
         free = max([0, *names]) + 1
         id_of_name: dict[str, int] = {}
         for category_id, name in names.items():
             id_of_name.setdefault(name, free if category_id == NO_CATEGORY else category_id)
         self.id_of = {category_id: id_of_name[name] for category_id, name in names.items()}
-        fields: dict[int | None, Any] = {}
+        fields: dict[int | None, Any] = {}  # of the entries, by category id
         for entry in raw if isinstance(raw, list) else ():
             if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-                fields.setdefault(to_id(entry.get("id")), entry)
+                fields.setdefault(number_of(entry.get("id"), index.category_keys), entry)
         self.entries = [
             _encode_entry(fields.get(category_id, {}), id=category_id, name=name)
             for name, category_id in id_of_name.items()

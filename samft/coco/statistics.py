@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from samft.coco.boxes import CELL, SmallObjects, find_small_objects
 from samft.coco.entries import CROWD
-from samft.coco.index import CocoIndex, class_names, index_file
+from samft.coco.index import CocoIndex, index_file
 from samft.coco.json_reader import UnusableFile
 from samft.coco.layout import find_split
 from samft.coco.problems import Problems
@@ -323,7 +323,7 @@ def _count_classes(index: CocoIndex, plain: NDArray[np.int64]) -> dict[str, int]
     ids, numbers = np.unique(index.categories[plain], return_counts=True)
     number_of = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
     counts: Counter[str] = Counter()
-    for category_id, name in class_names(index).items():
+    for category_id, name in index.category_names.items():
         counts[name] += number_of.get(category_id, 0)
     return dict(counts.most_common())
 

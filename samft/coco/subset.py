@@ -123,7 +123,8 @@ def read_coco(
         pixels: See `index_file`.
         crowds: See `entries.mark_crowds`.
         on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
-        category_names: Only objects of these classes are used; all if empty.
+        category_names: Only objects of these classes are used; all if empty. Names may have been
+            split at their commas.
         min_mask_area: Only masks of at least so many pixels are used.
 
     Raises:
@@ -212,15 +213,30 @@ def find_categories(index: CocoIndex, names: Iterable[str]) -> set[int] | None:
     Raises:
         DataError: There is no class of that name.
     """
-    names = list(names)
-    known = set(index.category_names.values())
+    known = {name.strip() for name in index.category_names.values()}
+    names = _join_names(names, known)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             some = ", ".join(sorted(known)[:20])
             raise DataError(f"category_names: there is no class {name!r} among {some}.{hint}")
-    return {key for key, name in index.category_names.items() if name in names} if names else None
+    chosen = {key for key, name in index.category_names.items() if name.strip() in names}
+    return chosen if names else None
+
+
+def _join_names(parts: Iterable[str], known: set[str]) -> list[str]:
+    # Text that was split at commas, put together where the name of a class has a comma.
+    names, parts = [], list(parts)
+    while parts:
+        joined = [",".join(parts[:number]).strip() for number in range(len(parts), 0, -1)]
+        number, name = next(
+            ((len(parts) - k, one) for k, one in enumerate(joined) if one in known),
+            (1, joined[-1]),
+        )
+        names += [name] if name else []
+        del parts[:number]
+    return names
 
 
 def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:

@@ -168,14 +168,13 @@ def find_val_files(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
 
 
 def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
-    names = [name.strip() for name in (config.category_names or "").split(",")]
     return read_coco(
         *files,
         root=None if config.data_root is None else Path(config.data_root).expanduser(),
         allow_links=link_folders(config.allow_links),
         crowds=config.crowds,
         on_bad_image=config.on_bad_image,
-        category_names=[name for name in names if name],
+        category_names=(config.category_names or "").split(","),
         min_mask_area=config.min_mask_area,
     )
 

@@ -133,7 +133,6 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
         )
     if options.output:
         _check_output(options.output, [annotations, *options.checkpoint])
-    names = [name.strip() for name in (options.category_names or "").split(",")]
     subset = read_coco(
         annotations,
         images,
@@ -141,7 +140,7 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
         allow_links=options.allow_links,
         crowds=options.crowds,
         on_bad_image=options.on_bad_image,
-        category_names=[name for name in names if name],
+        category_names=(options.category_names or "").split(","),
         min_mask_area=options.min_mask_area,
     )
     skipped = ", ".join(f"{code} {number:,}" for code, number in subset.counts.items())
@@ -252,12 +251,18 @@ def _file_names(subset: CocoSubset) -> dict[int, str]:
     return {subset.image_id(row): subset.file_name(row) for row in range(subset.num_images)}
 
 
+def _ids_as_written(subset: CocoSubset) -> dict[int, int | str]:
+    index = subset.index
+    return dict(zip(index.image_ids.tolist(), index.image_ids_as_written(), strict=True))
+
+
 def _add_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any]:
-    names = _file_names(subset)
+    names, ids = _file_names(subset), _ids_as_written(subset)
     for row in comparison["most_improved"] + comparison["most_harmed"]:
         category = int(category_ids_of(subset, np.array([row["object_id"]]))[0])
         row["category"] = subset.index.category_names[category]
         row["file_name"] = names[row["image_id"]]
+        row["image_id"] = ids[row["image_id"]]
     return comparison
 
 
@@ -271,14 +276,15 @@ def _write_output(
     others = [f"iou_{name}" for name in OTHER_PROMPTS]
     scores = ("iou_actual", "iou_predicted", "dice", "iou_boundary", "iou_box_fill", *others)
     writer.writerow([*ids, *scores])
-    names = _file_names(subset)
+    names, image_ids = _file_names(subset), _ids_as_written(subset)
     for checkpoint, table in zip(checkpoints, tables, strict=True):
         categories = category_ids_of(subset, table.object_ids).tolist()
         columns = [table.image_ids, table.object_ids, table.areas]
         columns += [getattr(table, name) for name in scores]
         for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):
             category_name = subset.index.category_names[category]
-            writer.writerow([checkpoint, names[row[0]], category_name, *row])
+            image_id = image_ids[row[0]]
+            writer.writerow([checkpoint, names[row[0]], category_name, image_id, *row[1:]])
     content = encode_name(text.getvalue())
     try:
         write_atomically(objects_path(output), lambda file: file.write(content))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samft.coco.index import class_names
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset, collate
@@ -203,7 +202,7 @@ def _draw_pairs(
 ) -> dict[int, ObjectPair]:
     # By row of the comparison; without objects of images that cannot be read any more.
     index = dataset.subset.index
-    names = class_names(index)
+    names = index.category_names
     pairs = {}
     for row, k in objects.items():
         image_row = image_row_of(index, k)

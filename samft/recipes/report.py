@@ -16,7 +16,6 @@ import torch
 import samft
 from samft import distributed
 from samft.checkpoints.top_k import Checkpoint, git_commit
-from samft.coco.index import class_names
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import (
     Comparison,
@@ -198,7 +197,7 @@ class RunReport:
         index = self.images.index
         objects = find_objects(index, self.comparison.before.keys())
         categories = index.categories[objects]
-        names = class_names(index)
+        names = index.category_names
         used = sorted({names[category] for category in np.unique(categories).tolist()})
         # By name: two categories of one name are one class.
         label_of = {name: label for label, name in enumerate(used)}

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from samft.coco.entries import CROWD
-from samft.coco.index import CocoIndex, class_names
+from samft.coco.index import CocoIndex
 from samft.coco.problems import Problems
 from samft.coco.segmentation import CroppedMask
 from samft.images.files import ImageError
@@ -101,7 +101,7 @@ def _group_by_class(
 ) -> list[tuple[str, NDArray[np.int64]]]:
     # Class name and objects, the most frequent class first. Category ids may share a name.
     ids = defaultdict(list)
-    for category_id, name in class_names(index).items():
+    for category_id, name in index.category_names.items():
         ids[name].append(category_id)
     categories = index.categories[objects]
     members = {name: objects[np.isin(categories, own_ids)] for name, own_ids in ids.items()}
@@ -194,7 +194,7 @@ def draw_sheet(
     """
     crops = {} if crops is None else crops
     _add_missing_crops(index, [entry.object for entry in entries], crops=crops)
-    names = class_names(index)
+    names = index.category_names
     tiles = []
     for entry in entries:
         k = entry.object

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 
 from helpers.broken_coco import BOX, HEIGHT, SQUARE, WIDTH, encode_image, rle
 from helpers.coco_files import annotation
-from samft.coco.index import CocoIndex, class_names, index_file
+from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import FACT
 from samft.coco.repair import RepairedFile, write_repaired
 from samft.errors import ConfigError, DataError
@@ -271,9 +271,9 @@ def test_categories(folder: Path) -> None:
     assert document["categories"] == [
         {"id": 1, "name": "cat", "supercategory": "animal"},
         {"id": 2, "name": "dog"},
-        {"id": 100, "name": "unknown"},
         {"id": 4, "name": "category 4"},
         {"id": 99, "name": "category 99"},
+        {"id": 100, "name": "unknown"},
     ]
     assert [a["category_id"] for a in document["annotations"]] == [1, 2, 1, 4, 99, 100]
 
@@ -292,8 +292,8 @@ def test_class_names_of_all_that_is_used(folder: Path) -> None:
     ]
     lists = {"images": [image(1, "a.png")], "annotations": objects}
     path.write_text(json.dumps({**lists, "categories": [{"id": 0, "name": "cat"}]}))
-    names = class_names(index_of(folder, path))
-    assert names == {0: "cat", 5: "category 5", -1: "unknown"}
+    names = index_of(folder, path).category_names
+    assert names == {0: "cat", 5: "category 5", 1: "text"}
 
 
 def test_the_bom_is_left_out(folder: Path) -> None:

@@ -115,6 +115,7 @@ def test_at_least_thirty_kinds(broken: tuple[Path, dict[str, dict[str, int]]]) -
         "json-unreadable",
         "json-not-coco",
         "no-objects",
+        "categories-table",
         "image-id-ambiguous",
         "image-ambiguous",
         "image-not-a-file",

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its configuration: weights, model, loss, trainer, loaders."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,21 +26,25 @@ from samft.training.optim import build_optimizer, schedule_learning_rate
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 
 
-def load_weights(config: TrainConfig, *, quiet: bool = False) -> dict[str, Tensor] | None:
+def load_weights(
+    config: TrainConfig, *, quiet: bool = False, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Tensor] | None:
     """Finds, reads and identifies the weights to start from.
 
     Args:
         config: The configuration.
         quiet: Whether to log nothing, because the weights are read once more.
+        should_stop: Whether a signal has asked to stop, for a download.
 
     Returns:
         The state dict with SAM's own keys, on the CPU; None for random weights.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or it is of another model type.
+        RunStopped: `should_stop` said so during a download.
     """
     assert config.checkpoint_path is not None and config.model_type is not None
-    path = find_weights(config.checkpoint_path, config.model_type)
+    path = find_weights(config.checkpoint_path, config.model_type, should_stop=should_stop)
     if path is None:
         if not quiet:
             LOGGER.warning(

@@ -130,7 +130,7 @@ def _check_and_build(
     config = keep_images_per_step(requested, resume) if resume else requested
     for problem in resume.problems if resume else ():
         LOGGER.warning("resume: %s", problem)
-    model = build_model(config, _load_initial_weights(config, resume), device)
+    model = build_model(config, _load_initial_weights(config, resume, stop), device)
     _check_host(config, model, output_dir, _resumes_in_place(resume, output_dir))
     progress = _restore_progress(resume)
     best = TopK.from_list(resume.state["best"]) if resume else []
@@ -156,10 +156,10 @@ def _check_and_build(
 
 
 def _load_initial_weights(
-    config: TrainConfig, resume: ResumePoint | None
+    config: TrainConfig, resume: ResumePoint | None, stop: StopRequest
 ) -> dict[str, Tensor] | None:
     if resume is None:
-        return load_weights(config)
+        return load_weights(config, should_stop=lambda: bool(stop))
     weights: dict[str, Tensor] = resume.state.pop("model")
     return weights
 

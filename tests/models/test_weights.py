@@ -1,23 +1,28 @@
 """Finding weights: paths, the packaged file, and downloads from a local server."""
 
+import contextlib
 import fcntl
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from samft.errors import CheckpointError
+from helpers.short_runs import arguments, command_here, write_data
+from samft.errors import CheckpointError, RunStopped
 from samft.models import weights
 from samft.models.weights import PACKAGED_TINY, download_file, find_local_weights, find_weights
 from samft.runtime.files import cache_folder, sha256_of
 
 CONTENT = bytes(range(256)) * 8 * 1024  # two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+MAX = len(CONTENT)
 FILE_NAME = "sam_vit_b_01ec64.pth"
 
 
@@ -31,7 +36,12 @@ class Server(ThreadingHTTPServer):
         self.paths: list[str] = []
         self.may_answer = threading.Event()
         self.may_answer.set()
+        self.closing = threading.Event()
+        self.on_request: Callable[[], None] = lambda: None
         self.sent = CONTENT
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of a client that hung up, which several tests are about."""
 
     @property
     def url(self) -> str:
@@ -48,8 +58,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
+        if self.path.startswith("/endless"):
+            self.end_headers()
+            with contextlib.suppress(OSError):  # cut off by the client, as it should
+                while not self.server.closing.is_set():
+                    self.wfile.write(CONTENT)
+            return
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
+        if self.path.startswith("/stalled"):
+            self.wfile.write(b"a few bytes")
+            self.server.on_request()
+            self.server.closing.wait(60)
+            return
         self.wfile.write(self.server.sent)
 
     def log_message(self, *args: object) -> None:
@@ -63,6 +84,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
+        server.closing.set()
         server.shutdown()
         thread.join()
 
@@ -95,14 +117,16 @@ def test_a_download_is_checked_cached_and_not_repeated(
 def test_a_damaged_file_in_the_cache_is_fetched_again(server: Server, cache: Path) -> None:
     cache.mkdir()
     (cache / FILE_NAME).write_bytes(CONTENT[:-1] + b"x")
-    download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
+    download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256, max_bytes=MAX)
     assert (cache / FILE_NAME).read_bytes() == CONTENT
     assert len(server.paths) == 1
 
 
 def test_a_file_with_a_wrong_hash_is_deleted(server: Server, cache: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256="0" * 64)
+        download_file(
+            f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256="0" * 64, max_bytes=MAX
+        )
     assert f"its SHA-256 is {SHA256}, not {'0' * 64}" in str(caught.value)
     assert files_in(cache) == []
 
@@ -110,8 +134,53 @@ def test_a_file_with_a_wrong_hash_is_deleted(server: Server, cache: Path) -> Non
 def test_a_transfer_cut_short_leaves_nothing(server: Server, cache: Path) -> None:
     server.sent = CONTENT[: len(CONTENT) // 2]
     with pytest.raises(CheckpointError):
-        download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256)
+        download_file(f"{server.url}/{FILE_NAME}", cache / FILE_NAME, sha256=SHA256, max_bytes=MAX)
     assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("path", ["endless", "announced"])
+def test_a_server_that_sends_more_than_the_file_is_cut_off(
+    path: str, server: Server, cache: Path
+) -> None:
+    limit = len(CONTENT) - (path == "announced")
+    with pytest.raises(CheckpointError, match=f"sends more than the file's {limit:,} bytes"):
+        download_file(f"{server.url}/{path}", cache / "a.pth", sha256=SHA256, max_bytes=limit)
+    assert files_in(cache) == []
+
+
+def test_a_server_that_sends_next_to_nothing_is_given_up(
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "TIMEOUT_SECONDS", 0.3)
+    with pytest.raises(CheckpointError, match=r"the server sent [\d,]+ bytes in 0.3 s|timed out"):
+        download_file(f"{server.url}/stalled", cache / "a.pth", sha256=SHA256, max_bytes=MAX)
+    assert files_in(cache) == []
+
+
+def test_a_download_and_the_wait_for_another_are_stopped_at_once(
+    server: Server, cache: Path
+) -> None:
+    asked = threading.Event()
+    server.on_request = asked.set
+    url, target = f"{server.url}/stalled", cache / "a.pth"
+    with pytest.raises(RunStopped, match="run the same command again"):
+        download_file(url, target, sha256=SHA256, max_bytes=MAX, should_stop=asked.is_set)
+    assert asked.is_set() and files_in(cache) == []
+    with target.with_suffix(".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process does that downloads it
+        with pytest.raises(RunStopped):
+            download_file(url, target, sha256=SHA256, max_bytes=MAX, should_stop=lambda: True)
+
+
+def test_a_signal_ends_a_training_that_is_downloading(
+    server: Server, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.on_request = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setenv("SAMFT_SAM_URL", f"{server.url}/stalled")
+    data = write_data(tmp_path / "data", num_train=1, num_val=1)
+    argv = arguments(data, tmp_path / "run", model_type="vit_b", checkpoint_path="auto")
+    assert command_here(argv) == 75
+    assert files_in(cache) == ["index"]
 
 
 def test_a_missing_file_and_a_missing_server(server: Server, cache: Path) -> None:
@@ -119,7 +188,7 @@ def test_a_missing_file_and_a_missing_server(server: Server, cache: Path) -> Non
     closed.server_close()
     for url in (f"{server.url}/absent.pth", f"{closed.url}/a.pth"):
         with pytest.raises(CheckpointError) as caught:
-            download_file(url, cache / FILE_NAME, sha256=SHA256)
+            download_file(url, cache / FILE_NAME, sha256=SHA256, max_bytes=MAX)
         assert f"{url} could not be downloaded to {cache / FILE_NAME}" in str(caught.value)
         assert "SAMFT_SAM_URL" in str(caught.value)
     assert files_in(cache) == []
@@ -143,7 +212,8 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path) -> Non
     code = (
         "import sys; from pathlib import Path; from samft.models.weights import download_file\n"
         "print('ready', flush=True)\n"
-        f"print(download_file('{server.url}/f', Path(sys.argv[1]), sha256='{SHA256}'))"
+        f"path, options = Path(sys.argv[1]), dict(sha256='{SHA256}', max_bytes={MAX})\n"
+        f"print(download_file('{server.url}/f', path, **options))"
     )
     server.may_answer.clear()
     processes = [
@@ -167,7 +237,7 @@ def test_two_processes_at_once_download_once(server: Server, cache: Path) -> Non
 
 def test_the_lock_is_released_after_a_failure(server: Server, cache: Path) -> None:
     with pytest.raises(CheckpointError):
-        download_file(f"{server.url}/absent", cache / FILE_NAME, sha256=SHA256)
+        download_file(f"{server.url}/absent", cache / FILE_NAME, sha256=SHA256, max_bytes=MAX)
     with (cache / FILE_NAME).with_suffix(".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -205,7 +275,7 @@ def test_metas_files_are_downloaded_by_default(
     urls = []
     monkeypatch.delenv("SAMFT_SAM_URL", raising=False)
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "download_file", lambda url, target, *, sha256: urls.append(url))
+    monkeypatch.setattr(weights, "download_file", lambda url, target, **_: urls.append(url))
     for model_type in ("vit_h", "vit_l", "vit_b"):
         find_weights("auto", model_type)
     base = "https://dl.fbaipublicfiles.com/segment_anything"

@@ -6,9 +6,12 @@ torch.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from samft.coco.segmentation import CheckedMasks
 
 BOX_CODES = (
     "",
@@ -21,6 +24,10 @@ BOX_CODES = (
 )
 BOX_MISSING, BOX_MALFORMED, NOT_FINITE, EMPTY, OUTSIDE, UNLIKE_MASK = range(1, len(BOX_CODES))
 MAX_ROUNDING = 2  # px; a box that differs less from the mask's extent is the mask's
+
+_OVERHANG, _OVERHANG_SHARE = 3.0, 0.03  # px; share of the image's side
+_MOST = 20_000  # objects whose numbers are weighed
+_FULL = 0.9  # share of an image that a box covers which says nothing about its mask
 
 CELL = 4  # px of the model's input: one cell of the decoder's masks
 # An object is small if the shorter side of its box has fewer cells. Measured (docs/experiments.md,
@@ -86,6 +93,136 @@ def _is_unlike_mask(
     both = (ours[:, 2:] - ours[:, :2]).prod(1) + (other[:, 2:] - other[:, :2]).prod(1)
     differ = np.abs(ours - other).max(1) > MAX_ROUNDING
     return np.asarray((common < 0.5 * (both - common)) & differ)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of K objects as they stand in the file, or moved by an `OutlineFrame`.
+
+    Attributes:
+        rows: int64 [K], rows of their images.
+        positions: int64 [K], positions in the list 'annotations'.
+        extents: float64 [K, 4], x0 y0 x1 y1 around the mask; around the box where there is no mask.
+        boxes: float64 [K, 4], x y width height; NaN where the box is unusable.
+        has_mask: bool [K].
+        rle_sizes: int64 [K, 2], H, W of RLE; 0 for others.
+    """
+
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    extents: NDArray[np.float64]
+    boxes: NDArray[np.float64]
+    has_mask: NDArray[np.bool_]
+    rle_sizes: NDArray[np.int64]
+
+    @property
+    def is_rle(self) -> NDArray[np.bool_]:
+        """Bool [K]."""
+        return np.asarray(self.has_mask & (self.rle_sizes[:, 0] > 0))
+
+    def take(self, which: NDArray[Any]) -> "Numbers":
+        """Some of the objects."""
+        return Numbers(*(values[which] for values in vars(self).values()))
+
+
+class Evidence:
+    """Collects the numbers of all objects of a file while they are read."""
+
+    def __init__(self) -> None:
+        """Starts with none."""
+        self._parts: list[Numbers] = []
+
+    def add(
+        self,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        *,
+        masks: CheckedMasks,
+        boxes_xywh: NDArray[np.float64],
+    ) -> None:
+        """Adds objects whose masks were checked by themselves, without the images.
+
+        Args:
+            rows: int64 [n], rows of their images.
+            positions: int64 [n], positions in the list 'annotations'.
+            masks: Of the n objects.
+            boxes_xywh: float64 [n, 4], x y width height.
+        """
+        has_mask = np.asarray(masks.codes == "", dtype=bool)
+        has_box = np.asarray(np.isfinite(boxes_xywh).all(1) & (boxes_xywh[:, 2:] > 0).all(1))
+        boxes = np.where(has_box[:, None], boxes_xywh, np.nan)
+        extents = np.where(has_mask[:, None], masks.extents, to_corners(boxes))
+        rle_sizes = np.zeros((len(rows), 2), dtype=np.int64)
+        for owner, size in masks.rle_sizes.items():
+            rle_sizes[owner] = size
+        numbers = Numbers(rows, positions, extents, boxes, has_mask, rle_sizes)
+        self._parts.append(numbers.take(has_mask | has_box))
+
+    def numbers(self) -> Numbers:
+        """The objects, or `_MOST` of them, spread over the file."""
+        parts = [vars(part).values() for part in self._parts]
+        whole = Numbers(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        step = -(-len(whole.rows) // _MOST) or 1
+        return whole.take(np.arange(0, len(whole.rows), step))
+
+
+def leaves_image(extents: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which extents x0 y0 x1 y1 [n, 4] leave their images of H, W [n, 2] by more than is careless.
+
+    What leaves it further is in another frame than the image.
+    """
+    full = sizes[:, ::-1].astype(np.float64)
+    room = np.maximum(_OVERHANG, _OVERHANG_SHARE * full)
+    return np.asarray(((extents[:, :2] < -room) | (extents[:, 2:] > full + room)).any(1))
+
+
+def boxes_agree(extents: NDArray[np.float64], corners: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which boxes x0 y0 x1 y1 [n, 4] are where the masks are; false for NaN."""
+    with np.errstate(all="ignore"):
+        low = np.maximum(extents[:, :2], corners[:, :2])
+        high = np.minimum(extents[:, 2:], corners[:, 2:])
+        common = np.maximum(high - low, 0).prod(1)
+        both = (extents[:, 2:] - extents[:, :2]).prod(1) + (corners[:, 2:] - corners[:, :2]).prod(1)
+        near = np.abs(extents - corners).max(1) <= MAX_ROUNDING
+        overlap = (2 * common >= both - common) & (common > 0)
+        return np.asarray(overlap | near)
+
+
+def box_forms(numbers: Numbers, sizes: NDArray[np.int32]) -> list[NDArray[np.float64]]:
+    """Boxes as corners, as COCO gives them and in the forms that exporters write by mistake.
+
+    Those are x0 y0 x1 y1, centre and size, and each of the three as shares of the image.
+
+    Args:
+        numbers: K objects.
+        sizes: int32 [N, 2], H, W of all images, px.
+
+    Returns:
+        Six times float64 [K, 4], x0 y0 x1 y1, px.
+    """
+    boxes = numbers.boxes
+    around = np.concatenate(
+        [boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1
+    )
+    forms = [to_corners(boxes), boxes, around]
+    full = np.tile(sizes[numbers.rows][:, ::-1], 2)
+    return forms + [form * full for form in forms]
+
+
+def tell_of_masks(numbers: Numbers, sizes: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which objects have a mask, and a box that says where it is; bool [K].
+
+    A box around all of the image is right for any mask.
+
+    Args:
+        numbers: K objects.
+        sizes: int32 [N, 2], H, W of all images, px.
+    """
+    corners, full = to_corners(numbers.boxes), sizes[numbers.rows][:, ::-1].astype(np.float64)
+    shown = np.clip(corners, 0, np.tile(full, 2))
+    covered = (shown[:, 2:] - shown[:, :2]).prod(1)
+    has_box = np.isfinite(numbers.boxes).all(1)
+    return np.asarray(numbers.has_mask & has_box & ~(covered >= _FULL * full.prod(1)))
 
 
 @dataclass(frozen=True)

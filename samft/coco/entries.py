@@ -22,10 +22,12 @@ from samft.coco.boxes import (
     BOX_MISSING,
     MAX_ROUNDING,
     UNLIKE_MASK,
+    Evidence,
     distance_outside,
     judge_boxes,
     to_corners,
 )
+from samft.coco.frame import OutlineFrame
 from samft.coco.image_entries import Categories, Images
 from samft.coco.json_reader import (
     UNSET,
@@ -103,7 +105,13 @@ _OBJECT_ARRAYS = ("rows", "positions", "ids", "categories", "flags", "boxes", "a
 
 
 def read_objects(
-    entries: list[Raw], images: Images, *, categories: Categories, problems: Problems
+    entries: list[Raw],
+    images: Images,
+    *,
+    categories: Categories,
+    problems: Problems,
+    frame: OutlineFrame,
+    evidence: Evidence,
 ) -> Objects:
     """Reads and checks the object entries.
 
@@ -112,6 +120,8 @@ def read_objects(
         images: Of the same file. `codes` becomes `image-unused-bad` for bad images without objects.
         categories: Of the same file; becomes complete.
         problems: Problems are added to it, also those of bad images.
+        frame: How outlines become outlines on the pixels.
+        evidence: Collects the numbers of the objects, for the choice of the frame.
 
     Returns:
         The objects that can be used; an unusable box is replaced by the mask's extent.
@@ -126,7 +136,7 @@ def read_objects(
             chunk = ObjectChunk(images, categories=categories, keys=keys, lost=lost)
             for position, entry in enumerate(read_entries(part, ObjectEntry), first):
                 chunk.add(position, entry)
-            chunks.append(chunk.finish(problems))
+            chunks.append(chunk.finish(problems, frame, evidence))
             bar.update(len(part))
     _add_bad_images(images, lost, problems)
     objects = Objects.concatenate(chunks)
@@ -287,28 +297,33 @@ class ObjectChunk:
             self.boxes.fromlist(_NO_BOX)
         self.box_verdicts.append(verdict)
 
-    def finish(self, problems: Problems) -> Objects:
+    def finish(self, problems: Problems, frame: OutlineFrame, evidence: Evidence) -> Objects:
         """Checks the numbers of all entries that were added.
 
         Args:
             problems: Problems are added to it.
+            frame: How outlines become outlines on the pixels.
+            evidence: The numbers are added to it.
 
         Returns:
             The objects that can be used.
         """
         for code, labels in self.labels_by_code.items():
             problems.add(code, *labels[:MAX_EXAMPLES], count=len(labels))
-        masks = self.masks.check()
         rows = np.array(self.rows, dtype=np.int64)
+        positions = np.array(self.positions, dtype=np.int64)
+        boxes_xywh = np.frombuffer(self.boxes).reshape(-1, 4) if self.boxes else np.zeros((0, 4))
+        frame.move_outlines(self.masks, boxes_xywh, rows=rows, sizes=self.images.sizes)
+        masks = self.masks.check()
+        evidence.add(rows, positions, masks=masks, boxes_xywh=boxes_xywh)
         sizes = self.images.sizes[rows].astype(np.float64)
         masks.find_empty(sizes)
-        boxes_xywh = np.frombuffer(self.boxes).reshape(-1, 4) if self.boxes else np.zeros((0, 4))
         boxes = self._correct_boxes(boxes_xywh, masks, sizes, problems)
         self._add_mask_problems(boxes_xywh, masks, sizes, problems)
         kept = np.flatnonzero(masks.codes == "")
         return Objects(
             rows=rows[kept],
-            positions=np.array(self.positions, dtype=np.int64)[kept],
+            positions=positions[kept],
             ids=np.array(self.ids, dtype=np.int64)[kept],
             categories=np.array(self.categories, dtype=np.int64)[kept],
             flags=np.where(np.array(self.crowd, dtype=bool), CROWD, 0).astype(np.uint8)[kept],

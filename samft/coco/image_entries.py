@@ -21,8 +21,9 @@ from samft.coco.json_reader import (
     to_size,
 )
 from samft.coco.problems import Problems
-from samft.images.files import ImageFacts, inspect_images
+from samft.images.files import inspect_images
 from samft.images.folder import RESPELLED, ImageFolder
+from samft.images.orientation import UPRIGHT
 from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
 
 NO_CATEGORY = -1
@@ -37,6 +38,8 @@ class Images:
         ids: int64 [N].
         sizes: int32 [N, 2], H, W of the file, px, turned by `orientations`; those of the JSON where
             it cannot be read.
+        sizes_json: int32 [N, 2], H, W as the JSON says, px; 0 where it says none.
+        exif: uint8 [N], EXIF's orientation of the file, 1..8; 1 is upright.
         orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         num_bytes: int64 [N], size of the file; 0 where it cannot be read.
         pixel_types: uint8 [N], positions in `pixels.PIXEL_TYPES`.
@@ -49,6 +52,8 @@ class Images:
     names: list[str]
     ids: NDArray[np.int64]
     sizes: NDArray[np.int32]
+    sizes_json: NDArray[np.int32]
+    exif: NDArray[np.uint8]
     orientations: NDArray[np.uint8]
     num_bytes: NDArray[np.int64]
     pixel_types: NDArray[np.uint8]
@@ -56,6 +61,39 @@ class Images:
     hints: dict[str, str]
     row_of: dict[int | str, int]
     keys: dict[str, int]
+
+    def view_sizes(self, *, turned: bool) -> NDArray[np.int32]:
+        """H, W as EXIF turns the images, or not, int32 [N, 2], px; before they are turned."""
+        swaps = turned & (self.exif > 4)
+        return np.where(swaps[:, None], self.sizes[:, ::-1], self.sizes)
+
+    def is_odd(self) -> NDArray[np.bool_]:
+        """Bool [N], whether EXIF turns an image, or its size is not the JSON's."""
+        return np.asarray((self.sizes_json != self.sizes).any(1) | (self.exif != UPRIGHT))
+
+    def report_sizes(self, problems: Problems, *, explained: bool) -> None:
+        """Adds what is odd about sizes and orientations of usable images to the problems.
+
+        Args:
+            problems: Problems are added to it.
+            explained: Whether it is known why sizes differ, so that they are not reported.
+        """
+        for row in np.flatnonzero(self.is_odd()).tolist():
+            if not self.codes[row]:
+                self._report_size(row, problems, explained=explained)
+
+    def _report_size(self, row: int, problems: Problems, *, explained: bool) -> None:
+        name, size, said = self.names[row], self.sizes[row].tolist(), self.sizes_json[row].tolist()
+        if said == [0, 0]:
+            problems.add("image-size-missing", name)
+        elif said != size and not explained:
+            is_rotated = self.exif[row] > 4 and said == size[::-1]
+            reason = ", as if turned by EXIF" if is_rotated else ""
+            problems.add(
+                "image-size-differs", f"{name}: {said[1]}x{said[0]} is {size[1]}x{size[0]}{reason}"
+            )
+        if self.exif[row] != self.orientations[row]:
+            problems.add("image-exif-rotated", name)
 
 
 def read_images(
@@ -81,14 +119,12 @@ def read_images(
     """
     images = _list_images(entries, folder, problems=problems)
     rows = [row for row, code in enumerate(images.codes) if not code]
-    sizes = images.sizes.tolist()
     paths = [folder.folder / images.names[row] for row in rows]
     inspected = inspect_images(paths, pixels, decode=decode)
     for row, facts in zip(rows, inspected, strict=True):
         images.codes[row], images.num_bytes[row] = facts.problem or "", facts.num_bytes
         if facts.problem is None:
-            _compare_sizes(images.names[row], facts, tuple(sizes[row]), problems)
-            images.sizes[row] = facts.height, facts.width
+            images.sizes[row], images.exif[row] = (facts.height, facts.width), facts.orientation
             if facts.pixel_type != PIXEL_TYPES[0]:
                 images.pixel_types[row] = PIXEL_TYPES.index(facts.pixel_type)
                 problems.add("image-pixel-type", f"{images.names[row]}: {facts.pixel_type}")
@@ -134,27 +170,22 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
         sizes.append(to_size(entry))
     keys = number_keys(row_of)
     numbers = [keys[one] if isinstance(one, str) else one for one in ids]
-    arrays = np.array(numbers, dtype=np.int64), np.array(sizes, dtype=np.int32).reshape(-1, 2)
-    upright, num_bytes = np.ones(len(ids), dtype=np.uint8), np.zeros(len(ids), dtype=np.int64)
-    pixel_types = np.zeros(len(ids), dtype=np.uint8)
+    sizes_json = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+    upright = np.full(len(ids), UPRIGHT, dtype=np.uint8)
     return Images(
-        names, *arrays, upright, num_bytes, pixel_types, codes, folder.hints, row_of, keys
+        names=names,
+        ids=np.array(numbers, dtype=np.int64),
+        sizes=sizes_json.copy(),
+        sizes_json=sizes_json,
+        exif=upright,
+        orientations=upright.copy(),
+        num_bytes=np.zeros(len(ids), dtype=np.int64),
+        pixel_types=np.zeros(len(ids), dtype=np.uint8),
+        codes=codes,
+        hints=folder.hints,
+        row_of=row_of,
+        keys=keys,
     )
-
-
-def _compare_sizes(
-    name: str, facts: ImageFacts, size_json: tuple[int, int], problems: Problems
-) -> None:
-    size = facts.height, facts.width
-    if size_json == (0, 0):
-        problems.add("image-size-missing", name)
-    elif size_json != size:
-        is_rotated = facts.orientation > 4 and size_json == size[::-1]
-        reason = ", as if turned by EXIF" if is_rotated else ""
-        sizes = f"{size_json[1]}x{size_json[0]} is {size[1]}x{size[0]}"
-        problems.add("image-size-differs", f"{name}: {sizes}{reason}")
-    if facts.orientation != 1:
-        problems.add("image-exif-rotated", name)
 
 
 class Categories:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from samft.coco.entries import (
     mark_crowds,
     read_objects,
 )
+from samft.coco.frame import OutlineFrame, read_in_frame
 from samft.coco.image_entries import (
     Categories,
     Images,
@@ -68,6 +70,7 @@ class CocoIndex:
         image_ids: int64 [N].
         sizes: int32 [N, 2], H, W of the files, px, turned by `orientations`.
         orientations: uint8 [N], how each image is turned when decoded, as EXIF numbers it; 1: not.
+        box_scales: float64 [N, 2], factors for x and y from boxes of the JSON to px.
         num_bytes: int64 [N], sizes of the files.
         pixel_types: uint8 [N], positions in `pixels.PIXEL_TYPES`.
         bad: bool [N], whether the file cannot be used.
@@ -84,6 +87,8 @@ class CocoIndex:
             where the file has no name.
         category_keys: From names, and from ids that are text, to category ids.
         image_keys: From image ids that are text to those in `image_ids`.
+        frame: How outlines became outlines on the pixels, see `OutlineFrame.to_json`; empty if they
+            are as in the file.
         bad_images: Codes in `problems.KINDS` by file name, of bad images that have objects.
         problems: Everything that is wrong with the file.
         pixels: How the values of its images become 8 bits; not a part of what is on disk.
@@ -96,6 +101,7 @@ class CocoIndex:
     image_ids: NDArray[np.int64]
     sizes: NDArray[np.int32]
     orientations: NDArray[np.uint8]
+    box_scales: NDArray[np.float64]
     num_bytes: NDArray[np.int64]
     pixel_types: NDArray[np.uint8]
     bad: NDArray[np.bool_]
@@ -110,6 +116,7 @@ class CocoIndex:
     category_names: dict[int, str]
     category_keys: dict[str, int]
     image_keys: dict[str, int]
+    frame: dict[str, Any]
     bad_images: dict[str, str]
     problems: Problems
     pixels: PixelFormat
@@ -154,6 +161,7 @@ _OTHER_FIELDS = {
     "category_names",
     "category_keys",
     "image_keys",
+    "frame",
     "bad_images",
     "problems",
     "pixels",
@@ -263,6 +271,7 @@ def open_index(folder: Path, image_folder: Path, pixels: PixelFormat = PLAIN) ->
         category_names={int(key): name for key, name in meta["categories"].items()},
         category_keys=meta["category_keys"],
         image_keys=meta["image_keys"],
+        frame=meta["frame"],
         bad_images=meta["bad_images"],
         problems=Problems.from_json(meta["problems"]),
         pixels=pixels,
@@ -282,6 +291,7 @@ class CheckedFile:
     images: Images
     objects: Objects
     categories: Categories
+    frame: OutlineFrame
     problems: Problems
 
 
@@ -311,9 +321,11 @@ def check_file(
     problems = Problems()
     document = load_document(annotations, problems)
     images = read_images(document.images, folder, problems=problems, pixels=pixels, decode=decode)
-    annotations_raw = document.annotations
-    categories = read_categories(document.categories, problems, annotations=annotations_raw)
-    objects = read_objects(annotations_raw, images, categories=categories, problems=problems)
+    categories = read_categories(document.categories, problems, annotations=document.annotations)
+    read = partial(read_objects, document.annotations, images, categories=categories)
+    objects, frame = read_in_frame(
+        read, images, entries=document.annotations, folder=folder, problems=problems
+    )
     mark_crowds(objects, images.sizes, mode=crowds, problems=problems)
     used = set(np.unique(objects.categories).tolist())
     check_category_ids(categories.listed, used, problems=problems)
@@ -327,7 +339,7 @@ def check_file(
     problems.add("image-without-objects", *empty)
     if not len(plain):
         problems.add("no-objects", annotations.name)
-    return CheckedFile(images, objects, categories, problems)
+    return CheckedFile(images, objects, categories, frame, problems)
 
 
 def _make_cache_folder(cache: Path | None) -> Path:
@@ -356,8 +368,8 @@ def _open_current(folder: Path, images: ImageFolder, *, decode: bool) -> CocoInd
     if decode and not meta["decoded"]:
         return None
     if images.has_changed(meta["listings"]) or any(
-        _stamp_of(images.folder, name, meta["bad_images"][name]) != stamp
-        for name, stamp in meta["bad_stamps"].items()
+        _stamp_of(images.folder, name, meta["bad_images"].get(name, "")) != stamp
+        for name, stamp in meta["stamps"].items()
     ):
         return None
     os.utime(folder / _META)  # when it was opened last, for `_delete_unused`
@@ -365,7 +377,8 @@ def _open_current(folder: Path, images: ImageFolder, *, decode: bool) -> CocoInd
 
 
 def _stamp_of(folder: Path, name: str, code: str) -> list[int] | None:
-    # Changes when a broken file is replaced. A file outside of the data folder is never touched.
+    # Changes when a file is replaced, turned or resized. One outside of the data folder is never
+    # touched.
     if code == "image-outside":
         return None
     try:
@@ -392,6 +405,7 @@ def _write_index(
         "image_ids": images.ids,
         "sizes": images.sizes,
         "orientations": images.orientations,
+        "box_scales": checked.frame.box_scales(len(names)),
         "num_bytes": images.num_bytes,
         "pixel_types": images.pixel_types,
         "bad": np.array([code != "" for code in images.codes], dtype=bool),
@@ -413,12 +427,17 @@ def _write_index(
             "listings": image_folder.listing_digests(),
             "decoded": decode,
             "bad_images": bad,
-            "bad_stamps": {
-                name: _stamp_of(image_folder.folder, name, code) for name, code in bad.items()
+            "stamps": {
+                images.names[row]: _stamp_of(
+                    image_folder.folder, images.names[row], bad.get(images.names[row], "")
+                )
+                for row in np.flatnonzero(images.is_odd() | arrays["bad"]).tolist()
+                if not images.codes[row] or images.names[row] in bad
             },
             "categories": checked.categories.names,
             "category_keys": checked.categories.keys,
             "image_keys": images.keys,
+            "frame": checked.frame.to_json(),
             "problems": checked.problems.to_json(),
         }
         write_json(part / _META, meta)

@@ -55,6 +55,21 @@ KINDS = {
     ),
     "image-exif-rotated": (FACT, "EXIF asks for a rotation; not applied, as in COCO's annotations"),
     "image-without-objects": (FACT, "no usable object; not trained on"),
+    # the frame of outlines and boxes
+    "frame-exif-turned": (NOTE, "outlines are on the view that EXIF turns; images are turned too"),
+    "frame-scaled": (NOTE, "images were resized after labelling; outlines are scaled to them"),
+    "frame-unknown": (
+        ERROR,
+        "outlines lie outside of their images, and neither EXIF nor sizes in the JSON say why: "
+        "give the images that were labelled, or their width and height in the JSON",
+    ),
+    "rle-size-swapped": (NOTE, "RLE 'size' is width, height; read so"),
+    "rle-by-rows": (NOTE, "RLE is counted along rows; read so"),
+    "boxes-unlike-masks": (
+        ERROR,
+        "most boxes are not where their masks are, and no other reading of either explains both: "
+        "export again, or remove 'bbox' if the masks are right",
+    ),
     # categories
     "categories-missing": (NOTE, "no list 'categories'; classes are named by their ids"),
     "categories-table": (NOTE, "'categories' is a list or a table of names, not of entries; read"),
@@ -169,6 +184,11 @@ class Problems:
         """Whether images lie behind links that `--allow_links` would open."""
         issue = self.issues.get("image-outside", Issue())
         return any("--allow_links" in example for example in issue.examples)
+
+    def merge(self, other: "Problems") -> None:
+        """Records all that another file's or reading's problems hold."""
+        for code, issue in other.issues.items():
+            self.add(code, *issue.examples, count=issue.count)
 
     def __getitem__(self, code: str) -> int:
         return self.issues[code].count if code in self.issues else 0

@@ -32,11 +32,19 @@ from samft.coco.json_reader import (
     value_of,
 )
 from samft.coco.problems import Problems
-from samft.coco.segmentation import count_pixels, decode_cropped, encode_cropped
+from samft.coco.segmentation import CroppedMask, count_pixels, decode_cropped, encode_cropped
 from samft.errors import ConfigError, DataError
 from samft.images.folder import ImageFolder
+from samft.images.orientation import (
+    UPRIGHT,
+    inverse_orientation,
+    turn_back_points,
+    turn_pixels,
+    turned_size,
+)
 from samft.runtime.files import read_file, write_atomically
 
+_FRAME = "samft_frame"  # field of a copy: the frame of the original
 _LISTS = ("categories", "images", "annotations")
 
 
@@ -91,7 +99,10 @@ def write_repaired(
         "images": images.entries(),
         "annotations": _repair_objects(objects, index, document.annotations, images, categories),
     }
-    write_document = partial(_write_document, _other_fields(annotations), lists)
+    others = {key: value for key, value in _other_fields(annotations).items() if key != _FRAME}
+    if index.frame:
+        others[_FRAME] = {**index.frame, "written": "on the pixels as they are stored"}
+    write_document = partial(_write_document, others, lists)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, write_document)
     return RepairedFile(target, len(images.first_entry), len(objects))
@@ -171,7 +182,9 @@ class _RepairedImages:
     def entries(self) -> Iterator[bytes]:
         """The repaired entries, encoded, in the order of the file."""
         for row, position in self.first_entry.items():
-            height, width = self._index.sizes[row].tolist()
+            height, width = turned_size(
+                tuple(self._index.sizes[row].tolist()), int(self._index.orientations[row])
+            )
             name = self._index.file_name(row)
             yield _encode_entry(
                 value_of(self._raw[position]),
@@ -255,18 +268,50 @@ def _repair_geometry(
     # Segmentation, area and box of object k, in the numbers of the file wherever they are right.
     height, width = size = tuple(index.sizes[row].tolist())
     checked = index.segmentations[k]
-    if isinstance(checked, dict) and checked["size"] != [height, width]:
+    if index.orientations[row] != UPRIGHT:
+        return _turn_geometry_back(index, k, row=row)
+    if isinstance(checked, dict) and (index.frame or checked["size"] != [height, width]):
         crop = decode_cropped(checked, size)
         segmentation = encode_cropped(crop, size)
         box = list(crop.extent)
     else:
-        segmentation = _checked_segmentation(entry["segmentation"], checked)
+        raw = entry["segmentation"]
+        if "scale_x_y" in index.frame:
+            raw = []  # none of its numbers are right
+        segmentation = _checked_segmentation(raw, checked)
         box = np.clip(index.boxes[k], 0, [width, height, width, height]).tolist()
     area = count_pixels(checked, size)
     bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
     if _is_nearly(entry.get("bbox"), bbox):
         bbox = entry["bbox"]  # 5.3 instead of 15.4 - 10.1
     return {"segmentation": segmentation, "area": area, "bbox": bbox}
+
+
+def _turn_geometry_back(index: CocoIndex, k: int, *, row: int) -> dict[str, Any]:
+    # Of an object on the view that EXIF turns, for the pixels as they are stored: the copy is right
+    # for whoever takes them so, as COCO does.
+    size, orientation = tuple(index.sizes[row].tolist()), int(index.orientations[row])
+    checked = index.segmentations[k]
+
+    def turn(points: Any) -> NDArray[np.float64]:
+        return turn_back_points(np.reshape(points, (-1, 2)), orientation, size=size)
+
+    if isinstance(checked, dict):
+        crop = decode_cropped(checked, size)
+        left, top = turn(np.array(crop.extent, dtype=np.float64)).min(axis=0).astype(int).tolist()
+        mask = turn_pixels(crop.mask.astype(np.uint8), inverse_orientation(orientation)) > 0
+        stored = CroppedMask(top, left, mask)
+        segmentation: Any = encode_cropped(stored, turned_size(size, orientation))
+    else:
+        segmentation = [turn(polygon).ravel().tolist() for polygon in checked]
+    height, width = size
+    corners = turn(np.clip(index.boxes[k], 0, [width, height, width, height]))
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    return {
+        "segmentation": segmentation,
+        "area": count_pixels(checked, size),
+        "bbox": [*low.tolist(), *(high - low).tolist()],
+    }
 
 
 def _checked_segmentation(raw: Any, checked: Any) -> Any:

@@ -21,6 +21,14 @@ from samft.coco.json_reader import MaskError, check_rle, counts_from_strings
 _MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
 _MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
 _MOST_TIMES_IMAGE = 32  # the side of an RLE may have so many times that of its image
+# How run lengths are written; of each, whether `size` is W, H and whether they go along rows.
+PLAIN = "plain"
+LAYOUTS = {
+    PLAIN: (False, False),
+    "size-swapped": (True, False),
+    "by-rows": (False, True),
+    "by-rows-size-swapped": (True, True),
+}
 _RLE = -1  # in `Segmentations`, instead of a number of polygons
 
 
@@ -378,6 +386,41 @@ def decode_runs(segmentations: Sequence[Any], size: tuple[int, int]) -> MaskRuns
     top = np.maximum((ends - counts)[run] - column * rows[run], 0)
     bottom = np.minimum(ends[run] - column * rows[run], np.minimum(rows[run], size[0]))
     return MaskRuns(mask[run], column, top, bottom).take((column < size[1]) & (top < bottom))
+
+
+def relayout(rle: dict[str, Any], layout: str) -> dict[str, Any]:
+    """A checked RLE that is written in another layout, as COCO writes it: down the columns, H, W.
+
+    Args:
+        rle: `size` and `counts` int64.
+        layout: A key of `LAYOUTS`.
+    """
+    swapped, by_rows = LAYOUTS[layout]
+    height, width = rle["size"][::-1] if swapped else rle["size"]
+    if not by_rows:
+        return {"size": [height, width], "counts": rle["counts"]}
+    # Along the rows of a mask is down the columns of the transposed one.
+    crop = decode_cropped({"size": [width, height], "counts": rle["counts"]}, (width, height))
+    transposed = CroppedMask(crop.left, crop.top, np.ascontiguousarray(crop.mask.T))
+    return uncompressed_rle(transposed, (height, width))
+
+
+def resample(rle: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """An RLE scaled to another image size H, W: each pixel is the one under its centre."""
+    crop = decode_cropped(rle, rle["size"])
+    places = [
+        np.floor((np.arange(new) + 0.5) * old / new).astype(np.int64) - first
+        for new, old, first in zip(size, rle["size"], (crop.top, crop.left), strict=True)
+    ]
+    inside = [
+        np.flatnonzero((place >= 0) & (place < length))
+        for place, length in zip(places, crop.mask.shape, strict=True)
+    ]
+    if not all(map(len, inside)):
+        return {"size": list(size), "counts": np.array([size[0] * size[1]])}
+    (ys, xs), (rows, columns) = inside, places
+    mask = crop.mask[np.ix_(rows[ys], columns[xs])]
+    return uncompressed_rle(CroppedMask(int(ys[0]), int(xs[0]), mask), size)
 
 
 def decode_encoded(rle: dict[str, Any]) -> CroppedMask:

@@ -127,6 +127,7 @@ class CheckedSplit:
             "annotations": str(self.annotations),
             "image_folder": str(self.images),
             **(self.statistics.to_json() if self.statistics else {}),
+            "frame": self.index.frame if self.index else {},
             "problems": self.problems.to_json(),
         }
 

@@ -348,6 +348,8 @@ def _boxes_without_masks(
         if object_id in used_ids:
             continue
         corners = _bbox_to_corners(entry.bbox)
+        if corners is not None:
+            corners = (np.array(corners) * np.tile(index.box_scales[row], 2)).tolist()
         if corners is None or _is_outside(corners, index.sizes[row].tolist()):
             num_unusable += 1
             continue

@@ -40,7 +40,8 @@ class Splits:
     Attributes:
         train: Augmented, at random.
         val: Not augmented, with masks at the original resolution.
-        counts: For each split: `images`, `masks`, `skipped` by reason, `bad_images` by name.
+        counts: For each split: `images`, `masks`, `skipped` by reason, `bad_images` by name, and
+            `frame` where outlines are in another one than the files' pixels.
         fingerprint: SHA-256 of the training images' names and of all ids and boxes; a resumed run
             must have the same.
     """
@@ -258,6 +259,7 @@ def _count_subset(subset: CocoSubset) -> dict[str, Any]:
         "masks": subset.num_objects,
         "skipped": dict(subset.counts),
         "bad_images": dict(subset.index.bad_images),
+        **({"frame": subset.index.frame} if subset.index.frame else {}),
     }
 
 
@@ -313,4 +315,6 @@ def _hash_training_data(subset: CocoSubset) -> str:
     for array in (index.image_ids[subset.rows], index.object_ids[subset.objects]):
         digest.update(array.tobytes())
     digest.update(index.boxes[subset.objects].tobytes())
+    if index.frame:
+        digest.update(index.orientations[subset.rows].tobytes())
     return digest.hexdigest()

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samft.models.sam import build_sam, load_sam
+    from samft.models.sam import build_sam, load_sam, read_image
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_sam", "load_sam"]
+__all__ = ["__version__", "build_sam", "load_sam", "read_image"]
 
 
 def __getattr__(name: str) -> Any:
     # `python -m samft.train --help` imports this file, and must answer without importing torch.
-    if name in ("build_sam", "load_sam"):
+    if name in ("build_sam", "load_sam", "read_image"):
         from samft.models import sam
 
         return getattr(sam, name)

@@ -23,6 +23,8 @@ from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
 from samft.errors import ConfigError, DataError, escape_unprintable
+from samft.images.flags import add_pixel_flags, pixel_flags
+from samft.images.pixels import PixelFormat
 from samft.reports.contact_sheets import write_sheets
 from samft.runtime.files import write_json
 
@@ -82,6 +84,8 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         default="auto",
         help="objects with iscrowd 1; auto: leave out those that look like crowds; default auto",
     )
+    add_pixel_flags(add)
+    add("--decode", action="store_true", help="decode JPEG and PNG files, too, not only others")
     add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
     add("--fix", type=user_path, metavar="DIR", help="write repaired annotation files there")
     add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
@@ -97,6 +101,7 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_dataset(options: argparse.Namespace) -> Splits:
+    pixels = PixelFormat.parse(**pixel_flags(options))
     if options.annotations is None:
         return check_splits(
             options.data_root,
@@ -105,6 +110,8 @@ def _check_dataset(options: argparse.Namespace) -> Splits:
             image_size=options.image_size,
             allow_links=options.allow_links,
             crowds=options.crowds,
+            pixels=pixels,
+            decode=options.decode,
         )
     # Beside --annotations, --data_root says how far symbolic links of images may lead.
     split = check_split(
@@ -112,6 +119,8 @@ def _check_dataset(options: argparse.Namespace) -> Splits:
         options.images,
         root=options.data_root,
         allow_links=options.allow_links,
+        pixels=pixels,
+        decode=options.decode,
         image_size=options.image_size,
         crowds=options.crowds,
     )
@@ -157,7 +166,8 @@ def _print_report(splits: Splits, options: argparse.Namespace) -> None:
     for name, split in splits.items():
         title = f"{name}: {split.annotations}"
         suggest = name == TRAIN or options.annotations is not None
-        _print_lines(["", title, "=" * len(title), *split.lines(suggest=suggest)])
+        pixels = split.index.pixels.lines() if split.index else []
+        _print_lines(["", title, "=" * len(title), *split.lines(suggest=suggest), *pixels])
     if options.data_root and not options.annotations and VAL not in splits:
         there = describe_folder(options.data_root)
         advice = f"name one (--val_split), or train with --val_fraction; {there} is there"

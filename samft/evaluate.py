@@ -19,6 +19,7 @@ from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.layout import VAL_NAMES
 from samft.config import pattern_problem
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
+from samft.images.flags import add_pixel_flags
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.signals import die_with_parent
 
@@ -88,6 +89,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--images", type=user_path, metavar="DIR", help="folder of the images of --annotations"
     )
+    add_pixel_flags(group.add_argument, of="; a checkpoint of samft says it by itself")
 
 
 def _add_selection_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from samft.cli import EXTRAS, CommandParser, require_extra, run_command, user_path
 from samft.errors import ConfigError, DataError, escape_paragraph
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
+from samft.runtime.files import write_json
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -62,7 +64,8 @@ def main(argv: list[str]) -> dict[str, Any]:
 
     tuned = open_tuned_checkpoint(options.checkpoint)
     _print_checkpoint(tuned)
-    samples = _verification_samples(options)
+    sidecar = _sidecar_to_write(tuned, options)
+    samples = _verification_samples(options, tuned.pixels)
     sam = model_to_write(tuned, options.format)
     base_path = options.base or tuned.find_base()
     base = load_base(base_path, sam) if base_path else None
@@ -79,6 +82,9 @@ def main(argv: list[str]) -> dict[str, Any]:
             expected=expected,
             opset=options.opset,
         )
+        if sidecar is not None:
+            write_json(sidecar, {"pixels": tuned.pixels.to_json()})
+            _print_line(f"wrote {sidecar}: how pixel values become 8 bits; keep it beside the file")
     except OSError as error:
         raise ConfigError(f"--output: {options.output} cannot be written ({error}).") from error
     report = _print_output(options.output, difference, seconds=time.perf_counter() - start)
@@ -164,13 +170,28 @@ def _check_output(options: argparse.Namespace) -> None:
         )
 
 
-def _verification_samples(options: argparse.Namespace) -> "list[VerificationSample]":
+def _sidecar_to_write(tuned: "TunedCheckpoint", options: argparse.Namespace) -> Path | None:
+    # A .pth holds weights and nothing else; how its images are read then lies beside it.
+    sidecar: Path = options.output.with_suffix(".json")
+    if options.format != "pth" or tuned.pixels == PLAIN:
+        return None
+    if sidecar.exists() and not options.force:
+        raise ConfigError(
+            f"--output: {sidecar}, which would say how pixel values become 8 bits, exists: choose "
+            "another path, or replace it with --force."
+        )
+    return sidecar
+
+
+def _verification_samples(
+    options: argparse.Namespace, pixels: PixelFormat
+) -> "list[VerificationSample]":
     from samft.exporters.verification import image_sample, synthetic_sample
     from samft.images.decoder import read_image
 
     samples = [synthetic_sample()]
     if options.image:
-        samples.append(image_sample(str(options.image), read_image(options.image)))
+        samples.append(image_sample(str(options.image), read_image(options.image, pixels=pixels)))
     return samples
 
 

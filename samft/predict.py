@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.errors import ConfigError, DataError, escape_unprintable
+from samft.images.flags import add_pixel_flags, pixel_flags
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
     PictureWriter,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 RESULTS, IMAGES = "results.json", "images.json"
 _NUM_NAMED = 3  # bad images in an error
+_UNLESS_SAVED = "; a checkpoint of samft says it by itself"
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -74,8 +77,11 @@ def main(argv: list[str]) -> dict[str, Any]:
         automatic=options.automatic,
         min_score=options.min_score,
         allow_links=options.allow_links,
+        pixels=_pixel_format(options),
     )
     task = _without_bad_images(task, options)
+    for line in task.images.pixels.lines():
+        _print_line(line)
     create_writable_dir(options.output_dir)
     with lock_output_dir(options.output_dir):
         return _write_outputs(task, options)
@@ -131,6 +137,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
         metavar="X0,Y0,X1,Y1",
         help="a box in pixels of the original image, used for every image; repeatable",
     )
+    add_pixel_flags(add, of=_UNLESS_SAVED)
     add("--automatic", action="store_true", help="automatic masks even if --annotations has boxes")
     add(
         "--points_per_side",
@@ -211,6 +218,13 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--output_dir: {source} would be overwritten: name another folder.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("samft.predict runs in one process: start it without torchrun.")
+
+
+def _pixel_format(options: argparse.Namespace) -> PixelFormat:
+    from samft.models.sam import saved_pixels  # which imports torch
+
+    saved = saved_pixels(options.checkpoint) or PLAIN
+    return saved.completed(pixel_flags(options), flags_of=options.checkpoint.name)
 
 
 def _without_bad_images(task: PredictionTask, options: argparse.Namespace) -> PredictionTask:
@@ -326,6 +340,7 @@ def _predict_rows(
         to_entries,
         num_workers=options.num_workers,
         orientations=images.orientations[task.rows].tolist(),
+        pixels=images.pixels,
     )
     bar = tqdm(zip(task.rows, results, strict=True), total=len(inputs), unit="image", disable=None)
     for row, entries in bar:

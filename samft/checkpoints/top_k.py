@@ -123,19 +123,27 @@ class TopK:
         return [Checkpoint(**entry) for entry in entries]
 
 
-def make_sidecar(config: dict[str, Any], *, step: int, metrics: dict[str, float]) -> dict[str, Any]:
+def make_sidecar(
+    config: dict[str, Any],
+    *,
+    step: int,
+    metrics: dict[str, float],
+    pixels: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The metadata of a checkpoint, as plain values.
 
     Args:
         config: The run's configuration.
         step: Optimizer steps taken.
         metrics: Of the validation at that step, without the prefix `val_`.
+        pixels: How the values of images became 8 bits, see `PixelFormat.to_json`.
 
     Returns:
         The content of the sidecar, except the SHA-256 that `TopK.save_if_better` adds.
     """
     return {
         **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},
+        "pixels": pixels,
         "step": step,
         "metrics": {f"val_{name}": value for name, value in metrics.items()},
         "config": config,

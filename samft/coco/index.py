@@ -43,7 +43,8 @@ from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
-from samft.images.pixels import PLAIN, PixelFormat
+from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
+from samft.images.ranges import measure_ranges
 from samft.runtime.checksums import is_intact, write_checksums
 from samft.runtime.files import cache_folder, file_lock, private_temporary_folder, write_json
 from samft.runtime.logs import LOGGER
@@ -147,6 +148,14 @@ class CocoIndex:
         """The ids of all images as the file has them: text where that is no whole number."""
         texts = {number: text for text, number in self.image_keys.items()}
         return [texts.get(number, number) for number in self.image_ids.tolist()]
+
+    def measure_pixels(self, pixels: PixelFormat, rows: NDArray[np.int64]) -> PixelFormat:
+        """A pixel format with the ranges that it lacks, measured on the images of some rows."""
+        return measure_ranges(
+            pixels,
+            [PIXEL_TYPES[one] for one in self.pixel_types[rows].tolist()],
+            path=lambda k: self.image_folder / self.file_name(int(rows[k])),
+        )
 
     def file_names(self) -> list[str]:
         """File names of all images."""

@@ -6,7 +6,7 @@ Imports no torch.
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from samft.coco.layout import find_split
 from samft.coco.problems import Problems
 from samft.coco.subset import find_shared, find_siblings, select_objects
 from samft.errors import DataError
+from samft.images.pixels import PLAIN, PixelFormat
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
@@ -158,6 +159,8 @@ def check_splits(
     image_size: int,
     allow_links: Sequence[Path] = (),
     crowds: str = "auto",
+    pixels: PixelFormat = PLAIN,
+    decode: bool = False,
 ) -> dict[str, CheckedSplit]:
     """Checks the splits that a dataset has, and whether images are in train and in val.
 
@@ -168,6 +171,8 @@ def check_splits(
         image_size: The model's input that sizes of objects refer to, px.
         allow_links: See `index_file`.
         crowds: See `entries.mark_crowds`.
+        pixels: See `index_file`.
+        decode: See `index_file`.
 
     Returns:
         By `train`, `val` and `test`. A missing training split is in it as a failure; the others may
@@ -178,6 +183,8 @@ def check_splits(
     """
     splits: dict[str, CheckedSplit] = {}
     missing: dict[str, DataError] = {}
+    shared: Any = {"root": data_root, "allow_links": allow_links, "decode": decode}
+    shared |= {"image_size": image_size, "crowds": crowds}
     for role, name in ((TRAIN, train_split), (VAL, val_split), (TEST, TEST)):
         try:
             annotations, images = find_split(
@@ -191,14 +198,9 @@ def check_splits(
                 folder = data_root / name
                 splits[role] = _unreadable_split(folder, folder, "json-missing", error)
             continue
-        splits[role] = check_split(
-            annotations,
-            images,
-            root=data_root,
-            allow_links=allow_links,
-            image_size=image_size,
-            crowds=crowds,
-        )
+        splits[role] = check_split(annotations, images, pixels=pixels, **shared)
+        if role == TRAIN and (index := splits[TRAIN].index):
+            pixels = index.pixels  # as in training, the ranges of the training images
     if len(missing) == 3:
         raise missing[TRAIN]
     if VAL in splits:
@@ -212,6 +214,8 @@ def check_split(
     *,
     root: Path | None = None,
     allow_links: Sequence[Path] = (),
+    pixels: PixelFormat = PLAIN,
+    decode: bool = False,
     image_size: int,
     crowds: str = "auto",
 ) -> CheckedSplit:
@@ -222,11 +226,22 @@ def check_split(
         images: What its file names are relative to.
         root: See `index_file`.
         allow_links: See `index_file`.
+        pixels: See `index_file`.
+        decode: See `index_file`.
         image_size: The model's input that sizes of objects refer to, px.
         crowds: See `entries.mark_crowds`.
     """
     try:
-        index = index_file(annotations, images, root=root, allow_links=allow_links, crowds=crowds)
+        index = index_file(
+            annotations,
+            images,
+            root=root,
+            allow_links=allow_links,
+            pixels=pixels,
+            decode=decode,
+            crowds=crowds,
+        )
+        index = replace(index, pixels=select_objects(index).measure_pixels(pixels))
     except UnusableFile as error:
         return _unreadable_split(annotations, images, error.code, error)
     statistics = compute_statistics(index, image_size=image_size)

@@ -18,8 +18,7 @@ from samft.coco.problems import BAD_IMAGES, KINDS, Issue, Problems
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
 from samft.images.names import encode_name, group_of
-from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
-from samft.images.ranges import measure_ranges
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.files import open_file
 
 
@@ -82,8 +81,7 @@ class CocoSubset:
 
     def measure_pixels(self, pixels: PixelFormat) -> PixelFormat:
         """A pixel format with the ranges that it lacks, measured on these images."""
-        types = self.index.pixel_types[self.rows].tolist()
-        return measure_ranges(pixels, [PIXEL_TYPES[one] for one in types], path=self.path)
+        return self.index.measure_pixels(pixels, self.rows)
 
     def with_pixels(self, pixels: PixelFormat) -> "CocoSubset":
         """The same images, whose values become 8 bits in another way."""

@@ -28,7 +28,15 @@ from samft.exporters.weight_files import (
     write_pth,
     write_safetensors,
 )
-from samft.models.sam import build_sam, identify_model, load_state, open_checkpoint, read_state
+from samft.images.pixels import PLAIN, PixelFormat
+from samft.models.sam import (
+    build_sam,
+    identify_model,
+    load_state,
+    open_checkpoint,
+    read_state,
+    saved_pixels,
+)
 from samft.models.weights import find_local_weights
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
@@ -44,6 +52,7 @@ class TunedCheckpoint:
         model_type: A key of `MODEL_SHAPES`.
         image_size: Side of the model input, px.
         sidecar: Content of the sidecar; empty if there is none.
+        pixels: How values of images became 8 bits in training.
     """
 
     path: Path
@@ -51,6 +60,7 @@ class TunedCheckpoint:
     model_type: str
     image_size: int
     sidecar: dict[str, Any] = field(default_factory=dict)
+    pixels: PixelFormat = PLAIN
 
     def metadata(self, *, image_size: int) -> dict[str, str]:
         """The metadata of an exported file.
@@ -64,6 +74,7 @@ class TunedCheckpoint:
             "resize_mode": str(self.sidecar.get("resize_mode", "pad")),
             "source_sha256": sha256_of(find_weights_file(self.path)),
             "samft_version": samft.__version__,
+            "pixels": json.dumps(self.pixels.to_json()),
         }
         if "step" in self.sidecar:
             metadata["step"] = str(self.sidecar["step"])
@@ -92,7 +103,8 @@ def open_tuned_checkpoint(path: Path) -> TunedCheckpoint:
         except (OSError, ValueError):
             pass
     sidecar = {"resize_mode": resize_mode} | (sidecar if isinstance(sidecar, dict) else {})
-    return TunedCheckpoint(path, sam, model_type, image_size, sidecar)
+    pixels = saved_pixels(path) or PLAIN
+    return TunedCheckpoint(path, sam, model_type, image_size, sidecar, pixels)
 
 
 def model_to_write(tuned: TunedCheckpoint, format: str) -> Sam:

@@ -6,7 +6,7 @@ from pathlib import PureWindowsPath
 from urllib.parse import unquote, urlsplit
 
 IMAGE_SUFFIXES = frozenset(
-    ".bmp .gif .jpeg .jpg .jp2 .pbm .pgm .png .ppm .tga .tif .tiff .webp".split()
+    ".avif .bmp .gif .jpeg .jpg .jp2 .pbm .pcx .pgm .png .ppm .tga .tif .tiff .webp".split()
 )
 _SAME_SUFFIX = {".jpeg": ".jpg", ".jpe": ".jpg", ".tiff": ".tif"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")

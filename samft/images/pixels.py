@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.cli import parse_channels, parse_pixel_range
+from samft.errors import ConfigError
 from samft.images.limits import UnusableImage
 
 AUTO, PERCENTILE, FULL = "auto", "percentile", "full"
@@ -70,6 +71,33 @@ class PixelFormat:
             "channels": list(self.channels) or None,
             "page": self.page,
         }
+
+    def completed(self, given: Mapping[str, Any], *, flags_of: str) -> "PixelFormat":
+        """With flags for what a checkpoint does not say; it says what its training needed.
+
+        Args:
+            given: Those of `pixel_range`, `channels` and `page` that were given.
+            flags_of: Names the checkpoint in the error.
+
+        Raises:
+            ConfigError: A flag contradicts the checkpoint.
+        """
+        flags = PixelFormat.parse(**given)
+        known = {
+            "pixel_range": self.pixel_range if self.pixel_range != AUTO or self.ranges else None,
+            "channels": self.channels or None,
+            "page": self.page,
+        }
+        changes = {}
+        for name in given:
+            asked = getattr(flags, name)
+            if known[name] not in (None, asked):
+                raise ConfigError(
+                    f"--{name}: {flags_of} was trained with {name} {known[name]}, which is used by "
+                    "itself: leave the flag out."
+                )
+            changes[name] = asked
+        return replace(self, **changes)
 
     @property
     def layout(self) -> "PixelFormat":
@@ -232,5 +260,5 @@ def _to_levels(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint
     exact = values.astype(np.float64)
     exact[~np.isfinite(exact)] = low
     with np.errstate(over="ignore"):
-        levels = (exact - low) * (255.0 / (high - low))
+        levels = (exact - low) / (high - low) * 255
     return np.rint(np.clip(levels, 0, 255)).astype(np.uint8)

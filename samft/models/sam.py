@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -25,6 +27,8 @@ from torch.nn import functional as F
 
 from samft import distributed
 from samft.errors import CheckpointError, escape_paragraph
+from samft.images import decoder
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.checkpoint_files import read_checkpoint_file, read_metadata
 from samft.models.huggingface_names import from_huggingface_names
 from samft.models.image_encoder import use_fast_attention
@@ -316,16 +320,54 @@ def saved_resize_mode(path: Path) -> str:
         path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`
             or was exported to safetensors.
     """
+    metadata = _saved_metadata(path, "resize_mode")
+    return "squash" if metadata.get("resize_mode") == "squash" else "pad"
+
+
+def saved_pixels(path: str | Path) -> PixelFormat | None:
+    """How values of images became 8 bits in training; None if it is not recorded.
+
+    Args:
+        path: A checkpoint or an export. Its sidecar records it, or the file itself.
+    """
+    return PixelFormat.from_json(_saved_metadata(Path(path), "pixels").get("pixels"))
+
+
+def read_image(path: str | Path, *, like: str | Path) -> NDArray[np.uint8]:
+    """Reads an image for `SamPredictor` as the training of a checkpoint read its images.
+
+    Args:
+        path: An image file of any type; see `images.pixels`.
+        like: A checkpoint of samft, or an export. With one that does not record it, 8-bit images
+            are read as they are, and others by their own percentiles 1 and 99.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+
+    Raises:
+        ImageError: The file cannot be used.
+        CheckpointError: There is no such checkpoint.
+    """
+    if not Path(like).exists():
+        raise CheckpointError(f"there is no checkpoint {like}: check the path.")
+    return decoder.read_image(Path(path), pixels=saved_pixels(like) or PLAIN)
+
+
+def _saved_metadata(path: Path, key: str) -> dict[str, Any]:
+    # Of the sidecar, of the header of safetensors, or of `last.ckpt`; empty if none can be read.
     try:
         path = find_weights_file(path)
         sidecar = path.with_suffix(".json")
         metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else read_metadata(path)
-        if "resize_mode" not in metadata and path.suffix == ".ckpt":
+        if key not in metadata and path.suffix == ".ckpt":
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            metadata = state.get("config", {})
-        return "squash" if metadata.get("resize_mode") == "squash" else "pad"
+            return {**state.get("config", {}), "pixels": state.get("pixels")}
+        if isinstance(pixels := metadata.get("pixels"), str):  # metadata of safetensors is text
+            return {**metadata, "pixels": json.loads(pixels)}
+        return dict(metadata)
     except Exception:  # not ours: a JSON file of something else, a format that cannot be mapped
-        return "pad"
+        pass
+    return {}
 
 
 class OpenedSam(NamedTuple):

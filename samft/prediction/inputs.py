@@ -1,4 +1,4 @@
-"""The images to predict on, and the boxes to predict masks for. Imports no torch.
+"""What to predict on: images, and the boxes to predict masks for. Imports no torch.
 
 Images come from the command line or from a COCO file; boxes from the command line, from the objects
 of that COCO file, or from a detector's COCO results file.
@@ -16,43 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.entries import CROWD, NO_ID
-from samft.coco.index import CocoIndex, index_file
+from samft.coco.index import CocoIndex
 from samft.coco.json_reader import ObjectEntry, load_document, read_entries, to_id
-from samft.coco.problems import KINDS, WARNING, Problems
-from samft.coco.subset import raise_for_errors
+from samft.coco.problems import WARNING, Problems
 from samft.errors import DataError
-from samft.images.files import ImageFacts, inspect_image, inspect_images
-from samft.images.folder import ImageFolder
-from samft.images.orientation import UPRIGHT
+from samft.images.pixels import PLAIN, PixelFormat
+from samft.prediction.images import ImageList, list_images, read_coco_images
 from samft.runtime.files import read_file
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of files in a folder
 DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists
 NO_CATEGORY = 0  # of objects without a class, where a COCO file defines classes
 _NUM_NAMED = 3  # examples in an error
 _LOW_SCORE, _NO_AREA = "score below --min_score", "no width or height"
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """N images.
-
-    Attributes:
-        names: Their file names in `images.json` and in error messages.
-        paths: Their paths.
-        ids: int64 [N].
-        sizes: int32 [N, 2], H, W of the file, px, turned by `orientations`; undefined for
-            unreadable images.
-        orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
-        bad: Row of each unreadable image -> the reason.
-    """
-
-    names: list[str]
-    paths: list[Path]
-    ids: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-    orientations: NDArray[np.uint8]
-    bad: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -130,6 +105,7 @@ def build_task(
     automatic: bool = False,
     min_score: float = 0.0,
     allow_links: Sequence[Path] = (),
+    pixels: PixelFormat = PLAIN,
 ) -> PredictionTask:
     """Lists images and boxes; with neither annotations nor boxes, masks are automatic.
 
@@ -141,6 +117,7 @@ def build_task(
         automatic: Automatic masks even if `annotations` has boxes.
         min_score: See `detected_boxes`.
         allow_links: Folders that symbolic links in folders of images may lead to.
+        pixels: How the values of images become 8 bits.
 
     Returns:
         The task; its rows include unreadable images.
@@ -150,9 +127,11 @@ def build_task(
     """
     index, category = None, DEFAULT_CATEGORY
     if annotations is None:
-        images = list_images(paths, allow_links=allow_links)
+        images = list_images(paths, allow_links=allow_links, pixels=pixels)
     else:
-        images, index = read_coco_images(annotations, paths[0], allow_links=allow_links)
+        images, index = read_coco_images(
+            annotations, paths[0], allow_links=allow_links, pixels=pixels
+        )
         category = NO_CATEGORY
     if results is not None:
         detected = detected_boxes(results, images, min_score=min_score)
@@ -165,99 +144,6 @@ def build_task(
         return PredictionTask(images, rows, annotated, category)
     repeated = repeat_boxes(boxes, images, category) if boxes else None
     return PredictionTask(images, list(range(len(images.ids))), repeated, category)
-
-
-# Images.
-
-
-def list_images(paths: Sequence[Path], *, allow_links: Sequence[Path] = ()) -> ImageList:
-    """Lists image files, and checks the header and the end of each.
-
-    Args:
-        paths: Image files, and folders; subfolders are not searched.
-        allow_links: See `build_task`.
-
-    Returns:
-        The images, each once, with ids from 1; in the order given, by name within a folder.
-
-    Raises:
-        DataError: A path does not exist, or a folder holds no image file.
-    """
-    name_of: dict[Path, str] = {}
-    reasons: dict[Path, str] = {}
-    for path in paths:
-        for file, reason in _image_files(path, allow_links):
-            # Names are relative to the folder if there is only one, so that they are unique.
-            name_of.setdefault(file.absolute(), file.name if len(paths) == 1 else str(file))
-            if reason:
-                reasons[file.absolute()] = reason
-    files, names = list(name_of), list(name_of.values())
-    inspected = inspect_images([file for file in files if file not in reasons])
-    facts = [ImageFacts() if file in reasons else next(inspected) for file in files]
-    bad = {row: reasons[file] for row, file in enumerate(files) if file in reasons}
-    bad |= {row: KINDS[fact.problem][1] for row, fact in enumerate(facts) if fact.problem}
-    sizes = np.array([(fact.height, fact.width) for fact in facts], dtype=np.int32)
-    upright = np.full(len(files), UPRIGHT, dtype=np.uint8)
-    return ImageList(names, files, np.arange(1, len(files) + 1), sizes, upright, bad)
-
-
-def _image_files(path: Path, allow_links: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    # Each file, and why it is not to be opened, if so.
-    if not path.is_dir():
-        if not path.exists():
-            raise DataError(f"--images: there is no file or folder {path}: check the path.")
-        yield path, ""
-        return
-    folder = ImageFolder(path, allow_links=allow_links)
-    found = folder.find_all(folder.image_names(SUFFIXES))
-    if not found:
-        raise DataError(
-            f"--images: the folder {path} holds no image file ({', '.join(SUFFIXES)}; "
-            "subfolders are not searched): check the path."
-        )
-    for name, (_, code) in found.items():
-        yield path / name, _describe(code, folder.hints.get(name)) if code else ""
-
-
-def _describe(code: str, hint: str | None) -> str:
-    return f"{KINDS[code][1]} ({hint})" if hint else KINDS[code][1]
-
-
-def read_coco_images(
-    annotations: Path, folder: Path, *, allow_links: Sequence[Path] = ()
-) -> tuple[ImageList, CocoIndex]:
-    """The images that a COCO file lists, with or without objects.
-
-    Args:
-        annotations: The COCO file.
-        folder: What its file names are relative to.
-        allow_links: See `build_task`.
-
-    Raises:
-        DataError: The file cannot be read, lists no image, or gives one id to several images.
-    """
-    index = index_file(annotations, folder, allow_links=allow_links)
-    problems = {
-        code: issue for code, issue in index.problems.issues.items() if code != "no-objects"
-    }
-    raise_for_errors(Problems(problems), annotations, on_bad_image="skip")
-    if not index.num_images:
-        raise DataError(f"{annotations} lists no image: give a COCO file that does.")
-    names = index.file_names()
-    paths = [folder / name for name in names]
-    bad = _reasons_unreadable(index, ImageFolder(folder, allow_links=allow_links))
-    return ImageList(names, paths, index.image_ids, index.sizes, index.orientations, bad), index
-
-
-def _reasons_unreadable(index: CocoIndex, folder: ImageFolder) -> dict[int, str]:
-    names = {row: index.file_name(row) for row in np.flatnonzero(index.bad).tolist()}
-    found = folder.find_all(names.values())
-    reasons = {}
-    for row, name in names.items():
-        code = index.bad_images.get(name) or found[name][1]
-        code = code or inspect_image(index.image_folder / name).problem or "image-unreadable"
-        reasons[row] = _describe(code, folder.hints.get(name))
-    return reasons
 
 
 # Boxes of the command line.

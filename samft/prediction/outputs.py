@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.segmentation import CroppedMask, encode_cropped
-from samft.prediction.inputs import DEFAULT_CATEGORY, ImageList
+from samft.prediction.images import ImageList
+from samft.prediction.inputs import DEFAULT_CATEGORY
 from samft.reports import drawing
 from samft.runtime.files import write_atomically, write_json
 

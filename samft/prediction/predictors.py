@@ -28,6 +28,7 @@ from samft.evaluation.validation import MASK_CHUNK
 from samft.images.decoder import read_image
 from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime.torchvision_compat import replace_missing_nms
 
@@ -226,6 +227,7 @@ def predict_images(
     *,
     num_workers: int,
     orientations: Sequence[int] | None = None,
+    pixels: PixelFormat = PLAIN,
 ) -> Iterator[Finished | ImageError]:
     """Predicts on image after image; memory does not grow with their number.
 
@@ -236,6 +238,7 @@ def predict_images(
             masks; called from several threads if `predictor.images_at_once` is more than 1.
         num_workers: Threads; 0: none.
         orientations: How to turn each image, as EXIF numbers it; None: not at all.
+        pixels: How the values of the images become 8 bits.
 
     Yields:
         For each image, in order: what `finish` returned, or the error of a file that is unreadable.
@@ -247,7 +250,9 @@ def predict_images(
     def prepare(k: int) -> PreparedImage | ImageError:
         try:
             orientation = UPRIGHT if orientations is None else orientations[k]
-            return predictor.prepare(read_image(images[k][0], orientation=orientation))
+            return predictor.prepare(
+                read_image(images[k][0], orientation=orientation, pixels=pixels)
+            )
         except ImageError as error:
             return error
 

@@ -28,6 +28,7 @@ from samft.data.dataset import Coco2MaskDataset
 from samft.data.samplers import repeat_factors
 from samft.errors import DataError
 from samft.images.names import encode_name, group_of
+from samft.images.pixels import PixelFormat
 from samft.runtime.logs import LOGGER
 
 _MAX_LOGGED = 100  # names of images that could not be read
@@ -51,6 +52,16 @@ class Splits:
     counts: dict[str, dict[str, Any]]
     fingerprint: str
 
+    @property
+    def pixels(self) -> PixelFormat:
+        """How values of both splits' images become 8 bits, with the ranges that were measured."""
+        return self.train.subset.index.pixels
+
+    def use_pixels(self, pixels: PixelFormat) -> None:
+        """Takes the ranges of the run that is resumed, instead of those that were measured."""
+        for dataset in (self.train, self.val):
+            dataset.subset = dataset.subset.with_pixels(pixels)
+
     @cached_property
     def small_objects(self) -> dict[str, SmallObjects]:
         """How many objects of each split are small at the run's image size; reads no pixels."""
@@ -73,6 +84,8 @@ class Splits:
             for line in dataset.subset.index.problems.lines(WARNING, NOTE, num_examples=1):
                 LOGGER.info("  %s", line)
             _log_bad_images(counts["bad_images"])
+        for line in self.pixels.lines():
+            LOGGER.info("%s", line)
         advice = advise_on_small_objects(self.small_objects)
         if advice and distributed.is_main():  # a warning is for the other ranks' logs, too
             LOGGER.warning("%s", advice)
@@ -120,6 +133,9 @@ def load_splits(config: TrainConfig) -> Splits:
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
     train_subset = _remove_shared_images(train_subset, val_subset)
+    # Of the training images; only what does not occur in them is measured on the others.
+    pixels = val_subset.measure_pixels(train_subset.measure_pixels(train_subset.index.pixels))
+    train_subset, val_subset = (one.with_pixels(pixels) for one in (train_subset, val_subset))
     counts = {"train": _count_subset(train_subset), "val": _count_subset(val_subset)}
     val = _build_dataset(val_subset, config, training=False)
     if config.on_bad_image == "skip":
@@ -174,6 +190,9 @@ def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
         root=None if config.data_root is None else Path(config.data_root).expanduser(),
         allow_links=link_folders(config.allow_links),
         crowds=config.crowds,
+        pixels=PixelFormat.parse(
+            pixel_range=config.pixel_range, channels=config.channels, page=config.page
+        ),
         on_bad_image=config.on_bad_image,
         category_names=(config.category_names or "").split(","),
         min_mask_area=config.min_mask_area,

@@ -29,9 +29,11 @@ from samft.evaluation.coco_ap import (
 )
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
 from samft.evaluation.tables import format_tables, summarise_comparison, summarise_scores
+from samft.images.flags import pixel_flags
 from samft.images.names import encode_name
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import open_checkpoint
+from samft.models.sam import open_checkpoint, saved_pixels
 from samft.runtime import heartbeat
 from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
@@ -71,11 +73,13 @@ def _evaluate_checkpoints(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], list[str]]:
     load_backend(options.ap_backend)  # a missing package is better noticed before an hour of work
-    subset = run_on_all_ranks(lambda: _read_subset(options))
+    formats = run_on_all_ranks(lambda: _pixel_formats(options))
+    subset = run_on_all_ranks(lambda: _read_subset(options, formats[0]))
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
-    for path in options.checkpoint:
-        objects, metadata = _score_checkpoint(path, subset, options, device)
+    for path, pixels in zip(options.checkpoint, formats, strict=True):
+        seen = subset.with_pixels(subset.measure_pixels(pixels))
+        objects, metadata = _score_checkpoint(path, seen, options, device)
         if distributed.is_main():
             tables.append(objects)
             evaluations.append(
@@ -122,7 +126,19 @@ def _describe_data(options: argparse.Namespace) -> str:
     return f"{options.data_root.resolve().name} {options.split}{held_out}"
 
 
-def _read_subset(options: argparse.Namespace) -> CocoSubset:
+def _pixel_formats(options: argparse.Namespace) -> list[PixelFormat]:
+    # Of each checkpoint; one that does not say is shown the images as the first that does.
+    flags = pixel_flags(options)
+    saved = [saved_pixels(path) for path in options.checkpoint]
+    known = [one for one in saved if one is not None]
+    other = known[0] if known else PLAIN
+    return [
+        (one or other).completed(flags, flags_of=path.name)
+        for path, one in zip(options.checkpoint, saved, strict=True)
+    ]
+
+
+def _read_subset(options: argparse.Namespace, pixels: PixelFormat) -> CocoSubset:
     if options.annotations:
         annotations, images = options.annotations, options.images
     else:
@@ -139,6 +155,7 @@ def _read_subset(options: argparse.Namespace) -> CocoSubset:
         root=options.data_root,
         allow_links=options.allow_links,
         crowds=options.crowds,
+        pixels=pixels,
         on_bad_image=options.on_bad_image,
         category_names=(options.category_names or "").split(","),
         min_mask_area=options.min_mask_area,
@@ -190,6 +207,9 @@ def _score_checkpoint(
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
     start = time.monotonic()
     model, metadata = run_on_all_ranks(lambda: _load_model(path, device))
+    metadata["pixels"] = subset.index.pixels.to_json()
+    for line in subset.index.pixels.lines():
+        LOGGER.info("%s", line)
     dataset = Coco2MaskDataset(
         subset.index.image_folder,
         subset=subset,

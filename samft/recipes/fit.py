@@ -137,7 +137,12 @@ def _finish_interval(run: TrainingRun) -> None:
     run.log.write_metrics(step, "train", train_metrics)
     _log_validation(run, validation)
     score = validation.metrics["per_mask_iou"]
-    sidecar = make_sidecar(asdict(run.config), step=step, metrics=validation.metrics)
+    sidecar = make_sidecar(
+        asdict(run.config),
+        step=step,
+        metrics=validation.metrics,
+        pixels=run.splits.pixels.to_json(),
+    )
     run.progress.pending = {}
     _save_state(run, validation, sidecar)
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
@@ -202,6 +207,7 @@ def _save_state(
             "config": asdict(run.requested_config),
             "global_batch": images_per_step(run.config),
             "fingerprint": run.splits.fingerprint,
+            "pixels": run.splits.pixels.to_json(),
             "model": run.model.sam.state_dict(),
             "optimizer": optimizer,
             "scaler": run.trainer.scaler.state_dict(),

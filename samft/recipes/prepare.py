@@ -19,6 +19,7 @@ from samft.checkpoints.training_state import LAST_NAME
 from samft.config import TrainConfig
 from samft.data.targets import WINDOW_CELLS
 from samft.errors import ConfigError
+from samft.images.pixels import PixelFormat
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import constant_names
 from samft.recipes.build import build_model, disk_bytes, load_weights
@@ -128,6 +129,8 @@ def _check_and_build(
     splits = load_splits(requested)
     resume = find_resume_point(requested, output_dir, splits.fingerprint)
     config = keep_images_per_step(requested, resume) if resume else requested
+    if resume and (pixels := PixelFormat.from_json(resume.state.get("pixels"))):
+        splits.use_pixels(pixels)
     for problem in resume.problems if resume else ():
         LOGGER.warning("resume: %s", problem)
     model = build_model(config, _load_initial_weights(config, resume, stop), device)

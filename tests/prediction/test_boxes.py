@@ -12,12 +12,11 @@ from samft.coco.entries import NO_ID
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.transforms import boxes_to_original
 from samft.errors import DataError
+from samft.prediction.images import ImageList, read_coco_images
 from samft.prediction.inputs import (
-    ImageList,
     annotated_boxes,
     build_task,
     detected_boxes,
-    read_coco_images,
     repeat_boxes,
 )
 

@@ -10,7 +10,8 @@ import pytest
 
 from helpers.coco_files import write_coco, write_json
 from samft.errors import DataError
-from samft.prediction.inputs import build_task, list_images, read_coco_images
+from samft.prediction.images import list_images, read_coco_images
+from samft.prediction.inputs import build_task
 
 
 def write_image(path: Path, height: int = 20, width: int = 30) -> Path:

@@ -14,7 +14,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from samft.coco.segmentation import CroppedMask
-from samft.prediction.inputs import ImageList
+from samft.prediction.images import ImageList
 from samft.prediction.outputs import (
     PictureWriter,
     ResultsWriter,

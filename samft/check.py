@@ -19,7 +19,7 @@ from typing import Any
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.boxes import advise_on_small_objects
 from samft.coco.layout import describe_folder
-from samft.coco.problems import BAD_IMAGES, NOTE, WARNING
+from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
 from samft.errors import ConfigError, DataError, escape_unprintable
@@ -224,6 +224,8 @@ def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
     )
     readable = any(split.index for split in splits.values())
     advice = " `--fix DIR` writes repaired copies." if readable and not options.fix else ""
+    if any(counts.keys() & NO_MASKS for counts in errors.values()):
+        advice = " `samft.predict --annotations FILE --images DIR` makes masks from boxes."
     if any(counts.keys() & BAD_IMAGES for counts in errors.values()):
         advice += " `--on_bad_image skip` leaves bad images out, here and in training."
     if any(split.problems.has_links_outside for split in splits.values()):

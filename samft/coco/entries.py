@@ -371,8 +371,8 @@ class ObjectChunk:
     ) -> None:
         for code in sorted(set(masks.codes.tolist()) - {""}):
             self._add_problem(problems, code, np.asarray(masks.codes == code, dtype=bool))
-        flat, is_rle, other_size = np.zeros((3, len(masks.codes)), dtype=bool)
-        flat[self.masks.flat] = True
+        flat, respelled, is_rle, other_size = np.zeros((4, len(masks.codes)), dtype=bool)
+        flat[self.masks.flat] = respelled[self.masks.respelled] = True
         is_rle[list(masks.rle_sizes)] = True
         for k, size in masks.rle_sizes.items():
             other_size[k] = size != tuple(sizes[k].astype(int).tolist())
@@ -382,6 +382,7 @@ class ObjectChunk:
         kinds = {
             "polygon-part-left-out": masks.part_left_out,
             "polygon-flat": flat,
+            "mask-notation": respelled,
             "polygon-parts": masks.num_parts > 1,
             "rle-size-differs": other_size,
             "polygon-leaves-image": ~is_rle & (distance_outside(masks.extents, sizes) > 1),

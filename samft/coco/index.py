@@ -37,7 +37,7 @@ from samft.coco.image_entries import (
     read_categories,
     read_images,
 )
-from samft.coco.json_reader import file_digest, load_document
+from samft.coco.json_reader import file_digest, find_kind, load_document
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
@@ -347,7 +347,8 @@ def check_file(
     ]
     problems.add("image-without-objects", *empty)
     if not len(plain):
-        problems.add("no-objects", annotations.name)
+        kind = find_kind(document.annotations) if problems["mask-missing"] else ""
+        problems.add(kind or "no-objects", annotations.name)
     return CheckedFile(images, objects, categories, frame, problems)
 
 

@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import ast
 import codecs
 import itertools
 import json
@@ -24,6 +25,7 @@ from samft.images.limits import MAX_PIXELS
 from samft.runtime.files import read_file, sha256_of
 
 UNSET = msgspec.UNSET
+_NUM_LOOKED_AT = 100  # annotations, to tell what kind of file it is
 Raw = msgspec.Raw | Any  # an entry as JSON text, or as a value if the fast parser cannot read it
 
 
@@ -127,8 +129,8 @@ def _load_with_json(path: Path, content: bytes, problems: Problems) -> Document:
         if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
             raise UnusableFile(
                 "json-not-coco",
-                f"{path} has no list '{key}': samft needs a COCO instances file, an object with "
-                "'images' and 'annotations'.",
+                f"{path} {_name_format(whole) or f'has no list {key!r}'}: samft needs a COCO "
+                "instances file, an object with 'images' and 'annotations'.",
             )
     problems.add("json-not-standard", path.name)
     return Document(whole["images"], whole["annotations"], whole.get("categories"))
@@ -144,6 +146,43 @@ def _refuse_placeholder(path: Path, content: bytes) -> None:
         reason = f"only the path {text!r}, a link that was copied as text: copy what it leads to"
     if reason and "/" in text:
         raise UnusableFile("json-invalid", f"{path} is no JSON; it holds {reason}.")
+
+
+_OTHER_FORMATS = {
+    "shapes": "is a file of LabelMe, which labelme2coco converts",
+    "_via_img_metadata": "is a project of VIA, which exports COCO, too",
+    "features": "is GeoJSON",
+    "predictions": "is a file of predictions",
+}
+
+
+def _name_format(whole: Any) -> str:
+    # What a file is that is no COCO instances file, as a predicate; '' where that is not plain.
+    first = whole[0] if isinstance(whole, list) and whole else {}
+    if isinstance(first, dict) and "image_id" in first:
+        return (
+            "is a list of COCO results, which `samft.predict --boxes` takes beside the annotation "
+            "file that lists their images"
+        )
+    keys = whole if isinstance(whole, dict) else {}
+    return next((what for key, what in _OTHER_FORMATS.items() if key in keys), "")
+
+
+def find_kind(annotations: list[Raw]) -> str:
+    """Why entries have no masks, as a code of `problems.NO_MASKS`; '' if they have no boxes either.
+
+    Args:
+        annotations: `Document.annotations`.
+    """
+    entries = [value_of(raw) for raw in annotations[:_NUM_LOOKED_AT]]
+    fields = {key for entry in entries if isinstance(entry, dict) for key in entry}
+    kinds = {
+        "segments_info": "panoptic-only",
+        "keypoints": "keypoints-only",
+        "caption": "captions-only",
+        "bbox": "boxes-only",
+    }
+    return next((kind for field, kind in kinds.items() if field in fields), "")
 
 
 def _unreadable_file(path: Path, error: OSError) -> UnusableFile:
@@ -255,7 +294,93 @@ def to_size(entry: ImageEntry) -> tuple[int, int]:
     return (height or 0, width or 0) if good else (0, 0)
 
 
-# RLE.
+# Segmentations.
+
+
+def polygons_in(raw: Any, *, depth: int = 0) -> list[list[float]] | None:
+    """The polygons of a segmentation in another notation than COCO's, where that is plain.
+
+    Read are points as pairs, objects or text, lists of x and y, numbers as text, JSON in a text,
+    and any of these nested too deeply.
+
+    Args:
+        raw: The segmentation; not an RLE.
+        depth: How often it is nested in what was given.
+
+    Returns:
+        Lists of x y x y ...; None where it is not plain what is meant.
+    """
+    if isinstance(raw, str):
+        return _polygons_in_text(raw, depth=depth)
+    if isinstance(raw, dict):
+        x, y = (raw.get(axis, raw.get(f"all_points_{axis}")) for axis in "xy")
+        if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+            return polygons_in(list(map(list, zip(x, y, strict=True))), depth=depth)
+        return polygons_in(raw["points"], depth=depth + 1) if "points" in raw else None
+    if not isinstance(raw, list) or not raw or depth > _MAX_NESTING:
+        return None
+    numbers = [_to_number(one) for one in raw]
+    if None not in numbers:
+        return [[one for one in numbers if one is not None]]
+    points = [_to_point(one) for one in raw]
+    if None not in points:
+        return [[side for point in points if point for side in point]]
+    parts = [polygons_in(one, depth=depth + 1) for one in raw]
+    return None if None in parts else [polygon for part in parts if part for polygon in part]
+
+
+_MAX_NESTING = 4
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
+_SEPARATORS = re.compile(r"[\s,;]+")
+
+
+def _polygons_in_text(text: str, *, depth: int) -> list[list[float]] | None:
+    text = text.strip()
+    if text[:1] in ("[", "{"):
+        try:
+            return polygons_in(json.loads(text), depth=depth + 1)
+        except (ValueError, RecursionError):
+            return None
+    numbers = [_to_number(one) for one in _SEPARATORS.split(text)]
+    if None in numbers or len(numbers) < 6:
+        return None
+    floats = [one for one in numbers if one is not None]
+    # Whole numbers between spaces may be starts and lengths of runs: then the starts ascend.
+    ascending = all(before < after for before, after in pairwise(floats[::2]))
+    return None if ascending and not re.search("[,;.]", text) else [floats]
+
+
+def _to_number(raw: Any) -> float | None:
+    is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
+    if not is_number and not (isinstance(raw, str) and _NUMBER.fullmatch(raw.strip())):
+        return None
+    try:
+        return float(raw)
+    except OverflowError:
+        return None
+
+
+def _to_point(raw: Any) -> list[float] | None:
+    if isinstance(raw, dict):
+        raw = [raw.get("x", raw.get("X")), raw.get("y", raw.get("Y"))]
+    elif isinstance(raw, str):
+        raw = _SEPARATORS.split(raw.strip())
+    if not isinstance(raw, list) or len(raw) != 2:
+        return None
+    numbers = [one for one in map(_to_number, raw) if one is not None]
+    return numbers if len(numbers) == 2 else None
+
+
+def rle_in(raw: Any) -> dict[str, Any] | None:
+    """The RLE that a segmentation is, or holds in a list or in a text; None where there is none."""
+    if isinstance(raw, str) and raw.lstrip()[:1] in ("[", "{"):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(raw, list) and len(raw) == 1:
+        raw = raw[0]
+    return raw if isinstance(raw, dict) and "counts" in raw else None
 
 
 class MaskError(DataError):
@@ -277,7 +402,7 @@ def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
     """
     counts = raw.get("counts")
     if isinstance(counts, str):
-        counts = counts.encode("ascii", "replace")
+        counts = _plain_counts(counts)
     numbers = counts_from_strings([counts])[0] if isinstance(counts, bytes) else _to_numbers(counts)
     size = _to_numbers(raw.get("size"))
     if len(size) != 2 or not (size >= 1).all():
@@ -290,6 +415,17 @@ def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
     if not whole or numbers.sum() != size.prod():
         raise MaskError("rle-malformed")
     return {"size": size.astype(int).tolist(), "counts": numbers.astype(np.int64)}
+
+
+def _plain_counts(text: str) -> bytes | list[str]:
+    # COCO's code has neither quotes nor spaces: b'..' is how Python prints it, the rest is a list.
+    if text[:2] in ("b'", 'b"'):
+        try:
+            return bytes(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise MaskError("rle-malformed") from None
+    numbers = _SEPARATORS.split(text.strip(" []"))
+    return numbers if len(numbers) > 1 else text.encode("ascii", "replace")
 
 
 def _to_numbers(raw: Any) -> NDArray[np.float64]:

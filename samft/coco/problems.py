@@ -26,6 +26,14 @@ KINDS = {
     "json-bom": (NOTE, "the file begins with a byte-order mark, which is skipped"),
     "json-not-standard": (NOTE, "holds values outside of standard JSON (NaN, Infinity)"),
     "no-objects": (ERROR, "no usable object"),
+    "boxes-only": (ERROR, "boxes without masks: samft.predict makes masks from boxes"),
+    "keypoints-only": (ERROR, "keypoints, no masks: samft.predict makes masks from boxes"),
+    "panoptic-only": (
+        ERROR,
+        "panoptic: the masks are PNG files, which panopticapi converts to instances; samft.predict "
+        "makes masks from boxes",
+    ),
+    "captions-only": (ERROR, "captions, no masks: samft.predict makes masks, also without boxes"),
     # images
     "image-malformed": (WARNING, "entry of 'images' without an id or a file_name"),
     "image-id-ambiguous": (ERROR, "one image id stands for several files"),
@@ -118,6 +126,7 @@ KINDS = {
     "polygon-far-outside": (WARNING, "polygon with coordinates beyond 100,000 px"),
     "polygon-too-long": (WARNING, "polygons of more than 4 million px of outline"),
     "polygon-part-left-out": (NOTE, "a part of the mask is unusable; the others are used"),
+    "mask-notation": (NOTE, "written in another way than COCO's (points, text, nesting); read"),
     "polygon-flat": (NOTE, "one flat list of numbers, read as one polygon"),
     "polygon-leaves-image": (FACT, "polygon reaches beyond the image by more than 1 px"),
     "polygon-parts": (FACT, "mask of several polygons"),
@@ -136,6 +145,8 @@ BAD_IMAGES = frozenset(
     image-truncated image-damaged image-format image-bands image-pages image-too-large
     image-unreadable""".split()
 )
+# Errors of files that have nothing to train on.
+NO_MASKS = frozenset("no-objects boxes-only keypoints-only panoptic-only captions-only".split())
 
 
 @dataclass

@@ -317,12 +317,12 @@ def _turn_geometry_back(index: CocoIndex, k: int, *, row: int) -> dict[str, Any]
 def _checked_segmentation(raw: Any, checked: Any) -> Any:
     # The usable part of a segmentation, as the file writes it where all of it is usable.
     if isinstance(checked, dict):
-        text = isinstance(raw["counts"], str)
-        counts = raw["counts"] if text else checked["counts"].tolist()
+        counts = raw.get("counts") if isinstance(raw, dict) else None
+        if not isinstance(counts, str) or set(" ,'\"") & set(counts):
+            counts = checked["counts"].tolist()
         return {"size": checked["size"], "counts": counts}
-    if len(raw) == len(checked) and isinstance(raw[0], list):
-        return raw
-    return [polygon.tolist() for polygon in checked]
+    polygons = [polygon.tolist() for polygon in checked]
+    return raw if raw == polygons else polygons
 
 
 def _is_nearly(raw: Any, bbox: Sequence[float]) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from samft.coco.json_reader import MaskError, check_rle, counts_from_strings
+from samft.coco.json_reader import MaskError, check_rle, counts_from_strings, polygons_in, rle_in
 
 _MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
 _MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
@@ -62,16 +62,22 @@ class RawMasks:
         self.rles: dict[int, dict[str, Any]] = {}
         self.refused: dict[int, str] = {}  # object -> code
         self.flat: list[int] = []  # objects whose polygon lacks the outer list
+        self.respelled: list[int] = []  # objects in another notation than COCO's
 
     def add(self, raw: Any) -> None:
         """Adds the segmentation of the next object, whatever it is.
 
         Args:
             raw: Polygons (a list of lists, or one flat list), or an RLE dict whose counts are a
-                list or a compressed string. Anything else is recorded as refused.
+                list or a compressed string; or what `polygons_in` and `rle_in` read. Anything else
+                is recorded as refused.
         """
         owner, self.count = self.count, self.count + 1
-        if isinstance(raw, dict):
+        if not _is_usual(raw):
+            plain = rle_in(raw) or polygons_in(raw)
+            self.respelled += [owner] if plain and plain != raw else []
+            raw = plain or raw
+        if isinstance(raw, dict) and {"size", "counts"} & raw.keys():
             try:
                 self.rles[owner] = check_rle(raw)
             except MaskError as error:
@@ -93,6 +99,14 @@ class RawMasks:
     def check(self) -> "CheckedMasks":
         """Checks all objects that were added."""
         return CheckedMasks(self)
+
+
+def _is_usual(raw: Any) -> bool:
+    # Whether it is as COCO writes it, or one flat list of numbers, by its beginning.
+    first = raw[0] if isinstance(raw, list) and raw else None
+    if isinstance(first, list):
+        return len(first) > 2 and isinstance(first[0], (int, float))
+    return isinstance(first, (int, float))
 
 
 _POLYGON_CODES = (

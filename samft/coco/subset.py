@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import BAD_IMAGES, KINDS, Issue, Problems
+from samft.coco.problems import BAD_IMAGES, KINDS, NO_MASKS, Issue, Problems
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
 from samft.images.names import encode_name, group_of
@@ -160,7 +160,7 @@ def raise_for_errors(problems: Problems, annotations: Path, *, on_bad_image: str
     errors = problems.errors(on_bad_image=on_bad_image)
     if len(errors) > 1:
         # Where images are missing, too, they are the reason why no object is left.
-        errors.pop("no-objects", None)
+        errors = {code: issue for code, issue in errors.items() if code not in NO_MASKS}
     if errors:
         raise DataError("\n".join(_describe_errors(errors, problems, annotations)))
 
@@ -169,7 +169,7 @@ def _describe_errors(errors: dict[str, Issue], problems: Problems, annotations: 
     lines = [f"{annotations} cannot be used:"]
     for code, issue in errors.items():
         lines.append(f"  - {code}, {issue.count}: {KINDS[code][1]} ({issue.shown(3)})")
-    if "no-objects" in errors:
+    if errors.keys() & NO_MASKS:
         counts = ", ".join(f"{code} {number}" for code, number in problems.left_out().items())
         lines.append(f"  - left out: {counts or 'nothing; it has no annotations'}")
     if errors.keys() & BAD_IMAGES:

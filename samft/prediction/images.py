@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import KINDS, Problems
+from samft.coco.problems import KINDS, NO_MASKS, Problems
 from samft.coco.subset import raise_for_errors
 from samft.errors import DataError
 from samft.images.files import ImageFacts, inspect_image, inspect_images
@@ -127,7 +127,7 @@ def read_coco_images(
     """
     index = index_file(annotations, folder, allow_links=allow_links, pixels=pixels)
     problems = {
-        code: issue for code, issue in index.problems.issues.items() if code != "no-objects"
+        code: issue for code, issue in index.problems.issues.items() if code not in NO_MASKS
     }
     raise_for_errors(Problems(problems), annotations, on_bad_image="skip")
     if not index.num_images:

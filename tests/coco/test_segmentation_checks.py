@@ -24,7 +24,6 @@ BAD = {
     "text": ([["a", "b", "c", "d", "e", "f"]], "polygon-malformed"),
     "flat text": (["a", "b"], "polygon-malformed"),
     "null part": ([None], "polygon-malformed"),
-    "nested too deep": ([[[1, 1], [5, 1], [5, 5]]], "polygon-malformed"),
     "empty part": ([[]], "polygon-too-short"),
     "line": ([[1, 1, 5, 5]], "polygon-too-short"),
     "box": ([2, 3, 8, 9], "polygon-too-short"),

@@ -213,17 +213,19 @@ def _add_masks(train: BrokenSplit) -> None:
     train.add_object("polygon-parts", **both)
     train.add_object("polygon-part-left-out", segmentation=[SQUARE, [1, 2, 3]])
     train.add_object("polygon-flat", segmentation=SQUARE)
+    pairs = [SQUARE[k : k + 2] for k in range(0, 8, 2)]
+    train.add_object("mask-notation", segmentation=pairs)
     beyond = [[-4.0, 3.0, 8.0, 3.0, 8.0, 9.0, -4.0, 9.0]]
     train.add_object("polygon-leaves-image", segmentation=beyond, bbox=[0, 3, 8, 6])
     train.add_object(segmentation=rle(compressed=True))
     train.add_object(segmentation=rle(compressed=False))
     train.add_object("rle-size-differs", segmentation=rle(compressed=True, height=40))
     bad = {
-        "mask-missing": [None, []],
+        "mask-missing": [None, [], {}],
         "mask-malformed": ["polygon", 7],
         "mask-outside": [[[v + 100 for v in SQUARE]]],
         "mask-without-pixels": [[[2.1, 2.1, 2.2, 2.1, 2.2, 2.2]]],
-        "polygon-malformed": [[["a"] * 6], [[[1, 1], [5, 1], [5, 5]]], [[0, 0, 10**400, 5, 5, 5]]],
+        "polygon-malformed": [[["a"] * 6], [[0, 0, 10**400, 5, 5, 5]]],
         "polygon-too-short": [[[1, 1, 5, 5]], [[]]],
         "polygon-odd": [[[1, 1, 5, 1, 5, 5, 2]]],
         "polygon-not-finite": [[[0, 0, NAN, 5, 5, 5]]],

@@ -19,7 +19,7 @@ from samft import distributed
 from samft.data.loaders import init_worker, iterate_loader
 from samft.data.transforms import Frame
 from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache, hash_image
-from samft.embeddings.store import EmbeddingRecord
+from samft.embeddings.store import EmbeddingRecord, checksum_embedding
 from samft.errors import ConfigError, DataError, UserError
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
@@ -146,6 +146,9 @@ class EncodingPass:
                 results = distributed.all_gather(result)
                 # Also where the round ended in an error: what was synced before it counts.
                 commit_error = self._commit_records(results)
+                for k, records in enumerate(self.split.records):
+                    for record in (one for each in results for one in each.records[k]):
+                        records[record.digest] = record
                 advance(sum(each.num_images for each in results))
                 distributed.raise_on_all_ranks(error or commit_error)
                 for each in results:
@@ -188,24 +191,30 @@ class EncodingPass:
         return result, error
 
     def _encode_image(self, image: _LoadedImage, result: _RoundResult) -> None:
-        split, device, amp_dtype = self.split, self.model.sam.device, self.split.amp_dtype
-        stores, row = image.missing.stores, image.missing.row
-        sizes = torch.tensor([image.input_size] * len(stores), device=device)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            embeddings = self.model.embed(image.pixels.to(device), sizes)
-        dtype = getattr(torch, split.stores[0].dtype.name)
-        converted = embeddings.to(dtype).cpu()
-        if not bool(torch.isfinite(converted).all()):
-            name = split.dataset.subset.file_name(row)
-            raise ConfigError(
-                f"cache_dtype: the embedding of {name} is not finite as {split.stores[0].dtype}: "
-                "take float32, or cache_embeddings off."
-            )
+        split, row = self.split, image.missing.row
         digest, size = split.files.digest_of(row), tuple(split.files.sizes[row].tolist())
-        for k, embedding in zip(stores, converted.numpy(), strict=True):
+        for k, pixels in zip(image.missing.stores, image.pixels.split(1), strict=True):
+            embedding = self._encode_one(pixels, image.input_size)
+            if not np.isfinite(embedding).all():
+                name = split.dataset.subset.file_name(row)
+                raise ConfigError(
+                    f"cache_dtype: the embedding of {name} is not finite as {embedding.dtype}: "
+                    "take float32, or cache_embeddings off."
+                )
             slot = split.slots[k][digest]
             split.stores[k].write(slot, embedding)
-            result.records[k].append(EmbeddingRecord(slot, digest, size))
+            record = EmbeddingRecord(slot, digest, size, checksum_embedding(embedding))
+            result.records[k].append(record)
+
+    def _encode_one(self, image: Tensor, input_size: tuple[int, int]) -> NDArray[np.floating]:
+        # One image at a time. In a batch, sums are added up in an order that depends on its size:
+        # weights would depend, in their last bits, on what else was missing from the cache.
+        device, amp_dtype = self.model.sam.device, self.split.amp_dtype
+        sizes = torch.tensor([input_size], device=device)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            embedding = self.model.embed(image.to(device), sizes)[0]
+        converted = embedding.to(getattr(torch, self.split.stores[0].dtype.name))
+        return np.asarray(converted.cpu().contiguous().numpy())
 
     def _commit_records(self, results: list[_RoundResult]) -> UserError | None:
         if not distributed.is_main():

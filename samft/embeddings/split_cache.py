@@ -7,6 +7,7 @@ flipped image is not the flipped embedding. Validation images are encoded as `Sa
 encode them, decoded exactly, in float32.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -22,12 +23,19 @@ from segment_anything.modeling import Sam
 from samft import distributed
 from samft.coco.subset import CocoSubset
 from samft.data.dataset import Coco2MaskDataset
-from samft.embeddings.store import DIGEST_BYTES, CachedEmbeddings, EmbeddingStore
+from samft.embeddings.store import (
+    DIGEST_BYTES,
+    CachedEmbeddings,
+    EmbeddingRecord,
+    EmbeddingStore,
+)
 from samft.errors import UserError
 from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
+from samft.runtime.logs import GIB, LOGGER
 
-_FORMAT = 1  # to be increased when equal keys give other embeddings than before
+VERIFIED_BYTES = 8 * GIB  # of embeddings that are verified at the start, and not only when read
+_FORMAT = 2  # to be increased when equal keys give other embeddings than before
 
 ShouldStop = Callable[[], bool]
 
@@ -166,6 +174,7 @@ class SplitCache:
         amp_dtype: What to autocast to when encoding; None: float32.
         stores: Of the unflipped images and, if training flips, of the flipped ones.
         files: The image files.
+        records: For each store, its records, by digest.
         slots: For each store, the slot of an image's embedding, stored or missing, by digest.
         missing: The images to encode.
     """
@@ -174,6 +183,7 @@ class SplitCache:
     amp_dtype: torch.dtype | None
     stores: tuple[EmbeddingStore, ...]
     files: ImageDigests
+    records: list[dict[bytes, EmbeddingRecord]] = field(default_factory=list)
     slots: list[dict[bytes, int]] = field(default_factory=list)
     missing: list[MissingImage] = field(default_factory=list)
 
@@ -182,18 +192,21 @@ class SplitCache:
         """Disk space that the missing embeddings will take up."""
         return sum(self.stores[k].slot_bytes for image in self.missing for k in image.stores)
 
-    def find_missing(self) -> None:
+    def find_missing(self, *, should_stop: ShouldStop = lambda: False) -> None:
         """Finds the stored embeddings, and assigns free slots to the missing ones. Collective.
 
-        Only rank 0 reads the records, so that all ranks assign the same slots.
+        Only rank 0 reads the records, so that all ranks assign the same slots. Damaged embeddings
+        are missing; of large caches, that shows only when they are read.
+
+        Args:
+            should_stop: Asked between embeddings; the rest of them is not verified then.
         """
-        stored: list[dict[bytes, int]] | None = None
-        if distributed.is_main():
-            stored = [
-                {digest: record.slot for digest, record in store.read_records().items()}
-                for store in self.stores
-            ]
-        self.slots = distributed.broadcast(stored)
+        records = [store.read_records() for store in self.stores] if distributed.is_main() else None
+        self.records = distributed.broadcast(records)
+        self._forget_damaged(should_stop)
+        self.slots = [
+            {digest: record.slot for digest, record in records.items()} for records in self.records
+        ]
         free = [_free_slots(slots) for slots in self.slots]
         self.missing = []
         for row in range(len(self.files.digests)):
@@ -206,6 +219,39 @@ class SplitCache:
             if stores:
                 self.missing.append(MissingImage(row, stores))
 
+    def _forget_damaged(self, should_stop: ShouldStop) -> None:
+        used = {
+            self.files.digest_of(row)
+            for row in range(len(self.files.digests))
+            if row not in self.files.bad_images
+        }
+        stored = [
+            (k, record)
+            for k, records in enumerate(self.records)
+            for digest, record in records.items()
+            if digest in used
+        ]
+        if sum(self.stores[k].slot_bytes for k, _ in stored) > VERIFIED_BYTES:
+            return
+        share = stored[distributed.get_rank() :: distributed.get_world_size()]
+        damaged = [
+            (k, record)
+            for k, record in itertools.takewhile(lambda _: not should_stop(), share)
+            if self.stores[k].read(record.slot, checksum=record.checksum) is None
+        ]
+        damaged = [each for found in distributed.all_gather(damaged) for each in found]
+        for k, record in damaged:
+            del self.records[k][record.digest]
+        for k, store in enumerate(self.stores) if distributed.is_main() else ():
+            if slots := [record.slot for other, record in damaged if other == k]:
+                LOGGER.warning(
+                    "%d embeddings in %s are damaged: they are encoded again",
+                    len(slots),
+                    store.folder,
+                )
+                with contextlib.suppress(OSError):  # where that matters, encoding fails and says so
+                    store.forget(slots)
+
     def mark_bad_images(self, reasons: dict[int, str]) -> None:
         """Marks images that could not be decoded, given by row, and their copies as unusable."""
         by_digest = {self.files.digest_of(row): reason for row, reason in reasons.items()}
@@ -217,13 +263,16 @@ class SplitCache:
         """Gives the embeddings to the dataset, which from now on reads no pixels."""
         files = self.files
         slots = np.full((len(files.digests), len(self.stores)), -1, dtype=np.int64)
+        checksums = np.zeros(slots.shape, dtype=np.uint32)
         for row in range(len(slots)):
             if row not in files.bad_images:
-                slots[row] = [by_digest[files.digest_of(row)] for by_digest in self.slots]
+                records = [by_digest[files.digest_of(row)] for by_digest in self.records]
+                slots[row] = [record.slot for record in records]
+                checksums[row] = [record.checksum for record in records]
         for store in self.stores:
             store.open()
         self.dataset.embeddings = CachedEmbeddings(
-            self.stores, slots, files.sizes, files.bad_images
+            self.stores, slots, checksums, files.sizes, files.bad_images
         )
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
@@ -71,7 +71,7 @@ def prepare_cache(
         return True
     cache_dir = cache_dir_of(config)
     plans = _plan_stores(config, model, splits)
-    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans, progress):
+    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans):
         return True
     run_on_all_ranks(lambda: _create_cache_dir(cache_dir))
     caches = _open_caches(plans, on_bad_image=config.on_bad_image, should_stop=should_stop)
@@ -83,7 +83,7 @@ def prepare_cache(
         run_on_all_ranks(lambda: _create_stores(plans))
         run_on_all_ranks(lambda: _check_shared_disk(plans))
         for cache in caches:
-            cache.find_missing()
+            cache.find_missing(should_stop=should_stop)
         if not _has_room(caches, cache_dir, config):
             return True
         if not _encode_missing(caches, model, config, should_stop=should_stop):
@@ -121,7 +121,7 @@ def estimate_cache(
     if not _is_wanted(config, model, progress):
         return None
     plans = _plan_stores(config, model, splits)
-    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans, progress):
+    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans):
         return None
     return CacheEstimate(*distributed.broadcast(_estimate_missing(plans)))
 
@@ -160,7 +160,7 @@ def _exclusive_lock(cache_dir: Path, *, should_stop: ShouldStop) -> Iterator[boo
     # Collective. One run at a time makes room and encodes; False if asked to stop while waiting.
     has_logged = False
     while True:
-        lock = try_lock(cache_dir / "lock") if distributed.is_main() else None
+        lock = run_on_all_ranks(lambda: _try_lock(cache_dir) if distributed.is_main() else None)
         if distributed.any_rank(lock is not None):
             break
         if distributed.any_rank(should_stop()):
@@ -175,6 +175,13 @@ def _exclusive_lock(cache_dir: Path, *, should_stop: ShouldStop) -> Iterator[boo
     finally:
         if lock is not None:
             lock.close()
+
+
+def _try_lock(cache_dir: Path) -> BinaryIO | None:
+    try:
+        return try_lock(cache_dir / "lock")
+    except OSError as error:  # a folder, say
+        raise cache_write_error(cache_dir, error) from error
 
 
 def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_StorePlan]:
@@ -210,14 +217,15 @@ def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> lis
     ]
 
 
-def _is_worth_caching(config: TrainConfig, plans: list[_StorePlan], progress: Progress) -> bool:
-    # Decided before any image is read: hashing a million images to learn that caching them does
-    # not pay would cost more than it could save.
-    steps = config.steps - progress.step
-    num_validations = -(-steps // config.metrics_interval) + (not progress.baseline)
-    without_cache = steps * images_per_step(config) + num_validations * len(plans[-1].dataset)
-    with_cache = _estimate_missing(plans).num_images
-    is_worth: bool = distributed.broadcast(with_cache <= without_cache)
+def _is_worth_caching(config: TrainConfig, plans: list[_StorePlan]) -> bool:
+    # By the configuration and the sizes of the splits alone, before any image is read: whether the
+    # same command caches, and so what it learns, must not depend on what a cache holds by now.
+    num_validations = -(-config.steps // config.metrics_interval) + 1
+    without_cache = config.steps * images_per_step(config) + num_validations * len(
+        plans[-1].dataset
+    )
+    with_cache = sum(len(plan.dataset) * len(plan.stores) for plan in plans)
+    is_worth = with_cache <= without_cache
     if not is_worth:
         LOGGER.info(
             "cache_embeddings auto: off, because %d images (a flipped image counts again) would be "
@@ -272,11 +280,16 @@ def _check_shared_disk(plans: list[_StorePlan]) -> None:
 def _has_room(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) -> bool:
     # Collective. Deletes the embeddings of other runs if that makes enough room.
     needed = sum(cache.missing_bytes for cache in caches)
-    why_not = None
-    if distributed.is_main():
+    limit = int(config.cache_max_gib * GIB)
+
+    def make_room() -> str | None:
         own = {store.folder.name for cache in caches for store in cache.stores}
-        limit = int(config.cache_max_gib * GIB)
-        why_not = evict_unused_stores(cache_dir, own=own, needed=needed, limit=limit)
+        try:
+            return evict_unused_stores(cache_dir, own=own, needed=needed, limit=limit)
+        except OSError as error:
+            raise cache_write_error(cache_dir, error) from error
+
+    why_not = run_on_all_ranks(lambda: make_room() if distributed.is_main() else None)
     why_not = distributed.broadcast(why_not)
     if why_not is None:
         missing = sum(len(cache.missing) for cache in caches)

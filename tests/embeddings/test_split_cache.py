@@ -1,6 +1,8 @@
 """What embeddings depend on, and what of a split is there and what is missing."""
 
 import dataclasses
+import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from helpers.gloo_pool import GlooPool
 from samft import distributed
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset
+from samft.embeddings import split_cache as split_cache_module
 from samft.embeddings.split_cache import (
     CacheKey,
     ImageDigests,
@@ -22,7 +25,7 @@ from samft.embeddings.split_cache import (
     name_precision,
 )
 from samft.embeddings.store import EmbeddingRecord, EmbeddingStore
-from samft.errors import UserError
+from samft.errors import DataError, UserError
 from samft.models.sam import build_sam
 
 KEY = CacheKey("abc", 64, "pad", True, False, "float32", "float16")
@@ -138,9 +141,12 @@ def split_cache(annotations: Path) -> SplitCache:
 
 def write_entries(cache: SplitCache, state: int, rows_to_slots: dict[int, int]) -> None:
     for row, slot in rows_to_slots.items():
-        cache.stores[state].write(slot, np.full((8, 4, 4), row, np.float16))
+        values = np.full((8, 4, 4), row, np.float16)
+        cache.stores[state].write(slot, values)
         cache.stores[state].sync()
-        cache.stores[state].commit([EmbeddingRecord(slot, cache.files.digest_of(row), (1, 1))])
+        checksum = zlib.crc32(values.tobytes())
+        digest = cache.files.digest_of(row)
+        cache.stores[state].commit([EmbeddingRecord(slot, digest, (1, 1), checksum)])
 
 
 def test_missing_images_get_free_slots_and_copies_share_one(split: Path) -> None:
@@ -171,6 +177,62 @@ def test_a_split_with_embeddings_gives_them_by_position(split: Path) -> None:
     for row, value in {0: 0, 1: 1, 2: 2, 4: 4, 6: 0}.items():
         assert (embeddings.read(row, flipped=True) == value).all()
     assert embeddings.bad_images.keys() == {3, 5}
+
+
+def with_damage(annotations: Path) -> SplitCache:
+    """Five images stored twice, of which 2 is damaged in the first store, 1 and 4 in the second."""
+    cache = split_cache(annotations)
+    for state, damaged in ((0, (2,)), (1, (1, 4))):
+        write_entries(cache, state, {row: row for row in (0, 1, 2, 4, 5)})
+        for row in damaged:
+            with (cache.stores[state].folder / "embeddings.bin").open("r+b") as file:
+                file.seek(row * 4096 + 8)
+                file.write(b"!")
+    return cache
+
+
+def test_damaged_embeddings_are_missing_and_said(
+    split: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = with_damage(split)
+    caplog.set_level(logging.WARNING, logger="samft")
+    cache.find_missing()
+    assert cache.missing == [(1, (1,)), (2, (0,)), (4, (1,))]
+    said = [message for message in caplog.messages if "are damaged" in message]
+    assert ["1 embeddings" in said[0], "2 embeddings" in said[1]] == [True, True]
+    # Also if the run is killed now.
+    again = split_cache(split)
+    again.find_missing()
+    assert again.missing == cache.missing
+
+
+def missing_on_this_rank(annotations: Path) -> tuple[list[Any], list[str]]:
+    cache = split_cache(annotations)
+    cache.find_missing()
+    return cache.missing, [sorted(record) for record in cache.records]
+
+
+def test_ranks_verify_their_shares_and_agree(gloo2: GlooPool, split: Path) -> None:
+    with_damage(split)
+    ours, theirs = gloo2.run(missing_on_this_rank, split)
+    assert ours == theirs and ours[0] == [(1, (1,)), (2, (0,)), (4, (1,))]
+
+
+def test_a_large_cache_is_verified_when_it_is_read(
+    split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_cache_module, "VERIFIED_BYTES", 4096)
+    cache = with_damage(split)
+    cache.find_missing()
+    assert cache.missing == []
+    cache.attach_to_dataset()
+    embeddings = cache.dataset.embeddings
+    assert embeddings is not None and (embeddings.read(2, flipped=True) == 2).all()
+    with pytest.raises(DataError, match="same command again"):
+        embeddings.read(2, flipped=False)
+    again = split_cache(split)
+    again.find_missing()
+    assert again.missing == [(2, (0,))]
 
 
 def test_copies_of_a_broken_image_are_broken(split: Path) -> None:

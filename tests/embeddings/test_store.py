@@ -4,18 +4,21 @@ import errno
 import json
 import os
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from helpers.damage import FAULTS, REPLACEMENTS
 from samft.embeddings.store import (
     CachedEmbeddings,
     EmbeddingRecord,
     EmbeddingStore,
     evict_unused_stores,
 )
+from samft.errors import DataError
 from samft.images.files import ImageError
 from samft.runtime.logs import GIB, format_gib
 
@@ -30,6 +33,15 @@ def embedding(number: int, dtype: str = "float16") -> np.ndarray:
     return np.random.default_rng(number).normal(size=SHAPE).astype(dtype)
 
 
+def record(number: int, dtype: str = "float16") -> EmbeddingRecord:
+    checksum = zlib.crc32(embedding(number, dtype).tobytes())
+    return EmbeddingRecord(number, digest(number), (40 + number, 60), checksum)
+
+
+def read(store: EmbeddingStore, number: int, dtype: str = "float16") -> np.ndarray | None:
+    return store.read(number, checksum=record(number, dtype).checksum)
+
+
 def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> EmbeddingStore:
     """A store with `count` embeddings in it, opened anew."""
     store = EmbeddingStore(folder, shape=SHAPE, dtype=dtype)
@@ -37,7 +49,7 @@ def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> Embeddin
     for number in range(count):
         store.write(number, embedding(number, dtype))
     store.sync()
-    store.commit([EmbeddingRecord(k, digest(k), (40 + k, 60)) for k in range(count)])
+    store.commit([record(k, dtype) for k in range(count)])
     store.close()
     return EmbeddingStore(folder, shape=SHAPE, dtype=dtype)
 
@@ -46,18 +58,19 @@ def a_store(folder: Path, *, count: int = 0, dtype: str = "float16") -> Embeddin
 def test_what_was_committed_is_read_back_to_the_bit(tmp_path: Path, dtype: str) -> None:
     store = a_store(tmp_path / "a", count=3, dtype=dtype)
     records = store.read_records()
-    assert records == {digest(k): EmbeddingRecord(k, digest(k), (40 + k, 60)) for k in range(3)}
+    assert records == {digest(k): record(k, dtype) for k in range(3)}
     for reader in (store, pickle.loads(pickle.dumps(store))):
         for number in (2, 0, 1):
-            read = reader.read(number)
-            assert read.dtype == dtype and np.array_equal(read, embedding(number, dtype))
-    read[:] = 0  # a copy, not the file
-    assert np.array_equal(store.read(1), embedding(1, dtype))
+            copy = read(reader, number, dtype)
+            assert copy is not None and copy.dtype == dtype
+            assert np.array_equal(copy, embedding(number, dtype))
+    copy[:] = 0  # not the file
+    assert np.array_equal(read(store, 1, dtype), embedding(1, dtype))
 
 
 def test_a_pickle_is_small_after_reading(tmp_path: Path) -> None:
     store = a_store(tmp_path / "a", count=3)
-    store.read(0)
+    read(store, 0)
     assert len(pickle.dumps(store)) < 1000
 
 
@@ -67,7 +80,7 @@ def test_an_embedding_without_a_record_does_not_count(tmp_path: Path) -> None:
     store.sync()
     assert store.read_records().keys() == {digest(0), digest(1)}
     store.write(4, embedding(4))
-    store.commit([EmbeddingRecord(4, digest(4), (1, 1))])  # slots 2 and 3 stay open
+    store.commit([record(4)])  # slots 2 and 3 stay open
     assert store.read_records().keys() == {digest(0), digest(1), digest(4)}
 
 
@@ -97,11 +110,70 @@ def test_no_folder_has_no_entries(tmp_path: Path) -> None:
 def test_creating_again_keeps_what_is_there(tmp_path: Path) -> None:
     a_store(tmp_path / "a", count=2)
     os.utime(tmp_path / "a" / "meta.json", (1, 1))
-    store = EmbeddingStore(tmp_path / "a", shape=SHAPE, dtype="float16")
-    store.create({"who": "another"})
+    store = a_store(tmp_path / "a")
     assert len(store.read_records()) == store.num_records == 2
     assert json.loads((tmp_path / "a" / "meta.json").read_text()) == {"who": "a test"}
     assert (tmp_path / "a" / "meta.json").stat().st_mtime > 1e9
+
+
+# Damage
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *REPLACEMENTS])
+def test_whatever_happens_to_a_file_each_embedding_is_whole_or_missing(
+    tmp_path: Path, fault: str
+) -> None:
+    generator, damage = np.random.default_rng(0), {**FAULTS, **REPLACEMENTS}[fault]
+    for name in ("embeddings.bin", "records.bin", "meta.json"):
+        for number in range(5 if fault in FAULTS else 1):
+            folder = tmp_path / f"{name}{number}"
+            a_store(folder, count=3)
+            damage(folder / name, generator)
+            store = a_store(folder)
+            records = store.read_records()
+            whole = {k for k in range(3) if digest(k) in records and read(store, k) is not None}
+            for k in whole:
+                assert records[digest(k)] == record(k)
+                assert np.array_equal(read(store, k), embedding(k))
+            assert json.loads((folder / "meta.json").read_text()) == {"who": "a test"}
+            a_store(folder, count=3)  # what is missing can be written again
+            store = EmbeddingStore(folder, shape=SHAPE, dtype="float16")
+            assert store.read_records().keys() == {digest(k) for k in range(3)}
+            assert all(np.array_equal(read(store, k), embedding(k)) for k in range(3))
+
+
+def test_each_flipped_bit_of_an_embedding_shows(tmp_path: Path) -> None:
+    store, data = a_store(tmp_path / "a", count=2), tmp_path / "a" / "embeddings.bin"
+    whole = data.read_bytes()
+    for position in range(embedding(1).nbytes):
+        torn = bytearray(whole)
+        torn[store.slot_bytes + position] ^= 1 << position % 8
+        data.write_bytes(torn)
+        assert read(store, 1) is None and read(store, 0) is not None
+    data.write_bytes(whole)
+    assert read(store, 1) is not None
+
+
+def test_the_files_of_another_store_do_not_count(tmp_path: Path) -> None:
+    store, other = a_store(tmp_path / "a", count=2), a_store(tmp_path / "b", count=3)
+    for name in ("embeddings.bin", "records.bin"):
+        (other.folder / name).replace(store.folder / name)
+    assert store.read_records() == {}
+
+
+def test_a_damaged_embedding_is_refused_and_then_missing(tmp_path: Path) -> None:
+    stores = (a_store(tmp_path / "a", count=2),)
+    checksums = np.array([[record(k).checksum] for k in range(2)])
+    sizes = np.zeros((2, 2), dtype=np.int32)
+    cached = CachedEmbeddings(stores, np.array([[0], [1]]), checksums, sizes, {})
+    with (tmp_path / "a" / "embeddings.bin").open("r+b") as file:
+        file.seek(stores[0].slot_bytes)
+        file.write(b"x")
+    assert np.array_equal(cached.read(0, flipped=False), embedding(0))
+    with pytest.raises(DataError, match="same command again") as caught:
+        cached.read(1, flipped=False)
+    assert not isinstance(caught.value, ImageError)  # it is not the image that is broken
+    assert stores[0].read_records().keys() == {digest(0)}
 
 
 def test_a_full_disk_is_an_error_and_not_a_dead_process(tmp_path: Path, monkeypatch: Any) -> None:
@@ -119,14 +191,15 @@ def test_a_full_disk_is_an_error_and_not_a_dead_process(tmp_path: Path, monkeypa
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: Any) -> None:
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, part, at: whole(file, part[:1000], at))
-    assert np.array_equal(a_store(tmp_path / "a", count=2).read(1), embedding(1))
+    assert np.array_equal(read(a_store(tmp_path / "a", count=2), 1), embedding(1))
 
 
 def test_a_split_reads_by_position_and_refuses_bad_images(tmp_path: Path) -> None:
     stores = (a_store(tmp_path / "a", count=3), a_store(tmp_path / "b", count=3))
     slots = np.array([[2, 0], [-1, -1], [1, 1]])
     sizes = np.array([[42, 60], [0, 0], [41, 60]], dtype=np.int32)
-    cached = CachedEmbeddings(stores, slots, sizes, {1: "b.png is broken"})
+    checksums = np.array([[record(max(k, 0)).checksum for k in row] for row in slots.tolist()])
+    cached = CachedEmbeddings(stores, slots, checksums, sizes, {1: "b.png is broken"})
     assert np.array_equal(cached.read(0, flipped=False), embedding(2))
     assert np.array_equal(cached.read(0, flipped=True), embedding(0))
     assert cached.size(2) == (41, 60)
@@ -179,7 +252,7 @@ def test_the_longest_unused_go_first_and_only_as_many_as_needed(
 
 def test_what_another_run_reads_is_not_evicted(filled: Path) -> None:
     reader = EmbeddingStore(filled / "b", shape=SHAPE, dtype="float16")
-    reader.read(0)
+    reader.open()
     assert evict_unused_stores(filled, own=set(), needed=2 * MIB, limit=5 * MIB) is None
     assert names(filled) == {"b"}
     why = evict_unused_stores(filled, own=set(), needed=2 * MIB, limit=3 * MIB)

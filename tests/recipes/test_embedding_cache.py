@@ -40,6 +40,9 @@ pytestmark = pytest.mark.run
 NUM_TRAIN, NUM_VAL = 13, 5
 ALL = 2 * NUM_TRAIN + NUM_VAL  # training images as they are and flipped
 STEPS = 20
+# One image at a time is encoded as the pass encodes it: then a float32 cache changes no bit.
+SINGLY: dict[str, Any] = {"batch_size": 1, "accumulate_steps": 2}
+FLOAT32: dict[str, Any] = {**SINGLY, "cache_dtype": "float32", "save_top_k": 2}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uncached(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uncached")
-    train_here(cached_arguments(data, folder, cache_embeddings="off"))
+    train_here(cached_arguments(data, folder, cache_embeddings="off", **SINGLY))
     return folder
 
 
 @pytest.fixture(scope="module")
 def cached(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
-    argv = cached_arguments(data, folder, cache_dtype="float32", save_top_k=2)
+    argv = cached_arguments(data, folder, **FLOAT32)
     assert encodings_of(argv) == (0, ALL)
     return folder
 
@@ -66,17 +69,17 @@ def cached(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_float32_cache_changes_nothing(uncached: Path, cached: Path) -> None:
-    check_equal_metrics(cached, uncached, rel=1e-5)
-    assert largest_difference(cached, uncached) < 2e-3  # Adam makes much of rounding
+    check_equal_metrics(cached, uncached, rel=0)
+    assert largest_difference(cached, uncached) == 0.0
 
 
 def test_a_float16_cache_scores_within_half_a_percent(
     data: Path, uncached: Path, tmp_path: Path
 ) -> None:
-    train_here(cached_arguments(data, tmp_path))
+    train_here(cached_arguments(data, tmp_path, **SINGLY))
     lines = zip(read_metrics(tmp_path, "val"), read_metrics(uncached, "val"), strict=True)
-    gaps = [abs(ours["per_mask_iou"] - theirs["per_mask_iou"]) for ours, theirs in lines]
-    assert 0 < max(gaps) < 5e-3
+    assert max(abs(ours["per_mask_iou"] - theirs["per_mask_iou"]) for ours, theirs in lines) < 5e-3
+    assert largest_difference(tmp_path, uncached) > 0
 
 
 def test_the_encoders_weights_do_not_change(cached: Path) -> None:
@@ -90,9 +93,7 @@ def test_the_encoders_weights_do_not_change(cached: Path) -> None:
 def test_pictures_are_of_the_images(uncached: Path, cached: Path) -> None:
     for name in ("before.png", "after.png"):
         ours, theirs = (cv2.imread(str(folder / name)) for folder in (cached, uncached))
-        assert ours.std() > 10
-        np.testing.assert_allclose(ours, theirs, atol=130)
-        assert (ours != theirs).mean() < 0.01  # a mask may differ by a pixel
+        assert ours.std() > 10 and np.array_equal(ours, theirs)
 
 
 def prepared(data: Path, folder: Path, **changes: Any) -> tuple[Any, Any, Any]:
@@ -138,12 +139,12 @@ def test_training_needs_neither_images_nor_the_encoder(data: Path, tmp_path: Pat
 
 
 def test_a_finished_run_encodes_nothing(data: Path, cached: Path) -> None:
-    argv = cached_arguments(data, cached, cache_dtype="float32", save_top_k=2)
+    argv = cached_arguments(data, cached, **FLOAT32)
     assert encodings_of(argv) == (0, 0)
 
 
 def test_a_resumed_run_finds_the_cache(data: Path, cached: Path, tmp_path: Path) -> None:
-    argv = cached_arguments(data, tmp_path, cache_dtype="float32", save_top_k=2)
+    argv = cached_arguments(data, tmp_path, **FLOAT32)
     assert encodings_of([*argv, "--stop_after", "7"]) == (75, ALL)
     assert encodings_of(argv) == (0, 0)
     assert largest_difference(cached, tmp_path) == 0.0
@@ -211,7 +212,7 @@ def stop_at(number: int) -> Any:
 def test_a_signal_stops_encoding_and_the_same_command_resumes(
     data: Path, cached: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    argv = cached_arguments(data, tmp_path, cache_dtype="float32", save_top_k=2)
+    argv = cached_arguments(data, tmp_path, **FLOAT32)
     with counted_encodings(at=stop_at(6)) as counts:
         assert command_here(argv) == 75
     assert sum(counts) == 8
@@ -299,6 +300,54 @@ def log_of(folder: Path) -> str:
     return (folder / "train.log").read_text()
 
 
+def test_what_the_cache_held_changes_no_weight(data: Path, tmp_path: Path) -> None:
+    short = {"steps": 4, "metrics_interval": 4, "augment": "flip"}
+    argv = [cached_arguments(data, tmp_path / name, **short) for name in "ab"]
+    assert encodings_of(argv[0]) == (0, ALL)
+    stores = [path.parent for path in (tmp_path / "a" / "embeddings").glob("*/meta.json")]
+    shutil.copytree(tmp_path / "a" / "embeddings", tmp_path / "b" / "embeddings")
+    (flipped,) = (s for s in stores if json.loads((s / "meta.json").read_text())["flipped"])
+    shutil.rmtree(tmp_path / "b" / "embeddings" / flipped.name)
+    assert encodings_of(argv[1]) == (0, NUM_TRAIN)
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0.0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_is_damaged_during_training_ends_it_with_a_sentence(
+    data: Path, cached: Path, tmp_path: Path, capsys: Any, monkeypatch: Any, num_workers: int
+) -> None:
+    argv = cached_arguments(data, tmp_path, **FLOAT32, num_workers=num_workers)
+
+    def prepare_and_damage(*given: Any, **options: Any) -> bool:
+        done = prepare_cache(*given, **options)
+        for path in (tmp_path / "embeddings").glob("*/embeddings.bin"):
+            with path.open("r+b") as file:
+                file.seek(8192)
+                file.write(b"damaged")
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes_train, "prepare_cache", prepare_and_damage)
+        assert command_here(argv) == 2
+    error = capsys.readouterr().err
+    assert "has changed on the disk" in error and "Traceback" not in error
+    assert command_here(argv) == 0
+    assert largest_difference(cached, tmp_path) == 0.0
+
+
+def test_a_lock_that_is_a_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "embeddings" / "lock").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"cache_dir: .* cannot be written"):
+        train_here(cached_arguments(data, tmp_path))
+
+
+def test_auto_decides_alike_whatever_the_cache_holds(data: Path, tmp_path: Path) -> None:
+    shared = {"cache_dir": tmp_path / "cache", "metrics_interval": 100, "steps": 10}
+    assert encodings_of(cached_arguments(data, tmp_path / "on", **shared)) == (0, ALL)
+    auto = cached_arguments(data, tmp_path / "auto", **shared, cache_embeddings="auto")
+    assert encodings_of(auto) == (0, 10 * 2 + (2 + 1) * NUM_VAL)  # as without a cache, see below
+
+
 def test_auto_caches_for_a_frozen_encoder_only(data: Path, tmp_path: Path) -> None:
     auto = {"cache_embeddings": "auto", "steps": 4, "metrics_interval": 1}
     argv = cached_arguments(data, tmp_path / "frozen", **auto, augment="none")
@@ -374,9 +423,10 @@ def test_a_set_with_broken_images_trains_as_without_a_cache(data: Path, tmp_path
             on_bad_image="skip",
             cache_embeddings=folder.name,
             cache_dtype="float32",
+            **SINGLY,
         )
         assert command_here(argv) == 0
-    check_equal_metrics(folders[1], folders[0], rel=1e-5)
+    check_equal_metrics(folders[1], folders[0], rel=0)
     ours, theirs = (json.loads((f / "summary.json").read_text())["data"] for f in folders)
     assert ours == theirs
     assert ours["train"]["bad_images"].keys() == {"image_2.png", "image_7.png"}

@@ -227,7 +227,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def check_fields(config: Any) -> list[str]:
-    """One sentence for each setting that is none of its choices, or too low a number."""
+    """One sentence for each setting that is none of its choices, too low, or not UTF-8."""
     problems = []
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
@@ -237,6 +237,11 @@ def check_fields(config: Any) -> list[str]:
             hint = f" Did you mean '{near[0]}'?" if near else ""
             options = ", ".join(choices)
             problems.append(f"{field.name}: '{value}' is none of {options}.{hint}")
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            problems.append(
+                f"{field.name}: '{value}' is not UTF-8, so config.yaml and TensorBoard cannot hold "
+                "it: rename it, or give a symbolic link to it."
+            )
         if isinstance(value, (int, float)) and at_least is not None:
             if not at_least <= value < float("inf"):
                 problems.append(f"{field.name}: {value} must be at least {at_least}.")

@@ -52,7 +52,7 @@ from samft.runtime.logs import LOGGER
 FORMAT = 3  # of the files of an index; part of its name
 _META = "index.json"
 _UNUSED_DAYS = 30  # an index that was not opened for so long is deleted
-_ESCAPE = "surrogateescape"  # keeps file names that are not UTF-8
+_ESCAPE = "surrogatepass"  # keeps names that are not UTF-8, or that no file can have
 _BUFFER, _STARTS = "segmentations", "segmentation_starts"  # the arrays of `Segmentations`
 
 
@@ -66,7 +66,7 @@ class CocoIndex:
     Attributes:
         folder: Where the arrays are.
         image_folder: What file names are relative to.
-        names: uint8, the file names one after the other, UTF-8; see `file_name`.
+        names: uint8, the file names one after the other, see `file_name`.
         name_ends: int64 [N], the end of each in `names`.
         image_ids: int64 [N].
         sizes: int32 [N, 2], H, W of the files, px, turned by `orientations`.

@@ -1,6 +1,7 @@
 """Finds the splits of a dataset under its root. Imports no torch."""
 
 import codecs
+import functools
 import itertools
 import re
 from dataclasses import dataclass
@@ -93,13 +94,19 @@ def _find_by_likeness(data_root: Path, split: str, flags: str) -> tuple[Path, Pa
         fitting = found
     if len(fitting) == 1:
         annotations, images = fitting[0].annotations, fitting[0].images
-        LOGGER.info("split %s: %s, with the images in %s", split, annotations, images)
+        _log_once(f"split {split}: {annotations}, with the images in {images}")
         return annotations, images
     problem = f"more than one split for {split!r}" if fitting else f"no split {tried}"
     raise DataError(
         f"{data_root} has {problem}: neither {split}/_annotations.coco.json nor "
         f"annotations/instances_{split}.json. It holds {describe_folder(data_root)}. Give {flags}."
     )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    # A run finds its validation split again for its report.
+    LOGGER.info("%s", message)
 
 
 def _role_of(name: str) -> str:

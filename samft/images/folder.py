@@ -178,10 +178,10 @@ class ImageFolder:
             return MISSING
         except (OSError, RuntimeError):  # a loop of links
             return OUTSIDE
-        if not self._is_inside(target):
+        kind = _FILE if stat.S_ISREG(mode) else _FOLDER if stat.S_ISDIR(mode) else _SPECIAL
+        if kind != _SPECIAL and not self._is_inside(target):
             self._pools[name] = target.parent
             return OUTSIDE
-        kind = _FILE if stat.S_ISREG(mode) else _FOLDER if stat.S_ISDIR(mode) else _SPECIAL
         return _CODES[kind]
 
     def _is_inside(self, target: Path) -> bool:

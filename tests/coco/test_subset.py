@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -428,6 +429,22 @@ def test_one_group_alone_cannot_be_shared_out(tmp_path: Path) -> None:
     subset = _copies(tmp_path, ["a.png", "b.png"])
     with pytest.raises(DataError, match="1 group by group_by folder"):
         split_by_hash(subset, 0.5, group_by="folder")
+
+
+def test_names_that_are_no_utf8_are_kept_and_impossible_ones_counted(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9.png"), "\ud800.png", "x" * 300 + ".png", "y" * 300 + "/a.png"]
+    _write_image(tmp_path, "a.png")
+    (tmp_path / "a.png").rename(tmp_path / names[0])
+    images = [{"id": k, "file_name": name} for k, name in enumerate(names)]
+    square = [annotation(k + 1, k, [1, 1, 9, 1, 9, 9, 1, 9]) for k in range(4)]
+    path = write_json(tmp_path / "a.json", images, square)
+    for _ in range(2):  # the second time from the index
+        subset = read_coco(path, tmp_path, on_bad_image="skip")
+        assert _names(subset) == names[:1]
+        assert subset.index.file_names() == names
+        assert subset.counts["image-missing"] == 3
+    with pytest.raises(DataError, match="image-missing, 3"):
+        read_coco(path, tmp_path)
 
 
 def test_images_of_equal_size_and_start_are_compared_as_a_whole(tmp_path: Path) -> None:

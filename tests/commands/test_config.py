@@ -283,6 +283,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ("--val_annotations x", "val_annotations and val_images go together."),
         ("--augment large", "augment: 'large' is none of none, flip, scale."),
         ("--repeat_threshold 0", "repeat_threshold: 0.0 must lie between 0 and 1."),
+        ("--output_dir a\udcff", "output_dir: 'a\\udcff' is not UTF-8"),
         ("--group_by .*", "it has no group in brackets"),
         ("--group_by (", "no regular expression"),
         ("--min_mask_area -1", "min_mask_area: -1.0 must be at least 0."),

@@ -229,6 +229,8 @@ def _pixel_format(options: argparse.Namespace) -> PixelFormat:
 
 def _without_bad_images(task: PredictionTask, options: argparse.Namespace) -> PredictionTask:
     images = task.images
+    for note in images.notes:
+        _print_warning(note)
     reasons = [f"{images.names[row]}: {images.bad[row]}" for row in task.rows if row in images.bad]
     if reasons and options.on_bad_image == "error":
         more = ", ..." if len(reasons) > _NUM_NAMED else ""

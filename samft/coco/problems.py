@@ -252,6 +252,15 @@ class Problems:
             lines.append(f"{severity:8}{code:28}{issue.count:>7,}  {KINDS[code][1]}{where}")
         return lines
 
+    def frame_lines(self) -> list[str]:
+        """What is said of the frame of outlines and boxes where it is not the plain one."""
+        codes = ("frame-exif-turned", "frame-scaled", "rle-size-swapped", "rle-by-rows")
+        return [
+            f"{code}: {KINDS[code][1]} ({self.issues[code].shown(1)})"
+            for code in codes
+            if code in self.issues
+        ]
+
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for reports and for `from_json`."""
         return [

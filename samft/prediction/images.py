@@ -34,6 +34,7 @@ class ImageList:
         orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         bad: Row of each unreadable image -> the reason.
         pixels: How the values of the images become 8 bits.
+        notes: What is said of the frame of outlines in the COCO file.
     """
 
     names: list[str]
@@ -43,6 +44,7 @@ class ImageList:
     orientations: NDArray[np.uint8]
     bad: dict[int, str]
     pixels: PixelFormat = PLAIN
+    notes: Sequence[str] = ()
 
 
 def list_images(
@@ -137,7 +139,8 @@ def read_coco_images(
     bad = _reasons_unreadable(index, ImageFolder(folder, allow_links=allow_links))
     pixels = index.measure_pixels(pixels, np.flatnonzero(~index.bad))
     frames = index.sizes, index.orientations
-    return ImageList(names, paths, index.image_ids, *frames, bad, pixels), index
+    notes = index.problems.frame_lines()
+    return ImageList(names, paths, index.image_ids, *frames, bad, pixels, notes), index
 
 
 def _reasons_unreadable(index: CocoIndex, folder: ImageFolder) -> dict[int, str]:

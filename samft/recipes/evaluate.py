@@ -171,6 +171,8 @@ def _read_subset(options: argparse.Namespace, pixels: PixelFormat) -> CocoSubset
         subset.num_objects,
         f"; left out: {skipped}" if skipped else "",
     )
+    for line in subset.index.problems.frame_lines():
+        LOGGER.info("  %s", line)
     return subset
 
 

@@ -6,9 +6,7 @@ image.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from helpers.drawn_sets import Change, DrawnSet, draw_set, encode, write_set
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import Problems
 from samft.coco.repair import write_repaired
@@ -25,140 +24,6 @@ from samft.errors import DataError
 from samft.images.orientation import inverse_orientation, turn_pixels
 
 SEEDS = range(3)
-
-
-@dataclass
-class DrawnSet:
-    """Views of H x W as people see them, with outlines on them, before anything goes wrong."""
-
-    views: list[np.ndarray] = field(default_factory=list)
-    masks: list[list[np.ndarray]] = field(default_factory=list)
-    polygons: list[list[list[float]]] = field(default_factory=list)
-
-
-def draw_set(
-    seed: int, *, num_images: int = 5, num_objects: int = 4, size: tuple[int, int] = (120, 90)
-) -> DrawnSet:
-    """Ellipses anywhere in images of about the given H, W."""
-    rng = np.random.default_rng(seed)
-    drawn = DrawnSet()
-    for number in range(num_images):
-        height, width = size[0] + 8 * (number % 2), size[1]
-        view = rng.normal(40, 4, (height, width, 3))
-        masks, polygons = [], []
-        for _ in range(num_objects):
-            axes = rng.uniform(8, 16, 2)
-            centre = rng.uniform(axes.max(), [width - axes.max(), height - axes.max()])
-            outline = cv2.ellipse2Poly(
-                tuple(centre.astype(int).tolist()),
-                tuple(axes.astype(int).tolist()),
-                int(rng.integers(180)),
-                0,
-                360,
-                10,
-            )
-            mask = cv2.fillPoly(np.zeros((height, width), np.uint8), [outline], 1)
-            view[mask > 0] = rng.uniform(110, 230, 3)
-            masks.append(mask)
-            polygons.append(outline.astype(float).ravel().tolist())
-        drawn.views.append(np.clip(view, 0, 255).astype(np.uint8))
-        drawn.masks.append(masks)
-        drawn.polygons.append(polygons)
-    return drawn
-
-
-@dataclass
-class Change:
-    """What goes wrong on the way from the views to the files and the JSON."""
-
-    orientation: int = 1  # of the files that are not upright: every second one, or all
-    all_turned: bool = True
-    json_size: str = "view"  # or `file`, `swapped`, `none`
-    factor: float = 1.0  # side of the files by side of the views
-    fixed: tuple[int, int] | None = None  # W, H that all files are resized to
-    rle: str = ""  # `plain`, or a key of LAYOUTS
-    noise: bool = False
-    boxes: str = "xywh"
-
-
-def write_set(folder: Path, drawn: DrawnSet, change: Change, *, seed: int = 0) -> Path:
-    """Writes files and JSON; returns the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    images, annotations = [], []
-    for number, view in enumerate(drawn.views):
-        orientation = change.orientation if change.all_turned or number % 2 else 1
-        height, width = view.shape[:2]
-        stored = turn_pixels(view, inverse_orientation(orientation))
-        if change.fixed or change.factor != 1:
-            sides = [round(side * change.factor) for side in stored.shape[1::-1]]
-            stored = cv2.resize(stored, change.fixed or sides, interpolation=cv2.INTER_AREA)
-        exif = Image.Exif()
-        if orientation != 1:
-            exif[0x0112] = orientation
-        name = f"{number}.png"
-        Image.fromarray(stored).save(folder / name, exif=exif)
-        said = {
-            "view": {"height": height, "width": width},
-            "file": {"height": stored.shape[0], "width": stored.shape[1]},
-            "swapped": {"height": stored.shape[1], "width": stored.shape[0]},
-            "none": {},
-        }[change.json_size]
-        images.append({"id": number + 1, "file_name": name, **said})
-        pairs = zip(drawn.masks[number], drawn.polygons[number], strict=True)
-        for mask, polygon in pairs:
-            segmentation: Any = [polygon]
-            if change.noise and rng.random() < 0.08:
-                segmentation = [(np.array(polygon) - [30, 0] * (len(polygon) // 2)).tolist()]
-            if change.rle:
-                segmentation = encode(mask, change.rle)
-            box = box_of(mask, change.boxes)
-            if change.noise and rng.random() < 0.1:
-                box = [1.0, 1.0, 5.0, 70.0]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number + 1,
-                    "category_id": 1,
-                    "iscrowd": 0,
-                    "area": int(mask.sum()),
-                    "bbox": box,
-                    "segmentation": segmentation,
-                }
-            )
-    document = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "ellipse"}],
-    }
-    path = folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    return path
-
-
-def box_of(mask: np.ndarray, form: str) -> list[float]:
-    """The box of a mask in one of the forms."""
-    x, y, width, height = (float(side) for side in cv2.boundingRect(mask))
-    rows, columns = mask.shape
-    return {
-        "xywh": [x, y, width, height],
-        "xyxy": [x, y, x + width, y + height],
-        "centre": [x + width / 2, y + height / 2, width, height],
-        "shares": [x / columns, y / rows, width / columns, height / rows],
-        "image": [0, 0, columns, rows],
-        "none": [],
-    }[form]
-
-
-def encode(mask: np.ndarray, layout: str) -> dict[str, Any]:
-    """Run lengths in one of the layouts."""
-    flat = mask.ravel() if layout.startswith("by-rows") else mask.T.ravel()
-    changes = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    size = list(mask.shape)
-    if layout.endswith("size-swapped"):
-        size = size[::-1]
-    return {"size": size, "counts": [0, *counts] if flat[0] else counts}
 
 
 def open_set(path: Path) -> CocoIndex:

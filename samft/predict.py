@@ -13,7 +13,9 @@ of segment_anything finds the masks.
 OUT/results.json can be read with pycocotools' COCO.loadRes. Each entry has
 image_id, category_id, bbox (the given box; for an automatic mask its own),
 segmentation (RLE), score (the predicted IoU) and, where they exist,
-annotation_id, detector_score and stability_score. Without --annotations,
+annotation_id, detector_score and stability_score. An image_id is that of
+--annotations, also where it is text; an annotation_id that is no whole number
+is the one that samft.check --fix gives the object. Without --annotations,
 OUT/images.json is a COCO file with the id of each image.
 """
 

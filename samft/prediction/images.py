@@ -1,7 +1,7 @@
 """The images to predict on, from the command line or from a COCO file. Imports no torch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ class ImageList:
         bad: Row of each unreadable image -> the reason.
         pixels: How the values of the images become 8 bits.
         notes: What is said of the frame of outlines in the COCO file.
+        text_ids: From those in `ids` to the file's own, where these are no whole numbers.
     """
 
     names: list[str]
@@ -45,6 +46,12 @@ class ImageList:
     bad: dict[int, str]
     pixels: PixelFormat = PLAIN
     notes: Sequence[str] = ()
+    text_ids: dict[int, str] = field(default_factory=dict)
+
+    def id_as_written(self, row: int) -> int | str:
+        """The id of an image in the COCO file."""
+        number = int(self.ids[row])
+        return self.text_ids.get(number, number)
 
 
 def list_images(
@@ -138,9 +145,10 @@ def read_coco_images(
     paths = [folder / name for name in names]
     bad = _reasons_unreadable(index, ImageFolder(folder, allow_links=allow_links))
     pixels = index.measure_pixels(pixels, np.flatnonzero(~index.bad))
-    frames = index.sizes, index.orientations
     notes = index.problems.frame_lines()
-    return ImageList(names, paths, index.image_ids, *frames, bad, pixels, notes), index
+    texts = {number: text for text, number in index.image_keys.items()}
+    columns = names, paths, index.image_ids, index.sizes, index.orientations
+    return ImageList(*columns, bad, pixels, notes, texts), index
 
 
 def _reasons_unreadable(index: CocoIndex, folder: ImageFolder) -> dict[int, str]:

@@ -4,11 +4,13 @@ Images come from the command line or from a COCO file; boxes from the command li
 of that COCO file, or from a detector's COCO results file.
 """
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,8 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.entries import CROWD, NO_ID
+from samft.coco.image_entries import NO_CATEGORY as UNNAMED
 from samft.coco.index import CocoIndex
-from samft.coco.json_reader import ObjectEntry, load_document, read_entries, to_id
+from samft.coco.json_reader import (
+    ObjectEntry,
+    load_document,
+    number_of,
+    read_entries,
+    to_id,
+    to_key,
+)
 from samft.coco.problems import WARNING, Problems
 from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
@@ -27,7 +37,9 @@ from samft.runtime.files import read_file
 DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists
 NO_CATEGORY = 0  # of objects without a class, where a COCO file defines classes
 _NUM_NAMED = 3  # examples in an error
-_LOW_SCORE, _NO_AREA = "score below --min_score", "no width or height"
+_LOW_SCORE, _NO_SCORE = "score below --min_score", "a score that is no number"
+_NO_AREA = "no usable bbox"
+_MAX_COORDINATE = 1e7  # px; far outside of any image
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,7 @@ class PredictionTask:
 
     def result_fields(self, row: int, k: int) -> dict[str, Any]:
         """Fields of a COCO result that do not depend on the mask, for the k-th mask of an image."""
-        fields: dict[str, Any] = {"image_id": int(self.images.ids[row])}
+        fields: dict[str, Any] = {"image_id": self.images.id_as_written(row)}
         if self.boxes is None:
             return {**fields, "category_id": self.category}
         box = self.boxes.of_image(row)[k]
@@ -134,7 +146,8 @@ def build_task(
         )
         category = NO_CATEGORY
     if results is not None:
-        detected = detected_boxes(results, images, min_score=min_score)
+        keys = index.category_keys if index else {}
+        detected = detected_boxes(results, images, min_score=min_score, categories=keys)
         return PredictionTask(images, sorted(set(detected.rows.tolist())), detected, category)
     if annotations is not None and index is not None and not (boxes or automatic):
         annotated = annotated_boxes(annotations, index)
@@ -206,7 +219,8 @@ def annotated_boxes(annotations: Path, index: CocoIndex) -> Boxes:
     plain = np.flatnonzero((index.flags & CROWD) == 0)
     rows = np.repeat(np.arange(index.num_images), np.diff(index.first_object))[plain]
     boxes, ids = index.boxes[plain], index.object_ids[plain]
-    categories = np.maximum(index.categories[plain], NO_CATEGORY)
+    categories = index.categories[plain]
+    categories = np.where(categories == UNNAMED, NO_CATEGORY, categories)
     left_out: dict[str, int] = {}
     # The JSON is read a second time only if the index left out an object because of its mask.
     if any(severity == WARNING and _is_mask_problem(code) for code, severity, _ in index.problems):
@@ -226,12 +240,12 @@ def _is_mask_problem(code: str) -> bool:
 def _boxes_without_masks(
     annotations: Path, index: CocoIndex
 ) -> tuple[list[_ImageBox], dict[str, int]]:
-    used_ids = set(index.object_ids.tolist())
+    seen: set[int | str] = set()
     boxes: list[_ImageBox] = []
     num_unusable = 0
     for row, entry in _objects_left_out(annotations, index):
-        object_id = to_id(entry.id)
-        if object_id in used_ids:
+        key = to_key(entry.id)
+        if key in seen:
             continue
         corners = _bbox_to_corners(entry.bbox)
         if corners is not None:
@@ -239,35 +253,37 @@ def _boxes_without_masks(
         if corners is None or _is_outside(corners, index.sizes[row].tolist()):
             num_unusable += 1
             continue
-        used_ids.add(object_id)
-        category_id = to_id(entry.category_id) or NO_CATEGORY
-        boxes.append(
-            _ImageBox(row, corners, category_id, NO_ID if object_id is None else object_id)
-        )
+        seen |= set() if key is None else {key}  # objects without an id are not alike
+        category_id = number_of(entry.category_id, index.category_keys) or NO_CATEGORY
+        boxes.append(_ImageBox(row, corners, category_id, key if isinstance(key, int) else NO_ID))
     return boxes, {"neither a mask nor a usable bbox": num_unusable} if num_unusable else {}
 
 
 def _objects_left_out(annotations: Path, index: CocoIndex) -> Iterator[tuple[int, ObjectEntry]]:
-    # Image row and entry of objects that are in the JSON but not in the index; no crowds.
+    # Image row and entry of objects that are in the JSON but not in the index; no crowds, and none
+    # with the id of an object that is.
     indexed = set(index.positions.tolist())
-    row_of = {image_id: row for row, image_id in enumerate(index.image_ids.tolist())}
-    entries = load_document(annotations, Problems()).annotations
-    for position, entry in enumerate(read_entries(entries, ObjectEntry)):
+    row_of = {key: row for row, key in enumerate(index.image_ids_as_written())}
+    entries = list(read_entries(load_document(annotations, Problems()).annotations, ObjectEntry))
+    used = {to_key(entry.id) for k, entry in enumerate(entries) if entry and k in indexed} - {None}
+    for position, entry in enumerate(entries):
         if position in indexed or entry is None or to_id(entry.iscrowd):
             continue
-        row = row_of.get(to_id(entry.image_id) or 0)
-        if row is not None and not index.bad[row]:
+        row = row_of.get(to_key(entry.image_id) or "")
+        if row is not None and not index.bad[row] and to_key(entry.id) not in used:
             yield row, entry
 
 
 def _bbox_to_corners(bbox: Any) -> list[float] | None:
     # COCO's x, y, width, height as x0, y0, x1, y1; None where that is not four usable numbers.
     try:
-        x, y, width, height = (float(side) for side in bbox)
-    except (TypeError, ValueError):
+        x, y, width, height = (float(side) for side in list(bbox))
+    except (TypeError, ValueError, OverflowError):
         return None
     corners = [x, y, x + width, y + height]
-    return corners if np.isfinite(corners).all() and min(width, height) > 0 else None
+    # False for NaN as well.
+    fits = bool(np.abs(corners).max() <= _MAX_COORDINATE) and min(width, height) > 0
+    return corners if fits and not isinstance(bbox, str) else None
 
 
 def _is_outside(corners: Sequence[float], size: Iterable[int]) -> bool:
@@ -279,30 +295,47 @@ def _is_outside(corners: Sequence[float], size: Iterable[int]) -> bool:
 
 
 class _Detection(msgspec.Struct):
-    image_id: int
-    bbox: tuple[float, float, float, float]
-    category_id: int = NO_CATEGORY
-    score: float | None = None
+    image_id: Any
+    bbox: tuple[Any, Any, Any, Any]
+    category_id: Any = None
+    score: Any = None
 
 
-def detected_boxes(results: Path, images: ImageList, *, min_score: float = 0.0) -> Boxes:
+def detected_boxes(
+    results: Path,
+    images: ImageList,
+    *,
+    min_score: float = 0.0,
+    categories: Mapping[str, int] = MappingProxyType({}),
+) -> Boxes:
     """The boxes of a detector's COCO results file.
 
     Args:
         results: A list of image_id, category_id, bbox (x y width height, px) and score.
         images: The images that were given to the detector.
         min_score: Boxes that score lower are left out.
+        categories: Ids of classes that the file may name, see `CocoIndex.category_keys`.
 
     Raises:
-        DataError: The file cannot be read, or belongs to other images.
+        DataError: The file cannot be read, or belongs to other images or classes.
     """
     detections = _read_detections(results)
-    row_of = {image_id: row for row, image_id in enumerate(images.ids.tolist())}
-    unknown = [f"image_id {one.image_id}" for one in detections if one.image_id not in row_of]
+    row_of = {images.id_as_written(row): row for row in range(len(images.ids))}
+    unknown = [f"image_id {one.image_id}" for one in detections if _row_of(one, row_of) is None]
     _refuse_foreign_boxes(
         results, unknown, len(detections), "images that the annotation file does not list"
     )
-    boxes, outside, left_out = _select_detections(detections, images, row_of, min_score=min_score)
+    nameless = [
+        f"category_id {one.category_id}"
+        for one in detections
+        if one.category_id is not None and number_of(one.category_id, categories) is None
+    ]
+    _refuse_foreign_boxes(
+        results, nameless, len(detections), "classes that the annotation file does not name"
+    )
+    boxes, outside, left_out = _select_detections(
+        detections, images, row_of, min_score=min_score, categories=categories
+    )
     _refuse_foreign_boxes(results, outside, len(detections), "places outside of their images")
     return _boxes_by_image(
         [box.row for box in boxes],
@@ -313,9 +346,20 @@ def detected_boxes(results: Path, images: ImageList, *, min_score: float = 0.0) 
     )
 
 
+def _row_of(one: _Detection, row_of: Mapping[int | str, int]) -> int | None:
+    key = to_key(one.image_id)
+    return None if key is None else row_of.get(key)
+
+
 def _read_detections(results: Path) -> list[_Detection]:
     try:
-        return msgspec.json.decode(read_file(results), type=list[_Detection], strict=False)
+        content = read_file(results)
+        try:
+            return msgspec.json.decode(content, type=list[_Detection])
+        except msgspec.ValidationError:
+            raise
+        except (ValueError, RecursionError):  # Python's parser also reads NaN
+            return msgspec.convert(json.loads(content), type=list[_Detection])
     except OSError as error:
         raise DataError(
             f"--boxes: {results} cannot be read ({error.strerror}): check the path."
@@ -328,25 +372,43 @@ def _read_detections(results: Path) -> list[_Detection]:
 
 
 def _select_detections(
-    detections: list[_Detection], images: ImageList, row_of: dict[int, int], *, min_score: float
+    detections: list[_Detection],
+    images: ImageList,
+    row_of: dict[int | str, int],
+    *,
+    min_score: float,
+    categories: Mapping[str, int],
 ) -> tuple[list[_ImageBox], list[str], dict[str, int]]:
     # The usable boxes, those outside of their image as text, and the number left out by reason.
     boxes: list[_ImageBox] = []
     outside: list[str] = []
     counts: Counter[str] = Counter()
     for one in detections:
-        row, corners = row_of[one.image_id], _bbox_to_corners(one.bbox)
-        score = math.nan if one.score is None else one.score
-        if score < min_score:
+        row, corners = _row_of(one, row_of), _bbox_to_corners(one.bbox)
+        score = math.nan if one.score is None else _to_finite(one.score)
+        assert row is not None
+        if score is None:
+            counts[_NO_SCORE] += 1
+        elif score < min_score:
             counts[_LOW_SCORE] += 1
         elif corners is None:
             counts[_NO_AREA] += 1
         elif row not in images.bad and _is_outside(corners, images.sizes[row].tolist()):
             outside.append(f"{list(one.bbox)} in {images.names[row]}")
         else:
-            boxes.append(_ImageBox(row, corners, one.category_id, score=score))
-    left_out = {reason: counts[reason] for reason in (_NO_AREA, _LOW_SCORE) if counts[reason]}
+            category_id = number_of(one.category_id, categories) or NO_CATEGORY
+            boxes.append(_ImageBox(row, corners, category_id, score=score))
+    reasons = (_NO_AREA, _LOW_SCORE, _NO_SCORE)
+    left_out = {reason: counts[reason] for reason in reasons if counts[reason]}
     return boxes, outside, left_out
+
+
+def _to_finite(raw: Any) -> float | None:
+    try:
+        number = float(raw)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _refuse_foreign_boxes(results: Path, foreign: list[str], total: int, where: str) -> None:

@@ -87,6 +87,19 @@ def test_an_object_without_an_id_has_none(coco: Path) -> None:
     assert (boxes.annotation_ids.tolist(), len(boxes)) == ([NO_ID], 1)
 
 
+def test_objects_without_mask_and_id_are_all_used(coco: Path) -> None:
+    whole = json.loads(coco.read_text())["annotations"]
+    bare = [{"image_id": 11, "category_id": "thing", "bbox": [k, 2, 3, 4]} for k in range(4)]
+    # The object without an id gets 1, which is no reason to leave the last one out.
+    mask = {key: value for key, value in whole[0].items() if key != "id"}
+    _, index = read_coco_images(
+        write_annotations(coco, [mask, *bare, {**bare[0], "id": 1}]), coco.parent
+    )
+    boxes = annotated_boxes(coco, index)
+    assert boxes.annotation_ids.tolist() == [1, *[NO_ID] * 4, 1]
+    assert boxes.category_ids.tolist() == [1] * 6 and boxes.left_out == {}
+
+
 def test_given_boxes_are_repeated_in_every_image(coco: Path) -> None:
     boxes = repeat_boxes([[1, 2, 30, 40], [0, 0, 40, 40.5]], images_of(coco), 1)
     assert boxes.rows.tolist() == [0, 0, 1, 1, 2, 2]
@@ -114,7 +127,7 @@ def test_detections_are_grouped_by_image_and_filtered_by_score(coco: Path) -> No
     assert boxes.boxes_original[0].tolist() == [-2, 1.5, 8, 11.5]
     assert boxes.category_ids.tolist() == [3, 3, 0]
     assert boxes.scores[:2].tolist() == [0.3, 0.9] and np.isnan(boxes.scores[2])
-    assert boxes.left_out == {"no width or height": 1, "score below --min_score": 1}
+    assert boxes.left_out == {"no usable bbox": 1, "score below --min_score": 1}
     assert list(boxes.of_image(2)) == [1, 2] and list(boxes.of_image(1)) == []
 
 
@@ -127,7 +140,11 @@ def test_detections_are_grouped_by_image_and_filtered_by_score(coco: Path) -> No
         ([{"image_id": 10, "segmentation": {}}], "missing required field `bbox`"),
         ({"annotations": []}, "Expected `array`, got `object`"),
         ("[{", "no COCO results file"),
-        ('[{"image_id": 10, "bbox": [1, 2, NaN, 3]}]', "no COCO results file"),
+        ([detection(2**70)], f"images that the annotation file .*image_id {2**70}"),
+        ([detection([10])], "images that the annotation file"),
+        ([detection(bbox=[1e6, 1, 5, 5])], "places outside of their images"),
+        ([detection(category_id="dog")], "classes that the annotation file does not name .*dog"),
+        ([detection(category_id=2**70)], "classes that the annotation file does not name"),
     ],
 )
 def test_other_files_and_results_of_other_images_are_refused(
@@ -135,6 +152,37 @@ def test_other_files_and_results_of_other_images_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         detected_boxes(write_results(coco.parent, entries), images_of(coco))
+
+
+def test_unusable_detections_are_left_out_and_counted(coco: Path) -> None:
+    sides = (float("nan"), float("inf"), 1e308, 10**400, None, "wide", -3)
+    detections = [detection(bbox=[1, 2, side, 1e308]) for side in sides]
+    detections += [detection(score=one) for one in ("high", [], float("nan"), 10**400)]
+    detections += [detection(score="0.75"), detection(score=None), detection(category_id="thing")]
+    boxes = detected_boxes(
+        write_results(coco.parent, detections), images_of(coco), categories={"thing": 7}
+    )
+    assert boxes.category_ids.tolist() == [3, 3, 7]
+    np.testing.assert_array_equal(boxes.scores, [0.75, np.nan, 0.5])
+    assert boxes.left_out == {
+        "no usable bbox": 7,
+        "a score that is no number": 4,
+    }
+
+
+def test_images_with_ids_of_text_are_found(coco: Path) -> None:
+    document = json.loads(coco.read_text())
+    names = {image["id"]: f"photo_{image['id']}" for image in document["images"]}
+    for image in document["images"]:
+        image["id"] = names[image["id"]]
+    for entry in document["annotations"]:
+        entry["image_id"] = names[entry["image_id"]]
+    coco.write_text(json.dumps(document))
+    results = write_results(coco.parent, [detection("photo_12")])
+    task = build_task([coco.parent], annotations=coco, results=results)
+    assert task.rows == [2] and task.result_fields(2, 0)["image_id"] == "photo_12"
+    with pytest.raises(DataError, match="image_id 3"):  # their numbers are samft's own
+        detected_boxes(write_results(coco.parent, [detection(3)]), images_of(coco))
 
 
 def test_a_missing_results_file_is_refused(coco: Path) -> None:

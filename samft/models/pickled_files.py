@@ -105,7 +105,7 @@ def load_torch_file(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             _check_archive(path)
         else:
-            _check_legacy_file(path)
+            _check_other_file(path)
         with (
             warnings.catch_warnings(),
             torch.serialization.safe_globals(_ALLOWED),
@@ -134,6 +134,14 @@ def _check_archive(path: Path) -> None:
             raise _refusal(
                 path, f"unpacked, it would be {total:,} bytes: torch.save does not compress."
             )
+        for entry in entries:
+            if not entry.CRC:  # torch.save may have been told to compute none
+                entry.CRC = None  # type: ignore[assignment]
+        damaged = archive.testzip()  # torch does not look at them
+        if damaged is not None:
+            raise _refusal(
+                path, f"it is damaged: the checksum of {damaged} is wrong. Fetch or copy it again."
+            )
         for entry in pickled:
             if entry.file_size > _MAX_PICKLE_BYTES:
                 raise _refusal(
@@ -145,10 +153,16 @@ def _check_archive(path: Path) -> None:
                 raise _refusal(path, _explain_class("builtins.bytearray"))
 
 
-def _check_legacy_file(path: Path) -> None:
-    # Filled with zeros as soon as it is made, a bytearray is the one object that torch allows whose
-    # size a file may choose.
+def _check_other_file(path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:4] == b"PK\x03\x04":
+            raise _refusal(
+                path,
+                "it is cut short: the table of contents at its end is missing. Fetch or copy it "
+                "again.",
+            )
+        # Filled with zeros as soon as it is made, a bytearray is the one object that torch allows
+        # whose size a file may choose.
         if content.find(b"\nbytearray\n") >= 0:
             raise _refusal(path, _explain_class("builtins.bytearray"))
 
@@ -171,8 +185,12 @@ def _explain(message: str) -> str:
             "it is pickled in a way that torch loads no weights from, with another pickle_protocol "
             "than 2, say. Save it again where it was made: torch.save(state_dict, 'weights.pth')."
         )
-    if "allocate memory" in message or "Unable to allocate" in message:
+    if re.search("allocate memory|Unable to allocate|overflow", message):
         return "a tensor in it declares more values than fit into memory."
+    if re.search("does not match expected size|not resizable|out of bounds", message):
+        return "a tensor in it declares more values than its data has, so it is damaged."
+    if message.startswith("[Errno 22]"):  # of a seek to before the file's beginning
+        message = "its table of contents does not fit it"
     return (
         f"it is damaged or cut short ({_brief(message)}). Fetch or copy it again, and compare its "
         "size and SHA-256 with the source's."

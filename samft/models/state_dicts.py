@@ -112,7 +112,7 @@ def find_state(content: Any, *, source: object) -> ExtractedState:
     parts = _HUGGINGFACE_PARTS if is_huggingface else _SAM_PARTS
     for key, value in chosen.entries.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{source} has a key that is no text, {key!r:.40}.")
+            raise CheckpointError(f"{source} has a key that is no text, {_key_text(key)}.")
         name = _bare(key).removeprefix(chosen.prefix)
         if not _bare(key).startswith(chosen.prefix) or not name.startswith(parts):
             left_out.append(key)
@@ -159,7 +159,7 @@ def to_float32(
         )
     kinds = Counter(str(t.dtype).removeprefix("torch.") for t in state.values())
     del kinds["float32"]
-    notes = [f"{number} tensors converted from {kind}" for kind, number in sorted(kinds.items())]
+    notes = [f"tensors converted from {kind}: {number}" for kind, number in sorted(kinds.items())]
     return {name: tensor.float() for name, tensor in state.items()}, notes
 
 
@@ -170,6 +170,13 @@ def describe_other_model(names: Iterable[str]) -> str | None:
         if any(pattern.search(name) for name in names):
             return what
     return None
+
+
+def _key_text(key: Any) -> str:
+    # Others may nest so deeply that no text can be made of them.
+    if isinstance(key, str | int | float | bytes | None):
+        return str(key)[:40]
+    return f"a value of the type {type(key).__name__}"
 
 
 def _bare(key: str) -> str:
@@ -185,7 +192,7 @@ def _dicts_in(
         seen.add(id(content))
         yield path, content
         for key, value in content.items():
-            yield from _dicts_in(value, (*path, str(key)[:40]), seen)
+            yield from _dicts_in(value, (*path, _key_text(key)), seen)
 
 
 def _find_candidates(content: Any) -> Iterator[_WrappedState]:
@@ -230,7 +237,7 @@ def _notes(chosen: _WrappedState, left_out: list[str]) -> list[str]:
         shown = ", ".join(key[:60] for key in sorted(left_out)[:3]) + (
             ", ..." if len(left_out) > 3 else ""
         )
-        notes.append(f"{len(left_out)} entries left out that are not SAM's ({shown})")
+        notes.append(f"entries left out that are not SAM's: {len(left_out)} ({shown})")
     return notes
 
 
@@ -240,7 +247,7 @@ def _describe_without_sam(content: Any) -> str:
     names = max((_tensor_names(one) for _, one in _dicts_in(content)), key=len)
     names = [_bare(name) for name in names]
     if not names:
-        keys = ", ".join(str(key)[:40] for key in list(content)[:5])
+        keys = ", ".join(_key_text(key) for key in list(content)[:5])
         return f"holds no flat dict of SAM's tensors, only {keys or 'an empty dict'}."
     what = describe_other_model(names)
     if what is None and all(not name.startswith("image_encoder.") for name in names):

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import datetime
 import io
 import json
@@ -10,7 +11,7 @@ import pathlib
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ WRAPPERS: dict[str, tuple[Callable[[State], Any], str]] = {
             "hyper_parameters": argparse.Namespace(lr=1e-4, out=pathlib.Path("x")),
             "callbacks": {"Checkpoint": {"best_model_score": torch.tensor(1.0)}},
         },
-        "1 entries left out that are not SAM's (criterion.weight)",
+        "entries left out that are not SAM's: 1 (criterion.weight)",
     ),
     "micro-sam": (
         lambda s: {
@@ -186,7 +187,7 @@ def test_other_floats_are_converted_and_it_is_said(
         caplog.clear()
         read = read_state(tmp_path / name)
         assert_equal(read, {name: tensor.float() for name, tensor in narrow.items()})
-        assert f"{len(state)} tensors converted from {str(dtype)[6:]}" in caplog.text
+        assert f"tensors converted from {str(dtype)[6:]}: {len(state)}" in caplog.text
 
 
 # Files of other formats
@@ -440,6 +441,31 @@ def test_positions_of_absurd_shapes_are_refused(
     with pytest.raises(CheckpointError) as caught:
         read_state(tmp_path / "a.pth")
     assert message in str(caught.value)
+
+
+def test_a_flipped_bit_is_noticed_where_the_file_has_checksums(
+    tmp_path: Path, state: State
+) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(state, path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"damaged: the checksum of a/data/\d+ is wrong"):
+        read_state(path)
+    with without_checksums():
+        torch.save(state, path)
+    assert_equal(read_state(path), state)
+
+
+@contextlib.contextmanager
+def without_checksums() -> Iterator[None]:
+    """Has torch.save compute no checksums."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(True)
 
 
 def test_a_compressed_archive_that_would_fill_the_memory_is_refused(

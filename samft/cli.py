@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -82,6 +83,8 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        # So that --pixel_range -1000,400 is a flag and its value; argparse knows -1000 alone.
+        self._negative_number_matcher = re.compile(r"-\.?\d[\d.,e+-]*$")
 
     def error(self, message: str) -> NoReturn:
         """Refuses the command line.

@@ -30,6 +30,7 @@ _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _PNG_DEPTH = 24  # position of the number of bits
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _STARTS_OF_FRAME = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; others need Pillow
+_JPEG_LS = 0xF7
 _NO_FRAMES = {0xC4, 0xC8, 0xCC}  # among the markers of frames
 _JPEG_EXIF, _PNG_EXIF = b"Exif\0\0", b"eXIf"
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -188,6 +189,8 @@ def explain_damage(content: bytes, error: UnusableImage) -> UnusableImage:
     """The reason why a JPEG or PNG cannot be decoded, from its structure, else the given one."""
     if error.code not in ("image-damaged", "image-not-an-image", "image-truncated"):
         return error
+    if kind := _rare_jpeg(content):
+        return UnusableImage("image-format", kind)
     if is_cut_short(content):
         return UnusableImage("image-truncated")
     if problem := png_problem(content):
@@ -195,6 +198,16 @@ def explain_damage(content: bytes, error: UnusableImage) -> UnusableImage:
     if content.startswith((JPEG_START, _PNG)) and error.code == "image-not-an-image":
         return UnusableImage("image-damaged", "its header")
     return error
+
+
+def _rare_jpeg(content: bytes) -> str:
+    # Of a whole file, whose pixels no library here decodes; empty for others.
+    for marker, start in _jpeg_segments(content) if content.startswith(JPEG_START) else ():
+        if marker == _JPEG_LS:
+            return "JPEG-LS"
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES and content[start] != 8:
+            return f"a JPEG of {content[start]} bits"
+    return ""
 
 
 def png_problem(content: bytes) -> str | None:

@@ -88,7 +88,8 @@ def _explain_errors(content: bytes) -> Iterator[None]:
     except MemoryError as error:
         raise UnusableImage("image-too-large", "more than the memory holds") from error
     except Exception as error:  # parsers raise anything on malicious files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        # Of a KeyError, say, the message is but the key.
+        reason = [line for line in str(error).strip().splitlines() if " " in line] or ["its header"]
         code = "image-truncated" if "truncated" in reason[0] else "image-damaged"
         raise UnusableImage(code, reason[0][:200]) from error
 

@@ -143,6 +143,15 @@ def _colours_of(
     values = pixels.choose_bands(values, are_colours=photometric == _RGB and values.shape[2] == 4)
     if photometric == _MINISWHITE and values.dtype.kind == "u":
         values = np.iinfo(values.dtype).max - values
-    if values.dtype.kind == "f" and _GDAL_NODATA in page.tags:
-        values = np.where(values == values.dtype.type(page.nodata), np.nan, values)
-    return values
+    return _without_nodata(values, page) if _GDAL_NODATA in page.tags else values
+
+
+def _without_nodata(values: NDArray[Any], page: "tifffile.TiffPage") -> NDArray[Any]:
+    # GDAL's mark of pixels without data, -9999 say, would be most of the range. NaN, or, where the
+    # type has none, the least value instead.
+    empty = values == page.nodata
+    if values.dtype.kind == "f":
+        return np.where(empty | (values == values.dtype.type(page.nodata)), np.nan, values)
+    if values.dtype == np.uint8 or not empty.any() or empty.all():
+        return values
+    return np.where(empty, values[~empty].min(), values)

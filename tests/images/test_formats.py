@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -123,6 +124,19 @@ def test_no_data_of_gdal_is_dark(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image[..., 0], expected)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "uint16"])
+def test_no_data_of_whole_numbers_is_the_least_value(tmp_path: Path, dtype: str) -> None:
+    mark = {"int16": -9999, "uint16": 65535}[dtype]
+    values = np.where(GREY < 50, mark, GREY.astype(int) + 50).astype(dtype)
+    text = str(mark)
+    content = tiff(values, extratags=[(42113, 2, len(text) + 1, text, True)])
+    image = np.asarray(read_both(tmp_path, content, pixel_range="100,305"))[..., 0]
+    assert not image[GREY < 50].any()
+    np.testing.assert_array_equal(
+        image[GREY >= 50], np.rint((GREY[GREY >= 50] - 50.0) / 205 * 255).astype(np.uint8)
+    )
+
+
 BANDS = {
     "contiguous": tiff(FIVE, photometric="minisblack", planarconfig="contig"),
     "separate": tiff(
@@ -192,6 +206,9 @@ DAMAGED = {
     "cut TGA": (with_pillow("TGA", COLOURS)[:1000], "image-truncated"),
     "cut GIF": (with_pillow("GIF", COLOURS)[:900], "image-truncated"),
     "cut AVIF": (with_pillow("AVIF", COLOURS)[:200], "image-damaged"),
+    "12-bit JPEG": (imagecodecs.jpeg_encode(DEEP, bitspersample=12), "image-format"),
+    "JPEG-LS": (imagecodecs.jpegls_encode(GREY), "image-format"),
+    "TIFF header": (b"II*\0\x08\0\0\0", "image-damaged"),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(300), "image-format"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image-format"),
     "complex": (tiff(GREY.astype(np.complex64)), "image-format"),

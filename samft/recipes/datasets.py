@@ -86,6 +86,16 @@ class Splits:
             _log_bad_images(counts["bad_images"])
         for line in self.pixels.lines():
             LOGGER.info("%s", line)
+        for split, small in self.small_objects.items():
+            if small.num_small and not small.are_many:
+                LOGGER.info(
+                    "%s: %d of %d objects (%.1f%%) are too small for image_size %d",
+                    split,
+                    small.num_small,
+                    small.num_objects,
+                    100 * small.share,
+                    small.image_size,
+                )
         advice = advise_on_small_objects(self.small_objects)
         if advice and distributed.is_main():  # a warning is for the other ranks' logs, too
             LOGGER.warning("%s", advice)

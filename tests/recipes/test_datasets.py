@@ -83,6 +83,19 @@ def test_the_log_tells_in_time_that_objects_are_too_small(
         assert "--image_size 128 leaves 0 of them, at 4.0 times" in caplog.messages[-1]
 
 
+def test_the_log_tells_of_few_small_objects_too(tmp_path, caplog):
+    for split in ("train", "val"):
+        path = write_coco(tmp_path, 2, split=split, seed=len(split), sizes=((64, 64),))
+        document = json.loads(path.read_text())
+        squares = [[1, 1, s, 1, s, s, 1, s] for s in (5, 21, 31, 41, 51)]
+        objects = [annotation(k, 10 + k % 2, corners) for k, corners in enumerate(squares, 1)]
+        write_json(path, document["images"], objects)
+    with caplog.at_level(logging.INFO, logger="samft"):
+        load_splits(a_config(tmp_path, image_size=64)).log_counts()
+    assert "val: 1 of 5 objects (20.0%) are too small for image_size 64" in caplog.messages
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
 def test_the_log_names_what_was_left_out(data, caplog):
     splits = load_splits(a_config(data))
     with caplog.at_level(logging.INFO, logger="samft"):

@@ -147,10 +147,11 @@ class ImageFolder:
             wholes = [Path(joined).parts[1:]]
         for whole in wholes:
             for own, resolved in self._own:
-                target = _absolute([*resolved, *whole[len(own) :]])
-                inside = os.path.relpath(target, _absolute(self._own[0][1]))
-                if whole[: len(own)] == own and self._exists(inside):
-                    return inside
+                if whole[: len(own)] == own:
+                    target = _absolute([*resolved, *whole[len(own) :]])
+                    inside = os.path.relpath(target, _absolute(self._own[0][1]))
+                    if self._exists(inside):
+                        return inside
         return None
 
     def _exists(self, name: str) -> bool:
@@ -242,8 +243,10 @@ class ImageFolder:
         # The files whose names fit best, at the strictest level where any does.
         for level, spell in enumerate(SPELLINGS):
             paths = self._by_spelling(level).get(spell(parts[-1]))
+            if paths is not None and len(paths) == 1:
+                return paths
             if paths:
-                shared = [common_parts(parts, split_name(path)[0], level) for path in paths]
+                shared = [common_parts(parts, _parts_of(path), level) for path in paths]
                 best = max(shared)
                 return [path for path, num in zip(paths, shared, strict=True) if num == best]
         return []
@@ -253,7 +256,7 @@ class ImageFolder:
         prefixes = ("images", self.folder.name)
         own, other = (
             tuple(SPELLINGS[2](part) for part in each[:-1] if part not in prefixes)
-            for each in (parts, split_name(path)[0])
+            for each in (parts, _parts_of(path))
         )
         return own == other
 
@@ -283,7 +286,7 @@ class ImageFolder:
         if level not in self._spelled:
             spelled = defaultdict(list)
             for path in self._all_files:
-                spelled[SPELLINGS[level](split_name(path)[0][-1])].append(path)
+                spelled[SPELLINGS[level](_parts_of(path)[-1])].append(path)
             self._spelled[level] = dict(spelled)
         return self._spelled[level]
 
@@ -351,6 +354,11 @@ def _kind_of(entry: "os.DirEntry[str]") -> str:
 def _hash_listing(listing: dict[str, str]) -> str:
     lines = (f"{name}\0{kind}" for name, kind in sorted(listing.items()))
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _parts_of(path: str) -> tuple[str, ...]:
+    # Of a file that is there; a Windows archive may have been unpacked into one with backslashes.
+    return tuple(path.replace("\\", "/").split("/"))
 
 
 def _absolute(parts: Iterable[str]) -> str:

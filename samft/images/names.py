@@ -1,5 +1,6 @@
 """Image names as annotation tools write them: foreign paths, URLs, other spellings. No torch."""
 
+import functools
 import re
 import unicodedata
 from pathlib import PureWindowsPath
@@ -9,6 +10,7 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jpeg .jpg .jp2 .pbm .pcx .pgm .png .ppm .tga .tif .tiff .webp".split()
 )
 _SAME_SUFFIX = {".jpeg": ".jpg", ".jpe": ".jpg", ".tiff": ".tif"}
+_SUFFIXES = IMAGE_SUFFIXES | _SAME_SUFFIX.keys()
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _LOCAL_FILES = "/local-files/?d="  # Label Studio's, before the path
 _LABEL_STUDIO = re.compile(r"[0-9a-f]{8}-(?=.)")  # before the name of an uploaded file
@@ -26,6 +28,7 @@ def encode_name(name: str) -> bytes:
         return name.encode(errors="surrogatepass")
 
 
+@functools.lru_cache(1 << 18)  # of a file's names, of which each is split several times
 def split_name(name: str) -> tuple[tuple[str, ...], bool]:
     """Splits the path of an image into its parts, without a drive, host or leading folders `..`.
 
@@ -90,7 +93,7 @@ def group_of(name: str, group_by: str) -> str | None:
 def _suffix_of(name: str) -> str:
     dot = name.rfind(".")
     suffix = name[dot:] if dot > 0 else ""
-    return suffix if suffix.lower() in IMAGE_SUFFIXES | _SAME_SUFFIX.keys() else ""
+    return suffix if suffix.lower() in _SUFFIXES else ""
 
 
 def is_image_name(name: str) -> bool:
@@ -108,7 +111,8 @@ def _any_case(part: str) -> str:
 
 def _decoded(part: str) -> str:
     for _ in range(3):  # some exporters encode twice
-        part = unquote(part, errors="surrogateescape")
+        if "%" in part:
+            part = unquote(part, errors="surrogateescape")
     return _any_case(part.replace("+", " "))
 
 

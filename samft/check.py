@@ -27,8 +27,10 @@ from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PixelFormat
 from samft.reports.contact_sheets import write_sheets
 from samft.runtime.files import write_json
+from samft.runtime.own_files import has_keys
 
 Splits = dict[str, CheckedSplit]  # by their names in the report
+_is_own_report = has_keys("image_size", "errors", "warnings", "notes", "splits")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -138,6 +140,11 @@ def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path
     sources = {split.annotations.resolve() for split in splits.values()}
     if options.json and options.json.resolve() in sources:
         raise ConfigError(f"--json: {options.json} is an annotation file: choose another name.")
+    if options.json and options.json.exists() and not _is_own_report(options.json):
+        raise ConfigError(
+            f"--json: {options.json} exists, and no check of samft has written it: choose another "
+            "name."
+        )
     for flag in ("fix", "pictures"):
         target = getattr(options, flag)
         if target and _is_among_data(target.resolve(), splits, options.data_root):

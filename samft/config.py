@@ -7,6 +7,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from samft.cli import (
     parse_settings,
     setting,
 )
+from samft.errors import ConfigError
 
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
@@ -427,6 +429,14 @@ def pattern_problem(group_by: str) -> str | None:
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML; `--config` of it gives the same configuration back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def has_settings(path: Path, config: TrainConfig) -> bool:
+    """Whether `--config` of a file, which may be anything, gives this configuration."""
+    try:
+        return parse_config(["--config", str(path)]) == config
+    except ConfigError:
+        return False
 
 
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:

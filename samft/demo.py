@@ -6,6 +6,7 @@ uncompressed RLE, a crowd, an image without objects.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from samft.cli import CommandParser, run_command
 from samft.errors import ConfigError, DataError
 from samft.images.synthetic import CATEGORIES, SceneObject, draw_scene
 from samft.runtime.files import read_json, write_text
+from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
 
 DESCRIPTION = "samft demo: painted butterflies and flowers"
 ANNOTATIONS = "_annotations.coco.json"
@@ -135,10 +137,16 @@ def _is_demo_file(path: Path, output_dir: Path) -> bool:
         try:
             content = read_json(path)
             return bool(content["info"]["description"] == DESCRIPTION)
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-    # The second pattern is a temporary file of `write_text`, left behind when it is killed.
-    return path.match("image_[0-9]*.jpg") or path.match(f".{ANNOTATIONS}.*.part")
+    if is_part_of(path.name, re.escape(ANNOTATIONS)):  # left behind when it was killed
+        return True
+    # An earlier version did not mark its pictures; those of a whole dataset can still be told.
+    annotations = path.with_name(ANNOTATIONS)
+    is_listed = _is_demo_file(annotations, output_dir) and any(
+        image["file_name"] == path.name for image in read_json(annotations)["images"]
+    )
+    return path.match("image_[0-9]*.jpg") and (is_listed or is_marked_picture(path))
 
 
 def _image_name(index: int) -> str:
@@ -158,7 +166,8 @@ def _write_split(folder: Path, *, seed: tuple[int, int], num_images: int, size: 
         )
         name = _image_name(index)
         quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-        (folder / name).write_bytes(cv2.imencode(".jpg", picture[..., ::-1], quality)[1].tobytes())
+        encoded = cv2.imencode(".jpg", picture[..., ::-1], quality)[1].tobytes()
+        (folder / name).write_bytes(mark_picture(encoded))
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for item in objects:
             ids = {"id": len(annotations) + 1, "image_id": index + 1}

@@ -38,8 +38,14 @@ from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
+    IMAGES,
+    MASKS,
+    OVERLAYS,
+    RESULTS,
     PictureWriter,
     ResultsWriter,
+    is_own_output,
+    is_part_of_prediction,
     picture_names,
     result_row,
     write_images_json,
@@ -51,7 +57,6 @@ from samft.runtime.output_dir import create_writable_dir, lock_output_dir
 if TYPE_CHECKING:
     from samft.prediction.predictors import PredictedMask, Predictor, PreparedImage
 
-RESULTS, IMAGES = "results.json", "images.json"
 _NUM_NAMED = 3  # bad images in an error
 _UNLESS_SAVED = "; a checkpoint of samft says it by itself"
 
@@ -84,8 +89,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     task = _without_bad_images(task, options)
     for line in task.images.pixels.lines():
         _print_line(line)
+    _check_outputs(task, options)
     create_writable_dir(options.output_dir)
-    with lock_output_dir(options.output_dir):
+    parts: dict[str, Any] = {"is_part": is_part_of_prediction, "subfolders": (MASKS, OVERLAYS)}
+    with lock_output_dir(options.output_dir, **parts):
         return _write_outputs(task, options)
 
 
@@ -253,6 +260,26 @@ def _without_bad_images(task: PredictionTask, options: argparse.Namespace) -> Pr
     return replace(task, rows=rows)
 
 
+def _check_outputs(task: PredictionTask, options: argparse.Namespace) -> None:
+    # An earlier prediction is replaced, and no other file.
+    paths = [options.output_dir / RESULTS]
+    if not options.annotations:
+        paths.append(options.output_dir / IMAGES)
+    pictures = _picture_writer(options)
+    names = picture_names(task.images.names, task.images.ids)
+    paths += [path for row in task.rows for path in pictures.paths(names[row])]
+    for path in paths:
+        if os.path.lexists(path) and not is_own_output(path):
+            raise ConfigError(
+                f"--output_dir: {path} exists, and no prediction of samft has written it: name "
+                "another folder."
+            )
+
+
+def _picture_writer(options: argparse.Namespace) -> PictureWriter:
+    return PictureWriter(options.output_dir, masks=options.masks, overlays=options.overlays)
+
+
 # Prediction.
 
 
@@ -315,7 +342,7 @@ def _predict_rows(
     from samft.prediction.predictors import predict_images
 
     images = task.images
-    pictures = PictureWriter(options.output_dir, masks=options.masks, overlays=options.overlays)
+    pictures = _picture_writer(options)
     names = picture_names(images.names, images.ids)
     inputs = [(images.paths[row], task.boxes_of(row)) for row in task.rows]
 
@@ -376,7 +403,7 @@ def _print_summary(counts: dict[str, Any], options: argparse.Namespace, *, secon
         f"{counts['masks']:,} masks of {counts['images']:,} images in {seconds:.1f} s "
         f"({rate:.2f} images/s): {options.output_dir / RESULTS}"
     )
-    for name in ("masks", "overlays"):
+    for name in (MASKS, OVERLAYS):
         if getattr(options, name):
             _print_line(f"{name}: {options.output_dir / name}")
     if not counts["masks"]:

@@ -1,5 +1,6 @@
 """The best k checkpoints of a run: flat state dicts with SAM's own keys, and JSON sidecars."""
 
+import errno
 import math
 import shutil
 import subprocess
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 import samft
-from samft.runtime.files import sha256_of, write_atomically, write_json
+from samft.runtime.files import (
+    atomic_replacement,
+    read_digests,
+    sha256_of,
+    write_atomically,
+    write_json,
+)
+from samft.runtime.own_files import is_checkpoint
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
@@ -79,6 +87,9 @@ class TopK:
 
         Returns:
             Whether it was saved.
+
+        Raises:
+            OSError: The disk is full, or another file has the checkpoint's name; nothing changed.
         """
         step = int(sidecar["step"])
         new = Checkpoint(f"{step}-{score:.2f}.ckpt", step, score)
@@ -87,18 +98,22 @@ class TopK:
         ranked = sorted([*others, new], key=lambda each: (-each.score, each.step))[: self.k]
         if math.isnan(score) or new not in ranked:
             return False
-        path = self.folder / new.name
         # Cloned, for a view would be saved with the whole of the storage that it is a part of.
-        save_tensors(path, {name: tensor.detach().cpu().clone() for name, tensor in state.items()})
-        write_json(path.with_suffix(".json"), {**sidecar, "sha256": sha256_of(path)})
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        path = self.folder / new.name
+        known = new.name in {each.name for each in self.best}
+        if not known and (path.exists() or path.with_suffix(".json").exists()):
+            _check_sidecar(path)
+        _write_checkpoint(path, tensors, sidecar)
         # Only now, when the new one is on the disk with its sidecar, may others be deleted: a kill
         # or a full disk before this line leaves the k best that there were. A kill after it, before
         # `last.ckpt` lists the new one, is harmless: the resumed run takes the same steps again,
         # saves the same checkpoint over this one, and finds the displaced one deleted already.
         before, self.best = self.best, ranked
         for name in {each.name for each in before} - {each.name for each in self.best}:
-            (self.folder / name).unlink(missing_ok=True)
-            (self.folder / name).with_suffix(".json").unlink(missing_ok=True)
+            if is_checkpoint(self.folder / name):  # and not a file that has taken its place
+                (self.folder / name).unlink()
+                (self.folder / name).with_suffix(".json").unlink()
         return True
 
     def copy_from(self, folder: Path) -> None:
@@ -121,6 +136,26 @@ class TopK:
     def from_list(entries: list[dict[str, Any]]) -> list[Checkpoint]:
         """Checkpoints from what `to_list` returned."""
         return [Checkpoint(**entry) for entry in entries]
+
+
+def _check_sidecar(path: Path) -> None:
+    # A kill may have left a checkpoint that no state lists; its sidecar tells it from other files.
+    if not read_digests(path.with_suffix(".json")):
+        reason = "another file has the name of a checkpoint: move it away"
+        raise FileExistsError(errno.EEXIST, reason, str(path))
+
+
+def _write_checkpoint(path: Path, tensors: dict[str, Tensor], sidecar: dict[str, Any]) -> None:
+    # The sidecar first, with the digests of the old file and of the new: however this ends, each
+    # file that is there has a sidecar which proves whose it is.
+    sidecar_path = path.with_suffix(".json")
+    earlier = read_digests(sidecar_path) if path.exists() else []
+    with atomic_replacement(path, partial(write_tensors, tensors)) as part:
+        digest = sha256_of(part)
+        listed = [digest, *earlier] if earlier else digest
+        write_json(sidecar_path, {**sidecar, "sha256": listed})
+    if earlier:
+        write_json(sidecar_path, {**sidecar, "sha256": digest})
 
 
 def make_sidecar(

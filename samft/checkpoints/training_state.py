@@ -18,12 +18,19 @@ import torch
 
 from samft.checkpoints.top_k import write_tensors
 from samft.errors import CheckpointError
-from samft.runtime.files import atomic_replacement, read_digests, sha256_of, write_json
+from samft.runtime import own_files
+from samft.runtime.files import (
+    atomic_replacement,
+    read_digests,
+    sha256_of,
+    unused_path,
+    write_json,
+)
 from samft.runtime.logs import LOGGER
 
 FORMAT_VERSION = 1
-LAST_NAME = "last.ckpt"
-_PREVIOUS = "previous"  # the folder of the state before it
+LAST_NAME = own_files.LAST_NAME
+_PREVIOUS = own_files.PREVIOUS  # the folder of the state before it
 
 
 def save_last(folder: Path, state: dict[str, Any]) -> None:
@@ -231,5 +238,5 @@ def quarantine_damaged(folder: Path, *, used: Path) -> None:
     # The file first: its sidecar alone would vouch for nothing, while the damaged file alone would
     # count as a state that cannot be verified.
     if last.exists():
-        last.rename(folder / f"{LAST_NAME}.damaged")
+        last.rename(unused_path(folder / f"{LAST_NAME}.damaged"))
     _sidecar_of(last).unlink(missing_ok=True)

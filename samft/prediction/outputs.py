@@ -15,8 +15,12 @@ from samft.coco.segmentation import CroppedMask, encode_cropped
 from samft.prediction.images import ImageList
 from samft.prediction.inputs import DEFAULT_CATEGORY
 from samft.reports import drawing
-from samft.runtime.files import write_atomically, write_json
+from samft.runtime.files import read_json, write_atomically, write_json
+from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
 
+RESULTS, IMAGES = "results.json", "images.json"
+MASKS, OVERLAYS = "masks", "overlays"
+_CATEGORIES = [{"id": DEFAULT_CATEGORY, "name": "object"}]
 _DIGITS = 6  # of bbox: hides the rounding of x + width - x
 
 
@@ -92,8 +96,7 @@ def write_images_json(path: Path, images: ImageList, rows: Sequence[int]) -> Non
         }
         for row in rows
     ]
-    categories = [{"id": DEFAULT_CATEGORY, "name": "object"}]
-    document = {"info": {}, "images": entries, "annotations": [], "categories": categories}
+    document = {"info": {}, "images": entries, "annotations": [], "categories": _CATEGORIES}
     write_json(path, document)
 
 
@@ -165,12 +168,50 @@ class PictureWriter:
         height, width = image.shape[:2]
         if self.masks:
             labels = drawing.label_image(masks, (height, width))
-            _write_picture(self.folder / "masks" / f"{name}.png", drawing.encode_label_png(labels))
+            _write_picture(self.folder / MASKS / f"{name}.png", drawing.encode_label_png(labels))
         if self.overlays:
             drawn = drawing.draw_objects(image, masks, boxes=boxes)
-            _write_picture(self.folder / "overlays" / f"{name}.jpg", drawing.encode_jpeg(drawn))
+            _write_picture(self.folder / OVERLAYS / f"{name}.jpg", drawing.encode_jpeg(drawn))
+
+    def paths(self, name: str) -> list[Path]:
+        """The files that `write` would write.
+
+        Args:
+            name: One of `picture_names`.
+        """
+        masks = [self.folder / MASKS / f"{name}.png"] * self.masks
+        return masks + [self.folder / OVERLAYS / f"{name}.jpg"] * self.overlays
 
 
 def _write_picture(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content))
+    marked = mark_picture(content)
+    write_atomically(path, lambda file: file.write(marked))
+
+
+def is_part_of_prediction(name: str) -> bool:
+    """Whether this is a temporary file that a killed prediction may leave.
+
+    Args:
+        name: Relative to the output folder.
+    """
+    pictures = rf"{MASKS}/.+\.png", rf"{OVERLAYS}/.+\.jpg"
+    return is_part_of(name, re.escape(RESULTS), re.escape(IMAGES), *pictures)
+
+
+def is_own_output(path: Path) -> bool:
+    """Whether an existing output of a prediction was written by one, told from its content."""
+    if not path.is_file():
+        return False
+    if path.name == RESULTS:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+        return head == b"[]\n" or (head.startswith(b"[\n{") and b'"segmentation":{' in head)
+    if path.name == IMAGES:
+        try:
+            document = read_json(path)
+        except ValueError:
+            return False
+        empty = {"info": {}, "annotations": [], "categories": _CATEGORIES}
+        return isinstance(document, dict) and empty.items() <= document.items()
+    return is_marked_picture(path)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,7 +22,7 @@ from samft.embeddings.split_cache import (
     name_precision,
 )
 from samft.embeddings.store import EmbeddingStore, evict_unused_stores
-from samft.errors import ConfigError
+from samft.errors import ConfigError, UserError
 from samft.models.prompted_sam import PromptedSam
 from samft.recipes.build import images_per_step
 from samft.recipes.datasets import Splits
@@ -31,6 +31,8 @@ from samft.runtime.files import try_lock
 from samft.runtime.logs import GIB, LOGGER, format_gib
 from samft.runtime.output_dir import create_writable_dir
 from samft.training.engine import Progress
+
+_LOCK_NAME = "lock"  # of the folder of all stores
 
 
 def cache_dir_of(config: TrainConfig) -> Path:
@@ -50,8 +52,94 @@ def prepare_cache(
 ) -> bool:
     """Gives both datasets the embeddings of their images, encoding what is missing. Collective.
 
-    Does nothing where the configuration does not want a cache or, with `auto`, where it would not
-    help or has no room, which is logged. Afterwards the image encoder is on the CPU for good.
+    See `open_cache` and `EmbeddingCache.fill`, between which a run can still be refused.
+    """
+    with open_cache(config, model, splits, progress=progress, should_stop=should_stop) as cache:
+        return cache.fill()
+
+
+class EmbeddingCache:
+    """A cache that has been found usable, and is not filled yet; made by `open_cache`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: PromptedSam,
+        *,
+        should_stop: ShouldStop,
+    ) -> None:
+        """Starts without a cache; `open` finds it."""
+        self.config, self.model, self.should_stop = config, model, should_stop
+        self._is_stopped = False
+        self._plans: list[_StorePlan] = []
+        self._caches: list[SplitCache] = []
+        self._lock = ExitStack()
+
+    def open(self, splits: Splits, progress: Progress) -> None:
+        """Hashes the images, and checks that there is room for what is missing. Collective."""
+        config, cache_dir = self.config, cache_dir_of(self.config)
+        if not _is_wanted(config, self.model, progress):
+            return
+        plans = _plan_stores(config, self.model, splits)
+        if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans):
+            return
+        run_on_all_ranks(lambda: _create_cache_dir(cache_dir))
+        caches = _open_caches(plans, on_bad_image=config.on_bad_image, should_stop=self.should_stop)
+        locked = _exclusive_lock(cache_dir, should_stop=self.should_stop)
+        if caches is None or not self._lock.enter_context(locked):
+            self._is_stopped = True
+            return
+        for cache in caches:
+            cache.find_missing(should_stop=self.should_stop)
+        if _has_room(caches, cache_dir, config):
+            self._plans, self._caches = plans, caches
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Lets other runs write into the folder."""
+        self._lock.close()
+
+    def fill(self) -> bool:
+        """Encodes what is missing, and gives all to the datasets. Collective.
+
+        Afterwards the image encoder is on the CPU for good, and other runs may use the folder.
+
+        Returns:
+            Whether training may begin; False if stopped, with what was encoded so far recorded.
+
+        Raises:
+            UserError: An image cannot be used, or the cache cannot be written.
+        """
+        if self._is_stopped or not self._caches:
+            return not self._is_stopped
+        run_on_all_ranks(lambda: _create_stores(self._plans))
+        run_on_all_ranks(lambda: _check_shared_disk(self._plans))
+        if not _encode_missing(self._caches, self.model, self.config, should_stop=self.should_stop):
+            return False
+        for cache in self._caches:
+            cache.attach_to_dataset()
+        distributed.barrier()  # rank 0 holds the lock until all ranks have mapped the files
+        self.close()
+        self.model.sam.image_encoder.cpu()
+        if self.model.sam.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+
+@contextmanager
+def open_cache(
+    config: TrainConfig,
+    model: PromptedSam,
+    splits: Splits,
+    *,
+    progress: Progress,
+    should_stop: ShouldStop,
+) -> Iterator[EmbeddingCache]:
+    """Checks all that can be refused, and holds the lock of the folder meanwhile. Collective.
+
+    There is no cache where the configuration does not want one or, with `auto`, where it would not
+    help or has no room, which is logged. A folder that is refused is as it was.
 
     Args:
         config: The configuration.
@@ -60,41 +148,29 @@ def prepare_cache(
         progress: How far the run has come.
         should_stop: Asked between images; all ranks stop if any says yes.
 
-    Returns:
-        Whether training may begin; False if stopped, with what was encoded so far recorded.
+    Yields:
+        The cache, to be filled.
 
     Raises:
         UserError: An image cannot be used, or the cache cannot be written or, with `on`, has no
             room.
     """
-    if not _is_wanted(config, model, progress):
-        return True
-    cache_dir = cache_dir_of(config)
-    plans = _plan_stores(config, model, splits)
-    if config.cache_embeddings == "auto" and not _is_worth_caching(config, plans):
-        return True
-    run_on_all_ranks(lambda: _create_cache_dir(cache_dir))
-    caches = _open_caches(plans, on_bad_image=config.on_bad_image, should_stop=should_stop)
-    if caches is None:
-        return False
-    with _exclusive_lock(cache_dir, should_stop=should_stop) as has_lock:
-        if not has_lock:
-            return False
-        run_on_all_ranks(lambda: _create_stores(plans))
-        run_on_all_ranks(lambda: _check_shared_disk(plans))
-        for cache in caches:
-            cache.find_missing(should_stop=should_stop)
-        if not _has_room(caches, cache_dir, config):
-            return True
-        if not _encode_missing(caches, model, config, should_stop=should_stop):
-            return False
-        for cache in caches:
-            cache.attach_to_dataset()
-        distributed.barrier()  # rank 0 holds the lock until all ranks have mapped the files
-    model.sam.image_encoder.cpu()
-    if model.sam.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return True
+    folder = cache_dir_of(config)
+    is_new = distributed.is_main() and not folder.exists()
+    cache = EmbeddingCache(config, model, should_stop=should_stop)
+    try:
+        try:
+            cache.open(splits, progress)
+        except UserError:
+            cache.close()
+            if is_new and folder.is_dir():
+                (folder / _LOCK_NAME).unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+        yield cache
+    finally:
+        cache.close()
 
 
 class CacheEstimate(NamedTuple):
@@ -179,7 +255,7 @@ def _exclusive_lock(cache_dir: Path, *, should_stop: ShouldStop) -> Iterator[boo
 
 def _try_lock(cache_dir: Path) -> BinaryIO | None:
     try:
-        return try_lock(cache_dir / "lock")
+        return try_lock(cache_dir / _LOCK_NAME)
     except OSError as error:  # a folder, say
         raise cache_write_error(cache_dir, error) from error
 

@@ -39,7 +39,9 @@ from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal
 from samft.runtime.output_dir import create_writable_dir
+from samft.runtime.own_files import has_keys
 
+_ID_COLUMNS = ("checkpoint", "file_name", "category", "image_id", "object_id", "area")
 STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation
 
 
@@ -201,7 +203,21 @@ def _check_output(output: Path, sources: list[Path]) -> None:
                 f"--output: {target} is an annotation file, a checkpoint or its sidecar: choose "
                 "another name."
             )
+    for target, is_own in ((output, _is_own_report), (objects_path(output), _is_own_table)):
+        if target.exists() and not is_own(target):
+            raise ConfigError(
+                f"--output: {target} exists, and no evaluation of samft has written it: choose "
+                "another name."
+            )
     create_writable_dir(output.parent, field="--output")
+
+
+_is_own_report = has_keys("per_mask_iou", "checkpoint", "samft_version")
+
+
+def _is_own_table(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.readline(1000).decode(errors="replace").startswith(",".join(_ID_COLUMNS))
 
 
 def _score_checkpoint(
@@ -294,10 +310,9 @@ def _write_output(
     checkpoints = [report["checkpoint"], *(one["checkpoint"] for one in report["others"])]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    ids = ("checkpoint", "file_name", "category", "image_id", "object_id", "area")
     others = [f"iou_{name}" for name in OTHER_PROMPTS]
     scores = ("iou_actual", "iou_predicted", "dice", "iou_boundary", "iou_box_fill", *others)
-    writer.writerow([*ids, *scores])
+    writer.writerow([*_ID_COLUMNS, *scores])
     names, image_ids = _file_names(subset), _ids_as_written(subset)
     for checkpoint, table in zip(checkpoints, tables, strict=True):
         categories = category_ids_of(subset, table.object_ids).tolist()

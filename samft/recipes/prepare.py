@@ -16,7 +16,7 @@ from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME
-from samft.config import TrainConfig
+from samft.config import TrainConfig, has_settings
 from samft.data.targets import WINDOW_CELLS
 from samft.errors import ConfigError
 from samft.images.pixels import PixelFormat
@@ -28,6 +28,13 @@ from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per
 from samft.runtime import host_checks
 from samft.runtime.logs import LOGGER
 from samft.runtime.output_dir import holds_previous_run, write_status
+from samft.runtime.own_files import (
+    CONFIG_NAME,
+    foreign_files,
+    is_checkpoint,
+    is_config,
+    own_names,
+)
 from samft.runtime.signals import StopRequest, job_deadline
 from samft.training.engine import Progress
 
@@ -131,11 +138,15 @@ def _check_and_build(
     config = keep_images_per_step(requested, resume) if resume else requested
     if resume and (pixels := PixelFormat.from_json(resume.state.get("pixels"))):
         splits.use_pixels(pixels)
+    if distributed.is_main():
+        _check_names(output_dir, resume, config=config, requested=requested)
     for problem in resume.problems if resume else ():
         LOGGER.warning("resume: %s", problem)
     model = build_model(config, _load_initial_weights(config, resume, stop), device)
-    _check_host(config, model, output_dir, _resumes_in_place(resume, output_dir))
     progress = _restore_progress(resume)
+    in_place = _resumes_in_place(resume, output_dir)
+    if not (in_place and progress.step >= config.steps):  # a finished run writes nothing more
+        _check_host(config, model, output_dir, in_place)
     best = TopK.from_list(resume.state["best"]) if resume else []
     return RunParts(
         config=config,
@@ -156,6 +167,32 @@ def _check_and_build(
         ),
         started_at=time.monotonic() - progress.wall_seconds,
     )
+
+
+def _check_names(
+    output_dir: Path, resume: ResumePoint | None, *, config: TrainConfig, requested: TrainConfig
+) -> None:
+    # What a run would write must be free, or a run's own. In its own folder it is the run's own,
+    # which wrote it; only config.yaml may be a file that the user has written for --config.
+    in_place = _resumes_in_place(resume, output_dir)
+    taken = [] if in_place else foreign_files(output_dir)
+    path = output_dir / CONFIG_NAME
+    if path.exists():
+        # With nothing else of a run beside it, a configuration is a copy that the user has made.
+        is_copy = not in_place and own_names(output_dir) == [CONFIG_NAME]
+        is_own = is_config(path) and not is_copy
+        taken = [name for name in taken if name != CONFIG_NAME]
+        if not is_own and not any(has_settings(path, each) for each in (config, requested)):
+            taken.append(CONFIG_NAME)
+    if resume is not None and not in_place:
+        best = [output_dir / each.name for each in TopK.from_list(resume.state["best"])]
+        taken += [each.name for each in best if each.exists() and not is_checkpoint(each)]
+    if taken:
+        raise ConfigError(
+            f"output_dir: {output_dir} holds {', '.join(taken)}, which a run would overwrite, and "
+            "which no run has written (or which is damaged or was changed since). Nothing was "
+            f"changed: move {'it' if len(taken) == 1 else 'them'} away, or name another output_dir."
+        )
 
 
 def _load_initial_weights(

@@ -11,12 +11,12 @@ from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
 from samft.cli import exit_code
-from samft.config import TrainConfig, to_yaml
+from samft.config import TrainConfig, has_settings, to_yaml
 from samft.data.loaders import batch_by_objects
 from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_os_error
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
-from samft.recipes.embedding_cache import prepare_cache
+from samft.recipes.embedding_cache import EmbeddingCache, open_cache
 from samft.recipes.fit import TrainingRun, fit
 from samft.recipes.prepare import RunParts, prepare, write_run_status
 from samft.recipes.report import RunReport
@@ -32,6 +32,7 @@ from samft.runtime.output_dir import (
     lock_output_dir,
     write_status,
 )
+from samft.runtime.own_files import CONFIG_NAME
 from samft.runtime.signals import StopRequest
 
 
@@ -64,9 +65,12 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         with _record_failure(output_dir):
             parts = prepare(config, output_dir, device, stop=stop)
             # An earlier run's files have not been touched until here; now they are archived.
+            cache = open_until_end.enter_context(_open_cache(parts))
+            if distributed.any_rank(bool(stop)):
+                raise _record_early_stop(parts)
             log = open_until_end.enter_context(contextlib.closing(_open_log(parts)))
         with _record_failure(output_dir, parts):
-            training = start(parts, log)
+            training = start(parts, log, cache)
             if training is None:
                 raise _record_stop(parts, "the embeddings encoded so far are kept")
             if not fit(training):
@@ -75,12 +79,13 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
             return finish(training)
 
 
-def start(parts: RunParts, log: RunLog) -> TrainingRun | None:
+def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | None:
     """Starts a new run, or continues the one that is resumed. Collective.
 
     Args:
         parts: From `prepare`.
         log: The open log of the run.
+        cache: Of the embeddings; it is filled.
 
     Returns:
         The run, ready for its next step; None if it was asked to stop while images were encoded.
@@ -97,13 +102,10 @@ def start(parts: RunParts, log: RunLog) -> TrainingRun | None:
             quarantine_damaged(parts.output_dir, used=resume.path)
     _log_setup(parts)
     if distributed.is_main():
-        write_text(parts.output_dir / "config.yaml", to_yaml(config))
+        _write_config(parts)
         log.add_text("config", to_yaml(config))
         write_run_status(parts.output_dir, "running", parts.progress.step)
-    has_embeddings = prepare_cache(
-        config, model, splits, progress=parts.progress, should_stop=lambda: bool(parts.stop)
-    )
-    if not has_embeddings:
+    if not cache.fill():
         return None
     trainer = build_trainer(config, model, progress=parts.progress)
     if resume is not None:
@@ -181,6 +183,16 @@ def _hold_output_dir(output_dir: Path) -> Iterator[None]:
         yield
 
 
+def _open_cache(parts: RunParts) -> contextlib.AbstractContextManager[EmbeddingCache]:
+    return open_cache(
+        parts.config,
+        parts.model,
+        parts.splits,
+        progress=parts.progress,
+        should_stop=lambda: bool(parts.stop),
+    )
+
+
 def _open_log(parts: RunParts) -> RunLog:
     if distributed.is_main() and not parts.resumes_in_place:
         archive = archive_previous_run(parts.output_dir)
@@ -192,6 +204,13 @@ def _open_log(parts: RunParts) -> RunLog:
         steps=parts.config.steps,
         start_step=parts.logged_step,
     )
+
+
+def _write_config(parts: RunParts) -> None:
+    path = parts.output_dir / CONFIG_NAME
+    # A file with these settings is left as it is: it may be the user's own, with comments in it.
+    if not any(has_settings(path, config) for config in (parts.config, parts.requested_config)):
+        write_text(path, to_yaml(parts.config))
 
 
 def _log_setup(parts: RunParts) -> None:
@@ -214,6 +233,25 @@ def _record_stop(parts: RunParts, saved: str) -> RunStopped:
     reason = f"{why}: {saved} in {parts.output_dir}; run the same command again to resume."
     step = parts.progress.step
     write_run_status(parts.output_dir, "preempted", step, exit_code=EXIT_STOPPED, reason=reason)
+    distributed.barrier()  # torchrun kills the other processes when the first one exits
+    return RunStopped(reason)
+
+
+def _record_early_stop(parts: RunParts) -> RunStopped:
+    # Collective. An earlier run that a fresh start would have archived keeps its files and status.
+    why = parts.stop_reason() or "another process was asked to stop"
+    reason = f"{why}: before the first step; run the same command again to start."
+    if distributed.is_main():
+        last = parts.output_dir / LAST_NAME
+        is_own = parts.resumes_in_place or not last.exists()
+        write_status(
+            parts.output_dir if is_own else None,
+            state="preempted",
+            step=parts.progress.step,
+            exit_code=EXIT_STOPPED,
+            reason=reason,
+            last_checkpoint=str(last) if last.exists() else None,
+        )
     distributed.barrier()  # torchrun kills the other processes when the first one exits
     return RunStopped(reason)
 

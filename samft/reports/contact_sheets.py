@@ -19,6 +19,7 @@ from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex
 from samft.coco.problems import Problems
 from samft.coco.segmentation import CroppedMask
+from samft.errors import ConfigError
 from samft.images.files import ImageError
 from samft.reports.drawing import (
     OUTSIDE_GREY,
@@ -30,6 +31,7 @@ from samft.reports.drawing import (
     stack_horizontally,
     write_png,
 )
+from samft.runtime.own_files import is_marked_picture
 
 COLUMNS, NUM_TILES = 6, 24  # of a sheet
 MAX_CLASSES = 100  # the most frequent classes have a sheet
@@ -62,10 +64,17 @@ def write_sheets(index: CocoIndex, problems: Problems, folder: Path, *, name: st
         `NAME-odd.png`; the same objects each time.
 
     Raises:
+        ConfigError: A file by one of these names is no picture of samft; nothing was written.
         OSError: They cannot be written.
     """
     paths: list[Path] = []
     sheets = _choose_sheets(index, problems)
+    for path in (folder / f"{name}-{kind}.png" for kind in sheets):
+        if path.exists() and not is_marked_picture(path):
+            raise ConfigError(
+                f"--pictures: {path} exists, and no check of samft has written it: name another "
+                "folder."
+            )
     for kind, (title, entries) in tqdm(sheets.items(), desc=f"drawing {name}", disable=None):
         path = folder / f"{name}-{kind}.png"
         write_png(path, draw_sheet(index, entries, title=f"{name}: {title}"))

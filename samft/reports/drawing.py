@@ -16,6 +16,8 @@ from PIL import Image
 
 from samft.coco.index import CocoIndex
 from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.runtime.files import write_atomically
+from samft.runtime.own_files import mark_picture
 
 GAP = 6  # px between pictures set side by side
 _PX_PER_LINE_WIDTH = 700  # a line is 1 px wide for so many px of the picture's longer side
@@ -159,9 +161,10 @@ def stack_with_titles(rows: list[tuple[str, np.ndarray]]) -> np.ndarray:
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture, uint8 [H, W, 3] RGB, as PNG."""
+    """Writes a picture, uint8 [H, W, 3] RGB, as PNG that says whose it is; see `mark_picture`."""
     encoded = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    path.write_bytes(encoded.tobytes())
+    content = mark_picture(encoded.tobytes())
+    write_atomically(path, lambda file: file.write(content))
 
 
 def read_png(path: Path) -> np.ndarray:

@@ -58,7 +58,8 @@ def atomic_replacement(path: Path, write: Callable[[BinaryIO], object]) -> Itera
         os.replace(part, path)
         _flush_to_disk(path.parent)  # the new name, which a power failure could undo
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write names no file
+        if error.errno is not None and error.filename is None:  # a failed write names no file
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -1,19 +1,17 @@
 """The output folder of a run: created, locked, an earlier run archived, status.json written."""
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from samft.errors import ConfigError
+from samft.errors import ConfigError, RunStopped
+from samft.runtime import own_files
 from samft.runtime.files import try_lock, write_json
 
-RUN_FILES = (
-    "config.yaml metrics.jsonl bad_steps.jsonl objects.json summary.json report.html train.log "
-    "tensorboard previous".split()
-)
 _LOCK_SECONDS = 10.0  # the last processes of a killed run may take some seconds to end
 
 
@@ -38,14 +36,29 @@ def create_writable_dir(folder: Path, *, field: str = "output_dir") -> None:
 
 
 @contextmanager
-def lock_output_dir(folder: Path) -> Iterator[None]:
+def lock_output_dir(
+    folder: Path,
+    *,
+    is_part: Callable[[str], bool] = own_files.is_part_of_run,
+    subfolders: tuple[str, ...] = (own_files.PREVIOUS,),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """Locks an output folder for this process, and deletes temporary files of a killed one.
+
+    Args:
+        folder: The folder.
+        is_part: Whether a temporary file, named relative to the folder, is one of this command.
+        subfolders: Where there may be such files too.
+        should_stop: Asked while the lock is waited for.
 
     Raises:
         ConfigError: Another run holds the lock, also after `_LOCK_SECONDS`.
+        RunStopped: `should_stop` said so.
     """
     deadline = time.monotonic() + _LOCK_SECONDS
     while (lock := try_lock(folder / ".lock")) is None:
+        if should_stop():
+            raise RunStopped(f"stopped while another run was writing into {folder}.")
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"output_dir: another run is writing into {folder}: wait for its end, or name "
@@ -53,25 +66,38 @@ def lock_output_dir(folder: Path) -> Iterator[None]:
             )
         time.sleep(0.5)
     with lock:
-        delete_partial_files(folder)
+        delete_partial_files(folder, is_part=is_part, subfolders=subfolders)
         yield
 
 
-def delete_partial_files(folder: Path) -> None:
-    """Deletes the temporary files of a killed process. No other process may write there."""
-    for pattern in (".*.part", "*/.*.part"):
-        for part in folder.glob(pattern):
-            part.unlink(missing_ok=True)
+def delete_partial_files(
+    folder: Path,
+    *,
+    is_part: Callable[[str], bool] = own_files.is_part_of_run,
+    subfolders: tuple[str, ...] = (own_files.PREVIOUS,),
+) -> None:
+    """Deletes the temporary files of a killed process. No other process may write there.
+
+    Args:
+        folder: The output folder.
+        is_part: Whether a temporary file, named relative to the folder, is one of this command.
+        subfolders: Where there may be such files too.
+    """
+    for place in (folder, *(folder / name for name in subfolders)):
+        for part in place.glob(".*.part"):
+            if is_part(part.relative_to(folder).as_posix()) and part.is_file():
+                part.unlink(missing_ok=True)
 
 
 def holds_previous_run(folder: Path) -> bool:
     """Whether a folder holds a run that has measured something, which a fresh start archives."""
-    metrics = folder / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
+    return own_files.has_measured(folder, own_files.own_names(folder))
 
 
 def archive_previous_run(folder: Path) -> Path | None:
     """Moves the files of an earlier run to a subfolder, so that a fresh start overwrites none.
+
+    Files that no run can be shown to have written stay where they are.
 
     Args:
         folder: The output folder.
@@ -80,19 +106,18 @@ def archive_previous_run(folder: Path) -> Path | None:
         The subfolder, `previous-1` or the next free number; None if there is no earlier run, or it
         was stopped before its first validation.
     """
-    if not holds_previous_run(folder):
+    names = own_files.own_files(folder)
+    if not own_files.has_measured(folder, names):
         return None
-    paths = [folder / name for name in RUN_FILES]
-    for checkpoint in folder.glob("*.ckpt"):
-        paths += [checkpoint, checkpoint.with_suffix(".json")]
-    paths += folder.glob("*.png")
     number = 1
     while (archive := folder / f"previous-{number}").exists():
         number += 1
-    archive.mkdir()
-    for path in paths:
-        if path.exists():
-            path.rename(archive / path.name)
+    for name in names:
+        (archive / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(archive / name)
+    for subfolder in {(folder / name).parent for name in names} - {folder}:
+        with contextlib.suppress(OSError):  # somebody else's files are in it
+            subfolder.rmdir()
     return archive
 
 
@@ -123,7 +148,9 @@ def write_status(
         "last_checkpoint": last_checkpoint,
     }
     if folder is not None and folder.is_dir():
-        write_json(folder / "status.json", status)
+        path = folder / "status.json"
+        if not path.exists() or own_files.is_own(folder, path.name):
+            write_json(path, status)
     launcher_file = os.environ.get("SAMFT_STATUS_FILE")
     if launcher_file and Path(launcher_file).parent.is_dir():
         write_json(Path(launcher_file), status)

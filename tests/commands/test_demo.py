@@ -154,7 +154,9 @@ def test_outlines_lie_where_the_paint_is() -> None:
 
 def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
     write_demo(tmp_path, seed=4, num_train=5, num_val=3, size=64)
-    (tmp_path / "val" / f".{ANNOTATIONS}.x1.part").write_text("{")  # as a killed process leaves it
+    (tmp_path / "val" / f".{ANNOTATIONS}.ab_12345.part").write_text(
+        "{"
+    )  # as a killed process leaves it
     write_demo(tmp_path, seed=5, num_train=3, num_val=3, size=64)
     assert len(list((tmp_path / "train").glob("*.jpg"))) == 3
     fresh = write_demo(tmp_path / "fresh", seed=5, num_train=3, num_val=3, size=64)
@@ -164,7 +166,8 @@ def test_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["notes.txt", "train/photo.jpg", "train/_annotations.coco.json", "test/image_0001.jpg"],
+    ["notes.txt", "train/photo.jpg", "train/_annotations.coco.json", "test/image_0001.jpg"]
+    + ["train/image_0001.jpg", "val/.film.mkv.ab_12345.part"],
 )
 def test_other_data_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -28,10 +28,9 @@ from helpers.short_runs import (
 from samft.config import parse_config
 from samft.data.loaders import train_loader
 from samft.errors import ConfigError
-from samft.recipes import train as recipes_train
 from samft.recipes.build import build_model, load_weights
 from samft.recipes.datasets import load_splits
-from samft.recipes.embedding_cache import prepare_cache
+from samft.recipes.embedding_cache import EmbeddingCache, prepare_cache
 from samft.runtime import files
 from samft.training.engine import Progress
 
@@ -267,22 +266,22 @@ def test_two_processes_write_one_cache_and_learn_the_same(
 def train_without_encoder(data: Path, folder: Path) -> list[int]:
     """A run in which the encoder has no weights any more once the cache is filled."""
 
-    prepare = prepare_cache
+    fill = EmbeddingCache.fill
 
-    def prepare_and_empty(config: Any, model: Any, *args: Any, **options: Any) -> bool:
-        done = prepare(config, model, *args, **options)
+    def fill_and_empty(cache: EmbeddingCache) -> bool:
+        done, model = fill(cache), cache.model
         weights = {k: v.clone() for k, v in model.sam.image_encoder.state_dict().items()}
         model.sam.image_encoder.to("meta")
         whole = model.sam.state_dict
         prefix = "image_encoder."
-        model.sam.state_dict = lambda: {
+        model.sam.state_dict = lambda: {  # type: ignore[method-assign,assignment,misc]
             k: weights[k.removeprefix(prefix)] if k.startswith(prefix) else v
             for k, v in whole().items()
         }
         return done
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes_train, "prepare_cache", prepare_and_empty)
+        patch.setattr(EmbeddingCache, "fill", fill_and_empty)
         argv = cached_arguments(data, folder, batch_size=1, steps=3, metrics_interval=2)
         return [command_here(argv)]
 

@@ -29,7 +29,6 @@ from samft.runtime.files import (
     write_text,
 )
 from samft.runtime.output_dir import (
-    archive_previous_run,
     delete_partial_files,
     lock_output_dir,
     write_status,
@@ -156,15 +155,21 @@ def test_an_error_before_the_replacement_leaves_the_old_content(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_only_temporary_files_are_deleted(tmp_path: Path) -> None:
+def test_only_temporary_files_of_a_run_are_deleted(tmp_path: Path) -> None:
+    foreign = [".film.mkv.part", ".film.mkv.abc_1234.part", ".scores.json.abc_1234.part"]
+    foreign += ["mine.part", ".hidden", "a.txt", ".last.ckpt.abc.part", ".model.ckpt.abc_1234.part"]
     for folder in (tmp_path, tmp_path / "previous", tmp_path / "previous" / "deeper"):
         folder.mkdir(exist_ok=True)
-        for name in (".last.ckpt.abc123.part", ".last.ckpt.part", "mine.part", ".hidden", "a.txt"):
+        for name in (".last.ckpt.abc_1234.part", ".last.ckpt.part", *foreign):
             (folder / name).touch()
+        for name in (".12-0.34.ckpt.abc_1234.part", ".12--1.00.json.abc_1234.part"):
+            (folder / name).touch()
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / ".last.ckpt.abc_1234.part").touch()
     delete_partial_files(tmp_path)
-    others = [".hidden", "a.txt", "mine.part"]
-    assert sorted(os.listdir(tmp_path)) == [*others, "previous"]
-    assert sorted(os.listdir(tmp_path / "previous")) == [*others[:2], "deeper", "mine.part"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*foreign, "pool", "previous"])
+    assert sorted(os.listdir(tmp_path / "previous")) == sorted([*foreign, "deeper"])
+    assert os.listdir(tmp_path / "pool") == [".last.ckpt.abc_1234.part"]
     assert ".last.ckpt.part" in os.listdir(tmp_path / "previous" / "deeper")  # none of ours
 
 
@@ -173,7 +178,7 @@ def test_the_temporary_files_of_a_killed_process_are_deleted(
 ) -> None:
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill leaves no time for it
     with pytest.raises(RuntimeError, match="disk full"):
-        write_atomically(tmp_path / "a.txt", fail_halfway)
+        write_atomically(tmp_path / "summary.json", fail_halfway)
     assert len(os.listdir(tmp_path)) == 1
     monkeypatch.undo()
     delete_partial_files(tmp_path)
@@ -184,16 +189,16 @@ def test_a_folder_is_used_by_one_run_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("samft.runtime.output_dir._LOCK_SECONDS", -1.0)
-    (tmp_path / ".last.ckpt.abc.part").touch()
+    (tmp_path / ".last.ckpt.abcd1234.part").touch()
     with lock_output_dir(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
-        (tmp_path / ".mine.abc.part").touch()
+        (tmp_path / ".last.json.abcd1234.part").touch()
         with (
             pytest.raises(ConfigError, match="another run is writing into"),
             lock_output_dir(tmp_path),
         ):
             raise AssertionError("two at a time")
-        assert ".mine.abc.part" in os.listdir(tmp_path)  # of the run that holds the lock
+        assert ".last.json.abcd1234.part" in os.listdir(tmp_path)  # of the run that holds the lock
     with lock_output_dir(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
 
@@ -261,19 +266,6 @@ def test_a_file_matches_its_sidecar(tmp_path: Path) -> None:
     ):
         write_json(sidecar, {"sha256": digests})
         assert matches_sidecar(path, sidecar) is known
-
-
-def test_an_earlier_run_is_archived_with_both_of_its_states(tmp_path: Path) -> None:
-    (tmp_path / "previous").mkdir()
-    names = ("metrics.jsonl", "bad_steps.jsonl", "last.ckpt", "last.json", "previous/last.ckpt")
-    for name in names:
-        (tmp_path / name).write_text(name)
-    (tmp_path / "mine.txt").touch()
-    archive = archive_previous_run(tmp_path)
-    assert archive == tmp_path / "previous-1"
-    assert sorted(os.listdir(tmp_path)) == ["mine.txt", "previous-1"]
-    assert all((archive / name).read_text() == name for name in names)
-    assert archive_previous_run(tmp_path) is None
 
 
 def test_the_private_temporary_folder_is_open_to_its_user_alone(

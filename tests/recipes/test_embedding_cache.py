@@ -317,8 +317,10 @@ def test_what_is_damaged_during_training_ends_it_with_a_sentence(
 ) -> None:
     argv = cached_arguments(data, tmp_path, **FLOAT32, num_workers=num_workers)
 
-    def prepare_and_damage(*given: Any, **options: Any) -> bool:
-        done = prepare_cache(*given, **options)
+    fill = EmbeddingCache.fill
+
+    def fill_and_damage(cache: EmbeddingCache) -> bool:
+        done = fill(cache)
         for path in (tmp_path / "embeddings").glob("*/embeddings.bin"):
             with path.open("r+b") as file:
                 file.seek(8192)
@@ -326,7 +328,7 @@ def test_what_is_damaged_during_training_ends_it_with_a_sentence(
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes_train, "prepare_cache", prepare_and_damage)
+        patch.setattr(EmbeddingCache, "fill", fill_and_damage)
         assert command_here(argv) == 2
     error = capsys.readouterr().err
     assert "has changed on the disk" in error and "Traceback" not in error

@@ -14,12 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.runtime import metrics_file, tensorboard
+from samft.runtime import metrics_file
 from samft.runtime.files import read_digests, read_json, sha256_of
 
 CHECKPOINT_NAME = re.compile(r"\d+--?\d+\.\d\d\.ckpt")  # {step}-{score:.2f}.ckpt
 CONFIG_NAME = "config.yaml"
-LAST_NAME, PREVIOUS = "last.ckpt", "previous"
+LAST_NAME, PREVIOUS, TENSORBOARD = "last.ckpt", "previous", "tensorboard"
 # What `OmegaConf.to_yaml` of a configuration has had since the first version.
 _OLDEST_SETTINGS = {"data_root", "model_type", "checkpoint_path", "batch_size", "output_dir"}
 _HEAD_BYTES = 1 << 20
@@ -156,7 +156,7 @@ _IS_OWN: dict[str, Callable[[Path], bool]] = {
     f"{PREVIOUS}/last.json": _is_state_sidecar,
 }
 # Present also if a run was stopped before it has measured anything, and then written anew.
-_LEFT_BY_ANY_START = (CONFIG_NAME, "status.json", "train.log", tensorboard.FOLDER)
+_LEFT_BY_ANY_START = (CONFIG_NAME, "status.json", "train.log", TENSORBOARD)
 
 
 def is_own(folder: Path, name: str) -> bool:
@@ -175,8 +175,8 @@ def own_files(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.ckpt")):
         if is_checkpoint(path):
             names += [path.name, path.with_suffix(".json").name]
-    events = sorted((folder / tensorboard.FOLDER).glob("*tfevents*"))
-    return names + [f"{tensorboard.FOLDER}/{path.name}" for path in events if _is_event_file(path)]
+    events = sorted((folder / TENSORBOARD).glob("*tfevents*"))
+    return names + [f"{TENSORBOARD}/{path.name}" for path in events if _is_event_file(path)]
 
 
 def has_measured(folder: Path, names: list[str]) -> bool:
@@ -203,7 +203,7 @@ def foreign_files(folder: Path) -> list[str]:
     taken = [
         name for name in _IS_OWN if os.path.lexists(folder / name) and not is_own(folder, name)
     ]
-    folders = (tensorboard.FOLDER, PREVIOUS)
+    folders = (TENSORBOARD, PREVIOUS)
     return taken + [name for name in folders if (folder / name).is_file()]
 
 

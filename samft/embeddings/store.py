@@ -90,7 +90,8 @@ class EmbeddingStore:
         Raises:
             OSError: It cannot be written.
         """
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            LOGGER.warning("%s is no folder of embeddings: it is deleted", self.folder)
             self.folder.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (_DATA, _RECORDS, _META):
@@ -125,7 +126,7 @@ class EmbeddingStore:
         """An upper bound of the number of embeddings, from the file size alone."""
         try:
             return (self.folder / _RECORDS).stat().st_size // _RECORD.itemsize
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     def write(self, slot: int, embedding: NDArray[np.floating]) -> None:

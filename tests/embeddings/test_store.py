@@ -142,6 +142,16 @@ def test_whatever_happens_to_a_file_each_embedding_is_whole_or_missing(
             assert all(np.array_equal(read(store, k), embedding(k)) for k in range(3))
 
 
+@pytest.mark.parametrize("fault", ["file", "dangling link", "pipe"])
+def test_something_else_in_the_place_of_a_store_is_replaced(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "a").write_text("of somebody")
+    if fault in REPLACEMENTS:
+        REPLACEMENTS[fault](tmp_path / "a", np.random.default_rng(0))
+    store = EmbeddingStore(tmp_path / "a", shape=SHAPE, dtype="float16")
+    assert store.read_records() == {} and store.num_records == 0
+    assert np.array_equal(read(a_store(tmp_path / "a", count=1), 0), embedding(0))
+
+
 def test_each_flipped_bit_of_an_embedding_shows(tmp_path: Path) -> None:
     store, data = a_store(tmp_path / "a", count=2), tmp_path / "a" / "embeddings.bin"
     whole = data.read_bytes()

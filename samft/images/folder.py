@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from samft.images.names import (
     SPELLINGS,
+    are_of_other_folders,
     common_parts,
     is_image_name,
     numbers_in,
@@ -198,10 +199,10 @@ class ImageFolder:
     # Names that are not where they say.
 
     def _find_elsewhere(self, names: list[str], taken: set[str]) -> dict[str, tuple[str, str]]:
-        fits = {name: self._fitting_paths(split_name(name)[0]) for name in names}
+        fits = {name: self._fitting_paths(*split_name(name)) for name in names}
         wanted_by = defaultdict(set)
         for name, paths in fits.items():
-            for path in paths:
+            for path in paths if len(paths) == 1 else ():
                 wanted_by[path].add(tuple(SPELLINGS[1](part) for part in split_name(name)[0]))
         return {
             name: self._choose_fit(name, paths, taken=taken, wanted_by=wanted_by)
@@ -231,7 +232,9 @@ class ImageFolder:
                 self.hints[name] = f"did you mean {near}?"
             return name, code
         path = paths[0]
-        if not (outside or self._is_respelled(parts, path)) and self._holds_images(parts[:-1]):
+        if not (outside or self._is_respelled(parts, path)) and (
+            self._holds_images(parts[:-1]) or are_of_other_folders(parts, _parts_of(path))
+        ):
             self.hints[name] = f"there is {path}"
             return name, code
         if path in taken or len(wanted_by[path]) > 1:
@@ -239,9 +242,10 @@ class ImageFolder:
             return name, AMBIGUOUS
         return self._check_kind(name, path)
 
-    def _fitting_paths(self, parts: tuple[str, ...]) -> list[str]:
+    def _fitting_paths(self, parts: tuple[str, ...], outside: bool) -> list[str]:
         # The files whose names fit best, at the strictest level where any does.
-        for level, spell in enumerate(SPELLINGS):
+        num_levels = len(SPELLINGS) - (outside or is_image_name(parts[-1]))
+        for level, spell in enumerate(SPELLINGS[:num_levels]):
             paths = self._by_spelling(level).get(spell(parts[-1]))
             if paths is not None and len(paths) == 1:
                 return paths

@@ -1,6 +1,7 @@
 """Image names as annotation tools write them: foreign paths, URLs, other spellings. No torch."""
 
 import functools
+import html
 import re
 import unicodedata
 from pathlib import PureWindowsPath
@@ -106,13 +107,15 @@ def _as_written(part: str) -> str:
 
 
 def _any_case(part: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", part).casefold())
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", part).casefold()).strip(" ")
 
 
 def _decoded(part: str) -> str:
     for _ in range(3):  # some exporters encode twice
         if "%" in part:
             part = unquote(part, errors="surrogateescape")
+    if "&" in part:
+        part = html.unescape(part)
     return _any_case(part.replace("+", " "))
 
 
@@ -131,8 +134,27 @@ def _before_export(part: str) -> str:
     return _REPLACED.sub("-", stem).strip("-") + suffix
 
 
-# From the strictest to the loosest: names are the same at a level where these are equal.
-SPELLINGS = (_as_written, _any_case, _decoded, _any_suffix, _before_export)
+def _without_suffix(part: str) -> str:
+    part = _before_export(part)
+    return part.removesuffix(_suffix_of(part))
+
+
+# From the strictest to the loosest: names are the same at a level where these are equal. The last
+# is for wanted names that have no suffix.
+SPELLINGS = (_as_written, _any_case, _decoded, _any_suffix, _before_export, _without_suffix)
+# Folders that say nothing about the images in them.
+_GENERAL_FOLDER = re.compile(
+    r"(jpe?g)?(images?|imgs?|pictures|photos|data|raw|upload|media|train|val|valid|validation|test)"
+    r"(\d{4})?",
+    re.IGNORECASE,
+)
+
+
+def are_of_other_folders(wanted: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    """Whether two files lie in different folders whose names say what is in them, as of videos."""
+    folders = [parts[-2] for parts in (wanted, path) if len(parts) > 1]
+    telling = [_decoded(each) for each in folders if not _GENERAL_FOLDER.fullmatch(each)]
+    return len(telling) == 2 and telling[0] != telling[1]
 
 
 def numbers_in(name: str) -> list[int]:

@@ -52,7 +52,7 @@ FOREIGN = [
     "s3://bucket/data/a.png",
     "https://host/x/a.png?size=full&X-Sign=1#top",
     "/data/local-files/?d=data/a.png",
-    "none/a.png",
+    "images/a.png",
 ]
 
 
@@ -91,6 +91,8 @@ def test_of_files_of_one_name_the_one_with_most_of_the_path_is_meant(tmp_path: P
     _touch_files(tmp_path, "cats/1.png", "dogs/1.png", "dogs/2.png", "dogs/old/2.png")
     folder = ImageFolder(tmp_path)
     assert folder.find("C:\\data\\dogs\\1.png") == ("dogs/1.png", "image-name-mended")
+    found = folder.find_all(["/cats/1.png", "/dogs/1.png", "/birds/1.png"])
+    assert [path for path, _ in found.values()] == ["cats/1.png", "dogs/1.png", "/birds/1.png"]
     assert folder.find("C:\\data\\birds\\1.png")[1] == "image-ambiguous"
     assert folder.hints["C:\\data\\birds\\1.png"] == "cats/1.png and dogs/1.png fit"
 
@@ -109,6 +111,9 @@ def test_a_folder_that_holds_images_is_taken_at_its_word(tmp_path: Path) -> None
     folder = ImageFolder(tmp_path)
     assert folder.find("dogs/1.png") == ("dogs/1.png", "image-missing")
     assert folder.hints["dogs/1.png"] == "there is cats/1.png"
+    # Nor is a frame of another video the one that is missing.
+    assert folder.find("birds/1.png") == ("birds/1.png", "image-missing")
+    assert folder.find("images/1.png") == ("cats/1.png", "image-name-mended")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +132,9 @@ def test_a_folder_that_holds_images_is_taken_at_its_word(tmp_path: Path) -> None
         ("a.jpg", "a.JPG"),
         ("a.jpeg", "a.jpg"),
         ("a.tif", "A.TIFF"),
+        ("a&amp;b.jpg", "a&b.jpg"),
+        ("a.jpg ", "a.jpg"),
+        ("sub/a", "sub/a.jpg"),
         ("img_6.jpg", "cb0618f6-img_6.jpg"),
         ("cb0618f6-img_6.jpg", "img_6.jpg"),
         ("my photo (1).jpg", "cb0618f6-my_photo_1.jpg"),
@@ -164,7 +172,7 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["x" * 300 + ".jpg", "y" * 300 + "/a.jpg", "\ud800.jpg", "\ud800/b"]
+    "name", ["x" * 300 + ".jpg", "y" * 300 + "/a.jpg", "\ud800.jpg", "\ud800/c"]
 )
 def test_names_that_no_file_system_knows_are_missing(tmp_path: Path, name: str) -> None:
     _touch_files(tmp_path, "b.jpg")

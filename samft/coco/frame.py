@@ -52,7 +52,7 @@ ReadObjects = TypeVar("ReadObjects")
 
 _FEW = 0.1  # share of the objects that no hypothesis has to explain
 _MANY = 0.2  # share of outlines outside of their images from which on a file is refused
-_HALF = 0.5  # share of boxes unlike their masks from which on a file is refused
+_MOST = 0.75  # share of boxes unlike their masks from which on a file is refused
 _FEWEST = 3  # objects that a refusal takes
 _SAME_SIZE, _SAME_SHARE = 2, 0.01  # px, share: sizes that differ less are the same
 _FEWEST_RLE, _MOST_RLE = 2, 200  # RLE objects with boxes from which their layout is told
@@ -237,7 +237,7 @@ def _find_layout_without_boxes(
     better = int((other > 1.5 * plain).sum())
     if better < (1 - _MANY) * len(rles):
         return None
-    is_size_right = (some.rle_sizes == images.sizes[some.rows]).all(1).mean() > _HALF
+    is_size_right = (some.rle_sizes == images.sizes[some.rows]).all(1).mean() > 0.5
     reason = f"as COCO writes it, {better} of {len(rles)} masks are stripes"
     return _with_layout(frame, "by-rows" if is_size_right else "size-swapped", reason)
 
@@ -476,7 +476,7 @@ def _judge_frame(
     groups = {"objects": told, "RLE": told.take(told.is_rle), "polygons": told.take(~told.is_rle)}
     for noun, group in groups.items():
         unlike = _count_unlike(group, images)
-        if unlike >= max(_FEWEST, _HALF * len(group.rows)):
+        if unlike >= max(_FEWEST, _MOST * len(group.rows)):
             problems.add("boxes-unlike-masks", f"{unlike:,} of {len(group.rows):,} {noun}")
             return
 

@@ -72,7 +72,8 @@ class EdgeMap:
             image: uint8 [H, W, 3].
         """
         factor = min(1.0, EDGE_SIDE / max(image.shape[:2]))
-        small = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+        width, height = (max(round(side * factor), 1) for side in image.shape[1::-1])
+        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         soft = cv2.GaussianBlur(small, (0, 0), 1.0).astype(np.float32)
         slopes = [cv2.Sobel(soft, cv2.CV_32F, *order, ksize=3) for order in ((1, 0), (0, 1))]
         edges = np.hypot(*slopes).max(axis=2)

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from samft.images.decoder import open_image, read_image
 from samft.images.orientation import (
+    EdgeMap,
     inverse_orientation,
     turn_back_points,
     turn_pixels,
@@ -57,3 +58,9 @@ def test_a_reduced_jpeg_is_turned_too(orientation: int, tmp_path: Path) -> None:
     expected = turn_pixels(pixels[::4, ::4], orientation)
     assert reduced.shape == expected.shape == (*turned_size((15, 26), orientation), 3)
     assert np.abs(reduced.astype(int) - expected).mean() < 12  # but for the blurred border
+
+
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 1), (1, 1)])
+def test_edges_are_looked_for_in_pictures_of_any_shape(shape: tuple[int, int]) -> None:
+    edges = EdgeMap(np.full((*shape, 3), 9, dtype=np.uint8))
+    assert np.isnan(edges.along(np.full((20, 2), 0.5)))  # all of it is border

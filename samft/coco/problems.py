@@ -55,13 +55,13 @@ KINDS = {
     "image-name-mended": (NOTE, "found under another spelling of its name"),
     "image-size-missing": (NOTE, "no usable width and height; the file's are used"),
     "image-size-differs": (NOTE, "width and height are not the file's; the file's are used"),
-    "image-pixel-type": (NOTE, "not 8 bits a value; mapped to 8 bits as pixel_range says"),
     "image-in-train-and-val": (WARNING, "also in the validation split, so not trained on"),
     "image-copies-in-train-and-val": (
         NOTE,
         "named as a copy of a picture that is in the validation split, too: scores are too good",
     ),
     "image-exif-rotated": (FACT, "EXIF asks for a rotation; not applied, as in COCO's annotations"),
+    "image-pixel-type": (FACT, "not 8 bits a value; mapped to 8 bits as pixel_range says"),
     "image-without-objects": (FACT, "no usable object; not trained on"),
     # the frame of outlines and boxes
     "frame-exif-turned": (NOTE, "outlines are on the view that EXIF turns; images are turned too"),

@@ -89,6 +89,8 @@ def _read_series(series: "tifffile.TiffPageSeries", pixels: PixelFormat) -> NDAr
     separate = "C" if "S" not in sizes and "C" in sizes else ""
     leading = [axis for axis in series.axes if axis not in f"YXS{separate}"]
     page = pixels.choose_page(math.prod(sizes[axis] for axis in leading))
+    height, width = sizes["Y"], sizes["X"]
+    check_size(height, width, bytes_per_pixel=series.nbytes // max(height * width, 1))
     whole = series.asarray()
     order = [*leading, "Y", "X", *(axis for axis in ("S", separate) if axis in sizes)]
     whole = whole.transpose([series.axes.index(axis) for axis in order])

@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
-from samft.coco.layout import VAL_NAMES
+from samft.coco.layout import role_of
 from samft.config import pattern_problem
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.images.flags import add_pixel_flags
@@ -178,11 +178,12 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.val_fraction is not None and not 0 < options.val_fraction < 1:
         raise ConfigError(f"--val_fraction: {options.val_fraction} must lie between 0 and 1.")
-    if options.val_fraction is not None and not options.annotations and options.split in VAL_NAMES:
+    is_other_split = not options.annotations and role_of(options.split) in ("val", "test")
+    if options.val_fraction is not None and is_other_split:
         raise ConfigError(
             f"--val_fraction: samft.train holds images out of the training split, and --split is "
             f"{options.split}: add --split train to score those, or leave --val_fraction out to "
-            "score all of the validation split."
+            f"score all of {options.split}."
         )
     if options.group_by and (problem := pattern_problem(options.group_by)):
         raise ConfigError(f"--group_by: {problem}")

@@ -89,8 +89,8 @@ def find_split(data_root: Path, split: str, *, flags: str = "") -> tuple[Path, P
 def _find_by_likeness(data_root: Path, split: str, flags: str) -> tuple[Path, Path]:
     tried = " or ".join(_SPLIT_NAMES.get(split, (split,)))
     found = list_splits(data_root)
-    fitting = [each for each in found if _role_of(each.name) == _role_of(split)]
-    if not fitting and _role_of(split) == "train" and len(found) == 1 and not found[0].name:
+    fitting = [each for each in found if role_of(each.name) == role_of(split)]
+    if not fitting and role_of(split) == "train" and len(found) == 1 and not found[0].name:
         fitting = found
     if len(fitting) == 1:
         annotations, images = fitting[0].annotations, fitting[0].images
@@ -109,8 +109,8 @@ def _log_once(message: str) -> None:
     LOGGER.info("%s", message)
 
 
-def _role_of(name: str) -> str:
-    # Of a split's name in any spelling, with or without a year.
+def role_of(name: str) -> str:
+    """`train`, `val` or `test` for a split's name in any spelling, with or without a year."""
     plain = re.sub(r"\d{4}$", "", name.casefold())
     return next((role[0] for role in _ROLES if plain in role), name.casefold())
 
@@ -146,6 +146,8 @@ def describe_folder(data_root: Path) -> str:
     parts += [f"{name} ({_shorten(paths)})" for name, paths in others.items()]
     if others and not splits:
         parts[-1] += ", which has to be exported or converted to COCO first"
+    nested = [] if splits else [each for each in _folders_of(data_root)[1:] if list_splits(each)]
+    parts += [f"a dataset in its folder {folder.name}" for folder in nested[:3]]
     if not parts:
         names = sorted(path.name for path in itertools.islice(data_root.iterdir(), 1000))
         return f"no annotations, only {_shorten(names)}" if names else "nothing"
@@ -198,7 +200,7 @@ def _split_name(data_root: Path, path: Path) -> str:
     name = "_".join(word for word in words if word and not re.fullmatch(_NO_NAME, word.lower()))
     if not name and path.parent.name.lower() != "annotations":
         name = path.parent.resolve().name
-        if path.parent == data_root and _role_of(name) not in ("train", "val", "test"):
+        if path.parent == data_root and role_of(name) not in ("train", "val", "test"):
             name = ""  # the dataset's, not a split's
     return name
 
@@ -224,7 +226,7 @@ def _folders_like(place: Path, name: str) -> list[Path]:
     return [
         path
         for path in sorted(place.iterdir())
-        if _role_of(path.name) == _role_of(name) and path.is_dir()
+        if role_of(path.name) == role_of(name) and path.is_dir()
     ]
 
 

@@ -1,5 +1,6 @@
 """Splits checked one by one and against each other."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -124,3 +125,17 @@ def test_long_lines_hang_under_the_meaning(tmp_path: Path) -> None:
     column = lines[start].index("width and height")
     assert lines[start + 1].lstrip().startswith("(xxx")
     assert len(lines[start + 1]) - len(lines[start + 1].lstrip()) == column
+
+
+def test_copies_of_a_picture_in_both_splits_are_noted(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        path = write_coco(tmp_path, 2, split=split, seed=len(split))
+        document = json.loads(path.read_text())
+        for k, image in enumerate(document["images"]):
+            name = f"p{k}_png.rf.{len(split) + k:032x}.png"
+            (path.parent / image["file_name"]).rename(path.parent / name)
+            image["file_name"] = name
+        path.write_text(json.dumps(document))
+    splits = check_splits(tmp_path, train_split="train", val_split="val", image_size=64)
+    assert splits["train"].problems["image-copies-in-train-and-val"] == 2
+    assert splits["train"].problems["image-in-train-and-val"] == 0

@@ -68,6 +68,7 @@ def test_the_only_file_that_can_be_meant_is_taken(
         (["Train.json", "training.json"], "train", "more than one split for 'train'"),
         (["data.yaml", "labels/train/a.txt"], "train", "YOLO's labels .data.yaml, labels/train/a"),
         (["Annotations/a.xml", "JPEGImages/a.jpg"], "train", "Pascal VOC's XML .Annotations/a.xml"),
+        (["coco/annotations/instances_train.json"], "train", "a dataset in its folder coco"),
         (["a.jpg", "b.jpg"], "train", "no annotations, only a.jpg, b.jpg"),
         ([], "train", "It holds nothing"),
     ],

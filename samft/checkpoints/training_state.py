@@ -214,7 +214,10 @@ def _load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged or hostile file
-        raise CheckpointError(f"{path} cannot be read: it is damaged, or no checkpoint.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged, or no last.ckpt of samft; weights of other "
+            "programs go into checkpoint_path."
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} is not the training state of a run (a last.ckpt of format {FORMAT_VERSION}); "

@@ -87,7 +87,10 @@ def find_local_weights(checkpoint_path: str, model_type: str) -> Path | None:
     if checkpoint_path == "auto":
         packaged = model_type == "vit_tiny"
         path = PACKAGED_TINY if packaged else cache_folder() / SAM_FILES[model_type][0]
-    return path if path.is_file() else None
+    try:
+        return find_weights_file(path)
+    except CheckpointError:
+        return None
 
 
 def download_file(

@@ -19,7 +19,7 @@ from samft import cli, export
 from samft.cli import run_command
 from samft.export import FOLDERS, FORMATS, main
 from samft.exporters import huggingface, onnx, verification
-from samft.exporters.verification import predict_boxes, synthetic_sample
+from samft.exporters.verification import bitwise_equal, predict_boxes, synthetic_sample
 from samft.models.sam import load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
@@ -55,6 +55,15 @@ def refused(argv: list[str], capsys: Any) -> str:
 
 
 # What it writes
+
+
+def test_a_folder_of_transformers_is_exported(tmp_path, checkpoint, capsys) -> None:
+    sam = load_sam(checkpoint)
+    huggingface.write_huggingface(sam, tmp_path / "tuned", {})
+    main(flags(tmp_path / "tuned", "safetensors", tmp_path / "a.safetensors"))
+    assert bitwise_equal(load_sam(tmp_path / "a.safetensors").state_dict(), sam.state_dict())
+    message = refused(flags(tmp_path, "safetensors", tmp_path / "b"), capsys)
+    assert f"--checkpoint: {tmp_path} is a folder: name a file in it" in message
 
 
 @pytest.mark.parametrize("size", [256, pytest.param(1024, marks=slow)])

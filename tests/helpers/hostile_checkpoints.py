@@ -138,19 +138,19 @@ FAULTS = (flip, truncate, blank, cut_out, insert)
 
 def _damaged(rng: random.Random, state: State, folder: Path) -> Path:
     whole = rng.choice([as_torch(state), as_torch({"model": state}), as_legacy(state), save(state)])
-    return _write(folder, rng.choice(FAULTS)(whole, rng))
+    return _write_file(folder, rng.choice(FAULTS)(whole, rng))
 
 
 def _damaged_head(rng: random.Random, state: State, folder: Path) -> Path:
     # Where the structure is, rather than the weights.
     whole = rng.choice([as_torch(state), as_legacy(state), save(state)])
     length = min(len(whole), 60_000)
-    return _write(folder, rng.choice(FAULTS)(whole[:length], rng) + whole[length:])
+    return _write_file(folder, rng.choice(FAULTS)(whole[:length], rng) + whole[length:])
 
 
 def _garbage(rng: random.Random, state: State, folder: Path) -> Path:
     heads = [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02}", (90).to_bytes(8, "little") + b"{", b"<"]
-    return _write(folder, rng.choice(heads) + rng.randbytes(rng.randint(0, 20_000)))
+    return _write_file(folder, rng.choice(heads) + rng.randbytes(rng.randint(0, 20_000)))
 
 
 # Lies about sizes, and bombs
@@ -252,7 +252,7 @@ def _legacy_lie(numel: int) -> bytes:
 
 
 def _lie(rng: random.Random, state: State, folder: Path) -> Path:
-    return _write(folder, _LIES[rng.choice(sorted(_LIES))]())
+    return _write_file(folder, _LIES[rng.choice(sorted(_LIES))]())
 
 
 # Whole files of odd content
@@ -282,7 +282,7 @@ def _odd_tensor(rng: random.Random, state: State, folder: Path) -> Path:
             lambda: None,
         ]
     )()
-    return _write(folder, rng.choice([as_torch, as_legacy])({**state, name: odd}))
+    return _write_file(folder, rng.choice([as_torch, as_legacy])({**state, name: odd}))
 
 
 def _odd_names(rng: random.Random, state: State, folder: Path) -> Path:
@@ -300,7 +300,7 @@ def _odd_names(rng: random.Random, state: State, folder: Path) -> Path:
             lambda: {f"image_encoder.blocks.{k}.norm1.weight": state[some[0]] for k in range(9999)},
         ]
     )()
-    return _write(folder, as_torch(odd))
+    return _write_file(folder, as_torch(odd))
 
 
 def _odd_folder(rng: random.Random, state: State, folder: Path) -> Path:
@@ -310,9 +310,9 @@ def _odd_folder(rng: random.Random, state: State, folder: Path) -> Path:
     index = place / "model.safetensors.index.json"
     kind = rng.randrange(6)
     if kind == 0:
-        _write(place, FAULTS[1](save(names), rng), "model.safetensors")
+        _write_file(place, FAULTS[1](save(names), rng), "model.safetensors")
     elif kind == 1:
-        _write(place, rng.randbytes(3000), "pytorch_model.bin")
+        _write_file(place, rng.randbytes(3000), "pytorch_model.bin")
     elif kind == 2:
         index.write_text(json.dumps({"weight_map": {"a": index.name}}))
     elif kind == 3:
@@ -341,11 +341,11 @@ def make_hostile(number: int, state: State, folder: Path) -> Path:
     kinds = [maker for maker, count in MAKERS for _ in range(count)]
     if kinds[number] is _lie:  # each of them once
         first = kinds.index(_lie)
-        return _write(folder, _LIES[sorted(_LIES)[number - first]]())
+        return _write_file(folder, _LIES[sorted(_LIES)[number - first]]())
     return kinds[number](rng, state, folder)
 
 
-def _write(folder: Path, content: bytes, name: str = "a.pth") -> Path:
+def _write_file(folder: Path, content: bytes, name: str = "a.pth") -> Path:
     (folder / name).write_bytes(content)
     return folder / name
 

@@ -345,6 +345,19 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: as_torch(Custom(), _use_new_zipfile_serialization=False),
         "of the class test_checkpoint_formats.Custom",
     ),
+    "YOLO": (
+        lambda: as_zip(
+            {
+                "a/data.pkl": b"\x80\x02cultralytics.nn.tasks\nDetectionModel\n)\x81.",
+                "a/version": b"3",
+            }
+        ),
+        "is a YOLO of Ultralytics",
+    ),
+    "zip cut short": (
+        lambda: as_torch({"a": torch.ones(1)})[:-30],
+        "the table of contents at its end is missing",
+    ),
     "protocol 4": (lambda: as_torch({"a": torch.ones(1)}, pickle_protocol=4), "pickle_protocol"),
     "bytearray": (lambda: as_torch({"a": bytearray(b"x")}), "the class builtins.bytearray"),
     "legacy bytearray": (

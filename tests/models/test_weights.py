@@ -306,6 +306,10 @@ def test_local_weights_are_found_without_a_download(tmp_path, monkeypatch) -> No
     assert find_local_weights("auto", "vit_tiny") == PACKAGED_TINY
     assert find_local_weights("auto", "vit_b") is None
     assert find_local_weights("random", "vit_b") is None
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/model.safetensors").touch()
+    found_in_folder = find_local_weights(str(tmp_path / "tuned"), "vit_b")
+    assert found_in_folder == tmp_path / "tuned/model.safetensors"
     (tmp_path / FILE_NAME).touch()
     assert find_local_weights("auto", "vit_b") == tmp_path / FILE_NAME
     assert find_local_weights(str(tmp_path / FILE_NAME), "vit_b") == tmp_path / FILE_NAME

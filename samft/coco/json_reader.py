@@ -297,6 +297,16 @@ def to_size(entry: ImageEntry) -> tuple[int, int]:
 # Segmentations.
 
 
+def plain_segmentation(raw: Any) -> Any:
+    """A segmentation as COCO writes it, where it is plain what is meant; else unchanged."""
+    first = raw[0] if isinstance(raw, list) and raw else None
+    if isinstance(first, list):
+        is_usual = len(first) > 2 and isinstance(first[0], (int, float))
+    else:
+        is_usual = isinstance(first, (int, float))  # one flat list of numbers
+    return raw if is_usual else rle_in(raw) or polygons_in(raw) or raw
+
+
 def polygons_in(raw: Any, *, depth: int = 0) -> list[list[float]] | None:
     """The polygons of a segmentation in another notation than COCO's, where that is plain.
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from samft.coco.json_reader import MaskError, check_rle, counts_from_strings, polygons_in, rle_in
+from samft.coco.json_reader import MaskError, check_rle, counts_from_strings, plain_segmentation
 
 _MAX_COORDINATE = 1e5  # px; far outside of any image, far inside what pycocotools survives
 _MAX_PERIMETER = 4e6  # px; pycocotools allocates five points a pixel of perimeter
@@ -69,14 +69,13 @@ class RawMasks:
 
         Args:
             raw: Polygons (a list of lists, or one flat list), or an RLE dict whose counts are a
-                list or a compressed string; or what `polygons_in` and `rle_in` read. Anything else
-                is recorded as refused.
+                list or a compressed string; or what `plain_segmentation` reads. Anything else is
+                recorded as refused.
         """
         owner, self.count = self.count, self.count + 1
-        if not _is_usual(raw):
-            plain = rle_in(raw) or polygons_in(raw)
-            self.respelled += [owner] if plain and plain != raw else []
-            raw = plain or raw
+        plain = plain_segmentation(raw)
+        self.respelled += [owner] if plain is not raw and plain != raw else []
+        raw = plain
         if isinstance(raw, dict) and {"size", "counts"} & raw.keys():
             try:
                 self.rles[owner] = check_rle(raw)
@@ -99,14 +98,6 @@ class RawMasks:
     def check(self) -> "CheckedMasks":
         """Checks all objects that were added."""
         return CheckedMasks(self)
-
-
-def _is_usual(raw: Any) -> bool:
-    # Whether it is as COCO writes it, or one flat list of numbers, by its beginning.
-    first = raw[0] if isinstance(raw, list) and raw else None
-    if isinstance(first, list):
-        return len(first) > 2 and isinstance(first[0], (int, float))
-    return isinstance(first, (int, float))
 
 
 _POLYGON_CODES = (
@@ -205,16 +196,23 @@ class CheckedMasks:
         self.extents[owner] = left, top, right, bottom
         self.areas[owner], self.num_parts[owner] = rle["counts"][1::2].sum(), 1
 
+    def refuse_foreign(self, sizes: NDArray[np.float64]) -> None:
+        """Sets the code of RLE whose size, either way round, has nothing to do with the image's.
+
+        Args:
+            sizes: float64 [n, 2], H, W of the images, px.
+        """
+        owners = np.array(list(self.rle_sizes), dtype=np.int64)
+        own = np.sort(np.array(list(self.rle_sizes.values())).reshape(-1, 2))
+        foreign = (own > _MOST_TIMES_IMAGE * np.sort(sizes[owners])).any(1)
+        self.codes[owners[foreign]] = "rle-size-foreign"
+
     def find_empty(self, sizes: NDArray[np.float64]) -> None:
         """Sets the code of masks that have no pixel in their images, and small areas exactly.
 
         Args:
             sizes: float64 [n, 2], H, W of the images, px.
         """
-        owners = np.array(list(self.rle_sizes), dtype=np.int64)
-        rle_sizes = np.array(list(self.rle_sizes.values())).reshape(-1, 2)
-        foreign = (rle_sizes > _MOST_TIMES_IMAGE * sizes[owners]).any(1)
-        self.codes[owners[foreign]] = "rle-size-foreign"
         # A polygon inside of the image that is thicker than a few pixels covers some: no need to
         # draw it. Nosarzewska's bound asks for half the perimeter.
         corner = sizes[:, ::-1]

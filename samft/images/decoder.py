@@ -115,19 +115,18 @@ def open_image(
             content = file.read()
     except OSError as error:
         raise ImageError(f"{path} cannot be read ({error.strerror}): check the file.") from error
-    size = plain_size(content)
-    if size is None:
-        values = _read_values(path, content, pixels)
-        height, width = values.shape[:2]
-        size = turned_size((height, width), orientation)
-        return EncodedImage(path, content, size, orientation, pixels, values)
+    size, values = plain_size(content), None
     try:
-        check_size(*size)
+        if size is not None:
+            check_size(*size)
         if is_cut_short(content):
             raise UnusableImage("image-truncated")
     except UnusableImage as error:
         raise ImageError(f"{path} {error.sentence}") from error
-    return EncodedImage(path, content, turned_size(size, orientation), orientation, pixels)
+    if size is None:
+        values = _read_values(path, content, pixels)
+        size = (values.shape[0], values.shape[1])
+    return EncodedImage(path, content, turned_size(size, orientation), orientation, pixels, values)
 
 
 def read_image(

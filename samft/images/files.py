@@ -135,6 +135,8 @@ def _inspect_content(file: io.FileIO, head: bytes, pixels: PixelFormat, decode: 
     orientation = 1 if is_upright else _read_orientation(file)
     content = _read_all(file)
     try:
+        if is_cut_short(content):  # though Pillow may find all rows in it
+            raise UnusableImage("image-truncated")
         if size is None or decode or png_problem(content) is not None:
             values = read_values(content, pixels)
             height, width = values.shape[:2]

@@ -297,7 +297,7 @@ def write_broken(root: Path) -> dict[str, dict[str, int]]:
     (root / "test").mkdir()
     (root / "test" / "_annotations.coco.json").write_text('{"images": [], "annotations": [')
     return {
-        "train": {**train.expected, "good_objects": train.good, "good_images": 8},
+        "train": {**train.expected, "good_objects": train.good, "good_images": 9},
         "val": {**val.expected, "good_objects": val.good, "good_images": 2},
         "test": {"json-invalid": 1},
     }

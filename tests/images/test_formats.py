@@ -199,6 +199,8 @@ def spoil(content: bytes, *, at: float = 0.5, length: int = 60) -> bytes:
 
 DAMAGED = {
     "PNG": (spoil(with_pillow("PNG", COLOURS)), "image-damaged"),
+    "PNG cut at its end": (with_pillow("PNG", COLOURS)[:-20], "image-truncated"),
+    "16-bit PNG cut at its end": (DEEP_FILES["PNG"][:-20], "image-truncated"),
     "16-bit PNG": (spoil(DEEP_FILES["PNG"]), "image-damaged"),
     "deflated TIFF": (spoil(DEEP_FILES["deflate"]), "image-damaged"),
     "cut TIFF": (DEEP_FILES["float32"][:1500], "image-damaged"),

@@ -25,6 +25,7 @@ BOX_CODES = (
 BOX_MISSING, BOX_MALFORMED, NOT_FINITE, EMPTY, OUTSIDE, UNLIKE_MASK = range(1, len(BOX_CODES))
 MAX_ROUNDING = 2  # px; a box that differs less from the mask's extent is the mask's
 
+_SAME_SIZE, SAME_SHARE = 2, 0.01  # px, share: sizes that differ less are the same
 _OVERHANG, _OVERHANG_SHARE = 3.0, 0.03  # px; share of the image's side
 _MOST = 20_000  # objects whose numbers are weighed
 _FULL = 0.9  # share of an image that a box covers which says nothing about its mask
@@ -164,6 +165,25 @@ class Evidence:
         whole = Numbers(*(np.concatenate(values) for values in zip(*parts, strict=True)))
         step = -(-len(whole.rows) // _MOST) or 1
         return whole.take(np.arange(0, len(whole.rows), step))
+
+
+def scale_corners(
+    corners: NDArray[np.float64], factors: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Boxes x0 y0 x1 y1 [n, 4], scaled and moved by factors of x and y, and shifts: [n, 4]."""
+    return corners * np.tile(factors[:, :2], 2) + np.tile(factors[:, 2:], 2)
+
+
+def sizes_differ(sizes: NDArray[np.integer], others: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Which sizes H, W [n, 2] are others than by rounding."""
+    room = np.maximum(_SAME_SIZE, SAME_SHARE * others)
+    return np.asarray((np.abs(sizes - others) > room).any(1))
+
+
+def spread(which: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Some of the values [n], spread over all of them."""
+    step = -(-len(which) // most) or 1
+    return which[::step]
 
 
 def leaves_image(extents: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.bool_]:

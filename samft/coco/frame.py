@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.coco.boxes import (
+    SAME_SHARE,
     Evidence,
     Numbers,
     box_forms,
     boxes_agree,
     leaves_image,
+    scale_corners,
+    sizes_differ,
+    spread,
     tell_of_masks,
     to_corners,
 )
@@ -48,13 +52,13 @@ from samft.images.orientation import (
     turned_size,
 )
 
+_UNSCALED = np.array([1.0, 1, 0, 0])  # a row of `OutlineFrame.scales`
 ReadObjects = TypeVar("ReadObjects")
 
 _FEW = 0.1  # share of the objects that no hypothesis has to explain
 _MANY = 0.2  # share of outlines outside of their images from which on a file is refused
 _MOST = 0.75  # share of boxes unlike their masks from which on a file is refused
 _FEWEST = 3  # objects that a refusal takes
-_SAME_SIZE, _SAME_SHARE = 2, 0.01  # px, share: sizes that differ less are the same
 _FEWEST_RLE, _MOST_RLE = 2, 200  # RLE objects with boxes from which their layout is told
 _MOST_PICTURES, _MOST_EDGES = 16, 48  # images and objects in which edges are looked for
 
@@ -65,7 +69,7 @@ class OutlineFrame:
 
     Attributes:
         turned: Whether they are drawn on the view that EXIF gives: those images are turned.
-        scales: float64 [N, 2], factors for x and y by row of the image; None: no scaling.
+        scales: float64 [N, 4], by image: factors for x and y, and px then added; None: no scaling.
         scaled_boxes: Whether the boxes are in the frame of the outlines, and scaled with them.
         layout: How run lengths are written, a key of `LAYOUTS`.
         reasons: By code of `problems.KINDS`, how much a hypothesis explains, as a phrase.
@@ -111,15 +115,17 @@ class OutlineFrame:
             factors = self.scales[rows]
             _scale_polygons(masks, factors)
             for owner, rle in masks.rles.items():
-                if (factors[owner] != 1).any():
-                    masks.rles[owner] = resample(rle, tuple(sizes[rows[owner]].tolist()))
+                size = tuple(sizes[rows[owner]].tolist())
+                if _moves(factors[owner]) and tuple(rle["size"]) != size:
+                    masks.rles[owner] = resample(rle, size, factors[owner])
             if self.scaled_boxes:
-                boxes_xywh *= np.tile(factors, 2)
+                boxes_xywh *= np.tile(factors[:, :2], 2)
+                boxes_xywh[:, :2] += factors[:, 2:]
 
     def box_scales(self, num_images: int) -> NDArray[np.float64]:
-        """Factors for x and y from the file's boxes to pixels, float64 [N, 2]."""
+        """As `scales`, for the file's boxes, float64 [N, 4]."""
         if self.scales is None or not self.scaled_boxes:
-            return np.ones((num_images, 2))
+            return np.tile(_UNSCALED, (num_images, 1))
         return self.scales
 
     def to_json(self) -> dict[str, Any]:
@@ -128,9 +134,8 @@ class OutlineFrame:
             return {}
         fields: dict[str, Any] = {"turned_by_exif": self.turned, "rle": self.layout}
         if self.scales is not None:
-            fields["scale_x_y"] = [
-                one(axis=0).tolist() for one in (self.scales.min, self.scales.max)
-            ]
+            low, high = self.scales.min(axis=0).tolist(), self.scales.max(axis=0).tolist()
+            fields |= {"scale_x_y": [low[:2], high[:2]], "shift_x_y": [low[2:], high[2:]]}
         return {**fields, "reasons": list(self.reasons.values())}
 
 
@@ -140,6 +145,11 @@ def _scale_polygons(masks: RawMasks, factors: NDArray[np.float64]) -> None:
     place = np.arange(len(numbers)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     owners = np.repeat(np.array(masks.owners, dtype=np.int64), lengths)
     numbers *= factors[owners, place % 2]
+    numbers += factors[owners, 2 + place % 2]
+
+
+def _moves(factors: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray((factors != _UNSCALED).any(-1))
 
 
 def read_in_frame(
@@ -151,8 +161,6 @@ def read_in_frame(
     problems: Problems,
 ) -> tuple[ReadObjects, OutlineFrame]:
     """Reads the objects of a file in the frame that explains them.
-
-    Almost always, outlines are as COCO wants them, and one reading is enough.
 
     Args:
         read: Reads the objects, given `problems`, `frame` and `evidence`.
@@ -193,7 +201,7 @@ def _find_layout(
     told = numbers.is_rle & tell_of_masks(numbers, images.sizes)
     if told.sum() < _FEWEST_RLE:
         return _find_layout_without_boxes(frame, numbers, images, entries)
-    some = numbers.take(_spread(np.flatnonzero(told), _MOST_RLE))
+    some = numbers.take(spread(np.flatnonzero(told), _MOST_RLE))
     forms = box_forms(some, images.sizes)
 
     def share(extents: NDArray[np.float64]) -> float:
@@ -228,7 +236,7 @@ def _find_layout_without_boxes(
     oblong = numbers.is_rle & (numbers.rle_sizes[:, 0] != numbers.rle_sizes[:, 1])
     if oblong.sum() < _FEWEST:
         return None
-    some = numbers.take(_spread(np.flatnonzero(oblong), _MOST_EDGES))
+    some = numbers.take(spread(np.flatnonzero(oblong), _MOST_EDGES))
     rles = list(_read_segmentations(some, entries).rles.values())
     plain, other = (
         np.array([np.append(_decode_in(layout, rle).mask, False).mean() for rle in rles])
@@ -256,17 +264,12 @@ def _read_segmentations(numbers: Numbers, entries: list[Raw]) -> RawMasks:
     return masks
 
 
-def _spread(which: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    step = -(-len(which) // most) or 1
-    return which[::step]
-
-
 @dataclass(frozen=True)
 class _Candidate:
     # A hypothesis about all images, and which objects speak against it.
     frame: OutlineFrame
     sizes: NDArray[np.int32]  # [N, 2], H, W
-    factors: NDArray[np.float64]  # [N, 2], x y
+    factors: NDArray[np.float64]  # [N, 4], as `OutlineFrame.scales`
     against: NDArray[np.bool_]  # [K]
 
 
@@ -282,7 +285,7 @@ def _find_place(
     moved = np.zeros(len(numbers.rows), dtype=bool)
     for one in candidates:
         turned = one.frame.turned & (images.exif > UPRIGHT)
-        moved |= (turned | (one.factors != 1).any(1))[numbers.rows]
+        moved |= (turned | _moves(one.factors))[numbers.rows]
     n = int(moved.sum())
     if n == 0:
         return None
@@ -313,27 +316,26 @@ def _with_reasons(found: _Candidate, phrase: str, images: Images) -> OutlineFram
     if found.frame.turned:
         reasons["frame-exif-turned"] = f"{int((images.exif > UPRIGHT).sum())} images; {phrase}"
     if found.frame.scales is not None:
-        used = found.factors[(found.factors != 1).any(1)]
+        used = found.factors[_moves(found.factors), :2]
         low, high = used.min(axis=0), used.max(axis=0)
         texts = [
-            f"{a:.4g}" if np.isclose(a, b, rtol=_SAME_SHARE) else f"{a:.4g} to {b:.4g}"
+            f"{a:.4g}" if np.isclose(a, b, rtol=SAME_SHARE) else f"{a:.4g} to {b:.4g}"
             for a, b in zip(low, high, strict=True)
         ]
         factor = texts[0] if texts[0] == texts[1] else f"{texts[0]} (x) and {texts[1]} (y)"
-        reasons["frame-scaled"] = f"by {factor}; {phrase}"
+        border = " and into a border" if found.factors[:, 2:].any() else ""
+        reasons["frame-scaled"] = f"by {factor}{border}; {phrase}"
     return replace(found.frame, reasons=reasons)
 
 
 def _list_candidates(frame: OutlineFrame, numbers: Numbers, images: Images) -> Iterator[_Candidate]:
-    # The plain one first.
     used = np.unique(numbers.rows)
-    ones = np.ones((len(images.names), 2))
     for turned in (False, True) if (images.exif[used] > UPRIGHT).any() else (False,):
         sizes = images.view_sizes(turned=turned)
         same = replace(frame, turned=turned)
-        yield _weigh(same, numbers, sizes, ones)
-        factors = _factors_of_sizes(numbers, images, sizes)
-        if (factors[used] != 1).any():
+        yield _weigh(same, numbers, sizes, np.tile(_UNSCALED, (len(sizes), 1)))
+        stretched = _factors_of_sizes(numbers, images, sizes)
+        for factors in _ways_to_fit(stretched, sizes) if _moves(stretched[used]).any() else ():
             scaled = replace(same, scales=factors)
             both = [
                 _weigh(replace(scaled, scaled_boxes=with_boxes), numbers, sizes, factors)
@@ -342,15 +344,29 @@ def _list_candidates(frame: OutlineFrame, numbers: Numbers, images: Images) -> I
             yield min(both, key=lambda one: int(one.against.sum()))
 
 
+def _ways_to_fit(
+    stretched: NDArray[np.float64], sizes: NDArray[np.int32]
+) -> list[NDArray[np.float64]]:
+    # Where the shape of images changed: stretched, or with a border at the right and below, or on
+    # both sides.
+    if (np.abs(stretched[:, 0] / stretched[:, 1] - 1) <= 2 * SAME_SHARE).all():
+        return [stretched]
+    corner, middle = stretched.copy(), stretched.copy()
+    corner[:, :2] = middle[:, :2] = stretched[:, :2].min(axis=1, keepdims=True)
+    middle[:, 2:] = sizes[:, ::-1] / 2 * (1 - middle[:, :2] / stretched[:, :2])
+    return [stretched, corner, middle]
+
+
 def _weigh(
     frame: OutlineFrame,
     numbers: Numbers,
     sizes: NDArray[np.int32],
     factors: NDArray[np.float64],
 ) -> _Candidate:
-    mine, ones = np.tile(factors[numbers.rows], 2), np.ones(4)
-    extents = numbers.extents * mine
-    boxes = numbers.boxes * (mine if frame.scaled_boxes else ones)
+    mine = factors[numbers.rows]
+    extents, boxes = scale_corners(numbers.extents, mine), numbers.boxes
+    if frame.scaled_boxes:
+        boxes = boxes * np.tile(mine[:, :2], 2) + np.pad(mine[:, 2:], ((0, 0), (0, 2)))
     placed = replace(numbers, extents=extents, boxes=boxes)
     told = tell_of_masks(placed, sizes)
     agree = [boxes_agree(extents, form) for form in box_forms(placed, sizes)]
@@ -362,25 +378,20 @@ def _weigh(
 def _factors_of_sizes(
     numbers: Numbers, images: Images, sizes: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    # float64 [N, 2], x y, from the sizes that the file says to those of the images; 1 where it says
-    # none. The size is the JSON's, or the RLE's where the JSON has none or the image's own.
+    # As `OutlineFrame.scales`, from the sizes that the JSON says to those of the images; or that RLE
+    # says, where the JSON has none or the image's own.
     said = images.sizes_json.astype(np.int64).copy()
-    says_more = _differ(numbers.rle_sizes, sizes[numbers.rows]) & numbers.is_rle
-    says_more &= ~_differ(said, sizes)[numbers.rows] | (said[numbers.rows] == 0).any(1)
+    says_more = sizes_differ(numbers.rle_sizes, sizes[numbers.rows]) & numbers.is_rle
+    says_more &= ~sizes_differ(said, sizes)[numbers.rows] | (said[numbers.rows] == 0).any(1)
     said[numbers.rows[says_more]] = numbers.rle_sizes[says_more]
     known = (said > 0).all(1) & ~np.array([code != "" for code in images.codes], dtype=bool)
     # Swapped sizes are an exporter's mistake, and harmless.
-    moved = known & _differ(said, sizes) & _differ(said, sizes[:, ::-1])
-    factors = np.ones((len(said), 2))
-    factors[moved] = (sizes[moved] / said[moved])[:, ::-1]
-    if moved.any() and np.ptp(factors[known], axis=0).max() < _SAME_SHARE:
+    moved = known & sizes_differ(said, sizes) & sizes_differ(said, sizes[:, ::-1])
+    factors = np.tile(_UNSCALED, (len(said), 1))
+    factors[moved, :2] = (sizes[moved] / said[moved])[:, ::-1]
+    if moved.any() and np.ptp(factors[known], axis=0).max() < SAME_SHARE:
         factors[~known] = np.median(factors[known], axis=0)
     return factors
-
-
-def _differ(sizes: NDArray[np.integer], others: NDArray[np.integer]) -> NDArray[np.bool_]:
-    room = np.maximum(_SAME_SIZE, _SAME_SHARE * others)
-    return np.asarray((np.abs(sizes - others) > room).any(1))
 
 
 def _choose_by_sizes(candidates: list[_Candidate], numbers: Numbers, images: Images) -> int | None:
@@ -391,7 +402,7 @@ def _choose_by_sizes(candidates: list[_Candidate], numbers: Numbers, images: Ima
         if one.frame.scales is not None:
             # All outlines lie in the corner of the image that they would fill if it was enlarged:
             # a chance of 1 : 20 at most.
-            if np.log(one.factors[numbers.rows]).sum() > 3:
+            if np.log(one.factors[numbers.rows, :2]).sum() > 3:
                 return k
         elif one.frame.turned and (images.exif[oblong] > 4).any():
             if (images.sizes_json[oblong] == one.sizes[oblong]).all():
@@ -408,8 +419,8 @@ def _compare_on_pixels(
 ) -> int | None:
     # The position of the hypothesis whose outlines the edges of the pictures follow, if one does.
     some = numbers.take(numbers.has_mask)
-    rows = _spread(np.unique(some.rows), _MOST_PICTURES)
-    some = some.take(_spread(np.flatnonzero(np.isin(some.rows, rows)), _MOST_EDGES))
+    rows = spread(np.unique(some.rows), _MOST_PICTURES)
+    some = some.take(spread(np.flatnonzero(np.isin(some.rows, rows)), _MOST_EDGES))
     outlines = _read_outlines(some, candidates[0].frame.layout, entries)
 
     def pictures() -> Iterator[tuple[NDArray[np.uint8], list[list[NDArray[np.float64]]]]]:
@@ -433,12 +444,13 @@ def _in_file(
     # Points of an outline as shares of the stored image's width and height.
     orientation = int(images.exif[row]) if candidate.frame.turned else UPRIGHT
     size = tuple(candidate.sizes[row].tolist())
-    stored = turn_back_points(points * candidate.factors[row], orientation, size=size)
+    placed = points * candidate.factors[row, :2] + candidate.factors[row, 2:]
+    stored = turn_back_points(placed, orientation, size=size)
     return stored / turned_size(size, orientation)[::-1]
 
 
 def _read_outlines(numbers: Numbers, layout: str, entries: list[Raw]) -> list[NDArray[np.float64]]:
-    # Points along the outlines of each object, float64 [n, 2], x y, in the numbers of the file.
+    # Points along the outlines of each object, [n, 2], x y, in the numbers of the file.
     masks = _read_segmentations(numbers, entries)
     masks.rles = {owner: relayout(rle, layout) for owner, rle in masks.rles.items()}
     checked = masks.check()
@@ -485,5 +497,5 @@ def _count_unlike(numbers: Numbers, images: Images) -> int:
     # How many boxes are not where their masks are, in the form that explains most of them.
     forms = box_forms(numbers, images.sizes)
     factors = _factors_of_sizes(numbers, images, images.sizes)[numbers.rows]
-    forms += [to_corners(numbers.boxes) * np.tile(factors, 2)]
+    forms += [scale_corners(to_corners(numbers.boxes), factors)]
     return min(int((~boxes_agree(numbers.extents, form)).sum()) for form in forms)

@@ -71,7 +71,8 @@ class CocoIndex:
         image_ids: int64 [N].
         sizes: int32 [N, 2], H, W of the files, px, turned by `orientations`.
         orientations: uint8 [N], how each image is turned when decoded, as EXIF numbers it; 1: not.
-        box_scales: float64 [N, 2], factors for x and y from boxes of the JSON to px.
+        box_scales: float64 [N, 4], for boxes of the JSON: factors for x and y, and what is then
+            added to x and y, px.
         num_bytes: int64 [N], sizes of the files.
         pixel_types: uint8 [N], positions in `pixels.PIXEL_TYPES`.
         bad: bool [N], whether the file cannot be used.

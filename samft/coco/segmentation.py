@@ -417,12 +417,13 @@ def relayout(rle: dict[str, Any], layout: str) -> dict[str, Any]:
     return uncompressed_rle(transposed, (height, width))
 
 
-def resample(rle: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """An RLE scaled to another image size H, W: each pixel is the one under its centre."""
-    crop = decode_cropped(rle, rle["size"])
-    places = [
-        np.floor((np.arange(new) + 0.5) * old / new).astype(np.int64) - first
-        for new, old, first in zip(size, rle["size"], (crop.top, crop.left), strict=True)
+def resample(rle: dict[str, Any], size: tuple[int, int], factors: Any) -> dict[str, Any]:
+    """An RLE in an image of H, W; factors are for x and y, and what is then added to them, px."""
+    crop, (fx, fy, dx, dy) = decode_cropped(rle, rle["size"]), factors
+    axes = zip(size, (fy, fx), (dy, dx), (crop.top, crop.left), strict=True)
+    places = [  # each pixel is the one under its centre
+        np.floor((np.arange(length) + 0.5 - shift) / factor).astype(np.int64) - first
+        for length, factor, shift, first in axes
     ]
     inside = [
         np.flatnonzero((place >= 0) & (place < length))

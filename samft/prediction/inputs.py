@@ -249,7 +249,8 @@ def _boxes_without_masks(
             continue
         corners = _bbox_to_corners(entry.bbox)
         if corners is not None:
-            corners = (np.array(corners) * np.tile(index.box_scales[row], 2)).tolist()
+            factors, shifts = np.tile(index.box_scales[row].reshape(2, 2), 2)
+            corners = (np.array(corners) * factors + shifts).tolist()
         if corners is None or _is_outside(corners, index.sizes[row].tolist()):
             num_unusable += 1
             continue

@@ -8,13 +8,12 @@ image.
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from helpers.drawn_sets import Change, DrawnSet, draw_set, encode, write_set
+from helpers.drawn_sets import Change, DrawnSet, draw_set, encode, fit_into, write_set
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import Problems
 from samft.coco.repair import write_repaired
@@ -37,16 +36,14 @@ def frame_of(path: Path) -> tuple[bool, bool, str]:
     return bool(frame.get("turned_by_exif")), "scale_x_y" in frame, frame.get("rle", PLAIN)
 
 
-def agreement(index: CocoIndex, drawn: DrawnSet) -> float:
+def agreement(index: CocoIndex, drawn: DrawnSet, border: str = "") -> float:
     """The mean IoU of the index's masks with those drawn, in the images as they are decoded."""
     ious = []
     for row in range(index.num_images):
         image = index.open_image(row).decode()
         assert image.shape[:2] == tuple(index.sizes[row])
         for number, k in enumerate(range(*index.first_object[row : row + 2].tolist())):
-            truth = cv2.resize(
-                drawn.masks[row][number], image.shape[1::-1], interpolation=cv2.INTER_NEAREST
-            )
+            truth = fit_into(drawn.masks[row][number], image.shape[1::-1], border)
             crop = decode_cropped(index.segmentations[k], image.shape[:2])
             mask = np.zeros_like(truth)
             height, width = crop.mask.shape
@@ -141,6 +138,9 @@ SCALED = {
     "doubled": Change(factor=2),
     "a little larger": Change(factor=1.2),
     "to a fixed size": Change(fixed=(128, 128)),
+    "into a border on both sides": Change(fixed=(160, 160), border="middle"),
+    "into a border below": Change(fixed=(160, 160), border="corner"),
+    "into a border, rle": Change(fixed=(160, 160), border="middle", rle="plain"),
     "halved, noise": Change(factor=0.5, noise=True),
     "doubled, noise": Change(factor=2, noise=True),
     "halved, rle": Change(factor=0.5, rle="plain"),
@@ -159,7 +159,7 @@ def test_images_resized_after_labelling(scaled: str, seed: int, tmp_path: Path) 
     assert index.problems["frame-scaled"] == 1 and index.problems["image-size-differs"] == 0
     assert len(index.object_ids) == sum(map(len, drawn.masks))
     if not change.noise:
-        assert agreement(index, drawn) > 0.75
+        assert agreement(index, drawn, change.border) > 0.75
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -262,12 +262,13 @@ def test_resampling_keeps_the_pixel_under_each_centre() -> None:
     mask[1:4, 3:8] = 1
     rle = {"size": [6, 9], "counts": np.array(encode(mask, PLAIN)["counts"])}
     for size in ((3, 3), (12, 18), (6, 9), (5, 20)):
-        scaled = resample(rle, size)
+        scaled = resample(rle, size, np.array([size[1] / 9, size[0] / 6, 0, 0]))
         encoded = mask_utils.frPyObjects({**scaled, "counts": scaled["counts"].tolist()}, *size)
         rows = ((np.arange(size[0]) + 0.5) * 6 / size[0]).astype(int)
         columns = ((np.arange(size[1]) + 0.5) * 9 / size[1]).astype(int)
         np.testing.assert_array_equal(mask_utils.decode(encoded), mask[np.ix_(rows, columns)])
-    nothing = resample({"size": [900, 900], "counts": np.array([0, 1, 809_999])}, (2, 2))
+    one_pixel = {"size": [900, 900], "counts": np.array([0, 1, 809_999])}
+    nothing = resample(one_pixel, (2, 2), np.array([2 / 900, 2 / 900, 0, 0]))
     assert nothing["counts"].tolist() == [4]
 
 

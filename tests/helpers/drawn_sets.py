@@ -1,6 +1,7 @@
 """Small COCO sets of ellipses on dark paper, right ones and ones that went wrong in a known way."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Change:
     json_size: str = "view"  # or `file`, `swapped`, `none`
     factor: float = 1.0  # side of the files by side of the views
     fixed: tuple[int, int] | None = None  # W, H that all files are resized to
+    border: str = ""  # around images that are fitted into `fixed`: `middle` or `corner`
     rle: str = ""  # `plain`, or a key of LAYOUTS
     noise: bool = False
     boxes: str = "xywh"
@@ -77,7 +79,7 @@ def write_set(folder: Path, drawn: DrawnSet, change: Change, *, seed: int = 0) -
         stored = turn_pixels(view, inverse_orientation(orientation))
         if change.fixed or change.factor != 1:
             sides = [round(side * change.factor) for side in stored.shape[1::-1]]
-            stored = cv2.resize(stored, change.fixed or sides, interpolation=cv2.INTER_AREA)
+            stored = fit_into(stored, change.fixed or sides, change.border)
         exif = Image.Exif()
         if orientation != 1:
             exif[0x0112] = orientation
@@ -119,6 +121,22 @@ def write_set(folder: Path, drawn: DrawnSet, change: Change, *, seed: int = 0) -
     path = folder / "_annotations.coco.json"
     path.write_text(json.dumps(document))
     return path
+
+
+def fit_into(image: np.ndarray, sides: Sequence[int], border: str) -> np.ndarray:
+    """An image or a mask in a frame of the given width and height: stretched, or with a border."""
+    method = cv2.INTER_AREA if image.ndim == 3 else cv2.INTER_NEAREST
+    if not border:
+        return cv2.resize(image, tuple(sides), interpolation=method)
+    factor = min(sides[0] / image.shape[1], sides[1] / image.shape[0])
+    inner = [round(side * factor) for side in image.shape[1::-1]]
+    left, top = (
+        (a - b) // 2 if border == "middle" else 0 for a, b in zip(sides, inner, strict=True)
+    )
+    fitted = np.zeros((sides[1], sides[0], *image.shape[2:]), np.uint8)
+    scaled = cv2.resize(image, tuple(inner), interpolation=method)
+    fitted[top : top + inner[1], left : left + inner[0]] = scaled
+    return fitted
 
 
 def box_of(mask: np.ndarray, form: str) -> list[float]:

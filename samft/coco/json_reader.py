@@ -342,6 +342,7 @@ def polygons_in(raw: Any, *, depth: int = 0) -> list[list[float]] | None:
 _MAX_NESTING = 4
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _SEPARATORS = re.compile(r"[\s,;]+")
+_OUTSIDE_CODE = re.compile(r"[\s,]")  # separates numbers, and is no character of COCO's RLE
 
 
 def _polygons_in_text(text: str, *, depth: int) -> list[list[float]] | None:
@@ -428,14 +429,16 @@ def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_counts(text: str) -> bytes | list[str]:
-    # COCO's code has neither quotes nor spaces: b'..' is how Python prints it, the rest is a list.
+    # COCO's code goes from 0 to o, with ; and [ and ], but without quotes, spaces and commas: b'..'
+    # is how Python prints it, and the rest is a list.
     if text[:2] in ("b'", 'b"'):
         try:
             return bytes(ast.literal_eval(text))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise MaskError("rle-malformed") from None
-    numbers = _SEPARATORS.split(text.strip(" []"))
-    return numbers if len(numbers) > 1 else text.encode("ascii", "replace")
+    if not _OUTSIDE_CODE.search(text):
+        return text.encode("ascii", "replace")
+    return _SEPARATORS.split(text.strip(" []"))
 
 
 def _to_numbers(raw: Any) -> NDArray[np.float64]:

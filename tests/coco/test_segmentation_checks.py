@@ -1,12 +1,15 @@
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as mask_utils
 
 from helpers.broken_coco import rle
 from helpers.segmentations import check_segmentation
+from samft.coco.json_reader import check_rle
 from samft.coco.segmentation import MaskError, RawMasks, decode_cropped
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
@@ -118,3 +121,17 @@ def test_rle_comes_back(compressed: bool) -> None:
     assert checked["size"] == [20, 30] and checked["counts"].sum() == 600
     crop = decode_cropped(checked, (20, 30))
     assert (crop.top, crop.left) == (3, 2)
+
+
+def test_every_character_of_compressed_rle_is_read() -> None:
+    rng = np.random.default_rng(0)
+    seen: set[str] = set()
+    for _ in range(60):
+        mask = cv2.blur(rng.random((90, 70)), (9, 9)) > 0.5
+        rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
+        text = rle["counts"].decode()
+        seen |= set(text)
+        checked = check_rle({"size": list(mask.shape), "counts": text})
+        drawn = np.repeat(np.arange(len(checked["counts"])) % 2, checked["counts"])
+        np.testing.assert_array_equal(drawn.reshape(70, 90).T, mask)
+    assert seen >= set(";[]")

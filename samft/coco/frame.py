@@ -378,8 +378,7 @@ def _weigh(
 def _factors_of_sizes(
     numbers: Numbers, images: Images, sizes: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    # As `OutlineFrame.scales`, from the sizes that the JSON says to those of the images; or that RLE
-    # says, where the JSON has none or the image's own.
+    # As `OutlineFrame.scales`, from sizes that the JSON, or else RLE, says to those of the files.
     said = images.sizes_json.astype(np.int64).copy()
     says_more = sizes_differ(numbers.rle_sizes, sizes[numbers.rows]) & numbers.is_rle
     says_more &= ~sizes_differ(said, sizes)[numbers.rows] | (said[numbers.rows] == 0).any(1)

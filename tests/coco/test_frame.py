@@ -237,7 +237,7 @@ def test_repaired_copies_are_in_the_plain_frame(change: Change, tmp_path: Path) 
     write_repaired(index, path, target=copy)
     fixed = index_file(copy, path.parent, cache=tmp_path / "cache")
     assert index.frame and fixed.frame == {}
-    assert [s for _, s, _ in fixed.problems if s != "fact"] == []
+    assert fixed.problems.lines("error", "warning", "note") == []
     assert json.loads(copy.read_text())["samft_frame"]["reasons"]
     stored = DrawnSet(
         masks=[

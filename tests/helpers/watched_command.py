@@ -19,27 +19,32 @@ from typing import Any
 
 from samft.cli import run_command
 from samft.embeddings.precompute import EncodingPass
-from samft.recipes import train
+from samft.recipes.embedding_cache import EmbeddingCache
 
 _WRITES = "mkdir open fsync rename replace rmdir unlink utime truncate pwrite".split()
 
 
 def _watch_writes(kill_at: int, calls: list[str]) -> None:
-    stock_cache = train.prepare_cache
+    for method in ("open", "fill"):
+        _watch_method(method, kill_at=kill_at, calls=calls)
+    # Each image is a round, with records of its own.
+    EncodingPass.__init__.__kwdefaults__["sync_seconds"] = 0.0
 
-    def prepare_cache(*args: Any, **options: Any) -> bool:
+
+def _watch_method(method: str, *, kill_at: int, calls: list[str]) -> None:
+    stock_method = getattr(EmbeddingCache, method)
+
+    def watched(*args: Any, **options: Any) -> Any:
         stock = {name: getattr(os, name) for name in _WRITES}
         for name in _WRITES:
             setattr(os, name, _watched(name, stock[name], calls=calls, kill_at=kill_at))
         try:
-            return stock_cache(*args, **options)
+            return stock_method(*args, **options)
         finally:
             for name in _WRITES:
                 setattr(os, name, stock[name])
 
-    train.prepare_cache = prepare_cache
-    # Each image is a round, with records of its own.
-    EncodingPass.__init__.__kwdefaults__["sync_seconds"] = 0.0
+    setattr(EmbeddingCache, method, watched)
 
 
 def _watched(

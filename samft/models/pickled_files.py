@@ -38,7 +38,8 @@ numpy.core.multiarray.scalar numpy._core.multiarray.scalar
 numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct
 numpy.random._pickle.__randomstate_ctor numpy.random._pickle.__generator_ctor
 numpy.random._pickle.__bit_generator_ctor numpy.random._mt19937.MT19937
-numpy.random._pcg64.PCG64
+numpy.random._pcg64.PCG64 numpy.random.bit_generator.SeedSequence
+numpy.random.bit_generator.__pyx_unpickle_SeedSequence
 torch.torch_version.TorchVersion torch.Generator
 omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig
 omegaconf.base.Metadata omegaconf.base.ContainerMetadata omegaconf.base.SCMode
@@ -146,8 +147,9 @@ def _check_archive(path: Path) -> None:
             if entry.file_size > _MAX_PICKLE_BYTES:
                 raise _refusal(
                     path,
-                    f"it has {entry.file_size:,} bytes of Python objects beside the tensors: save "
-                    "the state dict alone (torch.save(model.state_dict(), 'weights.pth')).",
+                    f"it has {entry.file_size:,} bytes of other objects than tensors, such as "
+                    "NumPy arrays: save the weights alone, as tensors "
+                    "(torch.save(model.state_dict(), 'weights.pth')).",
                 )
             if b"\nbytearray\n" in archive.read(entry):
                 raise _refusal(path, _explain_class("builtins.bytearray"))

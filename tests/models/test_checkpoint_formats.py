@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -146,7 +147,9 @@ EXTRAS: dict[str, Any] = {
     "NumPy dtype": np.dtype("float32"),
     "NumPy array": np.arange(3),
     "NumPy random state": np.random.RandomState(0).get_state(),
+    "NumPy generator": np.random.default_rng(0),
     "NumPy type": np.float32,
+    "configuration": OmegaConf.create({"a": [1, {"b": "x"}], "c": None, "d": 1.5, "e": True}),
     "path": pathlib.PurePosixPath("/home/me"),
     "Windows path": pathlib.PureWindowsPath("C:/me"),
     "date": datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),

@@ -257,6 +257,8 @@ def to_key(raw: Any) -> int | str | None:
     Returns:
         A whole number where `to_id` reads one; else the text, or the number as text.
     """
+    if type(raw) is int and -(2**63) <= raw < 2**63:  # almost always
+        return raw
     number = to_id(raw)
     if number is not None:
         return number

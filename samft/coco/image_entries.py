@@ -139,7 +139,7 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
     row_of: dict[int | str, int] = {}
     row_of_name: dict[str, int] = {}
     decoded = list(read_entries(entries, ImageEntry))
-    found = folder.find_all(
+    places = folder.find_all(
         entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
     )
     for position, entry in enumerate(decoded):
@@ -152,7 +152,7 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
             problems.add("id-renumbered", f"image {image_id!r}")
         elif type(entry.id) is not int:
             problems.add("id-not-integer", f"image {entry.id!r}")
-        path, code = found[name]
+        path, code = places[name]
         row = row_of_name.setdefault(path, len(names))
         known = row_of.setdefault(image_id, row)
         if known != row:

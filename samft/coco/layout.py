@@ -34,7 +34,7 @@ _MAX_FOLDERS, _MAX_FILES = 200, 50  # that are looked at; more JSON files are on
 
 
 @dataclass(frozen=True)
-class FoundSplit:
+class SplitFiles:
     """An annotation file under a dataset's root, whatever its name.
 
     Attributes:
@@ -88,10 +88,10 @@ def find_split(data_root: Path, split: str, *, flags: str = "") -> tuple[Path, P
 
 def _find_by_likeness(data_root: Path, split: str, flags: str) -> tuple[Path, Path]:
     tried = " or ".join(_SPLIT_NAMES.get(split, (split,)))
-    found = list_splits(data_root)
-    fitting = [each for each in found if role_of(each.name) == role_of(split)]
-    if not fitting and role_of(split) == "train" and len(found) == 1 and not found[0].name:
-        fitting = found
+    splits = list_splits(data_root)
+    fitting = [each for each in splits if role_of(each.name) == role_of(split)]
+    if not fitting and role_of(split) == "train" and len(splits) == 1 and not splits[0].name:
+        fitting = splits
     if len(fitting) == 1:
         annotations, images = fitting[0].annotations, fitting[0].images
         _log_once(f"split {split}: {annotations}, with the images in {images}")
@@ -115,15 +115,15 @@ def role_of(name: str) -> str:
     return next((role[0] for role in _ROLES if plain in role), name.casefold())
 
 
-def list_splits(data_root: Path) -> list[FoundSplit]:
+def list_splits(data_root: Path) -> list[SplitFiles]:
     """The COCO files in a dataset's folder, its folder `annotations` and its other subfolders."""
-    found = []
+    splits = []
     for folder in _folders_of(data_root):
         for path in _json_files(folder):
             if not path.name.startswith(_OTHER_TASKS) and _may_be_coco(path):
                 name = _split_name(data_root, path)
-                found.append(FoundSplit(name, path, _image_folder(data_root, path, name)))
-    return found
+                splits.append(SplitFiles(name, path, _image_folder(data_root, path, name)))
+    return splits
 
 
 def describe_folder(data_root: Path) -> str:
@@ -140,8 +140,8 @@ def describe_folder(data_root: Path) -> str:
         if file not in coco:
             others.setdefault(_format_of(file), []).append(str(file.relative_to(data_root)))
     for name, patterns in _TEXT_FORMATS.items():
-        found = (file for pattern in patterns for file in data_root.glob(pattern))
-        some = [str(file.relative_to(data_root)) for file in itertools.islice(found, 6)]
+        matching = (file for pattern in patterns for file in data_root.glob(pattern))
+        some = [str(file.relative_to(data_root)) for file in itertools.islice(matching, 6)]
         others |= {name: some} if some else {}
     parts += [f"{name} ({_shorten(paths)})" for name, paths in others.items()]
     if others and not splits:
@@ -196,8 +196,8 @@ def _head_of(path: Path) -> bytes:
 
 def _split_name(data_root: Path, path: Path) -> str:
     # Of the file where it says one, else of its folder.
-    words = re.split(r"[_.\-\s]+", path.stem)
-    name = "_".join(word for word in words if word and not re.fullmatch(_NO_NAME, word.lower()))
+    pieces = re.split(r"[_.\-\s]+", path.stem)
+    name = "_".join(word for word in pieces if word and not re.fullmatch(_NO_NAME, word.lower()))
     if not name and path.parent.name.lower() != "annotations":
         name = path.parent.resolve().name
         if path.parent == data_root and role_of(name) not in ("train", "val", "test"):

@@ -107,13 +107,13 @@ class ImageFolder:
             name, `RESPELLED`, or why it cannot be used: `MISSING`, `OUTSIDE` for one that leaves
             the data folder by its name or a symbolic link, `AMBIGUOUS`, `NOT_A_FILE`.
         """
-        found = {name: self._find_where_it_says(name) for name in names}
-        lost = [name for name, (path, _) in found.items() if path == ""]
+        places = {name: self._find_where_it_says(name) for name in names}
+        lost = [name for name, (path, _) in places.items() if path == ""]
         if lost:
-            taken = {path for path, _ in found.values()}
-            found.update(self._find_elsewhere(lost, taken))
-        self._name_pools(found)
-        return found
+            taken = {path for path, _ in places.values()}
+            places.update(self._find_elsewhere(lost, taken))
+        self._name_pools(places)
+        return places
 
     def _find_where_it_says(self, name: str) -> tuple[str, str]:
         # An empty name where there is no such file, and the code for it.
@@ -189,9 +189,9 @@ class ImageFolder:
     def _is_inside(self, target: Path) -> bool:
         return any(target.is_relative_to(folder) for folder in self._allowed)
 
-    def _name_pools(self, found: dict[str, tuple[str, str]]) -> None:
+    def _name_pools(self, places: dict[str, tuple[str, str]]) -> None:
         if self._pools:
-            for name, (_, code) in found.items():
+            for name, (_, code) in places.items():
                 if code == OUTSIDE and name in self._pools:
                     pool = _common_folder(self._pools.values(), self._pools[name])
                     self.hints[name] = f"behind a link: --allow_links {pool} opens it"

@@ -91,19 +91,19 @@ def test_of_files_of_one_name_the_one_with_most_of_the_path_is_meant(tmp_path: P
     _touch_files(tmp_path, "cats/1.png", "dogs/1.png", "dogs/2.png", "dogs/old/2.png")
     folder = ImageFolder(tmp_path)
     assert folder.find("C:\\data\\dogs\\1.png") == ("dogs/1.png", "image-name-mended")
-    found = folder.find_all(["/cats/1.png", "/dogs/1.png", "/birds/1.png"])
-    assert [path for path, _ in found.values()] == ["cats/1.png", "dogs/1.png", "/birds/1.png"]
+    places = folder.find_all(["/cats/1.png", "/dogs/1.png", "/birds/1.png"])
+    assert [path for path, _ in places.values()] == ["cats/1.png", "dogs/1.png", "/birds/1.png"]
     assert folder.find("C:\\data\\birds\\1.png")[1] == "image-ambiguous"
     assert folder.hints["C:\\data\\birds\\1.png"] == "cats/1.png and dogs/1.png fit"
 
 
 def test_a_file_that_is_listed_under_its_own_name_is_no_other_image(tmp_path: Path) -> None:
     _touch_files(tmp_path, "x/1.png", "x/2.png")
-    found = ImageFolder(tmp_path).find_all(["x/1.png", "/a/1.png", "/a/2.png", "/b/2.png"])
-    assert [found[name][1] for name in found] == ["", *["image-ambiguous"] * 3]
+    places = ImageFolder(tmp_path).find_all(["x/1.png", "/a/1.png", "/a/2.png", "/b/2.png"])
+    assert [places[name][1] for name in places] == ["", *["image-ambiguous"] * 3]
     # One path, written twice.
-    found = ImageFolder(tmp_path).find_all(["C:\\a\\2.png", "c:/a/2.png"])
-    assert {path for path, _ in found.values()} == {"x/2.png"}
+    places = ImageFolder(tmp_path).find_all(["C:\\a\\2.png", "c:/a/2.png"])
+    assert {path for path, _ in places.values()} == {"x/2.png"}
 
 
 def test_a_folder_that_holds_images_is_taken_at_its_word(tmp_path: Path) -> None:

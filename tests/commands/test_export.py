@@ -267,7 +267,7 @@ def test_a_missing_package_and_a_missing_image_are_refused(
     text = tmp_path / "a.png"
     text.write_text("no picture")
     message = refused(flags(checkpoint, "pth", tmp_path / "a", "--image", str(text)), capsys)
-    assert "cannot be read as an image" in message
+    assert "a.png is no image" in message
 
 
 # The command line

@@ -26,6 +26,7 @@ from samft.exporters.verification import (
     predict_boxes,
     synthetic_sample,
 )
+from samft.images.pixels import PixelFormat
 from samft.models.sam import load_sam
 from samft.models.weights import PACKAGED_TINY
 
@@ -96,6 +97,7 @@ def test_a_checkpoint_is_opened_with_its_sidecar(tmp_path) -> None:
     sidecar = json.loads(path.with_suffix(".json").read_text())
     assert metadata.pop("source_sha256") == sidecar["sha256"]
     assert metadata.pop("samft_version")
+    assert json.loads(metadata.pop("pixels")) == PixelFormat().to_json()
     assert metadata == {
         "model_type": "vit_tiny",
         "image_size": "1024",

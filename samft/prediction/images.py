@@ -102,13 +102,13 @@ def _image_files(path: Path, allow_links: Sequence[Path]) -> Iterator[tuple[Path
         yield path, ""
         return
     folder = ImageFolder(path, allow_links=allow_links)
-    found = folder.find_all(folder.image_names(SUFFIXES))
-    if not found:
+    places = folder.find_all(folder.image_names(SUFFIXES))
+    if not places:
         raise DataError(
             f"--images: the folder {path} holds no image file ({', '.join(SUFFIXES)}; "
             "subfolders are not searched): check the path."
         )
-    for name, (_, code) in found.items():
+    for name, (_, code) in places.items():
         yield path / name, _describe(code, folder.hints.get(name)) if code else ""
 
 
@@ -153,12 +153,12 @@ def read_coco_images(
 
 def _reasons_unreadable(index: CocoIndex, folder: ImageFolder) -> dict[int, str]:
     names = {row: index.file_name(row) for row in np.flatnonzero(index.bad).tolist()}
-    found = folder.find_all(names.values())
+    places = folder.find_all(names.values())
     reasons = {}
     for row, name in names.items():
-        code = index.bad_images.get(name) or found[name][1]
+        code = index.bad_images.get(name) or places[name][1]
         facts = ImageFacts()
-        if not found[name][1]:
+        if not places[name][1]:
             facts = inspect_image(index.image_folder / name, index.pixels)
         code = code or facts.problem or "image-unreadable"
         reasons[row] = _describe(code, folder.hints.get(name) or facts.detail)

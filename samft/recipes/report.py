@@ -71,8 +71,8 @@ class RunReport:
         if before is None or after is None:
             return None
         for table in (before, after):
-            found = find_objects(self.images.index, table.keys())
-            if not np.array_equal(self.images.index.object_ids[found], table.object_ids):
+            objects = find_objects(self.images.index, table.keys())
+            if not np.array_equal(self.images.index.object_ids[objects], table.object_ids):
                 LOGGER.warning("%s has objects that the data has not: not used", scores.path)
                 return None
         return compare_objects(before, after)

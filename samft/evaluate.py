@@ -21,7 +21,7 @@ from samft.config import pattern_problem
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.images.flags import add_pixel_flags
 from samft.runtime.checkpoint_paths import find_weights_file
-from samft.runtime.signals import die_with_parent
+from samft.runtime.signals import check_launch_environment, die_with_parent
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     """
     if "RANK" in os.environ:  # before the seconds that importing torch takes
         die_with_parent()
+    check_launch_environment()
     options = _parse_options(argv)
     # Imported late: torch takes seconds, and --help and wrong flags must answer at once.
     from samft.recipes.evaluate import run

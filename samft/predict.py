@@ -53,6 +53,7 @@ from samft.prediction.outputs import (
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import atomic_replacement
 from samft.runtime.output_dir import create_writable_dir, lock_output_dir
+from samft.runtime.signals import check_launch_environment
 
 if TYPE_CHECKING:
     from samft.prediction.predictors import PredictedMask, Predictor, PreparedImage
@@ -225,6 +226,7 @@ def _check_options(options: argparse.Namespace) -> None:
         source = getattr(options, name)
         if source and source.resolve() in written:
             raise ConfigError(f"--output_dir: {source} would be overwritten: name another folder.")
+    check_launch_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("samft.predict runs in one process: start it without torchrun.")
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import signal
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -32,7 +33,14 @@ from samft.data.samplers import (
 from samft.distributed import all_reduce_sum, raise_on_all_ranks
 from samft.errors import DataError, UserError
 from samft.runtime import heartbeat
-from samft.runtime.signals import STOP_SIGNALS, StopInterrupt, die_with_parent
+from samft.runtime.signals import (
+    POLL_SECONDS,
+    STOP_SIGNALS,
+    StopInterrupt,
+    call_interruptibly,
+    check_wait,
+    die_with_parent,
+)
 
 # Makes a context for a wait, which raises `StopInterrupt` in it when the process is to stop.
 Waiting = Callable[[], contextlib.AbstractContextManager[None]]
@@ -132,9 +140,8 @@ class BatchLoader:
         waiting_for = weakref.WeakMethod(self.waiting_for)
         while True:
             heartbeat.set_loading(lambda: method() if (method := waiting_for()) else [])
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next_item(batches)
+            if batch is END:
                 return
             self.requested.pending.popleft()
             if isinstance(batch, DataError):
@@ -214,7 +221,37 @@ def iterate_loader(loader: DataLoader[Any]) -> Iterator[Any]:
     if workers := getattr(iterator, "_workers", None):
         _WORKERS.update(workers)
         _register_exit_hook(os.getpid())
+        # Weak: the loader ends its workers when the last reference to the iterator is gone.
+        wait = functools.partial(_wait_for_data, weakref.ref(iterator))
+        iterator._try_get_data = wait  # type: ignore[attr-defined]
     return iterator
+
+
+def _wait_for_data(iterator: "weakref.ref[Any]", timeout: float = POLL_SECONDS) -> tuple[bool, Any]:
+    # In place of a method of PyTorch's iterator that waits without a look for signals.
+    deadline = time.monotonic() + timeout
+    while True:
+        check_wait()
+        left = deadline - time.monotonic()
+        owner = iterator()
+        assert owner is not None
+        found, data = type(owner)._try_get_data(owner, max(0.0, min(left, POLL_SECONDS)))
+        if found or left <= POLL_SECONDS:
+            return found, data
+
+
+END = object()
+
+
+def next_item(iterator: Iterator[Any]) -> Any:
+    """The next item from `iterate_loader`; `END` after the last.
+
+    Raises:
+        StopInterrupt: In an `interruptible` block, if the process is to stop.
+    """
+    if getattr(iterator, "_workers", None):
+        return next(iterator, END)
+    return call_interruptibly(lambda: next(iterator, END))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from samft import distributed
-from samft.data.loaders import init_worker, iterate_loader
+from samft.data.loaders import END, init_worker, iterate_loader, next_item
 from samft.data.transforms import Frame
 from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache, hash_image
 from samft.embeddings.store import EmbeddingRecord, checksum_embedding
@@ -24,6 +24,7 @@ from samft.errors import ConfigError, DataError, UserError
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.logs import LOGGER
+from samft.runtime.signals import StopInterrupt, interruptible
 
 SYNC_SECONDS = 2.0  # of encoding that a crash may cost
 _LOG_SECONDS = 60.0  # between two log lines
@@ -158,6 +159,14 @@ class EncodingPass:
         self.split.mark_bad_images(bad_images)
         return all(each.finished for each in results)
 
+    def _until_stopped(self, images: Iterator[_LoadedImage]) -> Iterator[_LoadedImage]:
+        while True:
+            with interruptible(self.should_stop):
+                image = next_item(images)
+            if image is END:
+                return
+            yield image
+
     def _encode_round(
         self, images: Iterator[_LoadedImage]
     ) -> tuple[_RoundResult, UserError | None]:
@@ -165,7 +174,7 @@ class EncodingPass:
         error: UserError | None = None
         end = time.monotonic() + self.sync_seconds
         try:
-            for image in images:
+            for image in self._until_stopped(images):
                 result.num_images += 1
                 if image.error is None:
                     self._encode_image(image, result)
@@ -177,6 +186,8 @@ class EncodingPass:
                     break
             else:
                 result.finished = True
+        except StopInterrupt:  # in a wait for an image
+            pass
         except OSError as caught:  # the embeddings written before are still synced and committed
             error = cache_write_error(self.folder, caught)
         except ConfigError as caught:

@@ -61,7 +61,7 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         with _record_failure(output_dir, is_locked=False):
             if config.dry_run:
                 return dry_run(config, device)
-            open_until_end.enter_context(_hold_output_dir(output_dir))
+            open_until_end.enter_context(_hold_output_dir(output_dir, stop))
         with _record_failure(output_dir):
             parts = prepare(config, output_dir, device, stop=stop)
             # An earlier run's files have not been touched until here; now they are archived.
@@ -170,14 +170,14 @@ def finish(training: TrainingRun) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _hold_output_dir(output_dir: Path) -> Iterator[None]:
+def _hold_output_dir(output_dir: Path, stop: StopRequest) -> Iterator[None]:
     # Collective. Makes the folder, and keeps other runs out of it.
     with contextlib.ExitStack() as held:
 
         def make_and_lock() -> None:
             create_writable_dir(output_dir)
             if distributed.is_main():
-                held.enter_context(lock_output_dir(output_dir))
+                held.enter_context(lock_output_dir(output_dir, should_stop=lambda: bool(stop)))
 
         distributed.run_on_all_ranks(make_and_lock)
         yield

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from helpers.trainers import val_batches
 from samft.data.dataset import Batch
 from samft.data.loaders import fetch_batches, prefetch_to_device
 from samft.errors import DataError
-from samft.runtime.signals import StopInterrupt, stop_on_signal
+from samft.runtime.signals import StopInterrupt, call_interruptibly, stop_on_signal
 
 CPU = torch.device("cpu")
 
@@ -95,10 +96,10 @@ def test_a_signal_ends_the_wait_for_batches_and_there_are_none() -> None:
     def source() -> Iterator[Batch]:
         yield from val_batches(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)  # were it not for the signal
+        call_interruptibly(lambda: released.wait(30))  # were it not for the signal
         yield from val_batches(1)
 
-    start = time.monotonic()
+    released, start = threading.Event(), time.monotonic()
     with stop_on_signal() as stop:
         assert fetch_batches(source(), 2, stop.waiting) == ([], None)
         assert stop.received == ["SIGTERM"]

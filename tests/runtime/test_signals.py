@@ -1,7 +1,9 @@
 """Signals: when they wait for the end of a step, when they end a wait, and who dies of whom."""
 
+import ctypes
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +14,14 @@ from typing import Any
 
 import pytest
 
-from samft.errors import ConfigError
+from samft.errors import ConfigError, UserError
 from samft.runtime.signals import (
     STOP_SIGNALS,
     StopInterrupt,
     StopRequest,
+    call_interruptibly,
+    check_launch_environment,
+    check_wait,
     job_deadline,
     stop_on_signal,
 )
@@ -38,18 +43,116 @@ def test_a_signal_is_recorded_and_interrupts_no_step(number: signal.Signals) -> 
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_interrupts_a_wait_at_once(number: signal.Signals) -> None:
+def test_a_signal_ends_a_wait_at_once(number: signal.Signals) -> None:
+    released = threading.Event()
     with stop_on_signal() as stop:
         start = time.monotonic()
         timer = threading.Timer(0.05, send_signal, [number])
         with pytest.raises(StopInterrupt), stop.waiting():
             timer.start()
-            time.sleep(WAIT_SECONDS)
+            call_interruptibly(lambda: released.wait(WAIT_SECONDS))
         timer.join()
         assert time.monotonic() - start < WAIT_SECONDS / 2
         assert stop.received == [number.name]
-        send_signal(signal.SIGTERM)  # after the wait, it is only recorded
-        assert len(stop.received) == 2
+        assert call_interruptibly(lambda: 3) == 3  # by another thread: the first still waits
+    released.set()
+
+
+def test_a_handler_raises_nothing_whatever_it_interrupts() -> None:
+    lock = threading.Lock()
+    with stop_on_signal() as stop, pytest.raises(StopInterrupt), stop.waiting():
+        with lock:
+            for number in STOP_SIGNALS:
+                if number != signal.SIGINT:
+                    send_signal(number)
+        assert stop.received == ["SIGTERM", "SIGUSR1", "SIGUSR2"]
+        check_wait()
+    assert not lock.locked()
+    check_wait()  # outside of such a block, nothing is raised
+
+
+def test_calls_give_what_they_return_and_raise() -> None:
+    def fail() -> None:
+        raise KeyError("here")
+
+    threads = set()
+    with stop_on_signal() as stop, stop.waiting():
+        for number in range(3):
+            assert call_interruptibly(lambda number=number: number) == number  # type: ignore[misc]
+            threads.add(call_interruptibly(threading.get_ident))
+        with pytest.raises(KeyError, match="here"):
+            call_interruptibly(fail)
+    assert len(threads) == 1 and threads != {threading.get_ident()}
+    assert call_interruptibly(threading.get_ident) == threading.get_ident()
+
+
+def test_a_second_ctrl_c_ends_the_process_of_a_command() -> None:
+    ended = []
+    with stop_on_signal(lambda: ended.append(True)) as stop:
+        send_signal(signal.SIGTERM)
+        assert not ended
+        send_signal(signal.SIGINT)
+        assert ended and stop.received[0] == "SIGTERM"
+
+
+def test_a_handler_that_python_does_not_know_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    libc = ctypes.CDLL(None)
+
+    def handler_of(number: signal.Signals) -> bytes:
+        action = ctypes.create_string_buffer(1024)
+        libc.sigaction(int(number), None, action)
+        return action.raw[: ctypes.sizeof(ctypes.c_void_p)]
+
+    known = signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    before = handler_of(signal.SIGUSR2)
+    stock = signal.getsignal
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: None if number == signal.SIGUSR2 else stock(number)
+    )
+    try:
+        with stop_on_signal() as stop:
+            send_signal(signal.SIGUSR2)
+            assert stop.received == ["SIGUSR2"]
+            assert handler_of(signal.SIGUSR2) != before
+        assert handler_of(signal.SIGUSR2) == before
+    finally:
+        signal.signal(signal.SIGUSR2, known)
+
+
+GROUP = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not RANK"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set, but not RANK"),
+        ({**GROUP, "MASTER_ADDR": ""}, "not MASTER_ADDR"),
+        ({**GROUP, "RANK": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({**GROUP, "RANK": "-1"}, "RANK='-1'"),
+        ({**GROUP, "LOCAL_RANK": "first"}, "LOCAL_RANK='first'"),
+        ({**GROUP, "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE="),
+        ({**GROUP, "MASTER_PORT": "70000"}, "MASTER_PORT='70000'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT='x'"),
+    ],
+)
+def test_an_environment_of_half_a_group_is_refused(
+    environment: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*GROUP, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    check_launch_environment()
+    for good in (GROUP, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": "host"}):
+        with monkeypatch.context() as patch:
+            for name, value in good.items():
+                patch.setenv(name, value)
+            check_launch_environment()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(named)):
+        check_launch_environment()
 
 
 def test_a_wait_does_not_begin_after_a_signal() -> None:
@@ -71,7 +174,7 @@ def test_after_a_wait_that_failed_signals_are_only_recorded() -> None:
         assert stop.received == ["SIGTERM"]
 
 
-def test_a_second_ctrl_c_is_a_keyboard_interrupt() -> None:
+def test_a_second_ctrl_c_is_the_callers_own() -> None:
     with stop_on_signal() as stop:
         send_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

@@ -197,6 +197,26 @@ set_environment() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 }
 
+# Ends this script with 75 at a signal before the run begins, also within a command of `prepare`.
+stop_early() {
+    say "stopped by SIG$1 before the run began: there is nothing to save"
+    [[ -z ${PREPARING:-} ]] || kill -TERM -- "-$PREPARING" 2>/dev/null || true
+    exit 75
+}
+
+# Runs a command of the preparation so that a signal is heard at once: a script would wait for the
+# end of a command in the foreground first.
+prepare() {
+    local code=0
+    set -m # a process group of its own, which can be ended as a whole
+    "$@" </dev/null &
+    PREPARING=$!
+    set +m
+    wait "$PREPARING" || code=$?
+    PREPARING=''
+    return "$code"
+}
+
 # Forwards a signal to CHILD, or stores it until CHILD has started. With the first signal, remembers
 # the status file as it was before.
 forward_signal() {
@@ -275,7 +295,11 @@ PYTHON
 }
 
 main() {
-    local python demo=false processes command
+    local python demo=false processes command signal
+    for signal in TERM INT HUP QUIT USR1 USR2; do
+        # shellcheck disable=SC2064  # $signal is to be expanded now
+        trap "stop_early $signal" "$signal"
+    done
     python=$(choose_python)
     case " $* " in *" --help "* | *" -h "*)
         usage
@@ -308,12 +332,12 @@ main() {
     fi
 
     if [[ $python == "$VENV/bin/python" && -z ${SAMFT_PYTHON:-} ]]; then
-        install_once
+        prepare install_once
     fi
     if $demo; then
-        "$python" -m samft.demo --output_dir runs/demo-data
+        prepare "$python" -m samft.demo --output_dir runs/demo-data
     fi
-    check_arguments "$python" "$@"
+    prepare check_arguments "$python" "$@"
     SAMFT_STATUS_FILE=$(mktemp "${TMPDIR:-/tmp}/samft-status.XXXXXX")
     export SAMFT_STATUS_FILE
     trap 'rm -f "$SAMFT_STATUS_FILE"' EXIT

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -228,6 +229,36 @@ def test_stopped_before_the_run_begins_is_75(launcher: Launcher, tmp_path: Path)
     python = fake_python(tmp_path / "python", 'kill -TERM "$PPID"; exec sleep 60')
     ended = launcher.run(*RUN, SAMFT_PYTHON=python)
     assert ended.returncode == 75, ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("place", ["counting GPUs", "checking arguments"])
+def test_stopped_while_the_start_is_prepared_is_75(
+    launcher: Launcher, tmp_path: Path, number: signal.Signals, place: str
+) -> None:
+    announce = f'echo "$$" >{tmp_path}/pid; echo ready >&2; exec sleep 60\n'
+    given = {"SAMFT_PYTHON": str(write_script(tmp_path / "python", announce))}
+    if place == "counting GPUs":
+        write_script(launcher.bin / "nvidia-smi", announce.replace(">&2", ">/proc/$PPID/fd/2"))
+    else:
+        given["NPROC_PER_NODE"] = "1"
+    with subprocess.Popen(
+        launcher.command(*RUN, **given),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None and process.stderr.readline() == "ready\n"
+        child = os.pidfd_open(int((tmp_path / "pid").read_text()))
+        if place == "counting GPUs":
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        assert process.wait(60) == 75
+        assert f"stopped by {number.name} before the run began" in process.stderr.read()
+    assert select.select([child], [], [], 30)[0]  # it has ended, too
+    os.close(child)
 
 
 @pytest.mark.parametrize(

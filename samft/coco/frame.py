@@ -174,12 +174,12 @@ def read_in_frame(
     """
     frame: OutlineFrame | None = OutlineFrame()
     while frame is not None:
-        found, evidence, chosen = Problems(), Evidence(), frame
+        noted, evidence, chosen = Problems(), Evidence(), frame
         chosen.turn_images(images)
-        objects = read(problems=found, frame=chosen, evidence=evidence)
+        objects = read(problems=noted, frame=chosen, evidence=evidence)
         numbers = evidence.numbers()
         frame = _improve_frame(chosen, numbers, images, entries, folder)
-    problems.merge(found)
+    problems.merge(noted)
     _judge_frame(chosen, numbers, images, problems=problems)
     return objects, chosen
 
@@ -198,10 +198,10 @@ def _find_layout(
     frame: OutlineFrame, numbers: Numbers, images: Images, entries: list[Raw]
 ) -> OutlineFrame | None:
     # Another layout of RLE that explains the masks where the plain one does not.
-    told = numbers.is_rle & tell_of_masks(numbers, images.sizes)
-    if told.sum() < _FEWEST_RLE:
+    clear = numbers.is_rle & tell_of_masks(numbers, images.sizes)
+    if clear.sum() < _FEWEST_RLE:
         return _find_layout_without_boxes(frame, numbers, images, entries)
-    some = numbers.take(spread(np.flatnonzero(told), _MOST_RLE))
+    some = numbers.take(spread(np.flatnonzero(clear), _MOST_RLE))
     forms = box_forms(some, images.sizes)
 
     def share(extents: NDArray[np.float64]) -> float:
@@ -217,10 +217,10 @@ def _find_layout(
         for layout in LAYOUTS
     }
     best = max(shares, key=lambda layout: shares[layout])
-    plain, found = (round(shares[layout] * len(rles)) for layout in (PLAIN, best))
-    if shares[best] < 1 - 2.5 * _FEW or found - plain < max(2, 0.2 * len(rles)):
+    plain, explained = (round(shares[layout] * len(rles)) for layout in (PLAIN, best))
+    if shares[best] < 1 - 2.5 * _FEW or explained - plain < max(2, 0.2 * len(rles)):
         return None
-    reason = f"explains {found} of {len(rles)} masks and boxes, plain {plain}"
+    reason = f"explains {explained} of {len(rles)} masks and boxes, plain {plain}"
     return _with_layout(frame, best, reason)
 
 
@@ -265,7 +265,7 @@ def _read_segmentations(numbers: Numbers, entries: list[Raw]) -> RawMasks:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Proposal:
     # A hypothesis about all images, and which objects speak against it.
     frame: OutlineFrame
     sizes: NDArray[np.int32]  # [N, 2], H, W
@@ -311,24 +311,24 @@ def _find_place(
     return _with_reasons(candidates[chosen], phrase, images)
 
 
-def _with_reasons(found: _Candidate, phrase: str, images: Images) -> OutlineFrame:
-    reasons = dict(found.frame.reasons)
-    if found.frame.turned:
+def _with_reasons(hypothesis: _Proposal, phrase: str, images: Images) -> OutlineFrame:
+    reasons = dict(hypothesis.frame.reasons)
+    if hypothesis.frame.turned:
         reasons["frame-exif-turned"] = f"{int((images.exif > UPRIGHT).sum())} images; {phrase}"
-    if found.frame.scales is not None:
-        used = found.factors[_moves(found.factors), :2]
+    if hypothesis.frame.scales is not None:
+        used = hypothesis.factors[_moves(hypothesis.factors), :2]
         low, high = used.min(axis=0), used.max(axis=0)
         texts = [
             f"{a:.4g}" if np.isclose(a, b, rtol=SAME_SHARE) else f"{a:.4g} to {b:.4g}"
             for a, b in zip(low, high, strict=True)
         ]
         factor = texts[0] if texts[0] == texts[1] else f"{texts[0]} (x) and {texts[1]} (y)"
-        border = " and into a border" if found.factors[:, 2:].any() else ""
+        border = " and into a border" if hypothesis.factors[:, 2:].any() else ""
         reasons["frame-scaled"] = f"by {factor}{border}; {phrase}"
-    return replace(found.frame, reasons=reasons)
+    return replace(hypothesis.frame, reasons=reasons)
 
 
-def _list_candidates(frame: OutlineFrame, numbers: Numbers, images: Images) -> Iterator[_Candidate]:
+def _list_candidates(frame: OutlineFrame, numbers: Numbers, images: Images) -> Iterator[_Proposal]:
     used = np.unique(numbers.rows)
     for turned in (False, True) if (images.exif[used] > UPRIGHT).any() else (False,):
         sizes = images.view_sizes(turned=turned)
@@ -362,38 +362,38 @@ def _weigh(
     numbers: Numbers,
     sizes: NDArray[np.int32],
     factors: NDArray[np.float64],
-) -> _Candidate:
+) -> _Proposal:
     mine = factors[numbers.rows]
     extents, boxes = scale_corners(numbers.extents, mine), numbers.boxes
     if frame.scaled_boxes:
         boxes = boxes * np.tile(mine[:, :2], 2) + np.pad(mine[:, 2:], ((0, 0), (0, 2)))
     placed = replace(numbers, extents=extents, boxes=boxes)
-    told = tell_of_masks(placed, sizes)
+    clear = tell_of_masks(placed, sizes)
     agree = [boxes_agree(extents, form) for form in box_forms(placed, sizes)]
-    agrees = max(agree, key=lambda one: int(one[told].sum()))
-    against = leaves_image(extents, sizes[numbers.rows]) | (told & ~agrees)
-    return _Candidate(frame, sizes, factors, against)
+    agrees = max(agree, key=lambda one: int(one[clear].sum()))
+    against = leaves_image(extents, sizes[numbers.rows]) | (clear & ~agrees)
+    return _Proposal(frame, sizes, factors, against)
 
 
 def _factors_of_sizes(
     numbers: Numbers, images: Images, sizes: NDArray[np.int32]
 ) -> NDArray[np.float64]:
     # As `OutlineFrame.scales`, from sizes that the JSON, or else RLE, says to those of the files.
-    said = images.sizes_json.astype(np.int64).copy()
+    stated = images.sizes_json.astype(np.int64).copy()
     says_more = sizes_differ(numbers.rle_sizes, sizes[numbers.rows]) & numbers.is_rle
-    says_more &= ~sizes_differ(said, sizes)[numbers.rows] | (said[numbers.rows] == 0).any(1)
-    said[numbers.rows[says_more]] = numbers.rle_sizes[says_more]
-    known = (said > 0).all(1) & ~np.array([code != "" for code in images.codes], dtype=bool)
+    says_more &= ~sizes_differ(stated, sizes)[numbers.rows] | (stated[numbers.rows] == 0).any(1)
+    stated[numbers.rows[says_more]] = numbers.rle_sizes[says_more]
+    known = (stated > 0).all(1) & ~np.array([code != "" for code in images.codes], dtype=bool)
     # Swapped sizes are an exporter's mistake, and harmless.
-    moved = known & sizes_differ(said, sizes) & sizes_differ(said, sizes[:, ::-1])
-    factors = np.tile(_UNSCALED, (len(said), 1))
-    factors[moved, :2] = (sizes[moved] / said[moved])[:, ::-1]
+    moved = known & sizes_differ(stated, sizes) & sizes_differ(stated, sizes[:, ::-1])
+    factors = np.tile(_UNSCALED, (len(stated), 1))
+    factors[moved, :2] = (sizes[moved] / stated[moved])[:, ::-1]
     if moved.any() and np.ptp(factors[known], axis=0).max() < SAME_SHARE:
         factors[~known] = np.median(factors[known], axis=0)
     return factors
 
 
-def _choose_by_sizes(candidates: list[_Candidate], numbers: Numbers, images: Images) -> int | None:
+def _choose_by_sizes(candidates: list[_Proposal], numbers: Numbers, images: Images) -> int | None:
     # The position of a hypothesis that the sizes in the JSON speak for, all else being equal.
     rows = np.unique(numbers.rows)
     oblong = rows[images.sizes[rows, 0] != images.sizes[rows, 1]]
@@ -410,7 +410,7 @@ def _choose_by_sizes(candidates: list[_Candidate], numbers: Numbers, images: Ima
 
 
 def _compare_on_pixels(
-    candidates: list[_Candidate],
+    candidates: list[_Proposal],
     numbers: Numbers,
     images: Images,
     entries: list[Raw],
@@ -438,7 +438,7 @@ def _compare_on_pixels(
 
 
 def _in_file(
-    points: NDArray[np.float64], candidate: _Candidate, row: int, images: Images
+    points: NDArray[np.float64], candidate: _Proposal, row: int, images: Images
 ) -> NDArray[np.float64]:
     # Points of an outline as shares of the stored image's width and height.
     orientation = int(images.exif[row]) if candidate.frame.turned else UPRIGHT
@@ -483,8 +483,8 @@ def _judge_frame(
     if beyond >= max(_FEWEST, _MANY * n) and 4 * before < beyond:
         problems.add("frame-unknown", f"{beyond:,} of {n:,} objects")
         return
-    told = numbers.take(tell_of_masks(numbers, images.sizes))
-    groups = {"objects": told, "RLE": told.take(told.is_rle), "polygons": told.take(~told.is_rle)}
+    some = numbers.take(tell_of_masks(numbers, images.sizes))
+    groups = {"objects": some, "RLE": some.take(some.is_rle), "polygons": some.take(~some.is_rle)}
     for noun, group in groups.items():
         unlike = _count_unlike(group, images)
         if unlike >= max(_FEWEST, _MOST * len(group.rows)):

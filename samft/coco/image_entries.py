@@ -83,14 +83,19 @@ class Images:
                 self._report_size(row, problems, explained=explained)
 
     def _report_size(self, row: int, problems: Problems, *, explained: bool) -> None:
-        name, size, said = self.names[row], self.sizes[row].tolist(), self.sizes_json[row].tolist()
-        if said == [0, 0]:
+        name, size, size_json = (
+            self.names[row],
+            self.sizes[row].tolist(),
+            self.sizes_json[row].tolist(),
+        )
+        if size_json == [0, 0]:
             problems.add("image-size-missing", name)
-        elif said != size and not explained:
-            is_rotated = self.exif[row] > 4 and said == size[::-1]
+        elif size_json != size and not explained:
+            is_rotated = self.exif[row] > 4 and size_json == size[::-1]
             reason = ", as if turned by EXIF" if is_rotated else ""
             problems.add(
-                "image-size-differs", f"{name}: {said[1]}x{said[0]} is {size[1]}x{size[0]}{reason}"
+                "image-size-differs",
+                f"{name}: {size_json[1]}x{size_json[0]} is {size[1]}x{size[0]}{reason}",
             )
         if self.exif[row] != self.orientations[row]:
             problems.add("image-exif-rotated", name)
@@ -224,11 +229,11 @@ class Categories:
             code = "category-unknown"
         return self._used.setdefault(key, len(self._used)), code
 
-    def number(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+    def number(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         """Gives each category an id: its own where that is a whole number.
 
         Args:
-            found: int64 [K], of objects, from `find`.
+            keys: int64 [K], of objects, from `find`.
 
         Returns:
             int64 [K], category ids, or `NO_CATEGORY`.
@@ -241,10 +246,10 @@ class Categories:
         self.names = {id_of(key): name for key, name in self.listed.items()}
         for key in self._used:
             self.names.setdefault(id_of(key), key if isinstance(key, str) else f"category {key}")
-        if (found < 0).any():
+        if (keys < 0).any():
             self.names.setdefault(NO_CATEGORY, "unknown")
         self.keys = {name: number for number, name in reversed(self.names.items())} | numbers
-        return np.array([*map(id_of, self._used), NO_CATEGORY], dtype=np.int64)[found]
+        return np.array([*map(id_of, self._used), NO_CATEGORY], dtype=np.int64)[keys]
 
 
 def read_categories(raw: Any, problems: Problems, *, annotations: list[Raw]) -> Categories:

@@ -235,9 +235,9 @@ def _wait_for_data(iterator: "weakref.ref[Any]", timeout: float = POLL_SECONDS) 
         left = deadline - time.monotonic()
         owner = iterator()
         assert owner is not None
-        found, data = type(owner)._try_get_data(owner, max(0.0, min(left, POLL_SECONDS)))
-        if found or left <= POLL_SECONDS:
-            return found, data
+        arrived, data = type(owner)._try_get_data(owner, max(0.0, min(left, POLL_SECONDS)))
+        if arrived or left <= POLL_SECONDS:
+            return arrived, data
 
 
 END = object()

@@ -239,7 +239,7 @@ class SplitCache:
             for k, record in itertools.takewhile(lambda _: not should_stop(), share)
             if self.stores[k].read(record.slot, checksum=record.checksum) is None
         ]
-        damaged = [each for found in distributed.all_gather(damaged) for each in found]
+        damaged = [each for of_rank in distributed.all_gather(damaged) for each in of_rank]
         for k, record in damaged:
             del self.records[k][record.digest]
         for k, store in enumerate(self.stores) if distributed.is_main() else ():

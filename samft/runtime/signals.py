@@ -236,13 +236,13 @@ def check_launch_environment() -> None:
         wrong = [f"RANK={given['RANK']} with WORLD_SIZE={given['WORLD_SIZE']}"]
     if not wrong and not missing:
         return
-    told = [f"{', '.join(wrong)} cannot be"] if wrong else []
+    complaints = [f"{', '.join(wrong)} cannot be"] if wrong else []
     if missing:
         partner = ", ".join(name for name in given if name != "MASTER_PORT")
-        told.append(f"{partner} is set, but not {', '.join(missing)}")
+        complaints.append(f"{partner} is set, but not {', '.join(missing)}")
     raise UserError(
-        f"the environment is not that of a process of torchrun: {'; '.join(told)}. Start with "
-        "torchrun or launch.sh, which set these variables, or unset them for a single process."
+        f"the environment is not that of a process of torchrun: {'; '.join(complaints)}. Start "
+        "with torchrun or launch.sh, which set these variables, or unset them for a single process."
     )
 
 

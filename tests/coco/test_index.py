@@ -188,8 +188,8 @@ def test_a_damaged_index_is_built_again_and_said(
                 for one in whole
             )
             check_equal(index_file(path, path.parent, cache=cache), index)
-            said = [one for one in log.messages if "is damaged: it is built again" in one]
-            assert len(said) == (is_changed or fault == "link"), name
+            warnings = [one for one in log.messages if "is damaged: it is built again" in one]
+            assert len(warnings) == (is_changed or fault == "link"), name
             assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 

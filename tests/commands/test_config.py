@@ -96,6 +96,7 @@ OTHER: dict[str, Any] = {
     "bf16_compress": True,
     "category_names": "cat,dog",
     "min_mask_area": 16.0,
+    "crowds": "leave_out",
     "repeat_threshold": 0.001,
     "on_bad_image": "skip",
     "group_by": "folder",

@@ -198,8 +198,8 @@ def test_damaged_embeddings_are_missing_and_said(
     caplog.set_level(logging.WARNING, logger="samft")
     cache.find_missing()
     assert cache.missing == [(1, (1,)), (2, (0,)), (4, (1,))]
-    said = [message for message in caplog.messages if "are damaged" in message]
-    assert ["1 embeddings" in said[0], "2 embeddings" in said[1]] == [True, True]
+    warnings = [message for message in caplog.messages if "are damaged" in message]
+    assert ["1 embeddings" in warnings[0], "2 embeddings" in warnings[1]] == [True, True]
     # Also if the run is killed now.
     again = split_cache(split)
     again.find_missing()

@@ -268,10 +268,10 @@ def _verdicts(
 ) -> tuple[list[int], list[str]]:
     codes, failures = [], []
     for number in numbers:
-        code, said = run_limited(lambda number=number: work(folder, number), folder / "output")
+        code, output = run_limited(lambda number=number: work(folder, number), folder / "output")
         codes.append(code)
-        if code not in (0, 2) or "Traceback" in said or not (code == 0 or said.strip()):
-            failures.append(f"{number} ended with {code}: {said[-1500:]}")
+        if code not in (0, 2) or "Traceback" in output or not (code == 0 or output.strip()):
+            failures.append(f"{number} ended with {code}: {output[-1500:]}")
     return codes, failures
 
 
@@ -304,6 +304,6 @@ def test_the_limits_are_kept(fault: str, tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyError
 
     monkeypatch.setitem(globals(), "CPU_SECONDS", 1)
-    code, said = run_limited(fail, tmp_path / "output")
+    code, output = run_limited(fail, tmp_path / "output")
     assert code == 99 if fault in ("memory", "traceback") else code < 0
-    assert ("Traceback" in said) == (fault in ("memory", "traceback"))
+    assert ("Traceback" in output) == (fault in ("memory", "traceback"))

@@ -170,18 +170,18 @@ def find_bad_end(undisturbed: Undisturbed, case: Case, ended: Ended) -> str | No
 def find_other_metrics(undisturbed: Undisturbed, case: Case, output: str) -> str | None:
     # Lines that were damaged are lost, and that is said; those that are there are the run's.
     expected = {key_of(line): line for line in read_metrics(undisturbed.run)}
-    found = read_metrics(case.folder / "run")
+    lines = read_metrics(case.folder / "run")
     # Lines have no checksum: a flipped bit in a digit is a digit. Nothing is computed from them.
     is_flipped = case.path.name == "metrics.jsonl" and case.fault == "flip"
-    for line in found if not is_flipped else ():
+    for line in lines if not is_flipped else ():
         other = expected.get(key_of(line), {})
         if any(line.get(name) != other.get(name) for name in MEASURED):
             return f"other metrics: {line}, not {other}"
-    if len({key_of(line) for line in found}) != len(found):
+    if len({key_of(line) for line in lines}) != len(lines):
         return "metrics twice"
-    if len(found) < len(expected) and "metrics.jsonl" not in output:
+    if len(lines) < len(expected) and "metrics.jsonl" not in output:
         return (
-            f"{len(expected) - len(found)} lines of metrics.jsonl are missing, and nothing is said"
+            f"{len(expected) - len(lines)} lines of metrics.jsonl are missing, and nothing is said"
         )
     return None
 
@@ -197,5 +197,5 @@ def test_a_fault_in_one_file_changes_nothing_in_silence(
     seeds = range(part, NUM_FAULTS, PARTS)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         problems = pool.map(lambda seed: check_case(undisturbed, tmp_path / str(seed), seed), seeds)
-        found = [problem for problem in problems if problem]
-    assert not found, f"{len(found)} of {len(seeds)}\n\n" + "\n\n".join(found)
+        failures = [problem for problem in problems if problem]
+    assert not failures, f"{len(failures)} of {len(seeds)}\n\n" + "\n\n".join(failures)

@@ -85,13 +85,13 @@ def write_set(folder: Path, drawn: DrawnSet, change: Change, *, seed: int = 0) -
             exif[0x0112] = orientation
         name = f"{number}.png"
         Image.fromarray(stored).save(folder / name, exif=exif)
-        said = {
+        sizes = {
             "view": {"height": height, "width": width},
             "file": {"height": stored.shape[0], "width": stored.shape[1]},
             "swapped": {"height": stored.shape[1], "width": stored.shape[0]},
             "none": {},
         }[change.json_size]
-        images.append({"id": number + 1, "file_name": name, **said})
+        images.append({"id": number + 1, "file_name": name, **sizes})
         pairs = zip(drawn.masks[number], drawn.polygons[number], strict=True)
         for mask, polygon in pairs:
             segmentation: Any = [polygon]

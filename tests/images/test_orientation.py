@@ -18,7 +18,7 @@ from samft.images.orientation import (
 ORIENTATIONS = range(1, 9)
 
 
-def _save(path: Path, pixels: np.ndarray, orientation: int) -> None:
+def _save_image(path: Path, pixels: np.ndarray, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels).save(path, exif=exif, quality=95)
@@ -27,7 +27,7 @@ def _save(path: Path, pixels: np.ndarray, orientation: int) -> None:
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_the_view_is_what_pillow_shows(orientation: int, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    _save(tmp_path / "a.png", pixels, orientation)
+    _save_image(tmp_path / "a.png", pixels, orientation)
     with Image.open(tmp_path / "a.png") as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     encoded = open_image(tmp_path / "a.png", orientation=orientation)
@@ -52,7 +52,7 @@ def test_points_of_the_view_are_found_in_the_stored_image(orientation: int) -> N
 def test_a_reduced_jpeg_is_turned_too(orientation: int, tmp_path: Path) -> None:
     pixels = np.zeros((60, 101, 3), dtype=np.uint8)
     pixels[:30, :50] = 200
-    _save(tmp_path / "a.jpg", pixels, orientation)
+    _save_image(tmp_path / "a.jpg", pixels, orientation)
     encoded = open_image(tmp_path / "a.jpg", orientation=orientation)
     reduced = encoded.decode(at_least=turned_size((15, 26), orientation))
     expected = turn_pixels(pixels[::4, ::4], orientation)

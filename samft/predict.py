@@ -87,6 +87,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         allow_links=options.allow_links,
         pixels=_pixel_format(options),
     )
+    images = task.images
+    bad = {images.names[row]: images.bad[row] for row in task.rows if row in images.bad}
     task = _without_bad_images(task, options)
     for line in task.images.pixels.lines():
         _print_line(line)
@@ -94,7 +96,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     create_writable_dir(options.output_dir)
     parts: dict[str, Any] = {"is_part": is_part_of_prediction, "subfolders": (MASKS, OVERLAYS)}
     with lock_output_dir(options.output_dir, **parts):
-        return _write_outputs(task, options)
+        counts = _write_outputs(task, options)
+    counts["images_left_out"] = {**bad, **counts["images_left_out"]}
+    return counts
 
 
 # The command line.

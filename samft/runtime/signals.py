@@ -164,7 +164,8 @@ class StopRequest:
         """Installs the handlers; not outside of the main thread, where Python allows none."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._previous[number] = signal.getsignal(number) or _read_action(number)
+                previous = signal.getsignal(number)  # SIG_DFL is false
+                self._previous[number] = _read_action(number) if previous is None else previous
                 signal.signal(number, self.record_signal)
 
     def restore(self) -> None:

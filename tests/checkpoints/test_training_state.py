@@ -176,7 +176,8 @@ def test_when_no_state_is_good_each_is_listed_with_its_reason(tmp_path: Path) ->
     assert str(caught.value).splitlines()[1:4] == [
         f"  - {last} has no last.json beside it to be checked against.",
         f"  - {previous} is empty.",
-        f"  - {last} cannot be read: it is damaged, or no checkpoint.",
+        f"  - {last} cannot be read: it is damaged, or no last.ckpt of samft; weights of other "
+        "programs go into checkpoint_path.",
     ]
 
 

@@ -212,6 +212,7 @@ def _save_state(
             "optimizer": optimizer,
             "scaler": run.trainer.scaler.state_dict(),
             "progress": {**asdict(run.progress), "window": sums},
+            "metrics": run.log.metrics_state,
         }
         # The pictures come before the state: a run that resumes from it must find them.
         draw = (

@@ -198,11 +198,13 @@ def _open_log(parts: RunParts) -> RunLog:
         archive = archive_previous_run(parts.output_dir)
         if archive is not None:
             LOGGER.warning("an earlier run's files were moved to %s", archive)
+    resume = parts.resume if parts.resumes_in_place else None
     return RunLog(
         parts.output_dir,
         main=distributed.is_main(),
         steps=parts.config.steps,
         start_step=parts.logged_step,
+        metrics_state=resume.state.get("metrics") if resume else None,
     )
 
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -196,9 +197,21 @@ class RunLog:
     """The log files, TensorBoard and progress bar of one run.
 
     On ranks other than 0, every method does nothing.
+
+    Attributes:
+        metrics_state: Length and checksum of metrics.jsonl, for `last.ckpt`: whoever resumes from
+            it can tell whether a line was changed since.
     """
 
-    def __init__(self, folder: Path, *, main: bool, steps: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        main: bool,
+        steps: int,
+        start_step: int = 0,
+        metrics_state: dict[str, int] | None = None,
+    ) -> None:
         """Opens the files; a resumed run drops the metrics written after its checkpoint.
 
         Args:
@@ -206,9 +219,11 @@ class RunLog:
             main: Whether this is rank 0.
             steps: Optimizer steps of the whole run.
             start_step: The step that the run resumes from.
+            metrics_state: What `metrics_state` was then; None: unknown.
         """
         self.folder, self.main, self.steps = folder, main, steps
         self.board: TensorBoard | None = None
+        self.metrics_state = {"bytes": 0, "crc32": 0}
         self._unwritten: dict[str, list[str]] = {}
         self.bar = tqdm(
             total=steps,
@@ -221,7 +236,7 @@ class RunLog:
             return
         self._file = _LogFile(folder / "train.log")
         self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
-        self._drop_records_after(start_step)
+        self._drop_records_after(start_step, metrics_state)
         self.board = TensorBoard(folder / TENSORBOARD, start_step=start_step)
         # Last, as nothing that follows can fail: a log that was not opened installs no handlers.
         for handler in logging.getLogger().handlers[:]:
@@ -231,7 +246,7 @@ class RunLog:
         self._redirect.__enter__()
         logging.getLogger().addHandler(self._file)
 
-    def _drop_records_after(self, step: int) -> None:
+    def _drop_records_after(self, step: int, saved: dict[str, int] | None) -> None:
         # Lines that stay are not written anew, letter for letter; damaged ones are put aside.
         path = self.folder / FILE_NAME
         lines = read_metrics_file(path)
@@ -248,9 +263,14 @@ class RunLog:
                 describe_damage(lines.damaged),
                 aside.name,
             )
-        kept = "".join(f"{line.text}\n" for line in lines.whole if line.record["step"] <= step)
-        if not path.is_file() or path.read_bytes() != kept.encode():
-            write_text(path, kept)
+        raw = path.read_bytes() if path.is_file() else b""
+        if saved and not lines.damaged and zlib.crc32(raw[: saved["bytes"]]) != saved["crc32"]:
+            LOGGER.warning("%s: some lines are missing, or not as this run has written them", path)
+        text = "".join(f"{line.text}\n" for line in lines.whole if line.record["step"] <= step)
+        kept = text.encode()
+        if raw != kept or not path.is_file():
+            write_text(path, text)
+        self.metrics_state = {"bytes": len(kept), "crc32": zlib.crc32(kept)}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; damaged lines are left out."""
@@ -274,10 +294,16 @@ class RunLog:
                         unwritten = unwritten[file.write(unwritten) :]
                     # The checkpoint that is saved next relies on the line being on disk.
                     os.fsync(file.fileno())
+                    written = "".join(self._unwritten[name]).encode()
                 except OSError:
                     os.ftruncate(file.fileno(), start)  # no part of a line stays
                     raise
             del self._unwritten[name]
+            if name == FILE_NAME:
+                self.metrics_state = {
+                    "bytes": self.metrics_state["bytes"] + len(written),
+                    "crc32": zlib.crc32(written, self.metrics_state["crc32"]),
+                }
         except OSError as error:
             LOGGER.error("%s cannot be written: %s", self.folder / name, error.strerror)
 

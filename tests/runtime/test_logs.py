@@ -120,6 +120,32 @@ def test_a_line_that_stands_there_twice_counts_once(
     assert "lines 13, 15, 17 and 3 more are damaged or repeated" in caplog.text
 
 
+@pytest.mark.parametrize("fault", ["flip", "step", "cut"])
+def test_a_changed_line_that_is_whole_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    write_steps(tmp_path, range(3))
+    with closing(RunLog(tmp_path, main=True, steps=5, start_step=2)) as log:
+        saved = log.metrics_state
+        log.write_metrics(3, "train", {"loss": 3.0})  # after the checkpoint
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    for text in (before, damage_line(before, fault)):
+        path.write_text(text)
+        caplog.clear()
+        RunLog(tmp_path, main=True, steps=5, start_step=2, metrics_state=saved).close()
+        assert ("not as this run has written them" in caplog.text) == (text != before)
+
+
+def damage_line(text: str, fault: str) -> str:
+    lines = text.splitlines(keepends=True)
+    if fault == "cut":
+        return "".join(lines[:3])
+    old, new = ('"step": 1', '"step": 9') if fault == "step" else (": 0.25", ": 0.75")
+    assert old in lines[2]
+    return "".join([*lines[:2], lines[2].replace(old, new), *lines[3:]])
+
+
 def test_whole_metrics_are_not_written_anew(tmp_path: Path) -> None:
     write_steps(tmp_path, range(3))
     with room_for(0):  # a run that is finished can be started again on a full disk

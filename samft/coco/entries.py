@@ -52,6 +52,7 @@ _NO_BOX = [float("nan")] * 4
 _LARGE = 4  # times the median area of the boxes of the class's ordinary objects
 _PART = 0.02  # share of a mask from which on a part counts; a brush leaves stray pixels
 _COVERED = 0.5  # share of a box
+_RARE, _SPARSE = 0.05, 0.4  # crowds for each object; share of its box that a mask fills
 _MOST_LOOKED_AT = 500  # masks that are decoded to decide on a file
 
 
@@ -434,17 +435,20 @@ def _find_crowds(
     ordinary = np.flatnonzero(objects.flags & CROWD == 0)
     if not len(ordinary):  # a file of nothing but crowds has nothing that they could be told from
         return np.zeros(len(called), dtype=bool)
-    is_rle = objects.segmentations.are_rle()
+    is_rle, boxes = objects.segmentations.are_rle(), objects.boxes[called]
     marks = _is_large(objects, called, ordinary).astype(int)
     marks += _covers_objects(objects, called)
     sample = np.unique(np.linspace(0, len(called) - 1, _MOST_LOOKED_AT).astype(int))
     in_parts = _in_parts(objects, called[sample], sizes)
-    look_like_crowds = 2 * np.count_nonzero(marks[sample] + in_parts) >= len(sample)
+    # Of one in many objects, as in COCO, gaps within its box are enough.
+    has_gaps = objects.areas[called] < _SPARSE * (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    has_gaps &= len(called) < _RARE * len(ordinary)
+    num_marked = np.count_nonzero(marks[sample] + in_parts + has_gaps[sample])
     # A tool that calls each RLE a crowd calls no polygon so, and writes no RLE of other objects.
     classes = np.unique(objects.categories[called])
     same_class = ordinary[np.isin(objects.categories[ordinary], classes)]
     means_rle = is_rle[called].mean() > 0.5 and is_rle[same_class].sum() < len(called)
-    if len(called) <= len(ordinary) and (look_like_crowds or not means_rle):
+    if len(called) <= len(ordinary) and (2 * num_marked >= len(sample) or not means_rle):
         return np.ones(len(called), dtype=bool)
     suspects = np.flatnonzero(marks)
     marks[suspects] += _in_parts(objects, called[suspects], sizes)

@@ -47,6 +47,7 @@ def build_index(
         "annotations": entries,
         "categories": [{"id": 1, "name": "thing"}, {"id": 2, "name": "other"}],
     }
+    folder.mkdir(exist_ok=True)
     path = folder / "a.json"
     path.write_text(json.dumps(document))
     cv2.imwrite(str(folder / "a.png"), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
@@ -104,6 +105,21 @@ def test_polygons_called_crowds_are_meant_so(tmp_path: Path) -> None:
     region = square(50, 50, 20)
     marked = {"segmentation": [region], "bbox": [50, 50, 20, 20], "iscrowd": 1}
     assert left_out(build_index(tmp_path, POLYGONS, [marked])) == [101]
+
+
+def test_a_sparse_one_among_many_objects_is_a_crowd(tmp_path: Path) -> None:
+    # A subset of COCO has one: an L of people at the border of a picture.
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[60:63, 60:78] = mask[60:78, 60:63] = 1
+    corner = {**blobs((60, 60, 18)), "iscrowd": 1}
+    corner["segmentation"]["counts"] = mask_utils.encode(np.asfortranarray(mask))["counts"].decode()
+    many = [square(2 + 12 * (k % 11), 2 + 13 * (k // 11), side=10) for k in range(33)]
+    assert left_out(build_index(tmp_path / "many", many, [corner])) == [101]
+    assert left_out(build_index(tmp_path / "few", many[:6], [corner])) == []
+    assert (
+        left_out(build_index(tmp_path / "full", many, [{**blobs((60, 60, 18)), "iscrowd": 1}]))
+        == []
+    )
 
 
 def test_nothing_but_crowds_is_used(tmp_path: Path) -> None:

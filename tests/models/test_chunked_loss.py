@@ -238,6 +238,6 @@ def test_a_chunk_is_as_large_as_a_quarter_of_the_free_memory() -> None:
     assert auto_mask_chunk(at_1024, "cuda", free_memory=4 * 10 * box) == 10
     assert auto_mask_chunk(at_1024, "cuda", free_memory=80e9) == 64
     assert auto_mask_chunk(at_1024, "cuda", free_memory=0) == 1
-    assert auto_mask_chunk(at_1024, "cpu", free_memory=float("inf")) == 2
-    assert auto_mask_chunk(at_1024 // 16, "cpu", free_memory=float("inf")) == 32
+    assert auto_mask_chunk(at_1024, "cpu", free_memory=float("inf")) == 4
+    assert auto_mask_chunk(at_1024 // 4, "cpu", free_memory=float("inf")) == 16
     assert auto_mask_chunk(at_1024 // 256, "cpu", free_memory=float("inf")) == 64

@@ -27,8 +27,8 @@ from samft.models.mask_decoder import DecoderImplementation, Tensors
 # chunk, measured with vit_b at 1024 px in float32 (81 MB a box).
 BYTES_PER_VALUE = 81
 SHARE_OF_FREE_MEMORY = 0.25
-# On a CPU a chunk has at most so many values, 4 boxes at 1024 px or 64 at 256 px: larger tensors come
-# fresh from the system each time. At 1024 px, 8 boxes at once take 1.2 to 1.3 times as long.
+# On a CPU a chunk has at most so many values, 4 boxes at 1024 px or 64 at 256 px: larger tensors
+# come fresh from the system each time. At 1024 px, 8 boxes at once take 1.2 to 1.3 times as long.
 MAX_VALUES = {"cpu": 2**22}
 MAX_BOXES = 64
 

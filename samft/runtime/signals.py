@@ -101,6 +101,7 @@ class _Helper:
         self._process, self.is_busy = 0, True
 
     def start(self, call: Callable[[], Any]) -> "queue.SimpleQueue[Any]":
+        """Calls a function in the thread; the queue gets what it returns, and its error or None."""
         if self.is_busy or self._process != os.getpid():  # no thread survives a fork
             self._calls, self._process = queue.SimpleQueue(), os.getpid()
             threading.Thread(

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from samft.cli import default_text, help_sections
 from samft.config import TrainConfig
+from samft.settings import default_text, help_sections
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\

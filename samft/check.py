@@ -1,7 +1,7 @@
 """Checks a COCO dataset before anything is trained on it.
 
-    python -m samft.check --data_root D
-    python -m samft.check --annotations FILE --images DIR
+    samft check --data_root D
+    samft check --annotations FILE --images DIR
 
 Prints what is wrong and what samft does about it, what the dataset holds, and which settings suit
 it. `--fix` writes repaired copies of the annotation files, `--pictures` contact sheets of objects.
@@ -9,7 +9,6 @@ The exit code is 0 for a dataset that can be trained on, 2 for one that cannot.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from samft.coco.layout import describe_folder
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
+from samft.commands import shell_command
 from samft.errors import ConfigError, DataError, escape_unprintable
 from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PixelFormat
@@ -65,9 +65,9 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = CommandParser("python -m samft.check", __doc__)
+    parser = CommandParser("check", __doc__)
     add = parser.add_argument
-    add("--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train")
+    add("--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft train")
     add("--train_split", default=TRAIN, metavar="NAME", help="default train")
     add("--val_split", default=VAL, metavar="NAME", help="default val, or valid or validation")
     add("--annotations", type=user_path, metavar="FILE", help="check this file alone")
@@ -232,7 +232,8 @@ def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
     readable = any(split.index for split in splits.values())
     advice = " `--fix DIR` writes repaired copies." if readable and not options.fix else ""
     if any(counts.keys() & NO_MASKS for counts in errors.values()):
-        advice = " `samft.predict --annotations FILE --images DIR` makes masks from boxes."
+        predict = shell_command("predict", "--annotations", "FILE", "--images", "DIR")
+        advice = f" `{predict}` makes masks from boxes."
     if any(counts.keys() & BAD_IMAGES for counts in errors.values()):
         advice += " `--on_bad_image skip` leaves bad images out, here and in training."
     if any(split.problems.has_links_outside for split in splits.values()):
@@ -278,17 +279,17 @@ def _next_commands(
     arguments: list[Any] = []
     for name, target in written.items():
         images = splits[name].images
-        lines.append(_shell_line("samft.check", *root, "--annotations", target, "--images", images))
+        lines.append(_shell_line("check", *root, "--annotations", target, "--images", images))
         role = TRAIN if options.annotations else name
         if role != TEST:
             arguments += [f"--{role}_annotations", target, f"--{role}_images", images]
     if arguments:
-        lines += ["to train:", _shell_line("samft.train", *root, *arguments)]
+        lines += ["to train:", _shell_line("train", *root, *arguments)]
     return lines
 
 
-def _shell_line(module: str, *arguments: Any) -> str:
-    return f"  python -m {module} {shlex.join(map(str, arguments))}"
+def _shell_line(name: str, *arguments: Any) -> str:
+    return f"  {shell_command(name, *arguments)}"
 
 
 def _write_pictures(splits: Splits, folder: Path) -> None:

@@ -1,27 +1,23 @@
 """How every command parses its arguments, and how it ends. Imports no torch.
 
-In this order: the argument parser of all commands; a dataclass of settings filled from defaults, a
-YAML file and flags; the optional packages of some commands; exit codes and error messages.
+In this order: the argument parser of all commands, and flags that several have; the optional
+packages of some; exit codes and error messages.
 """
 
 import argparse
 import contextlib
-import dataclasses
-import difflib
 import math
 import os
 import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from samft.commands import shell_command
 from samft.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -37,9 +33,9 @@ from samft.errors import (
     escape_paragraph,
     explain_os_error,
 )
+from samft.suggestions import suggest_nearest
 
 HELP_WIDTH = 80  # columns; the same in a terminal, a pipe and a test
-MOST_USED = "most used"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -57,7 +53,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _fold_commands(example: str) -> str:
-    # Commands that are too long for a line go on in the next, as a shell reads them.
+    # Commands are shown as this shell takes them, and go on in the next line where they are long.
+    example = re.sub(r"^( +)samft (\w+)", lambda m: m[1] + shell_command(m[2]), example, flags=re.M)
     return "\n".join(
         " \\\n".join(
             textwrap.wrap(line, HELP_WIDTH - 2, subsequent_indent=" " * 8, break_on_hyphens=False)
@@ -70,14 +67,15 @@ class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `ConfigError` instead of exiting with a usage message.
 
     Args:
-        prog: The command as a user types it.
-        description: For `--help`: paragraphs separated by empty lines; indented ones are kept.
+        name: One of `COMMANDS`.
+        description: For `--help`: paragraphs separated by empty lines; indented ones are kept,
+            and each line `samft NAME ...` in them is shown as it can be copied.
         options: See `argparse.ArgumentParser`.
     """
 
-    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
+    def __init__(self, name: str, description: str | None, **options: Any) -> None:
         super().__init__(
-            prog=prog,
+            prog=shell_command(name),
             description=description,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
@@ -86,13 +84,29 @@ class CommandParser(argparse.ArgumentParser):
         # So that --pixel_range -1000,400 is a flag and its value; argparse knows -1000 alone.
         self._negative_number_matcher = re.compile(r"-\.?\d[\d.,e+-]*$")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it, but a wrong flag comes before flags that are missing because of it.
+
+        Raises:
+            ConfigError: The command line is wrong.
+        """
+        given = sys.argv[1:] if args is None else args
+        flags = [argument.split("=")[0] for argument in given if argument.startswith("--")]
+        known = self._option_string_actions
+        wrong = [flag for flag in flags if flag not in known and flag != "--"]
+        if wrong:
+            named = (f"{flag}: no such flag.{suggest_nearest(flag, known)}" for flag in wrong)
+            self.error(" ".join(named))
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Refuses the command line.
 
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError(f"{message}. `{self.prog} --help` lists every flag.")
+        end = "" if message.endswith((".", "?")) else "."
+        raise ConfigError(f"{message}{end} `{self.prog} --help` lists every flag.")
 
 
 PIXEL_RANGES = ("auto", "percentile", "full")
@@ -164,232 +178,6 @@ def add_links_flag(add: Callable[..., Any]) -> None:
         metavar="DIR,DIR",
         help=LINKS_HELP,
     )
-
-
-class CheckedSettings(Protocol):
-    """A dataclass of `setting`s that can check its values."""
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-
-    def check(self) -> list[str]:
-        """All problems, one sentence each, beginning with the name of the field."""
-        ...
-
-
-Config = TypeVar("Config", bound=CheckedSettings)
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    group: str,
-    most_used: bool = False,
-    choices: tuple[str, ...] = (),
-    at_least: Any = None,
-    metavar: str | None = None,
-    value_alone: str | None = None,
-) -> Any:
-    """A field of a dataclass of settings: one attribute, YAML key and flag.
-
-    Args:
-        default: The value if none is given.
-        help: One sentence for `--help`.
-        group: The section of `--help` that lists the flag.
-        most_used: Whether `--help` lists it in its first section instead.
-        choices: The allowed values; empty: any value of the field's type.
-        at_least: The lowest number allowed.
-        metavar: What `--help` shows for the value; None: by the field's type.
-        value_alone: The value of the flag if none follows it; None: one has to.
-    """
-    metadata = {
-        "help": help,
-        "section": MOST_USED if most_used else f"{group} (advanced)",
-        "group": group,
-        "choices": choices,
-        "at_least": at_least,
-        "metavar": metavar,
-        "value_alone": value_alone,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def help_sections(cls: type[CheckedSettings]) -> dict[str, list[dataclasses.Field[Any]]]:
-    """The settings of a dataclass as `--help` lists them: the most used ones, then by group."""
-    sections: dict[str, list[dataclasses.Field[Any]]] = {MOST_USED: []}
-    for field in dataclasses.fields(cls):
-        sections.setdefault(field.metadata["section"], []).append(field)
-    return sections
-
-
-def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default of a setting as one writes it in YAML; empty for None."""
-    if isinstance(field.default, bool):
-        return str(field.default).lower()
-    return "" if field.default is None else str(field.default)
-
-
-def check_fields(config: Any) -> list[str]:
-    """One sentence for each setting that is none of its choices, too low, or not UTF-8."""
-    problems = []
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata["choices"]
-        at_least = field.metadata["at_least"]
-        if choices and value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            options = ", ".join(choices)
-            problems.append(f"{field.name}: '{value}' is none of {options}.{hint}")
-        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
-            problems.append(
-                f"{field.name}: '{value}' is not UTF-8, so config.yaml and TensorBoard cannot hold "
-                "it: rename it, or give a symbolic link to it."
-            )
-        if isinstance(value, (int, float)) and at_least is not None:
-            if not at_least <= value < float("inf"):
-                problems.append(f"{field.name}: {value} must be at least {at_least}.")
-    return problems
-
-
-def parse_settings(cls: type[Config], argv: list[str], *, prog: str, description: str) -> Config:
-    """Merges defaults < the YAML file named by `--config` < flags, and checks the result.
-
-    Args:
-        cls: A dataclass of `setting`s.
-        argv: The arguments after the program's name; `--help` prints the flags and exits.
-        prog: The command as a user types it.
-        description: For `--help`.
-
-    Returns:
-        The checked configuration.
-
-    Raises:
-        ConfigError: Listing every unknown key, wrong type and wrong value at once.
-    """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    parser = _settings_parser(cls, prog=prog, description=description)
-    known, unknown = parser.parse_known_args(argv)
-    flags = vars(known)
-    problems = _unknown_flags(unknown, ["config", "help", *fields])
-    file = flags.pop("config", None)
-    merged = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(merged, False)  # it inherits the dataclass's frozenness
-    for key, value in _read_yaml(Path(file)).items() if file is not None else ():
-        if key in fields:
-            problems += _assign_value(merged, fields[key], value, source=f"{file}: ")
-        else:
-            problems.append(f"{file}: {key}: no such key.{_suggest_nearest(str(key), fields)}")
-    for key, value in flags.items():
-        problems += _assign_value(merged, fields[key], value, source="--")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
-        message = str(error).splitlines()[0]
-        raise ConfigError(f"the configuration cannot be resolved: {message}.") from error
-    assert isinstance(config, cls)
-    problems += config.check()
-    if problems:
-        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise ConfigError(
-            f"the configuration has {count}{listed}\n`{prog} --help` lists every flag."
-        )
-    return config
-
-
-def _settings_parser(
-    cls: type[CheckedSettings], *, prog: str, description: str
-) -> argparse.ArgumentParser:
-    # Values stay text, and absent flags stay absent: `parse_settings` converts and merges them.
-    parser = CommandParser(
-        prog,
-        description,
-        argument_default=argparse.SUPPRESS,
-        usage=f"{prog} [--config FILE.yaml] [--FLAG VALUE ...]",
-        add_help=False,
-    )
-    for title, fields in help_sections(cls).items():
-        section = parser.add_argument_group(title)
-        if title == MOST_USED:
-            section.add_argument("-h", "--help", action="help", help="print this help and exit")
-            section.add_argument(
-                "--config", metavar="FILE.yaml", help="YAML file of `flag: value` lines"
-            )
-        for field in fields:
-            default = default_text(field)
-            help = field.metadata["help"] + (f" (default: {default})" if default else "")
-            names = [f"--{field.name}"]
-            options: dict[str, Any] = {"metavar": _value_name(field)}
-            if field.metadata["value_alone"]:
-                options |= {"nargs": "?", "const": field.metadata["value_alone"]}
-            if isinstance(field.default, bool):
-                names, options = [*names, f"--no-{field.name}"], {"action": _SwitchAction}
-            section.add_argument(*names, help=help.replace("%", "%%"), **options)
-    return parser
-
-
-def _value_name(field: dataclasses.Field[Any]) -> str:
-    if field.metadata["metavar"] or field.metadata["choices"]:
-        return field.metadata["metavar"] or "{" + ",".join(field.metadata["choices"]) + "}"
-    return next((name for kind, name in _VALUE_NAMES.items() if kind in str(field.type)), "TEXT")
-
-
-_VALUE_NAMES = {"int": "N", "float": "X"}
-
-
-class _SwitchAction(argparse.Action):
-    """`--x` is true, `--no-x` is false."""
-
-    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **kwargs)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, not option_string.startswith("--no-"))
-
-
-def _unknown_flags(unknown: list[str], known: Iterable[str]) -> list[str]:
-    # A value that follows an unknown flag belongs to it, and is not a problem of its own.
-    options = [f"--{name}" for name in known]
-    flags = [argument for argument in unknown if argument.startswith("-")] or unknown[:1]
-    return [
-        f"{flag}: no such flag.{_suggest_nearest(flag.split('=')[0], options)}" for flag in flags
-    ]
-
-
-def _assign_value(
-    merged: Any, field: dataclasses.Field[Any], value: Any, *, source: str
-) -> list[str]:
-    # Sets one field of the merged configuration; the problem, if the value has the wrong type.
-    annotation = str(field.type)
-    if "None" in annotation and str(value).lower() in ("none", "null", ""):
-        value = None
-    if isinstance(value, bool) and "off" in field.metadata["choices"]:
-        value = "on" if value else "off"  # YAML reads a bare off as false
-    try:
-        OmegaConf.update(merged, field.name, value)
-    except OmegaConfBaseException:
-        kinds = {"bool": "yes or no", "int": "a whole number", "float": "a number"}
-        expected = next((text for kind, text in kinds.items() if kind in annotation), "text")
-        return [f"{source}{field.name}: '{value}' is not {expected}."]
-    return []
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ConfigError(f"--config: there is no file {path}.")
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # OmegaConf passes on what the YAML parser raises
-        message = " ".join(str(error).split())
-        raise ConfigError(f"--config: {path} is not readable as YAML: {message}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--config: {path} must hold `key: value` lines.")
-    return loaded
-
-
-def _suggest_nearest(name: str, options: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(options), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 EXTRAS = {

@@ -12,16 +12,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.cli import (
-    ALL_LINKS,
-    LINKS_HELP,
-    check_fields,
-    parse_channels,
-    parse_pixel_range,
-    parse_settings,
-    setting,
-)
+from samft.cli import ALL_LINKS, LINKS_HELP, parse_channels, parse_pixel_range
 from samft.errors import ConfigError
+from samft.settings import check_fields, parse_settings, setting
 
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
@@ -473,4 +466,4 @@ def parse_config(argv: list[str]) -> TrainConfig:
         "Fine-tune Segment Anything on a COCO dataset. A flag wins over its key in the --config "
         "file, and that over the default."
     )
-    return parse_settings(TrainConfig, argv, prog="python -m samft.train", description=description)
+    return parse_settings(TrainConfig, argv, command="train", description=description)

@@ -1,4 +1,6 @@
-"""Writes a small COCO dataset to try the trainer on: `python -m samft.demo --output_dir D`.
+"""Writes a small COCO dataset to try the trainer on.
+
+    samft demo --output_dir D
 
 Painted butterflies and flowers (`samft.images.synthetic`), in seconds, the same for a seed, with
 every form of annotation that COCO has: polygons of one part and of many, compressed and
@@ -16,6 +18,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from samft.cli import CommandParser, run_command
+from samft.commands import shell_command
 from samft.errors import ConfigError, DataError
 from samft.images.synthetic import CATEGORIES, SceneObject, draw_scene
 from samft.runtime.files import read_json, write_text
@@ -24,6 +27,11 @@ from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
 DESCRIPTION = "samft demo: painted butterflies and flowers"
 ANNOTATIONS = "_annotations.coco.json"
 FORMS = ("polygons", "compressed", "polygons", "uncompressed", "polygons")
+# Those of configs/demo.yaml, which an installed samft does not have.
+TRAIN_FLAGS = (
+    *("--model_type", "vit_tiny", "--checkpoint_path", "auto", "--image_size", 256),
+    *("--batch_size", 4, "--steps", 200, "--learning_rate", "5e-4", "--lr_schedule", "cosine"),
+)
 MIN_IMAGES = 3  # of a split: one with objects, one with a crowd, one without objects
 MIN_SIZE, MAX_SIZE = 64, 4096
 
@@ -73,7 +81,7 @@ def main(argv: list[str]) -> Path:
     Raises:
         UserError: As `write_demo`.
     """
-    parser = CommandParser("python -m samft.demo", __doc__)
+    parser = CommandParser("demo", __doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument(
@@ -216,10 +224,11 @@ def _summary_text(folder: Path) -> str:
         counts.append(
             f"{split}: {len(content['images'])} images, {objects} objects, {crowds} crowds"
         )
+    folders = ("--data_root", folder, "--output_dir", folder.with_name(f"{folder.name}-run"))
     return (
         f"Wrote a demo dataset of painted butterflies and flowers to {folder} "
-        f"({'; '.join(counts)}). Next, tune on it: "
-        f"python -m samft.train --config configs/demo.yaml --data_root {folder}"
+        f"({'; '.join(counts)}). Next, tune on it:\n"
+        f"  {shell_command('train', *TRAIN_FLAGS, *folders)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Scores checkpoints on every object of a split, at the images' original resolution.
 
-    python -m samft.evaluate --checkpoint FILE --data_root D --split val --output scores.json
-    python -m samft.evaluate --checkpoint BEFORE AFTER --data_root D
+    samft evaluate --checkpoint FILE --data_root D --split val --output scores.json
+    samft evaluate --checkpoint BEFORE AFTER --data_root D
     torchrun --nproc_per_node=8 -m samft.evaluate --checkpoint FILE --data_root D
 
 Prints IoU, Dice and boundary IoU, also by size of the object and by class; the IoU with other
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 def _parse_options(argv: list[str]) -> argparse.Namespace:
     parser = CommandParser(
-        "python -m samft.evaluate",
+        "evaluate",
         __doc__,
         usage="%(prog)s --checkpoint FILE [FILE ...] [--FLAG VALUE ...]",
     )
@@ -76,7 +76,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "compared with",
     )
     group.add_argument(
-        "--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft.train"
+        "--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft train"
     )
     group.add_argument(
         "--split",
@@ -99,7 +99,7 @@ def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
         "--val_fraction",
         type=float,
         metavar="F",
-        help="only the images that samft.train --val_fraction F holds out of this split",
+        help="only the images that samft train --val_fraction F holds out of this split",
     )
     group.add_argument(
         "--group_by",
@@ -182,7 +182,7 @@ def _check_options(options: argparse.Namespace) -> None:
     is_other_split = not options.annotations and role_of(options.split) in ("val", "test")
     if options.val_fraction is not None and is_other_split:
         raise ConfigError(
-            f"--val_fraction: samft.train holds images out of the training split, and --split is "
+            f"--val_fraction: samft train holds images out of the training split, and --split is "
             f"{options.split}: add --split train to score those, or leave --val_fraction out to "
             f"score all of {options.split}."
         )

@@ -1,6 +1,6 @@
 """Exports a checkpoint to the format of another program, and verifies the result.
 
-    python -m samft.export --checkpoint best.ckpt --format onnx --output tuned
+    samft export --checkpoint best.ckpt --format onnx --output tuned
 
 Formats: pth, a file like Meta's, at 1024 px; safetensors, a file with the same
 keys; onnx, a folder with encoder.onnx and decoder.onnx; huggingface, a folder
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = CommandParser("python -m samft.export", __doc__)
+    parser = CommandParser("export", __doc__)
     add = parser.add_argument
     add(
         "--checkpoint",
@@ -224,7 +224,7 @@ def _warn_of_new_size(
     _print_warning(
         "Meta's format is for 1024 px, so position embeddings were resized from those for "
         f"{size} px. On the images compared here, {percent:.2f} % of the mask pixels are equal. "
-        f"Scores at {size} px do not hold at 1024 px: evaluate the file (samft.evaluate), or use "
+        f"Scores at {size} px do not hold at 1024 px: evaluate the file (samft evaluate), or use "
         "the checkpoint itself (samft.load_sam)."
     )
 

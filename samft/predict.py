@@ -1,9 +1,9 @@
 """Predicts masks with a checkpoint, and writes them as COCO results.
 
-    python -m samft.predict --checkpoint FILE --images FOLDER --output_dir OUT
-    python -m samft.predict ... --images PHOTO.jpg --box 40,60,310,280
-    python -m samft.predict ... --images DIR --annotations COCO.json
-    python -m samft.predict ... --images DIR --annotations COCO.json --boxes FILE
+    samft predict --checkpoint FILE --images FOLDER --output_dir OUT
+    samft predict ... --images PHOTO.jpg --box 40,60,310,280
+    samft predict ... --images DIR --annotations COCO.json
+    samft predict ... --images DIR --annotations COCO.json --boxes FILE
 
 One mask is predicted for each box. Boxes are the ones given with --box, or
 those of a detector's COCO results file (--boxes), or those of the objects in
@@ -15,7 +15,7 @@ image_id, category_id, bbox (the given box; for an automatic mask its own),
 segmentation (RLE), score (the predicted IoU) and, where they exist,
 annotation_id, detector_score and stability_score. An image_id is that of
 --annotations, also where it is text; an annotation_id that is no whole number
-is the one that samft.check --fix gives the object. Without --annotations,
+is the one that `samft check --fix` gives the object. Without --annotations,
 OUT/images.json is a COCO file with the id of each image.
 """
 
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = CommandParser("python -m samft.predict", __doc__)
+    parser = CommandParser("predict", __doc__)
     _add_input_flags(parser.add_argument)
     _add_output_flags(parser.add_argument)
     options = parser.parse_args(argv)
@@ -232,7 +232,7 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--output_dir: {source} would be overwritten: name another folder.")
     check_launch_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("samft.predict runs in one process: start it without torchrun.")
+        raise ConfigError("samft predict runs in one process: start it without torchrun.")
 
 
 def _pixel_format(options: argparse.Namespace) -> PixelFormat:

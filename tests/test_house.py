@@ -22,8 +22,9 @@ MAX_FILES_OF_A_ROOM = 12
 
 # A room (or a file beside the rooms) imports only what stands on a line above its own, and itself.
 ORDER = (
-    ("errors",),
+    ("errors", "commands", "suggestions"),
     ("cli",),
+    ("settings",),
     ("config", "distributed"),
     ("runtime",),
     ("images",),
@@ -35,10 +36,10 @@ ORDER = (
     ("prediction",),
     ("exporters",),
     ("recipes",),
-    ("train", "evaluate", "predict", "export", "check", "demo"),
+    ("__main__", "train", "evaluate", "predict", "export", "check", "demo"),
 )
 COMMANDS = ORDER[-1]
-WITHOUT_TORCH = ("errors", "cli", "config", "images", "coco", *COMMANDS)
+WITHOUT_TORCH = (*ORDER[0], "cli", "settings", "config", "images", "coco", *COMMANDS)
 KNOW_THE_CONFIG = ("config", "recipes", *COMMANDS)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

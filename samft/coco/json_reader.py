@@ -161,7 +161,7 @@ def _name_format(whole: Any) -> str:
     first = whole[0] if isinstance(whole, list) and whole else {}
     if isinstance(first, dict) and "image_id" in first:
         return (
-            "is a list of COCO results, which `samft.predict --boxes` takes beside the annotation "
+            "is a list of COCO results, which `samft predict --boxes` takes beside the annotation "
             "file that lists their images"
         )
     keys = whole if isinstance(whole, dict) else {}

@@ -26,14 +26,14 @@ KINDS = {
     "json-bom": (NOTE, "the file begins with a byte-order mark, which is skipped"),
     "json-not-standard": (NOTE, "holds values outside of standard JSON (NaN, Infinity)"),
     "no-objects": (ERROR, "no usable object"),
-    "boxes-only": (ERROR, "boxes without masks: samft.predict makes masks from boxes"),
-    "keypoints-only": (ERROR, "keypoints, no masks: samft.predict makes masks from boxes"),
+    "boxes-only": (ERROR, "boxes without masks: samft predict makes masks from boxes"),
+    "keypoints-only": (ERROR, "keypoints, no masks: samft predict makes masks from boxes"),
     "panoptic-only": (
         ERROR,
-        "panoptic: the masks are PNG files, which panopticapi converts to instances; samft.predict "
+        "panoptic: the masks are PNG files, which panopticapi converts to instances; samft predict "
         "makes masks from boxes",
     ),
-    "captions-only": (ERROR, "captions, no masks: samft.predict makes masks, also without boxes"),
+    "captions-only": (ERROR, "captions, no masks: samft predict makes masks, also without boxes"),
     # images
     "image-malformed": (WARNING, "entry of 'images' without an id or a file_name"),
     "image-id-ambiguous": (ERROR, "one image id stands for several files"),

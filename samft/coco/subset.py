@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.problems import BAD_IMAGES, KINDS, NO_MASKS, Issue, Problems
+from samft.commands import shell_command
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
 from samft.images.names import encode_name, group_of
@@ -176,7 +177,8 @@ def _describe_errors(errors: dict[str, Issue], problems: Problems, annotations: 
         lines.append("`--on_bad_image skip` leaves such images out.")
     if problems.has_links_outside:
         lines.append("`--allow_links DIR` opens those behind links into a folder that you trust.")
-    lines.append("`python -m samft.check` lists everything, and repairs what it can with `--fix`.")
+    check = shell_command("check")
+    lines.append(f"`{check}` lists everything, and repairs what it can with `--fix`.")
     return lines
 
 

@@ -1,7 +1,6 @@
 """What a run resumes from: the newest undamaged state, checked against the configuration."""
 
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from samft import distributed
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME, load_latest, load_state_file, run_dir_of
+from samft.commands import shell_command
 from samft.config import TrainConfig, changed_settings
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
@@ -73,13 +73,11 @@ def _refuse_more_steps(point: ResumePoint, config: TrainConfig) -> None:
     if not (point.state["progress"]["step"] == saved_steps < config.steps and best):
         return
     folder = point.output_dir
-    command = shlex.join(
-        [
-            *("python", "-m", "samft.train", "--config", str(folder / "config.yaml")),
-            *("--checkpoint_path", str(folder / TopK.from_list(best)[0].name)),
-            *("--steps", str(config.steps - saved_steps)),
-            *("--output_dir", f"{config.output_dir.rstrip('/')}-more"),
-        ]
+    command = shell_command(
+        *("train", "--config", folder / "config.yaml"),
+        *("--checkpoint_path", folder / TopK.from_list(best)[0].name),
+        *("--steps", config.steps - saved_steps),
+        *("--output_dir", f"{config.output_dir.rstrip('/')}-more"),
     )
     raise ConfigError(
         f"the run in {folder} is finished: it has taken its {saved_steps} steps, and its learning "

@@ -8,6 +8,7 @@ from typing import Any
 
 from samft.checkpoints.top_k import Checkpoint
 from samft.coco.boxes import SmallObjects, advise_on_small_objects
+from samft.commands import shell_command
 from samft.evaluation.object_scores import (
     LOST_IOU,
     Comparison,
@@ -166,7 +167,7 @@ def suggest_changes(
         )
     advice.append(
         "A look at the objects that lost most: if their annotated outlines are wrong (python -m "
-        "samft.check --pictures), correct them; the model was right before."
+        "samft check --pictures), correct them; the model was right before."
     )
     advice.append("More images, or --augment scale.")
     return advice
@@ -209,15 +210,14 @@ def next_commands(
         folder: The output folder.
 
     Returns:
-        `samft.evaluate`, `samft.predict`, and a line of Python that loads the model.
+        `samft evaluate`, `samft predict`, and a line of Python that loads the model.
     """
-    python = ["python", "-m"]
     predict = ["--images", str(images), "--annotations", str(annotations)]
     return [
-        shlex.join([*python, "samft.evaluate", "--checkpoint", checkpoint, *data]),
-        shlex.join(
-            [*python, "samft.predict", "--checkpoint", checkpoint, *predict, *links]
-            + ["--output_dir", str(folder / "predictions")]
+        shell_command("evaluate", "--checkpoint", checkpoint, *data),
+        shell_command(
+            *("predict", "--checkpoint", checkpoint, *predict, *links),
+            *("--output_dir", folder / "predictions"),
         ),
         f"from samft import load_sam; sam = load_sam({checkpoint!r})",
     ]

@@ -138,7 +138,7 @@ def test_files_without_masks_say_what_they_are(
     image = {"id": 1, "file_name": "a.png", "height": 20, "width": 30}
     entries = [{"id": k, "image_id": 1, "category_id": 1, **fields} for k in range(3)]
     path = write_json(tmp_path / "a.json", [image], entries)
-    named = "" if code == "no-objects" else ".*samft.predict"
+    named = "" if code == "no-objects" else ".*samft predict"
     with pytest.raises(DataError, match=f"{code}, 1{named}"):
         read_coco(path, tmp_path, cache=tmp_path / "cache")
 
@@ -146,7 +146,7 @@ def test_files_without_masks_say_what_they_are(
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ([{"image_id": 1, "category_id": 1, "bbox": BOX, "score": 1}], "samft.predict --boxes"),
+        ([{"image_id": 1, "category_id": 1, "bbox": BOX, "score": 1}], "samft predict --boxes"),
         ({"shapes": [], "imagePath": "a.png"}, "LabelMe"),
         ({"_via_img_metadata": {}}, "VIA"),
         ({"type": "FeatureCollection", "features": []}, "GeoJSON"),

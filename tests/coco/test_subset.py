@@ -29,6 +29,7 @@ from samft.coco.subset import (
     select_objects,
     split_by_hash,
 )
+from samft.commands import shell_command
 from samft.errors import DataError
 from samft.images.decoder import open_image
 
@@ -140,7 +141,7 @@ def test_errors_are_refused_and_broken_images_may_be_skipped(
     bad_images = BAD_IMAGES - {"image-ambiguous", "image-not-a-file"}
     for code in bad_images:
         assert f"{code}, {expected['train'][code]}:" in str(error.value)
-    assert "samft.check" in str(error.value) and "--on_bad_image skip" in str(error.value)
+    assert shell_command("check") in str(error.value) and "--on_bad_image skip" in str(error.value)
     subset = read_coco(*files, root=root, on_bad_image="skip")
     assert subset.num_objects == expected["train"]["good_objects"]
     assert set(subset.index.bad_images.values()) == bad_images

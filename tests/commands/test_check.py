@@ -16,6 +16,7 @@ from samft.check import main
 from samft.cli import run_command
 from samft.coco.boxes import advise_on_small_objects
 from samft.coco.problems import ERROR, FACT, KINDS
+from samft.commands import shell_command
 from samft.errors import ConfigError, DataError
 from samft.recipes.datasets import load_splits
 
@@ -149,7 +150,7 @@ def test_real_sets_are_clean_once_repaired(
     data_root: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*of_set(data_root, name), "--fix", str(tmp_path / "fixed")])
-    commands = commands_in(capsys.readouterr().out, "samft.check")
+    commands = commands_in(capsys.readouterr().out, "check")
     assert len(commands) == len(QUIRKS[name])
     for command, objects in zip(commands, OBJECTS[name].values(), strict=True):
         report = main(command)
@@ -157,9 +158,9 @@ def test_real_sets_are_clean_once_repaired(
         assert severities(split) <= {FACT} and split["objects"] == objects
 
 
-def commands_in(text: str, module: str) -> list[list[str]]:
+def commands_in(text: str, name: str) -> list[list[str]]:
     """The arguments of the commands that are printed."""
-    start = f"  python -m {module} "
+    start = f"  {shell_command(name)} "
     lines = [line for line in text.splitlines() if line.startswith(start)]
     return [shlex.split(line.removeprefix(start)) for line in lines]
 
@@ -185,14 +186,14 @@ def test_a_broken_set_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len({code for split in splits.values() for code in codes(split)}) >= 60
     assert {path: path.read_bytes() for path in before} == before
 
-    again = [main(command)["splits"] for command in commands_in(printed, "samft.check")]
+    again = [main(command)["splits"] for command in commands_in(printed, "check")]
     train, val = (next(iter(splits.values())) for splits in again)
     assert severities(train) <= {FACT} and severities(val) <= {FACT}
     # One image, with one object, is in val as well.
     assert train["objects"] == expected["train"]["good_objects"] - 1
     assert train["images_with_objects"] == expected["train"]["good_images"] - 1
     assert val["objects"] == expected["val"]["good_objects"]
-    (command,) = commands_in(printed, "samft.train")
+    (command,) = commands_in(printed, "train")
     fixed = tmp_path / "fixed"
     assert command == [
         *("--data_root", str(root)),
@@ -343,7 +344,7 @@ def test_links_within_the_data_are_followed_in_the_copies_too(
     image.rename(good / "store" / "x.png")
     image.symlink_to(good / "store" / "x.png")
     main(["--data_root", str(good), "--fix", str(good.parent / "fixed")])
-    first, _ = commands_in(capsys.readouterr().out, "samft.check")
+    first, _ = commands_in(capsys.readouterr().out, "check")
     assert main(first)["splits"]["train"]["images"] == 3
 
 

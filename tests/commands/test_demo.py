@@ -1,6 +1,7 @@
 """The demo dataset: one set of files for a seed, COCO in every form, nothing overwritten."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
+from helpers import REPOSITORY
 from samft.cli import run_command
+from samft.commands import shell_command
+from samft.config import parse_config
 from samft.demo import ANNOTATIONS, main, write_demo
 from samft.errors import ConfigError, DataError
 from samft.images.synthetic import draw_scene
@@ -200,9 +204,12 @@ def test_the_command_says_what_was_written_and_what_next(
     main(["--output_dir", str(target), "--images", "12", "--size", "64"])
     printed = capsys.readouterr().out
     assert "train: 9 images" in printed and "val: 3 images" in printed
-    assert printed.rstrip().endswith(
-        f"python -m samft.train --config configs/demo.yaml --data_root {target}"
-    )
+    tune = shlex.split(printed.splitlines()[-1])
+    program = shlex.split(shell_command("train"))
+    assert tune[: len(program)] == program
+    config = parse_config([*tune[len(program) :], "--num_workers", "1", "--metrics_interval", "50"])
+    folders = ["--data_root", str(target), "--output_dir", str(tmp_path / "demo-run")]
+    assert config == parse_config(["--config", str(REPOSITORY / "configs/demo.yaml"), *folders])
 
 
 def test_a_user_error_ends_the_command_with_2(

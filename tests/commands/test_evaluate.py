@@ -27,6 +27,7 @@ from helpers.short_runs import (
 )
 from samft import predict
 from samft.cli import run_command
+from samft.commands import shell_command
 from samft.evaluate import main
 from samft.models.weights import PACKAGED_TINY
 
@@ -182,7 +183,8 @@ def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = {"steps": 2, "metrics_interval": 2, "val_fraction": 0.3, "group_by": "(image_1)"}
     train_here(arguments(one_split, folder, **settings))
-    printed = re.search("python -m samft.evaluate (.*)", (folder / "train.log").read_text())
+    log = (folder / "train.log").read_text()
+    printed = re.search(f"{re.escape(shell_command('evaluate'))} (.*)", log)
     assert printed
     argv = [*shlex.split(printed[1]), "--num_workers", "0", "--device", "cpu"]
     report = evaluate_here(argv)

@@ -12,6 +12,7 @@ import torch
 from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, train_here, write_data
 from samft.checkpoints.top_k import Checkpoint
+from samft.commands import shell_command
 from samft.config import TrainConfig, parse_config
 from samft.recipes.report import RunReport, describe_environment, split_by_default
 
@@ -40,9 +41,12 @@ def test_commands_name_the_validation_split(tmp_path: Path) -> None:
     write_coco(tmp_path, 1, split="val")
     evaluate, predict, _ = commands(tmp_path)
     best = ["--checkpoint", "a run/1-0.50.ckpt"]
-    assert evaluate[2:] == ["samft.evaluate", *best, "--data_root", str(tmp_path), "--split", "val"]
-    assert predict[2:] == [
-        *("samft.predict", *best, "--images", str(tmp_path / "val")),
+    assert evaluate == [
+        *shlex.split(shell_command("evaluate", *best)),
+        *("--data_root", str(tmp_path), "--split", "val"),
+    ]
+    assert predict == [
+        *(*shlex.split(shell_command("predict", *best)), "--images", str(tmp_path / "val")),
         *("--annotations", str(tmp_path / "val/_annotations.coco.json")),
         *("--output_dir", "a run/predictions"),
     ]
@@ -93,7 +97,8 @@ def test_a_fresh_start_sets_the_report_aside(tmp_path: Path) -> None:
     train_here(argv)
     first = (tmp_path / "run/report.html").read_bytes()
     log = (tmp_path / "run/train.log").read_text()
-    assert log.count("\n  python -m samft.") == 2 and "\n  from samft import load_sam;" in log
+    shown = (shell_command("evaluate"), shell_command("predict"), "from samft import load_sam;")
+    assert all(f"\n  {beginning} " in log for beginning in shown)
     train_here(argv)  # finished: nothing is done again
     assert (tmp_path / "run/report.html").read_bytes() == first
     train_here([*argv, "--resume", "never"])

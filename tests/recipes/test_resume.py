@@ -18,6 +18,7 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.checkpoints.training_state import FORMAT_VERSION, LAST_NAME, save_last
+from samft.commands import shell_command
 from samft.config import TrainConfig
 from samft.errors import CheckpointError, ConfigError
 from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
@@ -170,9 +171,8 @@ def test_more_steps_of_a_finished_run_are_another_run(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(ConfigError, match="is finished") as caught:
         find(more, tmp_path / "run", done)
-    line = next(line for line in str(caught.value).splitlines() if "python" in line)
-    assert line.strip() == (
-        f"python -m samft.train --config {tmp_path}/run/config.yaml "
+    assert str(caught.value).splitlines()[1].strip() == (
+        f"{shell_command('train')} --config {tmp_path}/run/config.yaml "
         f"--checkpoint_path {tmp_path}/run/2-0.75.ckpt --steps 5 --output_dir {tmp_path}/run-more"
     )
     with pytest.raises(ConfigError, match="another configuration"):

@@ -184,7 +184,7 @@ def test_a_long_name_loses_its_middle_but_not_its_title() -> None:
 
 def test_flags_and_commands_are_split_where_they_are_marked() -> None:
     assert split_flags("Try --steps, or --lr 1.")[1::2] == ["--steps", "--lr"]
-    command = "python -m samft.predict --images 'a b' --output_dir c"
+    command = "samft predict --images 'a b' --output_dir c"
     assert split_command(command)[1:] == ["--images 'a b'", "--output_dir c"]
     assert " ".join(split_command(command)) == command
 

@@ -11,6 +11,7 @@ import pytest
 
 from samft.checkpoints.top_k import Checkpoint
 from samft.coco.boxes import SmallObjects
+from samft.commands import shell_command
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores
 from samft.reports.summary import (
@@ -274,11 +275,11 @@ def test_commands_can_be_copied_whatever_the_folders_are_called(folder: str) -> 
         folder=place,
     )
     assert shlex.split(evaluate) == [
-        *("python", "-m", "samft.evaluate", "--checkpoint", checkpoint),
+        *shlex.split(shell_command("evaluate", "--checkpoint", checkpoint)),
         *("--data_root", str(place), "--split", "val"),
     ]
     assert shlex.split(predict) == [
-        *("python", "-m", "samft.predict", "--checkpoint", checkpoint),
+        *shlex.split(shell_command("predict", "--checkpoint", checkpoint)),
         *("--images", str(place / "images"), "--annotations", str(place / "a.json")),
         *("--allow_links", str(place)),
         *("--output_dir", str(place / "predictions")),

@@ -1,0 +1,238 @@
+"""A dataclass of settings, filled from defaults < a YAML file < flags. Imports no torch."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from samft.cli import CommandParser
+from samft.errors import ConfigError
+from samft.suggestions import suggest_nearest
+
+MOST_USED = "most used"
+
+
+class CheckedSettings(Protocol):
+    """A dataclass of `setting`s that can check its values."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def check(self) -> list[str]:
+        """All problems, one sentence each, beginning with the name of the field."""
+        ...
+
+
+Config = TypeVar("Config", bound=CheckedSettings)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    most_used: bool = False,
+    choices: tuple[str, ...] = (),
+    at_least: Any = None,
+    metavar: str | None = None,
+    value_alone: str | None = None,
+) -> Any:
+    """A field of a dataclass of settings: one attribute, YAML key and flag.
+
+    Args:
+        default: The value if none is given.
+        help: One sentence for `--help`.
+        group: The section of `--help` that lists the flag.
+        most_used: Whether `--help` lists it in its first section instead.
+        choices: The allowed values; empty: any value of the field's type.
+        at_least: The lowest number allowed.
+        metavar: What `--help` shows for the value; None: by the field's type.
+        value_alone: The value of the flag if none follows it; None: one has to.
+    """
+    metadata = {
+        "help": help,
+        "section": MOST_USED if most_used else f"{group} (advanced)",
+        "group": group,
+        "choices": choices,
+        "at_least": at_least,
+        "metavar": metavar,
+        "value_alone": value_alone,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def help_sections(cls: type[CheckedSettings]) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The settings of a dataclass as `--help` lists them: the most used ones, then by group."""
+    sections: dict[str, list[dataclasses.Field[Any]]] = {MOST_USED: []}
+    for field in dataclasses.fields(cls):
+        sections.setdefault(field.metadata["section"], []).append(field)
+    return sections
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default of a setting as one writes it in YAML; empty for None."""
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
+    return "" if field.default is None else str(field.default)
+
+
+def check_fields(config: Any) -> list[str]:
+    """One sentence for each setting that is none of its choices, too low, or not UTF-8."""
+    problems = []
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata["choices"]
+        at_least = field.metadata["at_least"]
+        if choices and value is not None and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            options = ", ".join(choices)
+            problems.append(f"{field.name}: '{value}' is none of {options}.{hint}")
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            problems.append(
+                f"{field.name}: '{value}' is not UTF-8, so config.yaml and TensorBoard cannot hold "
+                "it: rename it, or give a symbolic link to it."
+            )
+        if isinstance(value, (int, float)) and at_least is not None:
+            if not at_least <= value < float("inf"):
+                problems.append(f"{field.name}: {value} must be at least {at_least}.")
+    return problems
+
+
+def parse_settings(cls: type[Config], argv: list[str], *, command: str, description: str) -> Config:
+    """Merges defaults < the YAML file named by `--config` < flags, and checks the result.
+
+    Args:
+        cls: A dataclass of `setting`s.
+        argv: The arguments after the program's name; `--help` prints the flags and exits.
+        command: The command whose settings they are, one of `COMMANDS`.
+        description: For `--help`.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: Listing every unknown key, wrong type and wrong value at once.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    parser = _settings_parser(cls, command=command, description=description)
+    known, unknown = parser.parse_known_args(argv)
+    flags = vars(known)
+    problems = _unknown_flags(unknown, ["config", "help", *fields])
+    file = flags.pop("config", None)
+    merged = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(merged, False)  # it inherits the dataclass's frozenness
+    for key, value in _read_yaml(Path(file)).items() if file is not None else ():
+        if key in fields:
+            problems += _assign_value(merged, fields[key], value, source=f"{file}: ")
+        else:
+            problems.append(f"{file}: {key}: no such key.{suggest_nearest(str(key), fields)}")
+    for key, value in flags.items():
+        problems += _assign_value(merged, fields[key], value, source="--")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"the configuration cannot be resolved: {message}.") from error
+    assert isinstance(config, cls)
+    problems += config.check()
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ConfigError(
+            f"the configuration has {count}{listed}\n`{parser.prog} --help` lists every flag."
+        )
+    return config
+
+
+def _settings_parser(
+    cls: type[CheckedSettings], *, command: str, description: str
+) -> argparse.ArgumentParser:
+    # Values stay text, and absent flags stay absent: `parse_settings` converts and merges them.
+    parser = CommandParser(
+        command,
+        description,
+        argument_default=argparse.SUPPRESS,
+        usage="%(prog)s [--config FILE.yaml] [--FLAG VALUE ...]",
+        add_help=False,
+    )
+    for title, fields in help_sections(cls).items():
+        section = parser.add_argument_group(title)
+        if title == MOST_USED:
+            section.add_argument("-h", "--help", action="help", help="print this help and exit")
+            section.add_argument(
+                "--config", metavar="FILE.yaml", help="YAML file of `flag: value` lines"
+            )
+        for field in fields:
+            default = default_text(field)
+            help = field.metadata["help"] + (f" (default: {default})" if default else "")
+            names = [f"--{field.name}"]
+            options: dict[str, Any] = {"metavar": _value_name(field)}
+            if field.metadata["value_alone"]:
+                options |= {"nargs": "?", "const": field.metadata["value_alone"]}
+            if isinstance(field.default, bool):
+                names, options = [*names, f"--no-{field.name}"], {"action": _SwitchAction}
+            section.add_argument(*names, help=help.replace("%", "%%"), **options)
+    return parser
+
+
+def _value_name(field: dataclasses.Field[Any]) -> str:
+    if field.metadata["metavar"] or field.metadata["choices"]:
+        return field.metadata["metavar"] or "{" + ",".join(field.metadata["choices"]) + "}"
+    return next((name for kind, name in _VALUE_NAMES.items() if kind in str(field.type)), "TEXT")
+
+
+_VALUE_NAMES = {"int": "N", "float": "X"}
+
+
+class _SwitchAction(argparse.Action):
+    """`--x` is true, `--no-x` is false."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, not option_string.startswith("--no-"))
+
+
+def _unknown_flags(unknown: list[str], known: Iterable[str]) -> list[str]:
+    # A value that follows an unknown flag belongs to it, and is not a problem of its own.
+    options = [f"--{name}" for name in known]
+    flags = [argument for argument in unknown if argument.startswith("-")] or unknown[:1]
+    return [
+        f"{flag}: no such flag.{suggest_nearest(flag.split('=')[0], options)}" for flag in flags
+    ]
+
+
+def _assign_value(
+    merged: Any, field: dataclasses.Field[Any], value: Any, *, source: str
+) -> list[str]:
+    # Sets one field of the merged configuration; the problem, if the value has the wrong type.
+    annotation = str(field.type)
+    if "None" in annotation and str(value).lower() in ("none", "null", ""):
+        value = None
+    if isinstance(value, bool) and "off" in field.metadata["choices"]:
+        value = "on" if value else "off"  # YAML reads a bare off as false
+    try:
+        OmegaConf.update(merged, field.name, value)
+    except OmegaConfBaseException:
+        kinds = {"bool": "yes or no", "int": "a whole number", "float": "a number"}
+        expected = next((text for kind, text in kinds.items() if kind in annotation), "text")
+        return [f"{source}{field.name}: '{value}' is not {expected}."]
+    return []
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ConfigError(f"--config: there is no file {path}.")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # OmegaConf passes on what the YAML parser raises
+        message = " ".join(str(error).split())
+        raise ConfigError(f"--config: {path} is not readable as YAML: {message}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config: {path} must hold `key: value` lines.")
+    return loaded

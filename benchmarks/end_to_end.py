@@ -168,7 +168,11 @@ def _training_runs(
 
     def samft(dataset: Coco2MaskDataset) -> tuple[Iterator[Any], Callable[[Any], Any]]:
         loader = train_loader(
-            dataset, batch_size=batch_size, steps=epochs * steps, num_workers=num_workers
+            dataset,
+            batch_size=batch_size,
+            steps=epochs * steps,
+            num_workers=num_workers,
+            pin_memory=variants.workload.device.type == "cuda",
         )
         return iter(loader), lambda batch: variants.samft.train_step([batch])
 

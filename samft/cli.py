@@ -31,7 +31,7 @@ from samft.errors import (
     TrainingError,
     UserError,
     escape_paragraph,
-    explain_os_error,
+    explain_host_error,
 )
 from samft.suggestions import suggest_nearest
 
@@ -246,7 +246,7 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
         _print_error(error)
         return exit_code(error)
     except Exception as error:
-        reason = explain_os_error(error)
+        reason = explain_host_error(error)
         if reason is None or "--debug" in arguments:
             traceback.print_exc()
         if reason is not None:

@@ -212,7 +212,7 @@ class TrainConfig:
     )
     device: str = _speed(
         "auto",
-        "where to train; auto: on GPUs if PyTorch can use them",
+        "where to train; auto: on GPUs, or on the CPU of a host without",
         most_used=True,
         choices=("auto", "cuda", "cpu"),
     )

@@ -21,7 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from samft.errors import ConfigError, SharedError, UserError
+from samft.errors import SharedError, UserError
 
 T = TypeVar("T")
 
@@ -61,45 +61,18 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
-def start(device: str, *, step_seconds: float | None = None) -> torch.device:
-    """Picks the device, and joins the process group if `torchrun` started this process.
+def start(device: torch.device, *, step_seconds: float | None = None) -> None:
+    """Joins the process group if `torchrun` started this process.
 
     Collective: every rank must call.
 
     Args:
-        device: `auto`, `cuda` or `cpu`.
+        device: This process's, from `pick_device`; of the same type on all ranks.
         step_seconds: The timeout of collectives in training steps and validation; None: the same
             half hour as elsewhere.
-
-    Returns:
-        This process's device.
-
-    Raises:
-        ConfigError: `cuda` is asked for and there is no GPU, or there are fewer GPUs than processes
-            on this host.
     """
-    place = _pick_device(device)
     if "RANK" in os.environ and not is_initialized():
-        _join_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", step_seconds)
-    return place
-
-
-def _pick_device(device: str) -> torch.device:
-    wants_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if not wants_cuda:
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' was asked for, but PyTorch sees no GPU here.")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: process {local_rank} of this host has no GPU of its own (there are "
-            f"{torch.cuda.device_count()}): lower --nproc_per_node."
-        )
-    place = torch.device("cuda", local_rank)
-    torch.cuda.set_device(place)
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    return place
+        _join_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", step_seconds)
 
 
 def _join_group(backend: str, step_seconds: float | None) -> None:
@@ -153,7 +126,7 @@ def shutdown() -> None:
 
 
 @contextlib.contextmanager
-def process_group(device: str, *, step_seconds: float | None = None) -> Iterator[torch.device]:
+def process_group(device: torch.device, *, step_seconds: float | None = None) -> Iterator[None]:
     """Starts the process group, and destroys it however the block ends. Collective.
 
     A group that exists already, such as the caller's own, is used and left alone.
@@ -161,17 +134,11 @@ def process_group(device: str, *, step_seconds: float | None = None) -> Iterator
     Args:
         device: See `start`.
         step_seconds: See `start`.
-
-    Yields:
-        This process's device.
-
-    Raises:
-        ConfigError: See `start`.
     """
     existed = is_initialized()
-    place = start(device, step_seconds=step_seconds)
+    start(device, step_seconds=step_seconds)
     try:
-        yield place
+        yield
     finally:
         if not existed:
             shutdown()

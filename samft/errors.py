@@ -1,6 +1,9 @@
 """Exit codes, and the exceptions that are the user's to resolve. Imports nothing of samft."""
 
+import contextlib
 import errno
+import re
+from collections.abc import Callable, Iterator
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -25,9 +28,66 @@ def escape_paragraph(text: str) -> str:
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+_MEMORY_ADVICE = (
+    "End other programs that use it, or take a smaller model, smaller images, fewer of them at "
+    "once, or fewer num_workers."
+)
 
 
-def explain_os_error(error: BaseException) -> str | None:
+# In the words of CUDA, NCCL, cuBLAS, cuDNN, PyTorch's allocators, the kernel, OpenCV, onnxruntime.
+# NCCL may name no cause but a CUDA call of its own, whose buffers find no room beside PyTorch's.
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|unable to|failed to) allocate (memory|shared memory|\d+ bytes)"
+    r"|not enough memory: you tried to allocate|Insufficient memory|bad_alloc|bad allocation"
+    r"|STATUS_(INTERNAL_ERROR_DEVICE_)?ALLOC(ATION)?_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate"
+    r"|unhandled cuda error(?!.*Cuda failure)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever library, means that a GPU or the host has too little memory."""
+    if isinstance(error, _SanitizedError):  # a sentence of ours, which may quote anything
+        return False
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return _NO_MEMORY.search(str(error)) is not None
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's message, without its full stop; empty if it has none."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return re.split(r"\. (?=[A-Z])", first_line)[0].rstrip(".: ")
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(describe: Callable[[], str], *, advice: str) -> Iterator[None]:
+    """Raises a sentence for what any library raises where memory is short.
+
+    Args:
+        describe: Called for the sentence: what memory is needed for, as in "to validate image 3".
+        advice: What to do.
+
+    Raises:
+        TrainingError: There was not enough memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(_memory_sentence(error, describe(), advice=advice)) from error
+
+
+def _memory_sentence(error: BaseException, what_for: str, *, advice: str) -> str:
+    message = first_sentence(error)
+    return f"not enough memory {what_for}{f' ({message})' if message else ''}. {advice}"
+
+
+def explain_host_error(error: BaseException) -> str | None:
     """A sentence for an error of the host that any line of code may meet, such as a full disk.
 
     Args:
@@ -36,6 +96,8 @@ def explain_os_error(error: BaseException) -> str | None:
     Returns:
         What happened, where, and what to do; None for any other error.
     """
+    if is_out_of_memory(error):
+        return _memory_sentence(error, "on this GPU or host", advice=_MEMORY_ADVICE)
     if not isinstance(error, OSError):
         return None
     if error.errno in _NO_ROOM:

@@ -158,7 +158,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="where to evaluate; auto: on GPUs if PyTorch can use them (default: auto)",
+        help="where to evaluate; auto: on GPUs, or on the CPU of a host without (default: auto)",
     )
     group.add_argument(
         "--num_workers",

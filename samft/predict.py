@@ -317,13 +317,13 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
 
 def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Predictor":
     # Imported here because torch takes seconds, and --help and wrong flags must answer at once.
-    from samft.distributed import start
     from samft.models.prompted_sam import PromptedSam
     from samft.models.sam import open_checkpoint
     from samft.prediction.predictors import AutomaticPredictor, BoxPredictor
-    from samft.runtime.device import pick_amp_dtype
+    from samft.runtime.device import check_device, pick_amp_dtype, pick_device
 
-    device = start(options.device)
+    device = pick_device(options.device)
+    check_device(device)
     sam, *_, resize_mode = open_checkpoint(options.checkpoint, attention="fast")
     model = PromptedSam(sam.to(device))
     if task.boxes is not None:

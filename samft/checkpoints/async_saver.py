@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import KeyPath, tree_map_with_path
+from torch.utils._pytree import KeyPath, tree_leaves, tree_map_with_path
 
 from samft.checkpoints.top_k import SCORE, TopK
 from samft.checkpoints.training_state import LAST_NAME, save_last
@@ -41,8 +41,10 @@ class HostCopy:
             The same structure with tensors on the CPU. The next call overwrites them.
         """
         copied = tree_map_with_path(partial(self._copy_leaf, frozenset(constant)), tree)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies into page-locked memory are asynchronous
+        # Copies into page-locked memory are asynchronous. Without one there is nothing to wait for,
+        # and a run on a CPU must not make a CUDA context.
+        if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(tree)):
+            torch.cuda.synchronize()
         return copied
 
     def _copy_leaf(self, constant: frozenset[str], path: KeyPath, leaf: Any) -> Any:

@@ -59,6 +59,7 @@ def train_loader(
     seed: int = 0,
     repeats: NDArray[np.floating] | None = None,
     timeout: float | None = None,
+    pin_memory: bool = False,
 ) -> "BatchLoader":
     """Loads this process' micro-batches, step after step.
 
@@ -74,6 +75,7 @@ def train_loader(
         seed: Of the order, see `TrainingSampler`.
         repeats: [len(dataset)], how many times each image comes in an epoch.
         timeout: Seconds that the workers may take for a batch; None: no limit.
+        pin_memory: See `BatchLoader`.
     """
     sampler = TrainingSampler(
         dataset, world_size, rank, seed=seed, batch_size=batch_size, repeats=repeats
@@ -82,7 +84,13 @@ def train_loader(
     sampler.load_state_dict({"position": start_step * images_per_step})
     num_batches = None if steps is None else (steps - start_step) * accumulate_steps
     batches = EndlessBatchSampler(sampler, num_batches=num_batches)
-    return BatchLoader(dataset, batch_sampler=batches, num_workers=num_workers, timeout=timeout)
+    return BatchLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        timeout=timeout,
+        pin_memory=pin_memory,
+    )
 
 
 def val_loader(
@@ -92,11 +100,18 @@ def val_loader(
     rank: int = 0,
     world_size: int = 1,
     timeout: float | None = None,
+    pin_memory: bool = False,
 ) -> "BatchLoader":
     """Loads this process' share of the images, one per batch; see `ValidationSampler`."""
     sampler = ValidationSampler(dataset, world_size, rank)
     batches = BatchSampler(sampler, batch_size=1, drop_last=False)
-    return BatchLoader(dataset, batch_sampler=batches, num_workers=num_workers, timeout=timeout)
+    return BatchLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        timeout=timeout,
+        pin_memory=pin_memory,
+    )
 
 
 class BatchLoader:
@@ -109,6 +124,7 @@ class BatchLoader:
         batch_sampler: Sampler[list[Any]],
         num_workers: int,
         timeout: float | None = None,
+        pin_memory: bool = False,
     ) -> None:
         """Prepares loading; workers start with the first iteration, and persist.
 
@@ -117,6 +133,8 @@ class BatchLoader:
             batch_sampler: Gives, for each batch, the list of keys of its samples.
             num_workers: Worker processes; 0 loads in this process.
             timeout: Seconds that the workers may take for a batch; None: no limit.
+            pin_memory: Whether batches lie in page-locked memory, from which a GPU copies without
+                being waited for. Allocating it makes a CUDA context, so not for a CPU.
         """
         self.dataset, self.num_workers = dataset, num_workers
         self.requested = _TrackingSampler(batch_sampler)
@@ -128,7 +146,7 @@ class BatchLoader:
             collate_fn=_collate_or_return_error,
             worker_init_fn=init_worker,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             # Otherwise the loader draws a seed from the global generator, that of the model.
             generator=torch.Generator().manual_seed(0),
         )

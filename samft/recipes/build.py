@@ -154,7 +154,7 @@ def build_trainer(config: TrainConfig, model: PromptedSam, *, progress: Progress
 
 
 def build_loaders(
-    config: TrainConfig, splits: Splits, *, start_step: int
+    config: TrainConfig, splits: Splits, *, start_step: int, device: torch.device
 ) -> tuple[BatchLoader, BatchLoader]:
     """Builds this rank's loaders.
 
@@ -162,6 +162,7 @@ def build_loaders(
         config: The configuration.
         splits: The two datasets.
         start_step: The global batch to begin with, see `Progress.position`.
+        device: This process's device.
 
     Returns:
         Endless training batches, and this rank's share of the validation images, one a batch.
@@ -170,6 +171,7 @@ def build_loaders(
     shared: dict[str, Any] = {
         "num_workers": config.num_workers,
         "timeout": config.hang_timeout,
+        "pin_memory": device.type == "cuda",
         "rank": rank,
         "world_size": world_size,
     }

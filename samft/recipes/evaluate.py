@@ -35,6 +35,7 @@ from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint, saved_pixels
 from samft.runtime import heartbeat
+from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal
@@ -58,13 +59,16 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         UserError: The checkpoints, the data or the output cannot be used.
         TrainingError: Another process failed.
     """
+    device = pick_device(options.device)
     with (
-        distributed.process_group(options.device, step_seconds=STEP_SECONDS) as device,
+        distributed.process_group(device, step_seconds=STEP_SECONDS),
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),
     ):
         try:
             with explain_distributed_errors():
+                run_on_all_ranks(lambda: check_device(device))
+                log_hidden_gpus(device)
                 return _evaluate_checkpoints(options, device)
         except BaseException as error:
             heartbeat.report_failure(f"{type(error).__name__}: {error}")
@@ -241,6 +245,7 @@ def _score_checkpoint(
         rank=distributed.get_rank(),
         world_size=distributed.get_world_size(),
         timeout=STEP_SECONDS,
+        pin_memory=device.type == "cuda",
     )
     disable = None if distributed.is_main() else True  # None: unless standard error is a terminal
     with tqdm(total=len(loader), unit="image", disable=disable, dynamic_ncols=True) as bar:

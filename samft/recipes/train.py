@@ -13,7 +13,7 @@ from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
 from samft.cli import exit_code
 from samft.config import TrainConfig, has_settings, to_yaml
 from samft.data.loaders import batch_by_objects
-from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_os_error
+from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_host_error
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import EmbeddingCache, open_cache
@@ -22,7 +22,7 @@ from samft.recipes.prepare import RunParts, prepare, write_run_status
 from samft.recipes.report import RunReport
 from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
-from samft.runtime.device import pick_amp_dtype
+from samft.runtime.device import check_device, pick_amp_dtype, pick_device
 from samft.runtime.files import write_json, write_text
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, RunLog, logging_to_terminal
@@ -52,13 +52,16 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         TrainingError: The run cannot continue.
     """
     output_dir = Path(config.output_dir).expanduser()
+    with _record_failure(output_dir, is_locked=False):
+        device = pick_device(config.device)
     with (
-        distributed.process_group(config.device, step_seconds=config.hang_timeout) as device,
+        distributed.process_group(device, step_seconds=config.hang_timeout),
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),
         contextlib.ExitStack() as open_until_end,
     ):
         with _record_failure(output_dir, is_locked=False):
+            distributed.run_on_all_ranks(lambda: check_device(device))
             if config.dry_run:
                 return dry_run(config, device)
             open_until_end.enter_context(_hold_output_dir(output_dir, stop))
@@ -111,7 +114,9 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
     if resume is not None:
         trainer.optimizer.load_state_dict(resume.state.pop("optimizer"))
         trainer.scaler.load_state_dict(resume.state.pop("scaler"))
-    train_batches, val_batches = build_loaders(config, splits, start_step=parts.progress.position)
+    train_batches, val_batches = build_loaders(
+        config, splits, start_step=parts.progress.position, device=parts.device
+    )
     if config.probe_memory:
         trainer.probe_memory(batch_by_objects(splits.train, config.batch_size, share=1.0))
     images = ValidationImages(
@@ -288,7 +293,7 @@ def _record_failure(
                     state="failed",
                     step=parts.progress.step if parts else 0,
                     exit_code=exit_code(error),
-                    reason=explain_os_error(error) or str(error) or type(error).__name__,
+                    reason=explain_host_error(error) or str(error) or type(error).__name__,
                     last_checkpoint=str(last) if last.exists() else None,
                 )
         raise

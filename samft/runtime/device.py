@@ -1,9 +1,147 @@
-"""Devices: autocast type, free and peak memory, and time after all GPU work is done."""
+"""Devices: the one to use, or why it cannot be; autocast type, free and peak memory, and time."""
 
+import os
+import re
 import resource
+import subprocess
 import time
+import warnings
+from pathlib import Path
 
 import torch
+
+from samft.errors import ConfigError, TrainingError, explain_out_of_memory, first_sentence
+from samft.runtime.logs import LOGGER
+
+# With one of these as its first entry, CUDA_VISIBLE_DEVICES hides all GPUs on purpose.
+_HIDES_ALL = ("", "-1", "NoDevFiles")
+
+
+def pick_device(device: str) -> torch.device:
+    """Picks this process's device: of several GPUs, the one of its local rank.
+
+    With `cpu` nothing of CUDA is touched, so this process makes no CUDA context.
+
+    Args:
+        device: `auto`, `cuda` or `cpu`. `auto` is the CPU where there is no NVIDIA GPU, or where
+            CUDA_VISIBLE_DEVICES hides them all; ROCm's GPUs are PyTorch's `cuda`, too.
+
+    Raises:
+        ConfigError: There are GPUs that PyTorch cannot use, or fewer than processes on this host;
+            or `cuda` is asked for, and there is none.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PyTorch warns of here is the error's reason
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        if reason := _explain_unusable_gpus(device):
+            raise ConfigError(f"device: {reason}")
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    # Asked by all processes alike: one that left alone would be waited for by the others.
+    if processes > count:
+        raise ConfigError(
+            f"device: {processes} processes of this host need a GPU each, and there are {count}: "
+            "lower --nproc_per_node (a GPU's MIG slices count as one)."
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    return place
+
+
+def check_device(device: torch.device) -> None:
+    """Computes something on a GPU, the only proof that it can be used; a CPU is not checked.
+
+    A GPU that PyTorch has no kernels for, or that another process has reserved, is counted as any.
+
+    Raises:
+        ConfigError: It cannot be used.
+        TrainingError: Other programs have left it no memory.
+    """
+    if device.type != "cuda":
+        return
+    advice = "Other programs use it, which nvidia-smi lists: end them, or choose another GPU."
+    try:
+        with explain_out_of_memory(lambda: f"on {device} to begin with", advice=advice):
+            torch.ones(1, device=device).add_(1).item()
+    except TrainingError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device: {_describe_build()} cannot use {device}: {first_sentence(error)}. Install a "
+            "PyTorch that is built for it, choose another GPU with CUDA_VISIBLE_DEVICES, or "
+            "compute without one: --device cpu."
+        ) from error
+
+
+def log_hidden_gpus(device: torch.device) -> None:
+    """Logs that this host's GPUs are not used because CUDA_VISIBLE_DEVICES hides them."""
+    if device.type == "cpu" and _hides_all_gpus() and _has_nvidia_gpus():
+        LOGGER.info("computing on the CPU: CUDA_VISIBLE_DEVICES hides the GPUs of this host")
+
+
+def _explain_unusable_gpus(device: str) -> str:
+    # Why PyTorch sees no GPU, and what to do; empty if the CPU is the right device.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if _hides_all_gpus():
+        why = f"CUDA_VISIBLE_DEVICES is '{visible}', which hides all GPUs: unset it"
+    elif _has_nvidia_gpus():
+        driver = f" with driver {version}" if (version := _driver_version()) else ""
+        check = f"Check CUDA_VISIBLE_DEVICES, which is '{visible}'. " if visible is not None else ""
+        return (
+            f"this host has NVIDIA GPUs{driver}, but {_describe_build()} cannot use them: "
+            f"{_reason_of_pytorch()}. {check}Install a PyTorch that is built for their driver, or "
+            "update the driver; or compute without GPUs: --device cpu."
+        )
+    else:
+        why = f"{_describe_build()} sees no GPU here: leave it out"
+    return f"'cuda' was asked for, but {why}, or say --device cpu." if device == "cuda" else ""
+
+
+def _hides_all_gpus() -> bool:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and visible.split(",")[0].strip() in _HIDES_ALL
+
+
+def _has_nvidia_gpus() -> bool:
+    # The kernel driver's files, of which a container may have either, or the driver's own answer,
+    # which is all that WSL has.
+    if any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return True
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and listed.stdout.startswith("GPU ")
+
+
+def _driver_version() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    version = re.search(r"Module.*?\s(\d+\.\d[\d.]*)\s", text)
+    return version[1] if version else ""
+
+
+def _describe_build() -> str:
+    hip, cuda = torch.version.hip, torch.version.cuda
+    built_for = f"AMD GPUs, ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else "CPUs"
+    return f"PyTorch {torch.__version__} (built for {built_for})"
+
+
+def _reason_of_pytorch() -> str:
+    if torch.version.cuda is None:
+        return "it has no code for them"
+    try:
+        torch.cuda.init()  # says why, as `is_available` does not
+    except (RuntimeError, AssertionError) as error:
+        return first_sentence(error)
+    return "it counts none"
 
 
 def pick_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Checks before the first step: disk space, /dev/shm, the limit of open files, unused GPUs."""
+"""Checks before the first step: disk space, /dev/shm, the limit of open files, hidden GPUs."""
 
 import os
 import resource
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from samft.errors import ConfigError
+from samft.runtime.device import log_hidden_gpus
 from samft.runtime.logs import LOGGER, format_gib
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -80,7 +81,7 @@ def check_host(
     """
     raise_open_file_limit()
     warn_of_shared_memory(num_workers=num_workers, batch_bytes=batch_bytes)
-    warn_of_unused_gpus(device)
+    log_hidden_gpus(device)
     existing = sum(
         path.stat().st_size
         for pattern in ("*.ckpt", "previous/*.ckpt")
@@ -104,18 +105,3 @@ def raise_open_file_limit() -> None:
             "raise it, or lower num_workers",
             soft,
         )
-
-
-def warn_of_unused_gpus(device: torch.device) -> None:
-    """Warns if there are NVIDIA GPUs that PyTorch cannot use."""
-    if device.type == "cuda" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return
-    if torch.cuda.is_available() or not any(Path("/dev").glob("nvidia[0-9]*")):
-        return
-    built_for = torch.version.cuda
-    reason = (
-        f"PyTorch {torch.__version__} is built for CUDA {built_for}, which needs a newer driver"
-        if built_for
-        else f"PyTorch {torch.__version__} is a build for CPUs"
-    )
-    LOGGER.warning("WARNING: this host has GPUs, but training runs on the CPU: %s", reason)

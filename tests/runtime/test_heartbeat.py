@@ -175,7 +175,7 @@ def serve_rank(pipe: Connection, port: int, rank: int) -> None:
     torch.set_num_threads(1)
     heartbeat._GIVE_UP_SECONDS = 0.2
     heartbeat._POST_SECONDS = 0.01
-    distributed.start("cpu", step_seconds=30)
+    distributed.start(torch.device("cpu"), step_seconds=30)
     heartbeat.start_posting()
     heartbeat.set_step(rank)
     heartbeat.set_activity("counting")

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from samft.models.mask_decoder import DecoderImplementation, Tensors
 
 # Bytes a box takes for each channel of each image token: the slope of a step's peak memory over the
-# chunk, measured with vit_b at 1024 px in float32 (81 MB a box).
+# chunk, measured with vit_b at 1024 px in float32 and boxes of several images (81 MB a box).
 BYTES_PER_VALUE = 81
 SHARE_OF_FREE_MEMORY = 0.25
 # On a CPU a chunk has at most so many values, 4 boxes at 1024 px or 64 at 256 px: larger tensors
@@ -90,6 +90,30 @@ class BoxDecoder:
         starts = range(0, max(len(self.image_index), 1), self.mask_chunk)
         return (slice(start, start + self.mask_chunk) for start in starts)
 
+    def rows_of_boxes(self, per_image: Tensor, chunk: slice) -> Tensor:
+        """What the decoder takes of [N, ...] for a chunk: the row of each box, or the only row."""
+        if len(per_image) == 1:
+            return per_image
+        return per_image.index_select(0, self.image_index[chunk])
+
+    def add_of_boxes(self, per_image: Tensor, of_boxes: Tensor, chunk: slice) -> None:
+        """Adds to [N, ...], in place, the rows of the boxes of each image.
+
+        Args:
+            per_image: float [N, ...], contiguous.
+            of_boxes: Of the shape that `rows_of_boxes` returned.
+            chunk: The chunk of boxes.
+        """
+        if len(per_image) == 1:
+            per_image.add_(of_boxes)
+            return
+        # As a matrix product, which adds in the same order each time: `index_add_` on a GPU does
+        # not. The matrix has a 1 where a box is in an image.
+        images = torch.arange(len(per_image), device=per_image.device)
+        membership = (images[:, None] == self.image_index[chunk]).to(per_image.dtype)
+        rows = of_boxes.flatten(1).to(per_image.dtype)
+        per_image.view(len(per_image), -1).addmm_(membership, rows)
+
     def decode(self, inputs: DecoderInputs) -> tuple[Tensor, Tensor]:
         """Predicts one mask for each box; with several chunks, backward decodes each once more.
 
@@ -109,8 +133,7 @@ class BoxDecoder:
     def _decode_chunk(
         self, per_image: Tensors, shared: Tensors, sparse: Tensor, chunk: slice
     ) -> tuple[Tensor, Tensor]:
-        index = self.image_index[chunk]
-        of_boxes = tuple(tensor.index_select(0, index) for tensor in per_image)
+        of_boxes = tuple(self.rows_of_boxes(tensor, chunk) for tensor in per_image)
         return self.implementation.decode(self.module, of_boxes, shared, sparse[chunk])
 
     def sum_losses(
@@ -146,7 +169,7 @@ class _Groups(Generic[T]):
     """The tensors that the losses depend on (or one thing for each), by what a chunk takes of them.
 
     Attributes:
-        per_image: [N, ...] each: the row of each box's image.
+        per_image: [N, ...] each: the row of each box's image, or the only row.
         per_box: [M, ...] each: the rows of the chunk.
         shared: The whole, the same for all images.
         parameters: Themselves: the decoder module uses them without being given them.
@@ -186,9 +209,8 @@ class _ChunkedStep:
 
     def slice_inputs(self, tensors: _Groups[Tensor], chunk: slice) -> _Groups[Tensor]:
         """The chunk's inputs as leaves of a graph of its own, which can be freed with it."""
-        index = self.decoder.image_index[chunk]
         leaves = _Groups(
-            [tensor.index_select(0, index) for tensor in tensors.per_image],
+            [self.decoder.rows_of_boxes(tensor.detach(), chunk) for tensor in tensors.per_image],
             [tensor[chunk].detach() for tensor in tensors.per_box],
             [tensor.detach() for tensor in tensors.shared],
             tensors.parameters,  # leaves already
@@ -208,9 +230,11 @@ class _ChunkedStep:
         """Zeros where a chunk adds to a part of a tensor; None where it adds to all or nothing."""
 
         def zeros(tensor: Tensor) -> Tensor | None:
+            if not tensor.requires_grad:
+                return None
             # In float32 also where autocast made halves: many boxes are added up in one image.
             dtype = torch.promote_types(tensor.dtype, torch.float32)
-            return torch.zeros_like(tensor, dtype=dtype) if tensor.requires_grad else None
+            return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
 
         return _Groups(
             [zeros(tensor) for tensor in tensors.per_image],
@@ -223,10 +247,9 @@ class _ChunkedStep:
         self, sums: _Groups[Tensor | None], gradients: _Groups[Tensor | None], chunk: slice
     ) -> None:
         """Adds the gradients of a chunk's leaves to those of the whole tensors, in place."""
-        index = self.decoder.image_index[chunk]
         for total, gradient in zip(sums.per_image, gradients.per_image, strict=True):
             if total is not None and gradient is not None:
-                total.index_add_(0, index, gradient.to(total.dtype))  # boxes of one image add up
+                self.decoder.add_of_boxes(total, gradient, chunk)
         for total, gradient in zip(sums.per_box, gradients.per_box, strict=True):
             if total is not None and gradient is not None:
                 total[chunk] = gradient  # a box is in one chunk only

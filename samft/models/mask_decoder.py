@@ -58,8 +58,9 @@ class DecoderImplementation(NamedTuple):
     Attributes:
         prepare: (decoder, image_embeddings [N, C, h, w], image_pe [1, C, h, w], dense_embedding
             [1, C, 1, 1]) to tensors [N, ...] of each image, and tensors that all images share.
-        decode: (decoder, those of the image of each box [M, ...], the shared ones, sparse
-            embeddings [M, 2, C]) to mask logits [M, 4h, 4w] and predicted IoU [M].
+        decode: (decoder, those of the image of each box [M, ...] or of the one image of all boxes
+            [1, ...], the shared ones, sparse embeddings [M, 2, C]) to mask logits [M, 4h, 4w] and
+            predicted IoU [M].
     """
 
     prepare: Callable[[MaskDecoder, Tensor, Tensor, Tensor], tuple[Tensors, Tensors]]
@@ -81,6 +82,7 @@ def decode_stock(
     Source: `segment_anything/modeling/mask_decoder.py`, `predict_masks`.
     """
     (source,), (image_pe,) = image, shared
+    source = source.expand(len(sparse_embeddings), -1, -1, -1)
     tokens = _prompt_tokens(decoder, sparse_embeddings)
     queries, keys = decoder.transformer(source, image_pe.expand_as(source), tokens)
     upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
@@ -220,6 +222,11 @@ def _scaled_heads(tokens: Tensor, linear: nn.Linear, attention: Attention) -> Te
     return projected * projected.shape[-1] ** -0.5
 
 
+def _join_boxes(tokens: Tensor, image: Tensor) -> Tensor:
+    """[M, T, C] to [1, M T, C] where `image` has one row: read once, not copied for each box."""
+    return tokens.flatten(0, 1)[None] if len(image) == 1 else tokens
+
+
 def _token_to_image_projected(
     attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
@@ -228,15 +235,16 @@ def _token_to_image_projected(
     Args:
         attention: From tokens to image.
         tokens: float [M, T, C], with positions.
-        keys: float [M, H, d, L].
-        values: float [M, H, d, L].
+        keys: float [M, H, d, L], or [1, H, d, L].
+        values: As the keys.
 
     Returns:
         float [M, T, C].
     """
-    weights = (_scaled_heads(tokens, attention.q_proj, attention) @ keys).softmax(-1)
+    rows = _join_boxes(tokens, keys)
+    weights = (_scaled_heads(rows, attention.q_proj, attention) @ keys).softmax(-1)
     attended = weights.to(values.dtype) @ values.transpose(2, 3)
-    return attention.out_proj(attended.transpose(1, 2).flatten(2))
+    return attention.out_proj(attended.transpose(1, 2).flatten(2)).reshape(tokens.shape)
 
 
 def _token_to_image_absorbed(
@@ -272,14 +280,16 @@ def _image_to_token_projected(
         attention: From image to tokens.
         tokens: float [M, T, C], with positions.
         values: float [M, T, C], the tokens without positions.
-        image: float [M, L, C], what the result is added to.
-        queries: float [M, H, d, L], those of the image tokens.
+        image: float [M, L, C], or [1, L, C], what the result is added to.
+        queries: float [M, H, d, L], or [1, H, d, L], those of the image tokens.
 
     Returns:
         float [M, L, C].
     """
-    scores = _scaled_heads(tokens, attention.k_proj, attention) @ queries  # [M, H, T, L]
-    weights = scores.softmax(2).flatten(1, 2)  # over the tokens of each head
+    rows = _join_boxes(tokens, queries)
+    scores = _scaled_heads(rows, attention.k_proj, attention) @ queries
+    by_box = scores.unflatten(2, (-1, tokens.shape[1])).transpose(1, 2).flatten(0, 1)
+    weights = by_box.softmax(2).flatten(1, 2)  # over the tokens of each head
     return _add_product(image, weights.transpose(1, 2), _project_values(attention, values))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samft.models.chunked_loss import BYTES_PER_VALUE, auto_mask_chunk
 from samft.models.prompted_sam import PromptedSam
@@ -48,14 +49,16 @@ def run_step(
     model.mask_chunk = options.get("mask_chunk", 64)
     model.decoder = options.get("decoder", "fast")
     generator = torch.Generator().manual_seed(4)
-    images = torch.randint(0, 256, (3, 3, S, S), dtype=torch.uint8, generator=generator)
+    num_images = options.get("num_images", 3)
+    images = torch.randint(0, 256, (num_images, 3, S, S), dtype=torch.uint8, generator=generator)
+    sizes = SIZES[:num_images]
     boxes, targets = boxes_and_targets(len(index), side)
     if options.get("in_chunks", True):
         total, values = model(
             images,
             boxes,
             index,
-            input_sizes=SIZES,
+            input_sizes=sizes,
             loss=LOSS,
             **targets,
             gradient=options.get("gradient"),
@@ -63,8 +66,8 @@ def run_step(
         losses = MaskLosses(*values)
         assert not any(value.requires_grad for value in values)
     else:
-        logits, iou = model(images, boxes, index, input_sizes=SIZES)
-        losses = LOSS(logits, iou, **targets, image_index=index, input_sizes=SIZES)
+        logits, iou = model(images, boxes, index, input_sizes=sizes)
+        losses = LOSS(logits, iou, **targets, image_index=index, input_sizes=sizes)
         total = losses.total.sum()
     torch.testing.assert_close(total, losses.total.sum())
     (total * 0.5).backward()
@@ -93,13 +96,52 @@ def test_losses_and_gradients_equal_those_of_all_boxes_at_once(
     assert_same(run_step(start, decoder=decoder, mask_chunk=mask_chunk, side=side), expected)
 
 
+@pytest.mark.parametrize("decoder", ["fast", "stock"])
+@pytest.mark.parametrize("mask_chunk", [1, 3, 64])
+def test_boxes_of_the_only_image_have_the_losses_that_they_have_beside_others(
+    start: PromptedSam, decoder: str, mask_chunk: int
+) -> None:
+    index = torch.zeros_like(INDEX)
+    beside_others = run_step(start, index=index, in_chunks=False, decoder="stock")
+    alone = run_step(start, index=index, num_images=1, decoder=decoder, mask_chunk=mask_chunk)
+    assert_same(alone, beside_others)
+
+
+class OperationNames(TorchDispatchMode):
+    """Notes the names of all operations, of backward as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_gradients_of_an_image_are_added_up_in_a_fixed_order(
+    start: PromptedSam, num_images: int
+) -> None:
+    index = INDEX if num_images == 3 else torch.zeros_like(INDEX)
+    with OperationNames() as operations:
+        run_step(start, index=index, num_images=num_images, mask_chunk=2)
+    # On a GPU these add by atomics, in whatever order threads arrive.
+    assert not operations.names & {"index_add", "index_add_", "scatter_add", "scatter_add_"}
+    # One image is read where it lies; of several, each box needs a copy of its own.
+    assert ("index_select" in operations.names) == (num_images > 1)
+
+
 def test_the_expected_gradient_makes_no_difference(start: PromptedSam) -> None:
     expected = run_step(start, mask_chunk=2)
     assert_same(run_step(start, mask_chunk=2, gradient=torch.tensor(96.0)), expected)
 
 
-def test_without_boxes_every_trainable_parameter_gets_a_zero_gradient(start: PromptedSam) -> None:
-    losses, gradients = run_step(start, index=INDEX[:0])
+@pytest.mark.parametrize("num_images", [1, 3])
+def test_without_boxes_every_trainable_parameter_gets_a_zero_gradient(
+    start: PromptedSam, num_images: int
+) -> None:
+    losses, gradients = run_step(start, index=INDEX[:0], num_images=num_images)
     assert losses.total.shape == (0,)
     # DistributedDataParallel waits for every parameter, also on a rank without objects.
     assert set(gradients) == {n for n, p in start.named_parameters() if p.requires_grad}

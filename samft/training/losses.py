@@ -169,14 +169,17 @@ class _MaskSums(torch.autograd.Function):
     """`mask_sums`, a few masks at a time, with the gradient of the first three sums.
 
     Nothing of the size of the targets is kept: backward computes the same chunks as forward again.
+    Only the geometry is, which is as small as a few rows of each mask.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> Any:
-        ctx.save_for_backward(logits, targets, windows, extents)
-        sums = logits.new_zeros(6, len(logits), dtype=_at_least_float32(logits))
+        dtype, sizes = _at_least_float32(logits), (targets.shape[-1], logits.shape[-1])
+        geometry = _Geometry.from_windows(windows.to(dtype), extents.to(dtype), *sizes)
+        ctx.save_for_backward(logits, targets, *geometry)
+        sums = logits.new_zeros(6, len(logits), dtype=dtype)
         for chunk in _mask_chunks(logits, targets):
-            grids = _Grids(logits[chunk], targets[chunk], windows[chunk], extents[chunk])
+            grids = _Grids(logits[chunk], targets[chunk], geometry.rows(chunk))
             sums[:, chunk] = _sum_cells(grids.window()) + _sum_surroundings(*grids.surroundings())
         ctx.mark_non_differentiable(*(constant := sums[3:].unbind()))
         return (*sums[:3].unbind(), *constant)
@@ -184,10 +187,10 @@ class _MaskSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_focal: Tensor, d_overlap: Tensor, d_area: Tensor, *_: Tensor) -> Any:
-        logits, targets, windows, extents = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
+        logits, targets, *lengths = ctx.saved_tensors
+        geometry, gradient = _Geometry(*lengths), torch.empty_like(logits)
         for chunk in _mask_chunks(logits, targets):
-            grids = _Grids(logits[chunk], targets[chunk], windows[chunk], extents[chunk])
+            grids = _Grids(logits[chunk], targets[chunk], geometry.rows(chunk))
             of_masks = [d[chunk, None, None] for d in (d_focal, d_overlap, d_area)]
             of_window = _gradient_of_cells(grids.window(), *of_masks)
             gradient[chunk] = grids.interpolation_backward(of_window).add_(
@@ -208,24 +211,52 @@ def _mask_chunks(logits: Tensor, targets: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(targets), step))
 
 
+class _Geometry(NamedTuple):
+    """Where the windows of M masks lie on the image, along y and x.
+
+    Attributes:
+        inside: [M, 2, G], the length in px of each row and column of a window that is image.
+        of_image: [M, 2, s], the same of the decoder's cells.
+        of_window: [M, 2, s], of the decoder's cells, the length that is image and window.
+        start: [M, 2], where a window begins, px.
+        cell: [M, 2], the size of its cells, px.
+    """
+
+    inside: Tensor
+    of_image: Tensor
+    of_window: Tensor
+    start: Tensor
+    cell: Tensor
+
+    @classmethod
+    def from_windows(cls, windows: Tensor, extents: Tensor, size: int, low: int) -> "_Geometry":
+        """Of windows of G = `size` cells, in the letters of `mask_sums`; `low` is s."""
+        start, end = windows.reshape(-1, 2, 2).flip(2).unbind(1)  # along y, then x: [M, 2]
+        cell = (end - start) / size
+        zeros, fours = torch.zeros_like(start), torch.full_like(start, LOW_CELL)
+        within = start.clamp(min=0), torch.minimum(end, extents)
+        return cls(
+            _overlaps(start, cell, size, zeros, extents),
+            _overlaps(zeros, fours, low, zeros, extents),
+            _overlaps(zeros, fours, low, *within),
+            start,
+            cell,
+        )
+
+    def rows(self, chunk: slice) -> "_Geometry":
+        """Of a few of the masks."""
+        return _Geometry(*(tensor[chunk] for tensor in self))
+
+
 class _Grids:
     """The two grids on which a few masks are compared with their targets: window, surroundings."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> None:
+    def __init__(self, logits: Tensor, targets: Tensor, geometry: _Geometry) -> None:
         """See `mask_sums`; of m masks."""
         self.logits = logits.to(_at_least_float32(logits))
-        self.targets = targets
-        dtype, low = self.logits.dtype, logits.shape[-1]
-        size = targets.shape[-1]
-        # Along y, then x: [m, 2].
-        self.start, end = windows.to(dtype).reshape(-1, 2, 2).flip(2).unbind(1)
-        self.cell = (end - self.start) / size
-        self.inside = _overlaps(self.start, self.cell, size, 0.0 * extents, extents)
-        zeros, fours = torch.zeros_like(self.start), torch.full_like(self.start, LOW_CELL)
-        self.of_image = _overlaps(zeros, fours, low, zeros, extents)
-        within = self.start.clamp(min=0), torch.minimum(end, extents.to(dtype))
-        self.of_window = _overlaps(zeros, fours, low, *within)
-        self.weights = _interpolation_weights(self.start, self.cell, size, low)
+        self.targets, self.geometry = targets, geometry
+        sizes = targets.shape[-1], logits.shape[-1]
+        self.weights = _interpolation_weights(geometry.start, geometry.cell, *sizes)
 
     def window(self) -> "_Cells":
         """The cells of the windows, with the logits interpolated at their centres."""
@@ -233,11 +264,12 @@ class _Grids:
         with full_precision(self.logits.device):
             logits = rows @ self.logits @ columns.transpose(1, 2)
         targets = self.targets.to(logits.dtype).div_(255)
-        return _Cells.from_logits(logits, targets, _outer_product(self.inside))
+        return _Cells.from_logits(logits, targets, _outer_product(self.geometry.inside))
 
     def surroundings(self) -> tuple[Tensor, Tensor]:
         """The decoder's logits, and the area of each cell outside of the window, where t is 0."""
-        return self.logits, _outer_product(self.of_image).sub_(_outer_product(self.of_window))
+        of_image, of_window = self.geometry.of_image, self.geometry.of_window
+        return self.logits, _outer_product(of_image).sub_(_outer_product(of_window))
 
     def interpolation_backward(self, gradient: Tensor) -> Tensor:
         """From a gradient in the cells of the windows, [m, G, G], to that of the logits."""

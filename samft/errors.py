@@ -37,7 +37,7 @@ _MEMORY_ADVICE = (
 # In the words of CUDA, NCCL, cuBLAS, cuDNN, PyTorch's allocators, the kernel, OpenCV, onnxruntime.
 # NCCL may name no cause but a CUDA call of its own, whose buffers find no room beside PyTorch's.
 _NO_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|unable to|failed to) allocate (memory|shared memory|\d+ bytes)"
+    r"out of memory|(can't|cannot|unable to|failed to) allocate (memory|shared memory|\d)"
     r"|not enough memory: you tried to allocate|Insufficient memory|bad_alloc|bad allocation"
     r"|STATUS_(INTERNAL_ERROR_DEVICE_)?ALLOC(ATION)?_FAILED"
     r"|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate"
@@ -57,9 +57,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return _NO_MEMORY.search(str(error)) is not None
 
 
-def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error's message, without its full stop; empty if it has none."""
-    first_line = (str(error).strip().splitlines() or [""])[0]
+def first_sentence(message: str) -> str:
+    """The first sentence of an error's message, without its full stop."""
+    first_line = (message.strip().splitlines() or [""])[0]
     return re.split(r"\. (?=[A-Z])", first_line)[0].rstrip(".: ")
 
 
@@ -83,8 +83,12 @@ def explain_out_of_memory(describe: Callable[[], str], *, advice: str) -> Iterat
 
 
 def _memory_sentence(error: BaseException, what_for: str, *, advice: str) -> str:
-    message = first_sentence(error)
-    return f"not enough memory {what_for}{f' ({message})' if message else ''}. {advice}"
+    lines = [line.strip() for line in str(error).splitlines()]
+    # Of NCCL and of another thread's traceback, the last such line names the cause.
+    cause = [line for line in lines if _NO_MEMORY.search(line)][-1:] or lines[:1]
+    return (
+        f"not enough memory {what_for}{''.join(f': {first_sentence(c)}' for c in cause)}. {advice}"
+    )
 
 
 def explain_host_error(error: BaseException) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from samft.checkpoints.top_k import write_tensors
-from samft.errors import CheckpointError
+from samft.errors import CheckpointError, is_out_of_memory
 from samft.runtime import own_files
 from samft.runtime.files import (
     atomic_replacement,
@@ -214,6 +214,8 @@ def _load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged or hostile file
+        if is_out_of_memory(error):  # a whole file must not be passed over as a damaged one
+            raise
         raise CheckpointError(
             f"{path} cannot be read: it is damaged, or no last.ckpt of samft; weights of other "
             "programs go into checkpoint_path."

@@ -22,14 +22,17 @@ from samft.data.loaders import Waiting, lockstep
 from samft.data.samplers import PROMPT_STREAM, generator_of
 from samft.data.transforms import Frame, jitter_boxes
 from samft.distributed import all_gather
+from samft.errors import explain_out_of_memory
 from samft.evaluation.metrics import boundary_iou, box_fill_ious, cropped_iou
 from samft.evaluation.object_scores import ObjectScores, gather_scores
-from samft.evaluation.validation import MASK_CHUNK
+from samft.evaluation.validation import MASK_CHUNK, describe_image
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime import heartbeat
 
 JITTERS = {"jitter_5": 0.05, "jitter_10": 0.1, "jitter_20": 0.2}  # name: share of the box's side
 OTHER_PROMPTS = (*JITTERS, "point")  # beside `box`, the annotated one
+
+MEMORY_ADVICE = "Give --device cpu, or a checkpoint of a smaller model or image size."
 
 Masks = Iterable[CroppedMask]
 
@@ -101,7 +104,8 @@ def evaluate_split(
         heartbeat.set_activity("evaluating image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
-            parts += _evaluate_image(model, batch, seed=seed)
+            with explain_out_of_memory(partial(describe_image, batch), advice=MEMORY_ADVICE):
+                parts += _evaluate_image(model, batch, seed=seed)
         on_image()
     objects = gather_scores(EvaluatedObjects.concatenate(parts))
     return objects, {name: why for bad in all_gather(bad_images) for name, why in bad.items()}

@@ -19,6 +19,7 @@ from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, lockstep
 from samft.distributed import all_gather
+from samft.errors import explain_out_of_memory
 from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.models.prompted_sam import PromptedSam, original_masks
@@ -27,6 +28,7 @@ from samft.training.engine import LOSS_NAMES
 from samft.training.losses import LossFunction
 
 MASK_CHUNK = 64  # masks decoded and scored at once
+_MEMORY_ADVICE = "Lower mask_chunk or image_size, or take a smaller model_type."
 
 
 @dataclass(frozen=True, order=True)
@@ -165,12 +167,18 @@ def validate(
         heartbeat.set_activity("validating on image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
-            rows += _score_image(model, batch, loss=loss, means=means, selection=selection)
+            with explain_out_of_memory(partial(describe_image, batch), advice=_MEMORY_ADVICE):
+                rows += _score_image(model, batch, loss=loss, means=means, selection=selection)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
     objects = gather_scores(ObjectScores.concatenate(rows))
     if selection is not None:
         selection.gather()
     return Validation(metrics, metrics.pop("box_fill_iou"), objects, selection, bad_images)
+
+
+def describe_image(batch: Batch) -> str:
+    """The image of a batch of one, for an error that needs memory for it."""
+    return f"for image {batch.image_ids[0]} with {batch.num_masks} objects"
 
 
 def _score_image(

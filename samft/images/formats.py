@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from samft.errors import is_out_of_memory
 from samft.images.limits import UnusableImage, check_size
 from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
 from samft.images.tiff import is_tiff, read_tiff
@@ -85,9 +86,9 @@ def _explain_errors(content: bytes) -> Iterator[None]:
             raise UnusableImage("image-damaged", "its header") from error
         known = name_format(content[:256])
         raise UnusableImage("image-format" if known else "image-not-an-image", known) from error
-    except MemoryError as error:
-        raise UnusableImage("image-too-large", "more than the memory holds") from error
     except Exception as error:  # parsers raise anything on malicious files
+        if is_out_of_memory(error):
+            raise UnusableImage("image-too-large", "more than the memory holds") from error
         # Of a KeyError, say, the message is but the key.
         reason = [line for line in str(error).strip().splitlines() if " " in line] or ["its header"]
         code = "image-truncated" if "truncated" in reason[0] else "image-damaged"

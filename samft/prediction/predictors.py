@@ -23,7 +23,8 @@ from torch import Tensor
 
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.data.transforms import Frame, boxes_to_input, make_frame, resize_image
-from samft.errors import TrainingError
+from samft.errors import explain_out_of_memory
+from samft.evaluation.evaluator import MEMORY_ADVICE
 from samft.evaluation.validation import MASK_CHUNK
 from samft.images.decoder import read_image
 from samft.images.files import ImageError
@@ -285,13 +286,9 @@ def predict_images(
 def _explain_out_of_memory(
     masks: Iterator[PredictedMask], path: Path, num_boxes: int
 ) -> Iterator[PredictedMask]:
-    try:
+    what_for = f"for {path} with {num_boxes} boxes"
+    with explain_out_of_memory(lambda: what_for, advice=MEMORY_ADVICE):
         yield from masks
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"not enough memory for {path} with {num_boxes} boxes: give --device cpu, or a "
-            "checkpoint of a smaller model or image size."
-        ) from error
 
 
 def map_in_threads(

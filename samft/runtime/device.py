@@ -72,9 +72,9 @@ def check_device(device: torch.device) -> None:
         raise
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device: {_describe_build()} cannot use {device}: {first_sentence(error)}. Install a "
-            "PyTorch that is built for it, choose another GPU with CUDA_VISIBLE_DEVICES, or "
-            "compute without one: --device cpu."
+            f"device: {_describe_build()} cannot use {device}: {first_sentence(str(error))}. "
+            "Install a PyTorch that is built for it, choose another GPU with CUDA_VISIBLE_DEVICES, "
+            "or compute without one: --device cpu."
         ) from error
 
 
@@ -140,7 +140,7 @@ def _reason_of_pytorch() -> str:
     try:
         torch.cuda.init()  # says why, as `is_available` does not
     except (RuntimeError, AssertionError) as error:
-        return first_sentence(error)
+        return first_sentence(str(error))
     return "it counts none"
 
 

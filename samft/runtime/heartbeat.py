@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from samft import distributed
-from samft.errors import TrainingError
+from samft.errors import TrainingError, is_out_of_memory
 
 _POST_SECONDS = 1.0
 _GIVE_UP_SECONDS = 3.0  # within this time, a failed collective fails on all ranks that are alive
@@ -220,6 +220,8 @@ def explain_distributed_errors() -> Iterator[None]:
     except TrainingError:  # already explained, and its message may hold any path
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):  # also NCCL's: it is this process that cannot go on
+            raise
         position = describe_position()
         if is_collective_failure(error):
             cause = find_failed_ranks()

@@ -8,7 +8,7 @@ accumulated or not, learn the same.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, fetch_batches
 from samft.distributed import all_reduce_sum, any_rank, get_world_size, raise_on_all_ranks, wrap_ddp
-from samft.errors import TrainingError
+from samft.errors import TrainingError, explain_out_of_memory
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
 from samft.runtime.device import peak_memory_gib
@@ -30,6 +30,10 @@ LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
 MEMORY_ADVICE = (
     "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
     "or take `--activation_checkpointing blocks`."
+)
+OPTIMIZER_ADVICE = (
+    "From its first step on, AdamW keeps two values beside each trained one: freeze a part of the "
+    f"model, or share them among processes with `--optimizer_sharding`. {MEMORY_ADVICE}"
 )
 
 
@@ -184,7 +188,9 @@ class Trainer:
         # On the device: reading the losses of every step would make the host wait for the GPU
         window = self.progress.window
         self.metric_sums = torch.tensor(window, dtype=torch.float64, device=self.device)
-        self.ddp_model = wrap_ddp(model, warm_up=self._warmup_pass, bf16_compress=bf16_compress)
+        # Where NCCL allocates its buffers
+        with explain_out_of_memory(lambda: "to begin training", advice=MEMORY_ADVICE):
+            self.ddp_model = wrap_ddp(model, warm_up=self._warmup_pass, bf16_compress=bf16_compress)
 
     def train_step(self, micro_batches: list[Batch]) -> bool:
         """Takes one optimizer step. Collective: every rank must call.
@@ -213,12 +219,13 @@ class Trainer:
             self.bad_images.update(batch.bad_images)
             # Gradients are sent between processes in the last backward of the step only
             is_last = number == len(micro_batches) - 1
-            with self._sync_gradients(is_last), explain_out_of_memory(batch):
+            with self._sync_gradients(is_last), _explain_batch_memory(batch):
                 total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
                 self.scaler.scale(total * weight).backward()
             step_sums += _sum_losses(losses, num_images=len(batch.image_ids))
 
-        taken = self._update()
+        with explain_out_of_memory(lambda: "for the optimizer's step", advice=OPTIMIZER_ADVICE):
+            taken = self._update()
         self.progress.position += 1  # the batch is consumed either way
         if taken:
             self.metric_sums += step_sums
@@ -300,7 +307,7 @@ class Trainer:
             TrainingError: It does not fit.
         """
         weight = torch.tensor(1 / max(batch.num_masks, 1), device=self.device)
-        with explain_out_of_memory(batch):
+        with _explain_batch_memory(batch):
             # As much as AdamW's two moments, which the optimizer allocates in its first step.
             missing = [] if self.optimizer.state else self.parameters * 2
             moments = [torch.empty_like(parameter) for parameter in missing]
@@ -329,24 +336,13 @@ class Trainer:
         return metrics
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(batch: Batch) -> Iterator[None]:
-    """Turns PyTorch's out-of-memory error into one that names the batch and the settings to lower.
-
-    Args:
-        batch: What is computed within the block.
-
-    Raises:
-        TrainingError: The device has not enough memory.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
+def _explain_batch_memory(batch: Batch) -> contextlib.AbstractContextManager[None]:
+    def describe() -> str:
         named = ", ".join(str(image_id) for image_id in batch.image_ids)
-        raise TrainingError(
-            f"not enough memory for a batch of {len(batch.image_ids)} images with "
-            f"{batch.num_masks} objects (image ids {named}). {MEMORY_ADVICE}"
-        ) from error
+        size = f"{len(batch.image_ids)} images with {batch.num_masks} objects"
+        return f"for a batch of {size} (image ids {named})"
+
+    return explain_out_of_memory(describe, advice=MEMORY_ADVICE)
 
 
 def _sum_losses(losses: MaskLosses, *, num_images: int) -> Tensor:

@@ -219,7 +219,7 @@ class TrainConfig:
     num_workers: int = _speed(4, "data loader workers per process", most_used=True, at_least=0)
     amp: str = _speed(
         "auto",
-        "mixed precision; auto: bf16 on GPUs that have it, else off",
+        "mixed precision; auto: bf16 on GPUs that have it, else off; off: float32, and no TF32",
         choices=("auto", "off", "bf16", "fp16"),
     )
     attention: str = _speed(

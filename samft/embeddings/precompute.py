@@ -23,6 +23,7 @@ from samft.embeddings.store import EmbeddingRecord, checksum_embedding
 from samft.errors import ConfigError, DataError, UserError
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
+from samft.runtime.device import exact_float32
 from samft.runtime.logs import LOGGER
 from samft.runtime.signals import StopInterrupt, interruptible
 
@@ -217,6 +218,7 @@ class EncodingPass:
             record = EmbeddingRecord(slot, digest, size, checksum_embedding(embedding))
             result.records[k].append(record)
 
+    @exact_float32()
     def _encode_one(self, image: Tensor, input_size: tuple[int, int]) -> NDArray[np.floating]:
         # One image at a time. In a batch, sums are added up in an order that depends on its size:
         # weights would depend, in their last bits, on what else was missing from the cache.

@@ -75,12 +75,9 @@ def hash_encoder(sam: Sam) -> str:
     return digest.hexdigest()
 
 
-def name_precision(amp_dtype: torch.dtype | None, device: torch.device) -> str:
+def name_precision(amp_dtype: torch.dtype | None) -> str:
     """The precision that an encoder computes in: under autocast to a type, or without (None)."""
-    if amp_dtype is not None:
-        return str(amp_dtype).removeprefix("torch.")
-    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if tf32 else "float32"
+    return str(amp_dtype or torch.float32).removeprefix("torch.")
 
 
 @dataclass

@@ -28,6 +28,7 @@ from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.evaluation.validation import MASK_CHUNK, describe_image
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime import heartbeat
+from samft.runtime.device import exact_float32
 
 JITTERS = {"jitter_5": 0.05, "jitter_10": 0.1, "jitter_20": 0.2}  # name: share of the box's side
 OTHER_PROMPTS = (*JITTERS, "point")  # beside `box`, the annotated one
@@ -68,6 +69,7 @@ class EvaluatedObjects(ObjectScores):
 
 
 @torch.no_grad()
+@exact_float32()
 def evaluate_split(
     model: PromptedSam,
     batches: Iterable[Batch],
@@ -79,8 +81,8 @@ def evaluate_split(
 ) -> tuple[EvaluatedObjects, dict[str, str]]:
     """Scores a model on every mask of a split. Collective: every rank must call.
 
-    In float32, with the annotated boxes decoded as `validation.validate` does: their mean IoU is
-    the one that the training logged.
+    In exact float32, with the annotated boxes decoded as `validation.validate` does: their mean IoU
+    is the one that the training logged.
 
     Args:
         model: On its device.

@@ -24,6 +24,7 @@ from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, croppe
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.runtime import heartbeat
+from samft.runtime.device import exact_float32
 from samft.training.engine import LOSS_NAMES
 from samft.training.losses import LossFunction
 
@@ -127,6 +128,7 @@ class Validation:
 
 
 @torch.no_grad()
+@exact_float32()
 def validate(
     model: PromptedSam,
     batches: Iterable[Batch],
@@ -138,8 +140,8 @@ def validate(
 ) -> Validation:
     """Scores the model on every mask of a split. Collective: every rank must call.
 
-    Always in float32, and at the resolution of the original image: the IoU is the one that stock
-    `SamPredictor` gets with the same weights.
+    Always in exact float32, and at the resolution of the original image: the IoU is the one that
+    stock `SamPredictor` gets with the same weights.
 
     Args:
         model: Not wrapped in DDP.

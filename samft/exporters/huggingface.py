@@ -12,6 +12,7 @@ from samft.exporters.verification import PredictFunction, Prediction, Verificati
 from samft.exporters.weight_files import save_safetensors
 from samft.models.huggingface_names import to_huggingface_names
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify_model
+from samft.runtime.device import exact_float32
 from samft.runtime.files import write_json
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -119,6 +120,7 @@ def open_huggingface(folder: Path) -> PredictFunction:
     return lambda sample: _predict_sample(model, processor, sample)
 
 
+@exact_float32()
 def _predict_sample(model: Any, processor: Any, sample: VerificationSample) -> Prediction:
     size = sample.image.shape[:2]
     # Resized here as `SamPredictor` does it: the processor of transformers rounds differently, so

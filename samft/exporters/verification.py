@@ -16,6 +16,7 @@ from segment_anything.modeling import Sam
 
 from samft.images.synthetic import draw_scene
 from samft.prediction.predictors import build_mask_generator, choose_points_per_batch
+from samft.runtime.device import exact_float32
 
 # Absolute, for predicted IoU and logits up to 10; relative to larger logits. float32 has 7 digits.
 TOLERANCE = 1e-3
@@ -112,6 +113,7 @@ def image_sample(name: str, image: NDArray[np.uint8]) -> VerificationSample:
     return VerificationSample(name, image, np.array(shares) * [width, height, width, height])
 
 
+@exact_float32()
 def predict_boxes(sam: Sam, sample: VerificationSample) -> Prediction:
     """The masks of `SamPredictor.predict(box=...)`, one box at a time.
 
@@ -220,6 +222,7 @@ def _suggest_thresholds(sam: Sam, image: NDArray[np.uint8]) -> str:
     )
 
 
+@exact_float32()
 def _generate_masks(sam: Sam, image: NDArray[np.uint8], **options: float) -> list[dict[str, Any]]:
     generator = build_mask_generator(
         sam,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from samft.coco.segmentation import CroppedMask
 from samft.models.chunked_loss import BoxDecoder, DecoderInputs, auto_mask_chunk
 from samft.models.mask_decoder import Tensors, choose_decoder
-from samft.runtime.device import free_memory_bytes
+from samft.runtime.device import exact_float32, free_memory_bytes
 from samft.runtime.logs import LOGGER
 
 
@@ -220,13 +220,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     Positions go through matrix products: in bf16 or TF32, corners of boxes would move by pixels.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with exact_float32(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def inside_image(input_sizes: Tensor, size: int) -> Tensor:
@@ -299,10 +294,12 @@ def original_masks(
     spans = torch.stack([row_spans, column_spans], dim=1)
     for logits, span in zip(mask_logits.float(), spans.tolist(), strict=True):
         (top, bottom), (left, right) = span
-        mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
+        with exact_float32():
+            mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
         yield CroppedMask(top, left, mask)
 
 
+@exact_float32()
 def _output_spans(positive: Tensor, matrix: Tensor) -> Tensor:
     """Where outputs can be positive: the first, and one past the last; 0, 0 if nowhere.
 

@@ -31,6 +31,7 @@ from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.runtime.device import exact_float32
 from samft.runtime.torchvision_compat import replace_missing_nms
 
 # Values of image tokens per chunk of boxes on a CPU: with vit_tiny the fastest of chunks of 1 to 20
@@ -114,7 +115,7 @@ class BoxPredictor:
         Args:
             model: On its device, in eval mode.
             resize_mode: The one that it was tuned with; `SamPredictor` always pads.
-            amp_dtype: To autocast to; None: float32.
+            amp_dtype: To autocast to; None: exact float32.
             mask_chunk: Boxes decoded at once; None: the model's `mask_chunk`, and if that is None
                 as well, what is fastest on a CPU, or on a GPU what fits into its memory.
         """
@@ -143,12 +144,12 @@ class BoxPredictor:
         device = self.model.sam.device
         boxes = torch.from_numpy(boxes_to_input(boxes_original, frame).astype(np.float32))
         input_sizes = torch.tensor([frame.input_size], device=device)
-        with self._autocast():
+        with exact_float32(), self._autocast():
             embedding = self.model.embed(pixels[None].to(device), input_sizes)
         for first in range(0, len(boxes), MASK_CHUNK):
             part = slice(first, first + MASK_CHUNK)
             chunk = boxes[part].to(device)
-            with self._autocast():
+            with exact_float32(), self._autocast():
                 image_index = torch.zeros(len(chunk), dtype=torch.int64, device=device)
                 logits, scores = self.model.decode(
                     embedding, chunk, image_index, mask_chunk=self.mask_chunk
@@ -185,7 +186,9 @@ class AutomaticPredictor:
     ) -> Iterator[PredictedMask]:
         """See `Predictor`; masks are in the generator's order, and boxes are ignored."""
         self.generator.points_per_batch = choose_points_per_batch(prepared.size)
-        for entry in self.generator.generate(prepared.image):
+        with exact_float32():
+            entries = self.generator.generate(prepared.image)
+        for entry in entries:
             counts = np.array(entry["segmentation"]["counts"])
             rle = {"size": list(prepared.size), "counts": counts}
             x, y, width, height = entry["bbox"]

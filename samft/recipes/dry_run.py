@@ -34,7 +34,7 @@ from samft.recipes.build import (
 )
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.embedding_cache import CacheEstimate, cache_dir_of, estimate_cache
-from samft.runtime.device import peak_memory_gib, pick_amp_dtype, synchronized_time
+from samft.runtime.device import exact_float32, peak_memory_gib, pick_amp_dtype, synchronized_time
 from samft.runtime.logs import LOGGER, format_duration, format_gib
 from samft.runtime.output_dir import create_writable_dir, write_status
 from samft.training.engine import MEMORY_ADVICE, Progress, Trainer
@@ -216,6 +216,7 @@ class _TrialRun:
         trainer.train_step([batch] * self.config.accumulate_steps)
 
     @torch.no_grad()
+    @exact_float32()
     def _time_encoding(self, batch: Batch) -> float:
         image = batch.images[:1].to(self.device), batch.input_sizes[:1].to(self.device)
         amp_dtype = pick_amp_dtype(self.config.amp, self.device)

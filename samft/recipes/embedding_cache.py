@@ -276,7 +276,7 @@ def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> lis
                 resize_mode=config.resize_mode,
                 exact=not dataset.training,
                 flipped=flipped,
-                precision=name_precision(amp_dtype, device),
+                precision=name_precision(amp_dtype),
                 dtype=config.cache_dtype,
             )
             for flipped in flips

@@ -23,6 +23,7 @@ from samft.reports.drawing import annotate_crop, crop_around, image_row_of
 from samft.reports.page import ObjectPair
 from samft.reports.validation_images import find_objects
 from samft.runtime import heartbeat
+from samft.runtime.device import exact_float32
 
 NUM_EXAMPLES = 6  # of each kind
 _TILE = 288  # px: sharp where it is shown at half the size
@@ -134,6 +135,7 @@ def _load_initial_weights(config: TrainConfig) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+@exact_float32()
 def predict_objects(
     model: PromptedSam,
     dataset: Coco2MaskDataset,

@@ -1,11 +1,14 @@
-"""Devices: the one to use, or why it cannot be; autocast type, free and peak memory, and time."""
+"""Devices: which, or why none; autocast type, exact float32, free and peak memory, and time."""
 
+import contextlib
 import os
 import re
 import resource
 import subprocess
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +18,15 @@ from samft.runtime.logs import LOGGER
 
 # With one of these as its first entry, CUDA_VISIBLE_DEVICES hides all GPUs on purpose.
 _HIDES_ALL = ("", "-1", "NoDevFiles")
+
+# PyTorch's settings of how float32 is multiplied: "ieee", "tf32", "bf16", or "none", which leaves
+# it to the parent ("all" of the backend, then "generic"). Parents come first.
+# Source: `aten/src/ATen/Context.cpp` of PyTorch, since 2.9.
+_FLOAT32_SETTINGS = (
+    ("generic", "all"),
+    *((backend, "all") for backend in ("cuda", "mkldnn")),
+    *((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")),
+)
 
 
 def pick_device(device: str) -> torch.device:
@@ -49,7 +61,6 @@ def pick_device(device: str) -> torch.device:
         )
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return place
 
 
@@ -173,3 +184,68 @@ def synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
+
+
+class _ExactBlocks:
+    # The blocks of `exact_float32` that are open. PyTorch's settings are the process's, not a
+    # thread's, so the first block that opens sets them and the last that closes restores them.
+    def __init__(self) -> None:
+        self.lock, self.num_open = threading.Lock(), 0
+        self.restore: Callable[[], None] = lambda: None
+
+    def open(self) -> None:
+        with self.lock:
+            if not self.num_open:
+                self.restore = _make_float32_exact()
+            self.num_open += 1
+
+    def close(self) -> None:
+        with self.lock:
+            self.num_open -= 1
+            if not self.num_open:
+                self.restore()
+
+
+_exact_blocks = _ExactBlocks()
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within, float32 is multiplied as float32: no TF32 (10 of 23 bits), on any device.
+
+    By PyTorch's defaults, convolutions on GPUs are TF32, and matrix products too where the program
+    asked for it, which moves single masks by .01 IoU. Autocast is left as it is. Whatever the
+    program has set is restored, by older and by newer names alike. Not to be held over a `yield`:
+    what runs meanwhile would get these settings.
+    """
+    _exact_blocks.open()
+    try:
+        yield
+    finally:
+        _exact_blocks.close()
+
+
+def _make_float32_exact() -> Callable[[], None]:
+    # Returns what restores the settings.
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    before = {}
+    for setting in _FLOAT32_SETTINGS:
+        before[setting] = read(*setting)  # its own, and no parent's: those are "none" by now
+        write(*setting, "none")
+    # The older names of the settings remember their values beside these. Both have to agree, or
+    # PyTorch raises where it reads the older ones (as its compiler does).
+    matmul_precision = torch.get_float32_matmul_precision()
+    try:
+        convolutions_in_tf32 = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # remembered as true, which "none" contradicts
+        convolutions_in_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(matmul_precision)
+        torch.backends.cudnn.allow_tf32 = convolutions_in_tf32
+        for setting, value in before.items():
+            write(*setting, value)
+
+    return restore

@@ -23,7 +23,7 @@ from samft.distributed import all_reduce_sum, any_rank, get_world_size, raise_on
 from samft.errors import TrainingError, explain_out_of_memory
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
-from samft.runtime.device import peak_memory_gib
+from samft.runtime.device import exact_float32, peak_memory_gib
 from samft.training.losses import LossFunction, MaskLosses
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
@@ -172,7 +172,7 @@ class Trainer:
             optimizer: Over the model's trainable parameters.
             learning_rate_at: The learning rate of a step, a pure function of the step.
             loss: `losses.mask_losses` with its weights set.
-            amp_dtype: Autocast to this type; None: float32. float16 brings a gradient scaler.
+            amp_dtype: Autocast to this type; None: exact float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
             bf16_compress: Whether gradients travel between processes in bfloat16.
             progress: Of a run that is resumed; None for a fresh one.
@@ -192,6 +192,7 @@ class Trainer:
         with explain_out_of_memory(lambda: "to begin training", advice=MEMORY_ADVICE):
             self.ddp_model = wrap_ddp(model, warm_up=self._warmup_pass, bf16_compress=bf16_compress)
 
+    @exact_float32()
     def train_step(self, micro_batches: list[Batch]) -> bool:
         """Takes one optimizer step. Collective: every rank must call.
 
@@ -295,6 +296,7 @@ class Trainer:
         (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @exact_float32()
     def probe_memory(self, batch: Batch) -> None:
         """One forward and backward pass that leaves nothing behind but the peak of memory.
 

@@ -68,13 +68,6 @@ class Host:
         monkeypatch.setattr(subprocess, "run", list_gpus)
 
 
-@pytest.fixture(autouse=True)
-def _same_precision() -> Any:
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture
 def describe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return lambda **changes: Host(**changes).describe(monkeypatch)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers.pretend_cuda.ledger import LEDGER
-from helpers.pretend_cuda.tensors import OBSERVERS, PretendCudaTensor
+from helpers.pretend_cuda.tensors import PretendCudaTensor
 
 GPU = torch.device("cuda", 0)
 
@@ -166,21 +166,56 @@ def views_launch_nothing() -> None:
         torch.empty(3, device="cuda")
 
 
-def nothing_waits_in_a_captured_graph() -> None:
-    tensor, operations = torch.ones(3, device="cuda"), []
-    OBSERVERS.append(lambda operation, result: operations.append(operation.name))
-    with kernels(), LEDGER.capture() as captured:
-        tensor.mul_(2)
-        with raises("operation not permitted when stream is capturing"):
-            tensor.sum().item()
-    OBSERVERS.clear()
-    assert captured["mul_"] == captured["sum"] == 1
-    assert operations == ["mul_", "sum"]
-    LEDGER.report.faults.clear()
+def a_graph_computes_again_what_was_captured() -> None:
+    given, steps = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda")
+    graph, factor = torch.cuda.CUDAGraph(), 2.0
+    with kernels(), torch.cuda.graph(graph):
+        doubled = (given * factor)[:2].sum()
+        steps.add_(1)
+    assert steps.tolist() == [0, 0, 0] and doubled.isnan()
+    given.fill_(5)
+    factor = 3.0
     with LEDGER.step():
-        LEDGER.replay(captured)
+        graph.replay()
+        graph.replay()
+    assert steps.tolist() == [2, 2, 2] and doubled.item() == 20
     step = LEDGER.report.steps.pop()
-    assert step.launches == {"graph replay": 1} and step.captured == captured
+    assert step.launches == {"graph replay": 2}
+    assert step.captured == {"mul": 2, "sum": 2, "add_": 2}
+
+
+def graphs_of_a_pool_overwrite_each_other() -> None:
+    given, pool = torch.ones(3, device="cuda"), torch.cuda.graph_pool_handle()
+    graphs, outputs = [], []
+    for factor in (2, 3):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool):
+            outputs.append(given * factor)
+    graphs[0].replay()
+    assert outputs[0].tolist() == [2, 2, 2]
+    graphs[1].replay()
+    assert outputs[0].isnan().all() and outputs[1].tolist() == [3, 3, 3]
+
+
+def a_capture_takes_no_waits_and_no_copies() -> None:
+    tensor = torch.ones(3, device="cuda")
+    generator = torch.Generator()
+    for wait in (
+        lambda: tensor.sum().item(),
+        lambda: tensor[tensor > 0],
+        lambda: tensor.cpu(),
+        lambda: tensor + torch.ones(3).to("cuda"),
+        lambda: torch.ones(3).pin_memory().to("cuda", non_blocking=True),
+        lambda: torch.cuda.synchronize(),
+        lambda: tensor.normal_(generator=generator),
+    ):
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        with torch.cuda.stream(before), raises("previous error in capture"):
+            with torch.cuda.graph(graph):
+                wait()
+        assert torch.cuda.current_stream() is before
+    assert LEDGER.report.faults.total() == 7
+    LEDGER.report.faults.clear()
 
 
 def checkpoints_hold_no_gpu() -> None:
@@ -207,7 +242,9 @@ if __name__ == "__main__":
         lists_of_tensors_are_one_kernel,
         attention_is_one_kernel,
         views_launch_nothing,
-        nothing_waits_in_a_captured_graph,
+        a_graph_computes_again_what_was_captured,
+        graphs_of_a_pool_overwrite_each_other,
+        a_capture_takes_no_waits_and_no_copies,
         checkpoints_hold_no_gpu,
     ):
         check()

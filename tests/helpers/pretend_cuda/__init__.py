@@ -10,6 +10,7 @@ are the real ones; its values lie in a CPU tensor. On top of that:
                     are listed with the line of code that did it
     streams         copies to the host hold garbage until something has waited for them
     numerics        TF32 where it is allowed; what only CUDA kernels take
+    graphs          CUDA graphs, captured and replayed
     launches        how many kernels a step launches, about
     ledger          where all of it is written down, one report for each process
     runs            a command in the harness, for tests

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from helpers.pretend_cuda import streams
+from helpers.pretend_cuda import graphs, streams
 
 NUM_DEVICES = int(os.environ.get("PRETEND_CUDA_DEVICES", "1"))
 _TOTAL_MEMORY = int(float(os.environ.get("PRETEND_CUDA_GIB", "80")) * 2**30)
@@ -71,6 +71,8 @@ def pretend_cuda_module() -> None:
         setattr(cuda, f"max_memory_{name}", lambda device=None: _IN_USE)
     cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.empty_cache = lambda: None
+    cuda.CUDAGraph, cuda.graph = graphs.CudaGraph, graphs.CaptureGraph
+    cuda.graph_pool_handle = graphs.new_pool
     torch.version.cuda = "13.0"
     torch.backends.cuda.is_built = lambda: True
     torch.accelerator.is_available = lambda: NUM_DEVICES > 0

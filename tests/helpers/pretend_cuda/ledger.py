@@ -212,6 +212,11 @@ class Ledger:
         finally:
             self._step = None
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether work of this thread is captured in a CUDA graph."""
+        return self._captured is not None and self._in_step_thread()
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[Counter[str]]:
         """Work within is captured in a CUDA graph: not launched now, and nothing may wait.

@@ -1,5 +1,7 @@
 """What CUDA's kernels compute differently from the CPU's, and arguments that only CUDA takes."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +19,29 @@ _PRODUCTS = {
 _TF32_HALF, _TF32_MASK = 0x1000, ~0x1FFF  # of the 23 bits of a float32's mantissa, 10 are kept
 
 
-def compute(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Computes an operation on the CPU as CUDA does.
+Kernel = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
+
+def bind_kernel(operation: Operation) -> Kernel:
+    """What computes an operation on the CPU as CUDA does, with the settings of this moment.
 
     Args:
         operation: As it was called, on tensors of the pretended device.
-        args: Its positional arguments with CPU tensors in their place.
-        kwargs: Its keyword arguments, likewise.
+
+    Returns:
+        A function of its positional and keyword arguments, with CPU tensors in their place.
     """
+    return partial(_compute, operation, _tf32_operands(operation))
+
+
+def _compute(
+    operation: Operation,
+    operands: slice | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    operands = _tf32_operands(operation)
     if operands is not None:
         rounded = [round_to_tf32(tensor) for tensor in args[operands]]
         args = (*args[: operands.start], *rounded, *args[operands.stop :])

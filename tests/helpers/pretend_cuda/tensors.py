@@ -7,7 +7,6 @@ on the values on the CPU.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,14 +22,11 @@ from helpers.pretend_cuda.device_rules import (
     kind_of_wait,
     mixes_devices,
 )
+from helpers.pretend_cuda.graphs import CudaGraph, refuse_to_capture
 from helpers.pretend_cuda.launches import count_launches
 from helpers.pretend_cuda.ledger import LEDGER
-from helpers.pretend_cuda.numerics import compute
+from helpers.pretend_cuda.numerics import bind_kernel
 from helpers.pretend_cuda.streams import PENDING, wait_for_device
-
-# Called with each operation on the GPU that was computed, and its result: what a captured CUDA
-# graph has to repeat when it is replayed.
-OBSERVERS: list[Callable[[Operation, Any], None]] = []
 
 
 class PretendCudaTensor(Tensor):
@@ -145,15 +141,14 @@ def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if kind := kind_of_wait(operation):
         wait_for_device(kind, only_current_stream=True)
     LEDGER.launch(operation.name, count_launches(operation))
-    result = _copy_between_devices(operation) if _is_transfer(operation) else _compute(operation)
-    for observe in OBSERVERS:
-        observe(operation, result)
-    return result
+    return _copy_between_devices(operation) if _is_transfer(operation) else _compute(operation)
 
 
 def _compute(operation: Operation) -> Any:
     device = with_index(operation.device)
-    values = compute(operation, to_values(operation.args), to_values(operation.kwargs))
+    args, kwargs = to_values(operation.args), to_values(operation.kwargs)
+    graph = CudaGraph.current if LEDGER.is_capturing else None
+    values = graph.add(operation, args, kwargs) if graph else bind_kernel(operation)(args, kwargs)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(values)):
         return values
     known = {id(t.values): t for t in operation.tensors if isinstance(t, PretendCudaTensor)}
@@ -189,6 +184,8 @@ def _copy_between_devices(operation: Operation) -> Tensor:
         non_blocking = operation.kwargs.get("non_blocking", False)
         # PyTorch itself takes page-locked memory for the result of such a copy to the host
         page_locked = source.is_cuda or source.is_pinned()
+    if LEDGER.is_capturing:
+        refuse_to_capture("a copy between host and device")
     to_host = operation.device is not None and operation.device.type == "cpu"
     to_host = to_host or (target is not None and not target.is_cuda)
     direction = "to" if to_host else "from"
@@ -208,7 +205,7 @@ def _transfer(operation: Operation, target: Tensor | None, *, late: bool) -> Ten
             operation.func(*args, **kwargs)
         return target
     device = with_index(operation.device)
-    values = compute(operation, args, kwargs)
+    values = bind_kernel(operation)(args, kwargs)
     if values.data_ptr() == args[0].data_ptr():  # for the CPU, nothing was to be copied
         values = values.clone()
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 pycocotools crashes the process on huge coordinates and sizes, and decodes an empty RLE as
 uninitialised memory. So every number of a file is checked first, many objects at a time
 (`RawMasks`, `CheckedMasks`), run lengths are decoded here, and pycocotools only ever draws checked
-polygons and writes RLE.
+polygons, counts their pixels and writes RLE.
 """
 
 from array import array
@@ -444,6 +444,8 @@ def decode_encoded(rle: dict[str, Any]) -> CroppedMask:
 
 def count_pixels(segmentation: Any, size: tuple[int, int]) -> int:
     """Number of pixels of an image of size H, W that a checked segmentation covers."""
+    if isinstance(segmentation, list):  # in C: a tenth of a large file's objects come here
+        return int(mask_utils.area(mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))))
     runs = decode_runs([segmentation], size)
     return int((runs.bottom - runs.top).sum())
 

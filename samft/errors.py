@@ -27,7 +27,7 @@ def escape_paragraph(text: str) -> str:
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _MEMORY_ADVICE = (
     "End other programs that use it, or take a smaller model, smaller images, fewer of them at "
     "once, or fewer num_workers."
@@ -108,7 +108,7 @@ def explain_host_error(error: BaseException) -> str | None:
         where = error.filename or "a file"
         advice = "make room, or name a folder on another disk, and run again"
         return f"{where} cannot be written or read ({error.strerror}): {advice}."
-    if error.errno in _TOO_MANY_FILES:
+    if error.errno in TOO_MANY_FILES:
         return (
             f"too many files are open at once ({error.strerror}): raise the limit (`ulimit -n`), "
             "or lower num_workers."

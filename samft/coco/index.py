@@ -40,7 +40,7 @@ from samft.coco.image_entries import (
 from samft.coco.json_reader import file_digest, find_kind, load_document
 from samft.coco.problems import Problems
 from samft.coco.segmentation import Segmentations
-from samft.errors import DataError
+from samft.errors import TOO_MANY_FILES, DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
 from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
@@ -237,6 +237,8 @@ def index_file(
                 )
         return replace(index, pixels=pixels)
     except OSError as error:
+        if error.errno in TOO_MANY_FILES:
+            raise
         raise DataError(
             f"the index of {annotations} cannot be written to {cache or error.filename} "
             f"({error.strerror}): set SAMFT_CACHE to a folder of your own with room."

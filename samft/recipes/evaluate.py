@@ -34,7 +34,7 @@ from samft.images.names import encode_name
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint, saved_pixels
-from samft.runtime import heartbeat
+from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
@@ -228,6 +228,7 @@ def _score_checkpoint(
     path: Path, subset: CocoSubset, options: argparse.Namespace, device: torch.device
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
     start = time.monotonic()
+    run_on_all_ranks(lambda: host_checks.check_open_files(options.num_workers))
     model, metadata = run_on_all_ranks(lambda: _load_model(path, device))
     metadata["pixels"] = subset.index.pixels.to_json()
     for line in subset.index.pixels.lines():

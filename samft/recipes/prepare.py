@@ -220,7 +220,7 @@ def _resumes_in_place(resume: ResumePoint | None, output_dir: Path) -> bool:
 
 def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_place: bool) -> None:
     if not distributed.is_main():
-        host_checks.raise_open_file_limit()
+        host_checks.check_open_files(config.num_workers)
         return
     side = config.image_size
     cells = side**2 if config.loss_resolution == "input" else WINDOW_CELLS**2

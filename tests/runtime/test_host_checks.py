@@ -132,26 +132,32 @@ class Limits:
 
 
 @pytest.mark.parametrize(
-    ("limits", "after", "warning"),
+    ("limits", "after", "strategy"),
     [
-        (Limits(1024, 65536), 65536, ""),
-        (Limits(65536, 65536), 65536, ""),
-        (Limits(1024, 2048), 2048, "only 2048 files"),
-        (Limits(256, 256), 256, "only 256 files"),
-        (Limits(1024, 65536, raises=ValueError), 1024, "only 1024 files"),
-        (Limits(8192, 65536, raises=OSError), 8192, ""),
-        (Limits(1024, resource.RLIM_INFINITY), resource.RLIM_INFINITY, ""),
+        (Limits(1024, 65536), 65536, "unchanged"),
+        (Limits(65536, 65536), 65536, "unchanged"),
+        (Limits(1024, 2048), 2048, "file_system"),
+        (Limits(72, 72), 72, "file_system"),
+        (Limits(1024, 65536, raises=ValueError), 1024, "file_system"),
+        (Limits(8192, 65536, raises=OSError), 8192, "unchanged"),
+        (Limits(1024, resource.RLIM_INFINITY), resource.RLIM_INFINITY, "unchanged"),
     ],
 )
-def test_the_limit_of_open_files_is_raised_to_the_hard_limit(
-    limits: Limits,
-    after: int,
-    warning: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_the_limit_of_open_files_is_raised_and_a_low_one_is_enough_for_few_workers(
+    limits: Limits, after: int, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chosen = ["unchanged"]
     monkeypatch.setattr(resource, "getrlimit", limits.get)
     monkeypatch.setattr(resource, "setrlimit", limits.set)
-    host_checks.raise_open_file_limit()
-    assert limits.now[0] == after
-    assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
+    monkeypatch.setattr(torch.multiprocessing, "set_sharing_strategy", chosen.append)
+    host_checks.check_open_files(2)
+    assert (limits.now[0], chosen[-1]) == (after, strategy)
+
+
+def test_too_few_open_files_for_the_loader_workers_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", Limits(64, 64).get)
+    host_checks.check_open_files(0)
+    with pytest.raises(ConfigError, match=r"2 loader workers need 72 open files.* may have 64"):
+        host_checks.check_open_files(2)

@@ -34,6 +34,7 @@ from samft.runtime.output_dir import (
 )
 from samft.runtime.own_files import CONFIG_NAME
 from samft.runtime.signals import StopRequest
+from samft.training.optim import load_state
 
 
 def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
         return None
     trainer = build_trainer(config, model, progress=parts.progress)
     if resume is not None:
-        trainer.optimizer.load_state_dict(resume.state.pop("optimizer"))
+        load_state(trainer.optimizer, resume.state.pop("optimizer"))
         trainer.scaler.load_state_dict(resume.state.pop("scaler"))
     train_batches, val_batches = build_loaders(
         config, splits, start_step=parts.progress.position, device=parts.device

@@ -207,7 +207,8 @@ class Trainer:
         counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
         num_masks = all_reduce_sum(counts, in_step=True).item()
         # DDP averages gradients over ranks, hence the world size; a step may have no mask at all
-        weight = torch.tensor(get_world_size() / max(num_masks, 1), device=self.device)
+        # Filled on the device: a number that is copied there would make the host wait for it
+        weight = torch.full((), get_world_size() / max(num_masks, 1), device=self.device)
 
         # The schedule is a function of the step, so a resumed run needs no state of it
         learning_rate = self.learning_rate_at(self.progress.step)
@@ -350,5 +351,6 @@ def _explain_batch_memory(batch: Batch) -> contextlib.AbstractContextManager[Non
 def _sum_losses(losses: MaskLosses, *, num_images: int) -> Tensor:
     # float64 [7], as `Progress.window`: LOSS_NAMES, number of masks, number of images.
     parts = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
-    sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in parts])
-    return torch.cat([sums, sums.new_tensor([len(losses.total), num_images])])
+    sums = [part.detach().sum(dtype=torch.float64) for part in parts]
+    counts = [sums[0].new_full((), number) for number in (len(losses.total), num_images)]
+    return torch.stack([*sums, *counts])

@@ -144,4 +144,26 @@ def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     if consolidate is None:
         return optimizer.state_dict()
     consolidate(to=0)
-    return optimizer.state_dict() if distributed.is_main() else {}
+    if not distributed.is_main():
+        return {}
+    device = optimizer.param_groups[0]["params"][0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # its copies to the host have only been begun
+    return optimizer.state_dict()
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state that `gather_state` returned, of any device and number of processes.
+
+    Args:
+        optimizer: From `build_optimizer`, with parameters of the same shapes in the same order.
+        state: The state dict, for all parameters. A sharded optimizer takes its share and drops
+            the rest from it.
+    """
+    optimizer.load_state_dict(state)
+    shard = getattr(optimizer, "optim", None)  # only `ZeroRedundancyOptimizer` has one
+    if shard is not None:
+        # It has moved all counts of steps to the CPU, where fused AdamW does not look for them.
+        # Optimizers know themselves where each tensor has to be.
+        shard.load_state_dict(shard.state_dict())
+        optimizer.state.clear()  # another copy of the shard, which nothing uses

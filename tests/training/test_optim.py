@@ -2,11 +2,13 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.gloo_pool import GlooPool
+from helpers.pretend_cuda.runs import needs_harness, run_with_pretended_gpus
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze
 from samft.training.losses import mask_losses
@@ -165,3 +167,12 @@ def test_a_single_process_does_not_shard(model: PromptedSam) -> None:
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=True)
     assert type(optimizer) is torch.optim.AdamW
     assert gather_state(optimizer)["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.processes
+@needs_harness
+def test_a_state_is_loaded_on_any_device_sharded_or_not(tmp_path: Path) -> None:
+    run = run_with_pretended_gpus("helpers.pretended_optimizer", [], folder=tmp_path, processes=2)
+    assert run.code == 0, run.output
+    assert run.output.count("equal:") == 2 * 12, run.output
+    assert not any(report.faults for report in run.reports)

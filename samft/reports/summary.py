@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from samft.checkpoints.top_k import Checkpoint
 from samft.coco.boxes import SmallObjects, advise_on_small_objects
 from samft.commands import shell_command
@@ -14,6 +16,7 @@ from samft.evaluation.object_scores import (
     Comparison,
     describe_against_box_fill,
     describe_share,
+    mean_change,
 )
 from samft.reports.validation_images import BEFORE_AFTER
 from samft.runtime.logs import LOGGER, format_duration
@@ -80,9 +83,12 @@ def summarise_run(
     }
 
 
-def _count_changes(comparison: Comparison) -> dict[str, int]:
+def _count_changes(comparison: Comparison) -> dict[str, Any]:
+    image_ids = comparison.before.image_ids
     return {
         "compared": len(comparison.before),
+        "images": len(np.unique(image_ids)),
+        "change": mean_change(comparison.change, image_ids, seed=0) if len(image_ids) else None,
         "gained": comparison.num_gained,
         "lost": comparison.num_lost,
         "above_box_fill": comparison.after.num_above_box_fill,
@@ -223,6 +229,19 @@ def next_commands(
     ]
 
 
+def describe_interval(change: dict[str, Any] | None, *, before: str) -> str:
+    """The interval of a mean change, behind some words; empty where there is none.
+
+    Args:
+        change: From `mean_change`; None if no objects were compared.
+        before: What the text begins with.
+    """
+    if change is None or change["interval"] is None:
+        return ""
+    low, high = change["interval"]
+    return f"{before}on other images like these is {low:+.3f} to {high:+.3f} (95 % interval)"
+
+
 def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) -> None:
     """Logs the scores, the files and the next commands of a run, and last what got worse, if any.
 
@@ -245,12 +264,14 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
     )
     if objects := summary["objects"]:
         LOGGER.info(
-            f"of %d objects, %d gained more than {LOST_IOU} IoU and %d lost as much; better than "
-            "their filled boxes are %s",
+            f"of %d objects in %d images, %d gained more than {LOST_IOU} IoU and %d lost as much; "
+            "better than their filled boxes are %s%s",
             objects["compared"],
+            objects["images"],
             objects["gained"],
             objects["lost"],
             describe_share(objects["above_box_fill"], objects["compared"]),
+            describe_interval(objects["change"], before="; the mean change "),
         )
     num_bad_images = sum(len(counts["bad_images"]) for counts in summary["data"].values())
     if num_bad_images:

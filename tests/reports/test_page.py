@@ -46,7 +46,14 @@ def a_page(name: str = "plain", **changes: Any) -> ReportPage:
         "best_val_per_mask_iou": 0.55,
         "box_fill_iou": 0.5,
         "above_box_fill": 0.05,
-        "objects": {"compared": 30, "gained": 12, "lost": 0, "above_box_fill": 21},
+        "objects": {
+            "compared": 30,
+            "gained": 12,
+            "lost": 0,
+            "above_box_fill": 21,
+            "images": 4,
+            "change": {"difference": 0.15, "interval": [0.1, 0.2]},
+        },
         "data": {"train": counts, "val": counts},
     }
     page = ReportPage(

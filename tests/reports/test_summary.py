@@ -59,7 +59,14 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
         "above_box_fill": 0.15,
         "best_checkpoint": str(folder / "40-0.75.ckpt"),
         "wall_seconds": 83.0,
-        "objects": {"compared": 20, "gained": 4, "lost": 1, "above_box_fill": 15},
+        "objects": {
+            "compared": 20,
+            "gained": 4,
+            "lost": 1,
+            "above_box_fill": 15,
+            "images": 4,
+            "change": {"difference": 0.15, "interval": [0.1, 0.2]},
+        },
         "data": {"train": {"bad_images": {}}, "val": {"bad_images": {}}},
         **changes,
     }
@@ -128,7 +135,13 @@ def test_the_summary_holds_the_verdict_and_advice() -> None:
     parts |= {"defaults": DEFAULTS, "small_objects": ROOMY}
     worse = summarise_run(progress, best, **parts, comparison=a_comparison(num_lost=3))
     assert len(worse["got_worse"]) == 2 and worse["what_to_try"]
-    assert worse["objects"] == {"compared": 20, "gained": 0, "lost": 3, "above_box_fill": 17}
+    objects = worse["objects"]
+    counts = {"compared": 20, "images": 20, "gained": 0, "lost": 3, "above_box_fill": 17}
+    assert {name: objects[name] for name in counts} == counts
+    low, high = objects["change"]["interval"]  # each object is alone in its image: 3 of 20 lost 0.2
+    assert objects["change"]["difference"] == pytest.approx(-0.03)
+    # The number that lost is binomial: the 2.5th percentile of B(20, 0.15) is 0, the 97.5th is 6.
+    assert (low, high) == pytest.approx((-0.06, 0.0))
     progress.baseline["per_mask_iou"] = 0.4
     better = summarise_run(progress, best, **parts, comparison=None)
     assert better["got_worse"] == better["what_to_try"] == [] and better["objects"] is None
@@ -232,8 +245,9 @@ def test_the_log_has_scores_files_and_next_commands(tmp_path, caplog):
         "0.1500 above filling each box (0.6000), in 1:23"
     )
     assert objects == (
-        "of 20 objects, 4 gained more than 0.1 IoU and 1 lost as much; "
-        "better than their filled boxes are 15 of 20 objects (75%)"
+        "of 20 objects in 4 images, 4 gained more than 0.1 IoU and 1 lost as much; "
+        "better than their filled boxes are 15 of 20 objects (75%); "
+        "the mean change on other images like these is +0.100 to +0.200 (95 % interval)"
     )
     assert all(
         name in places for name in (str(tmp_path), "40-0.75.ckpt", BEFORE_AFTER, "report.html")

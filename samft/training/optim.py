@@ -125,7 +125,11 @@ def build_optimizer(
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(
-            groups, optimizer_class=torch.optim.AdamW, lr=learning_rate, fused=True
+            groups,
+            optimizer_class=torch.optim.AdamW,
+            lr=learning_rate,
+            fused=True,
+            parameters_as_bucket_view=True,  # each process sends one tensor, not each parameter
         )
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 

@@ -3,9 +3,11 @@
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from helpers.gloo_pool import GlooPool
 from helpers.pretend_cuda.runs import needs_harness, run_with_pretended_gpus
@@ -161,6 +163,22 @@ def test_sharded_each_process_holds_half_of_the_state(gloo2: GlooPool) -> None:
     first, second = gloo2.run(optimizer_state_bytes, True)
     assert 0.4 * whole < first < 0.6 * whole
     assert first + second == pytest.approx(whole, rel=1e-3)
+
+
+def broadcasts_of_sharded_step() -> int:
+    torch.manual_seed(6)
+    model = PromptedSam(build_sam("vit_tiny", S))
+    freeze(model.sam, ["image_encoder"])
+    optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast:
+        optimizer.step()
+    return broadcast.call_count
+
+
+def test_sharded_each_process_sends_its_parameters_at_once(gloo2: GlooPool) -> None:
+    assert gloo2.run(broadcasts_of_sharded_step) == [2, 2]
 
 
 def test_a_single_process_does_not_shard(model: PromptedSam) -> None:

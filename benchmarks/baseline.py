@@ -113,7 +113,7 @@ def plain_losses(
     )[:, 0]
     shares, none = targets / 255, torch.zeros_like(mask_logits)
     whole = torch.cat([torch.zeros_like(extents), extents.flip(1)], dim=1)
-    frames = torch.tensor([[0.0, 0.0, frame, frame]]).expand(len(windows), -1)
+    frames = windows.new_tensor([[0.0, 0.0, frame, frame]]).expand(len(windows), -1)
     own = _cell_edges(frames, mask_logits.shape[-1])
     area = _areas_within(edges, whole)
     outside = _areas_within(own, whole) - _areas_within(own, _intersect(windows, whole))
@@ -145,7 +145,8 @@ def plain_losses(
 def _cell_edges(rectangles: Tensor, size: int) -> tuple[Tensor, Tensor]:
     # The edges of size x size cells of each rectangle [m, 4], x0 y0 x1 y1: two [m, size + 1], y, x.
     start, end = rectangles[:, :2, None], rectangles[:, 2:, None]
-    x, y = (start + (end - start) * torch.linspace(0, 1, size + 1)).unbind(1)
+    steps = torch.linspace(0, 1, size + 1, device=rectangles.device)
+    x, y = (start + (end - start) * steps).unbind(1)
     return y, x
 
 

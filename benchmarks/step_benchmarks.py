@@ -31,6 +31,7 @@ from benchmarks.variants import (
     Workload,
     assert_equal,
 )
+from samft.runtime.device import exact_float32
 
 PHASES = ("data", "encoder", "decoder + loss", "backward", "optimizer", REST)
 # GiB by variant; None if the process ran out of memory.
@@ -262,8 +263,9 @@ def measure_encoder(workload: Workload, *, options: MeasureOptions) -> Benchmark
     def encode_fast() -> torch.Tensor:
         return model.embed(batch.images, batch.input_sizes)
 
-    expected = encode_stock()
-    difference = ((encode_fast() - expected).norm() / expected.norm()).item()
+    with exact_float32():
+        expected = encode_stock()
+        difference = ((encode_fast() - expected).norm() / expected.norm()).item()
     assert difference <= ENCODER_TOLERANCE, f"the embeddings differ by {difference:.1e}"
     steps = {BASELINE: encode_stock, SAMFT: encode_fast, AGAIN: encode_stock}
     seconds = time_interleaved(steps, options=options, device=workload.device)

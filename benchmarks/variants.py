@@ -29,7 +29,7 @@ from samft.data.targets import WINDOW_CELLS, WINDOW_SCALE, make_windows
 from samft.models.chunked_loss import BoxDecoder
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam, freeze
-from samft.runtime.device import pick_amp_dtype
+from samft.runtime.device import exact_float32, pick_amp_dtype
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses
 from samft.training.optim import build_optimizer
@@ -182,7 +182,7 @@ class Variants:
     def embeddings(self) -> Tensor:
         """Embeddings of the batch's images, without a gradient."""
         batch = self.synthetic.batch(exact=False)
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32():
             return self.samft.model.embed(batch.images, batch.input_sizes)
 
     def use_random_embeddings(self) -> None:
@@ -284,8 +284,9 @@ def take_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return gradients
 
 
+@exact_float32()
 def assert_equal(variants: Variants, *, start: str, exact: bool = True) -> tuple[float, float]:
-    """Checks that samft in float32 equals the baseline.
+    """Checks that samft in float32 equals the baseline, without TF32 on a GPU.
 
     Args:
         variants: Those of the workload to compare.

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from samft import distributed
+from samft.checkpoints.async_saver import HostCopy
 from samft.checkpoints.top_k import save_tensors
 from samft.config import TrainConfig
 from samft.data.dataset import Batch
@@ -240,7 +241,8 @@ class _TrialRun:
             return 0.0
         path = self.output_dir / f"dry_run-{os.getpid()}.ckpt"
         try:
-            return self._time(lambda: save_tensors(path, state))[0]
+            # By way of the host's memory, as a run saves it
+            return self._time(lambda: save_tensors(path, HostCopy().copy(state)))[0]
         except OSError as error:
             raise ConfigError(f"output_dir: a checkpoint cannot be written: {error}.") from error
         finally:

@@ -29,6 +29,7 @@ from benchmarks.variants import (
 )
 from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
+from helpers.pretend_cuda.runs import needs_harness, run_with_pretended_gpus
 
 pytestmark = pytest.mark.run
 
@@ -53,6 +54,18 @@ def test_a_quick_run_takes_every_benchmark(
     printed = capsys.readouterr().out
     assert "Equal (images): weights exactly" in printed
     assert "Equal (cached): weights exactly" in printed
+
+
+@needs_harness
+def test_equality_holds_on_a_gpu_that_rounds_to_tf32(tmp_path: Path) -> None:
+    argv = ["--quick", "--image_size", "128", "--device", "cuda", "--memory_gib", "0"]
+    argv += ["--benchmarks", "step", "encoder", "decoder", "--warm_up", "0"]
+    run = run_with_pretended_gpus("benchmarks.train_step", argv, folder=tmp_path)
+    assert run.code == 0, run.output[-3000:]
+    assert run.output.count("Equal (") == 4  # frozen, cached, full, decoder
+    assert run.output.count("Equal: embeddings") == 1  # 128 px is the small size, too
+    assert "baseline+amp" in run.output
+    assert not run.reports[0].faults
 
 
 def test_memory_is_of_a_fresh_process() -> None:

@@ -72,9 +72,13 @@ class TrainingPlan:
 
     @property
     def state_gb(self) -> float:
-        """Memory per GPU of weights, gradients and AdamW's moments in float32, no activations."""
+        """Memory per GPU of weights, gradients and AdamW's moments, no activations.
+
+        In float32; a frozen encoder that runs has a copy of its weights in bf16.
+        """
         trained, total = self.parameters
-        return 4 * (total + 3 * trained) / 1e9
+        copied = total - trained if self.mode == "frozen" else 0
+        return (4 * (total + 3 * trained) + 2 * copied) / 1e9
 
     @property
     def embedding_mb(self) -> float:

@@ -325,7 +325,7 @@ def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Pred
     device = pick_device(options.device)
     check_device(device)
     sam, *_, resize_mode = open_checkpoint(options.checkpoint, attention="fast")
-    model = PromptedSam(sam.to(device))
+    model = PromptedSam(sam.to(device).requires_grad_(False))
     if task.boxes is not None:
         amp_dtype = pick_amp_dtype(options.amp, device)
         return BoxPredictor(model, resize_mode=resize_mode, amp_dtype=amp_dtype)

@@ -42,6 +42,7 @@ Memory Cost", arXiv:1604.06174.
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
@@ -57,8 +58,22 @@ _WIDTH_MULTIPLE = 8
 # Elements of an attention mask that a CPU still has in its cache when the kernel reads it.
 _MASK_VALUES = 2**17
 
+TensorPair = tuple[Tensor, Tensor]  # for rows (or heights), and for columns (or widths)
+
 # Nothing in the encoder is random, so there is no generator state to restore in backward.
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class PositionVectors(NamedTuple):
+    """The relative positions of a block as vectors of pairs, see `_pairwise_vectors`.
+
+    Attributes:
+        plain: R_h and R_w.
+        divided: R_h / s and R_w / s.
+    """
+
+    plain: TensorPair
+    divided: TensorPair
 
 
 class FastBlock(nn.Module):
@@ -66,7 +81,13 @@ class FastBlock(nn.Module):
 
     It also keeps less of its MLP for backward, which is the largest part of what a block keeps once
     the attention logits are gone.
+
+    Attributes:
+        positions: The relative positions of the attention, made once for all forward passes; None:
+            made of its tables in each.
     """
+
+    positions: PositionVectors | None = None
 
     def __init__(self, block: Block) -> None:
         """Takes over the submodules of a stock block, under the same names: the same keys."""
@@ -78,7 +99,7 @@ class FastBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention and MLP, each with a residual; [B, H, W, C] to the same shape."""
-        x = x + attention(self.attn, self.norm1(x), self.window_size)
+        x = x + attention(self.attn, self.norm1(x), self.window_size, positions=self.positions)
         hidden = self.mlp.lin1(self.norm2(x))
         if not hidden.requires_grad:
             return x + self._activate_and_project(hidden)
@@ -164,13 +185,35 @@ def checkpoint_activations(encoder: ImageEncoderViT, how: str) -> nn.Module:
     return CheckpointedEncoder(encoder, group_size=group_size)
 
 
-def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
+def compile_blocks(encoder: ImageEncoderViT) -> None:
+    """Compiles each block of an image encoder, in place."""
+    for block in encoder.blocks:
+        block.compile(dynamic=False)
+
+
+def position_vectors(block: FastBlock, num_tokens: int) -> PositionVectors:
+    """The relative positions of a block, without a gradient.
+
+    Args:
+        block: The block.
+        num_tokens: Along a side of the map.
+    """
+    size = block.window_size or num_tokens
+    with torch.no_grad():
+        plain = _position_vectors(block.attn, (size, size))
+        return PositionVectors(plain, _divide(plain, block.attn.scale))
+
+
+def attention(
+    attn: Attention, x: Tensor, window_size: int, *, positions: PositionVectors | None = None
+) -> Tensor:
     """Multi-head attention with relative positions, inside windows or over the whole map.
 
     Args:
         attn: The stock module, whose parameters are used.
         x: float [B, H, W, C], normalised tokens.
         window_size: Side of the square windows in tokens; 0 for attention over the whole map.
+        positions: The module's relative positions for these windows; None: made of its tables.
 
     Returns:
         float [B, H, W, C].
@@ -178,17 +221,14 @@ def attention(attn: Attention, x: Tensor, window_size: int) -> Tensor:
     height, width = x.shape[1:3]
     window = (window_size, window_size) if window_size else (height, width)
     q, k, v = _project_windows(attn, x, window)
-    rel_pos = (
-        _pairwise_vectors(attn.rel_pos_h, window[0]),
-        _pairwise_vectors(attn.rel_pos_w, window[1]),
-    )
+    rel_pos = positions.plain if positions else _position_vectors(attn, window)
     if not window_size and _mask_is_cheaper(q, rel_pos):
         # There is one window, the map itself: its two dimensions of windows are dropped.
         y = _attend_with_mask(*(t[:, 0, 0] for t in (q, k, v)), rel_pos=rel_pos, scale=attn.scale)
         return attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3))
     # The kernel multiplies the whole product by s, but the position terms have no s: u / s and
     # w / s are wanted. Dividing the tables costs less than dividing u and w, of the size of q.
-    rel_pos = rel_pos[0] / attn.scale, rel_pos[1] / attn.scale
+    rel_pos = positions.divided if positions else _divide(rel_pos, attn.scale)
     k, v = _extend_keys_and_values(k, v)
 
     # Queries in the padding have outputs that nobody uses. Where more than half of the queries are
@@ -238,7 +278,7 @@ def _project_windows(attn: Attention, x: Tensor, window: tuple[int, int]) -> tup
 
 
 def _attend_extended(
-    q: Tensor, k: Tensor, v: Tensor, *, rel_pos: tuple[Tensor, Tensor], scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, rel_pos: TensorPair, scale: float
 ) -> Tensor:
     """softmax(logits) v over the tokens of each window, with extended vectors.
 
@@ -262,7 +302,7 @@ def _attend_extended(
     return y[..., : q.shape[-1]].reshape(q.shape)
 
 
-def _mask_is_cheaper(q: Tensor, rel_pos: tuple[Tensor, Tensor]) -> bool:
+def _mask_is_cheaper(q: Tensor, rel_pos: TensorPair) -> bool:
     """Whether position terms are better passed as `attn_mask` than as components of q and k.
 
     A CPU pays for every component: 16 + 64 + 64 a head of vit_tiny at 1024 px instead of 16. Its
@@ -274,7 +314,7 @@ def _mask_is_cheaper(q: Tensor, rel_pos: tuple[Tensor, Tensor]) -> bool:
 
 
 def _attend_with_mask(
-    q: Tensor, k: Tensor, v: Tensor, *, rel_pos: tuple[Tensor, Tensor], scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, rel_pos: TensorPair, scale: float
 ) -> Tensor:
     """As `_attend_extended` over a whole map, with position terms as `attn_mask`.
 
@@ -308,7 +348,7 @@ def _attend_with_mask(
     return torch.cat(outputs, 2).reshape(q.shape)
 
 
-def _position_terms(q: Tensor, rel_pos: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _position_terms(q: Tensor, rel_pos: TensorPair) -> TensorPair:
     """The u and w of queries [..., h', w', d]: [..., h', w', h] and [..., h', w', w]."""
     # With rows in front, both products are batches of matrices that need no copy but this one.
     q_by_row = q.movedim(-3, 0).contiguous()
@@ -335,6 +375,16 @@ def _extend_vectors(x: Tensor, *more: Tensor) -> Tensor:
     zeros = x.new_zeros(-num_components % _WIDTH_MULTIPLE)
     parts = [part.expand(*x.shape[:-1], -1) for part in (*more, zeros)]
     return torch.cat([x, *parts], -1).flatten(-3, -2)
+
+
+def _position_vectors(attn: Attention, window: tuple[int, int]) -> TensorPair:
+    tables = (attn.rel_pos_h, attn.rel_pos_w)
+    height, width = (_pairwise_vectors(t, n) for t, n in zip(tables, window, strict=True))
+    return height, width
+
+
+def _divide(pair: TensorPair, scale: float) -> TensorPair:
+    return pair[0] / scale, pair[1] / scale
 
 
 def _pairwise_vectors(table: Tensor, size: int) -> Tensor:

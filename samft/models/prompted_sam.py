@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from samft.coco.segmentation import CroppedMask
 from samft.models.chunked_loss import BoxDecoder, DecoderInputs, auto_mask_chunk
+from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import Tensors, choose_decoder
 from samft.runtime.device import exact_float32, free_memory_bytes
 from samft.runtime.logs import LOGGER
@@ -36,6 +37,7 @@ class PromptedSam(nn.Module):
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
         self._auto_mask_chunk: int | None = None
+        self._cast_encoder = CastEncoder()
         self._cached_pe: tuple[Tensor, int, Tensor] | None = None
 
     def preprocess(self, images: Tensor, input_sizes: Tensor | None) -> Tensor:
@@ -86,7 +88,16 @@ class PromptedSam(nn.Module):
         if cached is not None:
             return cached.float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
-            return self.sam.image_encoder(self.preprocess(images, input_sizes))
+            encoder = self._cast_encoder.select(self.sam.image_encoder, self.sam.device.type)
+            embeddings: Tensor = encoder(self.preprocess(images, input_sizes))
+            return embeddings
+
+    def unload_encoder(self) -> None:
+        """Moves the image encoder to the CPU, for a run whose embeddings are all cached."""
+        self._cast_encoder.drop()
+        self.sam.image_encoder.cpu()
+        if self.sam.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def decode(
         self,
@@ -152,10 +163,10 @@ class PromptedSam(nn.Module):
         # or loaded in place (another version).
         matrix = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
         cached = self._cached_pe
-        if cached is None or cached[0] is not matrix or cached[1] != matrix._version:
+        if cached is None or cached[0] is not matrix or cached[1] != version_of(matrix):
             # Also if first wanted in inference mode: such a tensor could not be used in training.
             with torch.inference_mode(False):
-                cached = (matrix, matrix._version, self.sam.prompt_encoder.get_dense_pe())
+                cached = (matrix, version_of(matrix), self.sam.prompt_encoder.get_dense_pe())
             self._cached_pe = cached
         return cached[2]
 

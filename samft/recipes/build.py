@@ -11,7 +11,7 @@ from samft import distributed
 from samft.config import TrainConfig
 from samft.data.loaders import BatchLoader, train_loader, val_loader
 from samft.errors import CheckpointError
-from samft.models.image_encoder import checkpoint_activations
+from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze, identify_model, load_state, read_state
 from samft.models.weights import find_weights
@@ -93,8 +93,7 @@ def build_model(
     unreachable = freeze(sam, frozen)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile:
-        for block in sam.image_encoder.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(sam.image_encoder)
     model = PromptedSam(sam.to(device), decoder=config.decoder, mask_chunk=config.mask_chunk)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())

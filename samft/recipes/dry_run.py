@@ -188,7 +188,7 @@ class _TrialRun:
         encode_seconds = 0.0
         if cache:
             encode_seconds = self._time_encoding(median)
-            self.model.sam.image_encoder.cpu()
+            self.model.unload_encoder()
             median, largest, val_batch = (
                 self._with_embeddings(batch) for batch in (median, largest, val_batch)
             )

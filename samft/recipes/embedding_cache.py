@@ -121,9 +121,7 @@ class EmbeddingCache:
             cache.attach_to_dataset()
         distributed.barrier()  # rank 0 holds the lock until all ranks have mapped the files
         self.close()
-        self.model.sam.image_encoder.cpu()
-        if self.model.sam.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.model.unload_encoder()
         return True
 
 

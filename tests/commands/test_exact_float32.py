@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.deployed_scores import deployed_iou
+from helpers.pretend_cuda.runs import needs_harness, run_with_pretended_gpus
 from helpers.short_runs import (
     arguments,
     evaluate_here,
@@ -21,8 +23,6 @@ from samft import export, predict
 from samft.models.weights import PACKAGED_TINY
 
 TINY = str(PACKAGED_TINY)
-
-pytestmark = pytest.mark.run
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,7 @@ def scores(folder: Path) -> list[dict[str, Any]]:
     return [{name: line.get(name) for name in kept} for line in read_metrics(folder)]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("frozen", [False, True])
 def test_training_and_evaluation_give_the_numbers_of_a_cpu(
     data: Path, tmp_path: Path, frozen: bool
@@ -66,6 +67,7 @@ def test_training_and_evaluation_give_the_numbers_of_a_cpu(
     assert evaluated["per_mask_iou"] == pytest.approx(validated["val_per_mask_iou"], rel=1e-12)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("automatic", [False, True])
 def test_prediction_is_exact(data: Path, tmp_path: Path, automatic: bool) -> None:
     argv = ["--checkpoint", TINY, "--output_dir", str(tmp_path / "out"), "--num_workers", "0"]
@@ -79,9 +81,30 @@ def test_prediction_is_exact(data: Path, tmp_path: Path, automatic: bool) -> Non
     assert not gpu.rounded and gpu.exact["convolution"]
 
 
+@pytest.mark.run
 def test_exports_are_verified_exactly(data: Path, tmp_path: Path) -> None:
     with TensorCores() as gpu:
         export.main(
             ["--checkpoint", TINY, "--format", "safetensors", "--output", str(tmp_path / "sam")]
         )
     assert not gpu.rounded and gpu.exact["convolution"]
+
+
+@needs_harness
+@pytest.mark.processes
+def test_on_a_gpu_what_is_validated_is_what_is_deployed(data: Path, tmp_path: Path) -> None:
+    argv = arguments(data, tmp_path / "run", steps=2, metrics_interval=1, device="cuda")
+    trained = run_with_pretended_gpus("samft.train", argv, folder=tmp_path)
+    assert trained.code == 0 and not trained.reports[0].faults, trained.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    checkpoint = Path(summary["best_checkpoint"])
+    validated = json.loads(checkpoint.with_suffix(".json").read_text())["metrics"]
+    where = ["--data_root", str(data), "--split", "val", "--output", str(tmp_path / "iou.json")]
+    argv = ["--checkpoint", str(checkpoint), *where, "--device", "cuda", "--num_workers", "0"]
+    evaluated = run_with_pretended_gpus("samft.evaluate", argv, folder=tmp_path)
+    assert evaluated.code == 0 and not evaluated.reports[0].faults, evaluated.output
+    score = json.loads((tmp_path / "iou.json").read_text())["per_mask_iou"]
+    assert score == pytest.approx(validated["val_per_mask_iou"], abs=1e-12)
+    val = data / "val"
+    deployed = deployed_iou(checkpoint, val / "_annotations.coco.json", val)
+    assert score == pytest.approx(deployed, abs=1e-5)

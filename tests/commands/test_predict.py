@@ -17,6 +17,7 @@ from unittest import mock
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -24,6 +25,8 @@ from helpers.coco_files import write_coco
 from helpers.short_runs import clean_environment
 from samft.cli import run_command
 from samft.errors import ConfigError
+from samft.models import frozen_encoder
+from samft.models.frozen_encoder import cast_frozen_weights
 from samft.models.weights import PACKAGED_TINY
 from samft.predict import main
 from samft.prediction.predictors import BoxPredictor
@@ -69,6 +72,21 @@ def test_annotations_give_a_mask_for_each_object(coco: Path, tmp_path: Path) -> 
         assert predicted.annToMask(one).shape == truth.annToMask(annotated).shape
         assert isinstance(one["score"], float) and "detector_score" not in one
     assert sorted(path.name for path in output.iterdir()) == [".lock", "results.json"]
+
+
+def test_in_mixed_precision_weights_are_cast_once(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes: list[torch.dtype] = []
+
+    def count(encoder: Any, dtype: torch.dtype) -> Any:
+        dtypes.append(dtype)
+        return cast_frozen_weights(encoder, dtype)
+
+    monkeypatch.setattr(frozen_encoder, "cast_frozen_weights", count)
+    inputs = ["--images", coco.parent, "--annotations", coco, "--num_workers", 0]
+    assert predict(tmp_path / "out", "--amp", "bf16", *inputs)["images"] == 4
+    assert dtypes == [torch.bfloat16]
 
 
 def test_detections_keep_class_and_score(coco: Path, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.pretend_cuda.numerics import round_to_tf32
 
 # The operands of each operation, as positions of its arguments.
 _OPERANDS = {
@@ -16,13 +17,6 @@ _OPERANDS = {
     "convolution": (0, 1),
     "convolution_backward": (0, 1, 2),
 }
-_DROPPED_BITS = 13  # of float32's 23
-
-
-def round_to_tf32(tensor: Tensor) -> Tensor:
-    """The nearest TF32 values, float32 of the same shape."""
-    bits = tensor.contiguous().view(torch.int32) + (1 << (_DROPPED_BITS - 1))
-    return (bits & -(1 << _DROPPED_BITS)).view(torch.float32).reshape(tensor.shape)
 
 
 class TensorCores(TorchDispatchMode):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
-from segment_anything import SamPredictor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import samft
 from helpers.coco_files import write_coco
+from helpers.deployed_scores import deployed_iou
 from helpers.equal_metrics import check_equal_metrics
 from helpers.gloo_pool import GlooPool
 from helpers.short_runs import (
@@ -476,25 +476,6 @@ def test_resume_of_a_path_continues_in_another_folder(data, straight, tmp_path):
 
 
 # What is validated is what is deployed
-
-
-def deployed_iou(checkpoint: Path, annotations: Path, images: Path) -> float:
-    """The mean IoU of stock SamPredictor, box by box on the original images."""
-    predictor = SamPredictor(samft.load_sam(checkpoint))
-    coco = COCO(annotations)
-    ious = []
-    for image_id, image in coco.imgs.items():
-        pixels = cv2.imread(str(images / image["file_name"]), cv2.IMREAD_COLOR_RGB)
-        predictor.set_image(pixels)
-        for entry in coco.imgToAnns[image_id]:
-            if entry.get("iscrowd") or not entry["segmentation"]:
-                continue
-            x, y, width, height = entry["bbox"]
-            box = np.array([x, y, x + width, y + height])
-            mask = predictor.predict(box=box, multimask_output=False)[0][0]
-            truth = coco.annToMask(entry).astype(bool)
-            ious.append((mask & truth).sum() / (mask | truth).sum())
-    return float(np.mean(ious))
 
 
 def check_deployed(folder: Path, annotations: Path, images: Path) -> None:

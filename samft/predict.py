@@ -1,4 +1,4 @@
-"""Predicts masks with a checkpoint, and writes them as COCO results.
+"""Predicts masks with a checkpoint; writes COCO results or a COCO dataset.
 
     samft predict --checkpoint FILE --images FOLDER --output_dir OUT
     samft predict ... --images PHOTO.jpg --box 40,60,310,280
@@ -17,6 +17,11 @@ annotation_id, detector_score and stability_score. An image_id is that of
 --annotations, also where it is text; an annotation_id that is no whole number
 is the one that `samft check --fix` gives the object. Without --annotations,
 OUT/images.json is a COCO file with the id of each image.
+
+With --format coco, OUT/dataset.json holds the same masks as a COCO dataset, for
+annotators, viewers and samft.check: its file names are relative to the folder
+of --images, boxes and areas are those of the masks, and masks without a pixel
+are left out.
 """
 
 import argparse
@@ -27,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -36,13 +42,16 @@ from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.errors import ConfigError, DataError, escape_unprintable
 from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.interchange.coco_writer import POLYGONS, RLE
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
+    DATASET,
     IMAGES,
     MASKS,
     OVERLAYS,
     RESULTS,
     PictureWriter,
+    PredictedDataset,
     ResultsWriter,
     is_own_output,
     is_part_of_prediction,
@@ -51,7 +60,7 @@ from samft.prediction.outputs import (
     write_images_json,
 )
 from samft.runtime.checkpoint_paths import find_weights_file
-from samft.runtime.files import atomic_replacement
+from samft.runtime.files import atomic_replacement, write_atomically
 from samft.runtime.output_dir import create_writable_dir, lock_output_dir
 from samft.runtime.signals import check_launch_environment
 
@@ -168,6 +177,18 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
 def _add_output_flags(add: Callable[..., Any]) -> None:
     add("--output_dir", type=user_path, required=True, metavar="DIR", help="folder to write to")
     add(
+        "--format",
+        choices=("results", "coco"),
+        default="results",
+        help=f"coco: write {DATASET} too, a COCO dataset; default results",
+    )
+    add(
+        "--segmentation",
+        choices=(RLE, POLYGONS),
+        help=f"of --format coco: {RLE}, which every reader draws alike, or {POLYGONS} along the "
+        f"edges of pixels, which annotators let people drag; default {RLE}",
+    )
+    add(
         "--masks",
         action="store_true",
         help="write masks/IMAGE.png: pixel value k is the image's k-th mask in "
@@ -221,11 +242,13 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.annotations and (len(options.images) > 1 or not options.images[0].is_dir()):
         raise ConfigError("--annotations goes with one folder of --images.")
+    if options.segmentation and options.format != "coco":
+        raise ConfigError(f"--segmentation is of {DATASET}: give --format coco as well.")
     for name, least in (("num_workers", 0), ("points_per_side", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name}: {getattr(options, name)} must be at least {least}.")
     find_weights_file(options.checkpoint, field="--checkpoint")
-    written = {(options.output_dir / name).resolve() for name in (RESULTS, IMAGES)}
+    written = {(options.output_dir / name).resolve() for name in (RESULTS, IMAGES, DATASET)}
     for name in ("annotations", "boxes"):
         source = getattr(options, name)
         if source and source.resolve() in written:
@@ -271,6 +294,8 @@ def _check_outputs(task: PredictionTask, options: argparse.Namespace) -> None:
     paths = [options.output_dir / RESULTS]
     if not options.annotations:
         paths.append(options.output_dir / IMAGES)
+    if options.format == "coco":
+        paths.append(options.output_dir / DATASET)
     pictures = _picture_writer(options)
     names = picture_names(task.images.names, task.images.ids)
     paths += [path for row in task.rows for path in pictures.paths(names[row])]
@@ -295,17 +320,32 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
     rows: list[int] = []
     counts: dict[str, Any] = {"images": 0, "masks": 0, "images_left_out": {}}
 
-    def write_results(file: BinaryIO) -> None:
+    def write_rows(file: BinaryIO, dataset: PredictedDataset | None) -> None:
         writer = ResultsWriter(file)
-        for row, error in _predict_rows(task, predictor, writer, options):
-            if error is None:
-                rows.append(row)
-            else:
-                counts["images_left_out"][task.images.names[row]] = str(error)
+        for row, entries in _predict_rows(task, predictor, options):
+            if isinstance(entries, DataError):
+                counts["images_left_out"][task.images.names[row]] = str(entries)
+                continue
+            rows.append(row)
+            for entry in entries:
+                writer.add(entry)
+                if dataset:
+                    dataset.add(row, entry)
         writer.close()
         counts["masks"] = writer.num_rows
 
-    # results.json is renamed into place last, so that it never exists without its images.json.
+    def write_both(file: BinaryIO) -> None:
+        def write_dataset(dataset_file: BinaryIO) -> None:
+            kind = options.segmentation or RLE
+            dataset = PredictedDataset(dataset_file, task, segmentation=kind)
+            write_rows(file, dataset)
+            dataset.close(rows)
+            counts["empty_masks"] = dataset.writer.num_empty
+
+        write_atomically(folder / DATASET, write_dataset)
+
+    write_results = write_both if options.format == "coco" else partial(write_rows, dataset=None)
+    # results.json is renamed into place last, so that it never exists without the other files.
     with _explain_write_errors(folder), atomic_replacement(folder / RESULTS, write_results):
         if not options.annotations:
             write_images_json(folder / IMAGES, task.images, rows)
@@ -341,10 +381,9 @@ def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Pred
 def _predict_rows(
     task: PredictionTask,
     predictor: "Predictor",
-    writer: ResultsWriter,
     options: argparse.Namespace,
-) -> Iterator[tuple[int, DataError | None]]:
-    # Yields the row of each image once its masks are written, or with why it cannot be read.
+) -> Iterator[tuple[int, list[dict[str, Any]] | DataError]]:
+    # Yields the row of each image with its masks, or with why it cannot be read.
     from samft.prediction.predictors import predict_images
 
     images = task.images
@@ -385,11 +424,7 @@ def _predict_rows(
             if options.on_bad_image == "error":
                 raise entries
             bar.write(escape_unprintable(f"left out: {entries}"), file=sys.stderr)
-            yield row, entries
-            continue
-        for entry in entries:
-            writer.add(entry)
-        yield row, None
+        yield row, entries
 
 
 @contextmanager
@@ -409,6 +444,10 @@ def _print_summary(counts: dict[str, Any], options: argparse.Namespace, *, secon
         f"{counts['masks']:,} masks of {counts['images']:,} images in {seconds:.1f} s "
         f"({rate:.2f} images/s): {options.output_dir / RESULTS}"
     )
+    if options.format == "coco":
+        _print_line(f"COCO dataset: {options.output_dir / DATASET}")
+        if counts["empty_masks"]:
+            _print_warning(f"left out of {DATASET}: {counts['empty_masks']:,} masks with no pixel")
     for name in (MASKS, OVERLAYS):
         if getattr(options, name):
             _print_line(f"{name}: {options.output_dir / name}")

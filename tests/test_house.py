@@ -29,6 +29,7 @@ ORDER = (
     ("runtime",),
     ("images",),
     ("coco",),
+    ("interchange",),
     ("models", "data"),
     ("embeddings", "checkpoints", "training"),
     ("evaluation",),
@@ -39,7 +40,7 @@ ORDER = (
     ("__main__", "train", "evaluate", "predict", "export", "check", "demo"),
 )
 COMMANDS = ORDER[-1]
-WITHOUT_TORCH = (*ORDER[0], "cli", "settings", "config", "images", "coco", *COMMANDS)
+WITHOUT_TORCH = (*ORDER[0], "cli", "settings", "config", "images", "coco", "interchange", *COMMANDS)
 KNOW_THE_CONFIG = ("config", "recipes", *COMMANDS)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -31,6 +31,7 @@ from samft.coco.json_reader import (
 from samft.coco.problems import WARNING, Problems
 from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.interchange.coco_writer import NO_CLASS
 from samft.prediction.images import ImageList, list_images, read_coco_images
 from samft.runtime.files import read_file
 
@@ -80,12 +81,14 @@ class PredictionTask:
         rows: Those to predict on.
         boxes: None: automatic masks.
         category: Category id of automatic masks.
+        category_names: Of the classes that the COCO file defines; without one, of the one class.
     """
 
     images: ImageList
     rows: list[int]
     boxes: Boxes | None
     category: int
+    category_names: Mapping[int, str]
 
     def boxes_of(self, row: int) -> NDArray[np.float64]:
         """The boxes of an image, float64 [K, 4], x0 y0 x1 y1, px, original frame."""
@@ -138,6 +141,7 @@ def build_task(
         DataError: There are no images, or the boxes do not belong to them.
     """
     index, category = None, DEFAULT_CATEGORY
+    names: Mapping[int, str] = {DEFAULT_CATEGORY: NO_CLASS}
     if annotations is None:
         images = list_images(paths, allow_links=allow_links, pixels=pixels)
     else:
@@ -145,18 +149,20 @@ def build_task(
             annotations, paths[0], allow_links=allow_links, pixels=pixels
         )
         category = NO_CATEGORY
+        names = {key: name for key, name in index.category_names.items() if key != UNNAMED}
     if results is not None:
         keys = index.category_keys if index else {}
         detected = detected_boxes(results, images, min_score=min_score, categories=keys)
-        return PredictionTask(images, sorted(set(detected.rows.tolist())), detected, category)
+        rows = sorted(set(detected.rows.tolist()))
+        return PredictionTask(images, rows, detected, category, names)
     if annotations is not None and index is not None and not (boxes or automatic):
         annotated = annotated_boxes(annotations, index)
         # Unreadable images have no boxes, but are kept so that they are reported.
         lost = {row for row in images.bad if images.names[row] in index.bad_images}
         rows = sorted(lost | set(annotated.rows.tolist()))
-        return PredictionTask(images, rows, annotated, category)
+        return PredictionTask(images, rows, annotated, category, names)
     repeated = repeat_boxes(boxes, images, category) if boxes else None
-    return PredictionTask(images, list(range(len(images.ids))), repeated, category)
+    return PredictionTask(images, list(range(len(images.ids))), repeated, category, names)
 
 
 # Boxes of the command line.

@@ -1,8 +1,8 @@
-"""What a prediction writes: results.json, images.json, masks and overlays. Imports no torch."""
+"""What a prediction writes: results, images, a COCO dataset, pictures. Imports no torch."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -11,16 +11,23 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import CroppedMask, encode_cropped
+from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
+from samft.interchange.coco_writer import (
+    NO_CLASS,
+    DatasetWriter,
+    category_without_class,
+    dataset_head,
+)
 from samft.prediction.images import ImageList
-from samft.prediction.inputs import DEFAULT_CATEGORY
+from samft.prediction.inputs import DEFAULT_CATEGORY, NO_CATEGORY, PredictionTask
 from samft.reports import drawing
 from samft.runtime.files import read_json, write_atomically, write_json
 from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
 
-RESULTS, IMAGES = "results.json", "images.json"
+RESULTS, IMAGES, DATASET = "results.json", "images.json", "dataset.json"
 MASKS, OVERLAYS = "masks", "overlays"
-_CATEGORIES = [{"id": DEFAULT_CATEGORY, "name": "object"}]
+_CATEGORIES = [{"id": DEFAULT_CATEGORY, "name": NO_CLASS}]
+_DESCRIPTION = "masks predicted by samft"
 _DIGITS = 6  # of bbox: hides the rounding of x + width - x
 
 
@@ -87,7 +94,13 @@ def write_images_json(path: Path, images: ImageList, rows: Sequence[int]) -> Non
     Raises:
         OSError: It cannot be written.
     """
-    entries = [
+    entries = _image_entries(images, rows)
+    document = {"info": {}, "images": entries, "annotations": [], "categories": _CATEGORIES}
+    write_json(path, document)
+
+
+def _image_entries(images: ImageList, rows: Sequence[int]) -> list[dict[str, Any]]:
+    return [
         {
             "id": int(images.ids[row]),
             "file_name": images.names[row],
@@ -96,8 +109,51 @@ def write_images_json(path: Path, images: ImageList, rows: Sequence[int]) -> Non
         }
         for row in rows
     ]
-    document = {"info": {}, "images": entries, "annotations": [], "categories": _CATEGORIES}
-    write_json(path, document)
+
+
+class PredictedDataset:
+    """Writes the masks as a COCO dataset: with its images and classes, and boxes around masks.
+
+    Attributes:
+        writer: Counts objects and empty masks.
+    """
+
+    def __init__(self, file: BinaryIO, task: PredictionTask, *, segmentation: str) -> None:
+        """Begins the dataset in an open file; see `DatasetWriter`."""
+        self.writer = DatasetWriter(file, description=_DESCRIPTION, segmentation=segmentation)
+        self._task, self._categories = task, dict(task.category_names)
+
+    def add(self, row: int, result: Mapping[str, Any]) -> None:
+        """Appends a mask.
+
+        Args:
+            row: Of its image.
+            result: Its `result_row`.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        category = result["category_id"]
+        if category == NO_CATEGORY and NO_CATEGORY not in self._task.category_names:
+            category = category_without_class(self._task.category_names)
+        self._categories.setdefault(category, NO_CLASS)
+        kept = {
+            name: result[name]
+            for name in ("score", "detector_score", "stability_score", "annotation_id")
+            if name in result
+        }
+        height, width = self._task.images.sizes[row].tolist()
+        self.writer.add(
+            decode_encoded(result["segmentation"]),
+            size=(height, width),
+            image_id=int(self._task.images.ids[row]),
+            category_id=category,
+            fields=kept,
+        )
+
+    def close(self, rows: Sequence[int]) -> None:
+        """Ends the dataset with the images in these rows."""
+        self.writer.close(_image_entries(self._task.images, rows), self._categories)
 
 
 def picture_names(names: Sequence[str], ids: NDArray[np.int64]) -> list[str]:
@@ -196,7 +252,7 @@ def is_part_of_prediction(name: str) -> bool:
         name: Relative to the output folder.
     """
     pictures = rf"{MASKS}/.+\.png", rf"{OVERLAYS}/.+\.jpg"
-    return is_part_of(name, re.escape(RESULTS), re.escape(IMAGES), *pictures)
+    return is_part_of(name, *map(re.escape, (RESULTS, IMAGES, DATASET)), *pictures)
 
 
 def is_own_output(path: Path) -> bool:
@@ -207,6 +263,10 @@ def is_own_output(path: Path) -> bool:
         with path.open("rb") as file:
             head = file.read(1 << 16)
         return head == b"[]\n" or (head.startswith(b"[\n{") and b'"segmentation":{' in head)
+    if path.name == DATASET:
+        head = dataset_head(_DESCRIPTION)
+        with path.open("rb") as file:
+            return file.read(len(head)) == head
     if path.name == IMAGES:
         try:
             document = read_json(path)

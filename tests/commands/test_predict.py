@@ -23,6 +23,7 @@ from pycocotools.coco import COCO
 
 from helpers.coco_files import write_coco
 from helpers.short_runs import clean_environment
+from samft.check import main as check
 from samft.cli import run_command
 from samft.errors import ConfigError
 from samft.models import frozen_encoder
@@ -101,6 +102,63 @@ def test_detections_keep_class_and_score(coco: Path, tmp_path: Path) -> None:
     ]
     assert [row["bbox"] for row in rows] == [[5, 6, 30, 25], [3, 4, 20, 21]]
     assert predict(tmp_path / "out", *flags, "--min_score", 0.6)["masks"] == 1
+
+
+def test_a_dataset_has_the_masks_of_the_results(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ("--images", coco.parent, "--annotations", coco, "--format", "coco")
+    for kind in ("rle", "polygons"):
+        predict(output, *flags, "--segmentation", kind)
+        results, dataset = load(coco, output / "results.json")[1], output / "dataset.json"
+        with contextlib.redirect_stdout(io.StringIO()):
+            predicted = COCO(str(dataset))
+        assert {image["id"]: image["file_name"] for image in predicted.imgs.values()} == {
+            10 + k: f"image_{k}.png" for k in range(4)
+        }
+        assert predicted.cats == {1: {"id": 1, "name": "thing"}}
+        masks = {one["annotation_id"]: results.annToMask(one) for one in results.anns.values()}
+        assert len(predicted.anns) == len(masks) == 14
+        for one in predicted.anns.values():
+            mask = masks[one["annotation_id"]]
+            assert (predicted.annToMask(one) == mask).all()
+            assert one["area"] == mask.sum()
+            ys, xs = np.nonzero(mask)
+            assert one["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+            assert 0 < one["score"] and one["iscrowd"] == 0
+        # It is a dataset like any other: checked, indexed, and predicted on.
+        report = check(["--annotations", str(dataset), "--images", str(coco.parent)])
+        assert report["errors"] == report["warnings"] == report["notes"] == 0
+        (split,) = report["splits"].values()
+        assert split["images"] == 4 and split["objects"] == 14
+
+
+def test_a_dataset_names_objects_without_a_class(coco: Path, tmp_path: Path) -> None:
+    document = json.loads(coco.read_text())
+    document["categories"] = [{"id": 0, "name": "thing"}, {"id": 1, "name": "other"}]
+    coco.write_text(json.dumps(document))
+    (tmp_path / "boxes.json").write_text('[{"image_id": 10, "bbox": [3, 4, 20, 21], "score": 1}]')
+    flags = ("--images", coco.parent, "--annotations", coco, "--boxes", tmp_path / "boxes.json")
+    predict(tmp_path / "out", *flags, "--format", "coco")
+    (entry,) = json.loads((tmp_path / "out" / "dataset.json").read_text())["annotations"]
+    assert entry["category_id"] == 0 and entry["detector_score"] == 1
+    document["categories"] = [{"id": 1, "name": "thing"}]
+    coco.write_text(json.dumps(document))
+    predict(tmp_path / "out", *flags, "--format", "coco")
+    written = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert [one["category_id"] for one in written["annotations"]] == [2]
+    assert written["categories"] == [{"id": 1, "name": "thing"}, {"id": 2, "name": "object"}]
+
+
+def test_a_dataset_replaces_only_its_own(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ("--images", coco.parent, "--box", "2,3,30,31", "--format", "coco")
+    predict(output, *flags)
+    assert predict(output, *flags)["empty_masks"] == 0
+    (output / "dataset.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(ConfigError, match="dataset.json exists, and no prediction"):
+        predict(output, *flags)
+    with pytest.raises(ConfigError, match="give --format coco as well"):
+        predict(tmp_path / "new", "--images", coco.parent, "--segmentation", "rle")
 
 
 def test_a_folder_gets_ids_and_pictures(coco: Path, tmp_path: Path) -> None:

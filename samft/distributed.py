@@ -277,6 +277,9 @@ def wrap_ddp(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, [name for name, p in model.named_parameters() if p.device != device]
     )
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.shape[2:] == (1, 1):
+            parameter.register_hook(_use_plain_strides)
     # SAM's buffers are constants: not to be sent at every forward. Newer torch renamed the option.
     arguments = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
@@ -293,3 +296,9 @@ def wrap_ddp(
     warm_up(wrapped)
     warm_up(wrapped)
     return wrapped
+
+
+def _use_plain_strides(gradient: Tensor) -> Tensor:
+    # The weight of a 1 x 1 convolution, as in the encoder's neck, gets the strides of channels last
+    # for its gradient. They lie in memory alike, but DDP compares all strides and warns.
+    return gradient.flatten(1).view(gradient.shape)

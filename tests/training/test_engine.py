@@ -1,6 +1,7 @@
 """The loop: invariance to processes and accumulation, precision, bad gradients, validation."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -60,6 +61,24 @@ def test_processes_and_accumulation_do_not_change_what_is_learnt(gloo2: Any) -> 
         assert other_losses == pytest.approx(losses, rel=1e-5)
         for name, value in weights.items():
             torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-5)
+
+
+def warnings_of_a_step() -> list[str]:
+    torch.set_warn_always(True)  # else once in a process, which runs many tests
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # In bf16 the gradient of a 1 x 1 convolution has the strides of channels last
+            trainer = make_trainer(amp_dtype=torch.bfloat16)
+            assert trainer.train_step([collate([make_sample(1)])])
+    finally:
+        torch.set_warn_always(False)
+    return [str(warning.message) for warning in caught]
+
+
+def test_gradients_have_the_strides_of_their_buckets(gloo2: Any) -> None:
+    messages = [message for of_rank in gloo2.run(warnings_of_a_step) for message in of_rank]
+    assert not [message for message in messages if "strides" in message]
 
 
 def test_the_invariance_test_can_fail() -> None:

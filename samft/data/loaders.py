@@ -30,6 +30,7 @@ from samft.data.samplers import (
     TrainingSampler,
     ValidationSampler,
 )
+from samft.data.transfers import Transfers
 from samft.distributed import all_reduce_sum, raise_on_all_ranks
 from samft.errors import DataError, UserError
 from samft.runtime import heartbeat
@@ -297,8 +298,7 @@ def _kill_workers() -> None:
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Moves batches to a device, one ahead: a GPU copies the next one while it computes.
 
-    The copy is on a stream of its own. It is asynchronous only from page-locked memory, as
-    `BatchLoader` gives it.
+    The copy is asynchronous only from page-locked memory, as `BatchLoader` gives it.
 
     Args:
         batches: From a loader.
@@ -310,27 +310,22 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
     Raises:
         UserError: Raised by the loader, after the batches before it have been yielded.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    source, ahead = iter(batches), None
+    transfers, source = Transfers(device), iter(batches)
+    receive: Callable[[], Batch] | None = None
     while True:
-        moved, error = None, None
+        receive_next, error = None, None
         try:
             if (batch := next(source, None)) is not None:
-                with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-                    moved = batch.to(device, non_blocking=True)
+                receive_next = transfers.to_device(batch)
         except UserError as caught:
             error = caught
-        if ahead is not None:
-            if stream is not None:
-                current = torch.cuda.current_stream(device)
-                current.wait_stream(stream)
-                ahead.record_stream(current)
-            yield ahead
+        if receive is not None:
+            yield receive()
         if error is not None:
             raise error
-        if moved is None:
+        if receive_next is None:
             return
-        ahead = moved
+        receive = receive_next
 
 
 def fetch_batches(

@@ -22,6 +22,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.data.transfers import send_to
 from samft.data.transforms import Frame, boxes_to_input, make_frame, resize_image
 from samft.errors import explain_out_of_memory
 from samft.evaluation.evaluator import MEMORY_ADVICE
@@ -143,12 +144,12 @@ class BoxPredictor:
         assert frame is not None and pixels is not None
         device = self.model.sam.device
         boxes = torch.from_numpy(boxes_to_input(boxes_original, frame).astype(np.float32))
-        input_sizes = torch.tensor([frame.input_size], device=device)
+        input_sizes = send_to(device, torch.tensor([frame.input_size]))
         with exact_float32(), self._autocast():
-            embedding = self.model.embed(pixels[None].to(device), input_sizes)
+            embedding = self.model.embed(send_to(device, pixels[None]), input_sizes)
         for first in range(0, len(boxes), MASK_CHUNK):
             part = slice(first, first + MASK_CHUNK)
-            chunk = boxes[part].to(device)
+            chunk = send_to(device, boxes[part])
             with exact_float32(), self._autocast():
                 image_index = torch.zeros(len(chunk), dtype=torch.int64, device=device)
                 logits, scores = self.model.decode(

@@ -35,6 +35,7 @@ OPTIMIZER_ADVICE = (
     "From its first step on, AdamW keeps two values beside each trained one: freeze a part of the "
     f"model, or share them among processes with `--optimizer_sharding`. {MEMORY_ADVICE}"
 )
+LOADING_ADVICE = f"Lower num_workers if it is the host's. {MEMORY_ADVICE}"
 
 
 @dataclass
@@ -120,7 +121,8 @@ def train(
         start = time.monotonic()
         heartbeat.set_step(progress.step)
         # All micro-batches of the step at once: their masks are counted before the first forward
-        micro_batches, error = fetch_batches(stream, accumulate_steps, waiting)
+        with explain_out_of_memory(_describe_loading, advice=LOADING_ADVICE):
+            micro_batches, error = fetch_batches(stream, accumulate_steps, waiting)
         # One rank cannot leave alone, the others would wait for it in the next all-reduce
         if any_rank(should_stop() or error is not None, in_step=True):
             raise_on_all_ranks(error)
@@ -337,6 +339,10 @@ class Trainer:
         self.metric_sums.zero_()
         self.progress.window_seconds = 0.0
         return metrics
+
+
+def _describe_loading() -> str:
+    return f"to load images {heartbeat.loading_images()}"
 
 
 def _explain_batch_memory(batch: Batch) -> contextlib.AbstractContextManager[None]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from helpers.pretend_cuda.ledger import LEDGER
+from helpers.pretend_cuda.stream_order import ORDER
 from helpers.pretend_cuda.tensors import PretendCudaTensor
 
 GPU = torch.device("cuda", 0)
@@ -29,6 +30,17 @@ def kernels(**expected: int) -> Iterator[None]:
     before = LEDGER.report.launches.copy()
     yield
     assert LEDGER.report.launches - before == expected, LEDGER.report.launches - before
+
+
+@contextmanager
+def faults(*expected: str) -> Iterator[None]:
+    """What is done within is noted as these faults."""
+    assert not LEDGER.report.faults
+    yield
+    ORDER.look_for_early_reuse()
+    noted = [text.split(" at ")[0] for text in LEDGER.report.faults]
+    assert noted == list(expected), noted
+    LEDGER.report.faults.clear()
 
 
 @contextmanager
@@ -112,6 +124,8 @@ def late_copies_hold_garbage_until_something_waits() -> None:
 
 def only_what_was_waited_for_has_arrived() -> None:
     tensor, side = torch.ones(3, device="cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    tensor.record_stream(side)
     with torch.cuda.stream(side):
         first = tensor.to("cpu", non_blocking=True)
         event = side.record_event()
@@ -124,6 +138,42 @@ def only_what_was_waited_for_has_arrived() -> None:
     assert second.isnan().all()
     tensor.sum().item()
     assert not second.isnan().any()
+
+
+def streams_wait_for_each_other() -> None:
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    host = torch.ones(3, pin_memory=True)
+    with torch.cuda.stream(side):
+        early, late = (host.to("cuda", non_blocking=True) for _ in range(2))
+    early.record_stream(current)
+    late.record_stream(current)
+    with faults("add does not wait for another stream's use of a tensor"):
+        early + 1
+    current.wait_stream(side)
+    with faults():
+        early + late
+    with torch.cuda.stream(side), faults("add_ does not wait for another stream's use of a tensor"):
+        early.add_(1)  # which the current stream may still read
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), faults():
+        early.add_(1)
+
+
+def memory_outlives_its_use_on_another_stream() -> None:
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+
+    def use(*, recorded: bool) -> None:
+        with torch.cuda.stream(side):
+            moved = torch.ones(3, pin_memory=True).to("cuda", non_blocking=True)
+        current.wait_event(side.record_event())
+        if recorded:
+            moved.record_stream(current)
+        moved.sum()
+
+    with faults():
+        use(recorded=True)
+    with faults("no record_stream before the end of a tensor: sum"):
+        use(recorded=False)
 
 
 def tf32_rounds_where_it_is_allowed() -> None:
@@ -238,6 +288,8 @@ if __name__ == "__main__":
         page_locked_memory_is_known,
         late_copies_hold_garbage_until_something_waits,
         only_what_was_waited_for_has_arrived,
+        streams_wait_for_each_other,
+        memory_outlives_its_use_on_another_stream,
         tf32_rounds_where_it_is_allowed,
         lists_of_tensors_are_one_kernel,
         attention_is_one_kernel,

@@ -41,7 +41,9 @@ def _run_as_main(argv: list[str]) -> None:
 
 def _write_report() -> None:
     from helpers.pretend_cuda.ledger import LEDGER
+    from helpers.pretend_cuda.stream_order import ORDER
 
+    ORDER.look_for_early_reuse()
     if path := os.environ.get("PRETEND_CUDA_REPORT"):
         LEDGER.report.write(Path(f"{path}.{os.environ.get('RANK', '0')}"))
     else:

@@ -17,6 +17,8 @@ import torch
 
 from helpers.pretend_cuda.ledger import LEDGER
 
+_ALL = -1  # in place of a stream
+
 
 @dataclass(eq=False)
 class _Copy:
@@ -31,16 +33,26 @@ class PendingCopies:
 
     def __init__(self) -> None:
         self._copies: list[_Copy] = []
+        self._seen: dict[int, int] = {}  # by stream, what the host has waited for
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
+
+    def advance(self, stream: "Stream") -> int:
+        """The number of one more piece of work on a stream; numbers grow over all streams."""
+        with self._lock:
+            stream.reached[stream.number] = number = next(self._numbers)
+        return number
+
+    def seen_by_host(self, stream: int) -> int:
+        """The last piece of work of a stream that the host has waited for."""
+        return self._seen.get(stream, self._seen.get(_ALL, 0))
 
     def begin(self, target: torch.Tensor, values: torch.Tensor) -> None:
         """Begins to copy values into a tensor on the host, which holds garbage meanwhile."""
         stream = current_stream()
+        number = self.advance(stream)
         with self._lock:
-            number = next(self._numbers)
             self._copies.append(_Copy(target, values.detach().clone(), stream.number, number))
-            stream.reached[stream.number] = number
         with torch.no_grad():
             target.fill_(_garbage(target.dtype))
 
@@ -53,6 +65,13 @@ class PendingCopies:
                 if reached is None or copy.number <= reached.get(copy.stream, 0)
             ]
             self._copies = [copy for copy in self._copies if copy not in landed]
+            if reached is None:
+                self._seen = {_ALL: next(self._numbers)}
+            else:
+                merged = {
+                    key: max(number, self.seen_by_host(key)) for key, number in reached.items()
+                }
+                self._seen.update(merged)
         with torch.no_grad():
             for copy in landed:
                 copy.target.copy_(copy.values)

@@ -26,6 +26,7 @@ from helpers.pretend_cuda.graphs import CudaGraph, refuse_to_capture
 from helpers.pretend_cuda.launches import count_launches
 from helpers.pretend_cuda.ledger import LEDGER
 from helpers.pretend_cuda.numerics import bind_kernel
+from helpers.pretend_cuda.stream_order import ORDER
 from helpers.pretend_cuda.streams import PENDING, wait_for_device
 
 
@@ -114,7 +115,8 @@ class PretendCudaTensor(Tensor):
         return self.values.data_ptr()
 
     def record_stream(self, stream: Any) -> None:
-        """Nothing is freed early here."""
+        """Says that a stream uses it, which is not the one that it was made on."""
+        ORDER.record(self, stream)
 
     def is_pinned(self, *args: Any, **options: Any) -> bool:
         """Only memory of the host can be page-locked."""
@@ -152,7 +154,11 @@ def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if kind := kind_of_wait(operation):
         wait_for_device(kind, only_current_stream=True)
     LEDGER.launch(operation.name, count_launches(operation))
-    return _copy_between_devices(operation) if _is_transfer(operation) else _compute(operation)
+    ORDER.check(operation)
+    is_transfer = _is_transfer(operation)
+    result = _copy_between_devices(operation) if is_transfer else _compute(operation)
+    ORDER.note(operation, result, is_transfer=is_transfer)
+    return result
 
 
 def _compute(operation: Operation) -> Any:

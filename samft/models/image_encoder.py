@@ -40,6 +40,7 @@ Memory Cost", arXiv:1604.06174.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -55,6 +56,13 @@ from torch.utils.checkpoint import checkpoint
 # kernels of GPUs go up to a width of 256: 1536 px with 64 channels a head, 1408 px with the 80 of
 # vit_h. Beyond that PyTorch takes another of its kernels.)
 _WIDTH_MULTIPLE = 8
+# The one pair of unequal widths above 128 that cuDNN has kernels for, and the GPUs where PyTorch
+# tries cuDNN first. Source: `check_cudnn_tensor_shapes` and `check_prefer_cudnn_attention` in
+# PyTorch's `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, 2.10 to 2.13.
+_CUDNN_WIDTHS = (192, 128)  # of keys, of values
+_CUDNN_FIRST = frozenset({(9, 0), (10, 0), (10, 3)})
+_CUDNN_FIRST_VERSION = 91501
+_CUDNN_LAST = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1"
 # Elements of an attention mask that a CPU still has in its cache when the kernel reads it.
 _MASK_VALUES = 2**17
 
@@ -187,6 +195,7 @@ def checkpoint_activations(encoder: ImageEncoderViT, how: str) -> nn.Module:
 
 def compile_blocks(encoder: ImageEncoderViT) -> None:
     """Compiles each block of an image encoder, in place."""
+    torch.compiler.assume_constant_result(_attention_gpu)  # a mark for the compiler
     for block in encoder.blocks:
         block.compile(dynamic=False)
 
@@ -360,13 +369,64 @@ def _position_terms(q: Tensor, rel_pos: TensorPair) -> TensorPair:
 def _extend_keys_and_values(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys with the unit vectors of their row and column, values with as many zeros.
 
-    The fused kernels want q, k and v of one width; the zeros of v give outputs that are cut off.
+    The zeros of v give outputs that are cut off: see `value_width`.
     """
-    height, width = k.shape[-3:-1]
+    height, width, num_channels = k.shape[-3:]
     rows = torch.eye(height, dtype=k.dtype, device=k.device)[:, None].expand(-1, width, -1)
     columns = torch.eye(width, dtype=k.dtype, device=k.device).expand(height, -1, -1)
-    zeros = v.new_zeros(height + width)
-    return _extend_vectors(k, rows, columns), _extend_vectors(v, zeros)
+    keys = _extend_vectors(k, rows, columns)
+    wide = value_width(keys.shape[-1], num_channels, dtype=v.dtype, gpu=_attention_gpu(v.device))
+    return keys, _extend_vectors(v, v.new_zeros(wide - num_channels))
+
+
+class AttentionGpu(NamedTuple):
+    """What decides which kernel `scaled_dot_product_attention` takes on a GPU.
+
+    Attributes:
+        capability: Of the GPU, such as (9, 0) of an H100.
+        cudnn_version: Such as 91501 for 9.15.1; None where cuDNN may not be used for attention.
+    """
+
+    capability: tuple[int, int]
+    cudnn_version: int | None
+
+
+def value_width(
+    key_width: int, num_channels: int, *, dtype: torch.dtype, gpu: AttentionGpu | None
+) -> int:
+    """The width of the values that a fused kernel takes beside keys of a width.
+
+    All kernels take values as wide as keys, and flash kernels no others. For keys of 192 (1024 px
+    with 64 channels a head), cuDNN has one for values of 128 as well, with half of the zeros.
+
+    Args:
+        key_width: Components of queries and keys.
+        num_channels: Of a value, without zeros.
+        dtype: Of queries, keys and values.
+        gpu: None: another device.
+    """
+    keys, values = _CUDNN_WIDTHS
+    is_taken = (
+        gpu is not None
+        and gpu.capability in _CUDNN_FIRST
+        and (gpu.cudnn_version or 0) >= _CUDNN_FIRST_VERSION
+        and dtype in (torch.float16, torch.bfloat16)
+        and key_width == keys
+        and num_channels <= values
+    )
+    return values if is_taken else key_width
+
+
+def _attention_gpu(device: torch.device) -> AttentionGpu | None:
+    if device.type != "cuda":
+        return None
+    # A program may have switched it off, and PyTorch does not call it deterministic.
+    is_off = not torch.backends.cuda.cudnn_sdp_enabled() or _CUDNN_LAST
+    if is_off or torch.are_deterministic_algorithms_enabled() or torch.version.hip is not None:
+        version = None
+    else:
+        version = torch.backends.cudnn.version()
+    return AttentionGpu(torch.cuda.get_device_capability(device), version)
 
 
 def _extend_vectors(x: Tensor, *more: Tensor) -> Tensor:

@@ -19,7 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from samft.checkpoints.top_k import save_tensors
-from samft.models.image_encoder import FastBlock, attention, use_fast_attention
+from samft.models.image_encoder import (
+    AttentionGpu,
+    FastBlock,
+    _attention_gpu,
+    attention,
+    use_fast_attention,
+    value_width,
+)
 from samft.models.sam import build_sam, load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
@@ -155,6 +162,88 @@ def test_one_query_by_hand() -> None:
     first, second = torch.tensor([0.0, 1.0]).softmax(0), torch.tensor([-0.5, 0.0]).softmax(0)
     expected = torch.stack([first, second]) @ torch.tensor([1.0, 5.0])
     torch.testing.assert_close(y.flatten().float(), expected)
+
+
+# An H100 with the first cuDNN that PyTorch asks before flash kernels; other GPUs and versions.
+H100 = AttentionGpu((9, 0), 91501)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        (H100, 128),
+        (AttentionGpu((10, 0), 91900), 128),
+        (AttentionGpu((10, 3), 92000), 128),
+        (None, 192),
+        (AttentionGpu((9, 0), None), 192),
+        (AttentionGpu((9, 0), 91500), 192),
+        (AttentionGpu((8, 0), 91900), 192),
+        (AttentionGpu((12, 0), 91900), 192),
+    ],
+)
+def test_values_are_narrow_where_cudnn_takes_them(gpu: AttentionGpu | None, expected: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert value_width(192, 64, dtype=dtype, gpu=gpu) == expected
+    assert value_width(192, 64, dtype=torch.float32, gpu=gpu) == 192
+    assert value_width(192, 160, dtype=torch.bfloat16, gpu=gpu) == 192
+    for key_width in (96, 176, 208, 256):
+        assert value_width(key_width, 64, dtype=torch.bfloat16, gpu=gpu) == key_width
+
+
+def test_cudnn_counts_where_it_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    assert _attention_gpu(gpu) == H100
+    assert _attention_gpu(torch.device("cpu")) is None
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        assert _attention_gpu(gpu) == ((9, 0), None)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert _attention_gpu(gpu) == ((9, 0), None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "gpu", "expected"),
+    [
+        ("vit_b", H100, {(96, 96), (192, 128)}),
+        ("vit_b", None, {(96, 96), (192, 192)}),
+        ("vit_l", H100, {(96, 96), (192, 128)}),
+        ("vit_h", H100, {(112, 112), (208, 208)}),
+    ],
+)
+def test_widths_of_keys_and_values_at_1024_px(
+    model_type: str,
+    gpu: AttentionGpu | None,
+    expected: set[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    widths: set[tuple[int, int]] = set()
+    kernel: Any = F.scaled_dot_product_attention
+
+    def record_widths(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        assert q.shape[-1] == k.shape[-1]
+        widths.add((k.shape[-1], v.shape[-1]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_widths)
+    monkeypatch.setattr("samft.models.image_encoder._attention_gpu", lambda device: gpu)
+    with torch.device("meta"):
+        encoder = build_sam(model_type, 1024, attention="fast").image_encoder.bfloat16()
+        images = torch.empty(1, 3, 1024, 1024, dtype=torch.bfloat16)
+    assert encoder(images).shape == (1, 256, 64, 64)
+    assert widths == expected
+
+
+@pytest.mark.parametrize(("height", "width", "window_size"), MAPS)
+def test_narrow_values_give_the_same_outputs_and_gradients(
+    height: int, width: int, window_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow: Any = lambda key_width, num_channels, **_: num_channels + 4  # noqa: E731
+    monkeypatch.setattr("samft.models.image_encoder.value_width", narrow)
+    stock = stock_block(24, 2, size=(height, width), window_size=window_size)
+    fast = FastBlock(copy.deepcopy(stock))
+    x = torch.randn(2, height, width, 24, dtype=torch.float64)
+    check_same(fast, stock, x, output=TIGHT, grad=TIGHT)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -3,8 +3,9 @@
     samft export --checkpoint best.ckpt --format onnx --output tuned
 
 Formats: pth, a file like Meta's, at 1024 px; safetensors, a file with the same
-keys; onnx, a folder with encoder.onnx and decoder.onnx; huggingface, a folder
-for transformers' SamModel. What was written is loaded again, and is kept only
+keys; onnx, a folder with encoder.onnx and decoder.onnx; xanylabeling, a folder
+with the two ONNX files and the YAML that X-AnyLabeling and AnyLabeling load;
+huggingface, a folder for transformers' SamModel. What was written is loaded again, and is kept only
 if its masks for boxes equal the checkpoint's. The automatic mask generator is
 tried as well, because fine-tuning on boxes can leave it without masks.
 """
@@ -12,6 +13,7 @@ tried as well, because fine-tuning on boxes can leave it without masks.
 import argparse
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from samft.exporters.exporter import TunedCheckpoint
     from samft.exporters.verification import Difference, Prediction, VerificationSample
 
-FORMATS = ("pth", "safetensors", "onnx", "huggingface")
-FOLDERS = {
+FORMATS = ("pth", "safetensors", "onnx", "xanylabeling", "huggingface")
+FOLDERS = {  # names of the files, with wildcards
+    "xanylabeling": ("*.encoder.onnx", "*.decoder.onnx", "*.yaml"),
     "onnx": ("encoder.onnx", "decoder.onnx"),
     "huggingface": ("config.json", "model.safetensors", "preprocessor_config.json"),
 }
@@ -136,8 +139,9 @@ def _check_inputs(options: argparse.Namespace) -> None:
             find_weights_file(path, field=f"--{flag}")
     if options.image and not options.image.is_file():
         raise DataError(f"--image: there is no file {options.image}.")
-    if options.format in EXTRAS:
-        require_extra(options.format, what=f"--format {options.format}")
+    extra = "onnx" if options.format == "xanylabeling" else options.format
+    if extra in EXTRAS:
+        require_extra(extra, what=f"--format {options.format}")
 
 
 def _check_output(options: argparse.Namespace) -> None:
@@ -158,7 +162,8 @@ def _check_output(options: argparse.Namespace) -> None:
             "choose another path."
         )
     if files is not None:
-        foreign = sorted({path.name for path in output.iterdir()} - set(files))
+        names = sorted(path.name for path in output.iterdir())
+        foreign = [name for name in names if not any(fnmatch(name, file) for file in files)]
         if foreign:
             raise ConfigError(
                 f"--output: the folder {output} holds {foreign[0]}, which no export wrote: name a "
@@ -222,7 +227,7 @@ def _warn_of_new_size(
     percent = 100 * compare_predictions(before, after).equal_pixels
     size = tuned.image_size
     _print_warning(
-        "Meta's format is for 1024 px, so position embeddings were resized from those for "
+        "This format is for 1024 px, so position embeddings were resized from those for "
         f"{size} px. On the images compared here, {percent:.2f} % of the mask pixels are equal. "
         f"Scores at {size} px do not hold at 1024 px: evaluate the file (samft evaluate), or use "
         "the checkpoint itself (samft.load_sam)."

@@ -28,6 +28,7 @@ from samft.exporters.weight_files import (
     write_pth,
     write_safetensors,
 )
+from samft.exporters.xanylabeling import open_xanylabeling, write_xanylabeling
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.sam import (
     build_sam,
@@ -40,6 +41,8 @@ from samft.models.sam import (
 from samft.models.weights import find_local_weights
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
+
+AT_META_SIZE = ("pth", "xanylabeling")  # formats whose readers know no other image size
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def open_tuned_checkpoint(path: Path) -> TunedCheckpoint:
 
 
 def model_to_write(tuned: TunedCheckpoint, format: str) -> Sam:
-    """The model that a file of this format holds: at 1024 px for `pth`, else as it was trained."""
-    if format != "pth" or tuned.image_size == META_SIZE:
+    """The model that a file of this format holds: at 1024 px for some, else as it was trained."""
+    if format not in AT_META_SIZE or tuned.image_size == META_SIZE:
         return tuned.sam
     sam = build_sam(tuned.model_type, META_SIZE)
     load_state(sam, tuned.sam.state_dict(), source=tuned.path)
@@ -145,7 +148,7 @@ def export_model(
     Args:
         sam: The model, see `model_to_write`.
         output: The file or folder to write; an existing one is replaced.
-        format: `pth`, `safetensors`, `onnx` or `huggingface`.
+        format: `pth`, `safetensors`, `onnx`, `xanylabeling` or `huggingface`.
         metadata: Stored in the file, except in `pth`.
         expected: Samples, and the predictions of `sam` for them.
         opset: ONNX operator set version.
@@ -182,6 +185,8 @@ def _write_format(
         write_safetensors(sam, part, metadata)
     elif format == "onnx":
         write_onnx(sam, part, metadata, opset=opset)
+    elif format == "xanylabeling":
+        write_xanylabeling(sam, part, metadata, opset=opset)
     else:
         write_huggingface(sam, part, metadata)
 
@@ -189,6 +194,8 @@ def _write_format(
 def _load_written(sam: Sam, part: Path, *, format: str) -> PredictFunction:
     if format == "onnx":
         return open_onnx(part)
+    if format == "xanylabeling":
+        return open_xanylabeling(part)
     if format == "huggingface":
         return open_huggingface(part)
     loaded = read_pth(part) if format == "pth" else open_checkpoint(part).sam

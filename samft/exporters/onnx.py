@@ -21,13 +21,14 @@ from samft.exporters.verification import PredictFunction, Prediction, Verificati
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 OPSET = 17
-_TOP_LEFT, _BOTTOM_RIGHT = 2, 3  # point labels of a box's corners
+TOP_LEFT, BOTTOM_RIGHT, PADDING = 2, 3, -1  # point labels: a box's corners, no point
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     """Image embedding of RGB pixels whose longer side is the model's image size."""
 
     def __init__(self, sam: Sam) -> None:
+        """Takes the model in eval mode."""
         super().__init__()
         self.sam, self.side = sam, sam.image_encoder.img_size
 
@@ -38,7 +39,7 @@ class _Encoder(nn.Module):
         return embedding
 
 
-class _Decoder(SamOnnxModel):
+class Decoder(SamOnnxModel):
     """`SamOnnxModel`, except that tracing does not fix the size of the image."""
 
     def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
@@ -67,34 +68,42 @@ def write_onnx(sam: Sam, folder: Path, metadata: Mapping[str, str], *, opset: in
     Raises:
         OSError: The disk is full or the folder cannot be written.
     """
-    import onnx  # an extra, and its import takes half a second
-
     folder.mkdir()
     side = sam.image_encoder.img_size
-    channels, low = sam.prompt_encoder.embed_dim, sam.prompt_encoder.mask_input_size
-    grid = sam.prompt_encoder.image_embedding_size
     image = {"image": torch.zeros(1, 3, side, side // 2)}
-    prompts = {
-        "image_embeddings": torch.zeros(1, channels, *grid),
-        "point_coords": torch.zeros(2, 3, 2),
-        "point_labels": torch.zeros(2, 3),
-        "mask_input": torch.zeros(1, 1, *low),
+    axes = {"image": {2: "height", 3: "width"}}
+    export_traced(Encoder(sam), folder / ENCODER, image, ["image_embeddings"], axes, opset=opset)
+    axes = {name: {0: "num_prompts", 1: "num_points"} for name in ("point_coords", "point_labels")}
+    outputs = ["masks", "iou_predictions", "low_res_masks"]
+    decoder, prompts = Decoder(sam, return_single_mask=False), decoder_inputs(sam, num_prompts=2)
+    export_traced(decoder, folder / DECODER, prompts, outputs, axes, opset=opset)
+    for name in (ENCODER, DECODER):
+        save_metadata(folder / name, metadata)
+
+
+def decoder_inputs(sam: Sam, *, num_prompts: int) -> dict[str, Tensor]:
+    """Inputs to trace a decoder with, by name; each prompt has three points."""
+    side, grid = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size
+    return {
+        "image_embeddings": torch.zeros(1, sam.prompt_encoder.embed_dim, *grid),
+        "point_coords": torch.zeros(num_prompts, 3, 2),
+        "point_labels": torch.zeros(num_prompts, 3),
+        "mask_input": torch.zeros(1, 1, *sam.prompt_encoder.mask_input_size),
         "has_mask_input": torch.zeros(1),
         "orig_im_size": torch.tensor([float(side), float(side)]),
     }
-    axes = {"image": {2: "height", 3: "width"}}
-    _export_traced(_Encoder(sam), folder / ENCODER, image, ["image_embeddings"], axes, opset=opset)
-    axes = {name: {0: "num_prompts", 1: "num_points"} for name in ("point_coords", "point_labels")}
-    outputs = ["masks", "iou_predictions", "low_res_masks"]
-    decoder = _Decoder(sam, return_single_mask=False)
-    _export_traced(decoder, folder / DECODER, prompts, outputs, axes, opset=opset)
-    for name in (ENCODER, DECODER):
-        model = onnx.load(folder / name, load_external_data=False)
-        onnx.helper.set_model_props(model, dict(metadata))
-        onnx.save(model, folder / name)
 
 
-def _export_traced(
+def save_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Stores text in an ONNX file."""
+    import onnx  # an extra, and its import takes half a second
+
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, path)
+
+
+def export_traced(
     module: nn.Module,
     path: Path,
     inputs: Mapping[str, Tensor],
@@ -103,6 +112,16 @@ def _export_traced(
     *,
     opset: int,
 ) -> None:
+    """Traces a module and writes it as ONNX.
+
+    Args:
+        module: In eval mode.
+        path: The file.
+        inputs: Examples by name, in the order of the module's arguments.
+        outputs: Their names.
+        axes: Which axes of which inputs may have any length, and the names of these.
+        opset: ONNX operator set version.
+    """
     with torch.no_grad(), warnings.catch_warnings():
         # Warnings: this exporter is the older one; sizes that never change became constants.
         warnings.simplefilter("ignore")
@@ -148,7 +167,7 @@ def _predict_sample(encoder: Any, decoder: Any, sample: VerificationSample) -> P
         {
             "image_embeddings": embedding,
             "point_coords": corners.astype(np.float32),
-            "point_labels": np.full(corners.shape[:2], [_TOP_LEFT, _BOTTOM_RIGHT], np.float32),
+            "point_labels": np.full(corners.shape[:2], [TOP_LEFT, BOTTOM_RIGHT], np.float32),
             "mask_input": np.zeros((1, 1, *low), np.float32),
             "has_mask_input": np.zeros(1, np.float32),
             "orig_im_size": np.array(size, np.float32),

@@ -23,6 +23,8 @@ from samft.exporters.verification import bitwise_equal, predict_boxes, synthetic
 from samft.models.sam import load_sam
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
+# One of them is for a program with a window: tests/exporters/test_xanylabeling.py
+DOCUMENTED = tuple(name for name in FORMATS if name != "xanylabeling")
 PAGE = REPOSITORY / "docs" / "export.md"
 
 
@@ -91,7 +93,7 @@ def documented_snippets() -> dict[str, str]:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     return {
         format: block.replace('"vit_b", 1024', f'"vit_tiny", {SIZE}').replace("1024 /", f"{SIZE} /")
-        for format, block in zip(FORMATS, blocks, strict=True)
+        for format, block in zip(DOCUMENTED, blocks, strict=True)
     }
 
 
@@ -100,7 +102,7 @@ def registered_tiny(checkpoint: str) -> Sam:
     return load_sam(checkpoint)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", DOCUMENTED)
 def test_each_format_equals_the_checkpoint_and_the_documented_snippet_loads_it(
     format: str, checkpoint, tmp_path, monkeypatch, at_64, capsys
 ):

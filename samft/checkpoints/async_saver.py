@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import KeyPath, tree_leaves, tree_map_with_path
+from torch.utils._pytree import KeyPath, tree_leaves_with_path, tree_map_with_path
 
+from samft.checkpoints.page_locked import empty_page_locked
 from samft.checkpoints.top_k import SCORE, TopK
 from samft.checkpoints.training_state import LAST_NAME, save_last
 from samft.runtime.logs import LOGGER
@@ -40,27 +41,30 @@ class HostCopy:
         Returns:
             The same structure with tensors on the CPU. The next call overwrites them.
         """
-        copied = tree_map_with_path(partial(self._copy_leaf, frozenset(constant)), tree)
+        leaves = tree_leaves_with_path(tree)
+        tensors = {path: leaf.detach() for path, leaf in leaves if isinstance(leaf, Tensor)}
+        constants = {path for path in tensors if path and getattr(path[-1], "key", "") in constant}
+        new = {p: t for p, t in tensors.items() if not _is_alike(self._buffers.get(p), t)}
+        on_gpu = {path: tensor for path, tensor in new.items() if tensor.is_cuda}
+        self._buffers.update(empty_page_locked(on_gpu))
+        for path, tensor in tensors.items():
+            if path in constants and not tensor.is_cuda:
+                self._buffers[path] = tensor
+            elif path in new and not tensor.is_cuda:
+                self._buffers[path] = tensor.clone()
+            elif path in new or path not in constants:
+                self._buffers[path].copy_(tensor, non_blocking=True)
         # Copies into page-locked memory are asynchronous. Without one there is nothing to wait for,
         # and a run on a CPU must not make a CUDA context.
-        if any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(tree)):
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
-        return copied
+        return tree_map_with_path(
+            lambda path, leaf: self._buffers[path] if path in tensors else leaf, tree
+        )
 
-    def _copy_leaf(self, constant: frozenset[str], path: KeyPath, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        tensor = leaf.detach()
-        is_constant = bool(path) and getattr(path[-1], "key", None) in constant
-        if is_constant and not tensor.is_cuda:
-            return tensor
-        buffer = self._buffers.get(path)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._buffers[path] = buffer
-        elif is_constant:
-            return buffer
-        return buffer.copy_(tensor, non_blocking=True)
+
+def _is_alike(buffer: Tensor | None, tensor: Tensor) -> bool:
+    return buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
 
 
 class BackgroundWriter:

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def test_a_gpu_copies_while_it_computes_and_nobody_reads_too_early(tmp_path: Path) -> None:
     run = run_with_pretended_gpus("helpers.pretended_transfers", [], folder=tmp_path)
     assert run.code == 0, run.output
-    assert run.output.count("checked:") == 5, run.output
+    assert run.output.count("checked:") == 6, run.output
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:

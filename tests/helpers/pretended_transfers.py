@@ -1,6 +1,9 @@
 """Checks of copies beside computation, each in a function; `test_transfers.py` runs them on
 pretended GPUs."""
 
+import tempfile
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -9,6 +12,7 @@ from helpers.pretend_cuda.ledger import LEDGER
 from helpers.pretend_cuda.stream_order import ORDER
 from helpers.pretended_operations import kinds_of_waits
 from helpers.trainers import SIZE, val_batches
+from samft.checkpoints.async_saver import HostCopy
 from samft.data.loaders import prefetch_to_device
 from samft.data.transfers import Transfers, send_to
 from samft.embeddings.precompute import _Encoded, _Encoder, _LoadedImage
@@ -107,6 +111,32 @@ def a_gpu_encodes_while_earlier_images_are_stored() -> None:
                 assert difference < 1e-3 * abs(other.embedding).max(), difference
 
 
+def a_copied_state_takes_little_more_page_locked_memory_than_it_has_bytes() -> None:
+    page_locked: list[int] = []
+    stock = torch.empty
+
+    def empty(*args: Any, **options: Any) -> torch.Tensor:
+        made = stock(*args, **options)
+        if options.get("pin_memory"):  # as PyTorch rounds it up
+            page_locked.append(1 << (made.nbytes - 1).bit_length())
+        return made
+
+    sizes = [2_100_000, 1_100_000, 700_000, 140_000, 0, 1]
+    state = {k: torch.arange(float(size), device="cuda") for k, size in enumerate(sizes)}
+    state[6] = torch.ones(2, 3, device="cuda", dtype=torch.bfloat16).T
+    with mock.patch("torch.empty", empty):
+        copied = HostCopy().copy(state)
+    assert sum(page_locked) == 2**24, page_locked  # for 16.2 of its 16.8 million bytes
+    for key, tensor in state.items():
+        assert copied[key].is_pinned() or not tensor.numel()
+        assert torch.equal(copied[key], tensor.cpu()) and copied[key].stride() == tensor.stride()
+        assert copied[key].untyped_storage().nbytes() == max(tensor.nbytes, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "state")
+        torch.save(copied, path)
+        assert path.stat().st_size < 1.01 * sum(tensor.nbytes for tensor in state.values())
+
+
 if __name__ == "__main__":
     for check in (
         computation_waits_for_this_batch_and_not_for_the_next,
@@ -114,6 +144,7 @@ if __name__ == "__main__":
         a_result_is_read_once_it_is_there,
         nothing_waits_for_what_is_sent,
         a_gpu_encodes_while_earlier_images_are_stored,
+        a_copied_state_takes_little_more_page_locked_memory_than_it_has_bytes,
     ):
         check()
         ORDER.look_for_early_reuse()

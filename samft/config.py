@@ -22,7 +22,7 @@ FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links
-    attention decoder mask_chunk compile activation_checkpointing optimizer_sharding
+    attention decoder mask_chunk compile cuda_graphs activation_checkpointing optimizer_sharding
     dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit probe_memory""".split()
 )
 
@@ -235,6 +235,11 @@ class TrainConfig:
     compile: bool = _speed(
         False,
         "compile the image encoder's blocks with torch.compile: a slow start, then faster steps",
+    )
+    cuda_graphs: bool = _speed(
+        False,
+        "on a GPU, launch a training step's decoder and losses as one CUDA graph; off because no "
+        "GPU was at hand to measure what it gains",
     )
     activation_checkpointing: str = _speed(
         "none",

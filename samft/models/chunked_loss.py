@@ -32,7 +32,9 @@ SHARE_OF_FREE_MEMORY = 0.25
 MAX_VALUES = {"cpu": 2**22}
 MAX_BOXES = 64
 
-ChunkLoss = Callable[[Tensor, Tensor, slice], Tensors]
+# (mask logits [m, s, s], predicted IoU [m], the fields of `LossInputs` by name) to tensors [m], of
+# which the first is the loss.
+ChunkLoss = Callable[..., Tensors]
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -67,6 +69,27 @@ class DecoderInputs(NamedTuple):
     image_pe: Tensor
     dense_embedding: Tensor
     sparse_embeddings: Tensor
+
+
+class LossInputs(NamedTuple):
+    """What a loss compares the masks of all boxes with.
+
+    Attributes:
+        targets: uint8 [M, G, G].
+        windows: float32 [M, 4], the rectangles that the targets cover.
+        image_index: int64 [M], the image of each box.
+        input_sizes: int [N, 2], height and width of each image inside the frame.
+    """
+
+    targets: Tensor
+    windows: Tensor
+    image_index: Tensor
+    input_sizes: Tensor
+
+    def rows(self, chunk: slice) -> "LossInputs":
+        """Of a chunk of boxes; the images are the same."""
+        targets, windows, image_index = (tensor[chunk] for tensor in self[:3])
+        return LossInputs(targets, windows, image_index, self.input_sizes)
 
 
 @dataclass(frozen=True)
@@ -137,35 +160,43 @@ class BoxDecoder:
         return self.implementation.decode(self.module, of_boxes, shared, sparse[chunk])
 
     def sum_losses(
-        self, inputs: DecoderInputs, *, loss: ChunkLoss, gradient: Tensor
+        self,
+        inputs: DecoderInputs,
+        *,
+        loss: ChunkLoss,
+        loss_inputs: LossInputs,
+        gradient: Tensor,
+        add_chunk: "AddChunk | None" = None,
     ) -> tuple[Tensor, Tensors]:
         """The losses of all boxes, with memory for one chunk of them.
 
         Args:
             inputs: Of all boxes of all images.
-            loss: (mask logits, predicted IoU, chunk of boxes) to tensors [m], the first of them the
-                loss.
+            loss: See `ChunkLoss`.
+            loss_inputs: Of all boxes.
             gradient: float32 scalar, the gradient that the sum is going to get in backward. Any
                 other is right, too, but in float16 small gradients would be lost.
+            add_chunk: What to do instead of `ChunkedStep.add_chunk`, with the same result.
 
         Returns:
             The sum of the loss over boxes, and the tensors [M], without a gradient.
         """
         per_image, shared = self.implementation.prepare(self.module, *inputs[:3])
-        groups = _Groups(
+        groups = Groups(
             per_image=list(per_image),
             per_box=[inputs.sparse_embeddings],
             shared=list(shared),
             parameters=[p for p in self.module.parameters() if p.requires_grad],
         )
         # autograd sees only tensors that are arguments themselves: a flat list, and its grouping.
-        step = _ChunkedStep(self, loss, gradient, groups.regroup(range(len(groups.flatten()))))
-        total, *values = _SumOfLosses.apply(step, *groups.flatten())
+        layout = groups.regroup(range(len(groups.flatten())))
+        step = ChunkedStep(self, loss, loss_inputs, gradient, layout)
+        total, *values = _SumOfLosses.apply(step, add_chunk, *groups.flatten())
         return total, tuple(values)
 
 
 @dataclass(frozen=True)
-class _Groups(Generic[T]):
+class Groups(Generic[T]):
     """The tensors that the losses depend on (or one thing for each), by what a chunk takes of them.
 
     Attributes:
@@ -184,32 +215,47 @@ class _Groups(Generic[T]):
         """All of them in the order of the groups."""
         return [*self.per_image, *self.per_box, *self.shared, *self.parameters]
 
-    def regroup(self, flat: Iterable[U]) -> "_Groups[U]":
+    def regroup(self, flat: Iterable[U]) -> "Groups[U]":
         """The reverse of `flatten`, for other things in the same order."""
         items = iter(flat)
         groups = (self.per_image, self.per_box, self.shared, self.parameters)
-        return _Groups(*([next(items) for _ in group] for group in groups))
+        return Groups(*([next(items) for _ in group] for group in groups))
 
 
 @dataclass(frozen=True)
-class _ChunkedStep:
+class ChunkedStep:
     """What `_SumOfLosses` does with a chunk of boxes.
 
     Attributes:
         decoder: Says which chunks there are.
         loss: See `BoxDecoder.sum_losses`.
-        gradient: See `BoxDecoder.sum_losses`.
+        loss_inputs: See `BoxDecoder.sum_losses`.
+        gradient: See `BoxDecoder.sum_losses`; or float32 [m], that of each box of the only chunk.
         layout: How flat arguments are grouped.
     """
 
     decoder: BoxDecoder
     loss: ChunkLoss
+    loss_inputs: LossInputs
     gradient: Tensor
-    layout: _Groups[int]
+    layout: Groups[int]
 
-    def slice_inputs(self, tensors: _Groups[Tensor], chunk: slice) -> _Groups[Tensor]:
+    def add_chunk(
+        self, sums: Groups[Tensor | None], tensors: Groups[Tensor], chunk: slice
+    ) -> Tensors:
+        """Returns the losses of a chunk of boxes; adds their gradients to the sums, in place."""
+        leaves = self.slice_inputs(tensors, chunk)
+        needed = [leaf.requires_grad for leaf in leaves.flatten()]
+        with torch.enable_grad():
+            values = self.forward(leaves, chunk)
+        if any(needed):
+            gradients = _gradients_of(values[0], leaves.flatten(), needed, self.gradient)
+            self.accumulate(sums, self.layout.regroup(gradients), chunk)
+        return tuple(value.detach() for value in values)
+
+    def slice_inputs(self, tensors: Groups[Tensor], chunk: slice) -> Groups[Tensor]:
         """The chunk's inputs as leaves of a graph of its own, which can be freed with it."""
-        leaves = _Groups(
+        leaves = Groups(
             [self.decoder.rows_of_boxes(tensor.detach(), chunk) for tensor in tensors.per_image],
             [tensor[chunk].detach() for tensor in tensors.per_box],
             [tensor.detach() for tensor in tensors.shared],
@@ -219,14 +265,14 @@ class _ChunkedStep:
             leaf.requires_grad_(tensor.requires_grad)
         return leaves
 
-    def forward(self, leaves: _Groups[Tensor], chunk: slice) -> Tensors:
+    def forward(self, leaves: Groups[Tensor], chunk: slice) -> Tensors:
         """The losses of a chunk of boxes; the first tensor carries the gradient."""
         per_image, shared, (sparse,) = tuple(leaves.per_image), tuple(leaves.shared), leaves.per_box
         decoder = self.decoder
         decoded = decoder.implementation.decode(decoder.module, per_image, shared, sparse)
-        return self.loss(*decoded, chunk)
+        return self.loss(*decoded, **self.loss_inputs.rows(chunk)._asdict())
 
-    def empty_sums(self, tensors: _Groups[Tensor]) -> _Groups[Tensor | None]:
+    def empty_sums(self, tensors: Groups[Tensor]) -> Groups[Tensor | None]:
         """Zeros where a chunk adds to a part of a tensor; None where it adds to all or nothing."""
 
         def zeros(tensor: Tensor) -> Tensor | None:
@@ -236,7 +282,7 @@ class _ChunkedStep:
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
 
-        return _Groups(
+        return Groups(
             [zeros(tensor) for tensor in tensors.per_image],
             [zeros(tensor) for tensor in tensors.per_box],
             [None for _ in tensors.shared],
@@ -244,44 +290,79 @@ class _ChunkedStep:
         )
 
     def accumulate(
-        self, sums: _Groups[Tensor | None], gradients: _Groups[Tensor | None], chunk: slice
+        self,
+        sums: Groups[Tensor | None],
+        gradients: Groups[Tensor | None],
+        chunk: slice,
+        *,
+        summed_by_image: bool = False,
     ) -> None:
-        """Adds the gradients of a chunk's leaves to those of the whole tensors, in place."""
+        """Adds the gradients of a chunk to those of the whole tensors, in place.
+
+        Args:
+            sums: Of the whole tensors.
+            gradients: Of the chunk's leaves.
+            chunk: The chunk of boxes.
+            summed_by_image: Whether the gradients of what is per image are so already, [N, ...].
+        """
         for total, gradient in zip(sums.per_image, gradients.per_image, strict=True):
             if total is not None and gradient is not None:
-                self.decoder.add_of_boxes(total, gradient, chunk)
+                if summed_by_image:
+                    total.add_(gradient)
+                else:
+                    self.decoder.add_of_boxes(total, gradient, chunk)
         for total, gradient in zip(sums.per_box, gradients.per_box, strict=True):
             if total is not None and gradient is not None:
                 total[chunk] = gradient  # a box is in one chunk only
-        pairs = ((sums.shared, gradients.shared), (sums.parameters, gradients.parameters))
-        for totals, of_chunk in pairs:
-            for number, gradient in enumerate(of_chunk):
-                if gradient is not None:
-                    # Not added in place: the first total is a tensor of autograd's, which may be
-                    # the gradient of another leaf as well.
-                    total = totals[number]
-                    totals[number] = gradient if total is None else total + gradient
+        _add_each(sums.shared, gradients.shared)
+        _add_each(sums.parameters, gradients.parameters)
+
+
+# (step, sums, tensors, chunk) to what `ChunkedStep.add_chunk` returns; None: that is to be called.
+AddChunk = Callable[[ChunkedStep, Groups[Tensor | None], Groups[Tensor], slice], "Tensors | None"]
+
+
+def _add_each(totals: list[Tensor | None], more: list[Tensor | None]) -> None:
+    """Adds tensors to totals of which some may be None; the totals become other tensors.
+
+    Not in place, because the first total is a tensor of autograd's, which may be the gradient of
+    another leaf as well.
+    """
+    pairs = zip(totals, more, strict=True)
+    both = [(i, t, new) for i, (t, new) in enumerate(pairs) if t is not None and new is not None]
+    if both:
+        numbers, old, new = (list(column) for column in zip(*both, strict=True))
+        # All in one call: a GPU launches as many kernels as there are types, not tensors.
+        for number, total in zip(numbers, torch._foreach_add(old, new), strict=True):
+            totals[number] = total
+    for number, first in enumerate(more):
+        totals[number] = first if totals[number] is None else totals[number]
+
+
+def _scale_each(tensors: list[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Each tensor times a scalar on the device; one call for each type, as in `_add_each`."""
+    scaled = list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors if tensor is not None}:
+        of_type = [(i, t) for i, t in enumerate(tensors) if t is not None and t.dtype == dtype]
+        numbers, old = (list(column) for column in zip(*of_type, strict=True))
+        for number, new in zip(numbers, torch._foreach_mul(old, factor.to(dtype)), strict=True):
+            scaled[number] = new
+    return scaled
 
 
 class _SumOfLosses(torch.autograd.Function):
     """Sums losses over chunks of boxes, and their gradients already on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, step: _ChunkedStep, *flat: Tensor) -> Any:
+    def forward(ctx: Any, step: ChunkedStep, add_chunk: AddChunk | None, *flat: Tensor) -> Any:
         tensors = step.layout.regroup(flat)
         sums = step.empty_sums(tensors)
-        needed = [tensor.requires_grad for tensor in flat]
         values_of_chunks: list[Tensors] = []
         for chunk in step.decoder.chunks():
-            leaves = step.slice_inputs(tensors, chunk)
-            with torch.enable_grad():
-                values = step.forward(leaves, chunk)
-            values_of_chunks.append(tuple(value.detach() for value in values))
-            if any(needed):
-                gradients = _gradients_of(values[0], leaves.flatten(), needed, step.gradient)
-                step.accumulate(sums, step.layout.regroup(gradients), chunk)
-                del gradients
-            del values, leaves  # or the next chunk would be computed while this one is still held
+            values = add_chunk(step, sums, tensors, chunk) if add_chunk else None
+            if values is None:
+                values = step.add_chunk(sums, tensors, chunk)
+            values_of_chunks.append(values)
         ctx.sums, ctx.gradient = sums.flatten(), step.gradient
         columns = tuple(torch.cat(column) for column in zip(*values_of_chunks, strict=True))
         ctx.mark_non_differentiable(*columns)
@@ -296,7 +377,7 @@ class _SumOfLosses(torch.autograd.Function):
         if sums is None:
             raise RuntimeError("the losses of this step have been through backward before")
         ctx.sums = None  # freed, as autograd's own saved tensors are
-        return None, *(None if total is None else total * factor for total in sums)
+        return None, None, *_scale_each(sums, factor)
 
 
 def _gradients_of(

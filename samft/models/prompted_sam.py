@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samft.coco.segmentation import CroppedMask
-from samft.models.chunked_loss import BoxDecoder, DecoderInputs, auto_mask_chunk
+from samft.models.chunked_loss import (
+    BoxDecoder,
+    DecoderInputs,
+    LossInputs,
+    auto_mask_chunk,
+)
+from samft.models.cuda_graphs import ChunkGraphs
 from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import Tensors, choose_decoder
 from samft.runtime.device import exact_float32, free_memory_bytes
@@ -30,12 +36,28 @@ class PromptedSam(nn.Module):
         sam: The wrapped `segment_anything` model; its state dict is what is saved.
         decoder: `fast`, or `stock` for the package's own modules; see `choose_decoder`.
         mask_chunk: Boxes decoded at once; None: as many as `boxes_at_once` chooses.
+        chunk_graphs: Replays chunks of boxes as CUDA graphs where losses are wanted on a GPU.
     """
 
-    def __init__(self, sam: Sam, *, decoder: str = "fast", mask_chunk: int | None = None) -> None:
-        """Wraps a SAM without copying it."""
+    def __init__(
+        self,
+        sam: Sam,
+        *,
+        decoder: str = "fast",
+        mask_chunk: int | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """Wraps a SAM without copying it.
+
+        Args:
+            sam: See above.
+            decoder: See above.
+            mask_chunk: See above.
+            cuda_graphs: Whether training on a GPU replays chunks of boxes as CUDA graphs.
+        """
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
+        self.chunk_graphs = ChunkGraphs() if cuda_graphs else None
         self._auto_mask_chunk: int | None = None
         self._cast_encoder = CastEncoder()
         self._cached_pe: tuple[Tensor, int, Tensor] | None = None
@@ -209,20 +231,17 @@ class PromptedSam(nn.Module):
             return self.decode(embeddings, boxes, image_index)
         assert targets is not None and windows is not None and input_sizes is not None
 
-        def loss_of_chunk(mask_logits: Tensor, iou_predicted: Tensor, chunk: slice) -> Tensors:
-            return loss(
-                mask_logits,
-                iou_predicted,
-                targets=targets[chunk],
-                windows=windows[chunk],
-                image_index=image_index[chunk],
-                input_sizes=input_sizes,
-            )
-
         gradient = boxes.new_ones(()) if gradient is None else gradient
         inputs = self._decoder_inputs(embeddings, boxes)
         decoder = self._box_decoder(image_index, self.boxes_at_once())
-        return decoder.sum_losses(inputs, loss=loss_of_chunk, gradient=gradient)
+        graphs = self.chunk_graphs
+        return decoder.sum_losses(
+            inputs,
+            loss=loss,
+            loss_inputs=LossInputs(targets, windows, image_index, input_sizes),
+            gradient=gradient,
+            add_chunk=graphs.add_chunk if graphs and boxes.is_cuda else None,
+        )
 
 
 @contextmanager

@@ -94,7 +94,12 @@ def build_model(
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile:
         compile_blocks(sam.image_encoder)
-    model = PromptedSam(sam.to(device), decoder=config.decoder, mask_chunk=config.mask_chunk)
+    model = PromptedSam(
+        sam.to(device),
+        decoder=config.decoder,
+        mask_chunk=config.mask_chunk,
+        cuda_graphs=config.cuda_graphs,
+    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     LOGGER.info(

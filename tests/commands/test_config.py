@@ -91,6 +91,7 @@ OTHER: dict[str, Any] = {
     "decoder": "stock",
     "mask_chunk": 3,
     "compile": True,
+    "cuda_graphs": True,
     "activation_checkpointing": "blocks",
     "optimizer_sharding": True,
     "bf16_compress": True,

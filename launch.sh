@@ -294,8 +294,19 @@ print(code or torchrun_code)
 PYTHON
 }
 
+# Says how the shell gets the samft that ran, if it has another or none.
+name_environment() {
+    local bin activate
+    bin=$(dirname "$1")
+    activate=$bin/activate
+    [[ ! $(command -v samft) -ef $bin/samft && -f $activate ]] || return 0
+    [[ $activate != "$PWD"/* ]] || activate=${activate#"$PWD"/}
+    say "samft is installed in $(dirname "$bin"). To have it in this shell:"
+    printf '  source %q\n' "$activate" >&2
+}
+
 main() {
-    local python demo=false processes command signal
+    local python demo=false home='' processes command signal
     for signal in TERM INT HUP QUIT USR1 USR2; do
         # shellcheck disable=SC2064  # $signal is to be expanded now
         trap "stop_early $signal" "$signal"
@@ -313,8 +324,9 @@ main() {
     esac
     if (($# == 0)); then
         demo=true
-        cd "$REPO"
-        set -- --config configs/demo.yaml --data_root runs/demo-data --output_dir runs/demo
+        [[ $PWD -ef $REPO ]] || home=$REPO/ # paths are printed, and must hold where the person is
+        set -- --config "${home}configs/demo.yaml" --data_root "${home}runs/demo-data" \
+            --output_dir "${home}runs/demo"
         # One process, so that the demo gives the same result on every machine.
         NPROC_PER_NODE=${NPROC_PER_NODE:-1}
     fi
@@ -335,7 +347,8 @@ main() {
         prepare install_once
     fi
     if $demo; then
-        prepare "$python" -m samft.demo --output_dir runs/demo-data
+        say "writing a small demo dataset to ${home}runs/demo-data"
+        prepare "$python" -m samft.demo --output_dir "${home}runs/demo-data" >/dev/null
     fi
     prepare check_arguments "$python" "$@"
     SAMFT_STATUS_FILE=$(mktemp "${TMPDIR:-/tmp}/samft-status.XXXXXX")
@@ -343,6 +356,7 @@ main() {
     trap 'rm -f "$SAMFT_STATUS_FILE"' EXIT
     run_and_wait "${command[@]}"
     CODE=$(exit_code "$python" "$SAMFT_STATUS_FILE" "$CODE")
+    ((CODE != 0)) || name_environment "$python"
     exit "$CODE"
 }
 

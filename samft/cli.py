@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from samft.commands import shell_command
+from samft.commands import shell_command, shell_program
 from samft.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -181,6 +181,7 @@ def add_links_flag(add: Callable[..., Any]) -> None:
 
 
 EXTRAS = {
+    "fast-ap": ("faster_coco_eval",),
     "onnx": ("onnx", "onnxruntime"),
     "huggingface": ("transformers",),
 }
@@ -200,7 +201,7 @@ def require_extra(extra: str, *, what: str) -> None:
     if missing:
         raise ConfigError(
             f"{what} needs {' and '.join(missing)}, which this Python does not have: "
-            f"pip install 'samft[{extra}]'."
+            f"`{shell_program('pip', 'install', *missing)}` installs it."
         )
 
 

@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def shell_command(name: str, *arguments: object) -> str:
-    """A command line that can be copied into the shell that started this process.
+    """A command of samft that can be copied into the shell that started this process.
 
     It names this Python's own `samft`, by its path where the shell would find another or none, such
     as in a virtual environment that is not active.
@@ -32,31 +32,41 @@ def shell_command(name: str, *arguments: object) -> str:
         name: One of `COMMANDS`, or a word that stands for one.
         arguments: Flags and values, which are quoted.
     """
-    script = _installed_script()
-    program = [script, name] if script else [shell_python(), "-m", f"samft.{name}"]
+    return shell_program("samft", name, *arguments)
+
+
+def shell_program(script: str, *arguments: object, module: str | None = None) -> str:
+    """As `shell_command`, for any program that is installed beside samft.
+
+    Args:
+        script: Its name.
+        arguments: Flags and values, which are quoted.
+        module: What `python -m` runs where there is no such script; None: the same name.
+    """
+    path = _installed_script(script)
+    program = [path] if path else [shell_python(), "-m", module or script]
     return shlex.join([*program, *map(str, arguments)])
 
 
 def shell_python() -> str:
     """The Python that runs this, as the shell finds it: `python`, or its path."""
-    found_by_shell = shutil.which("python")
+    first_on_path = shutil.which("python")
     here = Path(sys.executable)
-    is_first = found_by_shell and _is_same_file(Path(found_by_shell).parent, here.parent)
+    is_first = first_on_path and _is_same_file(Path(first_on_path).parent, here.parent)
     return "python" if is_first else _shortest_path(here)
 
 
-def _installed_script() -> str | None:
+def _installed_script(name: str) -> str | None:
     folders = [sysconfig.get_path("scripts")]
     if site.ENABLE_USER_SITE and sys.prefix == sys.base_prefix:
         folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
-    scripts = [Path(folder) / "samft" for folder in folders]
+    scripts = [Path(folder) / name for folder in folders]
     script = next((path for path in scripts if os.access(path, os.X_OK)), None)
     if script is None:
         return None
-    first_on_path = shutil.which("samft")
-    if first_on_path and _is_same_file(Path(first_on_path), script):
-        return "samft"
-    return _shortest_path(script)
+    first_on_path = shutil.which(name)
+    is_first = first_on_path and _is_same_file(Path(first_on_path), script)
+    return name if is_first else _shortest_path(script)
 
 
 def _is_same_file(one: Path, other: Path) -> bool:

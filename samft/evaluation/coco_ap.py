@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.cli import require_extra
 from samft.coco.entries import CROWD
 from samft.coco.segmentation import decode_cropped, encode_cropped
 from samft.coco.subset import CocoSubset
-from samft.errors import ConfigError
 from samft.evaluation.evaluator import EvaluatedObjects
 
 BACKENDS = ("pycocotools", "faster_coco_eval")
@@ -160,11 +160,7 @@ def load_backend(backend: str) -> tuple[Any, Any]:
         from pycocotools.cocoeval import COCOeval
 
         return COCO, COCOeval
-    try:
-        import faster_coco_eval
-    except ImportError as error:
-        raise ConfigError(
-            "--ap_backend: faster_coco_eval is not installed: `pip install 'samft[fast-ap]'`, or "
-            "leave the flag out."
-        ) from error
+    require_extra("fast-ap", what="--ap_backend faster_coco_eval")
+    import faster_coco_eval
+
     return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster

@@ -1,6 +1,5 @@
 """The summary of a run: summary.json, the verdict and advice for a bad one, the last log lines."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from samft.checkpoints.top_k import Checkpoint
 from samft.coco.boxes import SmallObjects, advise_on_small_objects
-from samft.commands import shell_command
+from samft.commands import shell_command, shell_program
 from samft.evaluation.object_scores import (
     LOST_IOU,
     Comparison,
@@ -172,8 +171,8 @@ def suggest_changes(
             "better checkpoint before it."
         )
     advice.append(
-        "A look at the objects that lost most: if their annotated outlines are wrong (python -m "
-        "samft check --pictures), correct them; the model was right before."
+        "A look at the objects that lost most: if their annotated outlines are wrong (samft check "
+        "--pictures), correct them; the model was right before."
     )
     advice.append("More images, or --augment scale.")
     return advice
@@ -279,11 +278,11 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
     checkpoint = summary["best_checkpoint"]
     LOGGER.info(
         "all results are in %s: report.html (open it in a browser), %s (the best checkpoint), "
-        "summary.json, metrics.jsonl, %s, tensorboard/ (view with `tensorboard --logdir %s`)",
+        "summary.json, metrics.jsonl, %s, tensorboard/ (view with `%s`)",
         folder,
         Path(checkpoint).name if checkpoint else "no best checkpoint",
         BEFORE_AFTER,
-        shlex.quote(str(folder)),
+        shell_program("tensorboard", "--logdir", folder, module="tensorboard.main"),
     )
     if commands:  # in one record, so that no time is printed before a line that is to be copied
         LOGGER.info("to evaluate, use or load the checkpoint:\n%s", "\n".join(commands))

@@ -221,7 +221,7 @@ def test_an_unknown_format_and_missing_flags_are_refused(checkpoint, tmp_path, c
     message = refused(flags(checkpoint, "pth", tmp_path / "a", "--opset", "11"), capsys)
     assert "--opset: invalid choice: 11" in message
     assert "required: --checkpoint, --format, --output" in refused([], capsys)
-    assert "unrecognized arguments: --fast" in refused(
+    assert "--fast: no such flag." in refused(
         flags(checkpoint, "pth", tmp_path / "a", "--fast"), capsys
     )
 
@@ -261,9 +261,7 @@ def test_a_missing_package_and_a_missing_image_are_refused(
 ):
     monkeypatch.setitem(cli.EXTRAS, "onnx", ("no_such_package",))
     message = refused(flags(checkpoint, "onnx", tmp_path / "a"), capsys)
-    assert (
-        "--format onnx needs no_such_package" in message and "pip install 'samft[onnx]'" in message
-    )
+    assert "--format onnx needs no_such_package" in message and "pip install no_such" in message
     message = refused(flags(checkpoint, "pth", tmp_path / "a", "--image", "none.png"), capsys)
     assert "--image: there is no file none.png" in message
     text = tmp_path / "a.png"
@@ -290,7 +288,7 @@ def test_help_and_errors_do_not_import_torch(tmp_path):
 
 
 def test_constants_repeated_without_torch_equal_the_modules():
-    assert set(FORMATS) == {"pth", "safetensors", *cli.EXTRAS}
+    assert set(FORMATS) - cli.EXTRAS.keys() == {"pth", "safetensors"}
     assert FOLDERS["onnx"] == (onnx.ENCODER, onnx.DECODER)
     assert FOLDERS["huggingface"] == (
         huggingface.CONFIG,

@@ -7,6 +7,7 @@ import pytest
 
 from samft import cli
 from samft.cli import EXTRAS, require_extra
+from samft.commands import shell_program
 from samft.errors import ConfigError
 
 
@@ -16,7 +17,8 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
         require_extra("onnx", what="--format onnx")
     message = str(caught.value)
     assert message.startswith("--format onnx needs no_such_package_a and no_such_package_b,")
-    assert "pip install 'samft[onnx]'" in message
+    command = message.split("`")[1]
+    assert command == shell_program("pip", *"install no_such_package_a no_such_package_b".split())
 
 
 def test_installed_packages_are_no_error(monkeypatch) -> None:
@@ -27,7 +29,10 @@ def test_installed_packages_are_no_error(monkeypatch) -> None:
 def test_the_extras_are_those_of_setup_cfg_and_all_are_for_developers() -> None:
     parser = configparser.ConfigParser()
     parser.read(Path(cli.__file__).parent.parent / "setup.cfg")
-    declared = {k: set(v.split()) for k, v in parser["options.extras_require"].items()}
+    declared = {
+        extra: {name.replace("-", "_") for name in names.split()}
+        for extra, names in parser["options.extras_require"].items()
+    }
     for extra, packages in EXTRAS.items():
         assert declared[extra] == set(packages)
         assert declared[extra] <= declared["dev"]

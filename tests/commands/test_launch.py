@@ -118,6 +118,17 @@ def test_without_arguments_it_tunes_on_the_demo(launcher: Launcher) -> None:
     assert (REPOSITORY / "configs/demo.yaml").is_file()
 
 
+def test_from_another_folder_the_demo_is_named_by_its_path(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    ended = subprocess.run(
+        launcher.command(LAUNCH_DRY_RUN="1"), cwd=tmp_path, capture_output=True, text=True
+    )
+    command = shlex.split(ended.stdout)
+    for name in ("--config", "--data_root", "--output_dir"):
+        assert option(command, name).startswith(f"{REPOSITORY}/"), command
+
+
 def test_nodes_from_torchruns_variables(launcher: Launcher) -> None:
     nodes = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "first", "MASTER_PORT": "1234"}
     command = launcher.dry_run(*RUN, **nodes)
@@ -223,6 +234,23 @@ def test_exit_code(launcher: Launcher, tmp_path: Path, torchrun: str, code: int)
     ended = launcher.run(*RUN, SAMFT_PYTHON=python, TMPDIR=str(temporary))
     assert ended.returncode == code, ended.stderr
     assert not list(temporary.iterdir())
+
+
+def test_the_environment_is_named_at_the_end_unless_it_is_active(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my env" / "bin"
+    python = fake_python(folder / "python", write_status(state="done", exit_code=0))
+    for name in ("samft", "activate"):
+        write_script(folder / name, "")
+    ended = launcher.run(*RUN, SAMFT_PYTHON=python)
+    *_, sentence, activate = ended.stderr.splitlines()
+    assert sentence.startswith(f"launch.sh: samft is installed in {folder.parent}.")
+    assert shlex.split(activate) == ["source", str(folder / "activate")]
+    path = f"{folder}:{launcher.environment['PATH']}"
+    assert "activate" not in launcher.run(*RUN, SAMFT_PYTHON=python, PATH=path).stderr
+    failed = fake_python(folder / "python", write_status(state="failed", exit_code=2))
+    assert "activate" not in launcher.run(*RUN, SAMFT_PYTHON=failed).stderr
 
 
 def test_stopped_before_the_run_begins_is_75(launcher: Launcher, tmp_path: Path) -> None:

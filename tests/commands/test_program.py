@@ -131,4 +131,4 @@ def test_a_samft_of_another_environment_is_not_meant(environment: Path, monkeypa
 
 def test_without_an_installation_a_command_is_that_of_python(environment: Path) -> None:
     (environment / "samft").unlink()
-    assert shell_command("check", "-x") == "'my env/bin/python' -m samft.check -x"
+    assert shell_command("check", "-x") == "'my env/bin/python' -m samft check -x"

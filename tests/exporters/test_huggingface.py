@@ -18,7 +18,7 @@ from samft.exporters.verification import compare_predictions, predict_boxes, syn
 from samft.models.sam import MODEL_SHAPES, build_sam
 
 transformers = pytest.importorskip(
-    "transformers", reason="no transformers: pip install 'samft[huggingface]'"
+    "transformers", reason="no transformers: pip install '.[huggingface]'"
 )
 TIED = "prompt_encoder.shared_embedding.positional_embedding"
 

@@ -14,7 +14,7 @@ from samft.exporters.verification import (
     synthetic_sample,
 )
 
-pytest.importorskip("onnx", reason="no onnx: pip install 'samft[onnx]'")
+pytest.importorskip("onnx", reason="no onnx: pip install '.[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime: as above")
 
 from samft.exporters.onnx import DECODER, ENCODER, open_onnx, write_onnx  # noqa: E402

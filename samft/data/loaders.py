@@ -34,6 +34,7 @@ from samft.data.transfers import Transfers
 from samft.distributed import all_reduce_sum, raise_on_all_ranks
 from samft.errors import DataError, UserError
 from samft.runtime import heartbeat
+from samft.runtime.device import usable_cores
 from samft.runtime.signals import (
     POLL_SECONDS,
     STOP_SIGNALS,
@@ -70,7 +71,7 @@ def train_loader(
         accumulate_steps: Micro-batches per step.
         start_step: Steps whose images a run has used already, with as many images per step.
         steps: The step to end before; None: endless.
-        num_workers: Worker processes; 0 loads in this process.
+        num_workers: Worker processes, no more than there are cores; 0 loads in this process.
         rank: Of this process.
         world_size: Number of processes.
         seed: Of the order, see `TrainingSampler`.
@@ -127,17 +128,19 @@ class BatchLoader:
         timeout: float | None = None,
         pin_memory: bool = False,
     ) -> None:
-        """Prepares loading; workers start with the first iteration, and persist.
+        """Prepares loading; workers start with the first iteration or before it, and persist.
 
         Args:
             dataset: Of the samples.
             batch_sampler: Gives, for each batch, the list of keys of its samples.
-            num_workers: Worker processes; 0 loads in this process.
+            num_workers: Worker processes, no more than there are cores; 0 loads in this process.
             timeout: Seconds that the workers may take for a batch; None: no limit.
             pin_memory: Whether batches lie in page-locked memory, from which a GPU copies without
                 being waited for. Allocating it makes a CUDA context, so not for a CPU.
         """
+        num_workers = min(num_workers, usable_cores())
         self.dataset, self.num_workers = dataset, num_workers
+        self._started: Iterator[Any] | None = None
         self.requested = _TrackingSampler(batch_sampler)
         self.loader = DataLoader(
             _ErrorReturningDataset(dataset),
@@ -152,8 +155,15 @@ class BatchLoader:
             generator=torch.Generator().manual_seed(0),
         )
 
+    def start_workers(self) -> None:
+        """Starts the workers now, which load the first batches of the next iteration."""
+        if self.num_workers and self._started is None:
+            self._started = iterate_loader(self.loader)
+
     def __iter__(self) -> Iterator[Batch]:
-        batches = iterate_loader(self.loader)
+        batches, self._started = self._started, None
+        if batches is None:
+            batches = iterate_loader(self.loader)
         # A weak reference: the heartbeat is global, and must not keep a loader and its workers
         # alive after their last use.
         waiting_for = weakref.WeakMethod(self.waiting_for)

@@ -26,7 +26,7 @@ from samft.embeddings.store import EmbeddingRecord, checksum_embedding
 from samft.errors import ConfigError, DataError, UserError, explain_out_of_memory
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
-from samft.runtime.device import exact_float32
+from samft.runtime.device import exact_float32, usable_cores
 from samft.runtime.logs import LOGGER
 from samft.runtime.signals import StopInterrupt, interruptible
 
@@ -213,7 +213,7 @@ class EncodingPass:
             _MissingImages(split, share),
             batch_size=None,
             collate_fn=_identity,
-            num_workers=num_workers if share else 0,
+            num_workers=min(num_workers, usable_cores()) if share else 0,
             worker_init_fn=init_worker,
             pin_memory=model.sam.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # or it draws from the model's generator

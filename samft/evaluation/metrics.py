@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from samft.coco.segmentation import CroppedMask
+from samft.evaluation.metric_base import Metric
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal, as in the paper for COCO
 

@@ -35,7 +35,13 @@ from samft.recipes.build import (
 )
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.embedding_cache import CacheEstimate, cache_dir_of, estimate_cache
-from samft.runtime.device import exact_float32, peak_memory_gib, pick_amp_dtype, synchronized_time
+from samft.runtime.device import (
+    exact_float32,
+    peak_memory_gib,
+    pick_amp_dtype,
+    synchronized_time,
+    usable_cores,
+)
 from samft.runtime.logs import LOGGER, format_duration, format_gib
 from samft.runtime.output_dir import create_writable_dir, write_status
 from samft.training.engine import MEMORY_ADVICE, Progress, Trainer
@@ -113,7 +119,7 @@ def _extrapolate(config: TrainConfig, splits: Splits, trial: "_TrialRun") -> For
     world_size, steps = distributed.get_world_size(), config.steps
     measured = trial.measure(splits)
     # Workers load batches while a step is taken; without workers, one comes after the other.
-    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     workers = min(config.num_workers, cores)
     loading = measured.load_seconds * config.batch_size * config.accumulate_steps
     computing = measured.step_seconds

@@ -59,12 +59,13 @@ def fit(run: TrainingRun) -> bool:
     """
     config, progress = run.config, run.progress
     try:
+        # Loader workers are forked, and a thread that writes a checkpoint or draws does not survive
+        # that: so they start before the first save, and load while step 0 is validated.
+        run.train_batches.start_workers()
         if not progress.baseline:
             _validate_initial_weights(run)
         if progress.pending:  # the run was stopped within the validation of this step
             _finish_interval(run)
-        # Loader workers are forked at the first batch, and no thread survives a fork.
-        run.checkpointer.wait()
         with torch.autograd.set_detect_anomaly(config.detect_anomaly):
             finished = train(
                 run.trainer,

@@ -26,6 +26,7 @@ from samft.recipes.build import build_model, disk_bytes, load_weights
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
 from samft.runtime import host_checks
+from samft.runtime.device import usable_cores
 from samft.runtime.logs import LOGGER
 from samft.runtime.output_dir import holds_previous_run, write_status
 from samft.runtime.own_files import (
@@ -229,7 +230,7 @@ def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_pl
         output_dir,
         needed=disk_bytes(model, save_top_k=config.save_top_k),
         replaces_existing=in_place or not holds_previous_run(output_dir),
-        num_workers=config.num_workers,
+        num_workers=min(config.num_workers, usable_cores()),
         batch_bytes=config.batch_size * (3 * side**2 + config.max_masks_per_image * cells),
     )
 

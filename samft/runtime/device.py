@@ -1,4 +1,4 @@
-"""Devices: which, or why none; autocast type, exact float32, free and peak memory, and time."""
+"""Devices: which, or why none; autocast type, exact float32, cores, peak memory, and time."""
 
 import contextlib
 import os
@@ -249,3 +249,10 @@ def _make_float32_exact() -> Callable[[], None]:
             write(*setting, value)
 
     return restore
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use: fewer than the host has in a job or a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -110,7 +110,7 @@ def test_every_command_that_it_prints_works_as_printed(built: Path, tmp_path: Pa
     install(wheel, bin, "--no-deps", "--ignore-installed")
 
     overview = run(program, cwd=home)
-    demo, check = (words for words in commands_in(overview, program) if words[1] != "COMMAND")
+    demo, check = (line for line in commands_in(overview, program) if line[1] != "COMMAND")
     written = run(*demo, "--images", "12", "--size", "64", cwd=home)
     assert check[-1] == "DATASET"
     run(*check[:-1], demo[-1], cwd=home)

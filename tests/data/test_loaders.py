@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,30 @@ def test_with_workers_as_many_batches_as_there_are_workers_the_next_first(
             next(batches)
             assert loader.waiting_for() == expected[2 * done : 2 * done + 4]
         assert next(batches, None) is None
+
+
+def test_workers_that_are_started_early_load_the_first_batches_and_no_others(
+    dataset: Coco2MaskDataset,
+) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "steps": 3}
+    expected = [batch.image_ids for batch in train_loader(dataset, **options)]
+    loader, before = train_loader(dataset, **options, num_workers=1), children_of(os.getpid())
+    for _ in range(2):
+        loader.start_workers()
+    assert len(set(children_of(os.getpid())) - set(before)) == 1
+    assert [batch.image_ids for batch in loader] == expected
+    assert [batch.image_ids for batch in loader] == expected  # once more, by the same worker
+    train_loader(dataset, **options).start_workers()  # without workers
+
+
+def test_there_are_no_more_workers_than_cores(
+    dataset: Coco2MaskDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as PyTorch warns of more
+        assert val_loader(dataset, num_workers=4).num_workers == 1
+        assert val_loader(dataset, num_workers=0).num_workers == 0
 
 
 def test_in_validation_the_share_of_this_process_is_waited_for(

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import shutil
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -33,6 +34,8 @@ from helpers.short_runs import (
 from samft.config import parse_config
 from samft.errors import DataError
 from samft.models.sam import build_sam
+from samft.recipes import fit
+from samft.reports.validation_images import ValidationImages
 from samft.training.engine import Trainer
 
 pytestmark = pytest.mark.run
@@ -69,6 +72,25 @@ def read_events(folder: Path) -> EventAccumulator:
 
 
 # The files of a run
+
+
+def test_the_first_step_does_not_wait_for_the_pictures_of_step_0(data, tmp_path, monkeypatch):
+    has_stepped, in_time = threading.Event(), []
+    draw, log_step = ValidationImages.record_validation, fit._log_step
+
+    def draw_late(images: ValidationImages, step: int, validation: Any) -> None:
+        if step == 0:
+            in_time.append(has_stepped.wait(20))
+        draw(images, step, validation)
+
+    def log_and_tell(*arguments: Any) -> None:
+        has_stepped.set()
+        log_step(*arguments)
+
+    monkeypatch.setattr(ValidationImages, "record_validation", draw_late)
+    monkeypatch.setattr(fit, "_log_step", log_and_tell)
+    train_here(arguments(data, tmp_path, steps=2, num_workers=1))
+    assert in_time == [True]
 
 
 def test_metrics_have_every_promised_line_and_key(straight):

@@ -16,7 +16,7 @@ JOBS ?= 2
 # Real data sets, for `make bench`.
 DATA ?= ../shared/data
 
-.PHONY: help install check check-full format-check lint types test test-fast test-slow fmt docs smoke soak bench bench-step bench-scale
+.PHONY: help install check check-full format-check lint types test test-fast test-slow fmt docs smoke soak bench bench-step bench-scale gpu
 
 help:
 	@echo "make check    format check, lint, types, unit tests and one run of each command (6 minutes);"
@@ -29,6 +29,8 @@ help:
 	@echo "make soak     half an hour of faults, or more, beside an undisturbed run, which must end equal"
 	@echo "make bench    measures the index at COCO's size (12 GB of memory) and the loader; DATA=... has hbn_flakes and coco_open104"
 	@echo "make bench-step   measures the training step beside the baseline (15 minutes, 16 GB)"
+	@echo "make gpu      measures and checks in 12 minutes what only a GPU can show, into runs/gpu; without one it"
+	@echo "              runs the same, small, on pretended GPUs (15 minutes)"
 	@echo "make bench-scale  measures the constants of docs/memory_and_speed.md and prints its tables"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -107,3 +109,6 @@ bench-step: $(INSTALLED)
 
 bench-scale: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scale
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --output_dir runs/gpu

@@ -22,8 +22,9 @@ FREE_ON_RESUME = frozenset(
     """data_root train_split val_split train_annotations train_images val_annotations val_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links
-    attention decoder mask_chunk compile cuda_graphs activation_checkpointing optimizer_sharding
-    dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit probe_memory""".split()
+    attention decoder deterministic mask_chunk compile cuda_graphs activation_checkpointing
+    optimizer_sharding dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit
+    probe_memory""".split()
 )
 
 # One for each section of `--help`.
@@ -221,6 +222,11 @@ class TrainConfig:
         "auto",
         "mixed precision; auto: bf16 on GPUs that have it, else off; off: float32, and no TF32",
         choices=("auto", "off", "bf16", "fp16"),
+    )
+    deterministic: bool = _speed(
+        False,
+        "GPUs compute the same bits at each run, also after a resume; slower, by how much was not "
+        "measured. CPUs always do",
     )
     attention: str = _speed(
         "fast",

@@ -17,7 +17,7 @@ PLACE = Place("samft/training/engine.py", 251, "_update")
 def test_operations_are_those_of_a_gpu(tmp_path: Path) -> None:
     run = run_with_pretended_gpus("helpers.pretended_operations", [], folder=tmp_path)
     assert run.code == 0, run.output
-    assert run.output.count("checked:") == 16, run.output
+    assert run.output.count("checked:") == 17, run.output
     assert not run.reports[0].faults
 
 

@@ -25,7 +25,7 @@ from samft.models.chunked_loss import (
 from samft.models.cuda_graphs import ChunkGraphs
 from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import Tensors, choose_decoder
-from samft.runtime.device import exact_float32, free_memory_bytes
+from samft.runtime.device import exact_float32, free_memory_bytes, total_memory_bytes
 from samft.runtime.logs import LOGGER
 
 
@@ -156,10 +156,18 @@ class PromptedSam(nn.Module):
             return self.mask_chunk
         if self._auto_mask_chunk is None:
             device, num_values = self.sam.device, math.prod(self.embedding_shape)
-            free = free_memory_bytes(device)
+            free = self._free_memory_bytes()
             self._auto_mask_chunk = auto_mask_chunk(num_values, device.type, free_memory=free)
             LOGGER.info("mask_chunk auto: %d boxes decoded at once", self._auto_mask_chunk)
         return self._auto_mask_chunk
+
+    def _free_memory_bytes(self) -> float:
+        device = self.sam.device
+        if not torch.are_deterministic_algorithms_enabled():
+            return free_memory_bytes(device)
+        # What is free differs from start to start, and a resumed run has to round alike. This is
+        # what weights, gradients and two moments leave, in float32.
+        return total_memory_bytes(device) - 16 * sum(p.numel() for p in self.parameters())
 
     def _box_decoder(self, image_index: Tensor, mask_chunk: int) -> BoxDecoder:
         module = self.sam.mask_decoder
@@ -188,9 +196,19 @@ class PromptedSam(nn.Module):
         if cached is None or cached[0] is not matrix or cached[1] != version_of(matrix):
             # Also if first wanted in inference mode: such a tensor could not be used in training.
             with torch.inference_mode(False):
-                cached = (matrix, version_of(matrix), self.sam.prompt_encoder.get_dense_pe())
+                cached = (matrix, version_of(matrix), self._compute_dense_pe())
             self._cached_pe = cached
         return cached[2]
+
+    def _compute_dense_pe(self) -> Tensor:
+        # Stock's `get_dense_pe` to the bit. That counts pixels with a cumsum of floats, which has
+        # no deterministic kernel on a GPU.
+        prompt_encoder = self.sam.prompt_encoder
+        height, width = prompt_encoder.image_embedding_size
+        rows, columns = (torch.arange(n, device=self.sam.device) + 0.5 for n in (height, width))
+        centres = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
+        encoded: Tensor = prompt_encoder.pe_layer.forward_with_coords(centres, (height, width))
+        return encoded.permute(2, 0, 1)[None]
 
     def forward(
         self,

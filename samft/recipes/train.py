@@ -22,7 +22,12 @@ from samft.recipes.prepare import RunParts, prepare, write_run_status
 from samft.recipes.report import RunReport
 from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
-from samft.runtime.device import check_device, pick_amp_dtype, pick_device
+from samft.runtime.device import (
+    check_device,
+    deterministic_algorithms,
+    pick_amp_dtype,
+    pick_device,
+)
 from samft.runtime.files import write_json, write_text
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, RunLog, logging_to_terminal
@@ -56,6 +61,7 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
     with _record_failure(output_dir, is_locked=False):
         device = pick_device(config.device)
     with (
+        deterministic_algorithms(config.deterministic),
         distributed.process_group(device, step_seconds=config.hang_timeout),
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),

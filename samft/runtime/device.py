@@ -16,6 +16,9 @@ import torch
 from samft.errors import ConfigError, TrainingError, explain_out_of_memory, first_sentence
 from samft.runtime.logs import LOGGER
 
+# The buffers of cuBLAS with which its products are deterministic
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 # With one of these as its first entry, CUDA_VISIBLE_DEVICES hides all GPUs on purpose.
 _HIDES_ALL = ("", "-1", "NoDevFiles")
 
@@ -87,6 +90,35 @@ def check_device(device: torch.device) -> None:
             "Install a PyTorch that is built for it, choose another GPU with CUDA_VISIBLE_DEVICES, "
             "or compute without one: --device cpu."
         ) from error
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Within, a GPU computes the same bits at each run: `--deterministic`.
+
+    On the same GPUs with the same versions. An operation without a deterministic kernel raises.
+    cuBLAS reads its setting once: enter this before anything is computed on a GPU.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    if not wanted:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    workspace = os.environ.get(_CUBLAS_WORKSPACE)
+    if workspace not in _DETERMINISTIC_WORKSPACES:
+        os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        del os.environ[_CUBLAS_WORKSPACE]
+        if workspace is not None:
+            os.environ[_CUBLAS_WORKSPACE] = workspace
 
 
 def log_hidden_gpus(device: torch.device) -> None:
@@ -177,6 +209,13 @@ def free_memory_bytes(device: torch.device) -> float:
         return float("inf")
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def total_memory_bytes(device: torch.device) -> float:
+    """Bytes of a GPU's memory, whoever uses it; CPU: infinite."""
+    if device.type != "cuda":
+        return float("inf")
+    return float(torch.cuda.get_device_properties(device).total_memory)
 
 
 def synchronized_time(device: torch.device) -> float:

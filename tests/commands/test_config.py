@@ -89,6 +89,7 @@ OTHER: dict[str, Any] = {
     "augment": "scale",
     "attention": "stock",
     "decoder": "stock",
+    "deterministic": True,
     "mask_chunk": 3,
     "compile": True,
     "cuda_graphs": True,

@@ -108,6 +108,12 @@ def test_sharded_run_resumes_on_two_gpus(folder: Path) -> None:
         assert waits_of_the_last_step(report) == WAITS_OF_A_STEP
 
 
+def test_deterministic_run(folder: Path) -> None:
+    # Nothing is computed for which CUDA has no deterministic kernel; it would be a fault
+    run = train(folder, "deterministic", deterministic=True, steps=1, metrics_interval=1)
+    assert len(run.reports[0].steps) == 1
+
+
 def test_dry_run(folder: Path) -> None:
     run = train(folder, "dry", dry_run=True)
     assert "of 80.0 GiB" in run.output

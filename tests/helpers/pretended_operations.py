@@ -1,5 +1,6 @@
 """Checks of the pretended GPUs, each in a function; `test_pretend_cuda.py` runs them there."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -268,6 +269,22 @@ def a_capture_takes_no_waits_and_no_copies() -> None:
     LEDGER.report.faults.clear()
 
 
+def operations_without_deterministic_kernels_are_refused() -> None:
+    tensor = torch.ones(4, 4, device="cuda")
+    assert tensor.cumsum(0)[3].tolist() == (tensor @ tensor)[3].tolist() == [4, 4, 4, 4]
+    torch.use_deterministic_algorithms(True)
+    with raises("cumsum does not have a deterministic implementation"):
+        tensor.cumsum(0)
+    assert tensor.long().cumsum(0)[3].tolist() == [4, 4, 4, 4]
+    with raises("uses cuBLAS without CUBLAS_WORKSPACE_CONFIG"):
+        tensor @ tensor
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    assert (tensor @ tensor)[3].tolist() == [4, 4, 4, 4]
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    torch.use_deterministic_algorithms(False)
+    LEDGER.report.faults.clear()
+
+
 def checkpoints_hold_no_gpu() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights")
@@ -297,6 +314,7 @@ if __name__ == "__main__":
         a_graph_computes_again_what_was_captured,
         graphs_of_a_pool_overwrite_each_other,
         a_capture_takes_no_waits_and_no_copies,
+        operations_without_deterministic_kernels_are_refused,
         checkpoints_hold_no_gpu,
     ):
         check()

@@ -1,5 +1,6 @@
 """PromptedSam gives what stock `Sam.forward` gives, for many images and boxes in one call."""
 
+import math
 import os
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from samft.models.chunked_loss import BYTES_PER_VALUE
 from samft.models.prompted_sam import PromptedSam, inside_image
 from samft.models.sam import build_sam
+from samft.runtime.device import deterministic_algorithms
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 
@@ -183,9 +186,8 @@ def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_chang
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = PromptedSam(build_sam("vit_tiny", 64))
-    encoder, calls = model.sam.prompt_encoder, []
-    stock = encoder.get_dense_pe
-    monkeypatch.setattr(encoder, "get_dense_pe", lambda: calls.append(1) or stock())
+    calls, compute = [], model._compute_dense_pe
+    monkeypatch.setattr(model, "_compute_dense_pe", lambda: calls.append(1) or compute())
     embeddings, boxes = torch.randn(1, 128, 4, 4), torch.tensor([[8.0, 8, 40, 40]])
     index = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
@@ -197,6 +199,12 @@ def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_chang
     model.sam.load_state_dict({**state, name: state[name] * 1.5})
     assert not torch.allclose(model.decode(embeddings, boxes, index)[0], first)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("size", [64, 1024])
+def test_the_dense_positions_are_those_of_stock(size: int) -> None:
+    model = PromptedSam(build_sam("vit_tiny", size))
+    assert torch.equal(model._dense_pe(), model.sam.prompt_encoder.get_dense_pe())
 
 
 def decoded_at_once(model: PromptedSam, **options: Any) -> list[int]:
@@ -228,3 +236,17 @@ def test_the_automatic_chunk_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("samft.models.prompted_sam.free_memory_bytes", lambda device: 0.0)
     assert model.boxes_at_once() == 64
     assert PromptedSam(model.sam).boxes_at_once() == 1
+
+
+def test_with_deterministic_algorithms_the_automatic_chunk_is_that_of_the_whole_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64))
+    box = BYTES_PER_VALUE * math.prod(model.embedding_shape)
+    kept = 16 * sum(parameter.numel() for parameter in model.parameters())
+    total = kept + 4 * 10 * box  # a quarter is for ten boxes
+    monkeypatch.setattr("samft.models.prompted_sam.free_memory_bytes", lambda device: 0.0)
+    monkeypatch.setattr("samft.models.prompted_sam.total_memory_bytes", lambda device: total)
+    assert PromptedSam(model.sam).boxes_at_once() == 1
+    with deterministic_algorithms(True):
+        assert model.boxes_at_once() == 10

@@ -1,6 +1,7 @@
 """The device of a process on hosts that are described to it: what PyTorch, driver and files say."""
 
 import logging
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,12 @@ import pytest
 import torch
 
 from samft.errors import ConfigError, TrainingError
-from samft.runtime.device import check_device, log_hidden_gpus, pick_device
+from samft.runtime.device import (
+    check_device,
+    deterministic_algorithms,
+    log_hidden_gpus,
+    pick_device,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TOO_OLD = (
@@ -204,3 +210,27 @@ def test_a_gpu_that_cannot_compute_is_an_error_at_the_start(
     with pytest.raises(kind) as caught:
         check_device(GPU)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
+def test_deterministic_algorithms_are_on_within_and_only_there(
+    monkeypatch: pytest.MonkeyPatch, workspace: str | None
+) -> None:
+    if workspace is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with deterministic_algorithms(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+    with pytest.raises(ZeroDivisionError), deterministic_algorithms(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        # A setting of the user's that is deterministic stays
+        chosen = ":16:8" if workspace == ":16:8" else ":4096:8"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == chosen
+        raise ZeroDivisionError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.benchmark
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace

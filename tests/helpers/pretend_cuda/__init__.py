@@ -8,6 +8,7 @@ are the real ones; its values lie in a CPU tensor. On top of that:
 
     device_rules    operations that mix devices raise as on a GPU; those that make the host wait
                     are listed with the line of code that did it
+    determinism     operations that CUDA refuses while deterministic algorithms are on
     streams         copies to the host hold garbage until something has waited for them
     numerics        TF32 where it is allowed; what only CUDA kernels take
     graphs          CUDA graphs, captured and replayed

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import _create_work_from_future as create_work_f
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from helpers.pretend_cuda.determinism import describe_refusal
 from helpers.pretend_cuda.device_rules import (
     Operation,
     describe_mix,
@@ -139,7 +140,7 @@ def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """Calls an operator as PyTorch would with a GPU.
 
     Raises:
-        RuntimeError: Its tensors lie on different devices.
+        RuntimeError: Its tensors lie on different devices; or it is not deterministic and should.
     """
     operation = Operation(func, args, kwargs)
     if not operation.uses_cuda:
@@ -151,6 +152,9 @@ def call_operator(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if mixes_devices(operation):
         LEDGER.fault(describe_mix(operation))
         raise RuntimeError(describe_mix(operation))
+    if reason := describe_refusal(operation):
+        LEDGER.fault(reason)
+        raise RuntimeError(reason)
     if kind := kind_of_wait(operation):
         wait_for_device(kind, only_current_stream=True)
     LEDGER.launch(operation.name, count_launches(operation))

@@ -189,10 +189,13 @@ choose_rendezvous() {
 set_environment() {
     local threads=$(($(count_cores) / $1))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    # What a process wrote last is to be read, however it ended.
     export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}
-    export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-    # The number of masks changes from step to step, which fragments GPU memory otherwise.
-    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+    # The number of masks changes from step to step, which fragments GPU memory otherwise. PyTorch
+    # prefers this name to the older ones, and would overlook what those were set to.
+    if [[ -z ${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_HIP_ALLOC_CONF:-} ]]; then
+        export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+    fi
     # Seconds that torchrun waits between a signal and SIGKILL: enough to save the largest model.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 }

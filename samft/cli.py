@@ -244,21 +244,22 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
     except (UserError, TrainingError, ExportError, RunStopped, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        _print_error(error)
+        print_error(error)
         return exit_code(error)
     except Exception as error:
         reason = explain_host_error(error)
         if reason is None or "--debug" in arguments:
             traceback.print_exc()
         if reason is not None:
-            _print_error(error, reason)
+            print_error(error, reason)
         else:
             _report_to_torchrun(error)
         return exit_code(error)
     return EXIT_DONE
 
 
-def _print_error(error: BaseException, reason: str = "") -> None:
+def print_error(error: BaseException, reason: str = "") -> None:
+    """Prints what ends this process, as one paragraph on standard error."""
     rank = os.environ.get("RANK", "0")
     # Every rank has the same one of these, so rank 0 alone prints it.
     if rank != "0" and isinstance(error, (ConfigError, RunStopped, SharedError)):

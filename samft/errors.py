@@ -146,6 +146,10 @@ class TrainingError(_SanitizedError, RuntimeError):
     """The run cannot continue (say, the loss is not finite); printed without a traceback."""
 
 
+class CollectiveError(TrainingError):
+    """A collective failed: another process is gone or does not answer, or the network broke."""
+
+
 class ExportError(_SanitizedError, RuntimeError):
     """A written file does not give the expected outputs; printed without a traceback."""
 

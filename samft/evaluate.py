@@ -12,12 +12,12 @@ resize mode that it was tuned for.
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.layout import role_of
 from samft.config import pattern_problem
+from samft.ending import end_process
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.images.flags import add_pixel_flags
 from samft.runtime.checkpoint_paths import find_weights_file
@@ -198,4 +198,4 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

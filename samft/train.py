@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from functools import partial
 from typing import Any
 
@@ -84,10 +83,10 @@ def end_at_once() -> None:
     Every file is written so that this leaves a whole one, and loader workers end with the process.
     """
     with contextlib.suppress(OSError):
-        from samft.runtime.output_dir import write_status
+        from samft.runtime.output_dir import end_status
 
         if os.environ.get("RANK", "0") == "0":
-            write_status(None, state="failed", exit_code=EXIT_INTERRUPTED, reason="interrupted")
+            end_status(exit_code=EXIT_INTERRUPTED, reason="interrupted")
         os.write(2, b"stopped: interrupted\n")
     os._exit(exit_code_for_launcher(EXIT_INTERRUPTED))
 
@@ -96,5 +95,6 @@ if __name__ == "__main__":
     # Before anything else is imported, which takes a second: a signal is heard from here on.
     with stop_on_signal(end_at_once) as early_stop:
         from samft.cli import run_command
+        from samft.ending import end_process
 
-        sys.exit(exit_code_for_launcher(run_command(partial(main, stop=early_stop))))
+        end_process(exit_code_for_launcher(run_command(partial(main, stop=early_stop))))

@@ -22,8 +22,8 @@ MAX_FILES_OF_A_ROOM = 12
 
 # A room (or a file beside the rooms) imports only what stands on a line above its own, and itself.
 ORDER = (
-    ("errors", "commands", "suggestions"),
-    ("cli",),
+    ("errors", "commands", "suggestions", "ending"),
+    ("cli", "rendezvous"),
     ("settings",),
     ("config", "distributed"),
     ("runtime",),

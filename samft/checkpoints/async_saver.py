@@ -17,6 +17,7 @@ from torch.utils._pytree import KeyPath, tree_leaves_with_path, tree_map_with_pa
 from samft.checkpoints.page_locked import empty_page_locked
 from samft.checkpoints.top_k import SCORE, TopK
 from samft.checkpoints.training_state import LAST_NAME, save_last
+from samft.runtime import heartbeat
 from samft.runtime.logs import LOGGER
 
 
@@ -87,9 +88,14 @@ class BackgroundWriter:
         # A daemon thread, so that a second Ctrl-C ends the process even in the middle of a write:
         # every file is written so that this leaves a whole one.
         self._thread = threading.Thread(
-            target=self._run_work, args=(work,), name="saving", daemon=True
+            target=self._run_work, args=(work,), name=heartbeat.SAVING, daemon=True
         )
         self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a piece of work has not ended."""
+        return self._thread is not None and self._thread.is_alive()
 
     def _run_work(self, work: Callable[[], None]) -> None:
         try:
@@ -163,6 +169,11 @@ class Checkpointer:
         self._writer.wait()
         copied = self._copy.copy(state, constant=self.constant)
         self._writer.start(partial(self._write_state, copied, sidecar, before_writing))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a state is being written."""
+        return self._writer.is_busy
 
     def wait(self) -> None:
         """Waits until the state is written.

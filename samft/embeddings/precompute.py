@@ -26,6 +26,7 @@ from samft.embeddings.store import EmbeddingRecord, checksum_embedding
 from samft.errors import ConfigError, DataError, UserError, explain_out_of_memory
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
+from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32, usable_cores
 from samft.runtime.logs import LOGGER
 from samft.runtime.signals import StopInterrupt, interruptible
@@ -296,6 +297,7 @@ class EncodingPass:
         end = time.monotonic() + self.sync_seconds
         for image in self._until_stopped(images):
             result.num_images += 1
+            self._note_image(image.missing.row)
             if image.error is None:
                 self._store_all(self.encoder.add(image), result)
             elif self.on_bad_image == "skip" and isinstance(image.error, ImageError):
@@ -306,6 +308,10 @@ class EncodingPass:
                 return None
         result.finished = True
         return None
+
+    def _note_image(self, row: int) -> None:
+        name = self.split.dataset.subset.file_name(row)
+        heartbeat.set_activity("encoding", lambda: [name])
 
     def _store_all(self, encoded: Iterable[_Encoded], result: _RoundResult) -> None:
         split = self.split

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samft import distributed
 from samft.coco.segmentation import CroppedMask
 from samft.evaluation.metric_base import Metric
 
@@ -34,6 +35,11 @@ def cropped_iou(mask: CroppedMask, truth: CroppedMask) -> float:
     return intersection / union if union else 1.0
 
 
+def _gather_state(state: Tensor, group: Any = None) -> list[Tensor]:
+    # In place of torchmetrics' own, which waits for other ranks without a look for signals.
+    return distributed.all_gather(state)
+
+
 class MaskMean(Metric):
     """The mean of one number per mask, exact over any number of ranks and batches.
 
@@ -49,7 +55,7 @@ class MaskMean(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         """Passes keyword arguments on to `torchmetrics.Metric`."""
-        super().__init__(**kwargs)
+        super().__init__(dist_sync_fn=_gather_state, **kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

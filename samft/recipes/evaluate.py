@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         UserError: The checkpoints, the data or the output cannot be used.
         TrainingError: Another process failed.
     """
-    device = pick_device(options.device)
     with (
-        distributed.process_group(device, step_seconds=STEP_SECONDS),
+        distributed.process_group(
+            partial(pick_device, options.device), step_seconds=STEP_SECONDS
+        ) as device,
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),
     ):

@@ -4,8 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
@@ -30,7 +33,7 @@ from samft.runtime.device import (
 )
 from samft.runtime.files import write_json, write_text
 from samft.runtime.heartbeat import explain_distributed_errors
-from samft.runtime.logs import LOGGER, RunLog, logging_to_terminal
+from samft.runtime.logs import FILES_ONLY, LOGGER, RunLog, logging_to_terminal
 from samft.runtime.output_dir import (
     archive_previous_run,
     create_writable_dir,
@@ -58,13 +61,11 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         TrainingError: The run cannot continue.
     """
     output_dir = Path(config.output_dir).expanduser()
-    with _record_failure(output_dir, is_locked=False):
-        device = pick_device(config.device)
     with (
         deterministic_algorithms(config.deterministic),
-        distributed.process_group(device, step_seconds=config.hang_timeout),
+        _joined_group(config, output_dir, stop) as device,
         logging_to_terminal(distributed.get_rank()),
-        heartbeat.posting(),
+        heartbeat.posting(stop),
         contextlib.ExitStack() as open_until_end,
     ):
         with _record_failure(output_dir, is_locked=False):
@@ -182,6 +183,22 @@ def finish(training: TrainingRun) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def _joined_group(
+    config: TrainConfig, output_dir: Path, stop: StopRequest
+) -> Iterator[torch.device]:
+    # Collective. Also gives launch.sh the reason why there is none.
+    with contextlib.ExitStack() as joined:
+        with _record_failure(output_dir, is_locked=False):
+            group = distributed.process_group(
+                partial(pick_device, config.device),
+                step_seconds=config.hang_timeout,
+                should_stop=lambda: bool(stop),
+            )
+            device = joined.enter_context(group)
+        yield device
+
+
+@contextlib.contextmanager
 def _hold_output_dir(output_dir: Path, stop: StopRequest) -> Iterator[None]:
     # Collective. Makes the folder, and keeps other runs out of it.
     with contextlib.ExitStack() as held:
@@ -287,6 +304,11 @@ def _record_failure(
     except BaseException as error:
         # Before anything that takes long: the other ranks wait a few seconds for it.
         heartbeat.report_failure(f"{type(error).__name__}: {error}")
+        reason = explain_host_error(error) or str(error) or type(error).__name__
+        if not isinstance(error, RunStopped):
+            # The command prints it, but only after a save that may take minutes.
+            is_late = parts is not None and parts.checkpointer.is_writing
+            LOGGER.error("the run ends: %s", reason, extra={} if is_late else FILES_ONLY)
         if parts is not None and not isinstance(error, KeyboardInterrupt):
             _finish_saving(parts.checkpointer)
         if distributed.is_main() and not isinstance(error, RunStopped):
@@ -300,7 +322,7 @@ def _record_failure(
                     state="failed",
                     step=parts.progress.step if parts else 0,
                     exit_code=exit_code(error),
-                    reason=explain_host_error(error) or str(error) or type(error).__name__,
+                    reason=reason,
                     last_checkpoint=str(last) if last.exists() else None,
                 )
         raise

@@ -29,6 +29,7 @@ from samft.runtime.own_files import TENSORBOARD
 
 LOGGER = logging.getLogger("samft")
 GIB = 1 << 30
+FILES_ONLY = {"is_for_files": True}  # `extra` of a line that the terminal gets in another way
 
 
 class _Formatter(logging.Formatter):
@@ -64,6 +65,7 @@ def logging_to_terminal(rank: int) -> Iterator[None]:
     name = "" if rank == 0 else f"[rank {rank}] "
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
+    terminal.addFilter(lambda record: not hasattr(record, "is_for_files"))
     handlers: list[logging.Handler] = [] if _logs_to_terminal(root) else [terminal]
     if rank == 0:
         handlers.append(_StartupBuffer())

@@ -121,6 +121,28 @@ def archive_previous_run(folder: Path) -> Path | None:
     return archive
 
 
+# Of the run of this process, once it has written that it runs: folder, step, last checkpoint.
+_running: tuple[Path | None, int, str | None] | None = None
+
+
+def end_status(*, exit_code: int, reason: str) -> None:
+    """Writes that this process's run has failed; of a run that has not begun, for launch.sh alone.
+
+    Args:
+        exit_code: See `write_status`.
+        reason: See `write_status`.
+    """
+    folder, step, last = _running or (None, 0, None)
+    write_status(
+        folder,
+        state="failed",
+        step=step,
+        exit_code=exit_code,
+        reason=reason,
+        last_checkpoint=last,
+    )
+
+
 def write_status(
     folder: Path | None,
     *,
@@ -151,6 +173,8 @@ def write_status(
         path = folder / "status.json"
         if not path.exists() or own_files.is_own(folder, path.name):
             write_json(path, status)
+    global _running
+    _running = (folder, step, last_checkpoint) if state == "running" else None
     launcher_file = os.environ.get("SAMFT_STATUS_FILE")
     if launcher_file and Path(launcher_file).parent.is_dir():
         write_json(Path(launcher_file), status)

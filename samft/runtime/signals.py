@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -141,6 +142,7 @@ class StopRequest:
                 that was there before gets it, Python's own say, which raises KeyboardInterrupt.
         """
         self.received: list[str] = []
+        self._first = math.inf
         self._on_interrupt = on_interrupt
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -159,7 +161,12 @@ class StopRequest:
             self._on_interrupt()
         if self._on_interrupt is None and signal.SIGINT in self._previous:
             _restore_handler(signal.SIGINT, self._previous.pop(signal.SIGINT))
+        self._first = min(self._first, time.monotonic())
         self.received.append(signal.Signals(number).name)
+
+    def age(self) -> float:
+        """Seconds since the first signal; negative without one."""
+        return time.monotonic() - self._first
 
     def install(self) -> None:
         """Installs the handlers; not outside of the main thread, where Python allows none."""

@@ -19,7 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, fetch_batches
-from samft.distributed import all_reduce_sum, any_rank, get_world_size, raise_on_all_ranks, wrap_ddp
+from samft.distributed import (
+    all_reduce_sum,
+    any_rank,
+    backward,
+    get_world_size,
+    raise_on_all_ranks,
+    wait_for_device,
+    wrap_ddp,
+)
 from samft.errors import TrainingError, explain_out_of_memory
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
@@ -225,7 +233,7 @@ class Trainer:
             is_last = number == len(micro_batches) - 1
             with self._sync_gradients(is_last), _explain_batch_memory(batch):
                 total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
-                self.scaler.scale(total * weight).backward()
+                backward(self.scaler.scale(total * weight))
             step_sums += _sum_losses(losses, num_images=len(batch.image_ids))
 
         with explain_out_of_memory(lambda: "for the optimizer's step", advice=OPTIMIZER_ADVICE):
@@ -259,6 +267,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
         # The norm is not finite if any gradient is not. After DDP's averaging all ranks should see
         # the same; but if only some of them skipped a step, their weights would differ for good.
+        wait_for_device(self.device)
         finite = not any_rank(not bool(torch.isfinite(norm)), in_step=True)
         if finite:
             self.scaler.step(self.optimizer)
@@ -296,7 +305,7 @@ class Trainer:
         with self._autocast():
             image_index = boxes.new_zeros(1, dtype=torch.int64)
             logits, iou = ddp_model(images, boxes, image_index, embeddings=embeddings)
-        (logits.float().sum() * 0 + iou.float().sum() * 0).backward()
+        backward(logits.float().sum() * 0 + iou.float().sum() * 0)
         self.optimizer.zero_grad(set_to_none=True)
 
     @exact_float32()
@@ -317,7 +326,8 @@ class Trainer:
             missing = [] if self.optimizer.state else self.parameters * 2
             moments = [torch.empty_like(parameter) for parameter in missing]
             total, _ = self._forward(batch.to(self.device), weight)
-            (total * weight).backward()
+            backward(total * weight)
+            wait_for_device(self.device)
             del moments
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -328,6 +338,7 @@ class Trainer:
             Means over the masks of all ranks of `LOSS_NAMES`; `lr` of the last step,
             `images_per_second`, `masks_per_second`, and `peak_memory_gib`.
         """
+        wait_for_device(self.device)
         *sums, masks, images = all_reduce_sum(self.metric_sums.cpu()).tolist()
         seconds = max(self.progress.window_seconds, 1e-9)
         metrics = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}

@@ -124,13 +124,17 @@ def build_optimizer(
         # Imported only here: the import is slow, and warns.
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(
+        optimizer: Any = ZeroRedundancyOptimizer(
             groups,
             optimizer_class=torch.optim.AdamW,
+            process_group=distributed.step_group(),
             lr=learning_rate,
             fused=True,
             parameters_as_bucket_view=True,  # each process sends one tensor, not each parameter
         )
+        # The part of its step in which the parameters are exchanged.
+        optimizer._sync_params = distributed.in_collective()(optimizer._sync_params)
+        return optimizer
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
@@ -147,7 +151,8 @@ def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     consolidate = getattr(optimizer, "consolidate_state_dict", None)
     if consolidate is None:
         return optimizer.state_dict()
-    consolidate(to=0)
+    with distributed.in_collective():
+        consolidate(to=0)
     if not distributed.is_main():
         return {}
     device = optimizer.param_groups[0]["params"][0].device

@@ -365,6 +365,21 @@ def test_environment_of_the_run(launcher: Launcher, tmp_path: Path) -> None:
     assert launcher.run(*RUN, **given).stdout == "5 1\n"
 
 
+def test_settings_of_pytorch_are_its_own_or_the_users(launcher: Launcher, tmp_path: Path) -> None:
+    python = fake_python(tmp_path / "python", "env")
+    given = {"SAMFT_PYTHON": python, "NPROC_PER_NODE": "2"}
+
+    def settings(**environment: str) -> list[str]:
+        lines = launcher.run(*RUN, **given, **environment).stdout.splitlines()
+        return sorted(line for line in lines if line.startswith(("PYTORCH_", "TORCH_NCCL")))
+
+    assert settings() == ["PYTORCH_ALLOC_CONF=expandable_segments:True"]
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert settings(**{name: "max_split_size_mb:64"}) == [f"{name}=max_split_size_mb:64"]
+    own = settings(TORCH_NCCL_ASYNC_ERROR_HANDLING="2")
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING=2" in own
+
+
 @pytest.fixture
 def clone(launcher: Launcher, tmp_path: Path) -> Launcher:
     """A clone of its own, and a Python that only records what it would install."""

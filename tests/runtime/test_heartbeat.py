@@ -1,10 +1,14 @@
 """Which rank is named when one fails or hangs, in groups that use a store as under torchrun."""
 
+import json
 import os
 import signal
+import subprocess
+import threading
 import time
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +18,12 @@ import torch.multiprocessing
 
 from helpers.gloo_pool import GlooPool
 from samft import distributed
-from samft.errors import DataError, TrainingError
+from samft.checkpoints.async_saver import BackgroundWriter
+from samft.errors import CollectiveError, TrainingError
 from samft.runtime import heartbeat
 from samft.runtime.heartbeat import explain_distributed_errors
+from samft.runtime.output_dir import write_status
+from samft.runtime.signals import StopRequest
 
 ANSWER_SECONDS = 240.0  # three processes import torch, maybe on one busy core
 
@@ -63,32 +70,9 @@ def test_a_single_process_names_no_rank(monkeypatch: pytest.MonkeyPatch) -> None
     heartbeat.stop_posting()
 
 
-GLOO_GONE = "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345"
-NCCL_LATE = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1) timed out"
-
-
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
-        (RuntimeError(GLOO_GONE), True),
-        (RuntimeError(NCCL_LATE), True),
-        (RuntimeError("writev: Broken pipe"), True),
-        (RuntimeError("read: Connection reset by peer"), True),
-        (dist.DistBackendError("timed out"), True),
-        (dist.DistNetworkError("no route"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed."), False),
-        (DataError("gloo/image.png cannot be read"), False),
-        (KeyboardInterrupt("NCCL"), False),
-    ],
-)
-def test_collective_failures_are_recognised(error: BaseException, is_one: bool) -> None:
-    assert heartbeat.is_collective_failure(error) is is_one
-
-
 def test_other_errors_and_explained_ones_are_left_alone() -> None:
     for error in (
-        RuntimeError("a bug"),
+        RuntimeError("a bug in gloo, NCCL or elsewhere: Connection closed by peer"),
         KeyError("a"),
         TrainingError("full: runs/gloo/DataLoader"),
     ):
@@ -97,12 +81,169 @@ def test_other_errors_and_explained_ones_are_left_alone() -> None:
         assert caught.value is error
 
 
-def test_a_collective_failure_is_explained() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        CollectiveError("Application timeout caused pair closure"),
+        dist.DistBackendError("timed out"),
+        dist.DistNetworkError("no route"),
+        dist.DistStoreError("gone"),
+    ],
+)
+def test_a_failed_collective_is_explained_whatever_its_words(error: RuntimeError) -> None:
     heartbeat.set_step(3)
     with pytest.raises(TrainingError) as caught, explain_distributed_errors():
-        raise RuntimeError(GLOO_GONE)
+        raise error
     message = "another process failed, or does not answer. (This process was at step 3, starting.)"
-    assert str(caught.value) == message
+    assert str(caught.value) == message and caught.value.__cause__ is error
+
+
+# What a wait for others looks for, and what ends a process that does not look
+
+
+@pytest.fixture
+def beating(monkeypatch: pytest.MonkeyPatch) -> heartbeat._Heartbeat:
+    """Of rank 0 of 2, with a store of its own and no thread."""
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    heartbeat._HEARTBEAT.store = dist.HashStore()
+    return heartbeat._HEARTBEAT
+
+
+class Clock:
+    """`time` for heartbeats."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
+
+
+def test_a_wait_ends_one_look_after_a_failure_was_seen(
+    beating: heartbeat._Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    beating.check_wait(5.0)
+    assert beating.store is not None
+    beating.store.set("failure", "")
+    beating.check_wait(5.1)  # a second has not passed since the last look
+    clock.now += 1
+    beating.check_wait(6.0)  # seen, but what ends all may be about to arrive
+    clock.now += 1
+    beating.check_wait(0.5)  # a wait that has just begun may be about to end
+    with pytest.raises(CollectiveError, match="another process failed"):
+        beating.check_wait(7.0)
+
+
+def test_a_wait_after_a_signal_ends_before_the_launcher_kills(
+    beating: heartbeat._Heartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    clock, stop = Clock(monkeypatch), StopRequest()
+    beating._request = stop
+    beating.check_wait(1000.0)  # no signal: nothing ends it but the timeout of the collective
+    stop.record_signal(signal.SIGTERM)
+    clock.now += 111
+    beating.check_wait(1111.0)
+    clock.now += 2
+    with pytest.raises(CollectiveError, match="stopped by SIGTERM while other processes"):
+        beating.check_wait(1113.0)
+
+
+def test_a_failure_is_posted_for_waits_to_see(beating: heartbeat._Heartbeat) -> None:
+    assert beating.store is not None and beating.expects_posts()
+    heartbeat.report_failure("ValueError: a\nb")
+    assert beating.store.check(["failure"])
+    record = beating.read("end", 0)
+    assert record is not None and record["failed"] == "ValueError: a"
+    beating.store.set("end/1", "{}")
+    assert not beating.expects_posts()
+
+
+class Exited(Exception):
+    """Instead of the end of the process."""
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exit_with(code: int) -> None:
+        raise Exited(code)
+
+    monkeypatch.setattr(os, "_exit", exit_with)
+
+
+@pytest.mark.usefixtures("exits")
+def test_a_process_that_does_not_notice_is_ended_with_its_words(
+    beating: heartbeat._Heartbeat,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SAMFT_STATUS_FILE", str(tmp_path / "status.json"))
+    write_status(tmp_path, state="running", step=4, last_checkpoint="a.ckpt")
+    heartbeat.set_step(7)
+    assert beating.store is not None
+    failed = {"step": 5, "doing": "saving", "failed": "ValueError: no"}
+    beating.store.set("end/1", json.dumps(failed))
+    with pytest.raises(Exited, match="1"):
+        beating._end_unless_ending()
+    sentence = (
+        "process 1 failed at step 5, saving: ValueError: no. (This process did not notice, at "
+        "step 7, starting.)"
+    )
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 1, 4)
+    assert (status["reason"], status["last_checkpoint"]) == (sentence, "a.ckpt")
+
+
+@pytest.mark.usefixtures("exits")
+def test_a_process_that_knows_or_saves_is_not_ended(beating: heartbeat._Heartbeat) -> None:
+    writes, written = BackgroundWriter(), threading.Event()
+    writes.start(lambda: assert_set(written))
+    beating._end_unless_ending()
+    written.set()
+    writes.wait()
+    with pytest.raises(Exited):
+        beating._end_unless_ending()
+    heartbeat.report_failure("ValueError: no")
+    beating._end_unless_ending()
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("node", "since", "parent", "is_killed"),
+    [
+        ("0", 100, "own", True),
+        ("1", 100, "own", False),  # of another host, where the number means another process
+        ("0", 1, "own", False),  # it may be computing
+        ("0", 100, "another", False),  # not of this start
+    ],
+)
+def test_a_hanging_process_of_this_host_is_killed(
+    beating: heartbeat._Heartbeat,
+    monkeypatch: pytest.MonkeyPatch,
+    node: str,
+    since: float,
+    parent: str,
+    is_killed: bool,
+) -> None:
+    monkeypatch.setenv("GROUP_RANK", "0")
+    monkeypatch.setattr(distributed, "step_seconds", lambda: 60.0)
+    if parent == "own":
+        monkeypatch.setattr(os, "getppid", os.getpid)  # as if this were the launcher's child too
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        record = {"step": 5, "doing": "training", "since": time.time() - since}
+        record |= {"pid": process.pid, "node": node}
+        assert beating.store is not None
+        beating.store.set("activity/1", json.dumps(record))
+        assert f"process 1 does not answer; {since} s ago" in heartbeat._name_ranks()
+        if not is_killed:
+            assert process.poll() is None
+            assert process.stdin is not None
+            process.stdin.close()
+        assert process.wait(60) == (-signal.SIGKILL if is_killed else 0)
 
 
 # Two ranks that stay alive

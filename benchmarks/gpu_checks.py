@@ -152,11 +152,12 @@ def check_steps(argv: Sequence[str]) -> None:
     for mode in args.modes:
         workload = _workload(args, mode=mode, device=GPU)
         try:
-            figures = _measure_step(workload, mode=mode, rounds=args.rounds)
+            figures = _measure_step(workload, args, mode=mode)
         except torch.OutOfMemoryError as error:
             print(f"=> {mode}: out of memory ({str(error).splitlines()[0]})")
             continue
         figures |= {"model_type": args.model_type, "mode": mode, "images": args.images}
+        figures["cuda_graphs"] = args.cuda_graphs
         print(f"json: {json.dumps(figures)}")
         if is_pretended():
             print(f"=> {mode}: {figures['launches']} launches")
@@ -169,15 +170,15 @@ def check_steps(argv: Sequence[str]) -> None:
         )
 
 
-def _measure_step(workload: Workload, *, mode: str, rounds: int) -> dict[str, Any]:
+def _measure_step(workload: Workload, args: argparse.Namespace, *, mode: str) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    variants = Variants(workload)
+    variants = Variants(workload, cuda_graphs=args.cuda_graphs)
     if mode == "cached":
         variants.use_random_embeddings()
     name = CACHED if mode == "cached" else SAMFT
     step = variants.step(name)
-    options = MeasureOptions(rounds, warm_up=3)
+    options = MeasureOptions(args.rounds, warm_up=3)
     seconds = time_interleaved({name: step}, options=options, device=GPU)[name]
     return {
         "seconds": statistics.median(seconds),
@@ -256,6 +257,7 @@ def _parse_workload(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--boxes", type=int, default=8)
     parser.add_argument("--modes", nargs="+", default=["cached", "frozen", "full"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--cuda_graphs", action="store_true")
     return parser.parse_args(argv)
 
 

@@ -138,6 +138,9 @@ def _steps_of(model_type: str, *extra: str) -> Callable[[Setup], list[list[str]]
     return commands
 
 
+_graphs = _steps_of("vit_b", "--cuda_graphs")
+
+
 def _evaluate(setup: Setup) -> list[list[str]]:
     checkpoint = str(REPOSITORY / "samft" / "pretrained" / "vit_tiny.pth")
     common = ["--checkpoint", checkpoint, "--data_root", str(setup.folder / "demo")]
@@ -188,6 +191,7 @@ PARTS = (
     Part("NCCL, sharded, resumed", "DDP and ZeRO on the GPU, in a group of one", 90, _sharded),
     Part("step, vit_b, 4 images", "beside plain and plain with autocast", 120, _step_benchmark),
     Part("steps, vit_b", "time, memory, launches of samft alone", 60, _steps_of("vit_b")),
+    Part("steps with CUDA graphs", "the same, beside the last", 60, _graphs),
     Part("steps, vit_h", "the same; full at batch 4", 120, _steps_of("vit_h"), LIKE_VIT_B),
     Part("deterministic resume", "a resumed run is equal to the bit", 120, _deterministic),
     Part("attention kernels", "which one, how fast", 75, _kernels, NO_KERNELS),

@@ -153,8 +153,8 @@ class SyntheticBatch:
 class Variants:
     """The variants of a workload; models and batches are built when they are first used."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
+    def __init__(self, workload: Workload, *, cuda_graphs: bool = False) -> None:
+        self.workload, self.cuda_graphs = workload, cuda_graphs
         self.synthetic = SyntheticBatch(workload)
 
     @cached_property
@@ -176,7 +176,8 @@ class Variants:
     @cached_property
     def samft(self) -> Trainer:
         """samft's trainer, for images and for embeddings."""
-        return samft_trainer(PromptedSam(random_sam(self.workload, attention="fast")))
+        sam = random_sam(self.workload, attention="fast")
+        return samft_trainer(PromptedSam(sam, cuda_graphs=self.cuda_graphs))
 
     @cached_property
     def embeddings(self) -> Tensor:

@@ -9,7 +9,7 @@ from benchmarks import gpu, gpu_checks
 from benchmarks.gpu import main, run_part, write_results
 from benchmarks.gpu_parts import CHECK, PARTS, TORCHRUN, TRAIN, Part, Setup
 from benchmarks.train_step import parse_arguments
-from helpers.pretend_cuda.runs import needs_harness
+from helpers.pretend_cuda.runs import needs_harness, run_with_pretended_gpus
 from samft.config import parse_config
 
 BROKEN = Part("broken", "nothing", 30, lambda setup: [["benchmarks.no_such_module"]])
@@ -63,10 +63,12 @@ def test_failed_and_cut_parts_are_named(tmp_path: Path) -> None:
 
 def test_figures_stand_beside_their_floors(tmp_path: Path) -> None:
     result = gpu.PartResult("steps, vit_b", "time", state="done")
-    figures = {"model_type": "vit_b", "mode": "full", "images": 4, "seconds": 0.02}
-    result.add_findings(f"=> full: 20 ms\njson: {json.dumps(figures)}\n| a | b |\nend\n")
+    figures = {"model_type": "vit_b", "mode": "full", "images": 4, "cuda_graphs": False}
+    for seconds, cuda_graphs in ((0.02, False), (0.016, True)):
+        line = json.dumps({**figures, "seconds": seconds, "cuda_graphs": cuda_graphs})
+        result.add_findings(f"=> full: seen\njson: {line}\n| a | b |\nend\n")
     text = write_results(tmp_path, [result], setup=Setup(tmp_path, pretended=False))
-    assert "| vit_b | full | 3.7 | 5.00 |" in text  # 20 ms for four images
+    assert "| vit_b | full | 3.7 | 5.00, 4.00 with CUDA graphs |" in text  # 20 and 16 ms
     assert "| vit_h | full | 22.0 | not measured |" in text
     assert "| a | b |" in text
     # On pretended GPUs, times are nobody's figures
@@ -105,3 +107,17 @@ def test_it_runs_without_a_gpu(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert [result["state"] for result in results] == ["done", "done", "not measured"]
     assert results[1]["lines"][0].startswith("off: masks differ by 0.0e+00")
+
+
+@pytest.mark.processes
+@needs_harness
+def test_cached_step_with_cuda_graphs_launches_little(tmp_path: Path) -> None:
+    # 1,138 kernels before CUDA graphs: the host took longer than the GPU
+    argv = ["steps", "--model_type", "vit_b", "--image_size", "128", "--images", "1"]
+    argv += ["--rounds", "1", "--modes", "cached", "--cuda_graphs"]
+    run = run_with_pretended_gpus("benchmarks.gpu_checks", argv, folder=tmp_path)
+    assert run.code == 0, run.output[-3000:]
+    step = run.reports[0].steps[-1]
+    assert step.num_launches <= 1110 / 3 and sum(step.captured.values()) > 500
+    assert step.functions_that_wait() == ["samft/training/engine.py _update: item"]
+    assert f"=> cached: {step.num_launches} launches" in run.output

@@ -16,6 +16,7 @@ memory of what is computed on the way; they run one after the other, on the curr
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,8 +47,6 @@ class CudaGraphs:
         """Nothing is recorded yet; needs no GPU before the first `run`."""
         self.failed = False
         self._recordings: dict[Hashable, _Recording] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
 
     @property
     def num_recordings(self) -> int:
@@ -95,9 +94,8 @@ class CudaGraphs:
             return None
 
     def _record(self, function: Callable[..., Tensors], inputs: Tensors) -> "_Recording":
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        stream, device = self._stream, inputs[0].device
+        device = inputs[0].device
+        stream, pool = _stream_and_pool(device)
         own_inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
         _copy_all(own_inputs, inputs)
         # Without autocast's cache: weights cast before the recording would not be cast in it.
@@ -113,7 +111,7 @@ class CudaGraphs:
             current.wait_stream(stream)
             # Other threads copy batches and write checkpoints meanwhile: only this one must not.
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 outputs = function(*own_inputs)
         graph.replay()
@@ -136,6 +134,12 @@ class _Recording:
         outputs = tuple(torch.empty_like(output) for output in self.outputs)
         _copy_all(outputs, self.outputs)
         return outputs
+
+
+@lru_cache
+def _stream_and_pool(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+    # Where all of a process is recorded: memory can be shared only by recordings of one stream.
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

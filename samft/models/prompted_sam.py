@@ -22,7 +22,7 @@ from samft.models.chunked_loss import (
     LossInputs,
     auto_mask_chunk,
 )
-from samft.models.cuda_graphs import ChunkGraphs
+from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs
 from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import Tensors, choose_decoder
 from samft.runtime.device import exact_float32, free_memory_bytes, total_memory_bytes
@@ -37,6 +37,7 @@ class PromptedSam(nn.Module):
         decoder: `fast`, or `stock` for the package's own modules; see `choose_decoder`.
         mask_chunk: Boxes decoded at once; None: as many as `boxes_at_once` chooses.
         chunk_graphs: Replays chunks of boxes as CUDA graphs where losses are wanted on a GPU.
+        encoder_graphs: Replays a frozen encoder as a CUDA graph where the rest is trained.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class PromptedSam(nn.Module):
             sam: See above.
             decoder: See above.
             mask_chunk: See above.
-            cuda_graphs: Whether training on a GPU replays chunks of boxes as CUDA graphs.
+            cuda_graphs: Whether training on a GPU replays chunks of boxes, and a frozen image
+                encoder, as CUDA graphs.
         """
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
         self.chunk_graphs = ChunkGraphs() if cuda_graphs else None
+        self.encoder_graphs = CudaGraphs() if cuda_graphs else None
         self._auto_mask_chunk: int | None = None
         self._cast_encoder = CastEncoder()
         self._cached_pe: tuple[Tensor, int, Tensor] | None = None
@@ -109,10 +112,19 @@ class PromptedSam(nn.Module):
         """
         if cached is not None:
             return cached.float()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_is_frozen):
+        in_training, frozen = torch.is_grad_enabled(), self.encoder_is_frozen
+        with torch.set_grad_enabled(in_training and not frozen):
             encoder = self._cast_encoder.select(self.sam.image_encoder, self.sam.device.type)
-            embeddings: Tensor = encoder(self.preprocess(images, input_sizes))
-            return embeddings
+
+            def encode(images: Tensor, input_sizes: Tensor | None = None) -> Tensors:
+                return (encoder(self.preprocess(images, input_sizes)),)
+
+            encoded, graphs = None, self.encoder_graphs
+            if graphs and in_training and frozen and images.is_cuda:
+                inputs = (images,) if input_sizes is None else (images, input_sizes)
+                places = tuple(p.data_ptr() for p in encoder.parameters())
+                encoded = graphs.run(encode, inputs, key=(encoder, places))
+            return (encoded or encode(images, input_sizes))[0]
 
     def unload_encoder(self) -> None:
         """Moves the image encoder to the CPU, for a run whose embeddings are all cached."""

@@ -37,7 +37,7 @@ def make_trainer(
 ) -> Trainer:
     """A trainer of four boxes at once, so that the batches below have chunks of 1 to 4."""
     torch.manual_seed(0)
-    sam = build_sam("vit_tiny", SIZE)
+    sam = build_sam("vit_tiny", SIZE, attention="fast")
     freeze(sam, list(frozen))
     model = PromptedSam(sam.to(device), mask_chunk=4, cuda_graphs=cuda_graphs)
     optimizer = build_optimizer(model, learning_rate=RATE, weight_decay=0.1)
@@ -56,8 +56,9 @@ def make_batches(num_steps: int, *, first: int = 0) -> list[Batch]:
 
 def recordings_of(trainer: Trainer) -> int:
     """How many chunks are recorded; fails if a recording failed."""
-    graphs = trainer.model.chunk_graphs
+    graphs, of_encoder = trainer.model.chunk_graphs, trainer.model.encoder_graphs
     assert graphs is not None and not graphs.graphs.failed
+    assert of_encoder is not None and not of_encoder.failed
     return graphs.graphs.num_recordings
 
 
@@ -232,7 +233,9 @@ def main() -> None:
     """Runs the checks that the arguments name, as CHECK or CHECK:TYPE."""
     device = torch.device("cuda", 0)
     if "RANK" in os.environ:
-        device = distributed.start("cuda")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        distributed.start(device)
     for argument in sys.argv[1:]:
         name, _, amp = argument.partition(":")
         globals()[name](device, amp or "float32")

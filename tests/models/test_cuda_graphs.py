@@ -25,7 +25,7 @@ def test_graphs_compute_what_is_computed_without(
     checks: Sequence[str], processes: int, tmp_path: Path
 ) -> None:
     run = run_with_pretended_gpus(
-        "helpers.graphed_training", checks, folder=tmp_path, processes=processes
+        "helpers.graphed_training", checks, folder=tmp_path, processes=processes, timeout=600
     )
     assert run.code == 0, run.output
     assert run.output.count("checked:") == processes * len(checks), run.output

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.pretend_cuda.device_rules import Operation
 from helpers.pretend_cuda.ledger import LEDGER
-from helpers.pretend_cuda.streams import PENDING, Stream, current_stream
+from helpers.pretend_cuda.streams import AFTER_WAITS, PENDING, Stream, current_stream
 
 _LOOK_EVERY = 1000  # operations
 
@@ -82,6 +82,13 @@ class StreamOrder:
         if (memory := self._memory_of(tensor)) is not None:
             memory.recorded.add(stream.number)
 
+    def forget_finished(self, stream: Stream) -> None:
+        """Uses elsewhere of memory of this stream that it has waited for cannot come too late."""
+        for memory in self._memories.values():
+            if memory.made_on == stream.number and not memory.storage.expired():
+                uses = memory.read.items()
+                memory.read = {s: n for s, n in uses if n > stream.reached.get(s, 0)}
+
     def look_for_early_reuse(self) -> None:
         """Looks whether memory was given back while a stream that is not its own used it."""
         self._next_look = PENDING.advance(current_stream()) + _LOOK_EVERY
@@ -114,3 +121,4 @@ def _is_over(stream: int, number: int) -> bool:
 
 
 ORDER = StreamOrder()
+AFTER_WAITS.append(ORDER.forget_finished)

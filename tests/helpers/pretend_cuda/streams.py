@@ -9,7 +9,7 @@ and what that stream had waited for. Source: the CUDA programming guide on strea
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,10 @@ def _garbage(dtype: torch.dtype) -> Any:
     return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
 
 
+# Called with each stream that has come to wait for another.
+AFTER_WAITS: list[Callable[["Stream"], None]] = []
+
+
 class Stream:
     """A queue of work, as `torch.cuda.Stream`.
 
@@ -108,6 +112,8 @@ class Stream:
         """Later work here comes after what the event marks. The host does not wait."""
         for stream, number in event.reached.items():
             self.reached[stream] = max(number, self.reached.get(stream, 0))
+        for has_waited in AFTER_WAITS:
+            has_waited(self)
 
     def wait_stream(self, other: "Stream") -> None:
         """Later work here comes after all that was queued there."""

@@ -238,14 +238,17 @@ class TrainConfig:
         "mask decoder: fast: optimised, same outputs; stock: segment_anything's own",
         choices=("fast", "stock"),
     )
-    compile: bool = _speed(
-        False,
-        "compile the image encoder's blocks with torch.compile: a slow start, then faster steps",
+    compile: str = _speed(
+        "off",
+        "compile the image encoder's blocks with torch.compile, which takes a while; auto: on "
+        "devices where steps were measured to be faster, which are none so far",
+        choices=("off", "on", "auto"),
+        value_alone="on",
     )
     cuda_graphs: bool = _speed(
         False,
-        "on a GPU, launch a training step's decoder and losses as one CUDA graph; off because no "
-        "GPU was at hand to measure what it gains",
+        "on a GPU, launch a training step's decoder and losses as one CUDA graph, and a frozen "
+        "encoder as another; off because no GPU was at hand to measure what it gains",
     )
     activation_checkpointing: str = _speed(
         "none",

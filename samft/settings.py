@@ -176,6 +176,13 @@ def _settings_parser(
             if isinstance(field.default, bool):
                 names, options = [*names, f"--no-{field.name}"], {"action": _SwitchAction}
             section.add_argument(*names, help=help.replace("%", "%%"), **options)
+            if field.metadata["value_alone"] == "on":  # as a switch, which it once was
+                off: dict[str, Any] = {
+                    "action": "store_const",
+                    "const": "off",
+                    "help": argparse.SUPPRESS,
+                }
+                section.add_argument(f"--no-{field.name}", dest=field.name, **off)
     return parser
 
 

@@ -91,7 +91,7 @@ OTHER: dict[str, Any] = {
     "decoder": "stock",
     "deterministic": True,
     "mask_chunk": 3,
-    "compile": True,
+    "compile": "auto",
     "cuda_graphs": True,
     "activation_checkpointing": "blocks",
     "optimizer_sharding": True,
@@ -205,6 +205,25 @@ def test_numbers_and_switches_may_be_written_as_in_yaml(tmp_path: Path) -> None:
     assert (config.val_split, config.val_fraction) == ("2017", None)
     assert config.freeze_image_encoder is True
     assert parse_config([*REQUIRED, "--learning_rate", "1e-4"]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "yaml", "value"),
+    [
+        ([], "", "off"),
+        (["--compile"], "", "on"),
+        (["--compile", "--amp", "off"], "", "on"),
+        (["--no-compile"], "compile: auto\n", "off"),
+        (["--compile", "auto"], "", "auto"),
+        ([], "compile: true\n", "on"),
+        ([], "compile: false\n", "off"),
+        ([], "compile: on\n", "on"),
+    ],
+)
+def test_compile_is_a_switch_with_a_third_position(
+    tmp_path: Path, flags: list[str], yaml: str, value: str
+) -> None:
+    assert parse_yaml(tmp_path, yaml, *flags).compile == value
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

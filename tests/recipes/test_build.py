@@ -93,11 +93,29 @@ def test_activation_checkpointing_is_as_configured(data, how):
     assert isinstance(encoder, CheckpointedEncoder) == (how == "blocks")
 
 
+@pytest.mark.parametrize(
+    ("compile", "measured", "compiled"),
+    [
+        ("off", ("CPU",), False),
+        ("on", (), True),
+        ("auto", (), False),
+        ("auto", ("NVIDIA H100", "CPU"), True),
+        ("auto", ("NVIDIA H100",), False),
+    ],
+)
+def test_blocks_are_compiled_where_that_was_measured_to_be_faster(
+    data, monkeypatch, compile, measured, compiled
+):
+    monkeypatch.setattr(build, "FASTER_COMPILED", measured)
+    encoder = build.build_model(a_config(data, compile=compile), None, CPU).sam.image_encoder
+    assert all((block._compiled_call_impl is not None) == compiled for block in encoder.blocks)
+
+
 @pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 @pytest.mark.parametrize("how", ["none", "blocks"])
 def test_compiled_blocks_give_the_same_numbers(data, how):
     outputs = []
-    for compiled in (False, True):
+    for compiled in ("off", "on"):
         config = a_config(data, compile=compiled, activation_checkpointing=how)
         encoder = build.build_model(config, None, CPU).sam.image_encoder
         stock = build_sam("vit_tiny", 64).image_encoder

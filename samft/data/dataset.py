@@ -5,7 +5,7 @@ processes and micro-batches, and however often the run was resumed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -84,6 +84,11 @@ class Batch:
             "input_size": (height, width),
             "original_size": (original_height, original_width),
         }
+
+    def take_objects(self, part: slice) -> "Batch":
+        """The same images with some of their objects; the tensors are views."""
+        names = ("boxes", "image_index", "windows", "targets", "object_ids", "truths")
+        return replace(self, **{name: getattr(self, name)[part] for name in names})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """A batch with all tensors on a device."""

@@ -20,6 +20,7 @@ from samft.coco.segmentation import CroppedMask, encode_cropped
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, lockstep
 from samft.data.samplers import PROMPT_STREAM, generator_of
+from samft.data.transfers import send_to
 from samft.data.transforms import Frame, jitter_boxes
 from samft.distributed import all_gather
 from samft.errors import explain_out_of_memory
@@ -125,11 +126,14 @@ def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
         # The annotated boxes have a call of their own, as in `validate`: in one with other prompts,
         # the last bits of their logits would differ.
-        index = on_device.image_index[part]
-        logits, iou_predicted = model.decode(embedding, on_device.boxes[part], index)
+        # By a slice: the device would have to be sent the numbers, and be waited for
+        own = slice(int(part[0]), int(part[-1]) + 1)
+        index = on_device.image_index[own]
+        logits, iou_predicted = model.decode(embedding, on_device.boxes[own], index)
         boxes, points = _other_prompts(batch, part, frame=frame, seed=seed)
         device, index = embedding.device, index.repeat(len(OTHER_PROMPTS))
-        others, _ = model.decode(embedding, boxes.to(device), index, points=points.to(device))
+        boxes, points = send_to(device, boxes), send_to(device, points)
+        others, _ = model.decode(embedding, boxes, index, points=points)
         by_prompt = zip(OTHER_PROMPTS, others.split(len(part)), strict=True)
         masks = {"box": masks_of(logits), **{name: masks_of(own) for name, own in by_prompt}}
         yield score_masks(batch, masks, iou_predicted.cpu(), part=part)

@@ -6,7 +6,7 @@ masks are scored, but only those that a `MaskSelection` asks for are kept.
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -194,61 +194,67 @@ def _score_image(
     on_device = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(on_device.images, on_device.input_sizes, cached=on_device.embeddings)
     rows = []
-    for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        scores = _score_masks(
-            model, on_device, embedding, part=part, loss=loss, selection=selection
-        )
+    for start in range(0, batch.num_masks, MASK_CHUNK):
+        part = slice(start, start + MASK_CHUNK)
+        objects, on_device_part = batch.take_objects(part), on_device.take_objects(part)
+        scores, masks = _score_logits(model, on_device_part, embedding, loss=loss, batch=objects)
+        scores |= _score_masks(objects, masks, scores["iou_predicted"], selection=selection)
         for name, values in scores.items():
-            means[name].update(values.cpu())
-        rows.append(_score_rows(batch, part, scores))
+            means[name].update(values)
+        rows.append(_score_rows(objects, scores))
     return rows
 
 
-def _score_rows(batch: Batch, part: Tensor, scores: dict[str, Tensor]) -> ObjectScores:
-    (image_id,) = batch.image_ids
-    return ObjectScores(
-        image_ids=np.full(len(part), image_id),
-        object_ids=batch.object_ids[part].numpy(),
-        areas=np.array([float(batch.truths[k].mask.sum()) for k in part.tolist()]),
-        iou_actual=scores["per_mask_iou"].double().cpu().numpy(),
-        iou_predicted=scores["iou_predicted"].double().cpu().numpy(),
-        iou_box_fill=scores["box_fill_iou"].numpy(),
-    )
-
-
-def _score_masks(
-    model: PromptedSam,
-    batch: Batch,
-    embedding: Tensor,
-    *,
-    part: Tensor,
-    loss: LossFunction,
-    selection: MaskSelection | None,
-) -> dict[str, Tensor]:
-    boxes, index = batch.boxes[part], batch.image_index[part]
-    logits, iou_predicted = model.decode(embedding, boxes, index)
+def _score_logits(
+    model: PromptedSam, on_device: Batch, embedding: Tensor, *, loss: LossFunction, batch: Batch
+) -> tuple[dict[str, Tensor], Iterator[CroppedMask]]:
+    # The losses and the predicted IoU of objects that are on the device and in a batch on the host,
+    # and their masks. All numbers come to the host in one copy, which waits for the device.
+    index = on_device.image_index
+    logits, iou_predicted = model.decode(embedding, on_device.boxes, index)
     losses = loss(
         logits,
         iou_predicted,
-        targets=batch.targets[part],
-        windows=batch.windows[part],
+        targets=on_device.targets,
+        windows=on_device.windows,
         image_index=index,
-        input_sizes=batch.input_sizes,
+        input_sizes=on_device.input_sizes,
     )
-    truths = [batch.truths[k] for k in part.tolist()]
-    image_size = model.sam.image_encoder.img_size
     # A generator: one mask of the original resolution is in memory at a time.
+    image_size = model.sam.image_encoder.img_size
     masks = original_masks(logits, image_size=image_size, **batch.image_sizes)
-    ious = []
-    for row, (mask, truth) in enumerate(zip(masks, truths, strict=True)):
+    values = torch.stack([losses.total, losses.focal, losses.dice, losses.iou, iou_predicted]).cpu()
+    names = (*LOSS_NAMES[:-1], "iou_predicted")
+    return dict(zip(names, values, strict=True)), masks
+
+
+def _score_masks(
+    batch: Batch,
+    masks: Iterable[CroppedMask],
+    iou_predicted: Tensor,
+    *,
+    selection: MaskSelection | None,
+) -> dict[str, Tensor]:
+    ious, sizes = [], batch.image_sizes
+    for row, (mask, truth) in enumerate(zip(masks, batch.truths, strict=True)):
         ious.append(cropped_iou(mask, truth))
         if selection is not None:
-            key = batch.image_ids[0], int(batch.object_ids[part[row]])
+            key = batch.image_ids[0], int(batch.object_ids[row])
             both = ious[row], float(iou_predicted[row])
-            selection.add(key, mask, ious=both, size=batch.image_sizes["original_size"])
-    per_mask_iou = torch.tensor(ious, dtype=torch.float64)
-    values = (losses.total, losses.focal, losses.dice, losses.iou, per_mask_iou)
-    scores = dict(zip(LOSS_NAMES, values, strict=True))
-    scores["iou_predicted"] = iou_predicted
-    scores["box_fill_iou"] = box_fill_ious(boxes, truths, **batch.image_sizes)
-    return scores
+            selection.add(key, mask, ious=both, size=sizes["original_size"])
+    return {
+        "per_mask_iou": torch.tensor(ious, dtype=torch.float64),
+        "box_fill_iou": box_fill_ious(batch.boxes, batch.truths, **sizes),
+    }
+
+
+def _score_rows(batch: Batch, scores: dict[str, Tensor]) -> ObjectScores:
+    (image_id,) = batch.image_ids
+    return ObjectScores(
+        image_ids=np.full(batch.num_masks, image_id),
+        object_ids=batch.object_ids.numpy(),
+        areas=np.array([float(truth.mask.sum()) for truth in batch.truths]),
+        iou_actual=scores["per_mask_iou"].numpy(),
+        iou_predicted=scores["iou_predicted"].double().numpy(),
+        iou_box_fill=scores["box_fill_iou"].numpy(),
+    )

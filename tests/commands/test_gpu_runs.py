@@ -80,6 +80,15 @@ def test_a_step_waits_once(fresh: PretendedRun) -> None:
     assert waits_of_the_last_step(fresh.reports[0]) == WAITS_OF_A_STEP
 
 
+def test_validation_brings_the_numbers_of_an_image_to_the_host_at_once(
+    fresh: PretendedRun,
+) -> None:
+    places = [wait.place for wait in fresh.reports[0].waits.elements()]
+    functions = [place.function for place in places if "evaluation/" in place.file]
+    # Of two images, before the first step and after the last; masks come one by one
+    assert functions == ["_score_logits"] * 4
+
+
 def test_cached_float16_run_with_probe(folder: Path) -> None:
     run = train(
         folder,

@@ -55,6 +55,7 @@ from samft.prediction.outputs import (
     ResultsWriter,
     is_own_output,
     is_part_of_prediction,
+    overlay_labels,
     picture_names,
     result_row,
     write_images_json,
@@ -199,7 +200,8 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
     add(
         "--overlays",
         action="store_true",
-        help="write overlays/IMAGE.jpg: masks and boxes drawn over the image",
+        help="write overlays/IMAGE.jpg: masks and boxes drawn over the image, with class, id "
+        "(of the annotation, or as in --masks) and score",
     )
     add(
         "--on_bad_image",
@@ -407,7 +409,8 @@ def _predict_rows(
             )
             if pictures:
                 drawn.append(one.mask)
-        pictures.write(names[row], prepared.image, drawn, boxes=inputs[k][1])
+        labels = overlay_labels(entries, task.category_names)
+        pictures.write(names[row], prepared.image, drawn, boxes=inputs[k][1], labels=labels)
         return entries
 
     results = predict_images(

@@ -21,6 +21,7 @@ from samft.interchange.coco_writer import (
 from samft.prediction.images import ImageList
 from samft.prediction.inputs import DEFAULT_CATEGORY, NO_CATEGORY, PredictionTask
 from samft.reports import drawing
+from samft.reports.overlays import draw_overlay
 from samft.runtime.files import read_json, write_atomically, write_json
 from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
 
@@ -185,6 +186,25 @@ def picture_names(names: Sequence[str], ids: NDArray[np.int64]) -> list[str]:
     return unique
 
 
+def overlay_labels(
+    results: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+) -> list[list[str]]:
+    """What an overlay writes beside the masks of an image: class, id and score, or less of it.
+
+    Args:
+        results: The `result_row` of each mask. Its id is that of its annotation, or else its number
+            in the image, counted from 1, as in its label image.
+        names: Of the classes.
+    """
+    labels = []
+    for number, result in enumerate(results, start=1):
+        one = f"{result.get('annotation_id', number)}"
+        name = names.get(result["category_id"], NO_CLASS)
+        score = f"{result['score']:.2f}"
+        labels.append([f"{name} {one}  {score}", f"{one}  {score}", one])
+    return labels
+
+
 @dataclass(frozen=True)
 class PictureWriter:
     """Writes pictures of the masks beside the results; none by default.
@@ -209,6 +229,7 @@ class PictureWriter:
         masks: Sequence[CroppedMask],
         *,
         boxes: NDArray[np.float64],
+        labels: Sequence[Sequence[str]] = (),
     ) -> None:
         """Writes the pictures of one image.
 
@@ -217,16 +238,17 @@ class PictureWriter:
             image: uint8 [H, W, 3] RGB.
             masks: All masks of the image.
             boxes: [K, 4] to be drawn, x0 y0 x1 y1, px; or [0, 4].
+            labels: What to write beside each mask, see `draw_overlay`.
 
         Raises:
             OSError: They cannot be written.
         """
         height, width = image.shape[:2]
         if self.masks:
-            labels = drawing.label_image(masks, (height, width))
-            _write_picture(self.folder / MASKS / f"{name}.png", drawing.encode_label_png(labels))
+            numbers = drawing.label_image(masks, (height, width))
+            _write_picture(self.folder / MASKS / f"{name}.png", drawing.encode_label_png(numbers))
         if self.overlays:
-            drawn = drawing.draw_objects(image, masks, boxes=boxes)
+            drawn = draw_overlay(image, masks, boxes=boxes, labels=labels)
             _write_picture(self.folder / OVERLAYS / f"{name}.jpg", drawing.encode_jpeg(drawn))
 
     def paths(self, name: str) -> list[Path]:

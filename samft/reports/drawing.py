@@ -1,4 +1,4 @@
-"""Draws masks: over whole images, as label images, and on square crops around single objects.
+"""Draws masks as label images and on square crops around single objects; sets pictures together.
 
 Pictures are uint8 [H, W, 3] RGB. Imports no torch.
 """
@@ -20,7 +20,6 @@ from samft.runtime.files import write_atomically
 from samft.runtime.own_files import mark_picture
 
 GAP = 6  # px between pictures set side by side
-_PX_PER_LINE_WIDTH = 700  # a line is 1 px wide for so many px of the picture's longer side
 
 TILE = 192  # px, side of a crop as it is drawn
 OUTSIDE_GREY = 128  # of the part of a crop that lies outside of the image
@@ -29,7 +28,7 @@ _CROP_MARGIN = 1.3  # side of a crop, in units of the box's longer side
 _TRUE_COLOUR, _BOX_COLOUR, _PREDICTED_COLOUR = (255, 40, 220), (0, 220, 255), (20, 90, 255)
 _RIM_COLOUR = (30, 30, 30)
 
-Pixel = TypeVar("Pixel", np.uint8, np.uint16)
+Pixel = TypeVar("Pixel", np.uint8, np.uint16, np.bool_)
 
 
 def mask_colour(number: int) -> tuple[int, int, int]:
@@ -39,50 +38,21 @@ def mask_colour(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def draw_objects(
-    image: NDArray[np.uint8], masks: Sequence[CroppedMask], *, boxes: NDArray[np.float64]
-) -> NDArray[np.uint8]:
-    """Draws masks over an image, each filled and outlined in its own colour, the largest first.
-
-    The width of lines grows with the image.
-
-    Args:
-        image: uint8 [H, W, 3] RGB.
-        masks: K masks, in pixels of the image.
-        boxes: float [K, 4], x0 y0 x1 y1 in pixels of the image; or [0, 4] to draw none.
-
-    Returns:
-        uint8 [H, W, 3] RGB.
-    """
-    width = max(1, round(max(image.shape[:2]) / _PX_PER_LINE_WIDTH))
-    with_boxes = image.copy()
-    for k, box in enumerate(boxes):
-        x0, y0, x1, y1 = np.rint(box).astype(int).tolist()
-        cv2.rectangle(with_boxes, (x0, y0), (x1 - 1, y1 - 1), mask_colour(k), width, cv2.LINE_AA)
-    # Boxes are paler than outlines and lie below them: hundreds of boxes would hide all else.
-    canvas = np.asarray(cv2.addWeighted(image, 0.3, with_boxes, 0.7, 0), dtype=np.uint8)
-    for k in _largest_first(masks):
-        _blend_colour(_mask_window(canvas, masks[k]), masks[k].mask, mask_colour(k), share=0.4)
-    for k in _largest_first(masks):
-        pixels, corner = masks[k].mask.astype(np.uint8), (masks[k].left, masks[k].top)
-        contours, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, contours, -1, mask_colour(k), width, cv2.LINE_AA, offset=corner)
-    return canvas
-
-
-def _blend_colour(
+def blend_colour(
     picture: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, ...], *, share: float
 ) -> None:
+    """Mixes a colour into the pixels of a picture that a mask of the same size covers."""
     picture[mask] = ((1 - share) * picture[mask] + share * np.array(colour)).astype(np.uint8)
 
 
-def _mask_window(picture: NDArray[Pixel], mask: CroppedMask) -> NDArray[Pixel]:
-    # A view of the part of the picture that the cropped mask lies on.
+def mask_window(picture: NDArray[Pixel], mask: CroppedMask) -> NDArray[Pixel]:
+    """A view of the part of a picture, [H, W] or [H, W, 3], that a cropped mask lies on."""
     height, width = mask.mask.shape
     return picture[mask.top : mask.top + height, mask.left : mask.left + width]
 
 
-def _largest_first(masks: Sequence[CroppedMask]) -> list[int]:
+def largest_first(masks: Sequence[CroppedMask]) -> list[int]:
+    """The numbers of masks in the order in which they are drawn, so that none hides a smaller."""
     areas = [int(np.count_nonzero(mask.mask)) for mask in masks]
     return sorted(range(len(masks)), key=lambda k: -areas[k])
 
@@ -98,8 +68,8 @@ def label_image(masks: Sequence[CroppedMask], size: tuple[int, int]) -> NDArray[
         uint16 [H, W].
     """
     labels = np.zeros(size, dtype=np.uint16)
-    for k in _largest_first(masks):
-        _mask_window(labels, masks[k])[masks[k].mask] = k + 1
+    for k in largest_first(masks):
+        mask_window(labels, masks[k])[masks[k].mask] = k + 1
     return labels
 
 
@@ -236,7 +206,7 @@ def annotate_crop(
     tile = crop.pixels.copy()
     size = len(tile)
     if predicted is not None:
-        _blend_colour(tile, _resize_to_crop(crop, predicted), _PREDICTED_COLOUR, share=0.5)
+        blend_colour(tile, _resize_to_crop(crop, predicted), _PREDICTED_COLOUR, share=0.5)
     image_size = index.sizes[image_row_of(index, k)].tolist()
     truth = _resize_to_crop(crop, decode_cropped(index.segmentations[k], image_size))
     contours, _ = cv2.findContours(truth.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)

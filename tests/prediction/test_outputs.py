@@ -18,6 +18,7 @@ from samft.prediction.images import ImageList
 from samft.prediction.outputs import (
     PictureWriter,
     ResultsWriter,
+    overlay_labels,
     picture_names,
     result_row,
     write_images_json,
@@ -116,6 +117,14 @@ def test_label_images_are_read_back(tmp_path: Path, num_masks: int) -> None:
         expected[k // 20, k % 20] = k + 1
     assert (labels == expected).all()
     assert cv2.imread(str(tmp_path / "overlays" / "sub" / "a.jpg")).shape == image.shape
+
+
+def test_overlays_say_class_id_and_score() -> None:
+    rows = [{"category_id": 3, "score": 0.934, "annotation_id": 71}, {"category_id": 0, "score": 1}]
+    assert overlay_labels(rows, {3: "leaf"}) == [
+        ["leaf 71  0.93", "71  0.93", "71"],
+        ["object 2  1.00", "2  1.00", "2"],
+    ]
 
 
 def test_no_pictures_by_default(tmp_path: Path) -> None:

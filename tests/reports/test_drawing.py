@@ -1,4 +1,4 @@
-"""Overlays, label images and stacked pictures, pixel by pixel."""
+"""Label images and stacked pictures, pixel by pixel."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import pytest
 from samft.coco.segmentation import CroppedMask
 from samft.reports.drawing import (
     GAP,
-    draw_objects,
     label_image,
     mask_colour,
     read_png,
@@ -16,8 +15,6 @@ from samft.reports.drawing import (
     stack_with_titles,
     write_png,
 )
-
-NO_BOXES = np.zeros((0, 4))
 
 
 def grey(height: int, width: int, value: int = 100) -> np.ndarray:
@@ -61,29 +58,6 @@ def test_colours_are_plain_integers(number: int) -> None:
 
 def crop_of(top: int, left: int, height: int, width: int) -> CroppedMask:
     return CroppedMask(top, left, np.ones((height, width), bool))
-
-
-def test_objects_are_filled_and_outlined_the_smaller_on_top() -> None:
-    masks = [crop_of(10, 10, 9, 9), crop_of(4, 4, 30, 30)]
-    drawn = draw_objects(grey(40, 40), masks, boxes=NO_BOXES)
-    outline = drawn[4, 8:30]
-    assert (np.abs(outline - np.array(mask_colour(1))).max(1) < 30).all()
-    filled = [int(0.6 * 100 + 0.4 * part) for part in mask_colour(1)]
-    assert (drawn[24:30, 24:30] == filled).all()
-    both = [int(0.6 * one + 0.4 * part) for one, part in zip(filled, mask_colour(0), strict=True)]
-    assert (drawn[13:16, 13:16] == both).all()
-    assert (drawn[37:, :] == 100).all()
-
-
-def test_lines_are_as_wide_as_suits_the_picture() -> None:
-    widths = []
-    for side in (300, 2800):
-        corner = side / 4
-        boxes = np.array([[corner, corner, 3 * corner, 3 * corner]])
-        drawn = draw_objects(grey(side, side), [crop_of(0, 0, 0, 0)], boxes=boxes)
-        across = drawn[side // 2, : side // 2].astype(int)
-        widths.append(int((np.abs(across - 100).max(1) > 40).sum()))
-    assert widths[0] == 1 and 4 <= widths[1] <= 6
 
 
 def test_where_masks_overlap_the_smallest_counts() -> None:

@@ -120,9 +120,11 @@ count_gpus() {
     if ((present > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         present=0
         for id in ${CUDA_VISIBLE_DEVICES//,/ }; do
-            # As in CUDA: devices after an invalid id are hidden, and an empty list hides all.
+            # As in CUDA: devices after an invalid id are hidden, and an empty list hides all. Of
+            # several slices of GPUs (MIG) a process sees the first alone.
             [[ $id == -1 || $id == NoDevFiles ]] && break
             present=$((present + 1))
+            [[ $id == MIG-* ]] && break
         done
     fi
     echo "$present"
@@ -132,20 +134,31 @@ count_cores() {
     nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1
 }
 
-# Prints the number of processes to start on this node, given the arguments of samft.train.
+# Whether a Python, which may not exist yet, reads "device: cpu" from these arguments.
+trains_on_cpu() {
+    local python=$1
+    shift
+    case " $* " in *" --device cpu "* | *" --device=cpu "*) return ;; esac
+    case " $* " in *" --config"*) ;; *) return 1 ;; esac
+    "$python" -c 'if True:
+        import sys
+        from samft.config import parse_config
+        sys.exit(parse_config(sys.argv[1:]).device != "cpu")
+        ' "$@" 2>/dev/null
+}
+
+# Prints the number of processes to start on this node, given the Python and the arguments of
+# samft.train.
 count_processes() {
     local gpus
     if [[ -n ${NPROC_PER_NODE:-} ]]; then
-        [[ $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]] ||
-            die "NPROC_PER_NODE is '$NPROC_PER_NODE', but must be a number of at least 1"
         echo "$NPROC_PER_NODE"
         return
     fi
-    case " $* " in *" --device cpu "* | *" --device=cpu "*)
+    if trains_on_cpu "$@"; then
         echo 1
         return
-        ;;
-    esac
+    fi
     gpus=$(count_gpus)
     echo $((gpus > 0 ? gpus : 1))
 }
@@ -308,8 +321,20 @@ name_environment() {
     printf '  source %q\n' "$activate" >&2
 }
 
+# Sets COMMAND: what starts the processes of this node, given the Python and the arguments of
+# samft.train.
+set_command() {
+    local processes
+    processes=$(count_processes "$@")
+    set_environment "$processes"
+    COMMAND=("$1" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$processes"
+        --max-restarts "${MAX_RESTARTS:-3}"
+        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" -m samft.train
+        "${@:2}")
+}
+
 main() {
-    local python demo=false home='' processes command signal
+    local python demo=false home='' signal
     for signal in TERM INT HUP QUIT USR1 USR2; do
         # shellcheck disable=SC2064  # $signal is to be expanded now
         trap "stop_early $signal" "$signal"
@@ -334,14 +359,12 @@ main() {
         NPROC_PER_NODE=${NPROC_PER_NODE:-1}
     fi
 
-    processes=$(count_processes "$@")
+    [[ ${NPROC_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] ||
+        die "NPROC_PER_NODE is '$NPROC_PER_NODE', but must be a number of at least 1"
     choose_rendezvous
-    set_environment "$processes"
-    command=("$python" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$processes"
-        --max-restarts "${MAX_RESTARTS:-3}"
-        --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2" -m samft.train "$@")
     if [[ ${LAUNCH_DRY_RUN:-0} == 1 ]]; then
-        printf '%q ' "${command[@]}" | sed 's/ $//'
+        set_command "$python" "$@"
+        printf '%q ' "${COMMAND[@]}" | sed 's/ $//'
         echo
         return
     fi
@@ -354,10 +377,11 @@ main() {
         prepare "$python" -m samft.demo --output_dir "${home}runs/demo-data" >/dev/null
     fi
     prepare check_arguments "$python" "$@"
+    set_command "$python" "$@"
     SAMFT_STATUS_FILE=$(mktemp "${TMPDIR:-/tmp}/samft-status.XXXXXX")
     export SAMFT_STATUS_FILE
     trap 'rm -f "$SAMFT_STATUS_FILE"' EXIT
-    run_and_wait "${command[@]}"
+    run_and_wait "${COMMAND[@]}"
     CODE=$(exit_code "$python" "$SAMFT_STATUS_FILE" "$CODE")
     ((CODE != 0)) || name_environment "$python"
     exit "$CODE"

@@ -89,6 +89,7 @@ def test_one_process_without_a_gpu(launcher: Launcher, tmp_path: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2,GPU-3"}, [], "3"),
         ({"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, [], "2"),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, [], "1"),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, [], "1"),
         ({"CUDA_VISIBLE_DEVICES": ""}, [], "1"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC_PER_NODE": "3"}, [], "3"),
         ({}, ["--device", "cpu"], "1"),
@@ -101,6 +102,20 @@ def test_one_process_for_each_visible_gpu(
     write_script(launcher.bin / "nvidia-smi", f'[ "$1" = -L ] && echo -n "{FOUR_GPUS}"')
     command = launcher.dry_run(*RUN, *args, **environment)
     assert option(command, "--nproc_per_node") == processes
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", "1"), ("auto", "4")])
+def test_the_device_of_a_file_counts_too(
+    launcher: Launcher, tmp_path: Path, device: str, processes: str
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"device: {device}\n")
+    write_script(launcher.bin / "nvidia-smi", f'echo -n "{FOUR_GPUS}"')
+    arguments = (*RUN, "--config", str(config))
+    python = {"SAMFT_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
+    assert option(launcher.dry_run(*arguments, **python), "--nproc_per_node") == processes
+    flags = launcher.dry_run(*arguments, "--device", "cpu", **python)
+    assert option(flags, "--nproc_per_node") == "1"
 
 
 def test_devices_without_a_driver_do_not_count(launcher: Launcher) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.distributed import DistBackendError
 
+from helpers.short_runs import arguments, write_data
 from helpers.trainers import LOSS, make_sample, make_trainer, val_batches
+from samft import train
 from samft.checkpoints.training_state import load_latest, save_last
 from samft.cli import run_command
 from samft.data.dataset import collate
@@ -25,6 +27,7 @@ from samft.evaluation.evaluator import evaluate_split
 from samft.evaluation.validation import validate
 from samft.images.formats import read_values
 from samft.images.limits import UnusableImage
+from samft.models.prompted_sam import PromptedSam
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.training.engine import Trainer
 
@@ -185,6 +188,16 @@ def test_in_validation_and_evaluation_it_names_the_image(
         score(trainer)
     objects = f"{batch.num_masks} objects"
     assert f"for image {batch.image_ids[0]} with {objects}: CUDA out" in str(caught.value)
+
+
+@pytest.mark.run
+def test_while_embeddings_are_computed_it_names_the_image(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", num_train=2, num_val=1)
+    settings = {"freeze_image_encoder": True, "cache_embeddings": "on", "steps": 2}
+    with giving_out(PromptedSam, "embed"), pytest.raises(TrainingError) as caught:
+        train.main(arguments(data, tmp_path / "run", **settings))
+    assert str(caught.value).startswith("not enough memory to encode ")
+    assert ".png: CUDA out of memory. Lower image_size" in str(caught.value)
 
 
 def test_a_whole_state_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:

@@ -344,9 +344,11 @@ def explain_distributed_errors() -> Iterator[None]:
     except TrainingError:  # already explained, and its message may hold any path
         raise
     except RuntimeError as error:
-        if "DataLoader" in str(error):
+        if "DataLoader" in str(error) and not is_out_of_memory(error):
             position = describe_position()
             first = str(error).splitlines()[0].rstrip(". ")
+            if "signal: Killed" in first:
+                first += ", as the system does where memory runs out: lower num_workers if it did"
             raise TrainingError(
                 f"{first}, at {position}; its workers were at {loading_images()}."
             ) from error

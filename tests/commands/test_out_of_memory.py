@@ -1,7 +1,7 @@
 """Too little memory, in each library's own words, wherever it is needed: a sentence, code 1."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +16,7 @@ from helpers.trainers import LOSS, make_sample, make_trainer, val_batches
 from samft import train
 from samft.checkpoints.training_state import load_latest, save_last
 from samft.cli import run_command
-from samft.data.dataset import collate
+from samft.data.dataset import Batch, collate
 from samft.errors import (
     CheckpointError,
     TrainingError,
@@ -28,8 +28,10 @@ from samft.evaluation.validation import validate
 from samft.images.formats import read_values
 from samft.images.limits import UnusableImage
 from samft.models.prompted_sam import PromptedSam
+from samft.runtime import heartbeat
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.training.engine import Trainer
+from samft.training.engine import train as train_loop
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
@@ -167,6 +169,37 @@ def test_at_the_start_where_nccl_allocates() -> None:
             TrainingError, match="not enough memory to begin training: Cuda failure"
         ):
             make_trainer()
+
+
+def test_while_batches_are_loaded_it_names_their_images() -> None:
+    trainer = make_trainer()
+    heartbeat.set_loading(lambda: ["image_7.png"])
+
+    def load() -> Iterator[Batch]:
+        raise RuntimeError(WORKER.format("RuntimeError") + f"RuntimeError: {CPU_ALLOCATOR}")
+        yield
+
+    with pytest.raises(TrainingError) as caught:
+        train_loop(
+            trainer,
+            load(),
+            steps=1,
+            accumulate_steps=1,
+            interval=1,
+            should_stop=lambda: False,
+            on_step=lambda taken, image_ids: None,
+            on_interval=lambda metrics: None,
+        )
+    assert "to load images image_7.png: RuntimeError: [enforce fail" in str(caught.value)
+    assert "Lower num_workers" in str(caught.value)
+
+
+def test_a_loader_worker_that_the_system_killed_may_have_had_too_little() -> None:
+    with pytest.raises(
+        TrainingError, match="where memory runs out: lower num_workers if it did, at"
+    ):
+        with explain_distributed_errors():
+            raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
 
 
 def validate_split(trainer: Trainer) -> None:

@@ -27,8 +27,8 @@ from benchmarks.tables import markdown_table
 
 TOTAL_SECONDS, PRETENDED_SECONDS = 12 * 60, 15 * 60
 MARK, FIGURES = "=> ", "json: "
-# What a step takes at least, ms an image at 1024 px: the operations at rates assumed for an H100
-# (docs/memory_and_speed.md). Not measured.
+# What a step takes at least, ms an image at 1024 px: operations at a rate assumed for an H100, see
+# docs/memory_and_speed.md. Not measured.
 FLOORS = {
     ("vit_b", "frozen"): 1.2,
     ("vit_l", "frozen"): 3.6,

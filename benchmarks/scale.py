@@ -164,6 +164,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--metrics_interval", type=int, default=50, help="steps")
     add("--val_share", type=float, default=0.05, help="validation images per training image")
     add("--tflops", type=float, default=250, help="assumed, per GPU: a quarter of an H100's peak")
+    add("--launch_us", type=float, default=7, help="assumed: of the host, for each kernel")
     add("--gpus_per_host", type=int, default=8)
     add("--workers", type=int, default=4, help="num_workers per GPU, one core each")
     add("--network_gb_s", type=float, default=50, help="assumed, per host: 400 Gb/s")
@@ -228,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         costs = _measure_and_check(args)
     cluster = Cluster(
         args.tflops,
+        args.launch_us,
         args.gpus_per_host,
         args.workers,
         args.network_gb_s,

@@ -16,6 +16,10 @@ NUM_GPUS = (1, 8, 64, 512)
 NUM_IMAGES = (10**4, 10**5, 10**6, 10**7)
 MODES = ("frozen", "full", "cached")
 _BACKWARD_SHARE = 2 / 3  # of a step that trains all weights; an all-reduce can overlap with it
+# Kernels that the host launches in a step with one chunk of boxes: without the encoder, and for
+# each of its blocks. Counted for vit_b on pretended GPUs (`benchmarks.gpu_checks steps`).
+_DECODER_LAUNCHES = 1009
+_BLOCK_LAUNCHES = {"cached": 0, "frozen": 31, "full": 118}
 REMEDIES = {
     "compute": "more GPUs; freeze_image_encoder with cache_embeddings",
     "loader": "more num_workers, or more cores; images stored at image_size",
@@ -42,6 +46,7 @@ class Cluster:
     """Assumed constants of a cluster; replace them by measured ones."""
 
     tflops: float  # of a GPU in training
+    launch_us: float  # of the host, for each kernel
     gpus_per_host: int
     workers: int  # loader workers per GPU, each on its own core
     network_gb_s: float  # per host, each way
@@ -95,6 +100,12 @@ class TrainingPlan:
         return (passes * encoder + 3 * self.boxes * decoder) / 1e12
 
     @property
+    def launches(self) -> int:
+        """Kernels that the host launches in a step, however many images it has, about."""
+        depth = MODEL_SHAPES[self.model_type].encoder_depth
+        return _DECODER_LAUNCHES + depth * _BLOCK_LAUNCHES[self.mode]
+
+    @property
     def forward_tflop(self) -> float:
         """Validation, per image with its boxes."""
         encoder, decoder = model_flops(self.model_type, self.image_size)
@@ -131,7 +142,9 @@ def forecast_training(
 ) -> Forecast:
     """Seconds of each part of a step; the largest part beside computing is the bottleneck."""
     trained, total = plan.parameters
-    compute = plan.batch_size * plan.image_tflop / cluster.tflops
+    # The GPU works while the host launches what comes next; a step takes what takes longer.
+    host = 1e-6 * cluster.launch_us * plan.launches
+    compute = max(host, plan.batch_size * plan.image_tflop / cluster.tflops)
     hosts = -(-gpus // cluster.gpus_per_host)
     local = min(gpus, cluster.gpus_per_host)
     # All GPUs of a host share its network, so a ring through all of them runs at the host's rate.

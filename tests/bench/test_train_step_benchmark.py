@@ -36,7 +36,7 @@ pytestmark = pytest.mark.run
 CPU = torch.device("cpu")
 SMALL = Workload("vit_tiny", 64, num_images=2, boxes=3, frozen=True, device=CPU)
 COSTS = Costs(0.01, 0.2, 0.02, 500.0, 500.0)
-CLUSTER = Cluster(250.0, 8, 4, 50.0, 200.0, 2.0)
+CLUSTER = Cluster(250.0, 7.0, 8, 4, 50.0, 200.0, 2.0)
 PLAN = TrainingPlan("vit_tiny", 64, "full", 2, 8, 50, 0.05)
 
 
@@ -201,6 +201,20 @@ def test_a_forecast_adds_up() -> None:
     spread = forecast.parts["validation"] + forecast.parts["checkpoints"]
     assert forecast.step_s == pytest.approx(slowest + spread)
     assert forecast.epoch_s == pytest.approx(500 * forecast.step_s)
+
+
+def test_a_step_takes_no_less_than_its_launches() -> None:
+    # vit_b, 12 blocks: 1009 kernels from embeddings, 31 more for each block, 7 us each
+    plan = replace(PLAN, model_type="vit_b", mode="cached")
+    for mode, launches in (("cached", 1009), ("frozen", 1009 + 12 * 31), ("full", 1009 + 12 * 118)):
+        small = replace(plan, mode=mode)
+        assert small.launches == launches
+        forecast = forecast_training(small, COSTS, CLUSTER, gpus=1, images=1000)
+        assert forecast.parts["compute"] == pytest.approx(7e-6 * launches)
+    # A large batch gives the GPU more to do than the host
+    large = replace(plan, mode="full", image_size=1024, batch_size=64)
+    forecast = forecast_training(large, COSTS, CLUSTER, gpus=1, images=1000)
+    assert forecast.parts["compute"] == pytest.approx(64 * large.image_tflop / 250)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ def build_model(
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and _compiling_pays(device)):
         compile_blocks(sam.image_encoder)
+    if config.cuda_graphs and device.type != "cuda":
+        LOGGER.info("cuda_graphs: no effect without a GPU")
     model = PromptedSam(
         sam.to(device),
         decoder=config.decoder,

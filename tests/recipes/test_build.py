@@ -111,6 +111,14 @@ def test_blocks_are_compiled_where_that_was_measured_to_be_faster(
     assert all((block._compiled_call_impl is not None) == compiled for block in encoder.blocks)
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_graphs_are_made_as_configured_and_have_no_effect_on_a_cpu(data, caplog, cuda_graphs):
+    with caplog.at_level(logging.INFO, logger="samft"):
+        model = build.build_model(a_config(data, cuda_graphs=cuda_graphs), None, CPU)
+    assert (model.chunk_graphs is not None) == (model.encoder_graphs is not None) == cuda_graphs
+    assert ("cuda_graphs: no effect without a GPU" in caplog.messages) == cuda_graphs
+
+
 @pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 @pytest.mark.parametrize("how", ["none", "blocks"])
 def test_compiled_blocks_give_the_same_numbers(data, how):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from helpers.gloo_pool import GlooPool
-from samft import distributed, rendezvous
+from samft import distributed, ending, rendezvous
 from samft.distributed import in_collective, wait_for_device
 from samft.errors import CollectiveError, ConfigError, RunStopped
 from samft.rendezvous import agree_on_start_id
@@ -409,6 +409,25 @@ def test_a_refused_device_is_the_users_error_and_leaves_no_group() -> None:
     with pytest.raises(ConfigError, match="there is none"):
         with distributed.process_group(refuse_device):
             raise AssertionError("it has begun")
+    assert not distributed.is_initialized()
+
+
+@pytest.mark.usefixtures("under_torchrun")
+def test_a_run_ends_though_others_do_not_leave_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    destroy, asked, goes_on = dist.destroy_process_group, threading.Event(), threading.Event()
+
+    def destroy_late() -> None:
+        asked.set()
+        goes_on.wait(60)
+        destroy()
+
+    monkeypatch.setattr(ending, "END_SECONDS", 0.05)
+    monkeypatch.setattr(dist, "destroy_process_group", destroy_late)
+    with distributed.process_group(lambda: CPU):
+        pass
+    assert asked.is_set() and distributed.is_initialized()
+    goes_on.set()
+    ending._ENDINGS[-1].join(60)
     assert not distributed.is_initialized()
 
 

@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from samft.ending import end_in_background
+from samft.ending import end_in_background, wait_for_endings
 from samft.errors import (
     CollectiveError,
     ConfigError,
@@ -199,6 +199,7 @@ def process_group(
         ConfigError: `pick_device` raised it, on any rank; see also `start`.
         RunStopped: See `start`.
     """
+    wait_for_endings()  # of a group before, where a program calls a command again
     existed, device, problem = is_initialized(), torch.device("cpu"), ""
     try:
         device = pick_device()

@@ -28,16 +28,21 @@ def end_in_background(end: Callable[[], object], *, wait: bool = False) -> None:
         thread.join(END_SECONDS)
 
 
+def wait_for_endings() -> bool:
+    """Waits up to `END_SECONDS` for what is being ended; returns whether all of it has been."""
+    deadline = time.monotonic() + END_SECONDS
+    for thread in _ENDINGS:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in _ENDINGS)
+
+
 def end_process(code: int) -> NoReturn:
     """Ends this process.
 
     Args:
         code: Its exit code.
     """
-    deadline = time.monotonic() + END_SECONDS
-    for thread in _ENDINGS:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    if any(thread.is_alive() for thread in _ENDINGS):
+    if not wait_for_endings():
         # Not by the way of the interpreter, which calls destructors that wait for the same.
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):

@@ -129,6 +129,8 @@ class PromptedSam(nn.Module):
     def unload_encoder(self) -> None:
         """Moves the image encoder to the CPU, for a run whose embeddings are all cached."""
         self._cast_encoder.drop()
+        if self.encoder_graphs is not None:
+            self.encoder_graphs = CudaGraphs()  # those of the pass that encoded keep its weights
         self.sam.image_encoder.cpu()
         if self.sam.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 import math
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -205,6 +206,13 @@ def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_chang
 def test_the_dense_positions_are_those_of_stock(size: int) -> None:
     model = PromptedSam(build_sam("vit_tiny", size))
     assert torch.equal(model._dense_pe(), model.sam.prompt_encoder.get_dense_pe())
+
+
+def test_an_encoder_that_is_unloaded_leaves_no_graphs_behind() -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64), cuda_graphs=True)
+    graphs = weakref.ref(model.encoder_graphs)
+    model.unload_encoder()
+    assert graphs() is None and model.encoder_graphs is not None
 
 
 def decoded_at_once(model: PromptedSam, **options: Any) -> list[int]:

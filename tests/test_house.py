@@ -37,7 +37,7 @@ ORDER = (
     ("prediction",),
     ("exporters",),
     ("recipes",),
-    ("__main__", "train", "evaluate", "predict", "export", "check", "demo"),
+    ("__main__", "train", "evaluate", "predict", "export", "check", "demo", "convert"),
 )
 COMMANDS = ORDER[-1]
 WITHOUT_TORCH = (*ORDER[0], "cli", "settings", "config", "images", "coco", "interchange", *COMMANDS)

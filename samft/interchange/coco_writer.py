@@ -38,6 +38,7 @@ class DatasetWriter:
         self,
         mask: CroppedMask,
         *,
+        polygons: list[list[float]] | None = None,
         size: tuple[int, int],
         image_id: int,
         category_id: int,
@@ -47,6 +48,7 @@ class DatasetWriter:
 
         Args:
             mask: In the original frame; it need not be tight.
+            polygons: What the mask was drawn from, written as it is; None: see `segmentation`.
             size: H, W of the image, px.
             image_id: Its image.
             category_id: Its class.
@@ -60,7 +62,12 @@ class DatasetWriter:
             self.num_empty += 1
             return
         x, y = mask.left + int(xs.min()), mask.top + int(ys.min())
-        is_rle = self._segmentation == RLE
+        if polygons is not None:
+            segmentation: Any = polygons
+        elif self._segmentation == RLE:
+            segmentation = encode_cropped(mask, size)
+        else:
+            segmentation = trace_outlines(mask)
         entry = {
             "id": self.num_objects + 1,
             "image_id": image_id,
@@ -68,7 +75,7 @@ class DatasetWriter:
             "iscrowd": 0,
             "area": len(ys),
             "bbox": [x, y, int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1],
-            "segmentation": encode_cropped(mask, size) if is_rle else trace_outlines(mask),
+            "segmentation": segmentation,
             **(fields or {}),
         }
         self._file.write((b",\n" if self.num_objects else b"\n") + self._encode(entry))

@@ -19,7 +19,7 @@ from helpers import REPOSITORY, TESTS
 from helpers.documentation import PAGES, Block, PageError, Runner
 from samft.config import TrainConfig
 
-COMMANDS = ("train", "evaluate", "predict", "export", "check", "demo")
+COMMANDS = ("train", "evaluate", "predict", "export", "convert", "check", "demo")
 BENCHMARKS = (
     *("coco_like", "predict", "pretrain_tiny", "quality", "same_numbers", "saving", "scale"),
     "train_step",

@@ -14,7 +14,7 @@ from pathlib import Path
 # Each is the module samft.NAME, which `samft NAME` runs as `python -m samft.NAME` does.
 COMMANDS = {
     "demo": "write a small COCO dataset to try things on",
-    "convert": "make a dataset of label images, YOLO, LabelMe or VOC; or the reverse",
+    "convert": "make a dataset of label images, YOLO, LabelMe, VOC; or back",
     "check": "list what is wrong with a dataset, and repair it",
     "train": "tune Segment Anything on a dataset",
     "evaluate": "score checkpoints on every object of a split",

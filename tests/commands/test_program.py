@@ -47,7 +47,7 @@ def test_the_version(monkeypatch, capsys) -> None:
         ("samft.chek", "Did you mean check?"),
         ("--verison", "Did you mean --version?"),
         ("--lr", f"Flags follow a command, as in `{shell_command('train', '--lr')}`."),
-        ("zzz", "has no command 'zzz'. The commands are demo, check, train,"),
+        ("zzz", "has no command 'zzz'. The commands are demo, convert, check,"),
         ("a\x1b[1m", r"has no command 'a\x1b[1m'"),
     ],
 )

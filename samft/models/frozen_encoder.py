@@ -9,6 +9,7 @@ validation and for checkpoints.
 """
 
 import copy
+from typing import Any, NamedTuple
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
@@ -71,47 +72,62 @@ class CastEncoder:
     def __init__(self) -> None:
         """Starts without a copy."""
         self._kept: _KeptCopy | None = None
+        self._known: _KnownWeights | None = None
 
     def select(self, encoder: ImageEncoderViT, device_type: str) -> ImageEncoderViT:
         """The encoder to run: the copy, under autocast and where something is frozen, or itself."""
         if not torch.is_autocast_enabled(device_type):
             return encoder
-        dtype, kept = torch.get_autocast_dtype(device_type), self._kept
-        if kept is None or not kept.is_of(encoder, dtype):
+        dtype, weights = torch.get_autocast_dtype(device_type), self.weights_of(encoder)
+        states = [_state_of(weight) for weight in weights]
+        kept = self._kept
+        if kept is None or (kept.dtype, kept.states) != (dtype, states) or kept.of is not weights:
             self.drop()
-            self._kept = kept = _KeptCopy(encoder, dtype)
+            duplicate = encoder
+            if any(state is not None for state in states):
+                # Not in inference mode, whose tensors could not be used in training.
+                with torch.inference_mode(False):
+                    duplicate = cast_frozen_weights(encoder, dtype)
+            self._kept = kept = _KeptCopy(duplicate, weights, dtype, states)
         return kept.duplicate
+
+    def weights_of(self, encoder: ImageEncoderViT) -> list[nn.Parameter]:
+        """The parameters of an encoder: the same list, until one is another.
+
+        `encoder.parameters()` goes through all modules, a millisecond that steps would wait for.
+        """
+        known = self._known
+        if known is None or known.encoder is not encoder or not known.has_the_same():
+            members = [
+                (members, name, member)
+                for module in encoder.modules()
+                for members in (module._parameters, module._modules)
+                for name, member in members.items()
+            ]
+            self._known = known = _KnownWeights(encoder, members, list(encoder.parameters()))
+        return known.weights
 
     def drop(self) -> None:
         """Frees the copy; the next `select` makes another."""
         self._kept = None
 
 
-class _KeptCopy:
-    # A copy (the encoder itself, if nothing is frozen) and by what its weights are recognised. This
-    # is looked at in every step, so it costs less than going through the encoder's modules.
-    def __init__(self, encoder: ImageEncoderViT, dtype: torch.dtype) -> None:
-        self.encoder, self.dtype, self.duplicate = encoder, dtype, encoder
-        self.weights = list(encoder.parameters())
-        self.states = list(map(_state_of, self.weights))
-        self.members = [
-            (members, name, member)
-            for module in encoder.modules()
-            for members in (module._parameters, module._modules)
-            for name, member in members.items()
-        ]
-        if not all(weight.requires_grad for weight in self.weights):
-            # Also if first wanted in inference mode, whose tensors could not be used in training.
-            with torch.inference_mode(False):
-                self.duplicate = cast_frozen_weights(encoder, dtype)
+class _KeptCopy(NamedTuple):
+    # A copy, or the encoder itself if nothing is frozen, and the weights that it is made of.
+    duplicate: ImageEncoderViT
+    of: list[nn.Parameter]
+    dtype: torch.dtype
+    states: list[tuple[int, int] | None]
 
-    def is_of(self, encoder: ImageEncoderViT, dtype: torch.dtype) -> bool:
-        return (
-            self.encoder is encoder
-            and self.dtype == dtype
-            and all(members.get(name) is member for members, name, member in self.members)
-            and self.states == list(map(_state_of, self.weights))
-        )
+
+class _KnownWeights(NamedTuple):
+    # An encoder, what its modules consist of, and their parameters.
+    encoder: ImageEncoderViT
+    members: list[tuple[dict[str, Any], str, Any]]
+    weights: list[nn.Parameter]
+
+    def has_the_same(self) -> bool:
+        return all(members.get(name) is member for members, name, member in self.members)
 
 
 def _state_of(weight: nn.Parameter) -> tuple[int, int] | None:

@@ -94,7 +94,8 @@ class PromptedSam(nn.Module):
     @property
     def encoder_is_frozen(self) -> bool:
         """Whether no parameter of the image encoder is trained."""
-        return not any(p.requires_grad for p in self.sam.image_encoder.parameters())
+        weights = self._cast_encoder.weights_of(self.sam.image_encoder)
+        return not any(weight.requires_grad for weight in weights)
 
     def embed(
         self, images: Tensor, input_sizes: Tensor | None = None, *, cached: Tensor | None = None
@@ -122,7 +123,8 @@ class PromptedSam(nn.Module):
             encoded, graphs = None, self.encoder_graphs
             if graphs and in_training and frozen and images.is_cuda:
                 inputs = (images,) if input_sizes is None else (images, input_sizes)
-                places = tuple(p.data_ptr() for p in encoder.parameters())
+                weights = self._cast_encoder.weights_of(self.sam.image_encoder)
+                places = tuple(weight.data_ptr() for weight in weights)
                 encoded = graphs.run(encode, inputs, key=(encoder, places))
             return (encoded or encode(images, input_sizes))[0]
 

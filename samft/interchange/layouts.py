@@ -131,13 +131,17 @@ def read_yolo(source: Path) -> Iterator[LabelledImage]:
     settings, names = _read_data_yaml(file)
     root = file.parent / str(settings.get("path") or "")
     root = root if root.is_dir() else file.parent  # some name a place on another machine
+    read: set[Path] = set()
     for split in ("train", "val", "test"):
         entry = settings.get(split)
         for folder in entry if isinstance(entry, list) else [entry] if entry else []:
             place = root / str(folder)
             if not place.is_dir():  # Roboflow writes ../train/images
                 place = file.parent / str(folder).removeprefix("../")
-            for image in find_images(place).values():
+            # YOLO needs a val, so datasets without one name their images for training twice.
+            images = {} if place.resolve() in read else find_images(place)
+            read.add(place.resolve())
+            for image in images.values():
                 yield _read_yolo_image(image, names, split)
 
 

@@ -173,8 +173,9 @@ def test_yolo_there_and_back(tmp_path: Path) -> None:
     for before, after in zip(lines[:2], lines[2:], strict=True):
         assert before[0] == after[0]
         assert np.array(after[1:], float) == pytest.approx(np.array(before[1:], float), abs=1e-8)
-    # What was written is read again.
-    convert("--from", "yolo", "--source", tmp_path / "back", "--output_dir", tmp_path / "again")
+    # What was written is read again, once: its data.yaml names one folder for both splits.
+    flags = ("--from", "yolo", "--source", tmp_path / "back", "--output_dir", tmp_path / "again")
+    assert convert(*flags)["images"] == {"train": 1}
 
 
 def test_labelme_shapes(tmp_path: Path) -> None:

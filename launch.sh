@@ -234,14 +234,21 @@ prepare() {
 }
 
 # Forwards a signal to CHILD, or stores it until CHILD has started. With the first signal, remembers
-# the status file as it was before.
+# the status file as it was before. A Ctrl-C goes to the processes of torchrun instead, which save and
+# end: torchrun itself would print warnings and a traceback around the one sentence that counts.
 forward_signal() {
+    local ranks
     $STOPPED || STATUS_BEFORE=$(cat "$SAMFT_STATUS_FILE" || true)
     STOPPED=true
     if [[ -z $CHILD ]]; then
         PENDING=$1
-    else
+    elif [[ $1 != INT ]]; then
         kill -"$1" "$CHILD" 2>/dev/null || true
+    elif ranks=$(cat /proc/"$CHILD"/task/*/children 2>/dev/null) && [[ -n ${ranks// /} ]]; then
+        # shellcheck disable=SC2086  # a number for each process
+        kill -INT $ranks 2>/dev/null || true
+    else
+        kill -TERM "$CHILD" 2>/dev/null || true # quietly, also while torchrun is imported
     fi
 }
 

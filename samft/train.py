@@ -55,7 +55,7 @@ def main(argv: list[str], *, stop: StopRequest | None = None) -> dict[str, Any]:
         return run(config, stop)
 
 
-def exit_code_for_launcher(code: int) -> int:
+def exit_code_for_launcher(code: int, *, is_stopping: bool = False) -> int:
     """The exit code of this process; under `launch.sh` 0 where a restart would be of no use.
 
     torchrun restarts all processes after any other exit code. But a wrong configuration would fail
@@ -64,8 +64,9 @@ def exit_code_for_launcher(code: int) -> int:
 
     Args:
         code: How the run ended, see `cli.exit_code`.
+        is_stopping: Whether a signal had asked it to stop, however it ended.
     """
-    is_final = code in (EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)
+    is_final = is_stopping or code in (EXIT_USAGE, EXIT_STOPPED, EXIT_INTERRUPTED)
     if not is_final or not os.environ.get("SAMFT_STATUS_FILE"):
         return code
     if os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
@@ -97,4 +98,5 @@ if __name__ == "__main__":
         from samft.cli import run_command
         from samft.ending import end_process
 
-        end_process(exit_code_for_launcher(run_command(partial(main, stop=early_stop))))
+        code = run_command(partial(main, stop=early_stop))
+        end_process(exit_code_for_launcher(code, is_stopping=bool(early_stop)))

@@ -288,7 +288,7 @@ def test_help_and_errors_do_not_import_torch(tmp_path):
 
 
 def test_constants_repeated_without_torch_equal_the_modules():
-    assert set(FORMATS) - cli.EXTRAS.keys() == {"pth", "safetensors"}
+    assert set(FORMATS) - cli.EXTRAS.keys() == {"pth", "safetensors", "xanylabeling"}
     assert FOLDERS["onnx"] == (onnx.ENCODER, onnx.DECODER)
     assert FOLDERS["huggingface"] == (
         huggingface.CONFIG,

@@ -335,7 +335,7 @@ def test_reason_is_the_last_line(launcher: Launcher, tmp_path: Path) -> None:
     ("sent", "received"),
     [
         (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM),  # without processes yet
         (signal.SIGUSR1, signal.SIGUSR1),
         (signal.SIGHUP, signal.SIGTERM),
     ],
@@ -367,6 +367,34 @@ raise SystemExit(1)
         assert process.stdout.readline() == "ready\n"
         process.send_signal(sent)
         assert process.wait(60) == 60 + received
+
+
+def test_ctrl_c_goes_to_the_processes_and_torchrun_stays_silent(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    rank = f"""{shlex.quote(sys.executable)} -c '
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+print("ready", flush=True)
+signal.sigwait([signal.SIGINT])
+open(os.environ["SAMFT_STATUS_FILE"], "w").write(chr(123) + "\\"state\\": \\"preempted\\", "
+    + "\\"exit_code\\": 75" + chr(125))
+'"""
+    torchrun = f"""trap 'echo "a traceback" >&2; exit 1' INT TERM
+set -m; {rank} & set +m; wait $!"""
+    python = fake_python(tmp_path / "python", torchrun)
+    with subprocess.Popen(
+        launcher.command(*RUN, SAMFT_PYTHON=python),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 75
+        assert process.stderr.read() == ""
 
 
 def test_environment_of_the_run(launcher: Launcher, tmp_path: Path) -> None:

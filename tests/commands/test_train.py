@@ -341,6 +341,7 @@ def test_torchrun_restarts_only_what_may_succeed(code, returned, tmp_path, monke
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert exit_code_for_launcher(code) == returned
+        assert exit_code_for_launcher(code, is_stopping=True) == 0
     assert not status.exists()  # process 0 has written it, in more detail
 
 

@@ -14,7 +14,7 @@ from samft.cli import run_command
 from samft.export import main
 from samft.exporters.verification import synthetic_sample
 
-pytest.importorskip("onnx", reason="no onnx: pip install 'samft[onnx]'")
+pytest.importorskip("onnx", reason="no onnx: pip install '.[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime: as above")
 
 yaml = pytest.importorskip("yaml")

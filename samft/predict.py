@@ -36,8 +36,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tqdm import tqdm
-
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.errors import ConfigError, DataError, escape_unprintable
 from samft.images.flags import add_pixel_flags, pixel_flags
@@ -62,6 +60,7 @@ from samft.prediction.outputs import (
 )
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import atomic_replacement, write_atomically
+from samft.runtime.logs import progress_bar
 from samft.runtime.output_dir import create_writable_dir, lock_output_dir
 from samft.runtime.signals import check_launch_environment
 
@@ -421,7 +420,7 @@ def _predict_rows(
         orientations=images.orientations[task.rows].tolist(),
         pixels=images.pixels,
     )
-    bar = tqdm(zip(task.rows, results, strict=True), total=len(inputs), unit="image", disable=None)
+    bar = progress_bar(zip(task.rows, results, strict=True), total=len(inputs), unit="image")
     for row, entries in bar:
         if isinstance(entries, DataError):
             if options.on_bad_image == "error":

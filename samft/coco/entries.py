@@ -14,7 +14,6 @@ import cv2
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from samft.coco.boxes import (
     BOX_CODES,
@@ -40,6 +39,7 @@ from samft.coco.json_reader import (
 )
 from samft.coco.problems import MAX_EXAMPLES, Problems
 from samft.coco.segmentation import CheckedMasks, RawMasks, Segmentations, decode_cropped
+from samft.runtime.logs import progress_bar
 
 CROWD = 1  # a bit of `Objects.flags`; as read, of objects with iscrowd 1, see `mark_crowds`
 NO_ID = -(2**63)
@@ -130,7 +130,7 @@ def read_objects(
     chunks = []
     lost: Counter[int] = Counter()
     keys: dict[str, int] = {}
-    bar = tqdm(total=len(entries), desc="checking objects", unit="object", disable=None, delay=2)
+    bar = progress_bar(total=len(entries), desc="checking objects", unit="object", delay=2)
     with bar:
         for first in range(0, max(len(entries), 1), _CHUNK):
             part = entries[first : first + _CHUNK]

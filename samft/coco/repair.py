@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from samft.coco.entries import CROWD
 from samft.coco.image_entries import NO_CATEGORY
@@ -43,6 +42,7 @@ from samft.images.orientation import (
     turned_size,
 )
 from samft.runtime.files import read_file, write_atomically
+from samft.runtime.logs import progress_bar
 
 _FRAME = "samft_frame"  # field of a copy: the frame of the original
 _LISTS = ("categories", "images", "annotations")
@@ -247,7 +247,7 @@ def _repair_objects(
     free = (number for number in itertools.count(1) if number not in taken)
     ids[ids == 0] = [next(free) for _ in range(int((ids == 0).sum()))]
     row_of = np.searchsorted(index.first_object, objects, side="right") - 1
-    bar = tqdm(total=len(objects), desc="repairing", unit="object", disable=None, delay=2)
+    bar = progress_bar(total=len(objects), desc="repairing", unit="object", delay=2)
     with bar:
         for k, row, object_id in zip(objects.tolist(), row_of.tolist(), ids.tolist(), strict=True):
             entry = value_of(raw[index.positions[k]]) or {}

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import cast
 
 from PIL import Image
-from tqdm import tqdm
 
 from samft.errors import DataError
 from samft.images.formats import read_values
 from samft.images.limits import MAX_PIXELS, UnusableImage
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.files import NotAFileError, open_file
+from samft.runtime.logs import progress_bar
 
 JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -98,7 +98,7 @@ def inspect_images(
     paths: list[Path], pixels: PixelFormat = PLAIN, *, decode: bool = False
 ) -> Iterator[ImageFacts]:
     """Inspects many files in parallel; yields what `inspect_image` returns, in the order given."""
-    bar = tqdm(total=len(paths), desc="inspecting images", unit="image", disable=None, delay=2)
+    bar = progress_bar(total=len(paths), desc="inspecting images", unit="image", delay=2)
     parts = [paths[first : first + _PART] for first in range(0, len(paths), _PART)]
 
     def inspect_part(part: list[Path]) -> list[ImageFacts]:

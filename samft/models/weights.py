@@ -16,6 +16,7 @@ from tqdm import tqdm
 from samft.errors import CheckpointError, RunStopped
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import CHUNK_BYTES, cache_folder, sha256_of, try_lock
+from samft.runtime.logs import progress_bar
 
 # Where Meta publishes the files, with their SHA-256; SAMFT_SAM_URL can name a mirror.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -204,7 +205,7 @@ def _fetch_url(url: str, part: Path, *, max_bytes: int, watch: _Watch) -> None:
     with part.open("wb") as file:
         transfer = _Transfer(url, file, max_bytes=max_bytes)
         transfer.start()
-        with tqdm(unit="B", unit_scale=True, desc=f"download {part.stem}") as bar:
+        with progress_bar(unit="B", unit_scale=True, desc=f"download {part.stem}") as bar:
             _wait_for(transfer, watch, bar)
         if transfer.error is not None:
             raise transfer.error

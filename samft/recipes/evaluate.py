@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import samft
 from samft import distributed
@@ -39,7 +38,7 @@ from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
-from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal
+from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal, progress_bar
 from samft.runtime.output_dir import create_writable_dir
 from samft.runtime.own_files import has_keys
 
@@ -250,8 +249,7 @@ def _score_checkpoint(
         timeout=STEP_SECONDS,
         pin_memory=device.type == "cuda",
     )
-    disable = None if distributed.is_main() else True  # None: unless standard error is a terminal
-    with tqdm(total=len(loader), unit="image", disable=disable, dynamic_ncols=True) as bar:
+    with progress_bar(total=len(loader), unit="image", hidden=not distributed.is_main()) as bar:
         objects, bad_images = evaluate_split(model, loader, seed=options.seed, on_image=bar.update)
     for reason in bad_images.values():
         LOGGER.info("left out: %s", reason)

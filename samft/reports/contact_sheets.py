@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex
@@ -31,6 +30,7 @@ from samft.reports.drawing import (
     stack_horizontally,
     write_png,
 )
+from samft.runtime.logs import progress_bar
 from samft.runtime.own_files import is_marked_picture
 
 COLUMNS, NUM_TILES = 6, 24  # of a sheet
@@ -75,7 +75,9 @@ def write_sheets(index: CocoIndex, problems: Problems, folder: Path, *, name: st
                 f"--pictures: {path} exists, and no check of samft has written it: name another "
                 "folder."
             )
-    for kind, (title, entries) in tqdm(sheets.items(), desc=f"drawing {name}", disable=None):
+    for kind, (title, entries) in progress_bar(
+        sheets.items(), desc=f"drawing {name}", unit="sheet"
+    ):
         path = folder / f"{name}-{kind}.png"
         write_png(path, draw_sheet(index, entries, title=f"{name}: {title}"))
         paths.append(path)

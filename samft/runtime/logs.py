@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from samft.runtime.own_files import TENSORBOARD
 LOGGER = logging.getLogger("samft")
 GIB = 1 << 30
 FILES_ONLY = {"is_for_files": True}  # `extra` of a line that the terminal gets in another way
+_LINE_SECONDS = 60.0  # between two lines of progress in a log
 
 
 class _Formatter(logging.Formatter):
@@ -98,6 +99,54 @@ def format_duration(seconds: float) -> str:
 def format_gib(num_bytes: int) -> str:
     """Formats a number of bytes in GiB, or MiB below 0.1 GiB."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def progress_bar(
+    items: Iterable[Any] | None = None, *, unit: str, hidden: bool = False, **options: Any
+) -> "tqdm[Any]":
+    """A progress bar on standard error; where that is no terminal, a line every minute.
+
+    Args:
+        items: What to iterate over; None: the bar is updated by its `update`.
+        unit: What is counted, in the singular.
+        hidden: Whether to show nothing, on ranks other than 0 say.
+        options: Of `tqdm`.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, unit=unit, disable=hidden, dynamic_ncols=True, **options)
+    what = f"{options['desc']}: " if options.get("desc") else ""
+    units = unit if unit.isupper() else f"{unit}s"
+    return _ProgressLines(
+        items,
+        disable=hidden,
+        bar_format=f"{what}{{n_fmt}} of {{total_fmt}} {units}"
+        " after {elapsed}, {remaining} left",
+        miniters=1,
+        **options | dict.fromkeys(("delay", "mininterval", "maxinterval"), _LINE_SECONDS),
+    )
+
+
+class _ProgressLines(tqdm):
+    disable: bool
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """What prints the state: a whole line."""
+        return lambda text: print(text, file=file, flush=True)
+
+    def clear(self, *arguments: Any, **options: Any) -> None:
+        """Nothing: what is printed between two lines does not share a line with them."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
+        """Prints the state, but not again after each line of others."""
+        if not nolock:
+            super().refresh(lock_args=lock_args)
+
+    def close(self) -> None:
+        """Ends it without a last line: the command says what it has done."""
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
 
 
 class _LogFile(logging.FileHandler):
@@ -227,13 +276,7 @@ class RunLog:
         self.board: TensorBoard | None = None
         self.metrics_state = {"bytes": 0, "crc32": 0}
         self._unwritten: dict[str, list[str]] = {}
-        self.bar = tqdm(
-            total=steps,
-            initial=start_step,
-            disable=not (main and sys.stderr.isatty()),
-            unit="step",
-            dynamic_ncols=True,
-        )
+        self.bar = progress_bar(total=steps, initial=start_step, hidden=not main, unit="step")
         if not main:
             return
         self._file = _LogFile(folder / "train.log")

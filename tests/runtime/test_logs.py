@@ -18,7 +18,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from samft.runtime.logs import LOGGER, RunLog, format_duration, logging_to_terminal
+from samft.runtime.logs import (
+    LOGGER,
+    RunLog,
+    format_duration,
+    logging_to_terminal,
+    progress_bar,
+)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -380,3 +386,53 @@ def test_a_full_disk_does_not_make_logging_fail(
 def test_modules_that_only_log_import_no_torch() -> None:
     code = "import sys, samft.runtime.logs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Progress
+
+
+class Clock:
+    seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("tqdm.std.time", clock)
+    return clock
+
+
+def test_without_a_terminal_progress_is_a_line_every_minute(clock: Clock, capfd) -> None:
+    with progress_bar(total=400, unit="image", desc="looking") as bar:
+        for _ in range(200):  # one a second
+            bar.update()
+            clock.seconds += 1
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == [
+        "looking: 61 of 400 images after 01:00, 05:33 left",
+        "looking: 121 of 400 images after 02:00, 04:36 left",
+        "looking: 181 of 400 images after 03:00, 03:37 left",
+    ]
+
+
+def test_what_takes_less_than_a_minute_or_is_hidden_prints_nothing(clock: Clock, capfd) -> None:
+    for item in progress_bar(range(59), unit="image"):
+        clock.seconds += item >= 0
+    with progress_bar(total=9, unit="image", hidden=True) as bar:
+        clock.seconds += 300
+        bar.update()
+    assert capfd.readouterr().err == ""
+
+
+def test_lines_of_the_log_do_not_bring_the_progress_again(clock: Clock, tmp_path, capfd) -> None:
+    with logging_to_terminal(0), closing(RunLog(tmp_path, main=True, steps=100)) as log:
+        for step in range(100):
+            clock.seconds += 10
+            log.advance_bar()
+            LOGGER.info("step %d", step)
+    lines = capfd.readouterr().err.splitlines()
+    assert sum("of 100 steps" in line for line in lines) == 1000 // 60
+    assert len(lines) == 100 + 1000 // 60

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-END_SECONDS = 5.0  # for what has to be ended before the process is
+END_SECONDS = 3.0  # for what has to be ended before the process is
 
 _ENDINGS: list[threading.Thread] = []
 

@@ -356,7 +356,8 @@ def test_a_rank_that_failed_is_named_before_one_that_hangs(
         for process in processes:
             process.kill()
             process.join()
-    assert "peer" in cause  # gloo's own words
+    # Gloo's own words; or rank 1's post, where the end of its process takes longer.
+    assert "peer" in cause or cause == "another process failed"
     first, second = message.split(" (This process was at ")[0].split("; ", 1)
     assert first == "process 1 failed at step 1, counting: ValueError: one and one is three"
     assert second.startswith("process 2 does not answer; ")

@@ -9,14 +9,14 @@ the same numbers baked in. So a recorded function
 - depends on no other Python value that changes: what its answer depends on is in its key;
 - never makes the host wait, and draws no random numbers.
 
-Inputs are copied into tensors of the recording's own, outputs out of them. All recordings share the
+Inputs are copied into tensors of the recording's own, outputs out of them. Recordings can share the
 memory of what is computed on the way; they run one after the other, on the current stream.
 """
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,6 +36,24 @@ _MOST_RECORDINGS = 32
 _TOLERANCE = 1e-2
 
 
+class RecordingPlace:
+    """Where recordings are made that share memory: a stream, and a pool of memory.
+
+    Not one for the whole process: PyTorch refuses a pool whose recordings have all been deleted
+    while memory in it is still in use.
+    """
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Made when it is first used, on the GPU of that moment."""
+        return torch.cuda.Stream()
+
+    @cached_property
+    def pool(self) -> Any:
+        """As `torch.cuda.graph` takes it."""
+        return torch.cuda.graph_pool_handle()
+
+
 class CudaGraphs:
     """Records functions, and replays them; without success, each is simply to be called.
 
@@ -43,9 +61,14 @@ class CudaGraphs:
         failed: Whether a recording failed, after which nothing is recorded or replayed any more.
     """
 
-    def __init__(self) -> None:
-        """Nothing is recorded yet; needs no GPU before the first `run`."""
+    def __init__(self, place: RecordingPlace | None = None) -> None:
+        """Nothing is recorded yet; needs no GPU before the first `run`.
+
+        Args:
+            place: To share memory with other recordings; None: with none but its own.
+        """
         self.failed = False
+        self._place = place or RecordingPlace()
         self._recordings: dict[Hashable, _Recording] = {}
 
     @property
@@ -95,7 +118,7 @@ class CudaGraphs:
 
     def _record(self, function: Callable[..., Tensors], inputs: Tensors) -> "_Recording":
         device = inputs[0].device
-        stream, pool = _stream_and_pool(device)
+        stream, pool = self._place.stream, self._place.pool
         own_inputs = tuple(torch.empty_like(tensor) for tensor in inputs)
         _copy_all(own_inputs, inputs)
         # Without autocast's cache: weights cast before the recording would not be cast in it.
@@ -136,12 +159,6 @@ class _Recording:
         return outputs
 
 
-@lru_cache
-def _stream_and_pool(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
-    # Where all of a process is recorded: memory can be shared only by recordings of one stream.
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-
 def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies tensors into others of their shape and type: one launch for each type."""
     for dtype in {target.dtype for target in targets}:
@@ -171,9 +188,13 @@ class ChunkGraphs:
         graphs: The recordings.
     """
 
-    def __init__(self) -> None:
-        """Nothing is recorded yet; needs no GPU before the first chunk."""
-        self.graphs = CudaGraphs()
+    def __init__(self, place: RecordingPlace | None = None) -> None:
+        """Nothing is recorded yet; needs no GPU before the first chunk.
+
+        Args:
+            place: See `CudaGraphs`.
+        """
+        self.graphs = CudaGraphs(place)
         self._twin: tuple[Hashable, MaskDecoder] | None = None
         # Of each key: which tensors have a gradient. It is known when the chunk is recorded.
         self._have_gradients: dict[Hashable, list[bool]] = {}

@@ -22,7 +22,7 @@ from samft.models.chunked_loss import (
     LossInputs,
     auto_mask_chunk,
 )
-from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs
+from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs, RecordingPlace
 from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import Tensors, choose_decoder
 from samft.runtime.device import exact_float32, free_memory_bytes, total_memory_bytes
@@ -59,8 +59,9 @@ class PromptedSam(nn.Module):
         """
         super().__init__()
         self.sam, self.decoder, self.mask_chunk = sam, decoder, mask_chunk
-        self.chunk_graphs = ChunkGraphs() if cuda_graphs else None
-        self.encoder_graphs = CudaGraphs() if cuda_graphs else None
+        place = RecordingPlace()
+        self.chunk_graphs = ChunkGraphs(place) if cuda_graphs else None
+        self.encoder_graphs = CudaGraphs(place) if cuda_graphs else None
         self._auto_mask_chunk: int | None = None
         self._cast_encoder = CastEncoder()
         self._cached_pe: tuple[Tensor, int, Tensor] | None = None

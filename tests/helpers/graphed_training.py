@@ -54,12 +54,12 @@ def make_batches(num_steps: int, *, first: int = 0) -> list[Batch]:
     return batches
 
 
-def recordings_of(trainer: Trainer) -> int:
-    """How many chunks are recorded; fails if a recording failed."""
+def recordings_of(trainer: Trainer) -> tuple[int, int]:
+    """How many chunks and encoders are recorded; fails if a recording failed."""
     graphs, of_encoder = trainer.model.chunk_graphs, trainer.model.encoder_graphs
     assert graphs is not None and not graphs.graphs.failed
     assert of_encoder is not None and not of_encoder.failed
-    return graphs.graphs.num_recordings
+    return graphs.graphs.num_recordings, of_encoder.num_recordings
 
 
 def copy_weights(source: Trainer, target: Trainer) -> None:
@@ -108,7 +108,7 @@ def compare_gradients(device: torch.device, amp: str) -> None:
         assert_equal_gradients(gradients, expected_gradients, tolerance=tolerance)
         plain.train_step([batch])
         copy_weights(plain, graphed)
-    assert recordings_of(graphed) == 2  # of one image and of two
+    assert recordings_of(graphed) == (2, 2)  # of one image and of two
 
 
 def compare_steps(device: torch.device, amp: str) -> None:
@@ -127,7 +127,7 @@ def compare_steps(device: torch.device, amp: str) -> None:
             scores.append(validation.metrics["per_mask_iou"])
         ends.append((trainer, scores, trainer.pop_metrics()))
     (plain, plain_scores, plain_metrics), (graphed, scores, metrics) = ends
-    recordings_of(graphed)
+    assert all(recordings_of(graphed))
     assert graphed.progress.skipped_steps == plain.progress.skipped_steps
     assert (amp == "float16") == (plain.progress.skipped_steps > 0)
     assert plain.progress.step > 0

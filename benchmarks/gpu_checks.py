@@ -10,7 +10,6 @@ import argparse
 import csv
 import importlib
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -216,14 +215,10 @@ def run_training(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--in_group", action="store_true")
-    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--memory_share", type=float)
     args, rest = parser.parse_known_args(argv)
     if args.in_group:
         _wrap_single_process()
-    if args.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product
-        torch.use_deterministic_algorithms(True)
     if args.memory_share:
         torch.cuda.set_per_process_memory_fraction(args.memory_share)
     code = run_command(train.main, rest)

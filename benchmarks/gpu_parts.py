@@ -96,7 +96,7 @@ def _sharded(setup: Setup) -> list[list[str]]:
 
 def _deterministic(setup: Setup) -> list[list[str]]:
     def run(name: str) -> list[str]:
-        return [CHECK, "train", "--deterministic", *setup.train(name, steps=4, metrics_interval=2)]
+        return [TRAIN, *setup.train(name, steps=4, metrics_interval=2, deterministic=True)]
 
     states = [str(setup.folder / name / "last.ckpt") for name in ("straight", "resumed")]
     return [

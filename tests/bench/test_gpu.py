@@ -31,7 +31,7 @@ def test_every_command_is_understood(part: Part, pretended: bool, tmp_path: Path
             assert arguments[0] in gpu_checks.CHECKS
             if arguments[0] != "train":
                 continue
-            known = {"--in_group", "--deterministic", "--memory_share", "0.03"}
+            known = {"--in_group", "--memory_share", "0.03"}
             parse_config([word for word in arguments[1:] if word not in known])
         elif module == TRAIN:
             parse_config(arguments)

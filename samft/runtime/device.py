@@ -132,13 +132,13 @@ def _explain_unusable_gpus(device: str) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if _hides_all_gpus():
         why = f"CUDA_VISIBLE_DEVICES is '{visible}', which hides all GPUs: unset it"
-    elif _has_nvidia_gpus():
+    elif make := _make_of_gpus():
         driver = f" with driver {version}" if (version := _driver_version()) else ""
         check = f"Check CUDA_VISIBLE_DEVICES, which is '{visible}'. " if visible is not None else ""
         return (
-            f"this host has NVIDIA GPUs{driver}, but {_describe_build()} cannot use them: "
-            f"{_reason_of_pytorch()}. {check}Install a PyTorch that is built for their driver, or "
-            "update the driver; or compute without GPUs: --device cpu."
+            f"this host has {make} GPUs{driver}, but {_describe_build()} cannot use them: "
+            f"{_reason_of_pytorch(make)}. {check}Install a PyTorch that is built for their driver, "
+            "or update the driver; or compute without GPUs: --device cpu."
         )
     else:
         why = f"{_describe_build()} sees no GPU here: leave it out"
@@ -148,6 +148,13 @@ def _explain_unusable_gpus(device: str) -> str:
 def _hides_all_gpus() -> bool:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible is not None and visible.split(",")[0].strip() in _HIDES_ALL
+
+
+def _make_of_gpus() -> str:
+    # Many processors have a GPU of AMD's in them, which counts only for a PyTorch that wants it.
+    if torch.version.hip and any(Path("/dev").glob("kfd")):
+        return "AMD"
+    return "NVIDIA" if _has_nvidia_gpus() else ""
 
 
 def _has_nvidia_gpus() -> bool:
@@ -177,8 +184,8 @@ def _describe_build() -> str:
     return f"PyTorch {torch.__version__} (built for {built_for})"
 
 
-def _reason_of_pytorch() -> str:
-    if torch.version.cuda is None:
+def _reason_of_pytorch(make: str) -> str:
+    if (torch.version.hip if make == "AMD" else torch.version.cuda) is None:
         return "it has no code for them"
     try:
         torch.cuda.init()  # says why, as `is_available` does not

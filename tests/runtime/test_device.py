@@ -1,5 +1,6 @@
 """The device of a process on hosts that are described to it: what PyTorch, driver and files say."""
 
+import fnmatch
 import logging
 import os
 import subprocess
@@ -68,8 +69,12 @@ class Host:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: self.count)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch.cuda, "init", refuse)
+
+        def glob(path: Path, pattern: str) -> list[str]:
+            return fnmatch.filter(listed[str(path)], pattern)
+
         listed = {"/dev": self.devices, "/proc/driver/nvidia/gpus": ()}
-        monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(listed[str(path)]))
+        monkeypatch.setattr(Path, "glob", glob)
         monkeypatch.setattr(Path, "read_text", read)
         monkeypatch.setattr(subprocess, "run", list_gpus)
 
@@ -101,6 +106,16 @@ def test_a_driver_that_is_too_old_is_an_error(device: str, describe: Callable[..
         ),
         ({"cuda": None, "hip": "6.4"}, "(built for AMD GPUs, ROCm 6.4) cannot use them"),
         ({"refusal": NO_DEVICE}, f"{NO_DEVICE}. Install"),
+        (
+            {
+                "cuda": None,
+                "hip": "6.4",
+                "devices": ("kfd",),
+                "refusal": "No HIP GPUs",
+                "version": None,
+            },
+            "has AMD GPUs, but PyTorch 2.13.0 (built for AMD GPUs, ROCm 6.4) cannot use them: No",
+        ),
         ({"devices": (), "listing": "GPU 0: NVIDIA H100 (UUID: GPU-1)\n"}, "too old"),
         ({"version": None}, "has NVIDIA GPUs, but PyTorch"),
         ({"version": VERSION.replace("x86_64 Kernel", "Open Kernel")}, "driver 470.82.01,"),
@@ -122,7 +137,7 @@ def test_so_is_whatever_else_keeps_pytorch_from_the_gpus(
 def test_a_host_without_gpus_computes_on_the_cpu(
     listing: str | None, describe: Callable[..., None]
 ) -> None:
-    describe(devices=(), listing=listing)
+    describe(devices=("kfd",), listing=listing)  # an AMD processor's own, for a build for CUDA
     assert pick_device("auto") == CPU
     with pytest.raises(ConfigError, match=r"'cuda' was asked for, but .* sees no GPU"):
         pick_device("cuda")

@@ -17,6 +17,7 @@ import pytest
 
 from helpers import REPOSITORY, TESTS
 from helpers.documentation import PAGES, Block, PageError, Runner
+from samft.commands import COMMANDS as PROGRAM
 from samft.config import TrainConfig
 
 COMMANDS = ("train", "evaluate", "predict", "export", "convert", "check", "demo")
@@ -72,8 +73,9 @@ def test_spans_are_read_over_line_ends() -> None:
 
 @pytest.mark.run
 def test_commands_in_the_text_have_right_arguments(runner: Runner) -> None:
+    programs = [f"samft {name} --" for name in PROGRAM]
     for page, span in SPANS:
-        if span.startswith(("python -m ", "bash launch.sh", "make ", "pip install ")):
+        if span.startswith((*programs, "python -m ", "bash launch.sh", "make ", "pip install ")):
             tokens = shlex.split(span)
             if tokens[0] == "python" and (len(tokens) == 3 or tokens[3] == "--help"):
                 assert hasattr(importlib.import_module(tokens[2]), "main"), span
@@ -207,7 +209,7 @@ def test_the_files_that_a_run_is_said_to_leave_are_there(material: Path) -> None
 
 def test_the_readme_names_every_command() -> None:
     commands = first_column((REPOSITORY / "README.md").read_text(), "Commands")
-    assert commands == ["bash launch.sh ...", *(f"python -m samft.{name}" for name in COMMANDS)]
+    assert commands == ["bash launch.sh ...", *(f"samft {name}" for name in COMMANDS)]
 
 
 def test_the_tests_that_reliability_names_exist() -> None:

@@ -38,7 +38,7 @@ PAGES = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 MODES = ("skip", "arguments only")
-COMMANDS = re.compile(r"\s*(\$ |python |bash |make |pip |torchrun |srun |docker )")
+COMMANDS = re.compile(r"\s*(\$ |python |samft |bash |make |pip |torchrun |srun |docker )")
 # Names that pages use for what a reader has: a small model and size stand in for them.
 SMALLER = {
     '"vit_b"': '"vit_tiny"',
@@ -112,6 +112,12 @@ def read_commands(script: str) -> list[list[str]]:
     """The commands of a block, split into tokens; comments are dropped, `\\` joins lines."""
     lines = script.replace("\\\n", " ").splitlines()
     return [tokens for line in lines if (tokens := shlex.split(line, comments=True))]
+
+
+def _as_module(tokens: list[str]) -> list[str]:
+    # `samft NAME ...` is `python -m samft.NAME ...`
+    is_program = len(tokens) > 1 and tokens[0] == "samft"
+    return ["python", "-m", f"samft.{tokens[1]}", *tokens[2:]] if is_program else tokens
 
 
 @dataclass
@@ -191,8 +197,8 @@ class Runner:
             name, _, variables[name] = tokens[0].partition("=")
             tokens = tokens[1:]
         self.commands.append(" ".join(tokens))
-        match tokens:
-            case []:
+        match _as_module(tokens):
+            case [] | ["source", ".venv/bin/activate"]:
                 pass
             case ["export", setting] if "=" in setting:
                 pass

@@ -413,8 +413,8 @@ def test_without_a_terminal_progress_is_a_line_every_minute(clock: Clock, capfd)
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
         "looking: 61 of 400 images after 01:00, 05:33 left",
-        "looking: 121 of 400 images after 02:00, 04:36 left",
-        "looking: 181 of 400 images after 03:00, 03:37 left",
+        "looking: 121 of 400 images after 02:00, 04:37 left",
+        "looking: 181 of 400 images after 03:00, 03:38 left",
     ]
 
 

@@ -30,7 +30,6 @@ from samft.exporters.verification import PredictFunction, Prediction, Verificati
 from samft.runtime.files import write_text
 
 ENCODER, DECODER, CONFIG = "*.encoder.onnx", "*.decoder.onnx", "*.yaml"
-_MASK_SIDE = 256  # px, of the empty mask that is fed
 # As in the YAML files of X-AnyLabeling's own SAM models.
 _SIZES = {"input_size": 1024, "max_width": 1024, "max_height": 682}
 
@@ -120,7 +119,8 @@ def open_xanylabeling(folder: Path) -> PredictFunction:
 
 
 def _predict_sample(encoder: Any, decoder: Any, sample: VerificationSample) -> Prediction:
-    resize, size = ResizeLongestSide(_SIZES["input_size"]), sample.image.shape[:2]
+    low = next(one.shape[-1] for one in decoder.get_inputs() if one.name == "mask_input")
+    resize, size = ResizeLongestSide(4 * low), sample.image.shape[:2]
     pixels = resize.apply_image(sample.image).astype(np.float32)
     (embedding,) = encoder.run(None, {"input_image": pixels})
     masks, scores = [], []
@@ -132,7 +132,7 @@ def _predict_sample(encoder: Any, decoder: Any, sample: VerificationSample) -> P
                 "image_embeddings": embedding,
                 "point_coords": points,
                 "point_labels": np.array([[TOP_LEFT, BOTTOM_RIGHT, PADDING]], np.float32),
-                "mask_input": np.zeros((1, 1, _MASK_SIDE, _MASK_SIDE), np.float32),
+                "mask_input": np.zeros((1, 1, low, low), np.float32),
                 "has_mask_input": np.zeros(1, np.float32),
                 "orig_im_size": np.array(size, np.float32),
             },

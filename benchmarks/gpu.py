@@ -96,7 +96,10 @@ def run_part(part: Part, setup: Setup, *, limit: float, log: Path) -> PartResult
             break
     else:
         result.state = "done"
-        result.lines += [*_summaries(commands), *([_last_line(output)] if part.fails else [])]
+        result.lines += [
+            *_summaries(commands, setup),
+            *([_last_line(output)] if part.fails else []),
+        ]
     result.seconds = time.monotonic() - start
     if setup.pretended:
         _add_reports(result, setup)
@@ -165,7 +168,7 @@ def _add_reports(result: PartResult, setup: Setup) -> None:
             result.lines.append(f"{launches} launches and {waits} waits in the last step")
 
 
-def _summaries(commands: Sequence[Sequence[str]]) -> list[str]:
+def _summaries(commands: Sequence[Sequence[str]], setup: Setup) -> list[str]:
     """Of each run of `samft.train` that ended: its score and speed."""
     lines = []
     runs = {argv[argv.index("--output_dir") + 1] for argv in commands if "--steps" in argv}
@@ -173,10 +176,8 @@ def _summaries(commands: Sequence[Sequence[str]]) -> list[str]:
         if path.exists():
             summary = json.loads(path.read_text())
             scores = [summary[f"{which}_val_per_mask_iou"] for which in ("baseline", "best")]
-            lines.append(
-                f"{path.parent.name}: IoU {scores[0]:.4f} to {scores[1]:.4f}, "
-                f"{summary['images_per_second']:.3g} images/s"
-            )
+            speed = "" if setup.pretended else f", {summary['images_per_second']:.3g} images/s"
+            lines.append(f"{path.parent.name}: IoU {scores[0]:.4f} to {scores[1]:.4f}{speed}")
     return lines
 
 

@@ -319,7 +319,7 @@ REFUSALS: dict[str, tuple[Flags, str]] = {
     ),
     "cuda": (
         lambda coco, empty: ["--images", coco.parent, "--box", "1,1,9,9", "--device", "cuda"],
-        "PyTorch sees no GPU",
+        "sees no GPU here",
     ),
     "output": (
         lambda coco, empty: ["--images", coco.parent, "--output_dir", coco / "below"],

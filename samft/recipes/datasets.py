@@ -62,6 +62,11 @@ class Splits:
         for dataset in (self.train, self.val):
             dataset.subset = dataset.subset.with_pixels(pixels)
 
+    @property
+    def are_of_one_file(self) -> bool:
+        """Whether the validation images were held out of the training file, by `val_fraction`."""
+        return self.train.subset.index.problems is self.val.subset.index.problems
+
     @cached_property
     def small_objects(self) -> dict[str, SmallObjects]:
         """How many objects of each split are small at the run's image size; reads no pixels."""
@@ -81,9 +86,11 @@ class Splits:
                 counts["masks"],
                 f"; left out: {skipped}" if skipped else "",
             )
-            for line in dataset.subset.index.problems.lines(WARNING, NOTE, num_examples=1):
-                LOGGER.info("  %s", line)
-            _log_bad_images(counts["bad_images"])
+            if not self.are_of_one_file:
+                _log_problems(dataset.subset, counts["bad_images"])
+        if self.are_of_one_file:
+            LOGGER.info("of the annotation file that both are parts of:")
+            _log_problems(self.train.subset, self.counts["train"]["bad_images"])
         for line in self.pixels.lines():
             LOGGER.info("%s", line)
         for split, small in self.small_objects.items():
@@ -111,7 +118,10 @@ def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
     )
 
 
-def _log_bad_images(bad_images: dict[str, str]) -> None:
+def _log_problems(subset: CocoSubset, bad_images: dict[str, str]) -> None:
+    # Of the whole file, of which the subset may be a part.
+    for line in subset.index.problems.lines(WARNING, NOTE, num_examples=1):
+        LOGGER.info("  %s", line)
     if bad_images:
         first = itertools.islice(bad_images.items(), _MAX_LOGGED)
         names = ", ".join(f"{name} ({code})" for name, code in first)

@@ -96,6 +96,17 @@ def test_the_log_tells_of_few_small_objects_too(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
+def test_notes_on_a_file_are_logged_once_for_both_parts_of_it(tmp_path, caplog):
+    write_coco(tmp_path, 8, split="train")
+    splits = load_splits(a_config(tmp_path, val_fraction=0.25))
+    with caplog.at_level(logging.INFO, logger="samft"):
+        splits.log_counts()
+    words = [message.split() for message in caplog.messages]
+    (note,) = (number for number, line in enumerate(words) if line[:2] == ["note", "area-is-box"])
+    assert [line[0] for line in words[note - 3 : note - 1]] == ["train:", "val:"]
+    assert words[note - 1] == "of the annotation file that both are parts of:".split()
+
+
 def test_the_log_names_what_was_left_out(data, caplog):
     splits = load_splits(a_config(data))
     with caplog.at_level(logging.INFO, logger="samft"):

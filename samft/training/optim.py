@@ -99,6 +99,14 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     ]
 
 
+class _AdamW(torch.optim.AdamW):
+    def _accelerator_graph_capture_health_check(self) -> None:
+        # PyTorch asks at each step whether the GPU's stream is captured, also where nothing trained
+        # is on a GPU: that would make a CUDA context on a host with GPUs, for a run on its CPU.
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            super()._accelerator_graph_capture_health_check()
+
+
 def build_optimizer(
     model: nn.Module, *, learning_rate: float, weight_decay: float, sharded: bool = False
 ) -> torch.optim.Optimizer:
@@ -126,7 +134,7 @@ def build_optimizer(
 
         optimizer: Any = ZeroRedundancyOptimizer(
             groups,
-            optimizer_class=torch.optim.AdamW,
+            optimizer_class=_AdamW,
             process_group=distributed.step_group(),
             lr=learning_rate,
             fused=True,
@@ -135,7 +143,7 @@ def build_optimizer(
         # The part of its step in which the parameters are exchanged.
         optimizer._sync_params = distributed.in_collective()(optimizer._sync_params)
         return optimizer
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return _AdamW(groups, lr=learning_rate, fused=True)
 
 
 def gather_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

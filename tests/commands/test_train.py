@@ -301,7 +301,6 @@ def process_state() -> dict[str, Any]:
         "levels": (root.level, ours.level),
         "warnings": warnings.showwarning,
         "signals": {number: signal.getsignal(number) for number in numbers},
-        "children": multiprocessing.active_children(),
     }
 
 
@@ -310,11 +309,13 @@ def test_main_leaves_the_callers_process_as_it_was(learning_rate, data, tmp_path
     handler = logging.FileHandler(tmp_path / "mine.log")
     logging.getLogger().addHandler(handler)
     try:
-        before = process_state()
+        before, children = process_state(), multiprocessing.active_children()
         changes = {"steps": 6, "num_workers": 1, "learning_rate": learning_rate}
         code = command_here(arguments(data, tmp_path / "run", **changes))
         assert code == int(learning_rate > 1)
         assert process_state() == before
+        # Those of other tests may have ended meanwhile
+        assert not set(multiprocessing.active_children()) - set(children)
         logging.getLogger("mine").warning("the caller's own line")
     finally:
         logging.getLogger().removeHandler(handler)

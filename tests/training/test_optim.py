@@ -183,7 +183,7 @@ def test_sharded_each_process_sends_its_parameters_at_once(gloo2: GlooPool) -> N
 
 def test_a_single_process_does_not_shard(model: PromptedSam) -> None:
     optimizer = build_optimizer(model, learning_rate=1e-3, weight_decay=0.0, sharded=True)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     assert gather_state(optimizer)["param_groups"] == optimizer.state_dict()["param_groups"]
 
 

@@ -101,10 +101,10 @@ def test_notes_on_a_file_are_logged_once_for_both_parts_of_it(tmp_path, caplog):
     splits = load_splits(a_config(tmp_path, val_fraction=0.25))
     with caplog.at_level(logging.INFO, logger="samft"):
         splits.log_counts()
-    words = [message.split() for message in caplog.messages]
-    (note,) = (number for number, line in enumerate(words) if line[:2] == ["note", "area-is-box"])
-    assert [line[0] for line in words[note - 3 : note - 1]] == ["train:", "val:"]
-    assert words[note - 1] == "of the annotation file that both are parts of:".split()
+    columns = [message.split() for message in caplog.messages]
+    (note,) = (number for number, line in enumerate(columns) if line[:2] == ["note", "area-is-box"])
+    assert [line[0] for line in columns[note - 3 : note - 1]] == ["train:", "val:"]
+    assert columns[note - 1] == "of the annotation file that both are parts of:".split()
 
 
 def test_the_log_names_what_was_left_out(data, caplog):

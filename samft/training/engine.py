@@ -216,8 +216,8 @@ class Trainer:
         # micro-batch would weigh the masks of crowded images less than those of sparse ones
         counts = torch.tensor([sum(b.num_masks for b in micro_batches)], dtype=torch.float64)
         num_masks = all_reduce_sum(counts, in_step=True).item()
-        # DDP averages gradients over ranks, hence the world size; a step may have no mask at all
-        # Filled on the device: a number that is copied there would make the host wait for it
+        # DDP averages gradients over ranks, hence the world size; a step may have no mask at all.
+        # Filled on the device: a number that is copied there would make the host wait for it.
         weight = torch.full((), get_world_size() / max(num_masks, 1), device=self.device)
 
         # The schedule is a function of the step, so a resumed run needs no state of it
@@ -265,9 +265,9 @@ class Trainer:
         # Clips, steps, and drops the gradients; False if the step was skipped.
         self.scaler.unscale_(self.optimizer)  # before clipping, which means true gradients
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad_norm or math.inf)
+        wait_for_device(self.device)
         # The norm is not finite if any gradient is not. After DDP's averaging all ranks should see
         # the same; but if only some of them skipped a step, their weights would differ for good.
-        wait_for_device(self.device)
         finite = not any_rank(not bool(torch.isfinite(norm)), in_step=True)
         if finite:
             self.scaler.step(self.optimizer)

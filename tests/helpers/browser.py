@@ -103,7 +103,7 @@ def chromium() -> Iterator[Tab]:
     """Starts a headless browser with a temporary profile, and yields a tab of it."""
     assert CHROMIUM
     ours, theirs = os.pipe(), os.pipe()  # to the browser, and from it
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, *_QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
         if os.geteuid() == 0:
             command.append("--no-sandbox")

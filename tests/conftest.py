@@ -1,6 +1,7 @@
 """What all tests share: the folder of real data, process groups, one thread and a fixed seed."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from helpers.preloaded import preloading_context
 # The commands that tests start, and the workers of loaders, share the cores with the tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A shell that is not interactive has what it starts in the background ignore Ctrl-C, and that is
+# inherited: here, tests and the commands that they start get it as from a terminal.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before any test starts the server in another way.
 preloading_context()
 

@@ -35,7 +35,7 @@ from benchmarks.measure import describe_machine, process_peak_gib, run_in_fresh_
 from benchmarks.tables import format_speedups, markdown_table
 from samft import predict
 from samft.models.sam import build_sam, load_sam, load_state, read_state
-from samft.models.weights import PACKAGED_TINY
+from samft.weights.download import PACKAGED_TINY
 
 SIZE = (480, 640)  # H, W of the images
 _NUM_DISTINCT = 10  # images; the others are links to them

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.quality_recipes import RunRequest
 from benchmarks.quality_scores import RunScores, read_scores
-from samft.models.weights import PACKAGED_TINY
 from samft.runtime.files import sha256_of
+from samft.weights.download import PACKAGED_TINY
 
 Row = dict[str, Any]
 ROWS_NAME = "rows.jsonl"

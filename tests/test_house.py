@@ -29,7 +29,7 @@ ORDER = (
     ("runtime",),
     ("images",),
     ("coco",),
-    ("interchange",),
+    ("interchange", "weights"),
     ("models", "data"),
     ("embeddings", "checkpoints", "training"),
     ("evaluation",),

@@ -38,9 +38,9 @@ from samft.models.sam import (
     read_state,
     saved_pixels,
 )
-from samft.models.weights import find_local_weights
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
+from samft.weights.download import find_local_weights
 
 AT_META_SIZE = ("pth", "xanylabeling")  # formats whose readers know no other image size
 

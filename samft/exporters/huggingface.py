@@ -10,10 +10,10 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from samft.exporters.verification import PredictFunction, Prediction, VerificationSample
 from samft.exporters.weight_files import save_safetensors
-from samft.models.huggingface_names import to_huggingface_names
 from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, identify_model
 from samft.runtime.device import exact_float32
 from samft.runtime.files import write_json
+from samft.weights.huggingface_names import to_huggingface_names
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 

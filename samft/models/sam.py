@@ -29,13 +29,13 @@ from samft import distributed
 from samft.errors import CheckpointError, escape_paragraph
 from samft.images import decoder
 from samft.images.pixels import PLAIN, PixelFormat
-from samft.models.checkpoint_files import read_checkpoint_file, read_metadata
-from samft.models.huggingface_names import from_huggingface_names
 from samft.models.image_encoder import use_fast_attention
-from samft.models.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_state, to_float32
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import matches_sidecar
 from samft.runtime.logs import LOGGER
+from samft.weights.checkpoint_files import read_checkpoint_file, read_metadata
+from samft.weights.huggingface_names import from_huggingface_names
+from samft.weights.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_state, to_float32
 
 PATCH_SIZE = 16
 PIXEL_MEAN = [123.675, 116.28, 103.53]

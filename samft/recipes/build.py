@@ -14,13 +14,13 @@ from samft.errors import CheckpointError
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, freeze, identify_model, load_state, read_state
-from samft.models.weights import find_weights
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.logs import LOGGER
 from samft.training.engine import Progress, Trainer
 from samft.training.losses import LossFunction, mask_losses
 from samft.training.optim import build_optimizer, schedule_learning_rate
+from samft.weights.download import find_weights
 
 # The three parts of a SAM, each of which the configuration may freeze.
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")

@@ -29,7 +29,7 @@ from samft import predict
 from samft.cli import run_command
 from samft.commands import shell_command
 from samft.evaluate import main
-from samft.models.weights import PACKAGED_TINY
+from samft.weights.download import PACKAGED_TINY
 
 pytestmark = pytest.mark.run
 

@@ -20,7 +20,7 @@ from helpers.short_runs import (
 )
 from helpers.tensor_cores import TensorCores
 from samft import export, predict
-from samft.models.weights import PACKAGED_TINY
+from samft.weights.download import PACKAGED_TINY
 
 TINY = str(PACKAGED_TINY)
 

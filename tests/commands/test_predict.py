@@ -28,9 +28,9 @@ from samft.cli import run_command
 from samft.errors import ConfigError
 from samft.models import frozen_encoder
 from samft.models.frozen_encoder import cast_frozen_weights
-from samft.models.weights import PACKAGED_TINY
 from samft.predict import main
 from samft.prediction.predictors import BoxPredictor
+from samft.weights.download import PACKAGED_TINY
 
 DETECTIONS = [
     {"image_id": 12, "category_id": 2, "bbox": [3, 4, 20, 21], "score": 0.75},

@@ -27,9 +27,9 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.errors import DataError
-from samft.models.weights import PACKAGED_TINY
 from samft.recipes import build
 from samft.train import exit_code_for_launcher, main
+from samft.weights.download import PACKAGED_TINY
 
 pytestmark = pytest.mark.run
 

@@ -37,7 +37,7 @@ from samft.evaluation.validation import validate
 from samft.images.decoder import open_image
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import load_sam
-from samft.models.weights import PACKAGED_TINY
+from samft.weights.download import PACKAGED_TINY
 
 pytestmark = pytest.mark.run
 

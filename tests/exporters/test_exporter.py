@@ -28,7 +28,7 @@ from samft.exporters.verification import (
 )
 from samft.images.pixels import PixelFormat
 from samft.models.sam import load_sam
-from samft.models.weights import PACKAGED_TINY
+from samft.weights.download import PACKAGED_TINY
 
 
 def export_tiny(output: Path, *, format: str = "pth") -> Difference:

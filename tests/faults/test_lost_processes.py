@@ -19,7 +19,7 @@ from helpers.fault_runs import (
     torchrun,
 )
 from helpers.short_runs import write_data
-from samft.models.weights import PACKAGED_TINY
+from samft.weights.download import PACKAGED_TINY
 
 pytestmark = pytest.mark.chaos
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from helpers.preloaded import preloading_context, use_default_start_method
 from samft.cli import run_command
-from samft.models.huggingface_names import to_huggingface_names
 from samft.models.sam import open_checkpoint
+from samft.weights.huggingface_names import to_huggingface_names
 
 State = dict[str, Tensor]
 CPU_SECONDS = 10

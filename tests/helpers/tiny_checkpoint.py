@@ -9,8 +9,8 @@ from segment_anything.modeling import Sam
 
 from samft.checkpoints.top_k import save_tensors
 from samft.models.sam import build_sam, load_state, read_state
-from samft.models.weights import PACKAGED_TINY
 from samft.runtime.files import sha256_of
+from samft.weights.download import PACKAGED_TINY
 
 SIZE = 64
 

@@ -18,7 +18,6 @@ from samft.images.decoder import read_image
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, load_sam, load_state, open_checkpoint, read_state
-from samft.models.weights import PACKAGED_TINY
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.predictors import (
     AutomaticPredictor,
@@ -29,6 +28,7 @@ from samft.prediction.predictors import (
     map_in_threads,
     predict_images,
 )
+from samft.weights.download import PACKAGED_TINY
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 

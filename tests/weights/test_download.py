@@ -16,9 +16,9 @@ import pytest
 
 from helpers.short_runs import arguments, command_here, write_data
 from samft.errors import CheckpointError, RunStopped
-from samft.models import weights
-from samft.models.weights import PACKAGED_TINY, download_file, find_local_weights, find_weights
 from samft.runtime.files import cache_folder, sha256_of
+from samft.weights import download
+from samft.weights.download import PACKAGED_TINY, download_file, find_local_weights, find_weights
 
 CONTENT = bytes(range(256)) * 8 * 1024  # two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -94,7 +94,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a vit_b whose published hash is that of CONTENT."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("SAMFT_CACHE", str(folder))
-    monkeypatch.setitem(weights.SAM_FILES, "vit_b", (FILE_NAME, SHA256))
+    monkeypatch.setitem(download.SAM_FILES, "vit_b", (FILE_NAME, SHA256))
     return folder
 
 
@@ -151,7 +151,7 @@ def test_a_server_that_sends_more_than_the_file_is_cut_off(
 def test_a_server_that_sends_next_to_nothing_is_given_up(
     server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=r"the server sent [\d,]+ bytes in 0.3 s|timed out"):
         download_file(f"{server.url}/stalled", cache / "a.pth", sha256=SHA256, max_bytes=MAX)
     assert files_in(cache) == []
@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.Monk
 def test_two_processes_at_once_download_once(server: Server, cache: Path) -> None:
     target = cache / FILE_NAME
     code = (
-        "import sys; from pathlib import Path; from samft.models.weights import download_file\n"
+        "import sys; from pathlib import Path; from samft.weights.download import download_file\n"
         "print('ready', flush=True)\n"
         f"path, options = Path(sys.argv[1]), dict(sha256='{SHA256}', max_bytes={MAX})\n"
         f"print(download_file('{server.url}/f', path, **options))"
@@ -263,9 +263,9 @@ def test_random_has_no_file() -> None:
 def test_tiny_comes_in_the_package_without_a_download(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "download_file", None)
+    monkeypatch.setattr(download, "download_file", None)
     path = find_weights("auto", "vit_tiny")
-    assert path is not None and path.parent.parent == Path(weights.__file__).parent.parent
+    assert path is not None and path.parent.parent == Path(download.__file__).parent.parent
     assert not cache.exists()
 
 
@@ -275,7 +275,7 @@ def test_metas_files_are_downloaded_by_default(
     urls = []
     monkeypatch.delenv("SAMFT_SAM_URL", raising=False)
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "download_file", lambda url, target, **_: urls.append(url))
+    monkeypatch.setattr(download, "download_file", lambda url, target, **_: urls.append(url))
     for model_type in ("vit_h", "vit_l", "vit_b"):
         find_weights("auto", model_type)
     base = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -302,7 +302,7 @@ def test_sha256_of_a_known_string(tmp_path: Path) -> None:
 
 def test_local_weights_are_found_without_a_download(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SAMFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(weights, "download_file", None)  # a call would fail
+    monkeypatch.setattr(download, "download_file", None)  # a call would fail
     assert find_local_weights("auto", "vit_tiny") == PACKAGED_TINY
     assert find_local_weights("auto", "vit_b") is None
     assert find_local_weights("random", "vit_b") is None

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from samft.errors import CheckpointError
-from samft.models.pickled_files import load_torch_file
 from samft.runtime.checkpoint_paths import INDEX_SUFFIX
+from samft.weights.pickled_files import load_torch_file
 
 _HEAD_BYTES = 512
 _MAX_HEADER_BYTES = 100_000_000  # Source: safetensors' own limit

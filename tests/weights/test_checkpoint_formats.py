@@ -25,8 +25,8 @@ from torch import Tensor
 from samft.errors import CheckpointError
 from samft.exporters.huggingface import write_huggingface
 from samft.exporters.weight_files import write_safetensors
-from samft.models.huggingface_names import to_huggingface_names
 from samft.models.sam import build_sam, open_checkpoint, read_state
+from samft.weights.huggingface_names import to_huggingface_names
 
 State = dict[str, Tensor]
 
@@ -230,7 +230,7 @@ def test_a_folder_of_transformers_comes_back_bit_for_bit(
 
 @pytest.mark.parametrize("model_type", ["vit_h", "vit_l", "vit_b", "vit_tiny"])
 def test_names_of_transformers_are_translated_back_for_every_type(model_type: str) -> None:
-    from samft.models.huggingface_names import from_huggingface_names
+    from samft.weights.huggingface_names import from_huggingface_names
 
     with torch.device("meta"):
         names = build_sam(model_type, 64).state_dict()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samft.errors import CheckpointError
-from samft.models.pickled_files import Unused, fits_in_memory
+from samft.weights.pickled_files import Unused, fits_in_memory
 
 # By its position embeddings a SAM is found, under segment_anything's name or transformers'.
 POSITIONS, HUGGINGFACE_POSITIONS = "image_encoder.pos_embed", "vision_encoder.pos_embed"

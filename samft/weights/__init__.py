@@ -1,0 +1,1 @@
+"""SAM in files: read, checked, renamed, downloaded."""

@@ -24,7 +24,7 @@ from samft.data.augment import (
     draw_frame,
     filter_cropped_objects,
 )
-from samft.data.samplers import SAMPLE_STREAM, generator_of
+from samft.data.samplers import CLICK_STREAM, SAMPLE_STREAM, generator_of
 from samft.data.targets import draw_targets, make_grids, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
@@ -50,6 +50,7 @@ class Sample:
     truths: list[CroppedMask]  # the K masks in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
     embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], if cached
+    click_draws: Tensor | None = None  # float32 [K, num_clicks, 2] in 0..1, if there are clicks
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Batch:
     truths: list[CroppedMask]  # the M masks in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
     embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], if cached
+    click_draws: Tensor | None = None  # float32 [M, num_clicks, 2] in 0..1, if there are clicks
 
     @property
     def num_masks(self) -> int:
@@ -87,7 +89,8 @@ class Batch:
 
     def take_objects(self, part: slice) -> "Batch":
         """The same images with some of their objects; the tensors are views."""
-        names = ("boxes", "image_index", "windows", "targets", "object_ids", "truths")
+        names = ["boxes", "image_index", "windows", "targets", "object_ids", "truths"]
+        names += [] if self.click_draws is None else ["click_draws"]
         return replace(self, **{name: getattr(self, name)[part] for name in names})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -110,8 +113,9 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stacks images and concatenates objects; either all samples have an embedding, or none."""
+    """Stacks images and concatenates objects; what only some samples may have, all or none have."""
     embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
+    click_draws = [sample.click_draws for sample in samples if sample.click_draws is not None]
     num_objects = torch.tensor([len(sample.boxes) for sample in samples])
     return Batch(
         # Stacked as they lie in memory (channels last) and then permuted: a change of layout would
@@ -128,6 +132,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         truths=[truth for sample in samples for truth in sample.truths],
         bad_images={name: why for s in samples for name, why in s.bad_images.items()},
         embeddings=torch.stack(embeddings) if embeddings else None,
+        click_draws=torch.cat(click_draws) if click_draws else None,
     )
 
 
@@ -171,6 +176,9 @@ class Coco2MaskDataset(Dataset[Sample]):
         box_jitter: See `jitter_boxes`.
         augment: `none`, `flip` or `scale`, see `augment.draw_frame`; `scale` changes colours too.
         loss_resolution: Grid of the targets: `window` or `input`, see `make_grids`.
+        num_clicks: Clicks that a step may need for each object; a training sample has two numbers
+            for each, which depend on nothing but seed, epoch, image, object, and the click's own
+            number, so that they are the same whatever else a sample has.
         on_bad_image: `error` raises for an image that cannot be read. `skip` uses the next readable
             image in training, and returns a sample without objects in validation.
         seed: Of all randomness.
@@ -192,6 +200,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         box_jitter: float = 0.1,
         augment: str = "flip",
         loss_resolution: str = "window",
+        num_clicks: int = 0,
         on_bad_image: str = "error",
         seed: int = 0,
         subset: CocoSubset | None = None,
@@ -208,6 +217,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         self.box_jitter = box_jitter
         self.augment = augment
         self.loss_resolution = loss_resolution
+        self.num_clicks = num_clicks if training else 0
         self.on_bad_image = on_bad_image
         self.seed = seed
         self.embeddings: EmbeddingSource | None = None  # read instead of pixels, once it is set
@@ -223,14 +233,14 @@ class Coco2MaskDataset(Dataset[Sample]):
         """
         epoch, i, copy = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
         i = range(len(self))[i]  # raises IndexError past the end, so that iteration ends
-        seed = (SAMPLE_STREAM, self.seed, epoch, self.subset.image_id(i), copy)
+        seed = (self.seed, epoch, self.subset.image_id(i), copy)
         bad_images: dict[str, str] = {}
         for number in range(i, i + len(self)):
             row = number % len(self)
             try:
                 # Seeded by the image that was asked for, also where another one replaces it: so the
                 # replacement is not the same sample as that image's own.
-                sample = self._load_sample(row, generator_of(*seed))
+                sample = self._load_sample(row, generator_of(SAMPLE_STREAM, *seed))
             except ImageError as error:
                 if self.on_bad_image == "error":
                     raise
@@ -239,9 +249,18 @@ class Coco2MaskDataset(Dataset[Sample]):
                     continue
                 sample = self._sample_without_objects(row)
             sample.bad_images = bad_images
+            sample.click_draws = self._draw_for_clicks(sample.object_ids, seed)
             return sample
         first = next(iter(bad_images.values()))
         raise DataError(f"none of the {len(self)} images can be read; the first: {first}")
+
+    def _draw_for_clicks(self, object_ids: Tensor, seed: tuple[int, ...]) -> Tensor | None:
+        if not self.num_clicks:
+            return None
+        draws = np.zeros((len(object_ids), self.num_clicks, 2), dtype=np.float32)
+        for row, object_id in zip(draws, object_ids.tolist(), strict=True):
+            generator_of(CLICK_STREAM, *seed, object_id).random(out=row, dtype=np.float32)
+        return torch.from_numpy(draws)
 
     def _load_sample(self, row: int, generator: np.random.Generator) -> Sample:
         index = self.subset.index

@@ -130,6 +130,61 @@ def mask_losses(
     return MaskLosses(total, focal, dice, iou, iou_actual)
 
 
+def best_of_masks(
+    mask_logits: Tensor,
+    iou_predicted: Tensor,
+    *,
+    loss: LossFunction,
+    iou_weight: float,
+    input_sizes: Tensor,
+    **of_masks: Tensor,
+) -> MaskLosses:
+    """The losses of the best of K masks of each object; the IoU's are of all of them, on average.
+
+    The best is the one with the lowest weighted sum of focal and dice loss, or of what another loss
+    function has in their place. Only its logits get a gradient. The predicted IoU of all masks is
+    trained, because it chooses among them when the model is used.
+
+    Args:
+        mask_logits: float [M, K, S/4, S/4].
+        iou_predicted: float [M, K].
+        loss: Of one mask for each object.
+        iou_weight: The weight that the IoU's loss has in the total of `loss`.
+        input_sizes: See `mask_losses`.
+        **of_masks: `targets`, `windows` and `image_index` of the M objects, see `mask_losses`.
+
+    Returns:
+        MaskLosses, each [M].
+
+    Source: `supervise_all_iou` of facebookresearch/sam2, and the masks' minimum of Kirillov et al.,
+    Segment Anything, 2023, section 3.
+    """
+    num_objects, count = iou_predicted.shape
+    repeated = {name: rows.repeat_interleave(count, 0) for name, rows in of_masks.items()}
+    losses = MaskLosses(
+        *loss(
+            mask_logits.flatten(0, 1), iou_predicted.flatten(), input_sizes=input_sizes, **repeated
+        )
+    )
+    losses = MaskLosses(*(values.reshape(num_objects, count) for values in losses))
+    without_iou = losses.total - iou_weight * losses.iou
+    numbers = torch.arange(count, device=iou_predicted.device)
+    is_best = numbers == without_iou.detach().argmin(1, keepdim=True)
+
+    def of_best(values: Tensor) -> Tensor:
+        # Not by an index, whose backward adds on a GPU in any order.
+        return torch.where(is_best, values, 0).sum(1)
+
+    iou = losses.iou.mean(1)
+    return MaskLosses(
+        total=of_best(without_iou) + iou_weight * iou,
+        focal=of_best(losses.focal),
+        dice=of_best(losses.dice),
+        iou=iou,
+        iou_actual=of_best(losses.iou_actual),
+    )
+
+
 class MaskSums(NamedTuple):
     """Areas of each mask in pixels of the input, float32 [M]; the first three have gradients.
 
@@ -175,11 +230,11 @@ class _MaskSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> Any:
         dtype, sizes = _at_least_float32(logits), (targets.shape[-1], logits.shape[-1])
-        geometry = _Geometry.from_windows(windows.to(dtype), extents.to(dtype), *sizes)
+        geometry = Geometry.from_windows(windows.to(dtype), extents.to(dtype), *sizes)
         ctx.save_for_backward(logits, targets, *geometry)
         sums = logits.new_zeros(6, len(logits), dtype=dtype)
-        for chunk in _mask_chunks(logits, targets):
-            grids = _Grids(logits[chunk], targets[chunk], geometry.rows(chunk))
+        for chunk in mask_chunks(logits, targets):
+            grids = Grids(logits[chunk], targets[chunk], geometry.rows(chunk))
             sums[:, chunk] = _sum_cells(grids.window()) + _sum_surroundings(*grids.surroundings())
         ctx.mark_non_differentiable(*(constant := sums[3:].unbind()))
         return (*sums[:3].unbind(), *constant)
@@ -188,9 +243,9 @@ class _MaskSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_focal: Tensor, d_overlap: Tensor, d_area: Tensor, *_: Tensor) -> Any:
         logits, targets, *lengths = ctx.saved_tensors
-        geometry, gradient = _Geometry(*lengths), torch.empty_like(logits)
-        for chunk in _mask_chunks(logits, targets):
-            grids = _Grids(logits[chunk], targets[chunk], geometry.rows(chunk))
+        geometry, gradient = Geometry(*lengths), torch.empty_like(logits)
+        for chunk in mask_chunks(logits, targets):
+            grids = Grids(logits[chunk], targets[chunk], geometry.rows(chunk))
             of_masks = [d[chunk, None, None] for d in (d_focal, d_overlap, d_area)]
             of_window = _gradient_of_cells(grids.window(), *of_masks)
             gradient[chunk] = grids.interpolation_backward(of_window).add_(
@@ -204,14 +259,15 @@ def _at_least_float32(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _mask_chunks(logits: Tensor, targets: Tensor) -> Iterator[slice]:
+def mask_chunks(logits: Tensor, targets: Tensor) -> Iterator[slice]:
+    """The masks [M, s, s] and targets [M, G, G] to compute with at once, a few at a time."""
     at_once = CELLS_AT_ONCE.get(targets.device.type, CELLS_AT_ONCE_ELSEWHERE)
     cells = max(1, logits.shape[1:].numel(), targets.shape[1:].numel())
     step = max(1, at_once // cells)
     return (slice(start, start + step) for start in range(0, len(targets), step))
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """Where the windows of M masks lie on the image, along y and x.
 
     Attributes:
@@ -229,7 +285,7 @@ class _Geometry(NamedTuple):
     cell: Tensor
 
     @classmethod
-    def from_windows(cls, windows: Tensor, extents: Tensor, size: int, low: int) -> "_Geometry":
+    def from_windows(cls, windows: Tensor, extents: Tensor, size: int, low: int) -> "Geometry":
         """Of windows of G = `size` cells, in the letters of `mask_sums`; `low` is s."""
         start, end = windows.reshape(-1, 2, 2).flip(2).unbind(1)  # along y, then x: [M, 2]
         cell = (end - start) / size
@@ -243,15 +299,15 @@ class _Geometry(NamedTuple):
             cell,
         )
 
-    def rows(self, chunk: slice) -> "_Geometry":
+    def rows(self, chunk: slice) -> "Geometry":
         """Of a few of the masks."""
-        return _Geometry(*(tensor[chunk] for tensor in self))
+        return Geometry(*(tensor[chunk] for tensor in self))
 
 
-class _Grids:
+class Grids:
     """The two grids on which a few masks are compared with their targets: window, surroundings."""
 
-    def __init__(self, logits: Tensor, targets: Tensor, geometry: _Geometry) -> None:
+    def __init__(self, logits: Tensor, targets: Tensor, geometry: Geometry) -> None:
         """See `mask_sums`; of m masks."""
         self.logits = logits.to(_at_least_float32(logits))
         self.targets, self.geometry = targets, geometry
@@ -260,16 +316,23 @@ class _Grids:
 
     def window(self) -> "_Cells":
         """The cells of the windows, with the logits interpolated at their centres."""
+        weights = outer_product(self.geometry.inside)
+        return _Cells.from_logits(self.window_logits(), self.window_targets(), weights)
+
+    def window_logits(self) -> Tensor:
+        """The logits at the centres of the windows' cells, [m, G, G]."""
         rows, columns = self.weights.unbind(1)
         with full_precision(self.logits.device):
-            logits = rows @ self.logits @ columns.transpose(1, 2)
-        targets = self.targets.to(logits.dtype).div_(255)
-        return _Cells.from_logits(logits, targets, _outer_product(self.geometry.inside))
+            return rows @ self.logits @ columns.transpose(1, 2)
+
+    def window_targets(self) -> Tensor:
+        """The share of each cell of the windows that is object, [m, G, G], a new tensor."""
+        return self.targets.to(self.logits.dtype).div_(255)
 
     def surroundings(self) -> tuple[Tensor, Tensor]:
         """The decoder's logits, and the area of each cell outside of the window, where t is 0."""
         of_image, of_window = self.geometry.of_image, self.geometry.of_window
-        return self.logits, _outer_product(of_image).sub_(_outer_product(of_window))
+        return self.logits, outer_product(of_image).sub_(outer_product(of_window))
 
     def interpolation_backward(self, gradient: Tensor) -> Tensor:
         """From a gradient in the cells of the windows, [m, G, G], to that of the logits."""
@@ -287,17 +350,22 @@ def _overlaps(start: Tensor, cell: Tensor, size: int, low: Tensor, high: Tensor)
     return edges.clamp_(low[..., None], high[..., None]).diff()
 
 
-def _outer_product(lengths: Tensor) -> Tensor:
+def outer_product(lengths: Tensor) -> Tensor:
+    """From something along y and x, [m, 2, n], to its products in all cells, [m, n, n]."""
     return lengths[:, 0, :, None] * lengths[:, 1, None, :]
+
+
+def cell_centres(start: Tensor, cell: Tensor, size: int) -> Tensor:
+    """The centres of cells of size `cell` [m, 2] from `start` [m, 2] on, px: [m, 2, size]."""
+    numbers = torch.arange(size, device=start.device, dtype=start.dtype)
+    return start[..., None] + (numbers + 0.5) * cell[..., None]
 
 
 def _interpolation_weights(start: Tensor, cell: Tensor, size: int, low: int) -> Tensor:
     # Bilinear, one axis at a time: [m, 2, size, low], the weight of each logit at the centre of
     # each cell. Logits are at the centres of cells of LOW_CELL; beyond the outermost ones, the
     # nearest counts, as in torch's `interpolate`.
-    numbers = torch.arange(size, device=start.device, dtype=start.dtype)
-    centres = start[..., None] + (numbers + 0.5) * cell[..., None]
-    at = (centres / LOW_CELL - 0.5).clamp_(0, low - 1)
+    at = (cell_centres(start, cell, size) / LOW_CELL - 0.5).clamp_(0, low - 1)
     logits = torch.arange(low, device=start.device, dtype=start.dtype)
     return (1 - (at[..., None] - logits).abs_()).clamp_(min=0)
 
@@ -340,6 +408,15 @@ class _Cells:
         return a.mul_(self.weights)
 
 
+def object_threshold(targets: Tensor) -> Tensor:
+    """The share from which on a cell of targets [m, G, G] counts as object: [m, 1, 1].
+
+    One half; but an object too thin to fill half of any cell counts as the cells that it fills
+    most. Above 0, so that an empty target stays empty.
+    """
+    return targets.amax((1, 2), keepdim=True).clamp_(min=1e-6, max=0.5)
+
+
 def _sum_cells(cells: _Cells) -> Tensor:
     """The six sums of `MaskSums`, [6, m]. Overwrites p, t and u."""
     t, w, u, e = cells.targets, cells.weights, cells.u, cells.cross_entropy
@@ -352,10 +429,8 @@ def _sum_cells(cells: _Cells) -> Tensor:
     weighted_target = torch.mul(t, w, out=weighted_overlap)  # and again: w t
     target_area = weighted_target.sum((1, 2))
 
-    # Binary from here on, w or 0. An object too thin to fill half of any cell counts as the cells
-    # that it fills most; the minimum keeps an empty target empty.
-    threshold = t.amax((1, 2), keepdim=True).clamp_(min=1e-6, max=0.5)
-    truth = torch.ge(t, threshold, out=t).mul_(w)  # reuses the buffer of t
+    # Binary from here on, w or 0.
+    truth = torch.ge(t, object_threshold(t), out=t).mul_(w)  # reuses the buffer of t
     masks = torch.gt(cells.logits, 0, out=u)  # reuses the buffer of u
     areas = (masks * w).sum((1, 2)) + truth.sum((1, 2))
     intersection = masks.mul_(truth).sum((1, 2))

@@ -70,7 +70,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     """Trainable parameters in two groups: with and without weight decay.
 
     Without: biases, norms, embeddings (positions, tokens, prompts), and the last layer of the IoU
-    head, of which a box prompt reaches one row in four: decay alone would shrink the others.
+    head, of which one mask reaches one row in four: decay alone would shrink the others.
 
     Args:
         model: A module that contains a SAM.

@@ -150,6 +150,56 @@ def test_samples_depend_on_seed_epoch_and_image_id_only(annotations: Path) -> No
     assert not torch.equal(first.boxes, _dataset(annotations, seed=1)[5, 3].boxes)
 
 
+def draws_by_object(dataset: Coco2MaskDataset, *key: int) -> dict[int, list[Any]]:
+    sample = dataset[key]
+    assert sample.click_draws is not None and sample.click_draws.dtype == torch.float32
+    return dict(zip(sample.object_ids.tolist(), sample.click_draws.tolist(), strict=True))
+
+
+def test_draws_for_clicks_depend_on_seed_epoch_image_object_and_number_only(
+    annotations: Path,
+) -> None:
+    draws = draws_by_object(_dataset(annotations, num_clicks=3), 5, 3)
+    assert {len(of_object) for of_object in draws.values()} == {3}
+    numbers = [number for of_object in draws.values() for pair in of_object for number in pair]
+    assert len(set(numbers)) == len(numbers) == 7 * 3 * 2
+    assert all(0 <= number < 1 for number in numbers)
+    # Other images, objects and clicks beside them change none.
+    dataset = _dataset(annotations, num_clicks=8, max_masks_per_image=3, augment="scale")
+    few = draws_by_object(dataset, 5, 3)
+    assert len(few) == 3
+    for object_id, of_object in few.items():
+        assert of_object[:3] == draws[object_id]
+    alone = _dataset(annotations, num_clicks=3, subset=dataset.subset.select([3]))
+    assert draws_by_object(alone, 5, 0) == draws
+    # Seed, epoch and copy change all.
+    for other in (
+        draws_by_object(_dataset(annotations, num_clicks=3, seed=1), 5, 3),
+        draws_by_object(_dataset(annotations, num_clicks=3), 6, 3),
+        draws_by_object(_dataset(annotations, num_clicks=3), 5, 3, 1),
+    ):
+        assert not {n for rows in other.values() for row in rows for n in row} & set(numbers)
+
+
+def test_batches_hold_the_draws_of_their_objects_or_none(annotations: Path) -> None:
+    dataset = _dataset(annotations, num_clicks=2)
+    batch = collate([dataset[0, 3], dataset[0, 1]])
+    assert batch.click_draws is not None and batch.click_draws.shape == (batch.num_masks, 2, 2)
+    expected = {**draws_by_object(dataset, 0, 3), **draws_by_object(dataset, 0, 1)}
+    assert batch.click_draws.tolist() == [expected[k] for k in batch.object_ids.tolist()]
+    part = batch.take_objects(slice(2, 5)).click_draws
+    assert part is not None and torch.equal(part, batch.click_draws[2:5])
+    without = collate([_dataset(annotations)[0, 3]])
+    assert without.click_draws is None and without.take_objects(slice(1)).click_draws is None
+    assert _dataset(annotations, num_clicks=2, training=False)[3].click_draws is None
+
+
+def test_draws_for_clicks_leave_the_rest_of_a_sample_alone(annotations: Path) -> None:
+    with_draws, without = _dataset(annotations, num_clicks=2)[5, 3], _dataset(annotations)[5, 3]
+    with_draws.click_draws = None
+    _assert_equal(with_draws, without)
+
+
 def test_the_subset_of_masks_changes_with_the_epoch(annotations: Path) -> None:
     dataset = _dataset(annotations, max_masks_per_image=3)
     chosen = [tuple(dataset[epoch, 3].object_ids.tolist()) for epoch in range(20)]

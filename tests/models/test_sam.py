@@ -29,6 +29,7 @@ from samft.models.sam import (
     load_state,
     open_checkpoint,
     read_state,
+    unreached_by,
 )
 from samft.runtime.files import sha256_of
 
@@ -371,6 +372,51 @@ def test_exactly_the_parameters_that_boxes_cannot_reach_are_frozen() -> None:
     forward_and_backward(sam.requires_grad_(True))
     idle = {n for n, p in sam.named_parameters() if p.grad is None or not p.grad.any()}
     assert idle == frozen
+
+
+MASK_PROMPTS = [name for name in UNREACHABLE_IN_PROMPT_ENCODER if name.startswith("mask_")]
+NEGATIVE, POSITIVE, PADDING = UNREACHABLE_IN_PROMPT_ENCODER[:3]
+CORNERS = ["point_embeddings.2.weight", "point_embeddings.3.weight"]
+FIRST_MASK = [name.replace("mlps.1", "mlps.0") for name in UNREACHABLE_IN_MASK_DECODER[:6]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "in_prompt_encoder", "in_mask_decoder"),
+    [
+        ({"prompts": "box"}, UNREACHABLE_IN_PROMPT_ENCODER, UNREACHABLE_IN_MASK_DECODER),
+        # Rounds without a mask prompt, and with; the box is there in every round.
+        ({"prompts": "box", "corrections": 2}, [PADDING, *MASK_PROMPTS], None),
+        ({"prompts": "box", "corrections": 2, "mask_prompt": 0.1}, [PADDING], None),
+        ({"prompts": "box", "mask_prompt": 1.0}, UNREACHABLE_IN_PROMPT_ENCODER, None),
+        ({"prompts": "point"}, [NEGATIVE, *CORNERS, *MASK_PROMPTS], None),
+        ({"prompts": "point", "corrections": 1}, [*CORNERS, *MASK_PROMPTS], None),
+        # One point only, three masks of it: no prompt asks for the first mask.
+        (
+            {"prompts": "point", "multimask": "best"},
+            [NEGATIVE, *CORNERS, *MASK_PROMPTS],
+            FIRST_MASK,
+        ),
+        (
+            {"prompts": "point", "corrections": 1, "multimask": "best"},
+            [*CORNERS, *MASK_PROMPTS],
+            [],
+        ),
+        ({"prompts": "mixed"}, [NEGATIVE, *MASK_PROMPTS], None),
+        ({"prompts": "mixed", "multimask": "best"}, [NEGATIVE, *MASK_PROMPTS], []),
+        ({"prompts": "mixed", "corrections": 7, "mask_prompt": 0.5}, [], None),
+        ({"prompts": "mixed", "corrections": 7, "mask_prompt": 0.5, "multimask": "best"}, [], []),
+    ],
+)
+def test_what_is_frozen_follows_from_the_prompts(
+    prompts: dict[str, Any], in_prompt_encoder: list[str], in_mask_decoder: list[str] | None
+) -> None:
+    sam = build_sam("vit_tiny", 64)
+    if in_mask_decoder is None:  # one mask of each prompt
+        in_mask_decoder = UNREACHABLE_IN_MASK_DECODER
+    expected = {f"prompt_encoder.{name}" for name in in_prompt_encoder}
+    expected |= {f"mask_decoder.{name}" for name in in_mask_decoder}
+    assert set(freeze(sam, [], unreached=unreached_by(**prompts))) == expected
+    assert {name for name, p in sam.named_parameters() if not p.requires_grad} == expected
 
 
 @pytest.mark.parametrize("part", ["image_encoder", "prompt_encoder", "mask_decoder"])

@@ -28,6 +28,7 @@ from samft.evaluation.metrics import boundary_iou, box_fill_ious, cropped_iou
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.evaluation.validation import MASK_CHUNK, describe_image
 from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.models.prompts import Prompts
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
 
@@ -129,12 +130,15 @@ def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[
         # By a slice: the device would have to be sent the numbers, and be waited for
         own = slice(int(part[0]), int(part[-1]) + 1)
         index = on_device.image_index[own]
-        logits, iou_predicted = model.decode(embedding, on_device.boxes[own], index)
+        annotated = Prompts(boxes=on_device.boxes[own])
+        logits, iou_predicted = model.decode(embedding, annotated, index)
         boxes, points = _other_prompts(batch, part, frame=frame, seed=seed)
-        device, index = embedding.device, index.repeat(len(OTHER_PROMPTS))
-        boxes, points = send_to(device, boxes), send_to(device, points)
-        others, _ = model.decode(embedding, boxes, index, points=points)
-        by_prompt = zip(OTHER_PROMPTS, others.split(len(part)), strict=True)
+        device = embedding.device
+        jittered = Prompts(boxes=send_to(device, boxes))
+        of_boxes, _ = model.decode(embedding, jittered, index.repeat(len(JITTERS)))
+        clicks = Prompts(points=send_to(device, points), labels=torch.ones_like(index)[:, None])
+        of_points, _ = model.decode(embedding, clicks, index)
+        by_prompt = zip(OTHER_PROMPTS, (*of_boxes.split(len(part)), of_points), strict=True)
         masks = {"box": masks_of(logits), **{name: masks_of(own) for name, own in by_prompt}}
         yield score_masks(batch, masks, iou_predicted.cpu(), part=part)
 
@@ -145,9 +149,10 @@ def _other_prompts(batch: Batch, part: Tensor, *, frame: Frame, seed: int) -> tu
         jittered_boxes(boxes, object_ids, share=share, frame=frame, seed=seed)
         for share in JITTERS.values()
     ]
-    points = np.array([centre_point(batch.truths[k]) for k in part.tolist()])
-    in_frame = points_to_input(points, frame)
-    return torch.from_numpy(np.concatenate(jittered)).float(), torch.from_numpy(in_frame).float()
+    centres = np.array([centre_point(batch.truths[k]) for k in part.tolist()])
+    in_frame = points_to_input(centres, frame)
+    points = torch.from_numpy(in_frame)[:, None]
+    return torch.from_numpy(np.concatenate(jittered)).float(), points.float()
 
 
 def score_masks(

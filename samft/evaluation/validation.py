@@ -23,6 +23,7 @@ from samft.errors import explain_out_of_memory
 from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.models.prompts import Prompts
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
 from samft.training.engine import LOSS_NAMES
@@ -211,7 +212,7 @@ def _score_logits(
     # The losses and the predicted IoU of objects that are on the device and in a batch on the host,
     # and their masks. All numbers come to the host in one copy, which waits for the device.
     index = on_device.image_index
-    logits, iou_predicted = model.decode(embedding, on_device.boxes, index)
+    logits, iou_predicted = model.decode(embedding, Prompts(boxes=on_device.boxes), index)
     losses = loss(
         logits,
         iou_predicted,

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from samft.models.mask_decoder import DecoderImplementation, Tensors
+from samft.models.mask_decoder import DecoderImplementation
+from samft.models.prompts import PromptEmbeddings
+from samft.models.two_way_transformer import Tensors
 
 # Bytes a box takes for each channel of each image token: the slope of a step's peak memory over the
 # chunk, measured with vit_b at 1024 px in float32 and boxes of several images (81 MB a box).
@@ -56,19 +58,19 @@ def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) ->
 
 
 class DecoderInputs(NamedTuple):
-    """The tensors that a mask decoder takes, for all boxes of all images.
+    """The tensors that a mask decoder takes, for all prompts of all images.
 
     Attributes:
         image_embeddings: float [N, C, h, w].
         image_pe: float [1, C, h, w], the dense positional encoding.
-        dense_embedding: float [1, C, 1, 1], the "no mask" embedding.
-        sparse_embeddings: float [M, 2, C], the embedded corners of each box.
+        no_mask_embedding: float [1, C, 1, 1]; None where the prompts have masks.
+        prompts: Of M prompts.
     """
 
     image_embeddings: Tensor
     image_pe: Tensor
-    dense_embedding: Tensor
-    sparse_embeddings: Tensor
+    no_mask_embedding: Tensor | None
+    prompts: PromptEmbeddings
 
 
 class LossInputs(NamedTuple):
@@ -137,27 +139,34 @@ class BoxDecoder:
         rows = of_boxes.flatten(1).to(per_image.dtype)
         per_image.view(len(per_image), -1).addmm_(membership, rows)
 
-    def decode(self, inputs: DecoderInputs) -> tuple[Tensor, Tensor]:
-        """Predicts one mask for each box; with several chunks, backward decodes each once more.
+    def decode(self, inputs: DecoderInputs, *, multimask: bool = False) -> tuple[Tensor, Tensor]:
+        """Predicts the masks of all prompts; with several chunks, backward decodes each once more.
 
         Returns:
-            Mask logits [M, 4h, 4w] and predicted IoU [M].
+            Mask logits and predicted IoU, see `DecoderImplementation.decode`.
         """
         per_image, shared = self.implementation.prepare(self.module, *inputs[:3])
         decode: Callable[..., tuple[Tensor, Tensor]] = self._decode_chunk
         if torch.is_grad_enabled() and len(self.image_index) > self.mask_chunk:
             # The masks are wanted, so no loss can be taken here: checkpoint each chunk.
             decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
-        sparse = inputs.sparse_embeddings
-        decoded = [decode(per_image, shared, sparse, chunk) for chunk in self.chunks()]
+        decode = partial(decode, multimask=multimask)
+        decoded = [decode(per_image, shared, inputs.prompts, chunk) for chunk in self.chunks()]
         logits, iou_predicted = zip(*decoded, strict=True)
         return torch.cat(logits), torch.cat(iou_predicted)
 
     def _decode_chunk(
-        self, per_image: Tensors, shared: Tensors, sparse: Tensor, chunk: slice
+        self,
+        per_image: Tensors,
+        shared: Tensors,
+        prompts: PromptEmbeddings,
+        chunk: slice,
+        *,
+        multimask: bool,
     ) -> tuple[Tensor, Tensor]:
         of_boxes = tuple(self.rows_of_boxes(tensor, chunk) for tensor in per_image)
-        return self.implementation.decode(self.module, of_boxes, shared, sparse[chunk])
+        decode = self.implementation.decode
+        return decode(self.module, of_boxes, shared, prompts.rows(chunk), multimask=multimask)
 
     def sum_losses(
         self,
@@ -184,7 +193,7 @@ class BoxDecoder:
         per_image, shared = self.implementation.prepare(self.module, *inputs[:3])
         groups = Groups(
             per_image=list(per_image),
-            per_box=[inputs.sparse_embeddings],
+            per_box=[tensor for tensor in inputs.prompts if tensor is not None],
             shared=list(shared),
             parameters=[p for p in self.module.parameters() if p.requires_grad],
         )
@@ -267,9 +276,9 @@ class ChunkedStep:
 
     def forward(self, leaves: Groups[Tensor], chunk: slice) -> Tensors:
         """The losses of a chunk of boxes; the first tensor carries the gradient."""
-        per_image, shared, (sparse,) = tuple(leaves.per_image), tuple(leaves.shared), leaves.per_box
-        decoder = self.decoder
-        decoded = decoder.implementation.decode(decoder.module, per_image, shared, sparse)
+        per_image, shared = tuple(leaves.per_image), tuple(leaves.shared)
+        decoder, prompts = self.decoder, PromptEmbeddings(*leaves.per_box)
+        decoded = decoder.implementation.decode(decoder.module, per_image, shared, prompts)
         return self.loss(*decoded, **self.loss_inputs.rows(chunk)._asdict())
 
     def empty_sums(self, tensors: Groups[Tensor]) -> Groups[Tensor | None]:

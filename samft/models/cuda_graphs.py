@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samft.models.chunked_loss import ChunkedStep, Groups, LossInputs
-from samft.models.mask_decoder import Tensors
+from samft.models.two_way_transformer import Tensors
 from samft.runtime.logs import LOGGER
 
 # Boxes of a replayed chunk: padded to a power of two, and at least so many.

@@ -1,4 +1,4 @@
-"""PromptedSam: SAM driven by boxes, the module that is trained and wrapped for data parallelism.
+"""PromptedSam: SAM driven by prompts, the module that is trained and wrapped for data parallelism.
 
 Beside it, SAM's own pre- and postprocessing for many images at once: which part of the model frame
 is image (`inside_image`), and masks at the original resolution (`original_masks`).
@@ -6,7 +6,6 @@ is image (`inside_image`), and masks at the original resolution (`original_masks
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -24,13 +23,20 @@ from samft.models.chunked_loss import (
 )
 from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs, RecordingPlace
 from samft.models.frozen_encoder import CastEncoder, version_of
-from samft.models.mask_decoder import Tensors, choose_decoder
-from samft.runtime.device import exact_float32, free_memory_bytes, total_memory_bytes
+from samft.models.mask_decoder import choose_decoder
+from samft.models.prompts import Prompts
+from samft.models.two_way_transformer import Tensors
+from samft.runtime.device import (
+    exact_float32,
+    free_memory_bytes,
+    full_precision,
+    total_memory_bytes,
+)
 from samft.runtime.logs import LOGGER
 
 
 class PromptedSam(nn.Module):
-    """SAM driven by boxes: images and boxes in, mask logits and predicted IoU out.
+    """SAM driven by prompts: images and prompts in, mask logits and predicted IoU out.
 
     Attributes:
         sam: The wrapped `segment_anything` model; its state dict is what is saved.
@@ -141,27 +147,29 @@ class PromptedSam(nn.Module):
     def decode(
         self,
         embeddings: Tensor,
-        boxes: Tensor,
+        prompts: Prompts,
         image_index: Tensor,
         *,
-        points: Tensor | None = None,
+        multimask: bool = False,
         mask_chunk: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicts the mask of each box, and then of each single point, from image embeddings.
+        """Predicts the mask of each prompt, or three of them, from image embeddings.
 
         Args:
             embeddings: float [N, C, S/16, S/16].
-            boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
-            image_index: int64 [M + P], the image of each box and then of each point.
-            points: float32 [P, 2], x y in pixels of the model frame, each inside an object of its
-                own; the mask is the one that `multimask_output=False` gives.
-            mask_chunk: Boxes decoded at once in this call; None: `boxes_at_once`.
+            prompts: M of them, see `Prompts`.
+            image_index: int64 [M], the image of each prompt.
+            multimask: Whether to predict stock's three masks of an ambiguous prompt
+                (`multimask_output=True`), instead of the one.
+            mask_chunk: Prompts decoded at once in this call; None: `boxes_at_once`.
 
         Returns:
-            Mask logits [M + P, S/4, S/4] (positive inside the object) and predicted IoU [M + P].
+            Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M]; with
+            `multimask` [M, 3, S/4, S/4] and [M, 3].
         """
-        inputs = self._decoder_inputs(embeddings, boxes, points)
-        return self._box_decoder(image_index, mask_chunk or self.boxes_at_once()).decode(inputs)
+        inputs = self._decoder_inputs(embeddings, prompts)
+        decoder = self._box_decoder(image_index, mask_chunk or self.boxes_at_once())
+        return decoder.decode(inputs, multimask=multimask)
 
     def boxes_at_once(self) -> int:
         """`mask_chunk`, or else what fits into the memory that was free at the first call.
@@ -187,23 +195,18 @@ class PromptedSam(nn.Module):
         return total_memory_bytes(device) - 16 * sum(p.numel() for p in self.parameters())
 
     def _box_decoder(self, image_index: Tensor, mask_chunk: int) -> BoxDecoder:
-        module = self.sam.mask_decoder
-        return BoxDecoder(module, choose_decoder(module, self.decoder), image_index, mask_chunk)
+        implementation = choose_decoder(self.decoder)
+        return BoxDecoder(self.sam.mask_decoder, implementation, image_index, mask_chunk)
 
-    def _decoder_inputs(
-        self, embeddings: Tensor, boxes: Tensor, points: Tensor | None = None
-    ) -> DecoderInputs:
+    def _decoder_inputs(self, embeddings: Tensor, prompts: Prompts) -> DecoderInputs:
         prompt_encoder = self.sam.prompt_encoder
-        with full_precision(boxes.device):
-            sparse, _ = prompt_encoder(points=None, boxes=boxes.float(), masks=None)
-            if points is not None:  # two tokens, like a box: the point, and SAM's "not a point"
-                labels = torch.ones(len(points), 1, dtype=torch.int64, device=points.device)
-                labelled = (points.float()[:, None], labels)
-                sparse_of_points, _ = prompt_encoder(points=labelled, boxes=None, masks=None)
-                sparse = torch.cat([sparse, sparse_of_points])
+        embedded = prompts.embed(prompt_encoder)
+        with full_precision(embeddings.device):
             image_pe = self._dense_pe()
-        dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        return DecoderInputs(embeddings, image_pe, dense, sparse)
+        no_mask = None
+        if prompts.masks is None:
+            no_mask = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return DecoderInputs(embeddings, image_pe, no_mask, embedded)
 
     def _dense_pe(self) -> Tensor:
         # A function of one matrix, computed again only when that matrix was moved (another tensor)
@@ -263,11 +266,11 @@ class PromptedSam(nn.Module):
         """
         embeddings = self.embed(images, input_sizes, cached=embeddings)
         if loss is None:
-            return self.decode(embeddings, boxes, image_index)
+            return self.decode(embeddings, Prompts(boxes=boxes), image_index)
         assert targets is not None and windows is not None and input_sizes is not None
 
         gradient = boxes.new_ones(()) if gradient is None else gradient
-        inputs = self._decoder_inputs(embeddings, boxes)
+        inputs = self._decoder_inputs(embeddings, Prompts(boxes=boxes))
         decoder = self._box_decoder(image_index, self.boxes_at_once())
         graphs = self.chunk_graphs
         return decoder.sum_losses(
@@ -277,16 +280,6 @@ class PromptedSam(nn.Module):
             gradient=gradient,
             add_chunk=graphs.add_chunk if graphs and boxes.is_cuda else None,
         )
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products within are of float32 proper: no autocast, no TF32.
-
-    Positions go through matrix products: in bf16 or TF32, corners of boxes would move by pixels.
-    """
-    with exact_float32(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def inside_image(input_sizes: Tensor, size: int) -> Tensor:

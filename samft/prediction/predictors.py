@@ -32,6 +32,7 @@ from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.models.prompts import Prompts
 from samft.runtime.device import exact_float32
 from samft.runtime.torchvision_compat import replace_missing_nms
 
@@ -153,7 +154,7 @@ class BoxPredictor:
             with exact_float32(), self._autocast():
                 image_index = torch.zeros(len(chunk), dtype=torch.int64, device=device)
                 logits, scores = self.model.decode(
-                    embedding, chunk, image_index, mask_chunk=self.mask_chunk
+                    embedding, Prompts(boxes=chunk), image_index, mask_chunk=self.mask_chunk
                 )
             masks = original_masks(
                 logits,

@@ -17,6 +17,7 @@ from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import Comparison
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.models.prompts import Prompts
 from samft.models.sam import build_sam, load_state, read_state
 from samft.recipes import build
 from samft.reports.drawing import annotate_crop, crop_around, image_row_of
@@ -177,7 +178,8 @@ def predict_objects(
         part = torch.tensor([ids.index(int(index.object_ids[k])) for k in wanted], device=device)
         known = batch.embeddings if batch.embeddings is not None else embeddings.get(image)
         embeddings[image] = model.embed(batch.images, batch.input_sizes, cached=known)
-        logits, _ = model.decode(embeddings[image], batch.boxes[part], batch.image_index[part])
+        prompts = Prompts(boxes=batch.boxes[part])
+        logits, _ = model.decode(embeddings[image], prompts, batch.image_index[part])
         image_size = model.sam.image_encoder.img_size
         predicted = original_masks(logits, image_size=image_size, **batch.image_sizes)
         masks.update(zip(wanted, predicted, strict=True))

@@ -271,6 +271,16 @@ def exact_float32() -> Iterator[None]:
         _exact_blocks.close()
 
 
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products within are of float32 proper: no autocast, no TF32.
+
+    Positions go through matrix products: in bf16 or TF32, corners of boxes would move by pixels.
+    """
+    with exact_float32(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _make_float32_exact() -> Callable[[], None]:
     # Returns what restores the settings.
     read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter

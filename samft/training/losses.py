@@ -45,7 +45,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from samft.data.transforms import LOW_CELL
-from samft.models.prompted_sam import full_precision
+from samft.runtime.device import full_precision
 
 FOCAL_ALPHA = 0.25  # gamma is 2, which the formulas above have built in
 # Cells computed at once: on a CPU what stays in its cache, elsewhere what keeps a GPU busy.

@@ -15,6 +15,7 @@ from samft.models.chunked_loss import AddChunk, BoxDecoder, LossInputs
 from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs
 from samft.models.mask_decoder import FAST
 from samft.models.prompted_sam import PromptedSam
+from samft.models.prompts import Prompts
 from samft.models.sam import build_sam, freeze
 from samft.training.losses import mask_losses
 
@@ -86,7 +87,7 @@ def losses_and_gradients(
     embeddings = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     decoder = BoxDecoder(model.sam.mask_decoder, FAST, batch.image_index, mask_chunk)
     total, values = decoder.sum_losses(
-        model._decoder_inputs(embeddings, batch.boxes),
+        model._decoder_inputs(embeddings, Prompts(boxes=batch.boxes)),
         loss=mask_losses,
         loss_inputs=LossInputs(batch.targets, batch.windows, batch.image_index, batch.input_sizes),
         gradient=torch.tensor(0.5),

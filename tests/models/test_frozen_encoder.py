@@ -16,6 +16,7 @@ from samft.data.dataset import collate
 from samft.models.frozen_encoder import CastEncoder, cast_frozen_weights
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
+from samft.models.prompts import Prompts
 from samft.models.sam import build_sam, freeze
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses
@@ -245,7 +246,7 @@ def test_a_copy_made_in_inference_mode_serves_training() -> None:
     embeddings = embed(model, images, torch.bfloat16)
     boxes, index = torch.tensor([[4.0, 4.0, 40.0, 40.0]]), torch.tensor([1])
     with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = model.decode(embeddings, boxes, index)
+        logits, _ = model.decode(embeddings, Prompts(boxes=boxes), index)
     logits.float().sum().backward()
     with torch.inference_mode():  # weights that are inference tensors themselves
         other = frozen_model()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from samft.models.chunked_loss import BYTES_PER_VALUE
 from samft.models.prompted_sam import PromptedSam, inside_image
+from samft.models.prompts import Prompts
 from samft.models.sam import build_sam
 from samft.runtime.device import deterministic_algorithms
 
@@ -78,22 +79,23 @@ def test_points_beside_boxes_same_as_stock(tiny: Sam) -> None:
         labels = torch.ones(len(clicked), 1)
         of_points = {"point_coords": clicked[:, None], "point_labels": labels}
         records.append([{**frame, "boxes": own}, {**frame, **of_points}])
-    stock = [tiny(pair, multimask_output=False) for pair in zip(*records, strict=True)]
+    stock = [tiny(list(kind), multimask_output=False) for kind in zip(*records, strict=True)]
     logits, iou = (
         torch.cat([output[name][:, 0] for outputs in stock for output in outputs])
         for name in ("low_res_logits", "iou_predictions")
     )
-    model = PromptedSam(tiny, mask_chunk=2)  # so that a chunk has boxes and points
+    model = PromptedSam(tiny, mask_chunk=2)
+    labels = torch.ones(3, 1, dtype=torch.int64)
+    prompts = (
+        Prompts(boxes=torch.cat(boxes)),
+        Prompts(points=torch.cat(points)[:, None], labels=labels),
+    )
     with torch.no_grad():
         embeddings = model.embed(padded(images, 64), torch.tensor(sizes))
-        index = torch.tensor([0, 0, 1, 0, 1, 1])
-        decoded = model.decode(embeddings, torch.cat(boxes), index, points=torch.cat(points))
-        points_only = model.decode(
-            embeddings, torch.zeros(0, 4), index[3:], points=torch.cat(points)
-        )
-    torch.testing.assert_close(decoded[0], logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(decoded[1], iou, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(points_only[0], logits[3:], atol=1e-4, rtol=1e-4)
+        indices = (torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
+        decoded = [model.decode(embeddings, *own) for own in zip(prompts, indices, strict=True)]
+    torch.testing.assert_close(torch.cat([d[0] for d in decoded]), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat([d[1] for d in decoded]), iou, atol=1e-4, rtol=1e-4)
     assert (logits[:3] - logits[3:]).abs().max() > 1e-2
 
 
@@ -177,9 +179,9 @@ def test_autocast_does_not_round_the_positions_of_boxes() -> None:
     embeddings = torch.zeros(1, 128, 64, 64)
     boxes, index = torch.tensor([[701.0, 703.0, 901.0, 903.0]]), torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():
-        model.decode(embeddings, boxes, index)
+        model.decode(embeddings, Prompts(boxes=boxes), index)
         with torch.autocast("cpu", torch.bfloat16):
-            model.decode(embeddings, boxes, index)
+            model.decode(embeddings, Prompts(boxes=boxes), index)
     torch.testing.assert_close(embedded[1], embedded[0], rtol=0, atol=1e-6)
 
 
@@ -192,13 +194,13 @@ def test_the_dense_positions_are_computed_once_and_again_when_their_matrix_chang
     embeddings, boxes = torch.randn(1, 128, 4, 4), torch.tensor([[8.0, 8, 40, 40]])
     index = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
-        first = model.decode(embeddings, boxes, index)[0]
-    model.decode(embeddings, boxes, index)[0].sum().backward()
+        first = model.decode(embeddings, Prompts(boxes=boxes), index)[0]
+    model.decode(embeddings, Prompts(boxes=boxes), index)[0].sum().backward()
     assert len(calls) == 1
     state = model.sam.state_dict()
     name = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     model.sam.load_state_dict({**state, name: state[name] * 1.5})
-    assert not torch.allclose(model.decode(embeddings, boxes, index)[0], first)
+    assert not torch.allclose(model.decode(embeddings, Prompts(boxes=boxes), index)[0], first)
     assert len(calls) == 2
 
 
@@ -222,7 +224,7 @@ def decoded_at_once(model: PromptedSam, **options: Any) -> list[int]:
     handle = hypernetwork.register_forward_pre_hook(lambda _, inputs: chunks.append(len(inputs[0])))
     boxes, index = torch.tensor([[8.0, 8, 40, 40]]).expand(7, -1), torch.zeros(7, dtype=torch.int64)
     with torch.no_grad():
-        model.decode(torch.zeros(1, 128, 4, 4), boxes, index, **options)
+        model.decode(torch.zeros(1, 128, 4, 4), Prompts(boxes=boxes), index, **options)
     handle.remove()
     return chunks
 

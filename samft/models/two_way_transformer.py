@@ -1,0 +1,381 @@
+"""SAM's two-way transformer between prompt tokens and image tokens, with the numbers of the stock.
+
+The function and the parameters are those of `TwoWayTransformer`; only the order of additions
+differs. Two steps make it cheap:
+
+1. Project the few, not the many. Stock projects L image tokens (4096 at 1024 px) of C = 256
+   channels to keys, values and queries of I = C / 2 channels, to compare them with T prompt tokens
+   (7 with a box). Inner products do not care on which side a matrix stands, so the prompt tokens
+   absorb it. For each head, with d = I / H channels, matrices W [d, C] and biases b [d], an image
+   token x_l at a position p_l:
+
+   Tokens attend to the image (token t has the query q_t, scaled by 1 / sqrt(d)):
+
+       score_tl  = q_t . (W_k (x_l + p_l) + b_k)  =  (W_k^T q_t) . x_l  +  q_t . (W_k p_l + b_k)
+       output_t  = sum_l a_tl (W_v x_l + b_v)     =  W_v (sum_l a_tl x_l) + b_v,  as sum_l a_tl = 1
+
+   The image attends to the tokens (key k_t, scaled; value v_t; output matrix W_o [C, d]):
+
+       score_tl  = (W_q (x_l + p_l) + b_q) . k_t  =  (W_q^T k_t) . x_l  +  k_t . (W_q p_l + b_q)
+       output_l  = sum over heads and t of  a_tl W_o v_t,  plus b_o
+
+   W p_l + b is the same for all prompts of all images and computed once. A product with all image
+   tokens then takes L C (H T) multiplications instead of L C I: 56 against 128 a value.
+
+2. Compute once per image what depends on the image only. In the first layer x_l is the same for all
+   prompts of an image, unless they have masks: it is projected once, and its prompts compare in d
+   dimensions, cheaper still.
+
+Shapes: M prompts, N images, H heads, T tokens, d = I / H, L = h w image tokens, C channels.
+
+Source: `segment_anything/modeling/transformer.py`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from segment_anything.modeling import TwoWayTransformer
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Tensors = tuple[Tensor, ...]
+
+
+def prepare_two_way(
+    transformer: TwoWayTransformer,
+    image_embeddings: Tensor,
+    image_pe: Tensor,
+    no_mask_embedding: Tensor | None,
+) -> tuple[Tensors, Tensors]:
+    """What `run_two_way` needs of each image, and of all.
+
+    Args:
+        transformer: The stock module, whose parameters are used.
+        image_embeddings: float [N, C, h, w].
+        image_pe: float [1, C, h, w].
+        no_mask_embedding: float [1, C, 1, 1], for prompts without masks; None for those with.
+
+    Returns:
+        Of each image: tokens [N, L, C] and, without masks, keys, values and queries of the first
+        layer, each [N, H, d, L]. Shared: of each layer whose image tokens differ from prompt to
+        prompt keys and queries of the positions, and the last attention's keys, each [H, d, L].
+    """
+    layers = list(transformer.layers)
+    projected: Tensors = ()
+    if no_mask_embedding is not None:
+        image_embeddings = image_embeddings + no_mask_embedding
+    image = image_embeddings.flatten(2)  # [N, C, L]: tokens are columns
+    positions = image_pe.flatten(2).to(image.dtype)
+    if no_mask_embedding is not None:
+        # Step 2: in the first layer, W (x_l + p_l) + b is computed as it stands, once per image.
+        projected = _project_image(layers.pop(0), image, positions)
+    # Step 1: of layers where x_l differs from prompt to prompt, only W p_l + b.
+    shared = []
+    for layer in layers:
+        to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+        shared += [_project_columns(positions, to_image.k_proj, to_image)[0]]
+        shared += [_project_columns(positions, to_token.q_proj, to_token)[0]]
+    last = transformer.final_attn_token_to_image
+    shared += [_project_columns(positions, last.k_proj, last)[0]]
+    return (image.transpose(1, 2).contiguous(), *projected), tuple(shared)
+
+
+def run_two_way(
+    transformer: TwoWayTransformer,
+    tokens: Tensor,
+    image: Tensors,
+    shared: Tensors,
+    *,
+    masks: Tensor | None,
+    num_used: int,
+) -> tuple[Tensor, Tensor]:
+    """`TwoWayTransformer.forward`, with its names: `queries` are tokens, `keys` image tokens.
+
+    Args:
+        transformer: The stock module, whose parameters are used.
+        tokens: float [M, T, C]; also added to queries as their "positions", as in stock.
+        image: Of the image of each prompt, see `prepare_two_way`.
+        shared: See `prepare_two_way`.
+        masks: float [M, C, h, w], the embedded mask of each prompt; None where they have none.
+        num_used: How many of the tokens, from the first on, are wanted.
+
+    Returns:
+        The tokens that are used, float [M, num_used, C], and the image tokens, float [M, L, C].
+    """
+    first, *later = transformer.layers
+    position_terms = iter(shared)
+    # Stock's first layer has `skip_first_layer_pe`: no positions, and no residual either.
+    queries = first.norm1(first.self_attn(tokens, tokens, tokens))
+    if masks is None:
+        queries, keys = _attend_to_images(first, queries, tokens, image)
+    else:
+        keys = (image[0] + masks.flatten(2).transpose(1, 2)).contiguous()
+        queries, keys = _attend_both_ways(first, queries, tokens, keys, position_terms)
+
+    # From here on image tokens are those of a prompt, not of an image: project the prompt tokens.
+    for layer in later:
+        with_positions = queries + tokens
+        attended = layer.self_attn(with_positions, with_positions, queries)
+        queries = layer.norm1(queries + attended)
+        queries, keys = _attend_both_ways(layer, queries, tokens, keys, position_terms)
+
+    # The last attention mixes no tokens with each other: those that are not used can go before it.
+    queries, tokens = queries[:, :num_used], tokens[:, :num_used]
+    last = transformer.final_attn_token_to_image
+    attended = _token_to_image_absorbed(last, queries + tokens, keys, next(position_terms))
+    return transformer.norm_final_attn(queries + attended), keys
+
+
+def _project_image(layer: TwoWayAttentionBlock, image: Tensor, positions: Tensor) -> Tensors:
+    """Keys, values and queries of image tokens, each [N, H, d, L]."""
+    # As in stock, keys and queries have positions in them, values have not.
+    with_positions = image + positions
+    to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+    return (
+        _project_columns(with_positions, to_image.k_proj, to_image),
+        _project_columns(image, to_image.v_proj, to_image),
+        _project_columns(with_positions, to_token.q_proj, to_token),
+    )
+
+
+def _attend_to_images(
+    layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor, image: Tensors
+) -> tuple[Tensor, Tensor]:
+    """The rest of a layer after its self-attention, with image tokens that are projected."""
+    keys, image_keys, image_values, image_queries = image
+    to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+    attended = _token_to_image_projected(to_image, queries + tokens, image_keys, image_values)
+    queries = _update_tokens(layer, queries, attended)
+    keys = _image_to_token_projected(
+        to_token, queries + tokens, queries, image=keys, queries=image_queries
+    )
+    return queries, layer.norm4(keys)
+
+
+def _attend_both_ways(
+    layer: TwoWayAttentionBlock,
+    queries: Tensor,
+    tokens: Tensor,
+    keys: Tensor,
+    position_terms: Iterator[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The rest of a layer after its self-attention, with the image tokens of each prompt."""
+    to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+    attended = _token_to_image_absorbed(to_image, queries + tokens, keys, next(position_terms))
+    queries = _update_tokens(layer, queries, attended)
+    keys = _image_to_token_absorbed(
+        to_token, queries + tokens, queries, image=keys, positions=next(position_terms)
+    )
+    return queries, layer.norm4(keys)
+
+
+def _update_tokens(layer: TwoWayAttentionBlock, queries: Tensor, attended: Tensor) -> Tensor:
+    queries = layer.norm2(queries + attended)
+    return layer.norm3(queries + layer.mlp(queries))
+
+
+def _split_heads(rows: Tensor, attention: Attention) -> Tensor:
+    """[M, T, I] to [M, H, T, d]."""
+    return rows.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+
+def _project_columns(columns: Tensor, linear: nn.Linear, attention: Attention) -> Tensor:
+    """Projects image tokens that are columns [N, C, L], and splits the heads: [N, H, d, L]."""
+    weight, bias = linear.weight.expand(len(columns), -1, -1), linear.bias[:, None]
+    projected = torch.baddbmm(bias, weight, columns)
+    return projected.unflatten(1, (attention.num_heads, -1))
+
+
+def _scaled_heads(tokens: Tensor, linear: nn.Linear, attention: Attention) -> Tensor:
+    """The tokens' side of the scores, q_t or k_t: [M, H, T, d], scaled by 1 / sqrt(d)."""
+    projected = _split_heads(linear(tokens), attention)
+    # Stock divides the scores, [M, H, T, L]; here the factor is on the side of the few.
+    return projected * projected.shape[-1] ** -0.5
+
+
+def _join_boxes(tokens: Tensor, image: Tensor) -> Tensor:
+    """[M, T, C] to [1, M T, C] where `image` has one row: read once, not copied for each box."""
+    return tokens.flatten(0, 1)[None] if len(image) == 1 else tokens
+
+
+def _token_to_image_projected(
+    attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Tokens attend to image tokens that are projected.
+
+    Args:
+        attention: From tokens to image.
+        tokens: float [M, T, C], with positions.
+        keys: float [M, H, d, L], or [1, H, d, L].
+        values: As the keys.
+
+    Returns:
+        float [M, T, C].
+    """
+    rows = _join_boxes(tokens, keys)
+    weights = (_scaled_heads(rows, attention.q_proj, attention) @ keys).softmax(-1)
+    attended = weights.to(values.dtype) @ values.transpose(2, 3)
+    return attention.out_proj(attended.transpose(1, 2).flatten(2)).reshape(tokens.shape)
+
+
+def _token_to_image_absorbed(
+    attention: Attention, tokens: Tensor, image: Tensor, positions: Tensor
+) -> Tensor:
+    """Tokens attend to image tokens that are not projected (step 1).
+
+    Args:
+        attention: From tokens to image.
+        tokens: float [M, T, C], with positions.
+        image: float [M, L, C], without positions.
+        positions: float [H, d, L], W_k p_l + b_k.
+
+    Returns:
+        float [M, T, C].
+    """
+    heads = _scaled_heads(tokens, attention.q_proj, attention)
+    absorbed, offsets = _absorb_projection(heads, attention.k_proj, positions)
+    mean = _TokenToImage.apply(image, absorbed, offsets)  # sum_l a_tl x_l, [M, H T, C]
+    mean = mean.unflatten(1, heads.shape[1:3])
+    # W_v of each head only now, on T means instead of L image tokens; weights sum to 1, hence b_v.
+    matrices = attention.v_proj.weight.unflatten(0, (attention.num_heads, -1))
+    attended = torch.einsum("mhtc,hdc->mthd", mean, matrices).flatten(2) + attention.v_proj.bias
+    return attention.out_proj(attended)
+
+
+def _image_to_token_projected(
+    attention: Attention, tokens: Tensor, values: Tensor, *, image: Tensor, queries: Tensor
+) -> Tensor:
+    """Image tokens attend to tokens, from projected queries; with the residual.
+
+    Args:
+        attention: From image to tokens.
+        tokens: float [M, T, C], with positions.
+        values: float [M, T, C], the tokens without positions.
+        image: float [M, L, C], or [1, L, C], what the result is added to.
+        queries: float [M, H, d, L], or [1, H, d, L], those of the image tokens.
+
+    Returns:
+        float [M, L, C].
+    """
+    rows = _join_boxes(tokens, queries)
+    scores = _scaled_heads(rows, attention.k_proj, attention) @ queries
+    by_box = scores.unflatten(2, (-1, tokens.shape[1])).transpose(1, 2).flatten(0, 1)
+    weights = by_box.softmax(2).flatten(1, 2)  # over the tokens of each head
+    return _add_product(image, weights.transpose(1, 2), _project_values(attention, values))
+
+
+def _image_to_token_absorbed(
+    attention: Attention, tokens: Tensor, values: Tensor, *, image: Tensor, positions: Tensor
+) -> Tensor:
+    """As `_image_to_token_projected`, from queries of positions only: W_q p_l + b_q, [H, d, L]."""
+    heads = _scaled_heads(tokens, attention.k_proj, attention)
+    absorbed, offsets = _absorb_projection(heads, attention.q_proj, positions)
+    outputs = _project_values(attention, values)
+    return _ImageToToken.apply(image, absorbed, offsets, outputs, attention.num_heads)
+
+
+def _absorb_projection(
+    heads: Tensor, linear: nn.Linear, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The two terms of a score: W^T q_t, float [M, H T, C], and q_t . (W p_l + b), [M, H T, L].
+
+    q_t . b_k is the same for all l and has no effect on a softmax over l. It is kept all the same:
+    so b_k has the gradient that it has in stock, zero but for rounding.
+    """
+    matrices = linear.weight.unflatten(0, (heads.shape[1], -1))
+    absorbed = torch.einsum("mhtd,hdc->mhtc", heads, matrices)
+    return absorbed.flatten(1, 2), torch.einsum("mhtd,hdl->mhtl", heads, positions).flatten(1, 2)
+
+
+def _project_values(attention: Attention, tokens: Tensor) -> Tensor:
+    """W_o v_t of each head, with b_o in the first head's: float [M, H T, C]."""
+    num_heads = attention.num_heads
+    values = _split_heads(attention.v_proj(tokens), attention)
+    matrices = attention.out_proj.weight.unflatten(1, (num_heads, -1))
+    outputs = torch.einsum("mhtd,chd->mhtc", values, matrices)
+    # The weights of a head sum to 1: added to all values of one head, b_o comes out exactly once.
+    first_head = torch.arange(num_heads, device=outputs.device) == 0
+    return (outputs + first_head[:, None, None] * attention.out_proj.bias).flatten(1, 2)
+
+
+def _add_product(image: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Adds left @ right to the image, which keeps its precision where the product is in half."""
+    autocast = torch.is_autocast_enabled(image.device.type)
+    if left.dtype == right.dtype == image.dtype and not autocast:
+        return torch.baddbmm(image, left, right)
+    return image + left.to(right.dtype) @ right
+
+
+class _TokenToImage(torch.autograd.Function):
+    """softmax(absorbed @ image^T + offsets) @ image.
+
+    Written by hand because the image occurs twice: autograd would add up two gradients of its size,
+    [M, L, C], from two products. With weights A, scores S, result R and dR its gradient,
+
+        dA = dR image^T,  dS = softmax_backward(dA),
+        d image = dS^T absorbed + A^T dR = [dS; A]^T [absorbed; dR]
+
+    is a single product of stacked matrices, 2 H T deep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, absorbed: Tensor, offsets: Tensor) -> Tensor:
+        image = image.to(absorbed.dtype)  # half precision, under autocast
+        scores = torch.baddbmm(offsets.to(absorbed.dtype), absorbed, image.transpose(1, 2))
+        weights = scores.softmax(-1, dtype=_at_least_float32(scores)).to(absorbed.dtype)
+        ctx.save_for_backward(image, absorbed, weights)
+        return weights @ image
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        image, absorbed, weights = ctx.saved_tensors
+        d_scores = _softmax_backward(gradient @ image.transpose(1, 2), weights, dim=-1)
+        left, right = torch.cat([d_scores, weights], 1), torch.cat([absorbed, gradient], 1)
+        return left.transpose(1, 2) @ right, d_scores @ image, d_scores
+
+
+class _ImageToToken(torch.autograd.Function):
+    """image + A^T @ outputs, with A the softmax over each head's tokens of the scores.
+
+    The scores are absorbed @ image^T + offsets. By hand because the image occurs twice, in scores
+    and residual: the second gradient is added by the matrix product that computes the first. For a
+    gradient G: dA = outputs G^T, d outputs = A G, d image = G + dS^T absorbed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, absorbed: Tensor, offsets: Tensor, outputs: Tensor, heads: int
+    ) -> Tensor:
+        half, ctx.heads = image.to(absorbed.dtype), heads  # half precision, under autocast
+        scores = torch.baddbmm(offsets.to(absorbed.dtype), absorbed, half.transpose(1, 2))
+        by_head = scores.unflatten(1, (heads, -1)).softmax(2, dtype=_at_least_float32(scores))
+        weights = by_head.flatten(1, 2).to(absorbed.dtype)
+        outputs = outputs.to(absorbed.dtype)
+        ctx.save_for_backward(half, absorbed, weights, outputs)
+        return _add_product(image, weights.transpose(1, 2), outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        image, absorbed, weights, outputs = ctx.saved_tensors
+        half, by_head = gradient.to(image.dtype), (ctx.heads, -1)
+        d_weights = (outputs @ half.transpose(1, 2)).unflatten(1, by_head)
+        d_scores = _softmax_backward(d_weights, weights.unflatten(1, by_head), dim=2).flatten(1, 2)
+        d_image = _add_product(gradient, d_scores.transpose(1, 2), absorbed)
+        return d_image, d_scores @ image, d_scores, weights @ half, None
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    """The type that a softmax is computed in: float32 for halves, too."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _softmax_backward(gradient: Tensor, weights: Tensor, *, dim: int) -> Tensor:
+    """The gradient of scores, for A = softmax(S): dS = A (dA - sum A dA)."""
+    products = gradient.to(_at_least_float32(gradient)) * weights  # A dA
+    # In place, so `products` ends as dS: A dA - A sum(A dA).
+    d_scores = products.addcmul_(products.sum(dim, keepdim=True), weights, value=-1)
+    return d_scores.to(weights.dtype)

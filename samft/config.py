@@ -4,7 +4,6 @@ Imports no torch, so that `--help`, and the error for a wrong flag, come in less
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.cli import ALL_LINKS, LINKS_HELP, parse_channels, parse_pixel_range
+from samft.cli import ALL_LINKS, LINKS_HELP
+from samft.config_checks import find_conflicts
 from samft.errors import ConfigError
 from samft.settings import check_fields, parse_settings, setting
 
@@ -348,89 +348,7 @@ class TrainConfig:
         Returns:
             All problems, one sentence each, beginning with the name of the field.
         """
-        problems = check_fields(self) + self._check_required() + self._check_combinations()
-        return problems + self._check_pixels()
-
-    def _check_required(self) -> list[str]:
-        problems = []
-        if self.model_type is None:
-            problems.append(f"model_type is missing: give one of {', '.join(MODEL_TYPES)}.")
-        if self.checkpoint_path is None:
-            problems.append(
-                "checkpoint_path is missing: give a SAM .pth or .ckpt file, 'auto' (the packaged "
-                "file for vit_tiny, else a download) or 'random' (random weights)."
-            )
-        if self.data_root is None and self.train_annotations is None:
-            problems.append(
-                "data_root is missing: give the dataset's folder, or train_annotations and "
-                "train_images."
-            )
-        for split in ("train", "val"):
-            given = [getattr(self, f"{split}_{part}") for part in ("annotations", "images")]
-            if any(given) and not all(given):
-                problems.append(f"{split}_annotations and {split}_images go together.")
-        return problems
-
-    def _check_combinations(self) -> list[str]:
-        problems = []
-        if self.freeze_image_encoder and self.freeze_prompt_encoder and self.freeze_mask_decoder:
-            problems.append("freeze_*: all three parts are frozen, so nothing would be trained.")
-        if self.image_size < 16 or self.image_size % 16:
-            near = max(16, round(self.image_size / 16) * 16)
-            problems.append(
-                f"image_size: {self.image_size} is no multiple of 16; the nearest is {near}."
-            )
-        if not 0 < self.learning_rate < float("inf"):
-            problems.append(f"learning_rate: {self.learning_rate} must be above 0.")
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            problems.append(f"val_fraction: {self.val_fraction} must lie between 0 and 1.")
-        if problem := pattern_problem(self.group_by):
-            problems.append(f"group_by: {problem}")
-        if self.box_jitter > 0.5:
-            problems.append(f"box_jitter: {self.box_jitter} must be at most 0.5.")
-        if self.repeat_threshold is not None and not 0 < self.repeat_threshold <= 1:
-            problems.append(f"repeat_threshold: {self.repeat_threshold} must lie between 0 and 1.")
-        return problems + self._check_cache()
-
-    def _check_pixels(self) -> list[str]:
-        problems = []
-        for name, parse in (("pixel_range", parse_pixel_range), ("channels", parse_channels)):
-            text = getattr(self, name)
-            try:
-                parse(text) if text is not None else None
-            except ValueError as error:
-                problems.append(f"{name}: {error}.")
-        return problems
-
-    def _check_cache(self) -> list[str]:
-        problems = []
-        if self.cache_embeddings == "on" and not self.freeze_image_encoder:
-            problems.append(
-                "cache_embeddings: 'on' needs freeze_image_encoder: an encoder that is trained "
-                "gives other embeddings after every step."
-            )
-        if self.cache_embeddings == "on" and self.augment == "scale":
-            problems.append(
-                "cache_embeddings: 'on' does not go with augment 'scale', which changes the "
-                "pixels, and with them the embedding, every time: take augment 'flip' or 'none'."
-            )
-        return problems
-
-
-GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
-
-
-def pattern_problem(group_by: str) -> str | None:
-    """What is wrong with a value of `group_by`; None if it is one of `GROUPINGS`, or a pattern."""
-    try:
-        if group_by in GROUPINGS or re.compile(group_by).groups:
-            return None
-    except re.error as error:
-        return f"'{group_by}' is no regular expression ({error})."
-    return (
-        f"'{group_by}' is none of {', '.join(GROUPINGS)}, and as a regular expression it has no "
-        "group in brackets, such as (.*)_frame."
-    )
+        return check_fields(self) + find_conflicts(self, model_types=MODEL_TYPES)
 
 
 def to_yaml(config: TrainConfig) -> str:

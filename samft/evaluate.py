@@ -16,7 +16,7 @@ from typing import Any
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.layout import role_of
-from samft.config import pattern_problem
+from samft.config_checks import pattern_problem
 from samft.ending import end_process
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.images.flags import add_pixel_flags

@@ -24,7 +24,7 @@ MAX_FILES_OF_A_ROOM = 12
 ORDER = (
     ("errors", "commands", "suggestions", "ending"),
     ("cli", "rendezvous"),
-    ("settings",),
+    ("settings", "config_checks"),
     ("config", "distributed"),
     ("runtime",),
     ("images",),
@@ -40,7 +40,17 @@ ORDER = (
     ("__main__", "train", "evaluate", "predict", "export", "check", "demo", "convert"),
 )
 COMMANDS = ORDER[-1]
-WITHOUT_TORCH = (*ORDER[0], "cli", "settings", "config", "images", "coco", "interchange", *COMMANDS)
+WITHOUT_TORCH = (
+    *ORDER[0],
+    "cli",
+    "settings",
+    "config_checks",
+    "config",
+    "images",
+    "coco",
+    "interchange",
+    *COMMANDS,
+)
 KNOW_THE_CONFIG = ("config", "recipes", *COMMANDS)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

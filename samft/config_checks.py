@@ -1,0 +1,107 @@
+"""Values of `TrainConfig` that do not go together, and values that no type forbids.
+
+Imports no torch, as `config.py`, whose `TrainConfig.check` calls this.
+"""
+
+import re
+from typing import Any
+
+from samft.cli import parse_channels, parse_pixel_range
+
+GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
+
+
+def pattern_problem(group_by: str) -> str | None:
+    """What is wrong with a value of `group_by`; None if it is one of `GROUPINGS`, or a pattern."""
+    try:
+        if group_by in GROUPINGS or re.compile(group_by).groups:
+            return None
+    except re.error as error:
+        return f"'{group_by}' is no regular expression ({error})."
+    return (
+        f"'{group_by}' is none of {', '.join(GROUPINGS)}, and as a regular expression it has no "
+        "group in brackets, such as (.*)_frame."
+    )
+
+
+def find_conflicts(config: Any, *, model_types: tuple[str, ...]) -> list[str]:
+    """All that is wrong with a configuration beyond the types and ranges of its fields.
+
+    Args:
+        config: A `TrainConfig`.
+        model_types: The names that `model_type` can have.
+
+    Returns:
+        Sentences, each beginning with the name of a field.
+    """
+    problems = _check_required(config, model_types)
+    return problems + _check_combinations(config) + _check_pixels(config)
+
+
+def _check_required(config: Any, model_types: tuple[str, ...]) -> list[str]:
+    problems = []
+    if config.model_type is None:
+        problems.append(f"model_type is missing: give one of {', '.join(model_types)}.")
+    if config.checkpoint_path is None:
+        problems.append(
+            "checkpoint_path is missing: give a SAM .pth or .ckpt file, 'auto' (the packaged "
+            "file for vit_tiny, else a download) or 'random' (random weights)."
+        )
+    if config.data_root is None and config.train_annotations is None:
+        problems.append(
+            "data_root is missing: give the dataset's folder, or train_annotations and "
+            "train_images."
+        )
+    for split in ("train", "val"):
+        given = [getattr(config, f"{split}_{part}") for part in ("annotations", "images")]
+        if any(given) and not all(given):
+            problems.append(f"{split}_annotations and {split}_images go together.")
+    return problems
+
+
+def _check_combinations(config: Any) -> list[str]:
+    problems = []
+    if config.freeze_image_encoder and config.freeze_prompt_encoder and config.freeze_mask_decoder:
+        problems.append("freeze_*: all three parts are frozen, so nothing would be trained.")
+    if config.image_size < 16 or config.image_size % 16:
+        near = max(16, round(config.image_size / 16) * 16)
+        problems.append(
+            f"image_size: {config.image_size} is no multiple of 16; the nearest is {near}."
+        )
+    if not 0 < config.learning_rate < float("inf"):
+        problems.append(f"learning_rate: {config.learning_rate} must be above 0.")
+    if config.val_fraction is not None and not 0 < config.val_fraction < 1:
+        problems.append(f"val_fraction: {config.val_fraction} must lie between 0 and 1.")
+    if problem := pattern_problem(config.group_by):
+        problems.append(f"group_by: {problem}")
+    if config.box_jitter > 0.5:
+        problems.append(f"box_jitter: {config.box_jitter} must be at most 0.5.")
+    if config.repeat_threshold is not None and not 0 < config.repeat_threshold <= 1:
+        problems.append(f"repeat_threshold: {config.repeat_threshold} must lie between 0 and 1.")
+    return problems + _check_cache(config)
+
+
+def _check_pixels(config: Any) -> list[str]:
+    problems = []
+    for name, parse in (("pixel_range", parse_pixel_range), ("channels", parse_channels)):
+        text = getattr(config, name)
+        try:
+            parse(text) if text is not None else None
+        except ValueError as error:
+            problems.append(f"{name}: {error}.")
+    return problems
+
+
+def _check_cache(config: Any) -> list[str]:
+    problems = []
+    if config.cache_embeddings == "on" and not config.freeze_image_encoder:
+        problems.append(
+            "cache_embeddings: 'on' needs freeze_image_encoder: an encoder that is trained "
+            "gives other embeddings after every step."
+        )
+    if config.cache_embeddings == "on" and config.augment == "scale":
+        problems.append(
+            "cache_embeddings: 'on' does not go with augment 'scale', which changes the "
+            "pixels, and with them the embedding, every time: take augment 'flip' or 'none'."
+        )
+    return problems

@@ -19,7 +19,8 @@ from samft.settings import check_fields, parse_settings, setting
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
 FREE_ON_RESUME = frozenset(
-    """data_root train_split val_split train_annotations train_images val_annotations val_images
+    """data_root train_split val_split test_split train_annotations train_images val_annotations
+    val_images test_annotations test_images
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links
     attention decoder deterministic mask_chunk compile cuda_graphs activation_checkpointing
@@ -69,6 +70,12 @@ class TrainConfig:
         "name of the validation split; if there is no val, valid and validation are tried",
         metavar="NAME",
     )
+    test_split: str = _data(
+        "auto",
+        "name of a split that is scored once, at the end, before and after training; auto: test, "
+        "if there is one; off: none",
+        metavar="auto|off|NAME",
+    )
     train_annotations: str | None = _data(
         None, "COCO file to train on, instead of data_root", metavar="FILE"
     )
@@ -79,6 +86,10 @@ class TrainConfig:
         None, "COCO file to validate on, instead of data_root", metavar="FILE"
     )
     val_images: str | None = _data(None, "folder of the images of val_annotations", metavar="DIR")
+    test_annotations: str | None = _data(
+        None, "COCO file to score at the end, instead of data_root", metavar="FILE"
+    )
+    test_images: str | None = _data(None, "folder of the images of test_annotations", metavar="DIR")
     category_names: str | None = _data(
         None, "train and validate on these classes only, separated by commas", metavar="A,B"
     )

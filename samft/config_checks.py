@@ -52,7 +52,7 @@ def _check_required(config: Any, model_types: tuple[str, ...]) -> list[str]:
             "data_root is missing: give the dataset's folder, or train_annotations and "
             "train_images."
         )
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         given = [getattr(config, f"{split}_{part}") for part in ("annotations", "images")]
         if any(given) and not all(given):
             problems.append(f"{split}_annotations and {split}_images go together.")

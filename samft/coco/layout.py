@@ -70,6 +70,23 @@ def find_split(data_root: Path, split: str, *, flags: str = "") -> tuple[Path, P
         if data_root.exists():
             raise DataError(f"{data_root} is no folder: give {flags}.")
         raise DataError(f"There is no dataset folder {data_root}: check --data_root.")
+    named = _find_by_name(data_root, split)
+    return named if named else _find_by_likeness(data_root, split, flags)
+
+
+def find_test_split(data_root: Path) -> tuple[Path, Path] | None:
+    """As `find_split` for `test`, which a dataset need not have: None where there is none.
+
+    Raises:
+        DataError: There is more than one.
+    """
+    if named := _find_by_name(data_root, "test"):
+        return named
+    has_one = any(role_of(each.name) == "test" for each in list_splits(data_root))
+    return find_split(data_root, "test", flags="--test_split NAME, or off") if has_one else None
+
+
+def _find_by_name(data_root: Path, split: str) -> tuple[Path, Path] | None:
     for name in _SPLIT_NAMES.get(split, (split,)):
         beside = data_root / name / "_annotations.coco.json"
         if beside.is_file():
@@ -83,7 +100,7 @@ def find_split(data_root: Path, split: str, *, flags: str = "") -> tuple[Path, P
         if fitting:
             annotations = data_root / "annotations" / f"instances_{fitting[0]}.json"
             return annotations, _image_folder(data_root, annotations, fitting[0])
-    return _find_by_likeness(data_root, split, flags)
+    return None
 
 
 def _find_by_likeness(data_root: Path, split: str, flags: str) -> tuple[Path, Path]:

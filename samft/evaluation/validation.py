@@ -171,12 +171,15 @@ def validate(
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
             with explain_out_of_memory(partial(describe_image, batch), advice=_MEMORY_ADVICE):
-                rows += _score_image(model, batch, loss=loss, means=means, selection=selection)
+                for scores, objects in score_image(model, batch, loss=loss, selection=selection):
+                    rows.append(objects)
+                    for name, values in scores.items():
+                        means[name].update(values)
     metrics = {name: mean.compute().item() for name, mean in means.items()}
-    objects = gather_scores(ObjectScores.concatenate(rows))
+    table = gather_scores(ObjectScores.concatenate(rows))
     if selection is not None:
         selection.gather()
-    return Validation(metrics, metrics.pop("box_fill_iou"), objects, selection, bad_images)
+    return Validation(metrics, metrics.pop("box_fill_iou"), table, selection, bad_images)
 
 
 def describe_image(batch: Batch) -> str:
@@ -184,26 +187,32 @@ def describe_image(batch: Batch) -> str:
     return f"for image {batch.image_ids[0]} with {batch.num_masks} objects"
 
 
-def _score_image(
+def score_image(
     model: PromptedSam,
     batch: Batch,
     *,
     loss: LossFunction,
-    means: dict[str, MaskMean],
-    selection: MaskSelection | None,
-) -> list[ObjectScores]:
+    selection: MaskSelection | None = None,
+) -> Iterator[tuple[dict[str, Tensor], ObjectScores]]:
+    """Scores a model on the objects of an image, `MASK_CHUNK` at a time; see `validate`.
+
+    Args:
+        model: On its device.
+        batch: One image with objects, on the host; its embedding is used if it has any.
+        loss: See `validate`.
+        selection: See `validate`.
+
+    Yields:
+        The values of each mask by name, [m] on the host, and a row for each.
+    """
     on_device = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(on_device.images, on_device.input_sizes, cached=on_device.embeddings)
-    rows = []
     for start in range(0, batch.num_masks, MASK_CHUNK):
         part = slice(start, start + MASK_CHUNK)
         objects, on_device_part = batch.take_objects(part), on_device.take_objects(part)
         scores, masks = _score_logits(model, on_device_part, embedding, loss=loss, batch=objects)
         scores |= _score_masks(objects, masks, scores["iou_predicted"], selection=selection)
-        for name, values in scores.items():
-            means[name].update(values)
-        rows.append(_score_rows(objects, scores))
-    return rows
+        yield scores, _score_rows(objects, scores)
 
 
 def _score_logits(

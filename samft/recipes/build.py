@@ -71,6 +71,16 @@ def load_weights(
     return state
 
 
+def load_initial_state(config: TrainConfig) -> dict[str, Tensor]:
+    """The weights that a run has started from, random ones too, once more; see `load_weights`."""
+    weights = load_weights(config, quiet=True)
+    if weights is not None:
+        return weights
+    torch.manual_seed(config.seed)  # as `build_model` does
+    assert config.model_type is not None
+    return build_sam(config.model_type, config.image_size, attention=config.attention).state_dict()
+
+
 def build_model(
     config: TrainConfig, weights: dict[str, Tensor] | None, device: torch.device
 ) -> PromptedSam:

@@ -1,4 +1,4 @@
-"""The training and the validation dataset of a run, read and checked as configured."""
+"""The datasets of a run, read and checked as configured: to train, to validate, and to test."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from samft import distributed
 from samft.cli import link_folders
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
-from samft.coco.layout import find_split
+from samft.coco.layout import find_split, find_test_split
 from samft.coco.problems import NOTE, WARNING
 from samft.coco.subset import (
     CocoSubset,
@@ -36,30 +36,37 @@ _MAX_LOGGED = 100  # names of images that could not be read
 
 @dataclass(frozen=True)
 class Splits:
-    """The two datasets of a run, and what was counted while reading them.
+    """The datasets of a run, and what was counted while reading them.
 
     Attributes:
         train: Augmented, at random.
         val: Not augmented, with masks at the original resolution.
+        test: As `val`, of images that are in neither; it is scored once, at the end. None: there is
+            none.
         counts: For each split: `images`, `masks`, `skipped` by reason, `bad_images` by name, and
             `frame` where outlines are in another one than the files' pixels.
-        fingerprint: SHA-256 of the training images' names and of all ids and boxes; a resumed run
-            must have the same.
+        fingerprint: Of the training images, see `hash_data`; a resumed run must have the same.
     """
 
     train: Coco2MaskDataset
     val: Coco2MaskDataset
+    test: Coco2MaskDataset | None
     counts: dict[str, dict[str, Any]]
     fingerprint: str
 
     @property
+    def _datasets(self) -> list[Coco2MaskDataset]:
+        # In the order of `counts`.
+        return [self.train, self.val, *([self.test] if self.test else [])]
+
+    @property
     def pixels(self) -> PixelFormat:
-        """How values of both splits' images become 8 bits, with the ranges that were measured."""
+        """How values of all splits' images become 8 bits, with the ranges that were measured."""
         return self.train.subset.index.pixels
 
     def use_pixels(self, pixels: PixelFormat) -> None:
         """Takes the ranges of the run that is resumed, instead of those that were measured."""
-        for dataset in (self.train, self.val):
+        for dataset in self._datasets:
             dataset.subset = dataset.subset.with_pixels(pixels)
 
     @property
@@ -75,18 +82,17 @@ class Splits:
 
     def log_counts(self) -> None:
         """Logs the number of images and masks, what was left out or repaired, what is small."""
-        for dataset, (split, counts) in zip(
-            (self.train, self.val), self.counts.items(), strict=True
-        ):
+        for dataset, (split, counts) in zip(self._datasets, self.counts.items(), strict=True):
             skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
             LOGGER.info(
-                "%s: %d images, %d masks%s",
+                "%s: %d images, %d masks%s%s",
                 split,
                 counts["images"],
                 counts["masks"],
                 f"; left out: {skipped}" if skipped else "",
+                "; scored once, at the end of the run" if dataset is self.test else "",
             )
-            if not self.are_of_one_file:
+            if dataset is self.test or not self.are_of_one_file:
                 _log_problems(dataset.subset, counts["bad_images"])
         if self.are_of_one_file:
             LOGGER.info("of the annotation file that both are parts of:")
@@ -131,7 +137,7 @@ def _log_problems(subset: CocoSubset, bad_images: dict[str, str]) -> None:
 
 
 def load_splits(config: TrainConfig) -> Splits:
-    """Reads and checks the annotation files and sets up both datasets.
+    """Reads and checks the annotation files and sets up the datasets.
 
     Args:
         config: The configuration.
@@ -140,31 +146,46 @@ def load_splits(config: TrainConfig) -> Splits:
         Datasets without an image in common.
 
     Raises:
-        DataError: Files are missing or broken, or there is nothing to validate on.
+        DataError: Files are missing or broken, or there is nothing to validate on. Of a test split
+            that is not named by the configuration, that is only logged.
     """
-    train_subset = _read_subset(config, _find_files(config, "train"))
+    train_files = _find_files(config, "train")
+    train_subset = _read_subset(config, train_files)
     split, files = find_val_files(config)
     if split == "train":
         assert config.val_fraction is not None
         train_subset, val_subset = _hold_out(train_subset, config.val_fraction, config.group_by)
     else:
         val_subset = _read_subset(config, files)
-        _warn_of_siblings(train_subset, val_subset, config.group_by)
+        _warn_of_siblings(train_subset, val_subset, config.group_by, split="validation")
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
     train_subset = _remove_shared_images(train_subset, val_subset)
+    subsets = {"train": train_subset, "val": val_subset}
+    own_files = {train_files[0].resolve(), files[0].resolve()}
+    if test_subset := _load_test_subset(config, **subsets, files=own_files):
+        subsets["test"] = test_subset
+    return _build_splits(config, subsets)
+
+
+def _build_splits(config: TrainConfig, subsets: dict[str, CocoSubset]) -> Splits:
     # Of the training images; only what does not occur in them is measured on the others.
-    pixels = val_subset.measure_pixels(train_subset.measure_pixels(train_subset.index.pixels))
-    train_subset, val_subset = (one.with_pixels(pixels) for one in (train_subset, val_subset))
-    counts = {"train": _count_subset(train_subset), "val": _count_subset(val_subset)}
-    val = _build_dataset(val_subset, config, training=False)
+    pixels = subsets["train"].index.pixels
+    for subset in subsets.values():
+        pixels = subset.measure_pixels(pixels)
+    subsets = {split: subset.with_pixels(pixels) for split, subset in subsets.items()}
+    datasets = {
+        split: _build_dataset(subset, config, training=split == "train")
+        for split, subset in subsets.items()
+    }
     if config.on_bad_image == "skip":
-        _refuse_unreadable(val)
+        _refuse_unreadable(datasets["val"])
     return Splits(
-        train=_build_dataset(train_subset, config, training=True),
-        val=val,
-        counts=counts,
-        fingerprint=_hash_training_data(train_subset),
+        train=datasets["train"],
+        val=datasets["val"],
+        test=datasets.get("test"),
+        counts={split: _count_subset(subset) for split, subset in subsets.items()},
+        fingerprint=hash_data(subsets["train"]),
     )
 
 
@@ -202,6 +223,54 @@ def find_val_files(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
             hint = " With no validation split, set val_fraction (say 0.2) to hold images out."
             raise DataError(f"{error}{hint}") from error
         return "train", _find_files(config, "train")
+
+
+def _load_test_subset(
+    config: TrainConfig, *, train: CocoSubset, val: CocoSubset, files: set[Path]
+) -> CocoSubset | None:
+    # The images of the test split that are in no other, whose annotation files are given; None
+    # where there are none.
+    is_named = config.test_annotations is not None or config.test_split != "auto"
+    try:
+        test_files = _find_test_files(config)
+        if test_files is None or (not is_named and test_files[0].resolve() in files):
+            return None
+        subset = _read_subset(config, test_files)
+    except DataError as error:
+        if is_named:
+            raise
+        LOGGER.info("test_split auto: nothing is scored at the end of the run: %s", error)
+        return None
+    _warn_of_siblings(train, subset, config.group_by, split="test")
+    return _remove_seen_images(subset, train, val)
+
+
+def _find_test_files(config: TrainConfig) -> tuple[Path, Path] | None:
+    if config.test_annotations is None:
+        if config.test_split == "off":
+            return None
+        if config.test_split == "auto":
+            root = config.data_root
+            return None if root is None else find_test_split(Path(root).expanduser())
+    return _find_files(config, "test")
+
+
+def _remove_seen_images(test: CocoSubset, train: CocoSubset, val: CocoSubset) -> CocoSubset | None:
+    seen = np.union1d(find_shared(test, train), find_shared(test, val))
+    if not len(seen):
+        return test
+    LOGGER.warning(
+        "%d of %d images of the test split are also trained or validated on, so they are not "
+        "scored as test images (%s%s)",
+        len(seen),
+        test.num_images,
+        ", ".join(test.file_name(i) for i in seen[:5]),
+        ", ..." if len(seen) > 5 else "",
+    )
+    if len(seen) == test.num_images:
+        return None
+    kept = test.select(np.setdiff1d(np.arange(test.num_images), seen))
+    return replace(kept, counts={**test.counts, "image-in-train-or-val": len(seen)})
 
 
 def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
@@ -257,17 +326,20 @@ def _hold_out(
     return train_subset, val_subset
 
 
-def _warn_of_siblings(train: CocoSubset, val: CocoSubset, group_by: str) -> None:
+def _warn_of_siblings(train: CocoSubset, other: CocoSubset, group_by: str, *, split: str) -> None:
     # Folders of one name, as the splits have them, say nothing.
-    siblings = find_siblings(train, val, group_by="none" if group_by == "folder" else group_by)
+    siblings = find_siblings(train, other, group_by="none" if group_by == "folder" else group_by)
     if len(siblings):
+        advice = ", or leave out the validation split and set val_fraction"
         LOGGER.warning(
-            "%d training images are, by their names, of one group with validation images (%s, "
-            "group_by %s): validation scores will be better than on new pictures; split the "
-            "originals, or leave out the validation split and set val_fraction",
+            "%d training images are, by their names, of one group with %s images (%s, group_by "
+            "%s): %s scores will be better than on new pictures; split the originals%s",
             len(siblings),
+            split,
             train.file_name(int(siblings[0])),
             group_by,
+            split,
+            advice if split == "validation" else "",
         )
 
 
@@ -347,7 +419,8 @@ def _build_dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -
     )
 
 
-def _hash_training_data(subset: CocoSubset) -> str:
+def hash_data(subset: CocoSubset) -> str:
+    """SHA-256 of the names of images, and of all ids and boxes."""
     index = subset.index
     names = "\n".join(subset.file_name(i) for i in range(subset.num_images))
     digest = hashlib.sha256(encode_name(names))

@@ -62,7 +62,7 @@ class Forecast:
         masks_per_second: In training, all processes.
         encoding_seconds: For embeddings that are cached before the first step.
         training_seconds: For all steps.
-        validation_seconds: For all validations.
+        validation_seconds: For all validations, and for the test split at the end.
         saving_seconds: For all checkpoints.
         embedding_bytes: That will be added to the cache of embeddings.
         checkpoint_bytes: Of all checkpoints, see `build.disk_bytes`.
@@ -138,12 +138,20 @@ def _extrapolate(config: TrainConfig, splits: Splits, trial: "_TrialRun") -> For
         training_seconds=steps * step,
         validation_seconds=num_validations
         * -(-len(splits.val) // world_size)
-        * measured.val_seconds,
+        * measured.val_seconds
+        + _test_seconds(splits, measured),
         saving_seconds=num_validations * measured.save_seconds,
         embedding_bytes=cache.num_bytes if cache else 0,
         checkpoint_bytes=disk_bytes(trial.model, save_top_k=config.save_top_k),
         free_bytes=shutil.disk_usage(trial.output_dir).free,
     )
+
+
+def _test_seconds(splits: Splits, measured: "_Measurements") -> float:
+    # Two models; without cached embeddings, the time of a validation has the encoder's in it.
+    num_images = len(splits.test) if splits.test else 0
+    seconds = 2 * measured.val_seconds + measured.encode_seconds
+    return -(-num_images // distributed.get_world_size()) * seconds
 
 
 def _combine_ranks(forecast: Forecast) -> Forecast:

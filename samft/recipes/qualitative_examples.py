@@ -18,7 +18,7 @@ from samft.evaluation.object_scores import Comparison
 from samft.images.files import ImageError
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.prompts import Prompts
-from samft.models.sam import build_sam, load_state, read_state
+from samft.models.sam import load_state, read_state
 from samft.recipes import build
 from samft.reports.drawing import annotate_crop, crop_around, image_row_of
 from samft.reports.page import ObjectPair
@@ -89,7 +89,7 @@ def draw_examples(
         ("initial", "best"), masks, (comparison.before, comparison.after), strict=True
     ):
         scored = {k: float(table.iou_actual[row]) for row, k in objects.items()}
-        if not _score_as_before(dataset, predicted, scored):
+        if not score_as_before(dataset, predicted, scored):
             return QualitativeExamples(
                 why_none=f"The {which} weights of this run do not score as they did: the file has "
                 "changed since."
@@ -111,7 +111,7 @@ def _predict_with_both(
 ) -> list[dict[int, CroppedMask]]:
     embeddings: dict[int, Tensor] = {}  # the same for both weights if the encoder is frozen
     masks = []
-    initial = partial(_load_initial_weights, config)
+    initial = partial(build.load_initial_state, config)
     for load_weights in (initial, partial(read_state, checkpoint, quiet=True)):
         load_state(model.sam, load_weights(), source="the weights of this run")
         masks.append(
@@ -124,15 +124,6 @@ def _predict_with_both(
             )
         )
     return masks
-
-
-def _load_initial_weights(config: TrainConfig) -> dict[str, Tensor]:
-    weights = build.load_weights(config, quiet=True)
-    if weights is not None:
-        return weights
-    torch.manual_seed(config.seed)  # as `build_model` does
-    assert config.model_type is not None
-    return build_sam(config.model_type, config.image_size, attention=config.attention).state_dict()
 
 
 @torch.no_grad()
@@ -186,9 +177,10 @@ def predict_objects(
     return masks
 
 
-def _score_as_before(
+def score_as_before(
     dataset: Coco2MaskDataset, predicted: dict[int, CroppedMask], scored: dict[int, float]
 ) -> bool:
+    """Whether predicted masks of objects have the IoU that they had earlier, by object."""
     index = dataset.subset.index
     for k, mask in predicted.items():
         size = index.sizes[image_row_of(index, k)].tolist()

@@ -55,6 +55,9 @@ class RunReport:
         splits: Its data.
         images: The pictures and the scores of single objects of its validations.
         best: The best checkpoint; None if there is none.
+        test: See `final_test.score_test_split`.
+        has_news: Whether this start of the run has validated or tested; False: an earlier one had
+            finished it.
     """
 
     config: TrainConfig
@@ -62,6 +65,8 @@ class RunReport:
     splits: Splits
     images: ValidationImages
     best: Checkpoint | None
+    test: dict[str, Any] | None = None
+    has_news: bool = True
 
     @cached_property
     def comparison(self) -> Comparison | None:
@@ -88,6 +93,7 @@ class RunReport:
             defaults=asdict(TrainConfig()),
             small_objects=self.splits.small_objects,
             comparison=self.comparison,
+            test=self.test,
         )
 
     def write(
@@ -102,8 +108,7 @@ class RunReport:
         """
         commands = self.next_commands()
         path = self.output_dir / FILE_NAME
-        # A finished run that is started again has nothing new to report.
-        if self.images.has_validation or not path.exists():
+        if self.has_news or not path.exists():
             try:
                 page = self._build_page(summary, model, commands, should_stop=should_stop)
                 write_text(path, render(page))

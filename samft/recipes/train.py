@@ -20,6 +20,7 @@ from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_host_e
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import EmbeddingCache, open_cache
+from samft.recipes.final_test import SUMMARY_NAME, score_test_split
 from samft.recipes.fit import TrainingRun, fit
 from samft.recipes.prepare import RunParts, prepare, write_run_status
 from samft.recipes.report import RunReport
@@ -157,6 +158,7 @@ def finish(training: TrainingRun) -> dict[str, Any]:
         TrainingError: `summary.json` cannot be written.
     """
     config, progress = training.config, training.progress
+    test, is_new = score_test_split(training)
     ranked = training.checkpointer.top_k.best
     progress.wall_seconds = time.monotonic() - training.started_at
     report = RunReport(
@@ -165,11 +167,13 @@ def finish(training: TrainingRun) -> dict[str, Any]:
         splits=training.splits,
         images=training.images,
         best=ranked[0] if ranked else None,
+        test=test,
+        has_news=training.images.has_validation or is_new,
     )
     summary: dict[str, Any] = distributed.broadcast(report.summarise(progress))
     if distributed.is_main():
         try:
-            write_json(training.output_dir / "summary.json", summary)
+            write_json(training.output_dir / SUMMARY_NAME, summary)
         except OSError as error:
             raise TrainingError(
                 f"all steps are done and saved, but {error.filename} could not be written "

@@ -34,6 +34,7 @@ def summarise_run(
     defaults: dict[str, Any],
     small_objects: dict[str, SmallObjects],
     comparison: Comparison | None,
+    test: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -46,15 +47,19 @@ def summarise_run(
         defaults: The default configuration.
         small_objects: Of each split.
         comparison: Of the objects' scores at step 0 and at the best step, if both are known.
+        test: The scores of the test split, if there is one: `images`, `masks`, `before`, `after`,
+            `box_fill`, `interval`, `bad_images`.
     """
     before, after = progress.baseline["per_mask_iou"], best.score if best else None
     box_fill_iou = progress.box_fill_iou
-    bad_images = progress.bad_images  # those that turned out bad only while training
+    # Those that turned out bad only while they were used.
+    bad_images = {**progress.bad_images, "test": test["bad_images"] if test else {}}
     data = {
         split: {**own, "bad_images": {**own["bad_images"], **bad_images.get(split, {})}}
         for split, own in counts.items()
     }
     regressions = find_regressions(before, after, box_fill_iou=box_fill_iou, comparison=comparison)
+    regressions += find_test_regressions(test) if test else []
     advice = suggest_changes(
         config,
         progress,
@@ -77,6 +82,7 @@ def summarise_run(
         "images_per_second": progress.train_images / max(progress.train_seconds, 1e-9),
         "skipped_steps": progress.skipped_steps,
         "objects": _count_changes(comparison) if comparison else None,
+        "test": test,
         "too_small": {split: asdict(small) for split, small in small_objects.items()},
         "data": data,
     }
@@ -127,6 +133,26 @@ def find_regressions(
             f"{describe_share(lost, total)} lost more than {LOST_IOU} IoU; "
             f"{comparison.num_gained:,} gained as much."
         )
+    return regressions
+
+
+def find_test_regressions(test: dict[str, Any]) -> list[str]:
+    """As `find_regressions`, on the test split.
+
+    Args:
+        test: See `summarise_run`.
+    """
+    before, after, box_fill_iou = test["before"], test["after"], test["box_fill"]
+    regressions = []
+    if after < before:
+        interval = describe_interval(test, before="; the mean change ")
+        regressions.append(
+            "On the test split, whose images had no part in choosing the checkpoint, IoU fell "
+            f"from {before:.4f} to {after:.4f}{interval}."
+        )
+    if after < box_fill_iou:
+        against = describe_against_box_fill(after, box_fill_iou)
+        regressions.append(f"On the test split, the masks score {after:.4f}, {against}.")
     return regressions
 
 
@@ -232,7 +258,7 @@ def describe_interval(change: dict[str, Any] | None, *, before: str) -> str:
     """The interval of a mean change, behind some words; empty where there is none.
 
     Args:
-        change: From `mean_change`; None if no objects were compared.
+        change: From `mean_change`, or any with its `interval`; None if no objects were compared.
         before: What the text begins with.
     """
     if change is None or change["interval"] is None:
@@ -271,6 +297,16 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
             objects["lost"],
             describe_share(objects["above_box_fill"], objects["compared"]),
             describe_interval(objects["change"], before="; the mean change "),
+        )
+    if test := summary["test"]:
+        LOGGER.info(
+            "test split: per_mask_iou %.4f -> %.4f on %d masks of %d images, %s%s",
+            test["before"],
+            test["after"],
+            test["masks"],
+            test["images"],
+            describe_against_box_fill(test["after"], test["box_fill"]),
+            describe_interval(test, before="; the mean change "),
         )
     num_bad_images = sum(len(counts["bad_images"]) for counts in summary["data"].values())
     if num_bad_images:

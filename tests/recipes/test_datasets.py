@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,87 @@ def test_fingerprint_changes_with_the_training_objects_only(data, tmp_path):
     changed.write_text(json.dumps(document))
     config = a_config(data, train_annotations=changed, train_images=data / "train")
     assert load_splits(config).fingerprint != before
+
+
+def with_test_split(root: Path, name: str = "test", *, seed: int = 5) -> Path:
+    for split, number in (("train", 1), ("val", 2), (name, seed)):
+        write_coco(root, 3, split=split, seed=number)
+    return root
+
+
+def test_a_test_split_is_read_where_there_is_one(data, tmp_path):
+    assert load_splits(a_config(data)).test is None
+    root = with_test_split(tmp_path)
+    splits = load_splits(a_config(root))
+    assert splits.test is not None and not splits.test.training
+    assert splits.test.subset.index.image_folder == root / "test"
+    assert list(splits.counts) == ["train", "val", "test"]
+    off = load_splits(a_config(root, test_split="off"))
+    assert off.test is None and list(off.counts) == ["train", "val"]
+    assert off.fingerprint == splits.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("place", "images"),
+    [
+        ("annotations/instances_test.json", "test"),
+        ("annotations/instances_test2017.json", "test2017"),
+        ("Test/labels.json", "Test"),
+        ("testing.json", "testing"),
+    ],
+)
+def test_a_test_split_in_any_layout(place: str, images: str, tmp_path):
+    root = with_test_split(tmp_path, images)
+    (root / place).parent.mkdir(exist_ok=True)
+    (root / images / "_annotations.coco.json").rename(root / place)
+    test = load_splits(a_config(root)).test
+    assert test is not None and test.subset.index.image_folder == root / images
+
+
+def test_a_named_test_split_has_to_be_there(tmp_path):
+    root = with_test_split(tmp_path, "held_out")
+    assert load_splits(a_config(root)).test is None
+    named = load_splits(a_config(root, test_split="held_out")).test
+    assert named is not None and len(named) == 3
+    with pytest.raises(DataError, match="no split held-out.*--test_split NAME"):
+        load_splits(a_config(root, test_split="held-out"))
+    files = {"test_annotations": root / "held_out/_annotations.coco.json"}
+    files["test_images"] = root / "held_out"
+    by_file = load_splits(a_config(root, **files)).test
+    assert by_file is not None and names(by_file) == names(named)
+
+
+def test_two_test_splits_are_left_for_the_user_to_choose(tmp_path, caplog):
+    root = with_test_split(tmp_path)
+    (root / "annotations").mkdir()
+    content = (root / "test/_annotations.coco.json").read_text()
+    (root / "test/_annotations.coco.json").unlink()
+    for year in (2015, 2017):
+        (root / f"annotations/instances_test{year}.json").write_text(content)
+    with caplog.at_level(logging.INFO, logger="samft"):
+        assert load_splits(a_config(root)).test is None
+    assert "more than one split for 'test': name one of test2015, test2017" in caplog.text
+
+
+def test_a_split_that_is_used_already_is_no_test(tmp_path, caplog):
+    root = with_test_split(tmp_path)
+    assert load_splits(a_config(root, val_split="test")).test is None
+    assert load_splits(a_config(root, train_split="test")).test is None
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("other", ["train", "val"])
+def test_images_of_other_splits_are_no_test_images(other: str, tmp_path, caplog):
+    root = with_test_split(tmp_path)
+    shutil.copy(root / other / "image_1.png", root / "test/image_1.png")
+    splits = load_splits(a_config(root))
+    assert names(splits.test) == {"image_0.png", "image_2.png"}
+    assert splits.counts["test"]["skipped"] == {"image-in-train-or-val": 1}
+    assert len(splits.train) == len(splits.val) == 3
+    assert "1 of 3 images of the test split are also trained or validated on" in caplog.text
+
+
+def test_a_test_split_of_seen_images_only_is_none(tmp_path, caplog):
+    root = with_test_split(tmp_path, seed=2)  # as val
+    assert load_splits(a_config(root)).test is None
+    assert "3 of 3 images of the test split are also trained or validated on" in caplog.text

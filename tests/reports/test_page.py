@@ -54,6 +54,7 @@ def a_page(name: str = "plain", **changes: Any) -> ReportPage:
             "images": 4,
             "change": {"difference": 0.15, "interval": [0.1, 0.2]},
         },
+        "test": None,
         "data": {"train": counts, "val": counts},
     }
     page = ReportPage(
@@ -141,6 +142,22 @@ def test_scores_and_counts_are_shown() -> None:
         "#7 in plain",
     ):
         assert expected in text, expected
+
+
+def test_the_test_split_is_shown_where_there_is_one() -> None:
+    page = a_page()
+    assert "test split" not in Reader(render(page)).text
+    test = {"images": 1200, "masks": 4500, "before": 0.41, "after": 0.36, "box_fill": 0.2}
+    text = render(
+        replace(page, summary={**page.summary, "test": {**test, "interval": [-0.1, 0.02]}})
+    )
+    shown = " ".join(Reader(text).text.split())
+    assert (
+        "test split: IoU before 0.410 IoU after 0.360 \u22120.050 filling each box 0.200" in shown
+    )
+    assert "4,500 masks of 1,200 images of the test split" in shown
+    assert "lies between \u22120.100 and +0.020 (95 %, by drawing" in shown
+    assert "again and again): it may be chance." in shown
 
 
 def test_missing_parts_are_explained() -> None:

@@ -16,6 +16,7 @@ from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores
 from samft.reports.summary import (
     find_regressions,
+    find_test_regressions,
     log_summary,
     next_commands,
     suggest_changes,
@@ -67,6 +68,7 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
             "images": 4,
             "change": {"difference": 0.15, "interval": [0.1, 0.2]},
         },
+        "test": None,
         "data": {"train": {"bad_images": {}}, "val": {"bad_images": {}}},
         **changes,
     }
@@ -126,6 +128,47 @@ def test_means_are_compared_without_object_scores() -> None:
     assert len(find_regressions(0.5, 0.4, box_fill_iou=0.3, comparison=None)) == 1
     (sentence,) = find_regressions(0.5, 0.6, box_fill_iou=0.7, comparison=None)
     assert "0.1000 below filling each box" in sentence and BETTER not in sentence
+
+
+def a_test(before: float, after: float, **changes: Any) -> dict[str, Any]:
+    scores = {"images": 4, "masks": 20, "before": before, "after": after, "box_fill": 0.6}
+    return {**scores, "interval": [-0.25, -0.125], "bad_images": {}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (0.65, 0.7, []),
+        (0.7, 0.7, []),
+        (0.75, 0.7, ["fell from 0.7500 to 0.7000; the mean change on other images like these is "]),
+        (0.5, 0.55, ["score 0.5500, 0.0500 below filling each box (0.6000)."]),
+        (0.7, 0.5, ["fell from 0.7000 to 0.5000", "0.1000 below filling each box"]),
+    ],
+)
+def test_a_test_split_that_got_worse_is_described(
+    before: float, after: float, expected: list[str]
+) -> None:
+    sentences = find_test_regressions(a_test(before, after))
+    assert len(sentences) == len(expected)
+    for part, text in zip(expected, sentences, strict=True):
+        assert text.startswith("On the test split, ") and part in text
+    for text in find_test_regressions(a_test(before, after, interval=None)):
+        assert "interval" not in text
+
+
+def test_a_worse_test_split_is_part_of_the_verdict() -> None:
+    best = Checkpoint("10-0.75.ckpt", 10, 0.75)
+    progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
+    parts: dict[str, Any] = {"folder": Path("run"), "config": CONFIG, "comparison": None}
+    parts |= {"defaults": DEFAULTS, "small_objects": ROOMY}
+    parts["counts"] = {"test": {"images": 5, "bad_images": {"a.png": "image-empty"}}}
+    test = a_test(0.75, 0.7, bad_images={"b.png": "cut short"})
+    worse = summarise_run(progress, best, **parts, test=test)
+    assert len(worse["got_worse"]) == 1 and worse["what_to_try"] and worse["test"] == test
+    assert set(worse["data"]["test"]["bad_images"]) == {"a.png", "b.png"}
+    better = summarise_run(progress, best, **parts, test=a_test(0.6, 0.7))
+    assert better["got_worse"] == better["what_to_try"] == []
+    assert summarise_run(progress, best, **parts)["test"] is None
 
 
 def test_the_summary_holds_the_verdict_and_advice() -> None:
@@ -253,6 +296,16 @@ def test_the_log_has_scores_files_and_next_commands(tmp_path, caplog):
         name in places for name in (str(tmp_path), "40-0.75.ckpt", BEFORE_AFTER, "report.html")
     )
     assert commands.splitlines()[1:] == ["one", "two", "three"]
+
+
+def test_the_log_has_the_scores_of_the_test_split(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="samft"):
+        log_summary(a_summary(tmp_path, test=a_test(0.5, 0.7)), tmp_path, commands=[])
+    assert caplog.messages[2] == (
+        "test split: per_mask_iou 0.5000 -> 0.7000 on 20 masks of 4 images, 0.1000 above filling "
+        "each box (0.6000); the mean change on other images like these is -0.250 to -0.125 (95 % "
+        "interval)"
+    )
 
 
 @pytest.mark.parametrize(

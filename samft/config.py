@@ -72,9 +72,9 @@ class TrainConfig:
     )
     test_split: str = _data(
         "auto",
-        "name of a split that is scored once, at the end, before and after training; auto: test, "
-        "if there is one; off: none",
-        metavar="auto|off|NAME",
+        "split to score once, at the end of the run, with the untouched and the best weights; "
+        "auto: test, if there is one; none: no split",
+        metavar="auto|none|NAME",
     )
     train_annotations: str | None = _data(
         None, "COCO file to train on, instead of data_root", metavar="FILE"

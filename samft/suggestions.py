@@ -46,7 +46,8 @@ def suggest_nearest(name: str, options: Iterable[str]) -> str:
     near = near or [key for key in plain if _has_words(key, wanted)]
     if not 1 <= len(near) <= _MAX_NAMED:
         near = difflib.get_close_matches(wanted, plain, n=1)
-    return f" Did you mean {' or '.join(plain[key] for key in near)}?" if near else ""
+    names = ", ".join(plain[key] for key in near)
+    return f" Did you mean {' or '.join(names.rsplit(', ', 1))}?" if near else ""
 
 
 def _has_words(option: str, wanted: str) -> bool:

@@ -83,7 +83,7 @@ def find_test_split(data_root: Path) -> tuple[Path, Path] | None:
     if named := _find_by_name(data_root, "test"):
         return named
     has_one = any(role_of(each.name) == "test" for each in list_splits(data_root))
-    return find_split(data_root, "test", flags="--test_split NAME, or off") if has_one else None
+    return find_split(data_root, "test", flags="--test_split NAME, or none") if has_one else None
 
 
 def _find_by_name(data_root: Path, split: str) -> tuple[Path, Path] | None:

@@ -247,7 +247,7 @@ def _load_test_subset(
 
 def _find_test_files(config: TrainConfig) -> tuple[Path, Path] | None:
     if config.test_annotations is None:
-        if config.test_split == "off":
+        if config.test_split == "none":
             return None
         if config.test_split == "auto":
             root = config.data_root

@@ -69,7 +69,7 @@ def score_test_split(run: TrainingRun) -> tuple[dict[str, Any] | None, bool]:
         return earlier, False
     LOGGER.info(
         "scoring the test split with the untouched weights and with %s: %d images, %d masks "
-        "(`--test_split off` leaves it out)",
+        "(`--test_split none` leaves it out)",
         best.name,
         test.subset.num_images,
         test.subset.num_objects,

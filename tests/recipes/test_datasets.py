@@ -298,7 +298,7 @@ def test_a_test_split_is_read_where_there_is_one(data, tmp_path):
     assert splits.test is not None and not splits.test.training
     assert splits.test.subset.index.image_folder == root / "test"
     assert list(splits.counts) == ["train", "val", "test"]
-    off = load_splits(a_config(root, test_split="off"))
+    off = load_splits(a_config(root, test_split="none"))
     assert off.test is None and list(off.counts) == ["train", "val"]
     assert off.fingerprint == splits.fingerprint
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samft.models.weights import PACKAGED_TINY
 
 from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, evaluate_here, train_here, write_data
@@ -18,7 +19,6 @@ from samft.distributed import get_rank
 from samft.errors import UserError
 from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
-from samft.models.weights import PACKAGED_TINY
 from samft.recipes import final_test
 from samft.recipes.final_test import score_models
 from samft.runtime.signals import StopInterrupt, StopRequest
@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_scored_again(
         assert train_here(argv)["test"] == summary_of(run)["test"]
     page = folder / "report.html"
     assert page.read_bytes() == (run / "report.html").read_bytes()
-    assert train_here([*argv, "--test_split", "off"])["test"] is None
+    assert train_here([*argv, "--test_split", "none"])["test"] is None
     # Now it is new again.
     assert train_here(argv)["test"] == summary_of(run)["test"]
     assert page.read_bytes() != (run / "report.html").read_bytes()
@@ -180,7 +180,7 @@ def test_other_initial_weights_are_not_taken_for_the_untouched(
 ) -> None:
     weights = tmp_path / "mine.pth"
     shutil.copy(PACKAGED_TINY, weights)
-    argv = short(data, tmp_path / "run", checkpoint_path=weights, test_split="off")
+    argv = short(data, tmp_path / "run", checkpoint_path=weights, test_split="none")
     train_here(argv)
     shutil.copy(summary_of(run)["best_checkpoint"], weights)
     argv = short(data, tmp_path / "run", checkpoint_path=weights)

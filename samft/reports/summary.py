@@ -52,12 +52,6 @@ def summarise_run(
     """
     before, after = progress.baseline["per_mask_iou"], best.score if best else None
     box_fill_iou = progress.box_fill_iou
-    # Those that turned out bad only while they were used.
-    bad_images = {**progress.bad_images, "test": test["bad_images"] if test else {}}
-    data = {
-        split: {**own, "bad_images": {**own["bad_images"], **bad_images.get(split, {})}}
-        for split, own in counts.items()
-    }
     regressions = find_regressions(before, after, box_fill_iou=box_fill_iou, comparison=comparison)
     regressions += find_test_regressions(test) if test else []
     advice = suggest_changes(
@@ -84,7 +78,18 @@ def summarise_run(
         "objects": _count_changes(comparison) if comparison else None,
         "test": test,
         "too_small": {split: asdict(small) for split, small in small_objects.items()},
-        "data": data,
+        "data": _count_data(counts, progress, test),
+    }
+
+
+def _count_data(
+    counts: dict[str, dict[str, Any]], progress: Progress, test: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
+    # With the images that turned out bad only while they were used.
+    bad_images = {**progress.bad_images, "test": test["bad_images"] if test else {}}
+    return {
+        split: {**own, "bad_images": {**own["bad_images"], **bad_images.get(split, {})}}
+        for split, own in counts.items()
     }
 
 

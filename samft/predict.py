@@ -2,16 +2,22 @@
 
     samft predict --checkpoint FILE --images FOLDER --output_dir OUT
     samft predict ... --images PHOTO.jpg --box 40,60,310,280
+    samft predict ... --images PHOTO.jpg --point 120,90 --point 30,40,0
+    samft predict ... --images DIR --points POINTS.json
     samft predict ... --images DIR --annotations COCO.json
     samft predict ... --images DIR --annotations COCO.json --boxes FILE
 
 One mask is predicted for each box. Boxes are the ones given with --box, or
 those of a detector's COCO results file (--boxes), or those of the objects in
---annotations, which need no masks. Without boxes, the automatic mask generator
-of segment_anything finds the masks.
+--annotations, which need no masks. All --point, with --box if it is given,
+prompt one object; --points names a JSON file of any number of objects: [{"image":
+FILE NAME, "points": [[x, y], ...], "labels": [1, 0, ...], "box": [x0, y0, x1,
+y1], "id": NUMBER}, ...], where labels (1: of the object, 0: not), box and id may
+be missing. Without prompts, the automatic mask generator of segment_anything
+finds the masks.
 
 OUT/results.json can be read with pycocotools' COCO.loadRes. Each entry has
-image_id, category_id, bbox (the given box; for an automatic mask its own),
+image_id, category_id, bbox (the given box, or else that of the mask),
 segmentation (RLE), score (the predicted IoU) and, where they exist,
 annotation_id, detector_score and stability_score. An image_id is that of
 --annotations, also where it is text; an annotation_id that is no whole number
@@ -25,7 +31,6 @@ are left out.
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -41,6 +46,13 @@ from samft.errors import ConfigError, DataError, escape_unprintable
 from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.interchange.coco_writer import POLYGONS, RLE
+from samft.prediction.flags import (
+    add_generator_flags,
+    check_prompt_flags,
+    generator_settings,
+    parse_box,
+    parse_point,
+)
 from samft.prediction.inputs import PredictionTask, build_task
 from samft.prediction.outputs import (
     DATASET,
@@ -58,6 +70,7 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
+from samft.prediction.points import BOXES_ONLY
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import atomic_replacement, write_atomically
 from samft.runtime.logs import progress_bar
@@ -91,6 +104,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         annotations=options.annotations,
         results=options.boxes,
         boxes=options.box,
+        points=options.point,
+        points_file=options.points,
         automatic=options.automatic,
         min_score=options.min_score,
         allow_links=options.allow_links,
@@ -155,23 +170,23 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     )
     add(
         "--box",
-        type=_parse_box,
+        type=parse_box,
         action="append",
         metavar="X0,Y0,X1,Y1",
         help="a box in pixels of the original image, used for every image; repeatable",
     )
+    add(
+        "--point",
+        type=parse_point,
+        action="append",
+        metavar="X,Y[,0]",
+        help="a point of the object in pixels of the original image; with ,0 a point of something "
+        "else; repeatable: all of them, and one --box, are of one object of every image",
+    )
+    add("--points", type=user_path, metavar="FILE", help="JSON file of objects, see above")
     add_pixel_flags(add, of=_UNLESS_SAVED)
     add("--automatic", action="store_true", help="automatic masks even if --annotations has boxes")
-    add(
-        "--points_per_side",
-        type=int,
-        default=32,
-        metavar="N",
-        help="for automatic masks; default 32",
-    )
-    for name, default in (("pred_iou_thresh", 0.88), ("stability_score_thresh", 0.95)):
-        text = f"for automatic masks; a lower threshold keeps more masks; default {default}"
-        add(f"--{name}", type=float, default=default, metavar="X", help=text)
+    add_generator_flags(add)
 
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
@@ -215,27 +230,15 @@ def _add_output_flags(add: Callable[..., Any]) -> None:
         "--amp",
         choices=("auto", "off", "bf16", "fp16"),
         default="off",
-        help="mixed precision, for boxes; default off",
+        help="mixed precision, for boxes and points; default off",
     )
     add("--debug", action="store_true", help="show tracebacks of user errors too")
 
 
-def _parse_box(text: str) -> list[float]:
-    try:
-        x0, y0, x1, y1 = (float(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not x0,y0,x1,y1") from None
-    if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' has no width or no height: it is x0,y0,x1,y1 with x1 > x0 and y1 > y0"
-        )
-    return [x0, y0, x1, y1]
-
-
 def _check_options(options: argparse.Namespace) -> None:
-    sources = [name for name in ("boxes", "box", "automatic") if getattr(options, name)]
-    if len(sources) > 1:
-        raise ConfigError(f"--{' and --'.join(sources)} exclude each other: give one of them.")
+    unused = check_prompt_flags(options)
+    if unused:
+        _print_warning(f"not used, because masks are not automatic here: --{' --'.join(unused)}")
     if options.boxes and not options.annotations:
         raise ConfigError(
             "--boxes needs --annotations, a COCO file that says which image each image_id is; it "
@@ -245,12 +248,11 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--annotations goes with one folder of --images.")
     if options.segmentation and options.format != "coco":
         raise ConfigError(f"--segmentation is of {DATASET}: give --format coco as well.")
-    for name, least in (("num_workers", 0), ("points_per_side", 1)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name}: {getattr(options, name)} must be at least {least}.")
+    if options.num_workers < 0:
+        raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
     find_weights_file(options.checkpoint, field="--checkpoint")
     written = {(options.output_dir / name).resolve() for name in (RESULTS, IMAGES, DATASET)}
-    for name in ("annotations", "boxes"):
+    for name in ("annotations", "boxes", "points"):
         source = getattr(options, name)
         if source and source.resolve() in written:
             raise ConfigError(f"--output_dir: {source} would be overwritten: name another folder.")
@@ -280,12 +282,12 @@ def _without_bad_images(task: PredictionTask, options: argparse.Namespace) -> Pr
         )
     for reason in reasons:
         _print_warning(f"left out: {reason}")
-    for reason, count in task.boxes.left_out.items() if task.boxes else ():
+    for reason, count in task.prompts.left_out.items() if task.prompts else ():
         _print_warning(f"boxes left out: {count:,} with {reason}")
     rows = [row for row in task.rows if row not in images.bad]
     if not rows:
         reason = "none of its images can be read" if reasons else "it has no box"
-        source = options.boxes or options.annotations or options.images[0]
+        source = options.boxes or options.points or options.annotations or options.images[0]
         raise DataError(f"{source}: {reason}, so there is nothing to predict: check the input.")
     return replace(task, rows=rows)
 
@@ -351,7 +353,7 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
         if not options.annotations:
             write_images_json(folder / IMAGES, task.images, rows)
     counts["images"] = len(rows)
-    counts["boxes_left_out"] = task.boxes.left_out if task.boxes else {}
+    counts["boxes_left_out"] = task.prompts.left_out if task.prompts else {}
     _print_summary(counts, options, seconds=time.monotonic() - start)
     return counts
 
@@ -359,24 +361,33 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
 def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Predictor":
     # Imported here because torch takes seconds, and --help and wrong flags must answer at once.
     from samft.models.prompted_sam import PromptedSam
-    from samft.models.sam import open_checkpoint
-    from samft.prediction.predictors import AutomaticPredictor, BoxPredictor
+    from samft.models.sam import open_checkpoint, saved_prompts
+    from samft.prediction.predictors import AutomaticPredictor, BoxPredictor, PointPredictor
     from samft.runtime.device import check_device, pick_amp_dtype, pick_device
 
     device = pick_device(options.device)
     check_device(device)
     sam, *_, resize_mode = open_checkpoint(options.checkpoint, attention="fast")
     model = PromptedSam(sam.to(device).requires_grad_(False))
-    if task.boxes is not None:
-        amp_dtype = pick_amp_dtype(options.amp, device)
+    amp_dtype = pick_amp_dtype(options.amp, device)
+    if task.prompts is not None and task.prompts.points is None:
         return BoxPredictor(model, resize_mode=resize_mode, amp_dtype=amp_dtype)
+    trained = saved_prompts(options.checkpoint)
+    if trained is not None and trained.boxes_only:
+        _print_warning(f"{options.checkpoint.name} {BOXES_ONLY}")
+    if task.prompts is not None:
+        return PointPredictor(
+            model,
+            resize_mode=resize_mode,
+            amp_dtype=amp_dtype,
+            three_masks=trained is None or trained.three_masks,
+        )
     if resize_mode == "squash":
         _print_warning(
             "the checkpoint was trained with resize_mode squash, but the automatic mask generator "
             "always pads: expect worse masks than validation measured"
         )
-    names = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")
-    return AutomaticPredictor(model, **{name: getattr(options, name) for name in names})
+    return AutomaticPredictor(model, **generator_settings(options))
 
 
 def _predict_rows(
@@ -390,7 +401,7 @@ def _predict_rows(
     images = task.images
     pictures = _picture_writer(options)
     names = picture_names(images.names, images.ids)
-    inputs = [(images.paths[row], task.boxes_of(row)) for row in task.rows]
+    inputs = [(images.paths[row], task.prompts_of(row)) for row in task.rows]
 
     def to_entries(
         k: int, prepared: "PreparedImage", masks: Iterator["PredictedMask"]
@@ -409,7 +420,8 @@ def _predict_rows(
             if pictures:
                 drawn.append(one.mask)
         labels = overlay_labels(entries, task.category_names)
-        pictures.write(names[row], prepared.image, drawn, boxes=inputs[k][1], labels=labels)
+        prompts: dict[str, Any] = {"boxes": task.boxes_of(row), "points": task.points_of(row)}
+        pictures.write(names[row], prepared.image, drawn, **prompts, labels=labels)
         return entries
 
     results = predict_images(

@@ -83,6 +83,10 @@ class TunedCheckpoint:
             metadata["step"] = str(self.sidecar["step"])
         if "metrics" in self.sidecar:
             metadata["metrics"] = json.dumps(self.sidecar["metrics"])
+        config = self.sidecar.get("config")
+        if isinstance(config, dict):
+            names = ("prompts", "correction_rounds", "multimask")
+            metadata |= {name: str(config[name]) for name in names if config.get(name) is not None}
         return metadata
 
     def find_base(self) -> Path | None:

@@ -15,7 +15,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from samft.images.synthetic import draw_scene
-from samft.prediction.predictors import build_mask_generator, choose_points_per_batch
+from samft.models.mask_generator import MaskGenerator
 from samft.runtime.device import exact_float32
 
 # Absolute, for predicted IoU and logits up to 10; relative to larger logits. float32 has 7 digits.
@@ -222,13 +222,5 @@ def _suggest_thresholds(sam: Sam, image: NDArray[np.uint8]) -> str:
     )
 
 
-@exact_float32()
-def _generate_masks(sam: Sam, image: NDArray[np.uint8], **options: float) -> list[dict[str, Any]]:
-    generator = build_mask_generator(
-        sam,
-        points_per_side=POINTS_PER_SIDE,
-        points_per_batch=choose_points_per_batch((image.shape[0], image.shape[1])),
-        **options,
-    )
-    masks: list[dict[str, Any]] = generator.generate(image)
-    return masks
+def _generate_masks(sam: Sam, image: NDArray[np.uint8], **options: Any) -> list[dict[str, Any]]:
+    return MaskGenerator(sam, points_per_side=POINTS_PER_SIDE, **options).generate(image)

@@ -355,6 +355,35 @@ def saved_pixels(path: str | Path) -> PixelFormat | None:
     return PixelFormat.from_json(_saved_metadata(Path(path), "pixels").get("pixels"))
 
 
+class SavedPrompts(NamedTuple):
+    """The prompts that a checkpoint was trained with.
+
+    Attributes:
+        boxes_only: No point was among them.
+        three_masks: A single point trained the best of three masks, `multimask best`.
+    """
+
+    boxes_only: bool
+    three_masks: bool
+
+
+def saved_prompts(path: Path) -> SavedPrompts | None:
+    """The prompts of a checkpoint's training; None if it was not trained by samft, as Meta's.
+
+    Args:
+        path: A checkpoint or an export. Its sidecar records them, or the file itself; where it is
+            older than the settings, there were boxes only.
+    """
+    saved = _saved_metadata(path, "config")
+    config = saved.get("config", saved)
+    # Of a run, or of an export of its checkpoint; an export of Meta's has neither.
+    if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step"}:
+        return None
+    clicks = str(config.get("correction_rounds") or 0) != "0"
+    boxes_only = config.get("prompts", "box") == "box" and not clicks
+    return SavedPrompts(boxes_only, config.get("multimask") == "best")
+
+
 def read_image(path: str | Path, *, like: str | Path) -> NDArray[np.uint8]:
     """Reads an image for `SamPredictor` as the training of a checkpoint read its images.
 

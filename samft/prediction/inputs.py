@@ -1,7 +1,7 @@
-"""What to predict on: images, and the boxes to predict masks for. Imports no torch.
+"""What to predict on: images, and the objects to predict masks for. Imports no torch.
 
 Images come from the command line or from a COCO file; boxes from the command line, from the objects
-of that COCO file, or from a detector's COCO results file.
+of that COCO file, or from a detector's COCO results file; points as `prediction.points` has them.
 """
 
 import json
@@ -33,6 +33,14 @@ from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.interchange.coco_writer import NO_CLASS
 from samft.prediction.images import ImageList, list_images, read_coco_images
+from samft.prediction.points import (
+    MAX_OVERHANG,
+    PointedObject,
+    PointPrompt,
+    overhang,
+    read_points,
+    repeat_points,
+)
 from samft.runtime.files import read_file
 
 DEFAULT_CATEGORY = 1  # of objects in images that no COCO file lists
@@ -44,16 +52,17 @@ _MAX_COORDINATE = 1e7  # px; far outside of any image
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """K boxes to predict masks for, grouped by image.
+class PromptedObjects:
+    """K objects to predict masks for, grouped by image, each with a box, or points, or both.
 
     Attributes:
-        rows: int64 [K], row of each box's image in `ImageList`, ascending.
-        boxes_original: float64 [K, 4], x0 y0 x1 y1, px, original frame.
+        rows: int64 [K], row of each object's image in `ImageList`, ascending.
+        boxes_original: float64 [K, 4], x0 y0 x1 y1, px, original frame; NaN: points alone.
         category_ids: int64 [K].
-        annotation_ids: int64 [K]; `NO_ID` for boxes that are not of an annotation.
-        scores: float64 [K], the detector's; NaN for boxes without one.
+        annotation_ids: int64 [K]; `NO_ID` for objects that are not of an annotation.
+        scores: float64 [K], the detector's; NaN for objects without one.
         left_out: Number of unusable boxes by reason.
+        points: float64 [P, 3] of each of the K objects, see `PointPrompt`; None: boxes alone.
     """
 
     rows: NDArray[np.int64]
@@ -62,52 +71,64 @@ class Boxes:
     annotation_ids: NDArray[np.int64]
     scores: NDArray[np.float64]
     left_out: dict[str, int]
+    points: list[NDArray[np.float64]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def of_image(self, row: int) -> range:
-        """Indices of the boxes of the image in this row."""
+        """Indices of the objects of the image in this row."""
         first, last = np.searchsorted(self.rows, [row, row + 1]).tolist()
         return range(first, last)
 
 
 @dataclass(frozen=True)
 class PredictionTask:
-    """Images, and the boxes in them to predict masks for.
+    """Images, and the objects in them to predict masks for.
 
     Attributes:
         images: All images.
         rows: Those to predict on.
-        boxes: None: automatic masks.
+        prompts: None: automatic masks.
         category: Category id of automatic masks.
         category_names: Of the classes that the COCO file defines; without one, of the one class.
     """
 
     images: ImageList
     rows: list[int]
-    boxes: Boxes | None
+    prompts: PromptedObjects | None
     category: int
     category_names: Mapping[int, str]
 
     def boxes_of(self, row: int) -> NDArray[np.float64]:
-        """The boxes of an image, float64 [K, 4], x0 y0 x1 y1, px, original frame."""
-        if self.boxes is None:
+        """The boxes of an image, float64 [K, 4], x0 y0 x1 y1, px, original frame, or NaN."""
+        if self.prompts is None:
             return np.zeros((0, 4))
-        indices = self.boxes.of_image(row)
-        return self.boxes.boxes_original[indices.start : indices.stop]
+        indices = self.prompts.of_image(row)
+        return self.prompts.boxes_original[indices.start : indices.stop]
+
+    def points_of(self, row: int) -> list[NDArray[np.float64]]:
+        """The points of each object of an image, float64 [P, 3]; empty with boxes alone."""
+        if self.prompts is None or self.prompts.points is None:
+            return []
+        return [self.prompts.points[k] for k in self.prompts.of_image(row)]
+
+    def prompts_of(self, row: int) -> NDArray[np.float64] | list[PointPrompt]:
+        """What `Predictor.predict` takes: boxes, or where there are points, objects."""
+        points, boxes = self.points_of(row), self.boxes_of(row)
+        return [PointPrompt(*pair) for pair in zip(points, boxes, strict=True)] if points else boxes
 
     def result_fields(self, row: int, k: int) -> dict[str, Any]:
         """Fields of a COCO result that do not depend on the mask, for the k-th mask of an image."""
         fields: dict[str, Any] = {"image_id": self.images.id_as_written(row)}
-        if self.boxes is None:
+        if self.prompts is None:
             return {**fields, "category_id": self.category}
-        box = self.boxes.of_image(row)[k]
-        fields["category_id"] = int(self.boxes.category_ids[box])
-        if self.boxes.annotation_ids[box] != NO_ID:
-            fields["annotation_id"] = int(self.boxes.annotation_ids[box])
-        if not np.isnan(self.boxes.scores[box]):
-            fields["detector_score"] = float(self.boxes.scores[box])
+        box = self.prompts.of_image(row)[k]
+        fields["category_id"] = int(self.prompts.category_ids[box])
+        if self.prompts.annotation_ids[box] != NO_ID:
+            fields["annotation_id"] = int(self.prompts.annotation_ids[box])
+        if not np.isnan(self.prompts.scores[box]):
+            fields["detector_score"] = float(self.prompts.scores[box])
         return fields
 
 
@@ -117,18 +138,22 @@ def build_task(
     annotations: Path | None = None,
     results: Path | None = None,
     boxes: Sequence[Sequence[float]] | None = None,
+    points: Sequence[Sequence[float]] | None = None,
+    points_file: Path | None = None,
     automatic: bool = False,
     min_score: float = 0.0,
     allow_links: Sequence[Path] = (),
     pixels: PixelFormat = PLAIN,
 ) -> PredictionTask:
-    """Lists images and boxes; with neither annotations nor boxes, masks are automatic.
+    """Lists images and objects; with neither annotations nor prompts, masks are automatic.
 
     Args:
         paths: Image files and folders; with `annotations` one folder.
         annotations: COCO file that lists the images; its boxes are used if no others are given.
         results: A detector's COCO results file, see `detected_boxes`.
-        boxes: The same for all images, see `repeat_boxes`.
+        boxes: The same for all images, see `repeat_boxes`; with `points` at most one.
+        points: Of one object in all images, see `repeat_points`.
+        points_file: See `read_points`.
         automatic: Automatic masks even if `annotations` has boxes.
         min_score: See `detected_boxes`.
         allow_links: Folders that symbolic links in folders of images may lead to.
@@ -138,7 +163,7 @@ def build_task(
         The task; its rows include unreadable images.
 
     Raises:
-        DataError: There are no images, or the boxes do not belong to them.
+        DataError: There are no images, or the prompts do not belong to them.
     """
     index, category = None, DEFAULT_CATEGORY
     names: Mapping[int, str] = {DEFAULT_CATEGORY: NO_CLASS}
@@ -155,20 +180,38 @@ def build_task(
         detected = detected_boxes(results, images, min_score=min_score, categories=keys)
         rows = sorted(set(detected.rows.tolist()))
         return PredictionTask(images, rows, detected, category, names)
-    if annotations is not None and index is not None and not (boxes or automatic):
+    if points_file is not None:
+        pointed = _group_points(read_points(points_file, images), category)
+        return PredictionTask(images, sorted(set(pointed.rows.tolist())), pointed, category, names)
+    if annotations is not None and index is not None and not (boxes or points or automatic):
         annotated = annotated_boxes(annotations, index)
         # Unreadable images have no boxes, but are kept so that they are reported.
         lost = {row for row in images.bad if images.names[row] in index.bad_images}
         rows = sorted(lost | set(annotated.rows.tolist()))
         return PredictionTask(images, rows, annotated, category, names)
     repeated = repeat_boxes(boxes, images, category) if boxes else None
+    if points:
+        objects = repeat_points(points, boxes[0] if boxes else None, images)
+        repeated = _group_points(objects, category)
     return PredictionTask(images, list(range(len(images.ids))), repeated, category, names)
+
+
+def _group_points(objects: Sequence[PointedObject], category: int) -> PromptedObjects:
+    return _group_by_image(
+        [one.row for one in objects],
+        [one.prompt.box for one in objects],
+        category,
+        annotation_ids=[one.annotation_id for one in objects],
+        points=[one.prompt.points for one in objects],
+    )
 
 
 # Boxes of the command line.
 
 
-def repeat_boxes(boxes: Sequence[Sequence[float]], images: ImageList, category: int) -> Boxes:
+def repeat_boxes(
+    boxes: Sequence[Sequence[float]], images: ImageList, category: int
+) -> PromptedObjects:
     """The same boxes in every readable image.
 
     Args:
@@ -181,8 +224,8 @@ def repeat_boxes(boxes: Sequence[Sequence[float]], images: ImageList, category: 
     """
     good = np.array([row for row in range(len(images.ids)) if row not in images.bad], dtype=int)
     for box in boxes:
-        overhang = _overhang(np.array([box], dtype=float), images.sizes[good])
-        for row in good[overhang > 1].tolist():
+        overhangs = overhang(np.array([box], dtype=float), images.sizes[good])
+        for row in good[overhangs > MAX_OVERHANG].tolist():
             height, width = images.sizes[row].tolist()
             raise DataError(
                 f"--box {','.join(f'{side:g}' for side in box)} lies outside of {images.names[row]}"
@@ -190,14 +233,7 @@ def repeat_boxes(boxes: Sequence[Sequence[float]], images: ImageList, category: 
                 "pixels of the original image."
             )
     rows = np.repeat(good, len(boxes))
-    return _boxes_by_image(rows, np.tile(np.array(boxes, dtype=float), (len(good), 1)), category)
-
-
-def _overhang(boxes: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDArray[np.float64]:
-    # The most px by which a box reaches out of any side of its image; negative inside.
-    return np.asarray(
-        np.concatenate([-boxes[:, :2] + 0 * sizes, boxes[:, 2:] - sizes[:, ::-1]], axis=1).max(1)
-    )
+    return _group_by_image(rows, np.tile(np.array(boxes, dtype=float), (len(good), 1)), category)
 
 
 # Boxes of a COCO file's objects.
@@ -213,7 +249,7 @@ class _ImageBox(NamedTuple):
     score: float = math.nan
 
 
-def annotated_boxes(annotations: Path, index: CocoIndex) -> Boxes:
+def annotated_boxes(annotations: Path, index: CocoIndex) -> PromptedObjects:
     """The boxes of a COCO file's objects, as training and validation use them, without crowds.
 
     Objects whose mask is missing or unusable are not in the index; their `bbox` is used.
@@ -236,7 +272,7 @@ def annotated_boxes(annotations: Path, index: CocoIndex) -> Boxes:
             boxes = np.append(boxes, [box.corners for box in bare], axis=0)
             categories = np.append(categories, [box.category_id for box in bare])
             ids = np.append(ids, [box.annotation_id for box in bare])
-    return _boxes_by_image(rows, boxes, categories, annotation_ids=ids, left_out=left_out)
+    return _group_by_image(rows, boxes, categories, annotation_ids=ids, left_out=left_out)
 
 
 def _is_mask_problem(code: str) -> bool:
@@ -314,7 +350,7 @@ def detected_boxes(
     *,
     min_score: float = 0.0,
     categories: Mapping[str, int] = MappingProxyType({}),
-) -> Boxes:
+) -> PromptedObjects:
     """The boxes of a detector's COCO results file.
 
     Args:
@@ -344,7 +380,7 @@ def detected_boxes(
         detections, images, row_of, min_score=min_score, categories=categories
     )
     _refuse_foreign_boxes(results, outside, len(detections), "places outside of their images")
-    return _boxes_by_image(
+    return _group_by_image(
         [box.row for box in boxes],
         [box.corners for box in boxes],
         [box.category_id for box in boxes],
@@ -428,7 +464,7 @@ def _refuse_foreign_boxes(results: Path, foreign: list[str], total: int, where: 
         )
 
 
-def _boxes_by_image(
+def _group_by_image(
     rows: Any,
     boxes: Any,
     categories: Any,
@@ -436,18 +472,20 @@ def _boxes_by_image(
     annotation_ids: Any = NO_ID,
     scores: Any = np.nan,
     left_out: dict[str, int] | None = None,
-) -> Boxes:
+    points: list[NDArray[np.float64]] | None = None,
+) -> PromptedObjects:
     rows = np.asarray(rows, dtype=np.int64)
     order = np.argsort(rows, kind="stable")
 
     def column(values: Any, dtype: type) -> NDArray[Any]:
         return np.broadcast_to(np.asarray(values, dtype=dtype), rows.shape)[order]
 
-    return Boxes(
+    return PromptedObjects(
         rows=rows[order],
         boxes_original=np.asarray(boxes, dtype=np.float64).reshape(-1, 4)[order],
         category_ids=column(categories, np.int64),
         annotation_ids=column(annotation_ids, np.int64),
         scores=column(scores, np.float64),
         left_out=left_out or {},
+        points=None if points is None else [points[k] for k in order],
     )

@@ -44,7 +44,8 @@ def result_row(
 
     Args:
         mask: At the original resolution.
-        box_original: The box that the mask was predicted for, x0 y0 x1 y1, px, original frame.
+        box_original: The box that the mask was predicted for, or that of the mask, x0 y0 x1 y1, px,
+            original frame.
         size: H, W of the image, px.
         score: The predicted IoU.
         fields: `image_id`, `category_id` and any further fields.
@@ -229,6 +230,7 @@ class PictureWriter:
         masks: Sequence[CroppedMask],
         *,
         boxes: NDArray[np.float64],
+        points: Sequence[NDArray[np.float64]] = (),
         labels: Sequence[Sequence[str]] = (),
     ) -> None:
         """Writes the pictures of one image.
@@ -237,7 +239,8 @@ class PictureWriter:
             name: One of `picture_names`.
             image: uint8 [H, W, 3] RGB.
             masks: All masks of the image.
-            boxes: [K, 4] to be drawn, x0 y0 x1 y1, px; or [0, 4].
+            boxes: To be drawn, see `draw_overlay`.
+            points: The same.
             labels: What to write beside each mask, see `draw_overlay`.
 
         Raises:
@@ -248,7 +251,7 @@ class PictureWriter:
             numbers = drawing.label_image(masks, (height, width))
             _write_picture(self.folder / MASKS / f"{name}.png", drawing.encode_label_png(numbers))
         if self.overlays:
-            drawn = draw_overlay(image, masks, boxes=boxes, labels=labels)
+            drawn = draw_overlay(image, masks, boxes=boxes, points=points, labels=labels)
             _write_picture(self.folder / OVERLAYS / f"{name}.jpg", drawing.encode_jpeg(drawn))
 
     def paths(self, name: str) -> list[Path]:

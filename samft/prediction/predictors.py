@@ -1,8 +1,8 @@
-"""Masks of images: for boxes, or for everything that SAM's automatic mask generator finds.
+"""Masks of images: for boxes or points, or all that SAM's automatic mask generator finds.
 
-Each image is encoded once, and all of its boxes are decoded with that embedding. A predictor
-(`BoxPredictor`, `AutomaticPredictor`) has two halves: `prepare` runs ahead in another thread, and
-`predict` runs on the device; a CPU may predict two images at the same time.
+Each image is encoded once, and all of its prompts are decoded with that embedding. A predictor
+(`BoxPredictor`, `PointPredictor`, `AutomaticPredictor`) has two halves: `prepare` runs ahead in
+another thread, and `predict` runs on the device; a CPU may predict two images at the same time.
 """
 
 import math
@@ -17,11 +17,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from segment_anything import SamAutomaticMaskGenerator, automatic_mask_generator
-from segment_anything.modeling import Sam
 from torch import Tensor
 
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.coco.segmentation import CroppedMask, decode_cropped, uncompressed_rle
 from samft.data.transfers import send_to
 from samft.data.transforms import Frame, boxes_to_input, make_frame, resize_image
 from samft.errors import explain_out_of_memory
@@ -31,10 +29,11 @@ from samft.images.decoder import read_image
 from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.models.mask_generator import MaskGenerator
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.prompts import Prompts
+from samft.prediction.points import PointPrompt
 from samft.runtime.device import exact_float32
-from samft.runtime.torchvision_compat import replace_missing_nms
 
 # Values of image tokens per chunk of boxes on a CPU: with vit_tiny the fastest of chunks of 1 to 20
 # boxes at 256 px (20 boxes) and at 1024 px (2 boxes), and near the fastest at 512 px.
@@ -42,8 +41,6 @@ _TOKEN_VALUES_PER_CHUNK = 2**20
 # Images predicted at the same time on a CPU. The small operations of one image leave cores idle;
 # more than two images would hold too many of a large encoder's activations.
 _CPU_IMAGES_AT_ONCE = 2
-_DEFAULT_POINTS_PER_BATCH = 64  # the automatic mask generator's own
-_PIXELS_OF_DEFAULT = 1024 * 1024  # the largest image for which that many are decoded
 
 Item = TypeVar("Item")
 Finished = TypeVar("Finished")
@@ -55,7 +52,7 @@ class PredictedMask:
 
     Attributes:
         mask: Cropped, not always tightly; of shape [0, 0] if it is empty.
-        box_original: x0 y0 x1 y1, px: the box that was given, or an automatic mask's own.
+        box_original: x0 y0 x1 y1, px: the box that was given, or else the mask's own.
         iou_predicted: The model's estimate of the mask's IoU with the ground truth.
         extra_fields: Further fields of its COCO result.
     """
@@ -94,14 +91,40 @@ class Predictor(Protocol):
         """The part of the work that needs no device; `image` is uint8 [H, W, 3], RGB."""
         ...
 
-    def predict(
-        self, prepared: PreparedImage, boxes_original: NDArray[np.float64]
-    ) -> Iterator[PredictedMask]:
-        """Yields masks one at a time; `boxes_original` is [K, 4], x0 y0 x1 y1, px."""
+    def predict(self, prepared: PreparedImage, prompts: Any, /) -> Iterator[PredictedMask]:
+        """Yields masks one at a time, of the prompts of `PredictionTask.prompts_of`."""
         ...
 
 
-class BoxPredictor:
+class _EncodingPredictor:
+    # Encodes an image by itself, as the model was trained, for whatever decodes prompts of it.
+    def __init__(
+        self, model: PromptedSam, *, resize_mode: str, amp_dtype: torch.dtype | None
+    ) -> None:
+        self.model, self.resize_mode, self.amp_dtype = model, resize_mode, amp_dtype
+        self.images_at_once = _CPU_IMAGES_AT_ONCE if model.sam.device.type == "cpu" else 1
+
+    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
+        """See `Predictor`."""
+        image_size = self.model.sam.image_encoder.img_size
+        frame = make_frame(image.shape[:2], image_size, resize_mode=self.resize_mode)
+        pixels = torch.from_numpy(resize_image(image, frame)).permute(2, 0, 1)
+        return PreparedImage(image, frame, pixels)
+
+    def _embed_image(self, prepared: PreparedImage) -> tuple[Tensor, Frame]:
+        frame, pixels = prepared.frame, prepared.pixels
+        assert frame is not None and pixels is not None
+        device = self.model.sam.device
+        input_sizes = send_to(device, torch.tensor([frame.input_size]))
+        with exact_float32(), self._autocast():
+            return self.model.embed(send_to(device, pixels[None]), input_sizes), frame
+
+    def _autocast(self) -> torch.autocast:
+        device_type, dtype = self.model.sam.device.type, self.amp_dtype
+        return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+
+
+class BoxPredictor(_EncodingPredictor):
     """One mask per box; in float32 the mask of `segment_anything.SamPredictor`."""
 
     def __init__(
@@ -121,33 +144,21 @@ class BoxPredictor:
             mask_chunk: Boxes decoded at once; None: the model's `mask_chunk`, and if that is None
                 as well, what is fastest on a CPU, or on a GPU what fits into its memory.
         """
-        self.model, self.resize_mode, self.amp_dtype = model, resize_mode, amp_dtype
+        super().__init__(model, resize_mode=resize_mode, amp_dtype=amp_dtype)
         on_cpu = model.sam.device.type == "cpu"
-        self.images_at_once = _CPU_IMAGES_AT_ONCE if on_cpu else 1
         if mask_chunk is None and model.mask_chunk is None and on_cpu:
             fitting = _TOKEN_VALUES_PER_CHUNK // math.prod(model.embedding_shape)
             mask_chunk = min(max(fitting, 1), MASK_CHUNK)
         self.mask_chunk = mask_chunk
 
-    def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
-        """See `Predictor`."""
-        image_size = self.model.sam.image_encoder.img_size
-        frame = make_frame(image.shape[:2], image_size, resize_mode=self.resize_mode)
-        pixels = torch.from_numpy(resize_image(image, frame)).permute(2, 0, 1)
-        return PreparedImage(image, frame, pixels)
-
     @torch.no_grad()
     def predict(
-        self, prepared: PreparedImage, boxes_original: NDArray[np.float64]
+        self, prepared: PreparedImage, boxes_original: NDArray[np.float64], /
     ) -> Iterator[PredictedMask]:
-        """See `Predictor`; masks are in the order of the boxes."""
-        frame, pixels = prepared.frame, prepared.pixels
-        assert frame is not None and pixels is not None
+        """See `Predictor`; masks are in the order of the boxes, [K, 4], x0 y0 x1 y1, px."""
+        embedding, frame = self._embed_image(prepared)
         device = self.model.sam.device
         boxes = torch.from_numpy(boxes_to_input(boxes_original, frame).astype(np.float32))
-        input_sizes = send_to(device, torch.tensor([frame.input_size]))
-        with exact_float32(), self._autocast():
-            embedding = self.model.embed(send_to(device, pixels[None]), input_sizes)
         for first in range(0, len(boxes), MASK_CHUNK):
             part = slice(first, first + MASK_CHUNK)
             chunk = send_to(device, boxes[part])
@@ -166,31 +177,96 @@ class BoxPredictor:
             for mask, box, score in rows:
                 yield PredictedMask(mask, box.tolist(), score)
 
-    def _autocast(self) -> torch.autocast:
-        device_type, dtype = self.model.sam.device.type, self.amp_dtype
-        return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+
+class PointPredictor(_EncodingPredictor):
+    """One mask per object, prompted with points and perhaps a box.
+
+    In float32 it is the mask of `segment_anything.SamPredictor`: with `multimask_output=False`, or
+    for a single point without a box, where the model knows three, the best by predicted IoU.
+    """
+
+    def __init__(
+        self,
+        model: PromptedSam,
+        *,
+        resize_mode: str = "pad",
+        amp_dtype: torch.dtype | None = None,
+        three_masks: bool,
+    ) -> None:
+        """See `BoxPredictor`.
+
+        Args:
+            model: The same.
+            resize_mode: The same.
+            amp_dtype: The same.
+            three_masks: Whether a single point gives the best of three masks.
+        """
+        super().__init__(model, resize_mode=resize_mode, amp_dtype=amp_dtype)
+        self.three_masks = three_masks
+
+    @torch.no_grad()
+    def predict(
+        self, prepared: PreparedImage, prompts: Sequence[PointPrompt], /
+    ) -> Iterator[PredictedMask]:
+        """See `Predictor`; masks are in the order of the prompts."""
+        embedding, frame = self._embed_image(prepared)
+        for prompt in prompts:
+            logits, score = self._decode_prompt(embedding, prompt, frame)
+            (mask,) = original_masks(
+                logits[None],
+                input_size=frame.input_size,
+                original_size=frame.original_size,
+                image_size=frame.image_size,
+            )
+            size = frame.original_size
+            box = prompt.box.tolist() if prompt.has_box else _extent_of(mask, size)
+            yield PredictedMask(mask, box, float(score))
+
+    def _decode_prompt(
+        self, embedding: Tensor, prompt: PointPrompt, frame: Frame
+    ) -> tuple[Tensor, Tensor]:
+        # Mask logits [S/4, S/4] and predicted IoU.
+        device = self.model.sam.device
+        scale = np.array([frame.scale_x, frame.scale_y])
+        points = torch.from_numpy((prompt.points[None, :, :2] * scale).astype(np.float32))
+        labels = torch.from_numpy(prompt.points[None, :, 2].astype(np.int64))
+        boxes = torch.from_numpy(boxes_to_input(prompt.box, frame).astype(np.float32))
+        prompts = Prompts(
+            boxes=send_to(device, boxes) if prompt.has_box else None,
+            points=send_to(device, points),
+            labels=send_to(device, labels),
+        )
+        image_index = torch.zeros(1, dtype=torch.int64, device=device)
+        multimask = self.three_masks and len(labels[0]) == 1 and not prompt.has_box
+        with exact_float32(), self._autocast():
+            logits, scores = self.model.decode(
+                embedding, prompts, image_index, multimask=multimask, mask_chunk=1
+            )
+        if not multimask:
+            return logits[0], scores[0]
+        best = int(scores[0].argmax())
+        return logits[0, best], scores[0, best]
+
+
+def _extent_of(mask: CroppedMask, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    return decode_cropped(uncompressed_rle(mask, size), size).extent  # cropped tightly
 
 
 class AutomaticPredictor:
-    """All masks that `SamAutomaticMaskGenerator` finds; takes no boxes."""
+    """All masks that `SamAutomaticMaskGenerator` finds; takes no prompts."""
 
     def __init__(self, model: PromptedSam, **options: Any) -> None:
-        """Takes the options of `build_mask_generator`."""
-        self.generator = build_mask_generator(model.sam, **options)
+        """Takes the settings of `MaskGenerator`."""
+        self.generator = MaskGenerator(model.sam, **options)
         self.images_at_once = 1  # the generator holds the current image
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """See `Predictor`."""
         return PreparedImage(image)
 
-    def predict(
-        self, prepared: PreparedImage, boxes_original: NDArray[np.float64]
-    ) -> Iterator[PredictedMask]:
-        """See `Predictor`; masks are in the generator's order, and boxes are ignored."""
-        self.generator.points_per_batch = choose_points_per_batch(prepared.size)
-        with exact_float32():
-            entries = self.generator.generate(prepared.image)
-        for entry in entries:
+    def predict(self, prepared: PreparedImage, prompts: object, /) -> Iterator[PredictedMask]:
+        """See `Predictor`; masks are in the generator's order, and prompts are ignored."""
+        for entry in self.generator.generate(prepared.image):
             counts = np.array(entry["segmentation"]["counts"])
             rle = {"size": list(prepared.size), "counts": counts}
             x, y, width, height = entry["bbox"]
@@ -202,33 +278,9 @@ class AutomaticPredictor:
             )
 
 
-def build_mask_generator(sam: Sam, **options: Any) -> SamAutomaticMaskGenerator:
-    """SAM's own generator, which returns masks as uncompressed RLE.
-
-    Args:
-        sam: The model, at any image size.
-        options: Of `SamAutomaticMaskGenerator`: `points_per_side`, `pred_iou_thresh`, ...
-    """
-    replace_missing_nms(automatic_mask_generator)
-    return SamAutomaticMaskGenerator(sam, output_mode="uncompressed_rle", **options)
-
-
-def choose_points_per_batch(size: tuple[int, int]) -> int:
-    """The generator's `points_per_batch` for an image, so that memory does not grow with its size.
-
-    The generator holds three masks per point at the image's own resolution. The masks that it finds
-    do not depend on this number.
-
-    Args:
-        size: H, W of the image, px.
-    """
-    fitting = _DEFAULT_POINTS_PER_BATCH * _PIXELS_OF_DEFAULT // (size[0] * size[1])
-    return max(1, min(_DEFAULT_POINTS_PER_BATCH, fitting))
-
-
 def predict_images(
     predictor: Predictor,
-    images: Sequence[tuple[Path, NDArray[np.float64]]],
+    images: Sequence[tuple[Path, Any]],
     finish: Callable[[int, PreparedImage, Iterator[PredictedMask]], Finished],
     *,
     num_workers: int,
@@ -239,7 +291,7 @@ def predict_images(
 
     Args:
         predictor: Predicts the masks of one image.
-        images: File and boxes of each image; boxes are [K, 4] as `Predictor.predict` takes them.
+        images: File and prompts of each image, the prompts as `predictor.predict` takes them.
         finish: Called with the index of an image in `images`, the image and an iterator over its
             masks; called from several threads if `predictor.images_at_once` is more than 1.
         num_workers: Threads; 0: none.
@@ -265,9 +317,9 @@ def predict_images(
     def complete(k: int, prepared: PreparedImage | ImageError) -> Finished | ImageError:
         if isinstance(prepared, ImageError):
             return prepared
-        path, boxes = images[k]
-        masks = predictor.predict(prepared, boxes)
-        return finish(k, prepared, _explain_out_of_memory(masks, path, len(boxes)))
+        path, prompts = images[k]
+        masks = predictor.predict(prepared, prompts)
+        return finish(k, prepared, _explain_out_of_memory(masks, path, len(prompts)))
 
     indices, torch_threads = range(len(images)), torch.get_num_threads()
     at_once = min(predictor.images_at_once, torch_threads, num_workers)
@@ -289,9 +341,9 @@ def predict_images(
 
 
 def _explain_out_of_memory(
-    masks: Iterator[PredictedMask], path: Path, num_boxes: int
+    masks: Iterator[PredictedMask], path: Path, num_prompts: int
 ) -> Iterator[PredictedMask]:
-    what_for = f"for {path} with {num_boxes} boxes"
+    what_for = f"for {path} with {num_prompts} prompts" if num_prompts else f"for {path}"
     with explain_out_of_memory(lambda: what_for, advice=MEMORY_ADVICE):
         yield from masks
 

@@ -31,6 +31,7 @@ def draw_overlay(
     masks: Sequence[CroppedMask],
     *,
     boxes: NDArray[np.float64],
+    points: Sequence[NDArray[np.float64]] = (),
     labels: Sequence[Sequence[str]] = (),
 ) -> NDArray[np.uint8]:
     """Draws masks over an image, each filled and outlined in its own colour, the largest first.
@@ -40,7 +41,9 @@ def draw_overlay(
     Args:
         image: uint8 [H, W, 3] RGB.
         masks: K masks, in pixels of the image.
-        boxes: float [K, 4], x0 y0 x1 y1 in pixels of the image; or [0, 4] to draw none.
+        boxes: float [K, 4], x0 y0 x1 y1 in pixels of the image, NaN for no box; or [0, 4].
+        points: Of each mask float [P, 3], x y in pixels of the image: light where the third number
+            is 1, of the object, and dark where it is 0; or empty.
         labels: Of each mask the texts to write beside it, the first that fits: the longest first.
 
     Returns:
@@ -50,6 +53,8 @@ def draw_overlay(
     colours = [contrasting_colour(k, _mean_colour(image, mask)) for k, mask in enumerate(masks)]
     with_boxes = image.copy()
     for k, box in enumerate(boxes):
+        if np.isnan(box).any():
+            continue
         x0, y0, x1, y1 = np.rint(box).astype(int).tolist()
         cv2.rectangle(with_boxes, (x0, y0), (x1 - 1, y1 - 1), colours[k], width, cv2.LINE_AA)
     # Boxes are paler than outlines and lie below them: hundreds of boxes would hide all else.
@@ -59,6 +64,8 @@ def draw_overlay(
         blend_colour(mask_window(canvas, masks[k]), masks[k].mask, colours[k], share=_FILL)
     for k in order:
         _draw_outline(canvas, masks[k], colours[k], width)
+    for colour, own in zip(colours, points, strict=False):
+        _draw_points(canvas, own, colour, radius=3 * width)
     return _draw_labels(canvas, masks, labels, colours) if labels else canvas
 
 
@@ -96,6 +103,19 @@ def _draw_outline(
     for area, tone in ((around, _DARK), (pixels, _lighten(colour))):
         contours, _ = cv2.findContours(area, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, contours, -1, tone, width, offset=corner)
+
+
+def _draw_points(
+    canvas: NDArray[np.uint8],
+    points: NDArray[np.float64],
+    colour: tuple[int, int, int],
+    *,
+    radius: int,
+) -> None:
+    for x, y, label in points.tolist():
+        inner, ring = (_lighten(colour), _DARK) if label else (_DARK, _lighten(colour))
+        for size, tone in ((radius + 2, ring), (radius, inner)):
+            cv2.circle(canvas, (int(x), int(y)), size, tone, cv2.FILLED, cv2.LINE_AA)
 
 
 # Labels.

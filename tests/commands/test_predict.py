@@ -20,9 +20,11 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from segment_anything import SamAutomaticMaskGenerator
 
 from helpers.coco_files import write_coco
 from helpers.short_runs import clean_environment
+from helpers.tiny_checkpoint import write_tiny
 from samft.check import main as check
 from samft.cli import run_command
 from samft.errors import ConfigError
@@ -204,6 +206,88 @@ def test_without_boxes_masks_are_automatic(
         assert row["category_id"] == 0 and 0 <= row["stability_score"] <= 1
 
 
+def test_points_and_a_box_prompt_one_object_of_each_image(coco: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ("--images", coco.parent, "--masks", "--overlays", "--format", "coco")
+    prompt = ("--point", "12,13", "--point", "3,4,0", "--box", "2,3,30,31")
+    assert predict(output, *flags, *prompt)["masks"] == 4
+    assert [row["bbox"] for row in rows_of(output)] == [[2, 3, 28, 28]] * 4
+    for kind in ("masks", "overlays"):
+        assert len(list((output / kind).iterdir())) == 4
+    dataset = json.loads((output / "dataset.json").read_text())
+    results = {row["image_id"]: row["segmentation"] for row in rows_of(output)}
+    assert {one["image_id"]: one["segmentation"] for one in dataset["annotations"]} == results
+
+
+def test_a_file_of_points_gives_a_mask_for_each_object(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = tmp_path / "points.json"
+    entries: list[dict[str, Any]] = [
+        {"image": "image_2.png", "points": [[5, 6], [30, 30]], "labels": [1, 0], "id": 77},
+        {"image": "image_0.png", "points": [[5, 6]], "box": [1, 2, 20, 21]},
+        {"image": "image_2.png", "points": [[9, 9]]},
+    ]
+    points.write_text(json.dumps(entries))
+    flags = ("--images", coco.parent, "--annotations", coco, "--points", points, "--overlays")
+    assert predict(tmp_path / "out", *flags)["masks"] == 3
+    rows = rows_of(tmp_path / "out")
+    assert [row["image_id"] for row in rows] == [10, 12, 12]
+    assert [row.get("annotation_id") for row in rows] == [None, 77, None]
+    assert rows[0]["bbox"] == [1, 2, 19, 19]
+    assert "boxes only" not in capsys.readouterr().err  # it is not known of weights without sidecar
+
+
+def test_a_checkpoint_tuned_on_boxes_only_says_so_before_it_gets_points(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = ("--images", coco.parent / "image_0.png")
+    automatic, point = ("--points_per_side", 1), ("--point", "9,9")
+    config = {"checkpoint_path": "auto", "model_type": "vit_tiny"}
+    trained: list[tuple[dict[str, Any], tuple[Any, ...], bool]] = [
+        ({}, automatic, True),
+        ({"prompts": "box", "correction_rounds": 0}, point, True),
+        ({"prompts": "box", "correction_rounds": 3}, point, False),
+        ({"prompts": "mixed", "correction_rounds": None}, automatic, False),
+        ({}, ("--box", "1,1,9,9"), False),
+    ]
+    for settings, prompts, is_warned in trained:
+        checkpoint = write_tiny(tmp_path, config=config | settings)
+        predict(tmp_path / "out", *image, *prompts, checkpoint=checkpoint)
+        warned = "30-0.67.ckpt was tuned on boxes only: " in capsys.readouterr().err
+        assert warned is is_warned, (settings, prompts)
+
+
+def test_settings_of_automatic_masks_reach_the_generator(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "points_per_side": 3,
+        "points_per_batch": 5,
+        "pred_iou_thresh": 0.1,
+        "stability_score_thresh": 0.2,
+        "stability_score_offset": 2.5,
+        "box_nms_thresh": 0.6,
+        "crop_n_layers": 1,
+        "crop_nms_thresh": 0.5,
+        "crop_overlap_ratio": 0.25,
+        "crop_n_points_downscale_factor": 2,
+        "min_mask_region_area": 7,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    image = ("--images", coco.parent / "image_0.png")
+    with mock.patch.object(SamAutomaticMaskGenerator, "__init__", autospec=True) as build:
+        with pytest.raises(AttributeError):  # nothing was built
+            predict(tmp_path / "out", *image, *flags)
+    given = build.call_args.kwargs
+    assert given.pop("output_mode") == "uncompressed_rle"
+    assert given == {name: v for name, v in settings.items() if name != "points_per_batch"}
+    predict(tmp_path / "out", *image, "--box", "1,1,9,9", *flags[:2])
+    assert "not used, because masks are not automatic here: --points_per_side" in (
+        capsys.readouterr().err
+    )
+
+
 def test_bad_images_are_refused_or_left_out(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +391,47 @@ REFUSALS: dict[str, tuple[Flags, str]] = {
     "two sources": (
         lambda coco, empty: ["--images", coco.parent, "--automatic", "--box", "1,1,9,9"],
         "exclude each other",
+    ),
+    "two boxes of one object": (
+        lambda coco, empty: [
+            *("--images", coco.parent, "--point", "1,1", "--box", "1,1,9,9", "--box", "2,2,9,9")
+        ],
+        "so one --box goes with it",
+    ),
+    "points twice": (
+        lambda coco, empty: ["--images", coco.parent, "--point", "1,1", "--points", coco],
+        "--point and --points exclude each other",
+    ),
+    "point outside": (
+        lambda coco, empty: ["--images", coco.parent, "--point", "1,1", "--point", "64,1,0"],
+        "point 64,1 lies outside of image_0.png, which is 64 x 48 px",
+    ),
+    "point label": (
+        lambda coco, empty: ["--images", coco.parent, "--point", "1,1,2"],
+        "'1,1,2' is not x,y for a point of the object, or x,y,0",
+    ),
+    "point of one number": (
+        lambda coco, empty: ["--images", coco.parent, "--point", "nan,1"],
+        "'nan,1' is not x,y",
+    ),
+    "points of another form": (
+        lambda coco, empty: ["--images", coco.parent, "--points", coco],
+        "_annotations.coco.json has another form",
+    ),
+    "whole number": (
+        lambda coco, empty: ["--images", coco.parent, "--points_per_side", "0"],
+        "'0' is not a whole number and at least 1",
+    ),
+    "number": (
+        lambda coco, empty: ["--images", coco.parent, "--pred_iou_thresh", "nan"],
+        "'nan' is not a number",
+    ),
+    "crops without points": (
+        lambda coco, empty: [
+            *("--images", coco.parent, "--points_per_side", 4, "--crop_n_layers", 3),
+            *("--crop_n_points_downscale_factor", 2),
+        ],
+        "leaves no point of --points_per_side 4 for the crops of layer 3",
     ),
     "two folders": (
         lambda coco, empty: ["--images", empty, empty, "--annotations", coco],

@@ -44,6 +44,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(data / "val", folder / "FOLDER")
     (folder / "FOLDER" / "_annotations.coco.json").rename(folder / "COCO.json")
     (folder / "results.json").write_text(json.dumps(detections(folder / "COCO.json")))
+    points = [{"image": "PHOTO.jpg", "points": [[120, 90], [30, 200]], "labels": [1, 0]}]
+    (folder / "POINTS.json").write_text(json.dumps(points))
     (folder / "small.yaml").write_text(SMALL_YAML)
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     shutil.copy(REPOSITORY / "launch.sh", folder)

@@ -1,10 +1,8 @@
 """Counts of automatic masks, of models that are made to find some or none."""
 
 import pytest
-import torch
-from segment_anything.modeling import Sam
 
-from helpers.tiny_checkpoint import tiny_sam
+from helpers.tiny_checkpoint import mask_finding_sam
 from samft.exporters import verification
 from samft.exporters.verification import compare_automatic_masks, synthetic_sample
 
@@ -12,22 +10,6 @@ from samft.exporters.verification import compare_automatic_masks, synthetic_samp
 @pytest.fixture(autouse=True)
 def _few_points(monkeypatch) -> None:
     monkeypatch.setattr(verification, "POINTS_PER_SIDE", 4)
-
-
-def mask_finding_sam(*, iou_predicted: float = 1.0, steepness: float = 50.0) -> Sam:
-    """Gives points the mask that boxes get, with steep edges and a fixed predicted IoU."""
-    sam = tiny_sam()
-    decoder = sam.mask_decoder
-    state = decoder.output_hypernetworks_mlps[0].state_dict()
-    with torch.no_grad():
-        decoder.mask_tokens.weight[1:] = decoder.mask_tokens.weight[0]
-        for network in decoder.output_hypernetworks_mlps:
-            network.load_state_dict(state)
-            network.layers[-1].weight *= steepness
-            network.layers[-1].bias *= steepness
-        decoder.iou_prediction_head.layers[-1].weight.zero_()
-        decoder.iou_prediction_head.layers[-1].bias.fill_(iou_predicted)
-    return sam
 
 
 def test_both_models_are_counted_and_there_is_no_warning_if_both_find_masks() -> None:

@@ -254,7 +254,7 @@ def read_results(folder: Path, number: int) -> int:
     except DataError as error:
         print(error)
         return 2
-    assert task.boxes is not None
+    assert task.prompts is not None
     for row in task.rows:
         boxes = task.boxes_of(row)
         assert np.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from samft.models.sam import (
     load_state,
     open_checkpoint,
     read_state,
+    saved_prompts,
     unreached_by,
 )
 from samft.runtime.files import sha256_of
@@ -467,3 +469,37 @@ def test_a_checkpoint_is_opened_with_its_resize_mode(
     assert (opened.resize_mode, sam.image_encoder.img_size) == (resize_mode, 64)
     assert not sam.training
     assert type(sam.image_encoder.blocks[0]).__module__ == "samft.models.image_encoder"
+
+
+RUN = {"checkpoint_path": "auto", "model_type": "vit_tiny"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (RUN, (True, False)),
+        ({**RUN, "prompts": "box", "correction_rounds": None}, (True, False)),
+        ({**RUN, "prompts": "box", "correction_rounds": 2}, (False, False)),
+        ({**RUN, "prompts": "point", "multimask": "best"}, (False, True)),
+        ({**RUN, "prompts": "mixed", "multimask": "off"}, (False, False)),
+        ({}, None),
+        ("no configuration", None),
+    ],
+)
+def test_the_prompts_of_a_training_are_read_from_wherever_they_are(
+    config: Any, expected: Any, tmp_path: Path, state: State
+) -> None:
+    torch.save(state, tmp_path / "a.ckpt")
+    (tmp_path / "a.json").write_text(json.dumps({"model_type": "vit_tiny", "config": config}))
+    assert saved_prompts(tmp_path / "a.ckpt") == expected
+    if isinstance(config, dict):
+        torch.save({"format": 2, "config": config, "model": state}, tmp_path / "last.ckpt")
+        assert saved_prompts(tmp_path / "last.ckpt") == expected
+        # As `samft export` writes it; of a checkpoint without a run it knows no step.
+        metadata = {"step": "30"} if config else {}
+        metadata |= {name: str(value) for name, value in config.items() if value is not None}
+        save_file(state, tmp_path / "a.safetensors", metadata | {"model_type": "vit_tiny"})
+        (tmp_path / "a.json").unlink()
+        assert saved_prompts(tmp_path / "a.safetensors") == expected
+    torch.save(state, tmp_path / "metas.pth")
+    assert saved_prompts(tmp_path / "metas.pth") is None

@@ -195,6 +195,6 @@ def test_all_boxes_of_a_real_dataset_are_read(data_root: Path) -> None:
     annotations = folder / "_annotations.coco.json"
     task = build_task([folder], annotations=annotations)
     entries = json.loads(annotations.read_text())["annotations"]
-    assert task.boxes is not None
-    assert len(task.boxes) == len(entries) == 88  # one object has no mask
-    assert sorted(task.boxes.annotation_ids.tolist()) == sorted(entry["id"] for entry in entries)
+    assert task.prompts is not None
+    assert len(task.prompts) == len(entries) == 88  # one object has no mask
+    assert sorted(task.prompts.annotation_ids.tolist()) == sorted(entry["id"] for entry in entries)

@@ -24,7 +24,6 @@ from samft.prediction.predictors import (
     BoxPredictor,
     PredictedMask,
     PreparedImage,
-    choose_points_per_batch,
     map_in_threads,
     predict_images,
 )
@@ -265,9 +264,3 @@ def test_automatic_masks_equal_the_generators(drawn: PredictionTask, tiny: BoxPr
         assert one.extra_fields == {"stability_score": stock["stability_score"]}
         x0, y0, x1, y1 = one.box_original
         assert [x0, y0, x1 - x0, y1 - y0] == stock["bbox"]
-
-
-def test_large_images_have_fewer_points_per_batch() -> None:
-    assert choose_points_per_batch((480, 640)) == choose_points_per_batch((1024, 1024)) == 64
-    assert choose_points_per_batch((2048, 2048)) == 16
-    assert choose_points_per_batch((20_000, 8_000)) == 1

@@ -36,8 +36,8 @@ from samft.models.sam import (
     load_state,
     open_checkpoint,
     read_state,
-    saved_pixels,
 )
+from samft.models.saved_settings import saved_pixels
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
 from samft.weights.download import find_local_weights

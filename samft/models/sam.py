@@ -4,13 +4,12 @@ Everything is made of the modules of the `segment_anything` package, with its ke
 is what that package reads.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +27,13 @@ from torch.nn import functional as F
 from samft import distributed
 from samft.errors import CheckpointError, escape_paragraph
 from samft.images import decoder
-from samft.images.pixels import PLAIN, PixelFormat
+from samft.images.pixels import PLAIN
 from samft.models.image_encoder import use_fast_attention
+from samft.models.saved_settings import saved_pixels, saved_resize_mode
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import matches_sidecar
 from samft.runtime.logs import LOGGER
-from samft.weights.checkpoint_files import read_checkpoint_file, read_metadata
+from samft.weights.checkpoint_files import read_checkpoint_file
 from samft.weights.huggingface_names import from_huggingface_names
 from samft.weights.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_state, to_float32
 
@@ -335,55 +335,6 @@ def load_state(sam: Sam, state: dict[str, Tensor], *, source: object = "the chec
     sam.load_state_dict(fitted)
 
 
-def saved_resize_mode(path: Path) -> str:
-    """The resize mode that a checkpoint was trained with; `pad`, SAM's own, if it is not recorded.
-
-    Args:
-        path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`
-            or was exported to safetensors.
-    """
-    metadata = _saved_metadata(path, "resize_mode")
-    return "squash" if metadata.get("resize_mode") == "squash" else "pad"
-
-
-def saved_pixels(path: str | Path) -> PixelFormat | None:
-    """How values of images became 8 bits in training; None if it is not recorded.
-
-    Args:
-        path: A checkpoint or an export. Its sidecar records it, or the file itself.
-    """
-    return PixelFormat.from_json(_saved_metadata(Path(path), "pixels").get("pixels"))
-
-
-class SavedPrompts(NamedTuple):
-    """The prompts that a checkpoint was trained with.
-
-    Attributes:
-        boxes_only: No point was among them.
-        three_masks: A single point trained the best of three masks, `multimask best`.
-    """
-
-    boxes_only: bool
-    three_masks: bool
-
-
-def saved_prompts(path: Path) -> SavedPrompts | None:
-    """The prompts of a checkpoint's training; None if it was not trained by samft, as Meta's.
-
-    Args:
-        path: A checkpoint or an export. Its sidecar records them, or the file itself; where it is
-            older than the settings, there were boxes only.
-    """
-    saved = _saved_metadata(path, "config")
-    config = saved.get("config", saved)
-    # Of a run, or of an export of its checkpoint; an export of Meta's has neither.
-    if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step"}:
-        return None
-    clicks = str(config.get("correction_rounds") or 0) != "0"
-    boxes_only = config.get("prompts", "box") == "box" and not clicks
-    return SavedPrompts(boxes_only, config.get("multimask") == "best")
-
-
 def read_image(path: str | Path, *, like: str | Path) -> NDArray[np.uint8]:
     """Reads an image for `SamPredictor` as the training of a checkpoint read its images.
 
@@ -402,23 +353,6 @@ def read_image(path: str | Path, *, like: str | Path) -> NDArray[np.uint8]:
     if not Path(like).exists():
         raise CheckpointError(f"there is no checkpoint {like}: check the path.")
     return decoder.read_image(Path(path), pixels=saved_pixels(like) or PLAIN)
-
-
-def _saved_metadata(path: Path, key: str) -> dict[str, Any]:
-    # Of the sidecar, of the header of safetensors, or of `last.ckpt`; empty if none can be read.
-    try:
-        path = find_weights_file(path)
-        sidecar = path.with_suffix(".json")
-        metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else read_metadata(path)
-        if key not in metadata and path.suffix == ".ckpt":
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return {**state.get("config", {}), "pixels": state.get("pixels")}
-        if isinstance(pixels := metadata.get("pixels"), str):  # metadata of safetensors is text
-            return {**metadata, "pixels": json.loads(pixels)}
-        return dict(metadata)
-    except Exception:  # not ours: a JSON file of something else, a format that cannot be mapped
-        pass
-    return {}
 
 
 class OpenedSam(NamedTuple):

@@ -33,7 +33,8 @@ from samft.images.flags import pixel_flags
 from samft.images.names import encode_name
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import open_checkpoint, saved_pixels
+from samft.models.sam import open_checkpoint
+from samft.models.saved_settings import saved_pixels
 from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.files import write_atomically, write_json

@@ -17,7 +17,7 @@ from helpers.short_runs import arguments
 from samft import check, evaluate, export, predict
 from samft.errors import ConfigError, DataError
 from samft.images.pixels import PixelFormat
-from samft.models.sam import saved_pixels
+from samft.models.saved_settings import saved_pixels
 from samft.train import main as train
 
 pytestmark = pytest.mark.run

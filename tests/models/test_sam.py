@@ -30,9 +30,9 @@ from samft.models.sam import (
     load_state,
     open_checkpoint,
     read_state,
-    saved_prompts,
     unreached_by,
 )
+from samft.models.saved_settings import saved_prompts
 from samft.runtime.files import sha256_of
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")

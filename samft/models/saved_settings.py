@@ -1,0 +1,77 @@
+"""What a checkpoint records of its training: how images were resized and read, and the prompts."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from samft.images.pixels import PixelFormat
+from samft.runtime.checkpoint_paths import find_weights_file
+from samft.weights.checkpoint_files import read_metadata
+
+
+def saved_resize_mode(path: Path) -> str:
+    """The resize mode that a checkpoint was trained with; `pad`, SAM's own, if it is not recorded.
+
+    Args:
+        path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`
+            or was exported to safetensors.
+    """
+    metadata = _saved_metadata(path, "resize_mode")
+    return "squash" if metadata.get("resize_mode") == "squash" else "pad"
+
+
+def saved_pixels(path: str | Path) -> PixelFormat | None:
+    """How values of images became 8 bits in training; None if it is not recorded.
+
+    Args:
+        path: A checkpoint or an export. Its sidecar records it, or the file itself.
+    """
+    return PixelFormat.from_json(_saved_metadata(Path(path), "pixels").get("pixels"))
+
+
+class SavedPrompts(NamedTuple):
+    """The prompts that a checkpoint was trained with.
+
+    Attributes:
+        boxes_only: No point was among them.
+        three_masks: A single point trained the best of three masks, `multimask best`.
+    """
+
+    boxes_only: bool
+    three_masks: bool
+
+
+def saved_prompts(path: Path) -> SavedPrompts | None:
+    """The prompts of a checkpoint's training; None if it was not trained by samft, as Meta's.
+
+    Args:
+        path: A checkpoint or an export. Its sidecar records them, or the file itself; where it is
+            older than the settings, there were boxes only.
+    """
+    saved = _saved_metadata(path, "config")
+    config = saved.get("config", saved)
+    # Of a run, or of an export of its checkpoint; an export of Meta's has neither.
+    if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step"}:
+        return None
+    clicks = str(config.get("correction_rounds") or 0) != "0"
+    boxes_only = config.get("prompts", "box") == "box" and not clicks
+    return SavedPrompts(boxes_only, config.get("multimask") == "best")
+
+
+def _saved_metadata(path: Path, key: str) -> dict[str, Any]:
+    # Of the sidecar, of the header of safetensors, or of `last.ckpt`; empty if none can be read.
+    try:
+        path = find_weights_file(path)
+        sidecar = path.with_suffix(".json")
+        metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else read_metadata(path)
+        if key not in metadata and path.suffix == ".ckpt":
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return {**state.get("config", {}), "pixels": state.get("pixels")}
+        if isinstance(pixels := metadata.get("pixels"), str):  # metadata of safetensors is text
+            return {**metadata, "pixels": json.loads(pixels)}
+        return dict(metadata)
+    except Exception:  # not ours: a JSON file of something else, a format that cannot be mapped
+        pass
+    return {}

@@ -189,11 +189,20 @@ def build_task(
         lost = {row for row in images.bad if images.names[row] in index.bad_images}
         rows = sorted(lost | set(annotated.rows.tolist()))
         return PredictionTask(images, rows, annotated, category, names)
-    repeated = repeat_boxes(boxes, images, category) if boxes else None
-    if points:
-        objects = repeat_points(points, boxes[0] if boxes else None, images)
-        repeated = _group_points(objects, category)
+    repeated = _repeat_prompts(boxes or (), points or (), images, category)
     return PredictionTask(images, list(range(len(images.ids))), repeated, category, names)
+
+
+def _repeat_prompts(
+    boxes: Sequence[Sequence[float]],
+    points: Sequence[Sequence[float]],
+    images: ImageList,
+    category: int,
+) -> PromptedObjects | None:
+    if points:
+        box = boxes[0] if boxes else None
+        return _group_points(repeat_points(points, box, images), category)
+    return repeat_boxes(boxes, images, category) if boxes else None
 
 
 def _group_points(objects: Sequence[PointedObject], category: int) -> PromptedObjects:

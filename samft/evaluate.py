@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 -m samft.evaluate --checkpoint FILE --data_root D
 
 Prints IoU, Dice and boundary IoU, also by size of the object and by class; the IoU with other
-prompts (jittered boxes, a single point); the calibration of the predicted IoU; and COCO AP. Each
-further checkpoint is compared with the first, object by object. Each is run at the image size and
-resize mode that it was tuned for.
+prompts (jittered boxes, a single point); the calibration of the predicted IoU; COCO AP; and, with
+--clicks, the IoU after each of a number of correcting clicks. Each further checkpoint is compared
+with the first, object by object. Each is run at the image size and resize mode that it was tuned
+for.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.images.flags import add_pixel_flags
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.signals import check_launch_environment, die_with_parent
+
+USUAL_CLICKS, MOST_CLICKS = 7, 100  # the literature allows 20
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
     )
     _add_data_flags(parser)
     _add_selection_flags(parser)
+    _add_prompt_flags(parser)
     _add_output_flags(parser)
     options = parser.parse_args(argv)
     _check_options(options)
@@ -133,6 +137,20 @@ def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
     add_links_flag(group.add_argument)
 
 
+def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--clicks",
+        type=int,
+        nargs="?",
+        const=USUAL_CLICKS,
+        default=0,
+        metavar="N",
+        help="also correct each object by up to N simulated clicks, from its box and from a point "
+        f"(default: 0, none; --clicks alone: {USUAL_CLICKS})",
+    )
+
+
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output and computation")
     group.add_argument(
@@ -188,6 +206,10 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.group_by and (problem := pattern_problem(options.group_by)):
         raise ConfigError(f"--group_by: {problem}")
+    if not 0 <= options.clicks <= MOST_CLICKS:
+        raise ConfigError(
+            f"--clicks: {options.clicks} is no number of clicks from 0, for none, to {MOST_CLICKS}."
+        )
     if options.num_workers < 0:
         raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
     for path in options.checkpoint:

@@ -1,16 +1,16 @@
 """Scores every mask of a split for `samft.evaluate`: `evaluate_split`, one row per object.
 
 Each image is encoded once. Its objects are decoded from the annotated boxes, from jittered
-boxes, and from single points. Masks are reduced to scores and run lengths at once.
+boxes, and from single points; where it is wanted, they are corrected by clicks. Masks are reduced
+to scores and run lengths at once.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,16 +24,26 @@ from samft.data.transfers import send_to
 from samft.data.transforms import Frame, jitter_boxes
 from samft.distributed import all_gather
 from samft.errors import explain_out_of_memory
+from samft.evaluation.clicks import (
+    Click,
+    ClickExamples,
+    ClickScores,
+    ClickSession,
+    CorrectedMask,
+    centre_point,
+    click_prompts,
+    score_clicks,
+)
 from samft.evaluation.metrics import boundary_iou, box_fill_ious, cropped_iou
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.evaluation.validation import MASK_CHUNK, describe_image
 from samft.models.prompted_sam import PromptedSam, original_masks
-from samft.models.prompts import Prompts
+from samft.models.prompts import OBJECT, Prompts
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
 
 JITTERS = {"jitter_5": 0.05, "jitter_10": 0.1, "jitter_20": 0.2}  # name: share of the box's side
-OTHER_PROMPTS = (*JITTERS, "point")  # beside `box`, the annotated one
+OTHER_PROMPTS = (*JITTERS, "point", "point_multimask")  # beside `box`, the annotated one
 
 MEMORY_ADVICE = "Give --device cpu, or a checkpoint of a smaller model or image size."
 
@@ -50,7 +60,14 @@ class EvaluatedObjects(ObjectScores):
         iou_jitter_5: float64 [K], prompted with a box whose sides are moved by up to 5 %.
         iou_jitter_10: The same, 10 %.
         iou_jitter_20: The same, 20 %.
-        iou_point: float64 [K], prompted with one point, see `centre_point`.
+        iou_point: float64 [K], prompted with one point, see `clicks.centre_point`.
+        iou_point_multimask: float64 [K], the same, of the three masks that stock predicts for an
+            ambiguous prompt (`multimask_output=True`) the one with the highest predicted IoU.
+        iou_clicks_box: float64 [K, N + 1], with the annotated box and 0 to N clicks, see `clicks`;
+            [K, 0] where no clicks were wanted.
+        iou_clicks_point: float64 [K, N], after 1 to N clicks without a box; or [K, 0].
+        iou_boundary_clicks_box: The boundary IoU, as `iou_clicks_box`.
+        iou_boundary_clicks_point: The same, as `iou_clicks_point`.
         rle_predicted: object [K], the mask as COCO's compressed RLE, original frame.
         rle_true: object [K], the true mask, the same.
     """
@@ -61,6 +78,11 @@ class EvaluatedObjects(ObjectScores):
     iou_jitter_10: NDArray[np.float64]
     iou_jitter_20: NDArray[np.float64]
     iou_point: NDArray[np.float64]
+    iou_point_multimask: NDArray[np.float64]
+    iou_clicks_box: NDArray[np.float64]
+    iou_clicks_point: NDArray[np.float64]
+    iou_boundary_clicks_box: NDArray[np.float64]
+    iou_boundary_clicks_point: NDArray[np.float64]
     rle_predicted: NDArray[np.object_]
     rle_true: NDArray[np.object_]
 
@@ -70,6 +92,21 @@ class EvaluatedObjects(ObjectScores):
         return 2 * self.iou_actual / (1 + self.iou_actual)
 
 
+@dataclass(frozen=True)
+class Clicking:
+    """How objects are corrected by clicks.
+
+    Attributes:
+        most: Clicks on an object, N; 0: none.
+        multimask: Whether the first click's mask is the best of three, by predicted IoU.
+        examples: Keeps some of the masks that began with a click; None: keeps none.
+    """
+
+    most: int = 0
+    multimask: bool = True
+    examples: ClickExamples | None = None
+
+
 @torch.no_grad()
 @exact_float32()
 def evaluate_split(
@@ -77,6 +114,7 @@ def evaluate_split(
     batches: Iterable[Batch],
     *,
     seed: int = 0,
+    clicking: Clicking = Clicking(),
     on_image: Callable[[], object] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
@@ -90,6 +128,7 @@ def evaluate_split(
         model: On its device.
         batches: This rank's images, one per batch, with their true masks.
         seed: Of the jittered boxes.
+        clicking: How objects are corrected by clicks; its examples are those of all ranks then.
         on_image: Called after each image of this rank.
         should_stop: See `loaders.lockstep`.
         waiting: See `loaders.lockstep`.
@@ -109,67 +148,148 @@ def evaluate_split(
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
             with explain_out_of_memory(partial(describe_image, batch), advice=MEMORY_ADVICE):
-                parts += _evaluate_image(model, batch, seed=seed)
+                parts += _evaluate_image(model, batch, seed=seed, clicking=clicking)
         on_image()
     objects = gather_scores(EvaluatedObjects.concatenate(parts))
+    if clicking.examples is not None:
+        clicking.examples.gather()
     return objects, {name: why for bad in all_gather(bad_images) for name, why in bad.items()}
 
 
-def _evaluate_image(model: PromptedSam, batch: Batch, *, seed: int) -> Iterator[EvaluatedObjects]:
+def _evaluate_image(
+    model: PromptedSam, batch: Batch, *, seed: int, clicking: Clicking
+) -> Iterator[EvaluatedObjects]:
     on_device = batch.to(model.sam.device, non_blocking=True)
     embedding = model.embed(on_device.images, on_device.input_sizes, cached=on_device.embeddings)
-    sizes, image_size = batch.image_sizes, model.sam.image_encoder.img_size
-    frame = Frame(sizes["original_size"], sizes["input_size"], image_size)
-
-    def masks_of(mask_logits: Tensor) -> Masks:
-        return original_masks(mask_logits, image_size=image_size, **sizes)
-
     for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        # The annotated boxes have a call of their own, as in `validate`: in one with other prompts,
-        # the last bits of their logits would differ.
         # By a slice: the device would have to be sent the numbers, and be waited for
         own = slice(int(part[0]), int(part[-1]) + 1)
-        index = on_device.image_index[own]
-        annotated = Prompts(boxes=on_device.boxes[own])
-        logits, iou_predicted = model.decode(embedding, annotated, index)
-        boxes, points = _other_prompts(batch, part, frame=frame, seed=seed)
-        device = embedding.device
-        jittered = Prompts(boxes=send_to(device, boxes))
-        of_boxes, _ = model.decode(embedding, jittered, index.repeat(len(JITTERS)))
-        clicks = Prompts(points=send_to(device, points), labels=torch.ones_like(index)[:, None])
-        of_points, _ = model.decode(embedding, clicks, index)
-        by_prompt = zip(OTHER_PROMPTS, (*of_boxes.split(len(part)), of_points), strict=True)
-        masks = {"box": masks_of(logits), **{name: masks_of(own) for name, own in by_prompt}}
-        yield score_masks(batch, masks, iou_predicted.cpu(), part=part)
+        objects = PromptedObjects(model, embedding, batch.take_objects(own), on_device.boxes[own])
+        yield objects.evaluate(seed=seed, clicking=clicking)
 
 
-def _other_prompts(batch: Batch, part: Tensor, *, frame: Frame, seed: int) -> tuple[Tensor, Tensor]:
-    boxes, object_ids = batch.boxes[part].numpy(), batch.object_ids[part].numpy()
-    jittered = [
-        jittered_boxes(boxes, object_ids, share=share, frame=frame, seed=seed)
-        for share in JITTERS.values()
-    ]
-    centres = np.array([centre_point(batch.truths[k]) for k in part.tolist()])
-    in_frame = points_to_input(centres, frame)
-    points = torch.from_numpy(in_frame)[:, None]
-    return torch.from_numpy(np.concatenate(jittered)).float(), points.float()
+@dataclass(frozen=True)
+class PromptedObjects:
+    """Objects of one image, to be prompted in several ways.
+
+    Attributes:
+        model: See `evaluate_split`.
+        embedding: float [1, C, S/16, S/16], of the image.
+        batch: Of the M objects, with their true masks, on the host.
+        boxes: float32 [M, 4], their annotated boxes in the input frame, on the device.
+    """
+
+    model: PromptedSam
+    embedding: Tensor
+    batch: Batch
+    boxes: Tensor
+
+    @property
+    def frame(self) -> Frame:
+        """Where the image is in the input frame."""
+        sizes, image_size = self.batch.image_sizes, self.model.sam.image_encoder.img_size
+        return Frame(sizes["original_size"], sizes["input_size"], image_size)
+
+    def decode(self, prompts: Prompts, *, multimask: bool = False) -> tuple[Tensor, Tensor]:
+        """See `PromptedSam.decode`."""
+        index = torch.zeros(len(prompts), dtype=torch.int64, device=self.embedding.device)
+        return self.model.decode(self.embedding, prompts, index, multimask=multimask)
+
+    def evaluate(self, *, seed: int, clicking: Clicking) -> EvaluatedObjects:
+        """Scores the masks of all prompts; see `evaluate_split`."""
+        # The annotated boxes have a call of their own, as in `validate`: in one with other prompts,
+        # the last bits of their logits would differ.
+        logits, iou_predicted = self.decode(Prompts(boxes=self.boxes))
+        device, batch = self.embedding.device, self.batch
+        jittered = send_to(device, self._jittered_boxes(seed))
+        others = self.decode(Prompts(boxes=jittered))[0].split(len(self.boxes))
+        centres = [[Click(*centre_point(truth), OBJECT)] for truth in batch.truths]
+        points = click_prompts(centres, self.frame, device)
+        one, best = self.decode(points)[0], self._best_masks(points)
+        by_prompt = dict(zip(OTHER_PROMPTS, (*others, one, best), strict=True))
+        masks = {name: self._masks_of(own) for name, own in {"box": logits, **by_prompt}.items()}
+        first = best if clicking.multimask else one
+        curves = self._score_clicks(clicking, {"box": logits, "point": first}, centres)
+        return score_masks(batch, masks, iou_predicted.cpu(), curves=curves)
+
+    def _masks_of(self, logits: Tensor) -> Masks:
+        image_size = self.model.sam.image_encoder.img_size
+        return original_masks(logits, image_size=image_size, **self.batch.image_sizes)
+
+    def _jittered_boxes(self, seed: int) -> Tensor:
+        boxes, object_ids = self.batch.boxes.numpy(), self.batch.object_ids.numpy()
+        jittered = [
+            jittered_boxes(boxes, object_ids, share=share, frame=self.frame, seed=seed)
+            for share in JITTERS.values()
+        ]
+        return torch.from_numpy(np.concatenate(jittered)).float()
+
+    def _best_masks(self, prompts: Prompts) -> Tensor:
+        # Of the three masks of each prompt, the one with the highest predicted IoU.
+        logits, iou_predicted = self.decode(prompts, multimask=True)
+        best = iou_predicted.argmax(1)
+        return logits.gather(1, best[:, None, None, None].expand(-1, 1, *logits.shape[2:]))[:, 0]
+
+    def correct(
+        self, logits: Tensor, clicks: Sequence[Sequence[Click]], *, boxes: bool, most: int
+    ) -> Iterator[CorrectedMask]:
+        """Corrects the masks of all objects by clicks, see `ClickSession.correct`.
+
+        Args:
+            logits: float [M, S/4, S/4], of the first masks.
+            clicks: That led to them, as many for each object.
+            boxes: Whether the annotated boxes are given with the clicks.
+            most: Clicks on an object.
+        """
+        session = ClickSession(
+            lambda prompts: self.decode(prompts)[0],
+            self.boxes if boxes else None,
+            self.batch.truths,
+            self.frame,
+        )
+        return session.correct(logits, clicks=clicks, most=most)
+
+    def _score_clicks(
+        self, clicking: Clicking, first: dict[str, Tensor], centres: list[list[Click]]
+    ) -> dict[str, ClickScores] | None:
+        # From the logits of the first masks, by what these were prompted with: `box` and `point`.
+        if not clicking.most:
+            return None
+        batch, scores = self.batch, {}
+        for name, logits in first.items():
+            clicks = centres if name == "point" else [[] for _ in centres]
+            masks = self.correct(logits, clicks, boxes=name == "box", most=clicking.most)
+            if name == "point" and clicking.examples is not None:
+                keys = [(batch.image_ids[0], object_id) for object_id in batch.object_ids.tolist()]
+                masks = clicking.examples.watch(masks, keys)
+            scores[name] = score_clicks(
+                masks,
+                batch.truths,
+                num_rounds=clicking.most + 1 - len(clicks[0]),
+                original_size=self.frame.original_size,
+            )
+        return scores
 
 
 def score_masks(
-    batch: Batch, masks: Mapping[str, Masks], iou_predicted: Tensor, *, part: Tensor
+    batch: Batch,
+    masks: Mapping[str, Masks],
+    iou_predicted: Tensor,
+    *,
+    curves: Mapping[str, ClickScores] | None = None,
 ) -> EvaluatedObjects:
     """Scores masks of one image against the true ones.
 
     Args:
-        batch: Of one image, with its true masks.
-        masks: By prompt (`box` and `OTHER_PROMPTS`), m masks each, original frame.
-        iou_predicted: float [m], of the masks prompted with the annotated boxes.
-        part: int64 [m], the objects of the batch that the masks are of.
+        batch: Of one image, with its M true masks.
+        masks: By prompt (`box` and `OTHER_PROMPTS`), M masks each, original frame.
+        iou_predicted: float [M], of the masks prompted with the annotated boxes.
+        curves: By what clicks began with, `box` and `point`; None if there were none.
 
     Returns:
-        m rows.
+        M rows.
     """
-    truths = [batch.truths[k] for k in part.tolist()]
+    truths = batch.truths
     sizes = batch.image_sizes
     size = sizes["original_size"]
     # Two prompts' masks get more than one score; those of the others are dropped one by one.
@@ -188,10 +308,15 @@ def score_masks(
         )
         for suffix, own in (("", by_box), ("_jitter_10", by_jitter))
     }
-    fill = box_fill_ious(batch.boxes[part], truths, **sizes)
+    fill, none = box_fill_ious(batch.boxes, truths, **sizes), np.zeros((len(truths), 0))
+    clicked = {
+        f"{score}_clicks_{start}": getattr(curves[start], score) if curves else none
+        for score in ("iou", "iou_boundary")
+        for start in ("box", "point")
+    }
     return EvaluatedObjects(
-        image_ids=np.full(len(part), batch.image_ids[0]),
-        object_ids=batch.object_ids[part].numpy(),
+        image_ids=np.full(len(truths), batch.image_ids[0]),
+        object_ids=batch.object_ids.numpy(),
         areas=np.array([float(truth.mask.sum()) for truth in truths]),
         iou_actual=np.array([cropped_iou(*pair) for pair in pairs]),
         iou_predicted=iou_predicted.double().numpy(),
@@ -200,6 +325,7 @@ def score_masks(
         rle_true=_encode_masks(truths, size),
         **boundaries,
         **other_ious,
+        **clicked,
     )
 
 
@@ -240,29 +366,3 @@ def jittered_boxes(
             box[None], share=share, frame=frame, generator=generator, most=math.inf
         )
     return jittered
-
-
-def centre_point(mask: CroppedMask) -> tuple[int, int]:
-    """The pixel of a mask that is farthest from its border; the first of several.
-
-    Args:
-        mask: Not empty, in the original frame.
-
-    Returns:
-        x, y of the pixel, as `SamPredictor` takes them.
-
-    Source: the maximum of the mask's distance transform, where SAM's paper puts the first point
-    (Kirillov et al., Segment Anything, 2023, D.1); the image's edge is a border.
-    """
-    padded = np.pad(mask.mask.astype(np.uint8), 1)
-    distances = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    y, x = np.unravel_index(int(np.argmax(distances)), distances.shape)
-    return mask.left + int(x), mask.top + int(y)
-
-
-def points_to_input(points: NDArray[np.integer], frame: Frame) -> NDArray[np.float64]:
-    """Maps points [K, 2], x y, of the original frame to the input frame; not flipped, not cropped.
-
-    Source: `ResizeLongestSide.apply_coords` of segment_anything.
-    """
-    return np.asarray(points, dtype=np.float64).reshape(-1, 2) * (frame.scale_x, frame.scale_y)

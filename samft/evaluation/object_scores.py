@@ -91,9 +91,12 @@ class ObjectScores:
     def concatenate(cls: type[Table], parts: list[Table]) -> Table:
         """The rows of several tables in one, sorted by image, then object."""
         names = [field.name for field in fields(cls)]
+        # One without rows does not know how many values a row of a column has.
+        parts = [part for part in parts if len(part)]
         columns = [
-            # The empty array gives the column its dtype if there are no parts.
-            np.concatenate([np.zeros(0, _column_dtype(name)), *(getattr(p, name) for p in parts)])
+            np.concatenate([getattr(part, name) for part in parts])
+            if parts
+            else np.zeros(0, _column_dtype(name))
             for name in names
         ]
         table = cls(*columns)

@@ -11,6 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.evaluation.click_curves import (
+    click_changes,
+    click_rows,
+    compare_clicks,
+    has_clicks,
+    summarise_clicks,
+)
 from samft.evaluation.coco_ap import USUAL_MAX_DETS
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects
 from samft.evaluation.object_scores import (
@@ -31,13 +38,14 @@ NUM_SHOWN = 10  # most improved and most harmed objects in the JSON
 MAX_CLASSES_SHOWN = 12  # on the terminal
 MAX_OBJECTS_SHOWN = 5  # on the terminal, of each kind
 
-_LABEL_WIDTH = 36  # characters
+_LABEL_WIDTH, _CHANGE_WIDTH = 36, 21  # characters
 _PROMPT_LABELS = {
     "box": "box as annotated",
     "jitter_5": "box, sides off by up to 5 %",
     "jitter_10": "box, sides off by up to 10 %",
     "jitter_20": "box, sides off by up to 20 %",
     "point": "one point at the centre",
+    "point_multimask": "  the best of three masks for it",
 }
 _AP_LABELS = {
     "ap": "AP",
@@ -50,7 +58,11 @@ _AP_LABELS = {
 
 
 def summarise_scores(
-    objects: EvaluatedObjects, category_ids: NDArray[np.int64], *, names: dict[int, str]
+    objects: EvaluatedObjects,
+    category_ids: NDArray[np.int64],
+    *,
+    names: dict[int, str],
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The scores of one model, as plain values for JSON.
 
@@ -58,10 +70,12 @@ def summarise_scores(
         objects: K rows, at least one.
         category_ids: int64 [K].
         names: Of the categories, by id.
+        seed: Of the intervals of click curves.
 
     Returns:
         `per_mask_iou` first, then `summary_statistics` of each score, means by size, class and
-        prompt, and `calibration`; None where there is no such object.
+        prompt, `calibration`, and, of objects that were corrected by clicks, `clicks` (see
+        `summarise_clicks`); None where there is no such object.
     """
     ious = {name: getattr(objects, f"iou_{name}") for name in OTHER_PROMPTS}
     return {
@@ -80,6 +94,7 @@ def summarise_scores(
             **{name: summary_statistics(values) for name, values in ious.items()},
         },
         "calibration": calibration(objects.iou_predicted, objects.iou_actual),
+        **({"clicks": summarise_clicks(objects, seed=seed)} if has_clicks(objects) else {}),
     }
 
 
@@ -175,20 +190,25 @@ def summarise_comparison(
         seed: Of the bootstrap.
 
     Returns:
-        Differences are after less before. `iou`, `boundary_iou`, `iou_point`: mean `difference`
-        and its 95 % `interval`. `wins`, `losses`, `ties`: how many objects gained or lost more
-        than `tie`, or neither. `lost`: how many lost more than `lost_over`. `most_improved` and
-        `most_harmed`: the objects with the largest changes, the largest first.
+        Differences are after less before. `iou`, `boundary_iou`, `iou_point`,
+        `iou_point_multimask`: mean `difference` and its 95 % `interval`; `clicks` the same, see
+        `compare_clicks`, if both were corrected by clicks. `wins`, `losses`, `ties`: how many
+        objects gained or lost more than `tie`, or neither. `lost`: how many lost more than
+        `lost_over`. `most_improved` and `most_harmed`: the objects with the largest changes, the
+        largest first.
     """
     comparison = compare_objects(before, after)
     before, after, change = comparison.before, comparison.after, comparison.change
-    columns = {"iou": "iou_actual", "boundary_iou": "iou_boundary", "iou_point": "iou_point"}
+    columns = {"iou": "iou_actual", "boundary_iou": "iou_boundary"}
+    columns |= {name: name for name in ("iou_point", "iou_point_multimask")}
     intervals = {
         name: mean_change(
             getattr(after, column) - getattr(before, column), before.image_ids, seed=seed
         )
         for name, column in columns.items()
     }
+    if has_clicks(before) and has_clicks(after):
+        intervals["clicks"] = compare_clicks(before, after, seed=seed)
     examples = comparison.choose_examples(NUM_SHOWN)
     return {
         **intervals,
@@ -291,6 +311,8 @@ def _score_rows(evaluations: list[dict[str, Any]]) -> Iterator[tuple[str, list[A
     yield "IoU by prompt", None
     for name, label in _PROMPT_LABELS.items():
         yield f"  {label}", scores_at("by_prompt", name, "mean")
+    if all("clicks" in evaluation for evaluation in evaluations):
+        yield from click_rows(evaluations)
     limit = evaluations[0]["coco"]["max_dets"]
     more = f", {limit} of a class in an image" if limit > USUAL_MAX_DETS else ""
     yield f"COCO AP of masks from boxes{more}", None
@@ -328,10 +350,16 @@ def _calibration_lines(calibration: dict[str, Any]) -> list[str]:
 
 def _comparison_lines(comparison: dict[str, Any], letter: str) -> list[str]:
     lines = [f"{letter} against A, on the same objects"]
-    labels = {"iou": "IoU", "boundary_iou": "boundary IoU", "iou_point": "IoU from a point"}
-    for name, label in labels.items():
-        change = comparison[name]
-        line = f"  {label:<18}{change['difference']:+.4f}"
+    labels = {
+        "iou": "IoU",
+        "boundary_iou": "boundary IoU",
+        "iou_point": "IoU from a point",
+        "iou_point_multimask": "  best of three",
+    }
+    changes = [(label, comparison[name]) for name, label in labels.items()]
+    changes += click_changes(comparison["clicks"]) if "clicks" in comparison else []
+    for label, change in changes:
+        line = f"  {label:<{_CHANGE_WIDTH}}{change['difference']:+.4f}"
         if change["interval"] is not None:
             low, high = change["interval"]
             line += f"   95 % interval {low:+.4f} to {high:+.4f}"
@@ -344,7 +372,7 @@ def _comparison_lines(comparison: dict[str, Any], letter: str) -> list[str]:
     for name in ("most_improved", "most_harmed"):
         for k, row in enumerate(comparison[name][:MAX_OBJECTS_SHOWN]):
             lines.append(
-                f"  {name.replace('_', ' ') if k == 0 else '':<18}"
+                f"  {name.replace('_', ' ') if k == 0 else '':<{_CHANGE_WIDTH}}"
                 f"{row['iou_before']:.3f} -> {row['iou_after']:.3f}   object {row['object_id']}"
                 f" ({row['category']}) in {row['file_name']}"
             )

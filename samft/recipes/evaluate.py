@@ -1,8 +1,6 @@
 """Runs an evaluation: scores each checkpoint on a split, compares them, writes the results."""
 
 import argparse
-import csv
-import io
 import json
 import time
 from functools import partial
@@ -19,7 +17,8 @@ from samft.coco.subset import CocoSubset, read_coco, split_by_hash
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
 from samft.distributed import run_on_all_ranks
-from samft.errors import ConfigError, DataError
+from samft.errors import DataError
+from samft.evaluation.clicks import ClickExamples
 from samft.evaluation.coco_ap import (
     average_precision,
     category_ids_of,
@@ -27,23 +26,33 @@ from samft.evaluation.coco_ap import (
     coco_truth,
     load_backend,
 )
-from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects, evaluate_split
+from samft.evaluation.evaluator import (
+    Clicking,
+    EvaluatedObjects,
+    evaluate_split,
+)
 from samft.evaluation.tables import format_tables, summarise_comparison, summarise_scores
 from samft.images.flags import pixel_flags
-from samft.images.names import encode_name
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
-from samft.models.saved_settings import saved_pixels
+from samft.models.saved_settings import saved_pixels, saved_prompts
+from samft.reports.click_pictures import ExampleMasks
+from samft.reports.drawing import image_row_of
+from samft.reports.evaluation_files import (
+    ScoredCheckpoints,
+    check_output,
+    file_names,
+    ids_as_written,
+    write_evaluation,
+)
+from samft.reports.validation_images import choose_fixed
 from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
-from samft.runtime.files import write_atomically, write_json
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal, progress_bar
-from samft.runtime.output_dir import create_writable_dir
-from samft.runtime.own_files import has_keys
 
-_ID_COLUMNS = ("checkpoint", "file_name", "category", "image_id", "object_id", "area")
+_NUM_EXAMPLES, _CLICKS_SHOWN = 6, 3  # objects on the page, and clicks on each
 STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation
 
 
@@ -85,14 +94,15 @@ def _evaluate_checkpoints(
     subset = run_on_all_ranks(lambda: _read_subset(options, formats[0]))
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
+    examples: list[ExampleMasks] = []
     for path, pixels in zip(options.checkpoint, formats, strict=True):
         seen = subset.with_pixels(subset.measure_pixels(pixels))
-        objects, metadata = _score_checkpoint(path, seen, options, device)
+        clicking = _build_clicking(path, subset, options)
+        objects, metadata = _score_checkpoint(path, seen, options, device, clicking=clicking)
         if distributed.is_main():
             tables.append(objects)
-            evaluations.append(
-                _summarise_checkpoint(objects, subset, metadata, backend=options.ap_backend)
-            )
+            examples += [clicking.examples.masks] if clicking.examples else []
+            evaluations.append(_summarise_checkpoint(objects, subset, metadata, options))
             if len(tables) > 1:
                 comparison = summarise_comparison(tables[0], objects, seed=options.seed)
                 evaluations[-1]["comparison"] = _add_names(comparison, subset)
@@ -102,9 +112,15 @@ def _evaluate_checkpoints(
         report = _build_report(evaluations, options)
         lines = format_tables(evaluations, data=_describe_data(options))
         if options.output:
-            report["objects_file"] = objects_path(options.output).name
-            _write_output(options.output, report, tables, subset)
-            lines += ["", f"written: {options.output} and {report['objects_file']} beside it"]
+            scored = ScoredCheckpoints(options.checkpoint, tables, examples, subset)
+            report |= write_evaluation(
+                options.output, report, scored, lines, data=_describe_data(options)
+            )
+            lines += [
+                "",
+                f"written: {options.output}, and beside it {report['objects_file']} and "
+                f"{report['page_file']}",
+            ]
     distributed.barrier()  # torchrun kills the other processes when the first one exits
     return report, lines
 
@@ -156,7 +172,7 @@ def _read_subset(options: argparse.Namespace, pixels: PixelFormat) -> CocoSubset
             flags="--split NAME, or --annotations FILE and --images DIR",
         )
     if options.output:
-        _check_output(options.output, [annotations, *options.checkpoint])
+        check_output(options.output, [annotations, *options.checkpoint])
     subset = read_coco(
         annotations,
         images,
@@ -193,41 +209,26 @@ def _saved_group_by(checkpoint: Path) -> str:
         return "auto"
 
 
-def objects_path(output: Path) -> Path:
-    """The CSV file of the scores of single objects, beside the JSON file of `--output`."""
-    return output.with_name(f"{output.stem}.objects.csv")
-
-
-def _check_output(output: Path, sources: list[Path]) -> None:
-    inputs = {path.resolve() for path in sources}
-    inputs |= {path.with_suffix(".json").resolve() for path in sources}
-    if output.is_dir():
-        raise ConfigError(f"--output: {output} is a folder: name a file in it.")
-    for target in (output, objects_path(output)):
-        if target.resolve() in inputs:
-            raise ConfigError(
-                f"--output: {target} is an annotation file, a checkpoint or its sidecar: choose "
-                "another name."
-            )
-    for target, is_own in ((output, _is_own_report), (objects_path(output), _is_own_table)):
-        if target.exists() and not is_own(target):
-            raise ConfigError(
-                f"--output: {target} exists, and no evaluation of samft has written it: choose "
-                "another name."
-            )
-    create_writable_dir(output.parent, field="--output")
-
-
-_is_own_report = has_keys("per_mask_iou", "checkpoint", "samft_version")
-
-
-def _is_own_table(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.readline(1000).decode(errors="replace").startswith(",".join(_ID_COLUMNS))
+def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace) -> Clicking:
+    # As `predict` does: a model that was tuned to give one mask for a point begins with that one.
+    saved = saved_prompts(path)
+    multimask = saved is None or saved.three_masks
+    if not (options.clicks and options.output):  # no page, no pictures
+        return Clicking(options.clicks, multimask)
+    index, chosen = subset.index, choose_fixed(subset, _NUM_EXAMPLES)
+    image_ids = [int(index.image_ids[image_row_of(index, k)]) for k in chosen.tolist()]
+    keys = zip(image_ids, index.object_ids[chosen].tolist(), strict=True)
+    examples = ClickExamples(keys, num_masks=_CLICKS_SHOWN)
+    return Clicking(options.clicks, multimask, examples)
 
 
 def _score_checkpoint(
-    path: Path, subset: CocoSubset, options: argparse.Namespace, device: torch.device
+    path: Path,
+    subset: CocoSubset,
+    options: argparse.Namespace,
+    device: torch.device,
+    *,
+    clicking: Clicking,
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
     start = time.monotonic()
     run_on_all_ranks(lambda: host_checks.check_open_files(options.num_workers))
@@ -251,7 +252,9 @@ def _score_checkpoint(
         pin_memory=device.type == "cuda",
     )
     with progress_bar(total=len(loader), unit="image", hidden=not distributed.is_main()) as bar:
-        objects, bad_images = evaluate_split(model, loader, seed=options.seed, on_image=bar.update)
+        objects, bad_images = evaluate_split(
+            model, loader, seed=options.seed, clicking=clicking, on_image=bar.update
+        )
     for reason in bad_images.values():
         LOGGER.info("left out: %s", reason)
     if not len(objects):
@@ -263,6 +266,8 @@ def _score_checkpoint(
         format_duration(seconds),
         subset.num_images / seconds,
     )
+    if clicking.most:
+        metadata["first_click"] = "best of three masks" if clicking.multimask else "one mask"
     return objects, {**metadata, "bad_images": bad_images, "seconds": seconds}
 
 
@@ -279,59 +284,28 @@ def _load_model(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str
 
 
 def _summarise_checkpoint(
-    objects: EvaluatedObjects, subset: CocoSubset, metadata: dict[str, Any], *, backend: str
+    objects: EvaluatedObjects,
+    subset: CocoSubset,
+    metadata: dict[str, Any],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     category_ids = category_ids_of(subset, objects.object_ids)
-    scores = summarise_scores(objects, category_ids, names=subset.index.category_names)
+    names = subset.index.category_names
+    scores = summarise_scores(objects, category_ids, names=names, seed=options.seed)
     truth, results = coco_truth(objects, subset), coco_results(objects, category_ids)
     return {
         "per_mask_iou": scores["per_mask_iou"],  # first in the file
         **metadata,
         **scores,
-        "coco": average_precision(truth, results, backend=backend),
+        "coco": average_precision(truth, results, backend=options.ap_backend),
     }
 
 
-def _file_names(subset: CocoSubset) -> dict[int, str]:
-    return {subset.image_id(row): subset.file_name(row) for row in range(subset.num_images)}
-
-
-def _ids_as_written(subset: CocoSubset) -> dict[int, int | str]:
-    index = subset.index
-    return dict(zip(index.image_ids.tolist(), index.image_ids_as_written(), strict=True))
-
-
 def _add_names(comparison: dict[str, Any], subset: CocoSubset) -> dict[str, Any]:
-    names, ids = _file_names(subset), _ids_as_written(subset)
+    names, ids = file_names(subset), ids_as_written(subset)
     for row in comparison["most_improved"] + comparison["most_harmed"]:
         category = int(category_ids_of(subset, np.array([row["object_id"]]))[0])
         row["category"] = subset.index.category_names[category]
         row["file_name"] = names[row["image_id"]]
         row["image_id"] = ids[row["image_id"]]
     return comparison
-
-
-def _write_output(
-    output: Path, report: dict[str, Any], tables: list[EvaluatedObjects], subset: CocoSubset
-) -> None:
-    checkpoints = [report["checkpoint"], *(one["checkpoint"] for one in report["others"])]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    others = [f"iou_{name}" for name in OTHER_PROMPTS]
-    scores = ("iou_actual", "iou_predicted", "dice", "iou_boundary", "iou_box_fill", *others)
-    writer.writerow([*_ID_COLUMNS, *scores])
-    names, image_ids = _file_names(subset), _ids_as_written(subset)
-    for checkpoint, table in zip(checkpoints, tables, strict=True):
-        categories = category_ids_of(subset, table.object_ids).tolist()
-        columns = [table.image_ids, table.object_ids, table.areas]
-        columns += [getattr(table, name) for name in scores]
-        for category, *row in zip(categories, *(c.tolist() for c in columns), strict=True):
-            category_name = subset.index.category_names[category]
-            image_id = image_ids[row[0]]
-            writer.writerow([checkpoint, names[row[0]], category_name, image_id, *row[1:]])
-    content = encode_name(text.getvalue())
-    try:
-        write_atomically(objects_path(output), lambda file: file.write(content))
-        write_json(output, report)
-    except OSError as error:
-        raise ConfigError(f"--output: {output} cannot be written ({error.strerror}).") from error

@@ -20,6 +20,7 @@ class ChartLine:
     name: str
     style: str  # class in report.css
     points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float]] = ()  # of each point the lowest and highest y; or none
 
 
 def tick_values(low: float, high: float, *, num: int = 5) -> list[float]:
@@ -59,6 +60,13 @@ class _Plot:
     def polyline(self, points: Sequence[tuple[float, float]], style: str) -> str:
         coordinates = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
         return f'<polyline class="{style}" points="{coordinates}"/>'
+
+    def band(self, line: ChartLine) -> str:
+        xs = [x for x, _ in line.points]
+        edges = [*zip(xs, (low for low, _ in line.band), strict=True)]
+        edges += [*zip(xs, (high for _, high in line.band), strict=True)][::-1]
+        coordinates = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in edges)
+        return f'<polygon class="band {line.style}" points="{coordinates}"/>'
 
     def circles(self, points: Sequence[tuple[float, float]], style: str, *, radius: float) -> str:
         return "".join(
@@ -123,6 +131,26 @@ def line_chart(lines: Sequence[ChartLine], *, title: str, labels: tuple[str, str
         for line in lines
     )
     return plot.to_svg(content, title=title)
+
+
+def click_chart(curves: Sequence[ChartLine]) -> str:
+    """Draws the mean IoU against the number of clicks, of several models, with their intervals.
+
+    Args:
+        curves: At least one, of at least one point each.
+    """
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = [y for curve in curves for y in [*(y for _, y in curve.points), *sum(curve.band, ())]]
+    whole = [float(x) for x in range(int(min(xs)), int(max(xs)) + 1)]
+    steps = whole if 2 <= len(whole) <= 12 else tick_values(min(xs), max(xs))
+    # Of at least 0.2, so that noise does not fill the chart.
+    ticks = tick_values(min(ys), max(*ys, min(ys) + 0.2))
+    plot = _Plot(steps, ticks, labels=("clicks", "mean IoU"))
+    parts = [plot.band(curve) for curve in curves if curve.band]
+    for curve in curves:
+        parts.append(plot.polyline(curve.points, f"line {curve.style}"))
+        parts.append(plot.circles(curve.points, f"dot {curve.style}", radius=3))
+    return plot.to_svg("".join(parts), title="IoU by number of clicks")
 
 
 def _unit_square_plot(labels: tuple[str, str]) -> _Plot:

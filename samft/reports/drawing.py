@@ -27,6 +27,9 @@ _MIN_CROP_SIDE = 40  # px of the image, so that a tiny object is shown with its 
 _CROP_MARGIN = 1.3  # side of a crop, in units of the box's longer side
 _TRUE_COLOUR, _BOX_COLOUR, _PREDICTED_COLOUR = (255, 40, 220), (0, 220, 255), (20, 90, 255)
 _RIM_COLOUR = (30, 30, 30)
+# Of clicks, by label: "not this" and "this". Vermilion and bluish green of Okabe and Ito's palette,
+# which people who do not see red or green tell apart.
+CLICK_COLOURS = ((213, 94, 0), (0, 158, 115))
 
 Pixel = TypeVar("Pixel", np.uint8, np.uint16, np.bool_)
 
@@ -163,6 +166,11 @@ class ObjectCrop:
     left: int
     side: int
 
+    def to_tile(self, points: NDArray[np.float64]) -> list[tuple[int, int]]:
+        """Pixels of the crop as it is drawn, x y, of points [N, 2] in the original frame."""
+        scaled = (points - (self.left, self.top)) * (len(self.pixels) / self.side)
+        return [(x, y) for x, y in np.rint(scaled).astype(int).tolist()]
+
 
 def image_row_of(index: CocoIndex, k: int) -> int:
     """The row in the index of the image that object k is in."""
@@ -190,15 +198,21 @@ def crop_around(
 
 
 def annotate_crop(
-    index: CocoIndex, k: int, crop: ObjectCrop, *, predicted: CroppedMask | None = None
+    index: CocoIndex,
+    k: int,
+    crop: ObjectCrop,
+    *,
+    predicted: CroppedMask | None = None,
+    clicks: Sequence[tuple[int, int, int]] | None = None,
 ) -> NDArray[np.uint8]:
-    """Draws an object's true outline, its box and a model's mask on a crop.
+    """Draws an object's true outline, its box or clicks, and a model's mask on a crop.
 
     Args:
         index: The checked annotation file.
         k: The object, a row of its arrays.
         crop: Around that object; it is not changed.
         predicted: The model's mask, original frame; drawn filled.
+        clicks: x, y in pixels of the original image and label, 1 or 0; None: the box is drawn.
 
     Returns:
         uint8 [T, T, 3].
@@ -210,14 +224,33 @@ def annotate_crop(
     image_size = index.sizes[image_row_of(index, k)].tolist()
     truth = _resize_to_crop(crop, decode_cropped(index.segmentations[k], image_size))
     contours, _ = cv2.findContours(truth.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    corners = (index.boxes[k].reshape(2, 2) - (crop.left, crop.top)) * (size / crop.side)
-    (x0, y0), (x1, y1) = np.rint(corners).astype(int).tolist()
-    cv2.rectangle(tile, (x0, y0), (x1 - 1, y1 - 1), _BOX_COLOUR, 1)
+    if clicks is None:
+        (x0, y0), (x1, y1) = crop.to_tile(index.boxes[k].reshape(2, 2))
+        cv2.rectangle(tile, (x0, y0), (x1 - 1, y1 - 1), _BOX_COLOUR, 1)
     # With a dark rim, because no single colour stands out from every object.
     line_width = max(size // 144, 1)
     cv2.drawContours(tile, contours, -1, _RIM_COLOUR, line_width + 2)
     cv2.drawContours(tile, contours, -1, _TRUE_COLOUR, line_width)
+    for x, y, label in clicks or ():
+        _draw_click(tile, crop.to_tile(np.array([[x + 0.5, y + 0.5]]))[0], label)
     return tile
+
+
+def _draw_click(tile: NDArray[np.uint8], centre: tuple[int, int], label: int) -> None:
+    # A disc with a plus, or a square with a minus: they differ in more than their colour.
+    x, y = centre
+    size = max(len(tile) // 26, 5)
+    colour = CLICK_COLOURS[label]
+    for grown, tone in ((2, _RIM_COLOUR), (0, colour)):
+        if label:
+            cv2.circle(tile, (x, y), size + grown, tone, cv2.FILLED, cv2.LINE_AA)
+        else:
+            reach = size - 1 + grown
+            cv2.rectangle(tile, (x - reach, y - reach), (x + reach, y + reach), tone, cv2.FILLED)
+    arm = size - 3
+    cv2.line(tile, (x - arm, y), (x + arm, y), (255, 255, 255), 2)
+    if label:
+        cv2.line(tile, (x, y - arm), (x, y + arm), (255, 255, 255), 2)
 
 
 def _resize_to_crop(crop: ObjectCrop, mask: CroppedMask) -> NDArray[np.bool_]:

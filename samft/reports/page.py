@@ -89,9 +89,8 @@ class ReportPage:
 
 def render(page: ReportPage) -> str:
     """The page as HTML text, which refers to no other file and no address."""
-    style = resources.files("samft.reports").joinpath("report.css").read_text(encoding="utf-8")
     return (
-        _environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             page=page,
@@ -100,12 +99,12 @@ def render(page: ReportPage) -> str:
             commands=[split_command(command) for command in page.commands],
             data_rows=_data_rows(page.summary["data"]),
             rows_shown=_ROWS_SHOWN,
-            style=Markup(style),
         )
     )
 
 
-def _environment() -> jinja2.Environment:
+def template_environment() -> jinja2.Environment:
+    """The templates of this room, with autoescape and the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("samft", "reports"),
         autoescape=True,
@@ -122,6 +121,8 @@ def _environment() -> jinja2.Environment:
         "split_flags": split_flags,
         "thousands": "{:,}".format,
     }
+    style = resources.files("samft.reports").joinpath("report.css").read_text(encoding="utf-8")
+    environment.globals["style"] = Markup(style)
     environment.globals["dumbbell"] = lambda before, after: Markup(dumbbell_chart(before, after))
     return environment
 
@@ -170,38 +171,41 @@ def data_uri(picture: NDArray[np.uint8]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode('ascii')}"
 
 
-class _Figure(NamedTuple):
+class Figure(NamedTuple):
+    """A chart with its title, its legend and a remark below it."""
+
     title: str
     chart: Markup
     legend: Sequence[tuple[str, str]]  # class in report.css, name
     remark: str = ""
 
 
-def _figures(page: ReportPage) -> list[_Figure]:
+def _figures(page: ReportPage) -> list[Figure]:
     figures = [_iou_figure(page), _loss_figure(page)]
-    if page.comparison:
-        before, after = page.comparison.before, page.comparison.after
-        figures += [
-            _Figure(
-                "Each object",
-                Markup(change_chart(before.iou_actual, after.iou_actual)),
-                [],
-                "Each dot is an object. Above the diagonal its IoU rose; outside of the dashed "
-                "lines it changed by more than 0.1.",
-            ),
-            _Figure(
-                "Calibration of the predicted IoU",
-                Markup(
-                    calibration_chart(*((o.iou_predicted, o.iou_actual) for o in (before, after)))
-                ),
-                [("before", "before"), ("after", "after")],
-                "On the diagonal the model estimates its IoU correctly; below it, too high.",
-            ),
-        ]
-    return figures
+    return figures + (comparison_figures(page.comparison) if page.comparison else [])
 
 
-def _iou_figure(page: ReportPage) -> _Figure:
+def comparison_figures(comparison: Comparison) -> list[Figure]:
+    """Charts of two models' scores of the same objects."""
+    before, after = comparison.before, comparison.after
+    return [
+        Figure(
+            "Each object",
+            Markup(change_chart(before.iou_actual, after.iou_actual)),
+            [],
+            "Each dot is an object. Above the diagonal its IoU rose; outside of the dashed "
+            "lines it changed by more than 0.1.",
+        ),
+        Figure(
+            "Calibration of the predicted IoU",
+            Markup(calibration_chart(*((o.iou_predicted, o.iou_actual) for o in (before, after)))),
+            [("before", "before"), ("after", "after")],
+            "On the diagonal the model estimates its IoU correctly; below it, too high.",
+        ),
+    ]
+
+
+def _iou_figure(page: ReportPage) -> Figure:
     val, train = (_metric_points(page, split, "per_mask_iou") for split in ("val", "train"))
     last = max((step for step, _ in [*val, *train]), default=1)
     levels = {
@@ -217,16 +221,16 @@ def _iou_figure(page: ReportPage) -> _Figure:
         ("filled", "filling each box"),
     ]
     chart = line_chart(lines, title="IoU by step", labels=("step", ""))
-    return _Figure("IoU", Markup(chart), legend)
+    return Figure("IoU", Markup(chart), legend)
 
 
-def _loss_figure(page: ReportPage) -> _Figure:
+def _loss_figure(page: ReportPage) -> Figure:
     lines = [
         ChartLine("train", "train", _metric_points(page, "train", "loss")),
         ChartLine("val", "after", _metric_points(page, "val", "loss")),
     ]
     chart = line_chart(lines, title="loss by step", labels=("step", ""))
-    return _Figure("Loss", Markup(chart), [("after", "validation"), ("train", "training")])
+    return Figure("Loss", Markup(chart), [("after", "validation"), ("train", "training")])
 
 
 def _metric_points(page: ReportPage, split: str, name: str) -> list[tuple[float, float]]:

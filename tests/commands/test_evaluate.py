@@ -113,9 +113,58 @@ def test_output_files_and_comparison(
     shown = capsys.readouterr().out
     assert f"{written['per_mask_iou']:.4f}" in shown and "B against A" in shown
     assert sorted(path.name for path in output.parent.iterdir()) == [
+        "scores.html",
         "scores.json",
         "scores.objects.csv",
     ]
+    assert (
+        "clicks" not in written and "One click" not in (output.parent / "scores.html").read_text()
+    )
+    assert evaluate_here(arguments_for(data, before, output=output))["others"] == []  # replaced
+
+
+def test_clicks_are_scored_drawn_and_compared(
+    data: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "scores.json"
+    report = evaluate_here(arguments_for(data, *best_files(trained), output=output, clicks=2))
+    assert json.loads(output.read_text()) == json.loads(json.dumps(report))
+    after = report["others"][0]
+    for model in (report, after):
+        box, point = model["clicks"]["box"], model["clicks"]["point"]
+        assert (box["clicks"], point["clicks"]) == ([0, 1, 2], [1, 2])
+        assert box["iou"][0] == pytest.approx(model["per_mask_iou"], abs=1e-12)
+        first = "point_multimask" if model["first_click"] == "best of three masks" else "point"
+        assert point["iou"][0] == pytest.approx(model["by_prompt"][first]["mean"], abs=1e-12)
+    for start, curve in after["clicks"].items():
+        changes = after["comparison"]["clicks"][start]
+        for number, change in enumerate(changes["iou"]):
+            difference = curve["iou"][number] - report["clicks"][start]["iou"][number]
+            assert change["difference"] == pytest.approx(difference, abs=1e-12)
+            low, high = change["interval"]
+            assert low <= difference <= high
+    with (tmp_path / report["objects_file"]).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["checkpoint"] == after["checkpoint"]]
+    mean = sum(float(row["iou_box_clicks_2"]) for row in rows) / len(rows)
+    assert mean == pytest.approx(after["clicks"]["box"]["iou"][2], abs=1e-12)
+    counts = [int(row["noc_85_point"] or 2) for row in rows]
+    assert sum(counts) / len(rows) == pytest.approx(after["clicks"]["point"]["noc_85"])
+    shown = capsys.readouterr().out
+    assert "IoU by clicks, from a point" in shown and "IoU, box, 2 clicks" in shown
+    page = (tmp_path / report["page_file"]).read_text()
+    assert page.count("<polygon") == 4 and "One click, two clicks, three" in page
+    assert page.count("data:image/jpeg") >= 2 * 6  # six objects, of both models
+
+
+def test_a_page_that_is_not_ours_is_not_replaced(
+    data: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    page = tmp_path / "scores.html"
+    page.write_text("<p>my own</p>")
+    argv = arguments_for(data, best_files(trained)[0], output=tmp_path / "scores.json")
+    assert run_command(evaluate_here, argv) == 2
+    assert f"{page} exists, and no evaluation of samft has written it" in capsys.readouterr().err
+    assert page.read_text() == "<p>my own</p>"
 
 
 def test_ap_is_that_of_cocoeval_on_the_file_that_predict_writes(
@@ -141,15 +190,16 @@ def test_ap_is_that_of_cocoeval_on_the_file_that_predict_writes(
 def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) -> None:
     path = best_files(trained)[0]
     files = tmp_path / "one.json", tmp_path / "two.json"
-    evaluate_here(arguments_for(data, path, output=files[0]))
-    ended = command(arguments_for(data, path, output=files[1]), processes=2)
+    evaluate_here(arguments_for(data, path, output=files[0], clicks=1))
+    ended = command(arguments_for(data, path, output=files[1], clicks=1), processes=2)
     assert ended.returncode == 0, ended.stderr
     one, two = (json.loads(file.read_text()) for file in files)
-    for name in ("seconds", "objects_file"):
+    for name in ("seconds", "objects_file", "page_file"):
         one.pop(name), two.pop(name)
     assert one == two
-    rows = [(tmp_path / f"{name}.objects.csv").read_text() for name in ("one", "two")]
-    assert rows[0] == rows[1]
+    for ending in ("objects.csv", "html"):
+        written = [(tmp_path / f"{name}.{ending}").read_text() for name in ("one", "two")]
+        assert written[0] == written[1]
     assert ended.stdout.count("IoU, mean over masks") == 1  # rank 0 alone speaks
 
 
@@ -223,6 +273,8 @@ def test_missing_images_are_refused_or_left_out(
         (["--min_mask_area", "1e9"], "no object is left"),
         (["--annotations", "a.json"], "go together"),
         (["--num_workers", "-1"], "must be at least 0"),
+        (["--clicks", "-1"], "no number of clicks from 0, for none, to 100"),
+        (["--clicks", "101"], "no number of clicks"),
         (["--val_fraction", "1"], "must lie between 0 and 1"),
         (["--val_fraction", "0.5"], "add --split train"),
         (

@@ -46,9 +46,8 @@ def worsened_rows(subset: CocoSubset) -> EvaluatedObjects:
     for batch in val_loader(dataset):
         masks = [worsened(truth, generator) for truth in batch.truths]
         others = {name: batch.truths for name in OTHER_PROMPTS}
-        part = torch.arange(batch.num_masks)
-        scores = torch.from_numpy(generator.random(len(part)))
-        parts.append(score_masks(batch, {"box": masks, **others}, scores, part=part))
+        scores = torch.from_numpy(generator.random(batch.num_masks))
+        parts.append(score_masks(batch, {"box": masks, **others}, scores))
     return EvaluatedObjects.concatenate(parts)
 
 

@@ -6,7 +6,8 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from samft.coco.segmentation import CroppedMask
 from samft.data.transforms import make_frame
-from samft.evaluation.evaluator import centre_point, jittered_boxes, points_to_input
+from samft.evaluation.clicks import centre_point, points_to_input
+from samft.evaluation.evaluator import jittered_boxes
 
 FRAME = make_frame((600, 800), 1024, resize_mode="pad")
 BOXES = np.array([[100.0, 100, 500, 300], [400, 200, 700, 700], [300, 300, 310, 320]])

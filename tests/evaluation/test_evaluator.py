@@ -22,11 +22,12 @@ from samft.data.loaders import val_loader
 from samft.data.transforms import boxes_to_original
 from samft.distributed import get_rank, get_world_size
 from samft.errors import DataError, UserError
+from samft.evaluation.clicks import ClickExamples, centre_point
 from samft.evaluation.coco_ap import average_precision, category_ids_of, coco_results, coco_truth
 from samft.evaluation.evaluator import (
     OTHER_PROMPTS,
+    Clicking,
     EvaluatedObjects,
-    centre_point,
     evaluate_split,
     jittered_boxes,
     score_masks,
@@ -100,9 +101,11 @@ def test_each_prompt_scores_as_with_stock_sam(folder: Path, evaluated: Evaluated
                 prompts[name] = {"box": boxes_to_original(moved, frame)[0]}
             point = np.array([centre_point(truth)])
             prompts["point"] = {"point_coords": point, "point_labels": np.array([1])}
+            prompts["point_multimask"] = {**prompts["point"], "multimask_output": True}
             for name, prompt in prompts.items():
-                mask, score, _ = predictor.predict(**prompt, multimask_output=False)
-                mask = mask[0].astype(np.uint8)
+                prompt = {"multimask_output": False, **prompt}
+                mask, score, _ = predictor.predict(**prompt)
+                mask = mask[score.argmax()].astype(np.uint8)
                 expected[f"iou_{name}"].append(iou_of(mask, true_mask))
                 if name == "actual":
                     expected["iou_boundary"].append(paper_boundary_iou(true_mask, mask))
@@ -132,11 +135,17 @@ def test_the_mean_iou_equals_that_of_validate(folder: Path, evaluated: Evaluated
 def numbers(folder: Path, backend: str = "pycocotools") -> tuple[dict[str, Any], dict[str, Any]]:
     """All numbers of the tiny model, on however many ranks there are."""
     subset = read_subset(folder)
-    rows, _ = evaluate_split(tiny(), batches_of(subset))
+    clicking = Clicking(2, examples=ClickExamples([(13, 9), (11, 2)], num_masks=2))
+    rows, _ = evaluate_split(tiny(), batches_of(subset), clicking=clicking)
     category_ids = category_ids_of(subset, rows.object_ids)
     results = coco_results(rows, category_ids)
+    assert clicking.examples is not None
+    kept = clicking.examples.masks.items()
     return (
-        summarise_scores(rows, category_ids, names=subset.index.category_names),
+        summarise_scores(rows, category_ids, names=subset.index.category_names)
+        | {
+            "kept": [(key, [(one.clicks, one.mask.mask.sum()) for one in own]) for key, own in kept]
+        },
         average_precision(coco_truth(rows, subset), results, backend=backend),
     )
 
@@ -146,14 +155,15 @@ def test_scores_do_not_depend_on_the_number_of_processes(
 ) -> None:
     alone = numbers(folder)
     assert alone[0]["masks"] == 14
+    assert len(alone[0]["clicks"]["box"]["iou"]) == 3
+    assert all(len(masks) == 2 for _, masks in alone[0]["kept"])
     assert gloo2.run(numbers, folder) == [alone] * 2
     assert gloo3.run(numbers, folder) == [alone] * 3
 
 
 def perfect(batch: Batch) -> EvaluatedObjects:
     masks = {name: batch.truths for name in ("box", *OTHER_PROMPTS)}
-    part = torch.arange(batch.num_masks)
-    return score_masks(batch, masks, torch.rand(len(part)), part=part)
+    return score_masks(batch, masks, torch.rand(batch.num_masks))
 
 
 def check_perfect(subset: CocoSubset) -> None:
@@ -186,12 +196,11 @@ def test_true_masks_of_real_datasets_score_1(data_root: Path, name: str) -> None
 
 
 def test_a_worse_mask_scores_less() -> None:
-    (batch,) = small_batches(1)
+    batch = small_batches(1)[0].take_objects(slice(0, 1))
     truth = batch.truths[0]
     half = CroppedMask(truth.top, truth.left, truth.mask[: truth.mask.shape[0] // 2])
     masks = {name: [truth] for name in OTHER_PROMPTS}
-    one = torch.zeros(1, dtype=torch.int64)
-    rows = score_masks(batch, {"box": [half], **masks}, torch.tensor([0.75]), part=one)
+    rows = score_masks(batch, {"box": [half], **masks}, torch.tensor([0.75]))
     assert rows.iou_actual.tolist() == [cropped_iou(half, truth)]
     size = tuple(batch.original_sizes[0].tolist())
     assert rows.iou_boundary.tolist() == [boundary_iou(half, truth, original_size=size)]

@@ -62,7 +62,9 @@ def test_sizes_classes_and_prompts() -> None:
         pytest.approx(0.2),
     )
     prompts = summary["by_prompt"]
-    assert list(prompts) == ["box", "jitter_5", "jitter_10", "jitter_20", "point"]
+    assert list(prompts) == [
+        *("box", "jitter_5", "jitter_10", "jitter_20", "point", "point_multimask")
+    ]
     assert prompts["box"] == summary["iou"]
     assert (prompts["jitter_10"]["mean"], prompts["point"]["mean"]) == pytest.approx((0.3, 0.5))
 

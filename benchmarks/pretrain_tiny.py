@@ -30,7 +30,8 @@ from samft.config import TrainConfig
 from samft.data.targets import draw_targets, make_grids
 from samft.data.transforms import make_frame
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze, load_state, read_state
+from samft.models.sam import build_sam, load_state, read_state
+from samft.models.trainable import freeze
 from samft.training.losses import mask_losses
 
 HELD_OUT_SEED = 1_000_000_000

@@ -21,7 +21,8 @@ from benchmarks.tables import format_spread
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.top_k import SCORE, TopK
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, constant_names, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import constant_names, freeze
 from samft.training.optim import build_optimizer
 
 IMAGE_SIZE = 256  # of the steps; the size of a checkpoint hardly depends on it

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.measure import model_flops
 from benchmarks.tables import markdown_table
-from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam, freeze
+from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam
+from samft.models.trainable import freeze
 
 NUM_GPUS = (1, 8, 64, 512)
 NUM_IMAGES = (10**4, 10**5, 10**6, 10**7)

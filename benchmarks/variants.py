@@ -28,7 +28,8 @@ from samft.data.dataset import NO_PIXELS, Batch
 from samft.data.targets import WINDOW_CELLS, WINDOW_SCALE, make_windows
 from samft.models.chunked_loss import BoxDecoder
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam, freeze
+from samft.models.sam import MODEL_SHAPES, PATCH_SIZE, build_sam
+from samft.models.trainable import freeze
 from samft.runtime.device import exact_float32, pick_amp_dtype
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses

@@ -160,6 +160,14 @@ class TrainConfig:
         "do not train the image encoder: much faster, as each image need be encoded only once",
         most_used=True,
     )
+    train_blocks: int | None = _model(
+        None,
+        "of the image encoder, train the last N blocks and the neck only: less memory, and what "
+        "comes before need be computed only once for each image (default: all blocks, or none with "
+        "freeze_image_encoder)",
+        at_least=1,
+        metavar="N",
+    )
     image_size: int = _model(
         1024,
         "side of the model's input in pixels, a multiple of 16; smaller is faster, but loses small "
@@ -192,6 +200,14 @@ class TrainConfig:
         1, "images per process and micro-batch", most_used=True, at_least=1
     )
     learning_rate: float = _optimisation(1e-4, "peak learning rate", most_used=True)
+    encoder_learning_rate: float | None = _optimisation(
+        None, "peak learning rate of the image encoder (default: learning_rate)", metavar="RATE"
+    )
+    layer_decay: float = _optimisation(
+        1.0,
+        "train each block of the image encoder at this share of the rate of the block after it; "
+        "0.9 as in SAM 2; 1: all alike",
+    )
     accumulate_steps: int = _optimisation(
         1, "micro-batches per optimizer step; larger steps at the memory of batch_size", at_least=1
     )
@@ -280,8 +296,8 @@ class TrainConfig:
     )
     cache_embeddings: str = _speed(
         "auto",
-        "encode each image only once and store the result; auto: if the image encoder is frozen, "
-        "augment is not scale, and it saves time",
+        "encode each image only once and store the result; auto: if the image encoder or its first "
+        "blocks are frozen, augment is not scale, and it saves time",
         choices=("auto", "on", "off"),
     )
     cache_dir: str | None = _speed(

@@ -68,8 +68,6 @@ def _check_combinations(config: Any) -> list[str]:
         problems.append(
             f"image_size: {config.image_size} is no multiple of 16; the nearest is {near}."
         )
-    if not 0 < config.learning_rate < float("inf"):
-        problems.append(f"learning_rate: {config.learning_rate} must be above 0.")
     if config.val_fraction is not None and not 0 < config.val_fraction < 1:
         problems.append(f"val_fraction: {config.val_fraction} must lie between 0 and 1.")
     if problem := pattern_problem(config.group_by):
@@ -78,7 +76,24 @@ def _check_combinations(config: Any) -> list[str]:
         problems.append(f"box_jitter: {config.box_jitter} must be at most 0.5.")
     if config.repeat_threshold is not None and not 0 < config.repeat_threshold <= 1:
         problems.append(f"repeat_threshold: {config.repeat_threshold} must lie between 0 and 1.")
-    return problems + _check_cache(config)
+    return problems + _check_rates(config) + _check_cache(config)
+
+
+def _check_rates(config: Any) -> list[str]:
+    problems = []
+    for name in ("learning_rate", "encoder_learning_rate"):
+        rate = getattr(config, name)
+        if rate is not None and not 0 < rate < float("inf"):
+            problems.append(f"{name}: {rate} must be above 0.")
+    if not 0 < config.layer_decay <= 1:
+        problems.append(f"layer_decay: {config.layer_decay} must be above 0, and at most 1.")
+    if config.freeze_image_encoder:
+        problems += [
+            f"{name}: freeze_image_encoder leaves no block to train: give one of the two."
+            for name in ("train_blocks", "encoder_learning_rate")
+            if getattr(config, name) is not None
+        ]
+    return problems
 
 
 def _check_pixels(config: Any) -> list[str]:
@@ -94,10 +109,11 @@ def _check_pixels(config: Any) -> list[str]:
 
 def _check_cache(config: Any) -> list[str]:
     problems = []
-    if config.cache_embeddings == "on" and not config.freeze_image_encoder:
+    is_all_trained = not config.freeze_image_encoder and config.train_blocks is None
+    if config.cache_embeddings == "on" and is_all_trained:
         problems.append(
-            "cache_embeddings: 'on' needs freeze_image_encoder: an encoder that is trained "
-            "gives other embeddings after every step."
+            "cache_embeddings: 'on' needs freeze_image_encoder or train_blocks: an encoder that is "
+            "trained from its first block on gives other embeddings after every step."
         )
     if config.cache_embeddings == "on" and config.augment == "scale":
         problems.append(

@@ -161,7 +161,7 @@ class _Encoder:
         sizes = _concatenate([each.receive_size() for each in inputs + repeated])
         enabled = self.amp_dtype is not None
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled):
-            embeddings = self.model.embed(pixels, sizes)
+            embeddings = self.model.encode_frozen(pixels, sizes)
         converted = embeddings[: len(inputs)].to(self.dtype).contiguous()
         self._in_flight.append((inputs, self._transfers.to_host(converted)))
         self._inputs = []

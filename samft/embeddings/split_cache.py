@@ -44,7 +44,7 @@ ShouldStop = Callable[[], bool]
 class CacheKey:
     """All that an embedding depends on except the image."""
 
-    encoder: str  # from `hash_encoder`
+    encoder: str  # from `hash_encoder`, of all that is frozen
     image_size: int
     resize_mode: str
     exact: bool  # decoded and resized as SamPredictor does it; otherwise as training does
@@ -64,10 +64,18 @@ class CacheKey:
         return {"format": _FORMAT, **asdict(self)}
 
 
-def hash_encoder(sam: Sam) -> str:
-    """SHA-256 of the image encoder's tensors, names and shapes, and of the pixel mean and std."""
+def hash_encoder(sam: Sam, *, blocks: int | None = None) -> str:
+    """SHA-256 of the image encoder's tensors, names and shapes, and of the pixel mean and std.
+
+    Args:
+        sam: The model.
+        blocks: Only of the first so many blocks, and what comes before them; None: of all.
+    """
     digest = hashlib.sha256()
     tensors = {**sam.image_encoder.state_dict(), "mean": sam.pixel_mean, "std": sam.pixel_std}
+    if blocks is not None:
+        last = ("neck.", *(f"blocks.{i}." for i in range(blocks, len(sam.image_encoder.blocks))))
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(last)}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content = tensor.detach().cpu().contiguous()

@@ -159,7 +159,10 @@ class CheckpointedEncoder(nn.Module):
         x = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        blocks = list(self.blocks)
+        return self.neck(self.run_blocks(list(self.blocks), x).permute(0, 3, 1, 2))
+
+    def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+        """Runs some of the blocks, one after the other; [N, h, w, C] to the same shape."""
         for start in range(0, len(blocks), self.group_size):
             group = blocks[start : start + self.group_size]
             # The inner checkpoints act when the outer one runs the group again in backward: there
@@ -168,7 +171,7 @@ class CheckpointedEncoder(nn.Module):
                 x = _checkpoint(_checkpoint_each, group, x)
             else:
                 x = _checkpoint_each(group, x)
-        return self.neck(x.permute(0, 3, 1, 2))
+        return x
 
 
 def _checkpoint_each(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:

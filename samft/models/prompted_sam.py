@@ -22,6 +22,12 @@ from samft.models.chunked_loss import (
     auto_mask_chunk,
 )
 from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs, RecordingPlace
+from samft.models.encoder_parts import (
+    count_frozen_blocks,
+    encode_first_blocks,
+    encode_last_blocks,
+    move_first_blocks,
+)
 from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import choose_decoder
 from samft.models.prompts import Prompts
@@ -104,6 +110,24 @@ class PromptedSam(nn.Module):
         weights = self._cast_encoder.weights_of(self.sam.image_encoder)
         return not any(weight.requires_grad for weight in weights)
 
+    @property
+    def num_frozen_blocks(self) -> int | None:
+        """The frozen blocks at the start of the image encoder; see `count_frozen_blocks`."""
+        weights = self._cast_encoder.weights_of(self.sam.image_encoder)
+        if weights[0].requires_grad:  # most often: the whole encoder is trained
+            return None
+        return count_frozen_blocks(self.sam.image_encoder)
+
+    @property
+    def frozen_shape(self) -> tuple[int, int, int] | None:
+        """The shape of what `encode_frozen` returns of an image; None if nothing is frozen."""
+        if self.encoder_is_frozen:
+            return self.embedding_shape
+        if self.num_frozen_blocks is None:
+            return None
+        width = self.sam.image_encoder.patch_embed.proj.out_channels
+        return (*self.embedding_shape[1:], width)
+
     def embed(
         self, images: Tensor, input_sizes: Tensor | None = None, *, cached: Tensor | None = None
     ) -> Tensor:
@@ -112,23 +136,45 @@ class PromptedSam(nn.Module):
         Args:
             images: See `preprocess`.
             input_sizes: See `preprocess`.
-            cached: float [N, C, S/16, S/16], embeddings computed earlier: returned as float32, and
-                nothing is encoded.
+            cached: float [N, *frozen_shape], from `encode_frozen` earlier; images are not used.
 
         Returns:
             float [N, C, S/16, S/16].
         """
-        if cached is not None:
-            return cached.float()
-        in_training, frozen = torch.is_grad_enabled(), self.encoder_is_frozen
-        with torch.set_grad_enabled(in_training and not frozen):
+        if self.encoder_is_frozen:
+            return self.encode_frozen(images, input_sizes) if cached is None else cached.float()
+        encoder = self._cast_encoder.select(self.sam.image_encoder, self.sam.device.type)
+        num_blocks = self.num_frozen_blocks
+        if num_blocks is None:
+            embeddings: Tensor = encoder(self.preprocess(images, input_sizes))
+            return embeddings
+        tokens = self.encode_frozen(images, input_sizes) if cached is None else cached.float()
+        return encode_last_blocks(encoder, tokens, num_blocks)
+
+    def encode_frozen(self, images: Tensor, input_sizes: Tensor | None = None) -> Tensor:
+        """What the frozen part of the image encoder makes of images, which training cannot change.
+
+        Args:
+            images: See `preprocess`.
+            input_sizes: See `preprocess`.
+
+        Returns:
+            float [N, *frozen_shape], without a gradient: embeddings, or the tokens that enter the
+            first block that is trained.
+        """
+        in_training, num_blocks = torch.is_grad_enabled(), self.num_frozen_blocks
+        frozen = self.encoder_is_frozen
+        with torch.no_grad():
             encoder = self._cast_encoder.select(self.sam.image_encoder, self.sam.device.type)
 
             def encode(images: Tensor, input_sizes: Tensor | None = None) -> Tensors:
-                return (encoder(self.preprocess(images, input_sizes)),)
+                preprocessed = self.preprocess(images, input_sizes)
+                if frozen or num_blocks is None:
+                    return (encoder(preprocessed),)
+                return (encode_first_blocks(encoder, preprocessed, num_blocks),)
 
             encoded, graphs = None, self.encoder_graphs
-            if graphs and in_training and frozen and images.is_cuda:
+            if graphs and in_training and images.is_cuda:
                 inputs = (images,) if input_sizes is None else (images, input_sizes)
                 weights = self._cast_encoder.weights_of(self.sam.image_encoder)
                 places = tuple(weight.data_ptr() for weight in weights)
@@ -136,11 +182,14 @@ class PromptedSam(nn.Module):
             return (encoded or encode(images, input_sizes))[0]
 
     def unload_encoder(self) -> None:
-        """Moves the image encoder to the CPU, for a run whose embeddings are all cached."""
+        """Moves what is frozen of the image encoder to the CPU, for a run that has it cached."""
         self._cast_encoder.drop()
         if self.encoder_graphs is not None:
             self.encoder_graphs = CudaGraphs()  # those of the pass that encoded keep its weights
-        self.sam.image_encoder.cpu()
+        if self.encoder_is_frozen:
+            self.sam.image_encoder.cpu()
+        elif (num_blocks := self.num_frozen_blocks) is not None:
+            move_first_blocks(self.sam.image_encoder, num_blocks, torch.device("cpu"))
         if self.sam.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -1,11 +1,11 @@
-"""SAM of any model type at any image size: built, loaded from a checkpoint, and frozen in parts.
+"""SAM of any model type at any image size: built, and loaded from a checkpoint.
 
 Everything is made of the modules of the `segment_anything` package, with its keys, so what is saved
 is what that package reads.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -40,40 +40,6 @@ from samft.weights.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_sta
 PATCH_SIZE = 16
 PIXEL_MEAN = [123.675, 116.28, 103.53]
 PIXEL_STD = [58.395, 57.12, 57.375]
-
-# What only some prompts reach. In a run without these prompts it would get no gradient (and stop
-# DistributedDataParallel), or one of exactly zero (and weight decay would shrink it to nothing).
-_NEGATIVE_CLICK = "prompt_encoder.point_embeddings.0."
-_POSITIVE_CLICK = "prompt_encoder.point_embeddings.1."
-_BOX_CORNERS = ("prompt_encoder.point_embeddings.2.", "prompt_encoder.point_embeddings.3.")
-_PADDING_POINT = "prompt_encoder.not_a_point_embed."  # where there are points and no box
-_MASK_PROMPT = "prompt_encoder.mask_downscaling."
-_ONE_MASK, *_THREE_MASKS = (f"mask_decoder.output_hypernetworks_mlps.{n}." for n in range(4))
-
-
-def unreached_by(
-    prompts: str, *, corrections: int = 0, mask_prompt: float = 0.0, multimask: str = "off"
-) -> tuple[str, ...]:
-    """How the names of the parameters begin that no prompt of a run reaches.
-
-    Args:
-        prompts: What a step begins with: `box`, `point` (a positive one), or `mixed`.
-        corrections: Rounds with one more click each, positive or negative, and one mask.
-        mask_prompt: Probability that such a round has a mask prompt.
-        multimask: Masks of a single point: `off` for one, `best` for three.
-    """
-    boxes, points = prompts in ("box", "mixed"), prompts in ("point", "mixed")
-    only_three = multimask == "best" and not boxes and not corrections
-    reached = {
-        _NEGATIVE_CLICK: corrections > 0,
-        _POSITIVE_CLICK: points or corrections > 0,
-        **dict.fromkeys(_BOX_CORNERS, boxes),
-        _PADDING_POINT: points,
-        _MASK_PROMPT: corrections > 0 and mask_prompt > 0,
-        _ONE_MASK: not only_three,
-        **dict.fromkeys(_THREE_MASKS, points and multimask == "best"),
-    }
-    return tuple(prefix for prefix, is_reached in reached.items() if not is_reached)
 
 
 @dataclass(frozen=True)
@@ -412,37 +378,3 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
             stacklevel=2,
         )
     return opened.sam.to(device).eval()
-
-
-def freeze(
-    sam: Sam, parts: Iterable[str], *, unreached: tuple[str, ...] | None = None
-) -> list[str]:
-    """Freezes whole parts, and exactly the parameters that the prompts of a run cannot reach.
-
-    All other parameters are made trainable, whatever an earlier call froze.
-
-    Args:
-        sam: The model, changed in place.
-        parts: Any of `image_encoder`, `prompt_encoder`, `mask_decoder`.
-        unreached: From `unreached_by`; None: by boxes, with one mask each.
-
-    Returns:
-        The names of the parameters that are frozen only because the prompts cannot reach them, and
-        not as part of `parts`.
-    """
-    prefixes = tuple(f"{part}." for part in parts)
-    unreached = unreached_by("box") if unreached is None else unreached
-    unreachable = []
-    for name, parameter in sam.named_parameters():
-        out_of_reach = name.startswith(unreached)
-        frozen = name.startswith(prefixes)
-        parameter.requires_grad_(not (frozen or out_of_reach))
-        if out_of_reach and not frozen:
-            unreachable.append(name)
-    return unreachable
-
-
-def constant_names(sam: Sam) -> list[str]:
-    """The keys of a frozen SAM's state dict whose tensors training does not change."""
-    trained = {name for name, parameter in sam.named_parameters() if parameter.requires_grad}
-    return [name for name in sam.state_dict() if name not in trained]

@@ -10,10 +10,11 @@ from torch import Tensor
 from samft import distributed
 from samft.config import TrainConfig
 from samft.data.loaders import BatchLoader, train_loader, val_loader
-from samft.errors import CheckpointError
+from samft.errors import CheckpointError, ConfigError
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze, identify_model, load_state, read_state
+from samft.models.sam import build_sam, identify_model, load_state, read_state
+from samft.models.trainable import freeze
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.logs import LOGGER
@@ -96,6 +97,7 @@ def build_model(
 
     Raises:
         CheckpointError: The weights do not fit the model.
+        ConfigError: The model has fewer blocks than are to be trained.
     """
     assert config.model_type is not None
     torch.manual_seed(config.seed)
@@ -103,7 +105,13 @@ def build_model(
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
     frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
-    unreachable = freeze(sam, frozen)
+    num_blocks, train_blocks = len(sam.image_encoder.blocks), config.train_blocks
+    if train_blocks is not None and train_blocks > num_blocks:
+        raise ConfigError(
+            f"train_blocks: {train_blocks} is more than the {num_blocks} blocks of "
+            f"{config.model_type}."
+        )
+    unreachable = freeze(sam, frozen, train_blocks=train_blocks)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and _compiling_pays(device)):
         compile_blocks(sam.image_encoder)
@@ -120,6 +128,8 @@ def build_model(
     LOGGER.info(
         "%s: %.2f of %.2f M parameters are trained", config.model_type, trainable / 1e6, total / 1e6
     )
+    if train_blocks is not None:
+        frozen.append(f"image_encoder before its last {train_blocks} of {num_blocks} blocks")
     if frozen:
         LOGGER.info("frozen as configured: %s", ", ".join(frozen))
     if unreachable:
@@ -161,6 +171,9 @@ def build_trainer(config: TrainConfig, model: PromptedSam, *, progress: Progress
         model,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        encoder_factor=(config.encoder_learning_rate or config.learning_rate)
+        / config.learning_rate,
+        layer_decay=config.layer_decay,
         sharded=config.optimizer_sharding,
     )
     return Trainer(

@@ -236,11 +236,12 @@ class _TrialRun:
         image = batch.images[:1].to(self.device), batch.input_sizes[:1].to(self.device)
         amp_dtype = pick_amp_dtype(self.config.amp, self.device)
         with torch.autocast(self.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            self.model.embed(*image)  # the first is slower
-            return self._time(lambda: self.model.embed(*image))[0]
+            self.model.encode_frozen(*image)  # the first is slower
+            return self._time(lambda: self.model.encode_frozen(*image))[0]
 
     def _with_embeddings(self, batch: Batch) -> Batch:
-        shape = (len(batch.image_ids), *self.model.embedding_shape)
+        assert self.model.frozen_shape is not None
+        shape = (len(batch.image_ids), *self.model.frozen_shape)
         embeddings = torch.zeros(shape, dtype=getattr(torch, self.config.cache_dtype))
         return replace(batch, embeddings=embeddings)
 

@@ -211,7 +211,7 @@ class _StorePlan(NamedTuple):
 def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> bool:
     if config.cache_embeddings == "off" or progress.step >= config.steps:
         return False
-    if not model.encoder_is_frozen:  # with `on`, the configuration was refused
+    if model.frozen_shape is None:  # with `on`, the configuration was refused
         return False
     if config.augment == "scale":
         LOGGER.info(
@@ -261,8 +261,11 @@ def _try_lock(cache_dir: Path) -> BinaryIO | None:
 def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_StorePlan]:
     # Collective. The plan of the training split, then that of the validation split.
     device = model.sam.device
-    digest = distributed.broadcast(hash_encoder(model.sam) if distributed.is_main() else "")
-    cache_dir, shape = cache_dir_of(config), model.embedding_shape
+    blocks = None if model.encoder_is_frozen else model.num_frozen_blocks
+    own_digest = hash_encoder(model.sam, blocks=blocks) if distributed.is_main() else ""
+    digest = distributed.broadcast(own_digest)
+    cache_dir, shape = cache_dir_of(config), model.frozen_shape
+    assert shape is not None
 
     def plan_split(
         dataset: Coco2MaskDataset, amp_dtype: torch.dtype | None, flips: tuple[bool, ...]

@@ -22,7 +22,7 @@ from samft.runtime.device import peak_memory_gib
 from samft.runtime.logs import LOGGER, RunLog, format_duration
 from samft.runtime.signals import StopInterrupt
 from samft.training.engine import Trainer, train
-from samft.training.optim import gather_state
+from samft.training.optim import gather_state, get_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def _validate_model(run: TrainingRun) -> Validation:
     _collect_bad_images(run, "val", validation.bad_images)
     counts = run.splits.counts["val"]
     rates = {
-        "lr": run.trainer.optimizer.param_groups[0]["lr"],
+        "lr": get_learning_rate(run.trainer.optimizer),
         "images_per_second": counts["images"] / seconds,
         "masks_per_second": counts["masks"] / seconds,
         "peak_memory_gib": peak_memory_gib(run.device),

@@ -21,7 +21,7 @@ from samft.data.targets import WINDOW_CELLS
 from samft.errors import ConfigError
 from samft.images.pixels import PixelFormat
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import constant_names
+from samft.models.trainable import constant_names
 from samft.recipes.build import build_model, disk_bytes, load_weights
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step

@@ -33,6 +33,7 @@ from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32, peak_memory_gib
 from samft.training.losses import LossFunction, MaskLosses
+from samft.training.optim import get_learning_rate, set_learning_rate
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
 MEMORY_ADVICE = (
@@ -221,9 +222,7 @@ class Trainer:
         weight = torch.full((), get_world_size() / max(num_masks, 1), device=self.device)
 
         # The schedule is a function of the step, so a resumed run needs no state of it
-        learning_rate = self.learning_rate_at(self.progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, self.learning_rate_at(self.progress.step))
 
         step_sums = torch.zeros_like(self.metric_sums)
         for number, batch in enumerate(micro_batches):
@@ -300,8 +299,8 @@ class Trainer:
         images = torch.zeros(1, 3, size, size, device=self.device)
         boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
         embeddings = None
-        if self.model.encoder_is_frozen:  # with cached embeddings, the encoder stays on the CPU
-            embeddings = images.new_zeros(1, *self.model.embedding_shape)
+        if self.model.frozen_shape is not None:  # if cached, what is frozen stays on the CPU
+            embeddings = images.new_zeros(1, *self.model.frozen_shape)
         with self._autocast():
             image_index = boxes.new_zeros(1, dtype=torch.int64)
             logits, iou = ddp_model(images, boxes, image_index, embeddings=embeddings)
@@ -342,7 +341,7 @@ class Trainer:
         *sums, masks, images = all_reduce_sum(self.metric_sums.cpu()).tolist()
         seconds = max(self.progress.window_seconds, 1e-9)
         metrics = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["lr"] = get_learning_rate(self.optimizer)
         metrics["images_per_second"] = images / seconds
         metrics["masks_per_second"] = masks / seconds
         metrics["peak_memory_gib"] = peak_memory_gib(self.device)

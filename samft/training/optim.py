@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
@@ -66,37 +66,102 @@ def schedule_learning_rate(
     return learning_rate_at
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: with and without weight decay.
+def encoder_rate_factor(name: str, *, num_blocks: int, layer_decay: float) -> float:
+    """The learning rate of a parameter of the image encoder, as a share of the encoder's.
+
+    The neck has the whole rate, the last block d of it, the one before d^2, and what comes before
+    the n blocks d^(n + 1).
+
+    Args:
+        name: Within the encoder, such as `blocks.3.norm1.weight`.
+        num_blocks: n.
+        layer_decay: d.
+
+    Source: Clark et al., ELECTRA, 2020, section 3.1; SAM 2 is fine-tuned with d = 0.9
+    (`sam2.1_hiera_b+_MOSE_finetune.yaml` of its repository).
+    """
+    part, number, *_ = [*name.split("."), ""]
+    if part == "neck":
+        return 1.0
+    depth = int(number) if part == "blocks" else -1
+    return float(layer_decay ** (num_blocks - depth))
+
+
+def _rate_factors(
+    model: nn.Module, *, encoder_factor: float, layer_decay: float
+) -> dict[int, float]:
+    # By the id of a parameter; those whose factor is 1 may be missing.
+    factors: dict[int, float] = {}
+    for name, module in model.named_modules():
+        if name.endswith("image_encoder") and (encoder_factor, layer_decay) != (1, 1):
+            num_blocks = len(cast(Any, module).blocks)
+            for own_name, parameter in module.named_parameters():
+                factor = encoder_rate_factor(
+                    own_name, num_blocks=num_blocks, layer_decay=layer_decay
+                )
+                factors[id(parameter)] = encoder_factor * factor
+    return factors
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    encoder_factor: float = 1.0,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of one rate: each with and without weight decay.
 
     Without: biases, norms, embeddings (positions, tokens, prompts), and the last layer of the IoU
     head, of which one mask reaches one row in four: decay alone would shrink the others.
 
     Args:
         model: A module that contains a SAM.
-        weight_decay: The decay of the first group.
+        weight_decay: The decay of the parameters that have one.
+        encoder_factor: The image encoder's learning rate, as a share of the others'.
+        layer_decay: See `encoder_rate_factor`.
 
     Returns:
-        Groups for `torch.optim.AdamW`, in the order of the module's parameters.
+        Groups for `torch.optim.AdamW`, in the order of the module's parameters; where rates differ,
+        those of the highest first, with their share of the rate as `lr_factor`.
     """
+    factors = _rate_factors(model, encoder_factor=encoder_factor, layer_decay=layer_decay)
     undecayed_ids: set[int] = set()
     for name, module in model.named_modules():
         one_row_trains = name.endswith("iou_prediction_head.layers.2")
         if isinstance(module, (nn.LayerNorm, LayerNorm2d, nn.Embedding)) or one_row_trains:
             undecayed_ids |= {id(parameter) for parameter in module.parameters()}
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         position = name.endswith(("pos_embed", "rel_pos_h", "rel_pos_w"))
         bias_or_norm = parameter.ndim <= 1
         exempt = bias_or_norm or position or id(parameter) in undecayed_ids
-        (undecayed if exempt else decayed).append(parameter)
+        key = factors.get(id(parameter), 1.0), not exempt
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        | ({"lr_factor": factor} if factors else {})
+        for (factor, decays), parameters in sorted(groups.items(), key=_highest_rate_first)
     ]
+
+
+def _highest_rate_first(group: tuple[tuple[float, bool], Any]) -> tuple[float, bool]:
+    (factor, decays), _ = group
+    return -factor, not decays
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the rate of every group to its share of a rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_factor", 1.0)
+
+
+def get_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate that the groups of an optimizer have shares of."""
+    first = optimizer.param_groups[0]
+    return float(first["lr"] / first.get("lr_factor", 1.0))
 
 
 class _AdamW(torch.optim.AdamW):
@@ -108,7 +173,13 @@ class _AdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, sharded: bool = False
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    encoder_factor: float = 1.0,
+    layer_decay: float = 1.0,
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """Fused AdamW over the trainable parameters.
 
@@ -121,13 +192,21 @@ def build_optimizer(
         model: A module that contains a SAM, already on its device.
         learning_rate: Peak rate; the schedule scales it at each step.
         weight_decay: See `parameter_groups`.
+        encoder_factor: See `parameter_groups`.
+        layer_decay: See `parameter_groups`.
         sharded: Whether to divide the state among processes, if there are several.
 
     Returns:
         The optimizer. The state that `gather_state` returns can be loaded sharded or not.
     """
-    every_group = parameter_groups(model, weight_decay=weight_decay)
-    groups = [group for group in every_group if group["params"]]
+    groups = parameter_groups(
+        model,
+        weight_decay=weight_decay,
+        encoder_factor=encoder_factor,
+        layer_decay=layer_decay,
+    )
+    for group in groups:
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)
     if sharded and distributed.get_world_size() > 1:
         # Imported only here: the import is slow, and warns.
         from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -25,7 +25,8 @@ from helpers.coco_files import write_coco
 from samft.coco.segmentation import CroppedMask
 from samft.coco.subset import read_coco
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 
 
 def test_loss_is_the_sum_of_three_parts_over_the_whole_square() -> None:

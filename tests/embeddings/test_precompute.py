@@ -23,7 +23,8 @@ from samft.embeddings.store import EmbeddingStore
 from samft.errors import UserError
 from samft.images.decoder import open_image
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 
 NUM_IMAGES = 7
 

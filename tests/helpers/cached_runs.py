@@ -14,24 +14,21 @@ from samft.models.prompted_sam import PromptedSam
 
 @contextmanager
 def counted_encodings(at: Any = None) -> Iterator[list[int]]:
-    """Collects the number of images of each call of the image encoder.
+    """Collects the number of images of each call of the frozen part of the image encoder.
 
     Args:
         at: Called before each with the number of images encoded before it.
     """
     counts: list[int] = []
-    embed = PromptedSam.embed
+    encode = PromptedSam.encode_frozen
 
-    def counted(
-        self: PromptedSam, images: Tensor, sizes: Any = None, *, cached: Tensor | None = None
-    ) -> Tensor:
-        if cached is None:
-            if at is not None:
-                at(sum(counts))
-            counts.append(len(images))
-        return embed(self, images, sizes, cached=cached)
+    def counted(self: PromptedSam, images: Tensor, sizes: Any = None) -> Tensor:
+        if at is not None:
+            at(sum(counts))
+        counts.append(len(images))
+        return encode(self, images, sizes)
 
-    with mock.patch.object(PromptedSam, "embed", counted):
+    with mock.patch.object(PromptedSam, "encode_frozen", counted):
         yield counts
 
 

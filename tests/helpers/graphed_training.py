@@ -19,7 +19,8 @@ from samft import distributed
 from samft.data.dataset import Batch, collate
 from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.engine import Trainer
 from samft.training.losses import MaskLosses, mask_losses
 from samft.training.optim import build_optimizer

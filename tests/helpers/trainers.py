@@ -12,7 +12,8 @@ from samft.data.targets import draw_targets, make_grids
 from samft.data.transforms import make_frame
 from samft.distributed import get_rank, get_world_size
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses
 from samft.training.optim import build_optimizer

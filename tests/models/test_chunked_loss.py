@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samft.models.chunked_loss import BYTES_PER_VALUE, auto_mask_chunk
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.losses import MaskLosses, mask_losses
 
 S = 64

@@ -16,7 +16,8 @@ from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs
 from samft.models.mask_decoder import FAST
 from samft.models.prompted_sam import PromptedSam
 from samft.models.prompts import Prompts
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.losses import mask_losses
 
 

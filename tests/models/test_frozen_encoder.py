@@ -17,7 +17,8 @@ from samft.models.frozen_encoder import CastEncoder, cast_frozen_weights
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
 from samft.models.prompts import Prompts
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses
 from samft.training.optim import build_optimizer

@@ -22,17 +22,15 @@ from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import (
     MODEL_SHAPES,
     build_sam,
-    constant_names,
     fit_positions,
-    freeze,
     identify_model,
     load_sam,
     load_state,
     open_checkpoint,
     read_state,
-    unreached_by,
 )
 from samft.models.saved_settings import saved_prompts
+from samft.models.trainable import constant_names, freeze, unreached_by
 from samft.runtime.files import sha256_of
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")

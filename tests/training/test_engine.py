@@ -18,7 +18,8 @@ from samft.distributed import get_rank, get_world_size
 from samft.errors import DataError, TrainingError, UserError
 from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.engine import LOSS_NAMES, Progress, Trainer, train
 
 NUM_IMAGES = 13

@@ -14,7 +14,8 @@ from benchmarks.baseline import plain_losses
 from helpers.gloo_pool import GlooPool
 from samft.distributed import all_reduce_sum, get_rank, get_world_size
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training import losses as losses_module
 from samft.training.losses import MaskLosses, best_of_masks, mask_losses
 

@@ -12,13 +12,17 @@ import torch.distributed as dist
 from helpers.gloo_pool import GlooPool
 from helpers.pretend_cuda.runs import needs_harness, run_with_pretended_gpus
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, freeze
+from samft.models.sam import build_sam
+from samft.models.trainable import freeze
 from samft.training.losses import mask_losses
 from samft.training.optim import (
     build_optimizer,
+    encoder_rate_factor,
     gather_state,
+    get_learning_rate,
     learning_rate_factor,
     parameter_groups,
+    set_learning_rate,
 )
 
 S = 64
@@ -108,6 +112,44 @@ def test_an_empty_group_is_left_out(model: PromptedSam) -> None:
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.3)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
     assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("neck.0.weight", 1),
+        ("blocks.3.attn.qkv.weight", 0.8),
+        ("blocks.0.norm1.bias", 0.8**4),
+        ("patch_embed.proj.weight", 0.8**5),
+        ("pos_embed", 0.8**5),
+    ],
+)
+def test_rates_fall_from_block_to_block(name: str, factor: float) -> None:
+    actual = encoder_rate_factor(name, num_blocks=4, layer_decay=0.8)
+    assert actual == pytest.approx(factor)
+
+
+def test_each_parameter_has_its_rate_at_every_step(model: PromptedSam) -> None:
+    optimizer = build_optimizer(
+        model, learning_rate=0.1, weight_decay=0.3, encoder_factor=0.5, layer_decay=0.8
+    )
+    names = {id(parameter): name for name, parameter in model.sam.named_parameters()}
+    for rate in (0.1, 0.02):
+        set_learning_rate(optimizer, rate)
+        assert get_learning_rate(optimizer) == pytest.approx(rate)
+        rates = {
+            names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]
+        }
+        assert rates.keys() == {n for n, p in model.sam.named_parameters() if p.requires_grad}
+        for name, actual in rates.items():
+            encoder, _, own_name = name.partition("image_encoder.")
+            share = 1.0
+            if not encoder:
+                share = 0.5 * encoder_rate_factor(own_name, num_blocks=4, layer_decay=0.8)
+            assert actual == pytest.approx(rate * share), name
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for group in parameter_groups(model, weight_decay=0.3):
+        assert {decays[id(p)] for p in group["params"]} == {group["weight_decay"]}
 
 
 def test_training_with_boxes_changes_only_what_they_reach(model: PromptedSam) -> None:

@@ -14,21 +14,21 @@ from samft.models.prompted_sam import PromptedSam
 
 @contextmanager
 def counted_encodings(at: Any = None) -> Iterator[list[int]]:
-    """Collects the number of images of each call of the frozen part of the image encoder.
+    """Collects the number of images of each call of the image encoder.
 
     Args:
         at: Called before each with the number of images encoded before it.
     """
     counts: list[int] = []
-    encode = PromptedSam.encode_frozen
+    preprocess = PromptedSam.preprocess
 
-    def counted(self: PromptedSam, images: Tensor, sizes: Any = None) -> Tensor:
+    def counted(self: PromptedSam, images: Tensor, sizes: Tensor | None) -> Tensor:
         if at is not None:
             at(sum(counts))
         counts.append(len(images))
-        return encode(self, images, sizes)
+        return preprocess(self, images, sizes)
 
-    with mock.patch.object(PromptedSam, "encode_frozen", counted):
+    with mock.patch.object(PromptedSam, "preprocess", counted):
         yield counts
 
 

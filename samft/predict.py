@@ -262,7 +262,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _pixel_format(options: argparse.Namespace) -> PixelFormat:
-    from samft.models.saved_settings import saved_pixels  # which imports torch
+    from samft.weights.saved_settings import saved_pixels  # which imports torch
 
     saved = saved_pixels(options.checkpoint) or PLAIN
     return saved.completed(pixel_flags(options), flags_of=options.checkpoint.name)
@@ -362,9 +362,9 @@ def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Pred
     # Imported here because torch takes seconds, and --help and wrong flags must answer at once.
     from samft.models.prompted_sam import PromptedSam
     from samft.models.sam import open_checkpoint
-    from samft.models.saved_settings import saved_prompts
     from samft.prediction.predictors import AutomaticPredictor, BoxPredictor, PointPredictor
     from samft.runtime.device import check_device, pick_amp_dtype, pick_device
+    from samft.weights.saved_settings import saved_prompts
 
     device = pick_device(options.device)
     check_device(device)

@@ -37,10 +37,10 @@ from samft.models.sam import (
     open_checkpoint,
     read_state,
 )
-from samft.models.saved_settings import saved_pixels
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
 from samft.weights.download import find_local_weights
+from samft.weights.saved_settings import saved_pixels
 
 AT_META_SIZE = ("pth", "xanylabeling")  # formats whose readers know no other image size
 

@@ -29,12 +29,12 @@ from samft.errors import CheckpointError, escape_paragraph
 from samft.images import decoder
 from samft.images.pixels import PLAIN
 from samft.models.image_encoder import use_fast_attention
-from samft.models.saved_settings import saved_pixels, saved_resize_mode
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import matches_sidecar
 from samft.runtime.logs import LOGGER
 from samft.weights.checkpoint_files import read_checkpoint_file
 from samft.weights.huggingface_names import from_huggingface_names
+from samft.weights.saved_settings import saved_pixels, saved_resize_mode
 from samft.weights.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_state, to_float32
 
 PATCH_SIZE = 16

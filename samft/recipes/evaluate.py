@@ -36,7 +36,6 @@ from samft.images.flags import pixel_flags
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
-from samft.models.saved_settings import saved_pixels, saved_prompts
 from samft.reports.click_pictures import ExampleMasks
 from samft.reports.drawing import image_row_of
 from samft.reports.evaluation_files import (
@@ -51,6 +50,7 @@ from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal, progress_bar
+from samft.weights.saved_settings import saved_pixels, saved_prompts
 
 _NUM_EXAMPLES, _CLICKS_SHOWN = 6, 3  # objects on the page, and clicks on each
 STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation

@@ -17,8 +17,8 @@ from helpers.short_runs import arguments
 from samft import check, evaluate, export, predict
 from samft.errors import ConfigError, DataError
 from samft.images.pixels import PixelFormat
-from samft.models.saved_settings import saved_pixels
 from samft.train import main as train
+from samft.weights.saved_settings import saved_pixels
 
 pytestmark = pytest.mark.run
 

@@ -29,9 +29,9 @@ from samft.models.sam import (
     open_checkpoint,
     read_state,
 )
-from samft.models.saved_settings import saved_prompts
 from samft.models.trainable import constant_names, freeze, unreached_by
 from samft.runtime.files import sha256_of
+from samft.weights.saved_settings import saved_prompts
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 

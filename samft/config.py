@@ -4,6 +4,7 @@ Imports no torch, so that `--help`, and the error for a wrong flag, come in less
 """
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -369,13 +370,16 @@ class TrainConfig:
         False, "show tracebacks of errors in usage, data and checkpoints too"
     )
 
-    def check(self) -> list[str]:
+    def check(self, own: Collection[str] = ()) -> list[str]:
         """Checks every value.
+
+        Args:
+            own: The splits, `train` or `val`, that are datasets of a caller's in Python.
 
         Returns:
             All problems, one sentence each, beginning with the name of the field.
         """
-        return check_fields(self) + find_conflicts(self, model_types=MODEL_TYPES)
+        return check_fields(self) + find_conflicts(self, model_types=MODEL_TYPES, own=own)
 
 
 def to_yaml(config: TrainConfig) -> str:

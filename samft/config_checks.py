@@ -4,6 +4,7 @@ Imports no torch, as `config.py`, whose `TrainConfig.check` calls this.
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from samft.cli import parse_channels, parse_pixel_range
@@ -24,21 +25,24 @@ def pattern_problem(group_by: str) -> str | None:
     )
 
 
-def find_conflicts(config: Any, *, model_types: tuple[str, ...]) -> list[str]:
+def find_conflicts(
+    config: Any, *, model_types: tuple[str, ...], own: Collection[str] = ()
+) -> list[str]:
     """All that is wrong with a configuration beyond the types and ranges of its fields.
 
     Args:
         config: A `TrainConfig`.
         model_types: The names that `model_type` can have.
+        own: The splits that are datasets of a caller's in Python.
 
     Returns:
         Sentences, each beginning with the name of a field.
     """
-    problems = _check_required(config, model_types)
+    problems = _check_required(config, model_types, own)
     return problems + _check_combinations(config) + _check_pixels(config)
 
 
-def _check_required(config: Any, model_types: tuple[str, ...]) -> list[str]:
+def _check_required(config: Any, model_types: tuple[str, ...], own: Collection[str]) -> list[str]:
     problems = []
     if config.model_type is None:
         problems.append(f"model_type is missing: give one of {', '.join(model_types)}.")
@@ -47,7 +51,7 @@ def _check_required(config: Any, model_types: tuple[str, ...]) -> list[str]:
             "checkpoint_path is missing: give a SAM .pth or .ckpt file, 'auto' (the packaged "
             "file for vit_tiny, else a download) or 'random' (random weights)."
         )
-    if config.data_root is None and config.train_annotations is None:
+    if config.data_root is None and config.train_annotations is None and "train" not in own:
         problems.append(
             "data_root is missing: give the dataset's folder, or train_annotations and "
             "train_images."

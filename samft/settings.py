@@ -138,14 +138,45 @@ def parse_settings(cls: type[Config], argv: list[str], *, command: str, descript
         message = str(error).splitlines()[0]
         raise ConfigError(f"the configuration cannot be resolved: {message}.") from error
     assert isinstance(config, cls)
-    problems += config.check()
+    raise_for_problems(
+        problems + config.check(), hint=f"\n`{parser.prog} --help` lists every flag."
+    )
+    return config
+
+
+def convert_values(config: Config) -> tuple[Config, list[str]]:
+    """A configuration that was made in Python, with each value converted to its field's type.
+
+    Args:
+        config: May hold a path where text belongs, say.
+
+    Returns:
+        The configuration, and one sentence for each value that cannot be converted.
+    """
+    merged = OmegaConf.structured(type(config))
+    OmegaConf.set_readonly(merged, False)
+    problems = []
+    for field in dataclasses.fields(config):
+        problems += _assign_value(merged, field, getattr(config, field.name), source="")
+    converted = OmegaConf.to_object(merged)
+    assert isinstance(converted, type(config))
+    return converted, problems
+
+
+def raise_for_problems(problems: list[str], *, hint: str = "") -> None:
+    """Refuses a configuration.
+
+    Args:
+        problems: What is wrong with it, one sentence each.
+        hint: The end of the message.
+
+    Raises:
+        ConfigError: There is a problem.
+    """
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise ConfigError(
-            f"the configuration has {count}{listed}\n`{parser.prog} --help` lists every flag."
-        )
-    return config
+        raise ConfigError(f"the configuration has {count}{listed}{hint}")
 
 
 def _settings_parser(

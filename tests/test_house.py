@@ -37,6 +37,7 @@ ORDER = (
     ("prediction",),
     ("exporters",),
     ("recipes",),
+    ("api",),
     ("__main__", "train", "evaluate", "predict", "export", "check", "demo", "convert"),
 )
 COMMANDS = ORDER[-1]
@@ -51,7 +52,7 @@ WITHOUT_TORCH = (
     "interchange",
     *COMMANDS,
 )
-KNOW_THE_CONFIG = ("config", "recipes", *COMMANDS)
+KNOW_THE_CONFIG = ("__init__", "config", "recipes", "api", *COMMANDS)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -43,7 +43,7 @@ from samft.coco.segmentation import Segmentations
 from samft.errors import TOO_MANY_FILES, DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
-from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat
+from samft.images.pixels import PIXEL_TYPES, PLAIN, PixelFormat, pixel_content
 from samft.images.ranges import measure_ranges
 from samft.runtime.checksums import is_intact, write_checksums
 from samft.runtime.files import cache_folder, file_lock, private_temporary_folder, write_json
@@ -122,6 +122,7 @@ class CocoIndex:
     bad_images: dict[str, str]
     problems: Problems
     pixels: PixelFormat
+    has_files = True  # of no annotated type, which would make it a field
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_index, (self.folder, self.image_folder, self.pixels)
@@ -144,6 +145,10 @@ class CocoIndex:
         """
         path = self.image_folder / self.file_name(row)
         return open_image(path, orientation=int(self.orientations[row]), pixels=self.pixels)
+
+    def pixel_digest(self, row: int) -> bytes:
+        """SHA-256 of an image's decoded pixels, see `pixel_content`; raises as `open_image`."""
+        return hashlib.sha256(pixel_content(self.open_image(row).decode())).digest()
 
     def image_ids_as_written(self) -> list[int | str]:
         """The ids of all images as the file has them: text where that is no whole number."""
@@ -306,6 +311,32 @@ class CheckedFile:
     frame: OutlineFrame
     problems: Problems
 
+    @property
+    def bad_images(self) -> dict[str, str]:
+        """As in `CocoIndex`."""
+        named = zip(self.images.names, self.images.codes, strict=True)
+        return {name: code for name, code in named if code not in ("", "image-unused-bad")}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of a `CocoIndex`, by name."""
+        images, objects = self.images, self.objects
+        names = [name.encode(errors=_ESCAPE) for name in images.names]
+        per_image = np.bincount(objects.rows, minlength=len(names))
+        return {
+            "names": np.frombuffer(b"".join(names), dtype=np.uint8),
+            "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+            "image_ids": images.ids,
+            "sizes": images.sizes,
+            "orientations": images.orientations,
+            "box_scales": self.frame.box_scales(len(names)),
+            "num_bytes": images.num_bytes,
+            "pixel_types": images.pixel_types,
+            "bad": np.array([code != "" for code in images.codes], dtype=bool),
+            "first_object": np.cumsum([0, *per_image], dtype=np.int64),
+            "object_ids": objects.ids,
+            **{name: getattr(objects, name) for name in _OBJECT_ARRAYS},
+        }
+
 
 def check_file(
     annotations: Path,
@@ -404,34 +435,13 @@ def _stamp_of(folder: Path, name: str, code: str) -> list[int] | None:
 def _write_index(
     checked: CheckedFile, target: Path, image_folder: ImageFolder, *, decode: bool
 ) -> None:
-    images, objects = checked.images, checked.objects
-    names = [name.encode(errors=_ESCAPE) for name in images.names]
-    per_image = np.bincount(objects.rows, minlength=len(names))
-    bad = {
-        name: code
-        for name, code in zip(images.names, images.codes, strict=True)
-        if code not in ("", "image-unused-bad")
-    }
-    arrays = {
-        "names": np.frombuffer(b"".join(names), dtype=np.uint8),
-        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
-        "image_ids": images.ids,
-        "sizes": images.sizes,
-        "orientations": images.orientations,
-        "box_scales": checked.frame.box_scales(len(names)),
-        "num_bytes": images.num_bytes,
-        "pixel_types": images.pixel_types,
-        "bad": np.array([code != "" for code in images.codes], dtype=bool),
-        "first_object": np.cumsum([0, *per_image], dtype=np.int64),
-        "object_ids": objects.ids,
-        _BUFFER: objects.segmentations.buffer,
-        _STARTS: objects.segmentations.starts,
-        **{name: getattr(objects, name) for name in _OBJECT_ARRAYS},
-    }
+    images, segmentations = checked.images, checked.objects.segmentations
+    bad, arrays = checked.bad_images, checked.arrays()
+    packed = {_BUFFER: segmentations.buffer, _STARTS: segmentations.starts}
     target.parent.mkdir(parents=True, exist_ok=True)
     part = _make_part_folder(target.parent)
     try:
-        for name, values in arrays.items():
+        for name, values in (arrays | packed).items():
             with (part / f"{name}.npy").open("wb") as file:
                 np.save(file, values, allow_pickle=False)
                 file.flush()

@@ -18,6 +18,7 @@ from samft.coco.problems import BAD_IMAGES, KINDS, NO_MASKS, Issue, Problems
 from samft.commands import shell_command
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
+from samft.images.files import ImageError
 from samft.images.names import encode_name, group_of
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.files import open_file
@@ -140,12 +141,34 @@ def read_coco(
         crowds=crowds,
     )
     raise_for_errors(index.problems, annotations, on_bad_image=on_bad_image)
+    return choose_objects(
+        index,
+        source=str(annotations),
+        category_names=category_names,
+        min_mask_area=min_mask_area,
+    )
+
+
+def choose_objects(
+    index: CocoIndex, *, source: str, category_names: Iterable[str], min_mask_area: float
+) -> CocoSubset:
+    """The objects of chosen classes and sizes, and the images that have any.
+
+    Args:
+        index: The checked data.
+        source: Its name, for errors.
+        category_names: See `read_coco`.
+        min_mask_area: See `read_coco`.
+
+    Raises:
+        DataError: None is left, or there is no class of such a name.
+    """
     subset = select_objects(
         index, categories=find_categories(index, category_names), min_mask_area=min_mask_area
     )
     if not subset.num_objects:
         raise DataError(
-            f"{annotations}: no object is left with category_names "
+            f"{source}: no object is left with category_names "
             f"{', '.join(category_names) or 'empty'} and min_mask_area {min_mask_area}: choose "
             "others."
         )
@@ -243,7 +266,8 @@ def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
     """Training images that are also in the validation split, whatever their names.
 
     Two files are the same image where their whole contents are equal. Those of equal sizes, in
-    pixels and bytes, are compared by their first 64 KiB first.
+    pixels and bytes, are compared by their first 64 KiB first. Where not all images are files, they
+    are the same where their pixels are equal.
 
     Args:
         train: The training images.
@@ -252,6 +276,8 @@ def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
     Returns:
         int64, the positions of those images in `train`; a file that cannot be read is not shared.
     """
+    if not (train.index.has_files and val.index.has_files):
+        return _find_equal_pixels(train, val)
     keys = [_size_keys(subset) for subset in (train, val)]
     suspects = [np.flatnonzero(np.isin(mine, other)) for mine, other in (keys, keys[::-1])]
     paths = [
@@ -266,6 +292,24 @@ def find_shared(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
             for some, own in zip(paths, digests, strict=True)
         ]
     return np.array(list(paths[0]), dtype=np.int64)
+
+
+def _find_equal_pixels(train: CocoSubset, val: CocoSubset) -> NDArray[np.int64]:
+    sizes = [[subset.size(i) for i in range(subset.num_images)] for subset in (train, val)]
+    common = set(sizes[0]) & set(sizes[1])
+    digests: list[dict[int, bytes | None]] = [
+        {i: _pixel_digest(subset, i) for i, size in enumerate(own) if size in common}
+        for subset, own in zip((train, val), sizes, strict=True)
+    ]
+    of_val = set(digests[1].values()) - {None}
+    return np.array([i for i, digest in digests[0].items() if digest in of_val], dtype=np.int64)
+
+
+def _pixel_digest(subset: CocoSubset, i: int) -> bytes | None:
+    try:
+        return subset.index.pixel_digest(int(subset.rows[i]))
+    except ImageError:  # whoever loads the image reports it
+        return None
 
 
 def _size_keys(subset: CocoSubset) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ loops use to wait for batches, move them to the device and keep ranks together; 
 import collections
 import contextlib
 import functools
+import gc
 import os
 import signal
 import time
@@ -291,8 +292,19 @@ def _register_exit_hook(_pid: int) -> None:
     Finalize(None, _kill_workers, exitpriority=0)
 
 
-def _kill_workers() -> None:
-    workers = [worker for worker in _WORKERS if worker.is_alive()]
+@contextlib.contextmanager
+def ending_workers() -> Iterator[None]:
+    """Leaves no worker of a loader that was iterated within, also after an error."""
+    before = set(_WORKERS)
+    try:
+        yield
+    finally:
+        gc.collect()  # PyTorch ends those of loaders that nothing refers to any more
+        _kill_workers([worker for worker in _WORKERS if worker not in before])
+
+
+def _kill_workers(started: Iterable[BaseProcess] = _WORKERS) -> None:
+    workers = [worker for worker in started if worker.is_alive()]
     if not workers:
         return
     # PyTorch's handler of this signal would raise an error for each of them.

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samft import distributed
@@ -33,6 +34,13 @@ def cropped_iou(mask: CroppedMask, truth: CroppedMask) -> float:
         intersection = int(np.count_nonzero(predicted & true))
     union = int(np.count_nonzero(mask.mask)) + int(np.count_nonzero(truth.mask)) - intersection
     return intersection / union if union else 1.0
+
+
+def whole_mask(crop: CroppedMask, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask in its image of size H, W: bool [H, W]."""
+    (left, top, right, bottom), mask = crop.extent, np.zeros(size, dtype=bool)
+    mask[top:bottom, left:right] = crop.mask
+    return mask
 
 
 def _gather_state(state: Tensor, group: Any = None) -> list[Tensor]:

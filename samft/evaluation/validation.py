@@ -6,26 +6,35 @@ masks are scored, but only those that a `MaskSelection` asks for are kept.
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, lockstep
 from samft.distributed import all_gather
-from samft.errors import explain_out_of_memory
-from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou
+from samft.errors import ConfigError, explain_out_of_memory
+from samft.evaluation.metrics import (
+    MaskMean,
+    PerMaskIoU,
+    box_fill_ious,
+    cropped_iou,
+    whole_mask,
+)
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.prompts import Prompts
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
+from samft.training.custom import MaskMetric
 from samft.training.engine import LOSS_NAMES
 from samft.training.losses import LossFunction
 
@@ -135,6 +144,7 @@ def validate(
     batches: Iterable[Batch],
     *,
     loss: LossFunction,
+    custom_metrics: Mapping[str, MaskMetric] | None = None,
     selection: MaskSelection | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
@@ -149,6 +159,7 @@ def validate(
         batches: This rank's images, one per batch, with their true masks; ranks may have different
             numbers of images, or none.
         loss: `losses.mask_losses` with its weights set.
+        custom_metrics: By name, further numbers of each mask, whose means are among the metrics.
         selection: Every mask is added to it; it decides which to keep.
         should_stop: Called before each image on every rank; all stop if it is true on any.
         waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
@@ -160,7 +171,9 @@ def validate(
         StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
-    means = {name: MaskMean() for name in (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou")}
+    custom = dict(custom_metrics or {})
+    names = (*LOSS_NAMES[:-1], "iou_predicted", "box_fill_iou", *custom)
+    means = {name: MaskMean() for name in names}
     means["per_mask_iou"] = PerMaskIoU()
     for mean in means.values():
         mean.update(torch.zeros(0))  # else torchmetrics warns on a rank that has no image
@@ -171,7 +184,9 @@ def validate(
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
             with explain_out_of_memory(partial(describe_image, batch), advice=_MEMORY_ADVICE):
-                for scores, objects in score_image(model, batch, loss=loss, selection=selection):
+                for scores, objects in score_image(
+                    model, batch, loss=loss, custom_metrics=custom, selection=selection
+                ):
                     rows.append(objects)
                     for name, values in scores.items():
                         means[name].update(values)
@@ -192,6 +207,7 @@ def score_image(
     batch: Batch,
     *,
     loss: LossFunction,
+    custom_metrics: Mapping[str, MaskMetric] = MappingProxyType({}),
     selection: MaskSelection | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], ObjectScores]]:
     """Scores a model on the objects of an image, `MASK_CHUNK` at a time; see `validate`.
@@ -200,6 +216,7 @@ def score_image(
         model: On its device.
         batch: One image with objects, on the host; its embedding is used if it has any.
         loss: See `validate`.
+        custom_metrics: See `validate`.
         selection: See `validate`.
 
     Yields:
@@ -211,7 +228,9 @@ def score_image(
         part = slice(start, start + MASK_CHUNK)
         objects, on_device_part = batch.take_objects(part), on_device.take_objects(part)
         scores, masks = _score_logits(model, on_device_part, embedding, loss=loss, batch=objects)
-        scores |= _score_masks(objects, masks, scores["iou_predicted"], selection=selection)
+        scores |= _score_masks(
+            objects, masks, scores["iou_predicted"], custom=custom_metrics, selection=selection
+        )
         yield scores, _score_rows(objects, scores)
 
 
@@ -243,11 +262,18 @@ def _score_masks(
     masks: Iterable[CroppedMask],
     iou_predicted: Tensor,
     *,
+    custom: Mapping[str, MaskMetric],
     selection: MaskSelection | None,
 ) -> dict[str, Tensor]:
     ious, sizes = [], batch.image_sizes
+    others: dict[str, list[float]] = {name: [] for name in custom}
     for row, (mask, truth) in enumerate(zip(masks, batch.truths, strict=True)):
         ious.append(cropped_iou(mask, truth))
+        if custom:
+            size = sizes["original_size"]
+            whole = whole_mask(mask, size), whole_mask(truth, size)
+            for name, value in _measure_mask(*whole, custom).items():
+                others[name].append(value)
         if selection is not None:
             key = batch.image_ids[0], int(batch.object_ids[row])
             both = ious[row], float(iou_predicted[row])
@@ -255,7 +281,22 @@ def _score_masks(
     return {
         "per_mask_iou": torch.tensor(ious, dtype=torch.float64),
         "box_fill_iou": box_fill_ious(batch.boxes, batch.truths, **sizes),
+        **{name: torch.tensor(values, dtype=torch.float64) for name, values in others.items()},
     }
+
+
+def _measure_mask(
+    mask: NDArray[np.bool_], truth: NDArray[np.bool_], custom: Mapping[str, MaskMetric]
+) -> dict[str, float]:
+    values = {}
+    for name, metric in custom.items():
+        value = metric(mask, truth)
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError) as error:
+            kind = type(value).__name__
+            raise ConfigError(f"metrics: '{name}' returned {kind}, not a number.") from error
+    return values
 
 
 def _score_rows(batch: Batch, scores: dict[str, Tensor]) -> ObjectScores:

@@ -215,6 +215,11 @@ class PixelFormat:
 PLAIN = PixelFormat()  # 8 bits as they are, other types by themselves; one page of three bands
 
 
+def pixel_content(image: NDArray[np.uint8]) -> bytes:
+    """The height, the width and the pixels of an image [H, W, 3], to be hashed."""
+    return f"{image.shape[0]} {image.shape[1]} ".encode() + image.tobytes()
+
+
 def sample_values(values: NDArray[Any]) -> NDArray[Any]:
     """Finite values of an image, at most `SAMPLED_VALUES` of them, the same ones each time."""
     flat = values.reshape(-1)

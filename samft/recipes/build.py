@@ -10,6 +10,7 @@ from torch import Tensor
 from samft import distributed
 from samft.config import TrainConfig
 from samft.data.loaders import BatchLoader, train_loader, val_loader
+from samft.data.map_style import DatasetIndex, index_datasets
 from samft.errors import CheckpointError, ConfigError
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
@@ -18,6 +19,7 @@ from samft.models.trainable import freeze
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.logs import LOGGER
+from samft.training.custom import CheckedLoss, CustomParts
 from samft.training.engine import Progress, Trainer
 from samft.training.losses import LossFunction, mask_losses
 from samft.training.optim import build_optimizer, schedule_learning_rate
@@ -149,8 +151,29 @@ def _compiling_pays(device: torch.device) -> bool:
     return pays
 
 
-def build_loss(config: TrainConfig) -> LossFunction:
-    """Builds the loss function with the weights of the configuration."""
+def index_own_data(
+    config: TrainConfig, custom: CustomParts, *, should_stop: Callable[[], bool]
+) -> dict[str, DatasetIndex]:
+    """Reads and checks the datasets that a caller brings along, by split. Collective.
+
+    Raises:
+        UserError: They cannot be used, or the ranks have brought different things along.
+        RunStopped: `should_stop` said so, on any rank.
+    """
+    custom.check_agreement()
+    return index_datasets(
+        custom.datasets,
+        num_workers=config.num_workers,
+        on_bad_image=config.on_bad_image,
+        crowds=config.crowds,
+        should_stop=should_stop,
+    )
+
+
+def build_loss(config: TrainConfig, own: LossFunction | None = None) -> LossFunction:
+    """The caller's own loss, checked at each call; else samft's with the configured weights."""
+    if own is not None:
+        return CheckedLoss(own)
     return partial(
         mask_losses,
         focal_weight=config.loss_focal_weight,
@@ -159,13 +182,20 @@ def build_loss(config: TrainConfig) -> LossFunction:
     )
 
 
-def build_trainer(config: TrainConfig, model: PromptedSam, *, progress: Progress) -> Trainer:
+def build_trainer(
+    config: TrainConfig,
+    model: PromptedSam,
+    *,
+    progress: Progress,
+    loss: LossFunction | None = None,
+) -> Trainer:
     """Builds the optimizer, and the trainer that takes steps with it. Collective.
 
     Args:
         config: The configuration.
         model: On its device, with its frozen parts frozen.
         progress: How far the run has come.
+        loss: The caller's own; None: samft's.
     """
     optimizer = build_optimizer(
         model,
@@ -185,7 +215,7 @@ def build_trainer(config: TrainConfig, model: PromptedSam, *, progress: Progress
             schedule=config.lr_schedule,
             warmup_steps=config.warmup_steps,
         ),
-        loss=build_loss(config),
+        loss=build_loss(config, loss),
         amp_dtype=pick_amp_dtype(config.amp, model.sam.device),
         clip_grad_norm=config.clip_grad_norm,
         bf16_compress=config.bf16_compress,

@@ -3,9 +3,11 @@
 import hashlib
 import itertools
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from samft.coco.layout import find_split, find_test_split
 from samft.coco.problems import NOTE, WARNING
 from samft.coco.subset import (
     CocoSubset,
+    choose_objects,
     find_shared,
     find_siblings,
     read_coco,
@@ -25,6 +28,7 @@ from samft.coco.subset import (
 )
 from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset
+from samft.data.map_style import DatasetIndex
 from samft.data.samplers import repeat_factors
 from samft.errors import DataError
 from samft.images.names import encode_name, group_of
@@ -136,11 +140,14 @@ def _log_problems(subset: CocoSubset, bad_images: dict[str, str]) -> None:
         LOGGER.info("  images left out: %s%s", names, more)
 
 
-def load_splits(config: TrainConfig) -> Splits:
+def load_splits(
+    config: TrainConfig, own: Mapping[str, DatasetIndex] = MappingProxyType({})
+) -> Splits:
     """Reads and checks the annotation files and sets up the datasets.
 
     Args:
         config: The configuration.
+        own: By split, a caller's datasets, which are used instead of files.
 
     Returns:
         Datasets without an image in common.
@@ -149,20 +156,20 @@ def load_splits(config: TrainConfig) -> Splits:
         DataError: Files are missing or broken, or there is nothing to validate on. Of a test split
             that is not named by the configuration, that is only logged.
     """
-    train_files = _find_files(config, "train")
-    train_subset = _read_subset(config, train_files)
-    split, files = find_val_files(config)
-    if split == "train":
+    train_subset = _read_split(config, "train", own)
+    val_split = find_val_split(config, own)
+    if val_split == "train":
         assert config.val_fraction is not None
         train_subset, val_subset = _hold_out(train_subset, config.val_fraction, config.group_by)
     else:
-        val_subset = _read_subset(config, files)
+        val_subset = _read_split(config, "val", own)
         _warn_of_siblings(train_subset, val_subset, config.group_by, split="validation")
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
     train_subset = _remove_shared_images(train_subset, val_subset)
     subsets = {"train": train_subset, "val": val_subset}
-    own_files = {train_files[0].resolve(), files[0].resolve()}
+    used = {"train", val_split} - own.keys()
+    own_files = {_find_files(config, split)[0].resolve() for split in used}
     if test_subset := _load_test_subset(config, **subsets, files=own_files):
         subsets["test"] = test_subset
     return _build_splits(config, subsets)
@@ -273,6 +280,40 @@ def _remove_seen_images(test: CocoSubset, train: CocoSubset, val: CocoSubset) ->
     return replace(kept, counts={**test.counts, "image-in-train-or-val": len(seen)})
 
 
+def find_val_split(config: TrainConfig, own: Collection[str]) -> str:
+    """The split that the validation images belong to: `val`, or `train` if they are held out of it.
+
+    Args:
+        config: The configuration.
+        own: The splits that are a caller's datasets.
+
+    Raises:
+        DataError: There is no validation split, and none is to be held out.
+    """
+    has_files = config.data_root is not None or config.val_annotations is not None
+    if "val" in own:
+        return "val"
+    if "train" not in own or has_files:
+        return find_val_files(config)[0]
+    if config.val_fraction is None:
+        raise DataError(
+            "there is nothing to validate on: give val_data, or val_fraction (say 0.2), which "
+            "holds out items of train_data; or data_root with a validation split."
+        )
+    return "train"
+
+
+def _read_split(config: TrainConfig, split: str, own: Mapping[str, DatasetIndex]) -> CocoSubset:
+    if split not in own:
+        return _read_subset(config, _find_files(config, split))
+    return choose_objects(
+        own[split],
+        source=f"{split}_data",
+        category_names=(config.category_names or "").split(","),
+        min_mask_area=config.min_mask_area,
+    )
+
+
 def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
     return read_coco(
         *files,
@@ -327,6 +368,8 @@ def _hold_out(
 
 
 def _warn_of_siblings(train: CocoSubset, other: CocoSubset, group_by: str, *, split: str) -> None:
+    if not (train.index.has_files and other.index.has_files):
+        return
     # Folders of one name, as the splits have them, say nothing.
     siblings = find_siblings(train, other, group_by="none" if group_by == "folder" else group_by)
     if len(siblings):
@@ -429,4 +472,7 @@ def hash_data(subset: CocoSubset) -> str:
     digest.update(index.boxes[subset.objects].tobytes())
     if index.frame:
         digest.update(index.orientations[subset.rows].tobytes())
+    if isinstance(index, DatasetIndex):  # its names say nothing of what is in it
+        digest.update(index.digests[subset.rows].tobytes())
+        digest.update(index.segmentations.buffer.tobytes())
     return digest.hexdigest()

@@ -31,6 +31,7 @@ from samft.recipes.build import (
     build_trainer,
     disk_bytes,
     images_per_step,
+    index_own_data,
     load_weights,
 )
 from samft.recipes.datasets import Splits, load_splits
@@ -44,6 +45,7 @@ from samft.runtime.device import (
 )
 from samft.runtime.logs import LOGGER, format_duration, format_gib
 from samft.runtime.output_dir import create_writable_dir, write_status
+from samft.training.custom import CustomParts
 from samft.training.engine import MEMORY_ADVICE, Progress, Trainer
 from samft.training.optim import gather_state
 
@@ -89,12 +91,20 @@ class Forecast:
         return work + self.validation_seconds + self.saving_seconds
 
 
-def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def dry_run(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    custom: CustomParts | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Builds all parts of a run, takes a few steps, logs what the run will take. Collective.
 
     Args:
         config: The checked configuration.
         device: This process's device.
+        custom: What the caller brings along.
+        should_stop: Asked while a caller's dataset is read.
 
     Returns:
         The fields of a `Forecast`, and `seconds`.
@@ -104,10 +114,12 @@ def dry_run(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """
     output_dir = Path(config.output_dir).expanduser()
     run_on_all_ranks(lambda: create_writable_dir(output_dir))
-    splits = run_on_all_ranks(lambda: load_splits(config))
+    custom = custom or CustomParts()
+    own = index_own_data(config, custom, should_stop=should_stop)
+    splits = run_on_all_ranks(lambda: load_splits(config, own))
     splits.log_counts()
     weights = run_on_all_ranks(lambda: load_weights(config))
-    trial = _TrialRun(config, build_model(config, weights, device), output_dir)
+    trial = _TrialRun(config, build_model(config, weights, device), output_dir, custom)
     forecast = _combine_ranks(_extrapolate(config, splits, trial))
     log_forecast(forecast, config)
     if distributed.is_main():
@@ -187,8 +199,11 @@ class _Measurements:
 class _TrialRun:
     """The parts of a run on this process, and how long each takes."""
 
-    def __init__(self, config: TrainConfig, model: PromptedSam, output_dir: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, model: PromptedSam, output_dir: Path, custom: CustomParts
+    ) -> None:
         self.config, self.model, self.output_dir = config, model, output_dir
+        self.custom = custom
         self.device = model.sam.device
 
     def measure(self, splits: Splits) -> _Measurements:
@@ -206,12 +221,18 @@ class _TrialRun:
             median, largest, val_batch = (
                 self._with_embeddings(batch) for batch in (median, largest, val_batch)
             )
-        trainer = build_trainer(config, self.model, progress=Progress())
+        trainer = build_trainer(config, self.model, progress=Progress(), loss=self.custom.loss)
         # Twice the largest: the optimizer allocates its state in the first step.
         for batch in (largest, largest, median):
             self._take_step(trainer, batch)
         step_seconds, _ = self._time(lambda: self._take_step(trainer, median))
-        validate_one = partial(validate, self.model, [val_batch], loss=trainer.loss)
+        validate_one = partial(
+            validate,
+            self.model,
+            [val_batch],
+            loss=trainer.loss,
+            custom_metrics=self.custom.metrics,
+        )
         return _Measurements(
             cache=cache,
             largest_batch=largest.num_masks,

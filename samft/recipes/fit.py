@@ -112,6 +112,7 @@ def _validate_initial_weights(run: TrainingRun) -> None:
         describe_against_box_fill(validation.metrics["per_mask_iou"], validation.box_fill_iou),
     )
     _save_state(run, validation)
+    _call_callbacks(run, {}, validation)
 
 
 def _log_step(run: TrainingRun, taken: bool, image_ids: list[int]) -> None:
@@ -147,6 +148,7 @@ def _finish_interval(run: TrainingRun) -> None:
     )
     run.progress.pending = {}
     _save_state(run, validation, sidecar)
+    _call_callbacks(run, train_metrics, validation)
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
     LOGGER.info(
         "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
@@ -162,12 +164,25 @@ def _finish_interval(run: TrainingRun) -> None:
     )
 
 
+def _call_callbacks(
+    run: TrainingRun, train_metrics: dict[str, float], validation: Validation
+) -> None:
+    # On rank 0, as what writes files; what a callback raises ends the run on all ranks.
+    lines = {"train": train_metrics, "val": {**validation.metrics, **validation.rates}}
+    numbers = {
+        f"{split}/{name}": value for split, line in lines.items() for name, value in line.items()
+    }
+    for callback in run.custom.callbacks if distributed.is_main() else ():
+        callback(run.progress.step, dict(numbers))
+
+
 def _validate_model(run: TrainingRun) -> Validation:
     start = time.monotonic()
     validation = validate(
         run.model,
         run.val_batches,
         loss=run.trainer.loss,
+        custom_metrics=run.custom.metrics,
         selection=run.images.new_selection(),
         should_stop=lambda: bool(run.stop),
         waiting=run.stop.waiting,
@@ -209,6 +224,7 @@ def _save_state(
             "config": asdict(run.requested_config),
             "global_batch": images_per_step(run.config),
             "fingerprint": run.splits.fingerprint,
+            "loss": run.custom.loss_name,
             "pixels": run.splits.pixels.to_json(),
             "model": run.model.sam.state_dict(),
             "optimizer": optimizer,

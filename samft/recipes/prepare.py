@@ -5,6 +5,7 @@ earlier one in the same folder untouched.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,13 @@ from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME
 from samft.config import TrainConfig, has_settings
+from samft.data.map_style import DatasetIndex
 from samft.data.targets import WINDOW_CELLS
 from samft.errors import ConfigError
 from samft.images.pixels import PixelFormat
 from samft.models.prompted_sam import PromptedSam
 from samft.models.trainable import constant_names
-from samft.recipes.build import build_model, disk_bytes, load_weights
+from samft.recipes.build import build_model, disk_bytes, index_own_data, load_weights
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
 from samft.runtime import host_checks
@@ -37,6 +39,7 @@ from samft.runtime.own_files import (
     own_names,
 )
 from samft.runtime.signals import StopRequest, job_deadline
+from samft.training.custom import CustomParts
 from samft.training.engine import Progress
 
 
@@ -59,6 +62,7 @@ class RunParts:
         model: On its device, with its weights, its frozen parts frozen.
         progress: How far the run has come.
         checkpointer: Writes checkpoints into the output folder.
+        custom: What the caller has brought along.
         started_at: Of `time.monotonic`, as if the run had never been stopped and resumed.
     """
 
@@ -73,6 +77,7 @@ class RunParts:
     model: PromptedSam
     progress: Progress
     checkpointer: Checkpointer
+    custom: CustomParts
     started_at: float
 
     @property
@@ -104,7 +109,12 @@ class RunParts:
 
 
 def prepare(
-    config: TrainConfig, output_dir: Path, device: torch.device, *, stop: StopRequest
+    config: TrainConfig,
+    output_dir: Path,
+    device: torch.device,
+    *,
+    stop: StopRequest,
+    custom: CustomParts | None = None,
 ) -> RunParts:
     """Checks everything that a user can get wrong and builds the model. Collective.
 
@@ -113,14 +123,20 @@ def prepare(
         output_dir: The output folder, locked by this run.
         device: This process's device.
         stop: Tells whether a signal has asked to stop.
+        custom: What the caller brings along; the same on all ranks.
 
     Returns:
         The parts of the run; the output folder has not changed.
 
     Raises:
         UserError: The data, the weights, the state to resume from or the host cannot be used.
+        RunStopped: The run was asked to stop while a caller's dataset was read.
     """
-    parts = distributed.run_on_all_ranks(lambda: _check_and_build(config, output_dir, device, stop))
+    custom = custom or CustomParts()
+    own = index_own_data(config, custom, should_stop=lambda: bool(stop))
+    parts = distributed.run_on_all_ranks(
+        lambda: _check_and_build(config, output_dir, device, stop, custom, own)
+    )
     if len(set(distributed.all_gather(parts.progress.step))) > 1:
         raise ConfigError(
             "output_dir: the processes do not see the same last.ckpt; put output_dir on a disk "
@@ -130,12 +146,19 @@ def prepare(
 
 
 def _check_and_build(
-    requested: TrainConfig, output_dir: Path, device: torch.device, stop: StopRequest
+    requested: TrainConfig,
+    output_dir: Path,
+    device: torch.device,
+    stop: StopRequest,
+    custom: CustomParts,
+    own: Mapping[str, DatasetIndex],
 ) -> RunParts:
     # Cheapest first: a typing error should not take the minute that loading weights may take.
     deadline = job_deadline(requested.save_before_limit)
-    splits = load_splits(requested)
-    resume = find_resume_point(requested, output_dir, splits.fingerprint)
+    splits = load_splits(requested, own)
+    resume = find_resume_point(
+        requested, output_dir, splits.fingerprint, loss_name=custom.loss_name
+    )
     config = keep_images_per_step(requested, resume) if resume else requested
     if resume and (pixels := PixelFormat.from_json(resume.state.get("pixels"))):
         splits.use_pixels(pixels)
@@ -166,6 +189,7 @@ def _check_and_build(
             constant=constant_names(model.sam),
             on_saved=partial(write_run_status, output_dir, "running"),
         ),
+        custom=custom,
         started_at=time.monotonic() - progress.wall_seconds,
     )
 

@@ -17,6 +17,7 @@ import samft
 from samft import distributed
 from samft.checkpoints.top_k import Checkpoint, git_commit
 from samft.config import TrainConfig
+from samft.data.map_style import DatasetIndex
 from samft.evaluation.object_scores import (
     Comparison,
     GroupMeans,
@@ -28,7 +29,7 @@ from samft.models.prompted_sam import PromptedSam
 from samft.recipes.datasets import Splits, find_val_files
 from samft.recipes.qualitative_examples import draw_examples
 from samft.reports.page import ReportPage, render
-from samft.reports.summary import log_summary, next_commands, summarise_run
+from samft.reports.summary import loading_line, log_summary, next_commands, summarise_run
 from samft.reports.validation_images import (
     ValidationImages,
     draw_before_and_after,
@@ -37,6 +38,7 @@ from samft.reports.validation_images import (
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.files import write_text
 from samft.runtime.logs import LOGGER, format_duration
+from samft.training.custom import CustomParts
 from samft.training.engine import Progress
 
 FILE_NAME = "report.html"
@@ -58,6 +60,7 @@ class RunReport:
         test: See `final_test.score_test_split`.
         has_news: Whether this start of the run has validated or tested; False: an earlier one had
             finished it.
+        custom: What the caller has brought along.
     """
 
     config: TrainConfig
@@ -65,6 +68,7 @@ class RunReport:
     splits: Splits
     images: ValidationImages
     best: Checkpoint | None
+    custom: CustomParts
     test: dict[str, Any] | None = None
     has_news: bool = True
 
@@ -127,7 +131,9 @@ class RunReport:
         """See `summary.next_commands`; none without a checkpoint."""
         if self.best is None:
             return []
-        config = self.config
+        config, checkpoint = self.config, str(self.output_dir / self.best.name)
+        if isinstance(self.splits.val.subset.index, DatasetIndex):  # no command can read these
+            return [loading_line(checkpoint)]
         split, (annotations, images) = find_val_files(config)
         data = ["--annotations", str(annotations), "--images", str(images)]
         if config.data_root is not None and getattr(config, f"{split}_annotations") is None:
@@ -140,7 +146,7 @@ class RunReport:
             if getattr(config, name) != getattr(TrainConfig(), name):
                 data += [f"--{name}", str(getattr(config, name))]
         return next_commands(
-            str(self.output_dir / self.best.name),
+            checkpoint,
             data=data,
             images=images,
             annotations=annotations,
@@ -178,8 +184,10 @@ class RunReport:
             should_stop=should_stop,
         )
         changed, unchanged = split_by_default(config)
+        if self.custom.loss_name is not None:
+            changed.append(("loss", self.custom.loss_name, "samft's own"))
         return ReportPage(
-            title=f"{config.model_type} on {_dataset_name(config)}",
+            title=f"{config.model_type} on {self._dataset_name()}",
             meta=f"{config.image_size} px, {summary['steps']:,} steps, best at step "
             f"{summary['best_step']}, {format_duration(summary['wall_seconds'])}, "
             f"{time.strftime('%Y-%m-%d %H:%M')}, {self.output_dir}",
@@ -195,6 +203,14 @@ class RunReport:
             environment=describe_environment(config, model.sam.device),
             commands=commands,
         )
+
+    def _dataset_name(self) -> str:
+        for dataset in (self.custom.val_data, self.custom.train_data):
+            if dataset is not None:
+                return type(dataset).__name__
+        config = self.config
+        path = config.data_root or config.val_annotations or config.train_annotations or ""
+        return Path(path).expanduser().resolve().name
 
     def _group_by_class(self) -> list[GroupMeans]:
         if self.comparison is None:
@@ -253,8 +269,3 @@ def describe_environment(config: TrainConfig, device: torch.device) -> list[tupl
         except PackageNotFoundError:
             continue
     return rows
-
-
-def _dataset_name(config: TrainConfig) -> str:
-    path = config.data_root or config.val_annotations or config.train_annotations or ""
-    return Path(path).expanduser().resolve().name

@@ -37,7 +37,7 @@ class ResumePoint:
 
 
 def find_resume_point(
-    config: TrainConfig, output_dir: Path, fingerprint: str
+    config: TrainConfig, output_dir: Path, fingerprint: str, *, loss_name: str | None = None
 ) -> ResumePoint | None:
     """Reads the state to resume from and checks that it is of the same configuration.
 
@@ -45,6 +45,7 @@ def find_resume_point(
         config: The configuration as the user gave it.
         output_dir: The output folder.
         fingerprint: Of the training data, see `Splits`.
+        loss_name: See `CustomParts`.
 
     Returns:
         The state; None for a fresh start.
@@ -60,6 +61,10 @@ def find_resume_point(
     saved = point.state["fingerprint"]
     if saved != fingerprint:
         rows.append(f"{'training data':24} {saved[:12]:24} {fingerprint[:12]}")
+    saved_loss = point.state.get("loss")  # of a caller, which no setting names
+    if saved_loss != loss_name:
+        names = [name or "samft's own" for name in (saved_loss, loss_name)]
+        rows.append(f"{'loss':24} {names[0]:24} {names[1]}")
     if rows:
         if [row.split()[0] for row in rows] == ["steps"]:
             _refuse_more_steps(point, config)

@@ -43,15 +43,19 @@ from samft.runtime.output_dir import (
 )
 from samft.runtime.own_files import CONFIG_NAME
 from samft.runtime.signals import StopRequest
+from samft.training.custom import CustomParts
 from samft.training.optim import load_state
 
 
-def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
+def run(
+    config: TrainConfig, stop: StopRequest, custom: CustomParts | None = None
+) -> dict[str, Any]:
     """Trains as configured. Collective: every rank must call.
 
     Args:
         config: The checked configuration.
         stop: Tells whether a signal has asked to stop.
+        custom: What a caller of `finetune` brings along; the same on all ranks.
 
     Returns:
         What `summary.json` holds; of a dry run, see `dry_run`.
@@ -72,10 +76,10 @@ def run(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
         with _record_failure(output_dir, is_locked=False):
             distributed.run_on_all_ranks(lambda: check_device(device))
             if config.dry_run:
-                return dry_run(config, device)
+                return dry_run(config, device, custom=custom, should_stop=lambda: bool(stop))
             open_until_end.enter_context(_hold_output_dir(output_dir, stop))
         with _record_failure(output_dir):
-            parts = prepare(config, output_dir, device, stop=stop)
+            parts = prepare(config, output_dir, device, stop=stop, custom=custom)
             # An earlier run's files have not been touched until here; now they are archived.
             cache = open_until_end.enter_context(_open_cache(parts))
             if distributed.any_rank(bool(stop)):
@@ -119,7 +123,7 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
         write_run_status(parts.output_dir, "running", parts.progress.step)
     if not cache.fill():
         return None
-    trainer = build_trainer(config, model, progress=parts.progress)
+    trainer = build_trainer(config, model, progress=parts.progress, loss=parts.custom.loss)
     if resume is not None:
         load_state(trainer.optimizer, resume.state.pop("optimizer"))
         trainer.scaler.load_state_dict(resume.state.pop("scaler"))
@@ -167,6 +171,7 @@ def finish(training: TrainingRun) -> dict[str, Any]:
         splits=training.splits,
         images=training.images,
         best=ranked[0] if ranked else None,
+        custom=training.custom,
         test=test,
         has_news=training.images.has_validation or is_new,
     )
@@ -258,6 +263,8 @@ def _log_setup(parts: RunParts) -> None:
         images_per_step(config),
         pick_amp_dtype(config.amp, parts.device) or "off",
     )
+    if parts.custom.loss_name is not None:
+        LOGGER.info("loss: %s, the caller's own", parts.custom.loss_name)
     if parts.resume is not None:
         LOGGER.info("resuming from step %d", parts.progress.step)
 

@@ -69,7 +69,7 @@ class ReportPage:
         settings: Of the configuration, those that differ from the default: name, value, default.
         defaults: The others: name, value.
         environment: Versions and devices: name, value.
-        commands: What to do next, see `summary.next_commands`.
+        commands: What to do next, see `summary.next_commands`; the last of them alone, or none.
     """
 
     title: str

@@ -255,8 +255,13 @@ def next_commands(
             *("predict", "--checkpoint", checkpoint, *predict, *links),
             *("--output_dir", folder / "predictions"),
         ),
-        f"from samft import load_sam; sam = load_sam({checkpoint!r})",
+        loading_line(checkpoint),
     ]
+
+
+def loading_line(checkpoint: str) -> str:
+    """A line of Python that loads a checkpoint."""
+    return f"from samft import load_sam; sam = load_sam({checkpoint!r})"
 
 
 def describe_interval(change: dict[str, Any] | None, *, before: str) -> str:

@@ -121,6 +121,24 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
             os.environ[_CUBLAS_WORKSPACE] = workspace
 
 
+@contextlib.contextmanager
+def process_settings_restored() -> Iterator[None]:
+    """Restores what a run sets in its process: random state, open files, sharing, current GPU."""
+    sharing, open_files = torch.multiprocessing, resource.RLIMIT_NOFILE
+    strategy, limits = sharing.get_sharing_strategy(), resource.getrlimit(open_files)
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    try:
+        with torch.random.fork_rng([] if gpu is None else [gpu]):
+            yield
+    finally:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        sharing.set_sharing_strategy(strategy)
+        # Not while more files are open than were allowed before: the limit would fail any other.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(open_files, (limits[0], resource.getrlimit(open_files)[1]))
+
+
 def log_hidden_gpus(device: torch.device) -> None:
     """Logs that this host's GPUs are not used because CUDA_VISIBLE_DEVICES hides them."""
     if device.type == "cpu" and _hides_all_gpus() and _has_nvidia_gpus():

@@ -113,7 +113,7 @@ def progress_bar(
         options: Of `tqdm`.
     """
     if sys.stderr.isatty():
-        return tqdm(items, unit=unit, disable=hidden, dynamic_ncols=True, **options)
+        return _ProgressBar(items, unit=unit, disable=hidden, dynamic_ncols=True, **options)
     what = f"{options['desc']}: " if options.get("desc") else ""
     units = unit if unit.isupper() else f"{unit}s"
     return _ProgressLines(
@@ -126,7 +126,13 @@ def progress_bar(
     )
 
 
-class _ProgressLines(tqdm):
+class _ProgressBar(tqdm):
+    # Without tqdm's thread, which outlives the bars, for those that are updated too rarely: none is
+    # updated between two looks at the clock here.
+    monitor_interval = 0
+
+
+class _ProgressLines(_ProgressBar):
     disable: bool
 
     @staticmethod

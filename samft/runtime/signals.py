@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.1  # between two looks for a signal in a wait
-_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2  # Source: linux/prctl.h
 _SIGACTION_BYTES = 1024  # more than `struct sigaction` takes anywhere
 
 
@@ -113,18 +113,29 @@ class _Helper:
         self._calls.put((call, answer))
         return answer
 
+    def stop(self) -> None:
+        """Ends the thread, unless it is in a call that may never return."""
+        if not self.is_busy and self._process == os.getpid():
+            self._calls.put(None)
+            self._process = 0
+
 
 _HELPER = _Helper()
 
 
+def end_helper_thread() -> None:
+    """Ends the thread of `call_interruptibly`; the next call starts another."""
+    _HELPER.stop()
+
+
 def _answer_calls(calls: "queue.SimpleQueue[Any]") -> None:
-    while True:
-        call, answer = calls.get()
+    while (pair := calls.get()) is not None:
+        call, answer = pair
         try:
             answer.put((call(), None))
         except BaseException as error:  # raised again by `call_interruptibly`
             answer.put((None, error))
-        del call, answer
+        del pair, call, answer
 
 
 class StopRequest:
@@ -276,6 +287,21 @@ def job_deadline(save_before_limit: float | None) -> float:
             "time limit is not known."
         )
     return int(end) - save_before_limit
+
+
+@contextmanager
+def dying_with_parent() -> Iterator[None]:
+    """Within, `die_with_parent` holds for a process of `torchrun`; then what held before."""
+    if sys.platform != "linux" or "RANK" not in os.environ:
+        yield
+        return
+    libc, before = ctypes.CDLL(None, use_errno=True), ctypes.c_int()
+    libc.prctl(_PR_GET_PDEATHSIG, ctypes.byref(before))
+    die_with_parent()
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_PDEATHSIG, before.value)
 
 
 def die_with_parent() -> None:

@@ -20,7 +20,8 @@ differs. Two steps make it cheap:
        output_l  = sum over heads and t of  a_tl W_o v_t,  plus b_o
 
    W p_l + b is the same for all prompts of all images and computed once. A product with all image
-   tokens then takes L C (H T) multiplications instead of L C I: 56 against 128 a value.
+   tokens then takes L C (H T) multiplications instead of L C I: 56 against 128 a value. With many
+   tokens (see `MOST_TO_ABSORB`) it would take more, and stock's layers run.
 
 2. Compute once per image what depends on the image only. In the first layer x_l is the same for all
    prompts of an image, unless they have masks: it is projected once, and its prompts compare in d
@@ -31,7 +32,7 @@ Shapes: M prompts, N images, H heads, T tokens, d = I / H, L = h w image tokens,
 Source: `segment_anything/modeling/transformer.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Tensors = tuple[Tensor, ...]
+
+# H T / I up to which prompt tokens absorb projections: 16 tokens with vit_tiny, 32 with vit_b.
+# Measured on a CPU, where forward and backward of both ways take as long there. By multiplications
+# alone it would be 1, but stock also has more to write and to read.
+MOST_TO_ABSORB = 2
 
 
 def prepare_two_way(
@@ -59,8 +65,9 @@ def prepare_two_way(
 
     Returns:
         Of each image: tokens [N, L, C] and, without masks, keys, values and queries of the first
-        layer, each [N, H, d, L]. Shared: of each layer whose image tokens differ from prompt to
-        prompt keys and queries of the positions, and the last attention's keys, each [H, d, L].
+        layer, each [N, H, d, L]. Shared: positions [1, L, C]; of each layer whose image tokens
+        differ from prompt to prompt keys and queries of the positions, and the last attention's
+        keys, each [H, d, L].
     """
     layers = list(transformer.layers)
     projected: Tensors = ()
@@ -72,7 +79,7 @@ def prepare_two_way(
         # Step 2: in the first layer, W (x_l + p_l) + b is computed as it stands, once per image.
         projected = _project_image(layers.pop(0), image, positions)
     # Step 1: of layers where x_l differs from prompt to prompt, only W p_l + b.
-    shared = []
+    shared = [positions.transpose(1, 2)]
     for layer in layers:
         to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         shared += [_project_columns(positions, to_image.k_proj, to_image)[0]]
@@ -104,28 +111,52 @@ def run_two_way(
     Returns:
         The tokens that are used, float [M, num_used, C], and the image tokens, float [M, L, C].
     """
+    (keys, *projected), (positions, *position_terms, last_term) = image, shared
+    if masks is not None:
+        keys = (keys + masks.flatten(2).transpose(1, 2)).contiguous()
+    if _is_absorbing_cheaper(transformer, tokens):
+        queries, keys = _run_layers(transformer, tokens, keys, projected, position_terms)
+    else:
+        queries = tokens
+        for layer in transformer.layers:
+            queries, keys = layer(queries, keys, query_pe=tokens, key_pe=positions)
+
+    # The last attention mixes no tokens with each other: those that are not used can go before it.
+    queries, tokens = queries[:, :num_used], tokens[:, :num_used]
+    last = transformer.final_attn_token_to_image
+    attended = _token_to_image_absorbed(last, queries + tokens, keys, last_term)
+    return transformer.norm_final_attn(queries + attended), keys
+
+
+def _is_absorbing_cheaper(transformer: TwoWayTransformer, tokens: Tensor) -> bool:
+    attention = transformer.final_attn_token_to_image
+    return attention.num_heads * tokens.shape[1] <= MOST_TO_ABSORB * attention.internal_dim
+
+
+def _run_layers(
+    transformer: TwoWayTransformer,
+    tokens: Tensor,
+    keys: Tensor,
+    projected: Sequence[Tensor],
+    position_terms: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """All layers, with projections that the prompt tokens absorb."""
     first, *later = transformer.layers
-    position_terms = iter(shared)
+    terms = zip(position_terms[::2], position_terms[1::2], strict=True)
     # Stock's first layer has `skip_first_layer_pe`: no positions, and no residual either.
     queries = first.norm1(first.self_attn(tokens, tokens, tokens))
-    if masks is None:
-        queries, keys = _attend_to_images(first, queries, tokens, image)
+    if projected:
+        queries, keys = _attend_to_images(first, queries, tokens, keys, projected)
     else:
-        keys = (image[0] + masks.flatten(2).transpose(1, 2)).contiguous()
-        queries, keys = _attend_both_ways(first, queries, tokens, keys, position_terms)
+        queries, keys = _attend_both_ways(first, queries, tokens, keys, next(terms))
 
     # From here on image tokens are those of a prompt, not of an image: project the prompt tokens.
     for layer in later:
         with_positions = queries + tokens
         attended = layer.self_attn(with_positions, with_positions, queries)
         queries = layer.norm1(queries + attended)
-        queries, keys = _attend_both_ways(layer, queries, tokens, keys, position_terms)
-
-    # The last attention mixes no tokens with each other: those that are not used can go before it.
-    queries, tokens = queries[:, :num_used], tokens[:, :num_used]
-    last = transformer.final_attn_token_to_image
-    attended = _token_to_image_absorbed(last, queries + tokens, keys, next(position_terms))
-    return transformer.norm_final_attn(queries + attended), keys
+        queries, keys = _attend_both_ways(layer, queries, tokens, keys, next(terms))
+    return queries, keys
 
 
 def _project_image(layer: TwoWayAttentionBlock, image: Tensor, positions: Tensor) -> Tensors:
@@ -141,10 +172,14 @@ def _project_image(layer: TwoWayAttentionBlock, image: Tensor, positions: Tensor
 
 
 def _attend_to_images(
-    layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor, image: Tensors
+    layer: TwoWayAttentionBlock,
+    queries: Tensor,
+    tokens: Tensor,
+    keys: Tensor,
+    projected: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The rest of a layer after its self-attention, with image tokens that are projected."""
-    keys, image_keys, image_values, image_queries = image
+    image_keys, image_values, image_queries = projected
     to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
     attended = _token_to_image_projected(to_image, queries + tokens, image_keys, image_values)
     queries = _update_tokens(layer, queries, attended)
@@ -159,14 +194,15 @@ def _attend_both_ways(
     queries: Tensor,
     tokens: Tensor,
     keys: Tensor,
-    position_terms: Iterator[Tensor],
+    position_terms: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The rest of a layer after its self-attention, with the image tokens of each prompt."""
+    of_keys, of_queries = position_terms
     to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-    attended = _token_to_image_absorbed(to_image, queries + tokens, keys, next(position_terms))
+    attended = _token_to_image_absorbed(to_image, queries + tokens, keys, of_keys)
     queries = _update_tokens(layer, queries, attended)
     keys = _image_to_token_absorbed(
-        to_token, queries + tokens, queries, image=keys, positions=next(position_terms)
+        to_token, queries + tokens, queries, image=keys, positions=of_queries
     )
     return queries, layer.norm4(keys)
 

@@ -33,6 +33,11 @@ def sam() -> Sam:
 
 
 @pytest.fixture(scope="module")
+def small_sam() -> Sam:
+    return make_sam("vit_tiny", size=32)
+
+
+@pytest.fixture(scope="module")
 def wide_sam() -> Sam:
     return make_sam("vit_b", size=32)
 
@@ -49,6 +54,8 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "box, mask": ("box", "mask"),
     "3 points, mask": (3, "mask"),
     "box, 7 points, mask": ("box", 7, "mask"),
+    "30 points": (30,),
+    "30 points, mask": (30, "mask"),
 }
 
 
@@ -127,10 +134,11 @@ def compare_masks(
 
 
 @pytest.mark.parametrize("decoder", ["fast", "stock"])
-@pytest.mark.parametrize("mask_chunk", [1, 3, 64])
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("counts", [RAGGED, (2,)])
+@pytest.mark.parametrize(
+    ("counts", "mask_chunk"), [(RAGGED, 1), (RAGGED, 3), (RAGGED, 64), ((2,), 1), ((0, 2), 64)]
+)
 def test_masks_equal_those_of_the_stock_decoder_image_by_image(
     sam: Sam, decoder: str, kind: str, counts: tuple[int, ...], mask_chunk: int, multimask: bool
 ) -> None:
@@ -212,16 +220,25 @@ def compare_gradients(
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("dtype", "mask_chunk", "relative"),
-    [(torch.float32, 64, 1e-4), (torch.float64, 64, 1e-10), (torch.float64, 3, 1e-10)],
+    ("dtype", "mask_chunk", "relative"), [(torch.float32, 64, 1e-4), (torch.float64, 3, 1e-10)]
 )
 def test_gradients_equal_those_of_the_stock_decoder(
-    kind: str, dtype: torch.dtype, mask_chunk: int, relative: float, multimask: bool
+    small_sam: Sam, kind: str, dtype: torch.dtype, mask_chunk: int, relative: float, multimask: bool
 ) -> None:
-    sam = make_sam("vit_tiny", size=32)
-    sam.mask_decoder.to(dtype)
+    small_sam.mask_decoder.to(dtype)
     options = {"mask_chunk": mask_chunk, "relative": relative, "multimask": multimask}
-    compare_gradients(sam, kind, **options)
+    compare_gradients(small_sam, kind, **options)
+    small_sam.mask_decoder.float()
+
+
+# Points without a box are followed by a token of no point: 1 to 9 tokens.
+@pytest.mark.parametrize("num_points", range(9))
+def test_any_number_of_tokens(
+    small_sam: Sam, monkeypatch: pytest.MonkeyPatch, num_points: int
+) -> None:
+    monkeypatch.setitem(KINDS, "points", (num_points,))
+    compare_masks(small_sam, "fast", "points", counts=RAGGED, mask_chunk=64, multimask=False)
+    compare_gradients(small_sam, "points", multimask=False, mask_chunk=64, relative=1e-4)
 
 
 @pytest.mark.run
@@ -250,6 +267,25 @@ def test_half_precision_is_as_accurate_as_stock(sam: Sam, dtype: torch.dtype, ki
     assert embeddings.grad is not None and torch.isfinite(embeddings.grad).all()
     assert embeddings.grad.dtype == torch.float32 and embeddings.grad[[0, 2]].any()
     sam.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize(
+    ("num_points", "stock_layers"), [(1, 0), (7, 0), (10, 0), (11, 2), (30, 2)]
+)
+def test_stock_layers_run_only_for_prompts_of_many_tokens(
+    sam: Sam, num_points: int, stock_layers: int
+) -> None:
+    calls: list[int] = []
+    hooks = [
+        layer.cross_attn_image_to_token.register_forward_hook(lambda *_: calls.append(1))
+        for layer in sam.mask_decoder.transformer.layers
+    ]
+    prompts = Prompts(points=torch.zeros(1, num_points, 2), labels=torch.ones(1, num_points))
+    with torch.no_grad():
+        PromptedSam(sam).decode(make_embeddings(sam, 1), prompts, index_of((1,)))
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == stock_layers  # more than 5 + 10 + 1 tokens, see `MOST_TO_ABSORB`
 
 
 def test_the_implementation_that_is_asked_for() -> None:

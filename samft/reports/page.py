@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import cv2
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from samft.errors import escape_unprintable
@@ -114,6 +114,7 @@ def template_environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "breakable": break_at_underscores,
         "data_uri": data_uri,
         "score": format_score,
         "shorten_name": shorten_name,
@@ -149,6 +150,11 @@ def shorten_name(name: str) -> str:
     return f"{whole[:16]}\N{HORIZONTAL ELLIPSIS}{whole[-20:]}" if len(whole) > 38 else whole
 
 
+def break_at_underscores(name: str) -> Markup:
+    """A name whose line may be broken behind each underscore; copied, it is unchanged."""
+    return escape(escape_unprintable(name)).replace("_", Markup("_<wbr>"))
+
+
 def split_flags(text: str) -> list[str]:
     """A sentence, split so that every other part, from the second on, is a command-line flag."""
     return re.split("(--[a-z_]+)", text)
@@ -181,7 +187,9 @@ class Figure(NamedTuple):
 
 
 def _figures(page: ReportPage) -> list[Figure]:
-    figures = [_iou_figure(page), _loss_figure(page)]
+    figures = [_iou_figure(page)]
+    if any(line.get("loss") is not None for line in page.metrics):
+        figures.append(_loss_figure(page))
     return figures + (comparison_figures(page.comparison) if page.comparison else [])
 
 

@@ -18,6 +18,7 @@ from samft.evaluation.object_scores import Comparison, GroupMeans, ObjectScores
 from samft.reports.page import (
     ObjectPair,
     ReportPage,
+    break_at_underscores,
     data_uri,
     format_score,
     render,
@@ -166,7 +167,9 @@ def test_missing_parts_are_explained() -> None:
     )
     nothing = dict.fromkeys(("objects", "best_val_per_mask_iou", "above_box_fill"))
     summary = {**page.summary, **nothing}
-    text = Reader(render(replace(page, summary=summary, metrics=[]))).text
+    shown = render(replace(page, summary=summary, metrics=[]))
+    assert "IoU by step" in shown and "loss by step" not in shown  # no axes without a line
+    text = Reader(shown).text
     assert "against filling each box" not in text
     assert "There are no pictures. Gone." in text and "Each object" not in text
 
@@ -195,6 +198,14 @@ def test_a_change_has_its_sign(value: float, expected: str) -> None:
 
 def test_a_score_may_be_none() -> None:
     assert format_score(0.12345) == "0.123" and format_score(None) == "none"
+
+
+def test_names_of_settings_may_be_broken_at_underscores_only() -> None:
+    assert break_at_underscores("a_b") == "a_<wbr>b"
+    assert break_at_underscores("<_\x1b") == "&lt;_<wbr>\\x1b"
+    shown = render(a_page(settings=[("cache_dir", "a_b", "c_d")], defaults=[("mask_chunk", 1)]))
+    assert "<td>cache_<wbr>dir</td><td>a_b</td><td>c_d</td>" in shown
+    assert "<td>mask_<wbr>chunk</td>" in shown
 
 
 def test_a_long_name_loses_its_middle_but_not_its_title() -> None:
@@ -261,3 +272,26 @@ def test_a_browser_reports_no_errors_and_makes_no_requests(demo_run: Path, tmp_p
         tab.open(bad.as_uri())
         assert tab.complaints() and tab.requests()[1:] == [(tmp_path / "gone.png").as_uri()]
         assert tab.evaluate("document.images[0].naturalWidth") == 0
+
+
+LINES_OF = """[...document.querySelectorAll('SELECTOR')].map(cell => {
+  const range = document.createRange()
+  range.selectNodeContents(cell)
+  return new Set([...range.getClientRects()].map(line => line.top)).size
+})"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")
+def test_a_long_path_leaves_room_for_other_cells_on_a_phone(tmp_path: Path) -> None:
+    path, page = tmp_path / "page.html", a_page()
+    settings = [("data_root", "/data/" + "x" * 300, ""), ("steps", 7, 1500), ("amp", "off", "auto")]
+    classes = [GroupMeans("Saccharomyces", 12345, 0.4, 0.5), GroupMeans("y" * 90, 1, 0.4, 0.5)]
+    path.write_text(render(replace(page, settings=settings, classes=classes)))
+    with chromium() as tab:
+        tab.resize(380)
+        tab.open(path.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") == 380
+        assert tab.evaluate(LINES_OF.replace("SELECTOR", ".settings td:first-child")) == [1, 1, 1]
+        assert tab.evaluate(LINES_OF.replace("SELECTOR", ".settings td:last-child")) == [0, 1, 1]
+        names = tab.evaluate(LINES_OF.replace("SELECTOR", ".groups td:first-child"))
+        assert names[-2] == 1 and names[-1] > 1

@@ -16,7 +16,7 @@ from samft.distributed import get_rank, get_world_size
 
 # The first number of every seed, so that no two purposes share a stream of random numbers.
 _ORDER_STREAM, _REPEAT_STREAM, SAMPLE_STREAM, PROMPT_STREAM, RESAMPLE_STREAM = 1, 3, 2, 4, 5
-CLICK_STREAM, ROUND_STREAM = 6, 7
+CLICK_STREAM, ROUND_STREAM, SUBSET_STREAM = 6, 7, 8
 _UINT64_MAX = 2**64 - 1
 
 Key = TypeVar("Key")  # of a sample

@@ -7,6 +7,7 @@ ranks them.
 
 import contextlib
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,31 @@ def coco_results(
     return [dict(zip(names, values, strict=True)) for values in columns]
 
 
-def coco_truth(objects: EvaluatedObjects, subset: CocoSubset) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TrueObjects:
+    """K annotated objects, as columns.
+
+    Attributes:
+        image_ids: int64 [K].
+        object_ids: int64 [K].
+        areas: float64 [K], px.
+        rle_true: object [K].
+    """
+
+    image_ids: NDArray[np.int64]
+    object_ids: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    rle_true: NDArray[np.object_]
+
+
+def coco_truth(objects: EvaluatedObjects | TrueObjects, subset: CocoSubset) -> dict[str, Any]:
     """The true masks of objects, and the crowds in their images, as the content of a COCO file.
 
     Annotations are renumbered from 1, because COCOeval takes annotation id 0 for "no match". Areas
     are recomputed from the masks, because the `area` of some files is that of the box.
 
     Args:
-        objects: The evaluated objects.
+        objects: The objects.
         subset: The images and objects that were evaluated.
     """
     sizes = {
@@ -121,18 +139,10 @@ def average_precision(
     Raises:
         ConfigError: The backend is not installed.
     """
-    coco_class, eval_class = load_backend(backend)
     groups = [(result["image_id"], result["category_id"]) for result in results]
     largest_group = np.unique(groups, axis=0, return_counts=True)[1].max()
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = coco_class()
-        coco.dataset = truth
-        coco.createIndex()
-        # Copies, because loadRes adds keys to the results it is given.
-        evaluation = eval_class(coco, coco.loadRes([dict(result) for result in results]), "segm")
-        evaluation.params.maxDets = [1, 10, max(USUAL_MAX_DETS, int(largest_group))]
-        evaluation.evaluate()
-        evaluation.accumulate()
+    most = max(USUAL_MAX_DETS, int(largest_group))
+    evaluation = run_cocoeval(truth, results, max_dets=[1, 10, most], backend=backend)
     precision = np.asarray(evaluation.eval["precision"])[..., -1]  # [T, R, K, A]
     thresholds = np.asarray(evaluation.params.iouThrs)
     scores = {"ap": _mean_precision(precision[..., 0])}
@@ -142,6 +152,45 @@ def average_precision(
     for area, name in enumerate(_SIZES, start=1):
         scores[f"ap_{name}"] = _mean_precision(precision[..., area])
     return {**scores, "max_dets": evaluation.params.maxDets[-1], "backend": backend}
+
+
+def run_cocoeval(
+    truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    *,
+    max_dets: list[int],
+    backend: str = BACKENDS[0],
+) -> Any:
+    """Evaluates and accumulates; results may be none at all.
+
+    Args:
+        truth: The content of a COCO file.
+        results: As `COCO.loadRes` takes them.
+        max_dets: Results of a class in an image that count, ascending.
+        backend: One of `BACKENDS`.
+
+    Returns:
+        The COCOeval.
+
+    Raises:
+        ConfigError: The backend is not installed.
+    """
+    coco_class, eval_class = load_backend(backend)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = coco_class()
+        coco.dataset = truth
+        coco.createIndex()
+        predicted = coco_class()
+        predicted.dataset = {**truth, "annotations": []}
+        predicted.createIndex()
+        if results:
+            # Copies, because loadRes adds keys to the results it is given. It takes no empty list.
+            predicted = coco.loadRes([dict(result) for result in results])
+        evaluation = eval_class(coco, predicted, "segm")
+        evaluation.params.maxDets = max_dets
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
 
 
 def _mean_precision(precision: NDArray[np.float64]) -> float | None:

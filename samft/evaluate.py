@@ -6,9 +6,9 @@
 
 Prints IoU, Dice and boundary IoU, also by size of the object and by class; the IoU with other
 prompts (jittered boxes, a single point); the calibration of the predicted IoU; COCO AP; and, with
---clicks, the IoU after each of a number of correcting clicks. Each further checkpoint is compared
-with the first, object by object. Each is run at the image size and resize mode that it was tuned
-for.
+--clicks, the IoU after each of a number of correcting clicks; with --automatic, which objects the
+automatic mask generator finds. Each further checkpoint is compared with the first, object by
+object. Each is run at the image size and resize mode that it was tuned for.
 """
 
 import argparse
@@ -21,10 +21,12 @@ from samft.config_checks import pattern_problem
 from samft.ending import end_process
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
 from samft.images.flags import add_pixel_flags
+from samft.prediction.flags import add_generator_flags, generator_settings
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.signals import check_launch_environment, die_with_parent
 
 USUAL_CLICKS, MOST_CLICKS = 7, 100  # the literature allows 20
+USUAL_IMAGES = 50  # of automatic masks, which take a thousand points each
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -149,6 +151,17 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         help="also correct each object by up to N simulated clicks, from its box and from a point "
         f"(default: 0, none; --clicks alone: {USUAL_CLICKS})",
     )
+    group.add_argument(
+        "--automatic",
+        type=int,
+        nargs="?",
+        const=USUAL_IMAGES,
+        default=0,
+        metavar="N",
+        help="also generate automatic masks in a random sample of N images, and score them "
+        f"whatever the class of an object (default: 0, none; --automatic alone: {USUAL_IMAGES})",
+    )
+    add_generator_flags(parser.add_argument_group("automatic masks").add_argument)
 
 
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +183,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of jittered boxes and bootstrap intervals (default: 0)",
+        help="of jittered boxes, of the images of --automatic, and of intervals (default: 0)",
     )
     group.add_argument(
         "--device",
@@ -206,10 +219,7 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.group_by and (problem := pattern_problem(options.group_by)):
         raise ConfigError(f"--group_by: {problem}")
-    if not 0 <= options.clicks <= MOST_CLICKS:
-        raise ConfigError(
-            f"--clicks: {options.clicks} is no number of clicks from 0, for none, to {MOST_CLICKS}."
-        )
+    _check_prompts(options)
     if options.num_workers < 0:
         raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
     for path in options.checkpoint:
@@ -217,6 +227,18 @@ def _check_options(options: argparse.Namespace) -> None:
             find_weights_file(path, field="--checkpoint")
         except CheckpointError as error:  # on every rank alike
             raise ConfigError(str(error)) from error
+
+
+def _check_prompts(options: argparse.Namespace) -> None:
+    if not 0 <= options.clicks <= MOST_CLICKS:
+        raise ConfigError(
+            f"--clicks: {options.clicks} is no number of clicks from 0, for none, to {MOST_CLICKS}."
+        )
+    if options.automatic < 0:
+        raise ConfigError(f"--automatic: {options.automatic} is no number of images.")
+    settings = generator_settings(options)
+    if settings and not options.automatic:
+        raise ConfigError(f"--{next(iter(settings))} is for automatic masks: add --automatic.")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,6 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
-from samft.prediction.points import BOXES_ONLY
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import atomic_replacement, write_atomically
 from samft.runtime.logs import progress_bar
@@ -364,7 +363,7 @@ def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Pred
     from samft.models.sam import open_checkpoint
     from samft.prediction.predictors import AutomaticPredictor, BoxPredictor, PointPredictor
     from samft.runtime.device import check_device, pick_amp_dtype, pick_device
-    from samft.weights.saved_settings import saved_prompts
+    from samft.weights.saved_settings import describe_point_prompts, saved_prompts
 
     device = pick_device(options.device)
     check_device(device)
@@ -373,20 +372,16 @@ def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Pred
     amp_dtype = pick_amp_dtype(options.amp, device)
     if task.prompts is not None and task.prompts.points is None:
         return BoxPredictor(model, resize_mode=resize_mode, amp_dtype=amp_dtype)
-    trained = saved_prompts(options.checkpoint)
-    if trained is not None and trained.boxes_only:
-        _print_warning(f"{options.checkpoint.name} {BOXES_ONLY}")
-    if task.prompts is not None:
+    is_automatic = task.prompts is None
+    for line in describe_point_prompts(options.checkpoint, automatic=is_automatic):
+        _print_warning(line)
+    if not is_automatic:
+        trained = saved_prompts(options.checkpoint)
         return PointPredictor(
             model,
             resize_mode=resize_mode,
             amp_dtype=amp_dtype,
             three_masks=trained is None or trained.three_masks,
-        )
-    if resize_mode == "squash":
-        _print_warning(
-            "the checkpoint was trained with resize_mode squash, but the automatic mask generator "
-            "always pads: expect worse masks than validation measured"
         )
     return AutomaticPredictor(model, **generator_settings(options))
 

@@ -24,7 +24,7 @@ from samft.distributed import all_gather
 from samft.errors import explain_out_of_memory
 from samft.evaluation.coco_ap import TrueObjects, coco_truth, run_cocoeval
 from samft.evaluation.evaluator import MEMORY_ADVICE
-from samft.evaluation.object_scores import mean_change
+from samft.evaluation.object_scores import ObjectScores, mean_change
 from samft.evaluation.resampled_ap import RankedMasks, change_of_ap, rank_masks
 from samft.evaluation.validation import describe_image
 from samft.models.mask_generator import MaskGenerator
@@ -32,13 +32,13 @@ from samft.runtime import heartbeat
 
 FEW, MANY = 100, 1000  # masks of an image that count, those of the highest scores
 _ANY_CLASS = 1
-_LABELS = {
-    "found_50": "found at .50",  # IoU
-    "found_75": "found at .75",
-    "ar_100": f"AR@{FEW}",
-    "ar_1000": f"AR@{MANY}",
-    "ap": "AP",
-    "masks_per_image": "masks an image",
+_LABELS = {  # in the table, and in a line of changes
+    "found_50": ("objects found at IoU .50", "automatic, IoU .50"),
+    "found_75": ("objects found at IoU .75", "automatic, IoU .75"),
+    "ar_100": (f"AR, {FEW} masks an image", f"automatic AR@{FEW}"),
+    "ar_1000": (f"AR, {MANY:,} masks an image", f"automatic AR@{MANY}"),
+    "ap": (f"AP, {FEW} masks an image", "automatic AP"),
+    "masks_per_image": ("masks an image", "automatic masks"),
 }
 _OF_OBJECTS = ("ar_100", "ar_1000", "found_50", "found_75")  # means over objects
 
@@ -205,7 +205,7 @@ def score_masks(images: list[ImageMasks], subset: CocoSubset) -> AutomaticScores
 def _match_objects(evaluation: Any, num_objects: int) -> dict[str, NDArray[np.float64]]:
     names = ("iou_best", "found_50", "found_75", "ar_100", "ar_1000")
     columns = {name: np.zeros(num_objects) for name in names}
-    found = [int(np.abs(evaluation.params.iouThrs - iou).argmin()) for iou in (0.5, 0.75)]
+    places = [int(np.abs(evaluation.params.iouThrs - iou).argmin()) for iou in (0.5, 0.75)]
     for image_id, entry in zip(evaluation.params.imgIds, evaluation.evalImgs, strict=False):
         ids, is_crowd = np.array(entry["gtIds"]), np.array(entry["gtIgnore"]) > 0
         # `coco_truth` numbers the objects from 1, and the crowds after them.
@@ -215,7 +215,7 @@ def _match_objects(evaluation: Any, num_objects: int) -> dict[str, NDArray[np.fl
             for most in (FEW, MANY)
         )
         columns["ar_100"][rows], columns["ar_1000"][rows] = few.mean(0), many.mean(0)
-        columns["found_50"][rows], columns["found_75"][rows] = many[found]
+        columns["found_50"][rows], columns["found_75"][rows] = many[places]
         ious = evaluation.ious[image_id, _ANY_CLASS]  # in the order of the annotations
         if len(ious):
             own = [one["id"] - 1 for one in evaluation.cocoGt.imgToAnns[image_id]]
@@ -252,10 +252,24 @@ def automatic_rows(evaluations: list[dict[str, Any]]) -> Iterator[tuple[str, lis
     """Rows of `tables.format_tables`: a label with one score per model; without: a heading."""
     scores = [evaluation["automatic"] for evaluation in evaluations]
     yield f"automatic masks, {scores[0]['images']:,} images, any class", None
-    for name, label in {**_LABELS, "seconds_per_image": "seconds per image"}.items():
+    for name, (label, _) in _LABELS.items():
         yield f"  {label}", [one[name] for one in scores]
+    yield "  seconds an image", [one["seconds_per_image"] for one in scores]
 
 
 def automatic_changes(changes: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What `compare_scores` gave, with a label of each."""
-    return [(f"automatic: {label}", changes[name]) for name, label in _LABELS.items()]
+    return [(label, changes[name]) for name, (_, label) in _LABELS.items()]
+
+
+def automatic_columns(
+    scores: AutomaticScores, objects: ObjectScores
+) -> dict[str, list[float | None]]:
+    """The scores of each row of a table of objects; None for objects outside of the sample."""
+    keys = zip(scores.objects.image_ids.tolist(), scores.objects.object_ids.tolist(), strict=True)
+    rows = {key: row for row, key in enumerate(keys)}
+    places = [rows.get((image, one)) for image, one in objects.keys().tolist()]
+    return {
+        f"automatic_{name}": [None if row is None else float(values[row]) for row in places]
+        for name, values in scores.columns.items()
+    }

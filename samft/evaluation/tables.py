@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.evaluation.automatic import automatic_changes, automatic_rows
 from samft.evaluation.click_curves import (
     click_changes,
     click_rows,
@@ -313,6 +314,8 @@ def _score_rows(evaluations: list[dict[str, Any]]) -> Iterator[tuple[str, list[A
         yield f"  {label}", scores_at("by_prompt", name, "mean")
     if all("clicks" in evaluation for evaluation in evaluations):
         yield from click_rows(evaluations)
+    if all("automatic" in evaluation for evaluation in evaluations):
+        yield from automatic_rows(evaluations)
     limit = evaluations[0]["coco"]["max_dets"]
     more = f", {limit} of a class in an image" if limit > USUAL_MAX_DETS else ""
     yield f"COCO AP of masks from boxes{more}", None
@@ -358,6 +361,7 @@ def _comparison_lines(comparison: dict[str, Any], letter: str) -> list[str]:
     }
     changes = [(label, comparison[name]) for name, label in labels.items()]
     changes += click_changes(comparison["clicks"]) if "clicks" in comparison else []
+    changes += automatic_changes(comparison["automatic"]) if "automatic" in comparison else []
     for label, change in changes:
         line = f"  {label:<{_CHANGE_WIDTH}}{change['difference']:+.4f}"
         if change["interval"] is not None:

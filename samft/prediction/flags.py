@@ -168,7 +168,7 @@ def add_generator_flags(add: Callable[..., Any]) -> None:
         )
 
 
-def generator_settings(options: argparse.Namespace) -> dict[str, float]:
+def generator_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of automatic masks that were given, by name.
 
     Raises:

@@ -18,12 +18,6 @@ from samft.errors import DataError
 from samft.prediction.images import ImageList
 from samft.runtime.files import read_file
 
-# Of a checkpoint, after its name.
-BOXES_ONLY = (
-    "was tuned on boxes only: masks from points, and automatic ones, which are prompted with "
-    "points, may be worse than before tuning, or missing. Give boxes, or the checkpoint that it "
-    "was tuned from, or tune with --prompts mixed --multimask best."
-)
 NO_BOX = (np.nan,) * 4
 MAX_OVERHANG = 1.0  # px that a box may reach out of its image
 _FORM = (

@@ -15,9 +15,17 @@ from samft import distributed
 from samft.coco.layout import find_split
 from samft.coco.subset import CocoSubset, read_coco, split_by_hash
 from samft.data.dataset import Coco2MaskDataset
-from samft.data.loaders import val_loader
+from samft.data.loaders import BatchLoader, val_loader
 from samft.distributed import run_on_all_ranks
 from samft.errors import DataError
+from samft.evaluation.automatic import (
+    AutomaticScores,
+    ImageMasks,
+    compare_scores,
+    generate_split,
+    sample_images,
+    score_masks,
+)
 from samft.evaluation.clicks import ClickExamples
 from samft.evaluation.coco_ap import (
     average_precision,
@@ -34,8 +42,10 @@ from samft.evaluation.evaluator import (
 from samft.evaluation.tables import format_tables, summarise_comparison, summarise_scores
 from samft.images.flags import pixel_flags
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.models.mask_generator import MaskGenerator
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
+from samft.prediction.flags import generator_settings
 from samft.reports.click_pictures import ExampleMasks
 from samft.reports.drawing import image_row_of
 from samft.reports.evaluation_files import (
@@ -50,10 +60,12 @@ from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal, progress_bar
-from samft.weights.saved_settings import saved_pixels, saved_prompts
+from samft.weights.saved_settings import describe_point_prompts, saved_pixels, saved_prompts
 
 _NUM_EXAMPLES, _CLICKS_SHOWN = 6, 3  # objects on the page, and clicks on each
 STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation
+# The same with automatic masks: a large model on a CPU may take half an hour for an image.
+AUTOMATIC_STEP_SECONDS = 3600.0
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -69,9 +81,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         UserError: The checkpoints, the data or the output cannot be used.
         TrainingError: Another process failed.
     """
+    seconds = AUTOMATIC_STEP_SECONDS if options.automatic else STEP_SECONDS
     with (
         distributed.process_group(
-            partial(pick_device, options.device), step_seconds=STEP_SECONDS
+            partial(pick_device, options.device), step_seconds=seconds
         ) as device,
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),
@@ -95,16 +108,27 @@ def _evaluate_checkpoints(
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
     examples: list[ExampleMasks] = []
+    automatic: list[AutomaticScores] = []
     for path, pixels in zip(options.checkpoint, formats, strict=True):
         seen = subset.with_pixels(subset.measure_pixels(pixels))
         clicking = _build_clicking(path, subset, options)
-        objects, metadata = _score_checkpoint(path, seen, options, device, clicking=clicking)
+        model, metadata = run_on_all_ranks(partial(_load_model, path, device))
+        objects, counts = _score_boxes(model, metadata, seen, options, clicking=clicking)
+        metadata |= counts
+        masks = _generate_masks(model, metadata, seen, options) if options.automatic else []
         if distributed.is_main():
             tables.append(objects)
             examples += [clicking.examples.masks] if clicking.examples else []
             evaluations.append(_summarise_checkpoint(objects, subset, metadata, options))
+            if masks:
+                automatic.append(score_masks(masks, subset))
+                settings = generator_settings(options)
+                evaluations[-1]["automatic"] = {**automatic[-1].summarise(), "settings": settings}
             if len(tables) > 1:
                 comparison = summarise_comparison(tables[0], objects, seed=options.seed)
+                if masks:
+                    changes = compare_scores(automatic[0], automatic[-1], seed=options.seed)
+                    comparison["automatic"] = changes
                 evaluations[-1]["comparison"] = _add_names(comparison, subset)
     report: dict[str, Any] = {}
     lines: list[str] = []
@@ -112,7 +136,7 @@ def _evaluate_checkpoints(
         report = _build_report(evaluations, options)
         lines = format_tables(evaluations, data=_describe_data(options))
         if options.output:
-            scored = ScoredCheckpoints(options.checkpoint, tables, examples, subset)
+            scored = ScoredCheckpoints(options.checkpoint, tables, examples, subset, automatic)
             report |= write_evaluation(
                 options.output, report, scored, lines, data=_describe_data(options)
             )
@@ -222,35 +246,20 @@ def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace)
     return Clicking(options.clicks, multimask, examples)
 
 
-def _score_checkpoint(
-    path: Path,
+def _score_boxes(
+    model: PromptedSam,
+    metadata: dict[str, Any],
     subset: CocoSubset,
     options: argparse.Namespace,
-    device: torch.device,
     *,
     clicking: Clicking,
 ) -> tuple[EvaluatedObjects, dict[str, Any]]:
+    # The rows of all objects, and what else is said of a checkpoint.
     start = time.monotonic()
     run_on_all_ranks(lambda: host_checks.check_open_files(options.num_workers))
-    model, metadata = run_on_all_ranks(lambda: _load_model(path, device))
-    metadata["pixels"] = subset.index.pixels.to_json()
     for line in subset.index.pixels.lines():
         LOGGER.info("%s", line)
-    dataset = Coco2MaskDataset(
-        subset.index.image_folder,
-        subset=subset,
-        image_size=metadata["image_size"],
-        resize_mode=metadata["resize_mode"],
-        on_bad_image=options.on_bad_image,
-    )
-    loader = val_loader(
-        dataset,
-        num_workers=options.num_workers,
-        rank=distributed.get_rank(),
-        world_size=distributed.get_world_size(),
-        timeout=STEP_SECONDS,
-        pin_memory=device.type == "cuda",
-    )
+    loader = _build_loader(model, metadata, subset, options)
     with progress_bar(total=len(loader), unit="image", hidden=not distributed.is_main()) as bar:
         objects, bad_images = evaluate_split(
             model, loader, seed=options.seed, clicking=clicking, on_image=bar.update
@@ -262,13 +271,55 @@ def _score_checkpoint(
     seconds = time.monotonic() - start
     LOGGER.info(
         "%s evaluated in %s, %.1f images/s",
-        path,
+        metadata["checkpoint"],
         format_duration(seconds),
         subset.num_images / seconds,
     )
+    counts = {"bad_images": bad_images, "seconds": seconds, "pixels": subset.index.pixels.to_json()}
     if clicking.most:
-        metadata["first_click"] = "best of three masks" if clicking.multimask else "one mask"
-    return objects, {**metadata, "bad_images": bad_images, "seconds": seconds}
+        counts["first_click"] = "best of three masks" if clicking.multimask else "one mask"
+    return objects, counts
+
+
+def _build_loader(
+    model: PromptedSam, metadata: dict[str, Any], subset: CocoSubset, options: argparse.Namespace
+) -> BatchLoader:
+    dataset = Coco2MaskDataset(
+        subset.index.image_folder,
+        subset=subset,
+        image_size=metadata["image_size"],
+        resize_mode=metadata["resize_mode"],
+        on_bad_image=options.on_bad_image,
+    )
+    return val_loader(
+        dataset,
+        num_workers=options.num_workers,
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+        timeout=STEP_SECONDS,
+        pin_memory=model.sam.device.type == "cuda",
+    )
+
+
+def _generate_masks(
+    model: PromptedSam, metadata: dict[str, Any], subset: CocoSubset, options: argparse.Namespace
+) -> list[ImageMasks]:
+    sample = sample_images(subset, options.automatic, seed=options.seed)
+    is_main = distributed.is_main()
+    for line in describe_point_prompts(Path(metadata["checkpoint"]), automatic=True) * is_main:
+        LOGGER.warning("%s", line)
+    generator = MaskGenerator(model.sam, show_progress=is_main, **generator_settings(options))
+    loader = _build_loader(model, metadata, sample, options)
+    with progress_bar(
+        total=len(loader), unit="image", desc="automatic masks", hidden=not is_main
+    ) as bar:
+        images = generate_split(generator, sample, loader, on_image=bar.update)
+    if not images:
+        raise DataError(
+            f"none of the {sample.num_images} images that --automatic drew can be read: give more, "
+            "or another --seed."
+        )
+    return images
 
 
 def _load_model(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from samft.coco.subset import CocoSubset
 from samft.errors import ConfigError
+from samft.evaluation.automatic import AutomaticScores, automatic_columns
 from samft.evaluation.click_curves import STARTS, has_clicks
 from samft.evaluation.coco_ap import category_ids_of
 from samft.evaluation.evaluator import OTHER_PROMPTS, EvaluatedObjects
@@ -39,12 +40,14 @@ class ScoredCheckpoints:
         tables: Their rows.
         examples: Their masks after a few clicks on some objects; empty without clicks.
         subset: The images and objects.
+        automatic: Scores of automatic masks of each; empty without.
     """
 
     paths: Sequence[Path]
     tables: Sequence[EvaluatedObjects]
     examples: Sequence[ExampleMasks]
     subset: CocoSubset
+    automatic: Sequence[AutomaticScores] = ()
 
 
 def objects_path(output: Path) -> Path:
@@ -160,11 +163,13 @@ def _format_objects(scored: ScoredCheckpoints) -> str:
     tables, subset = scored.tables, scored.subset
     starts = STARTS if has_clicks(tables[0]) else ()
     names, image_ids = file_names(subset), ids_as_written(subset)
-    for checkpoint, table in zip(scored.paths, tables, strict=True):
+    automatic: Sequence[AutomaticScores | None] = scored.automatic or [None] * len(tables)
+    for checkpoint, table, masks in zip(scored.paths, tables, automatic, strict=True):
         categories = category_ids_of(subset, table.object_ids).tolist()
         columns = {name: getattr(table, name).tolist() for name in scores}
         for start in starts:
             columns |= start.columns(table)
+        columns |= automatic_columns(masks, table) if masks else {}
         if table is tables[0]:
             writer.writerow([*_ID_COLUMNS, *columns])
         ids = [column.tolist() for column in (table.image_ids, table.object_ids, table.areas)]

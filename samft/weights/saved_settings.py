@@ -60,6 +60,28 @@ def saved_prompts(path: Path) -> SavedPrompts | None:
     return SavedPrompts(boxes_only, config.get("multimask") == "best")
 
 
+def describe_point_prompts(path: Path, *, automatic: bool) -> list[str]:
+    """What to know before a checkpoint gets points, as sentences; empty where nothing is amiss.
+
+    Args:
+        path: A checkpoint or an export.
+        automatic: Whether the points are those of the automatic mask generator.
+    """
+    lines, trained = [], saved_prompts(path)
+    if trained is not None and trained.boxes_only:
+        lines.append(
+            f"{path.name} was tuned on boxes only: masks from points, and automatic ones, which "
+            "are prompted with points, may be worse than before tuning, or missing. Give boxes, or "
+            "the checkpoint that it was tuned from, or tune with --prompts mixed --multimask best."
+        )
+    if automatic and saved_resize_mode(path) == "squash":
+        lines.append(
+            f"{path.name} was tuned with resize_mode squash, but the automatic mask generator "
+            "always pads: expect worse masks than validation measured."
+        )
+    return lines
+
+
 def _saved_metadata(path: Path, key: str) -> dict[str, Any]:
     # Of the sidecar, of the header of safetensors, or of `last.ckpt`; empty if none can be read.
     try:

@@ -77,7 +77,9 @@ def test_two_processes_train_and_evaluate(data: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 4
     where = ("--data_root", str(data), "--device", "cpu", "--output", str(tmp_path / "scores.json"))
+    where += ("--automatic", "3", "--points_per_side", "4")
     command("samft.evaluate", "--checkpoint", summary["best_checkpoint"], *where, processes=2)
     scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["automatic"]["images"] == 3
     expected = summary["best_val_per_mask_iou"]
     assert scores["per_mask_iou"] == pytest.approx(expected, abs=1e-12)

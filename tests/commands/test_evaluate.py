@@ -16,6 +16,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from helpers.coco_files import write_coco
 from helpers.short_runs import (
     COMMAND_SECONDS,
     arguments,
@@ -25,6 +26,7 @@ from helpers.short_runs import (
     train_here,
     write_data,
 )
+from helpers.tiny_checkpoint import mask_finding_sam, write_tiny
 from samft import predict
 from samft.cli import run_command
 from samft.commands import shell_command
@@ -187,6 +189,53 @@ def test_ap_is_that_of_cocoeval_on_the_file_that_predict_writes(
     assert 0.05 < report["coco"]["ap"] < 0.95  # not equal for being nothing
 
 
+def test_automatic_masks_score_as_cocoeval_scores_those_of_predict(
+    tmp_path: Path, capsys: Any
+) -> None:
+    val = write_coco(tmp_path / "data", 3, split="val").parent
+    checkpoint = write_tiny(tmp_path, sam=mask_finding_sam())
+    output, few = tmp_path / "scores.json", {"points_per_side": 3, "crop_n_layers": 1}
+    argv = arguments_for(tmp_path / "data", PACKAGED_TINY, checkpoint, output=output, **few)
+    report = evaluate_here([*argv, "--automatic"])
+    shown = capsys.readouterr()
+    assert "30-0.67.ckpt was tuned on boxes only" in shown.err
+    assert "automatic masks, 3 images, any class" in shown.out and "automatic AR@1000" in shown.out
+    places = ["--images", val, "--annotations", val / "_annotations.coco.json", "--device", "cpu"]
+    settings = [word for name, value in few.items() for word in (f"--{name}", value)]
+    options = ["--checkpoint", checkpoint, "--output_dir", tmp_path / "out", "--automatic"]
+    predict.main([str(word) for word in (*places, *options, *settings)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(val / "_annotations.coco.json"))
+        coco_eval = COCOeval(truth, truth.loadRes(str(tmp_path / "out" / "results.json")), "segm")
+        coco_eval.params.useCats = 0
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    (other,) = report["others"]
+    scores = other["automatic"]
+    assert [scores["ap"], scores["ar_100"]] == pytest.approx(coco_eval.stats[[0, 8]], abs=1e-9)
+    assert scores["images"] == 3 and scores["settings"] == few and scores["masks_per_image"] > 1
+    assert report["automatic"]["masks_per_image"] == 0  # vit_tiny knows no points
+    changes = other["comparison"]["automatic"]
+    assert changes["masks_per_image"]["difference"] == scores["masks_per_image"]
+    with (tmp_path / "scores.objects.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["checkpoint"] == str(checkpoint)]
+    recalls = [float(row["automatic_ar_1000"]) for row in rows]
+    assert sum(recalls) / len(recalls) == pytest.approx(scores["ar_1000"])
+    page = (tmp_path / "scores.html").read_text()
+    assert "objects found at IoU .50" in page
+
+
+def test_a_sample_of_images_gets_automatic_masks(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    argv = arguments_for(data, PACKAGED_TINY, output=output, automatic=2, points_per_side=1)
+    assert evaluate_here(argv)["automatic"]["images"] == 2
+    with (tmp_path / "scores.objects.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sampled = {row["file_name"] for row in rows if row["automatic_found_50"]}
+    assert len(sampled) == 2 < len({row["file_name"] for row in rows})
+
+
 def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) -> None:
     path = best_files(trained)[0]
     files = tmp_path / "one.json", tmp_path / "two.json"
@@ -283,6 +332,10 @@ def test_missing_images_are_refused_or_left_out(
         ),
         (["--min_mask_area", "many"], "--help"),
         (["--splitt", "val"], "--help"),
+        (["--automatic", "-1"], "-1 is no number of images"),
+        (["--automatic", "many"], "--help"),
+        (["--points_per_side", "4"], "--points_per_side is for automatic masks: add --automatic"),
+        (["--automatic", "--points_per_side", "0"], "is not a whole number and at least 1"),
         (["--output", str(PACKAGED_TINY)], "choose another name"),
         (["--output", str(PACKAGED_TINY.with_suffix(".json"))], "choose another name"),
         (["--output", "/proc/nothing/a.json"], "cannot be written"),

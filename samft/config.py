@@ -225,6 +225,12 @@ class TrainConfig:
         1e-2, "AdamW's weight decay, not on biases, norms and embeddings", at_least=0
     )
     clip_grad_norm: float = _optimisation(1.0, "largest norm of the gradient; 0: off", at_least=0)
+    ema_decay: float = _optimisation(
+        0.0,
+        "validate and save a moving average of the trained weights, with this decay in each step, "
+        "0.99 say; 0: off",
+        at_least=0,
+    )
     loss_focal_weight: float = _optimisation(10.0, "weight of the focal loss", at_least=0)
     loss_dice_weight: float = _optimisation(1.0, "weight of the dice loss", at_least=0)
     loss_iou_weight: float = _optimisation(

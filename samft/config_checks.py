@@ -91,6 +91,8 @@ def _check_rates(config: Any) -> list[str]:
             problems.append(f"{name}: {rate} must be above 0.")
     if not 0 < config.layer_decay <= 1:
         problems.append(f"layer_decay: {config.layer_decay} must be above 0, and at most 1.")
+    if config.ema_decay >= 1:
+        problems.append(f"ema_decay: {config.ema_decay} must be below 1.")
     if config.freeze_image_encoder:
         problems += [
             f"{name}: freeze_image_encoder leaves no block to train: give one of the two."

@@ -218,6 +218,7 @@ def build_trainer(
         loss=build_loss(config, loss),
         amp_dtype=pick_amp_dtype(config.amp, model.sam.device),
         clip_grad_norm=config.clip_grad_norm,
+        ema_decay=config.ema_decay,
         bf16_compress=config.bf16_compress,
         progress=progress,
     )
@@ -257,18 +258,20 @@ def build_loaders(
     return batches, val_loader(splits.val, **shared)
 
 
-def disk_bytes(model: PromptedSam, *, save_top_k: int) -> int:
+def disk_bytes(model: PromptedSam, config: TrainConfig) -> int:
     """Bytes that a run's checkpoints take up on the disk, at most.
 
     Args:
         model: With its frozen parts frozen.
-        save_top_k: Best checkpoints that are kept.
+        config: Says how many best checkpoints are kept, and whether weights are averaged.
     """
     # `last.ckpt` and the one before it, the best checkpoints, and one more of each while it is
     # written. AdamW has two float32 moments for each trained parameter.
     weights = sum(tensor.nbytes for tensor in model.sam.state_dict().values())
-    moments = sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
-    return 3 * (weights + moments) + (save_top_k + 1) * weights
+    # Averaged weights are saved beside the trained ones.
+    bytes_each = 12 if config.ema_decay else 8
+    beside = sum(bytes_each * p.numel() for p in model.parameters() if p.requires_grad)
+    return 3 * (weights + beside) + (config.save_top_k + 1) * weights
 
 
 def images_per_step(config: TrainConfig) -> int:

@@ -154,7 +154,7 @@ def _extrapolate(config: TrainConfig, splits: Splits, trial: "_TrialRun") -> For
         + _test_seconds(splits, measured),
         saving_seconds=num_validations * measured.save_seconds,
         embedding_bytes=cache.num_bytes if cache else 0,
-        checkpoint_bytes=disk_bytes(trial.model, save_top_k=config.save_top_k),
+        checkpoint_bytes=disk_bytes(trial.model, config),
         free_bytes=shutil.disk_usage(trial.output_dir).free,
     )
 

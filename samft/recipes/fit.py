@@ -178,15 +178,16 @@ def _call_callbacks(
 
 def _validate_model(run: TrainingRun) -> Validation:
     start = time.monotonic()
-    validation = validate(
-        run.model,
-        run.val_batches,
-        loss=run.trainer.loss,
-        custom_metrics=run.custom.metrics,
-        selection=run.images.new_selection(),
-        should_stop=lambda: bool(run.stop),
-        waiting=run.stop.waiting,
-    )
+    with run.trainer.validated_weights():
+        validation = validate(
+            run.model,
+            run.val_batches,
+            loss=run.trainer.loss,
+            custom_metrics=run.custom.metrics,
+            selection=run.images.new_selection(),
+            should_stop=lambda: bool(run.stop),
+            waiting=run.stop.waiting,
+        )
     seconds = time.monotonic() - start
     _collect_bad_images(run, "val", validation.bad_images)
     counts = run.splits.counts["val"]
@@ -220,24 +221,26 @@ def _save_state(
     optimizer = gather_state(run.trainer.optimizer)
     if distributed.is_main():
         heartbeat.set_activity("saving")
-        state = {
-            "config": asdict(run.requested_config),
-            "global_batch": images_per_step(run.config),
-            "fingerprint": run.splits.fingerprint,
-            "loss": run.custom.loss_name,
-            "pixels": run.splits.pixels.to_json(),
-            "model": run.model.sam.state_dict(),
-            "optimizer": optimizer,
-            "scaler": run.trainer.scaler.state_dict(),
-            "progress": {**asdict(run.progress), "window": sums},
-            "metrics": run.log.metrics_state,
-        }
         # The pictures come before the state: a run that resumes from it must find them.
         draw = (
             partial(run.images.record_validation, run.progress.step, validation)
             if validation
             else None
         )
-        run.checkpointer.save(state, sidecar=sidecar, before_writing=draw)
+        with run.trainer.validated_weights() as own_values:
+            state = {
+                "config": asdict(run.requested_config),
+                "global_batch": images_per_step(run.config),
+                "fingerprint": run.splits.fingerprint,
+                "loss": run.custom.loss_name,
+                "pixels": run.splits.pixels.to_json(),
+                "model": run.model.sam.state_dict(),
+                "own_values": own_values,
+                "optimizer": optimizer,
+                "scaler": run.trainer.scaler.state_dict(),
+                "progress": {**asdict(run.progress), "window": sums},
+                "metrics": run.log.metrics_state,
+            }
+            run.checkpointer.save(state, sidecar=sidecar, before_writing=draw)
     # With the long timeout: in the next step, the others would give up on a rank 0 that copies.
     distributed.barrier()

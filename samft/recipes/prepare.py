@@ -252,7 +252,7 @@ def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_pl
     host_checks.check_host(
         model.sam.device,
         output_dir,
-        needed=disk_bytes(model, save_top_k=config.save_top_k),
+        needed=disk_bytes(model, config),
         replaces_existing=in_place or not holds_previous_run(output_dir),
         num_workers=min(config.num_workers, usable_cores()),
         batch_bytes=config.batch_size * (3 * side**2 + config.max_masks_per_image * cells),

@@ -127,6 +127,8 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
     if resume is not None:
         load_state(trainer.optimizer, resume.state.pop("optimizer"))
         trainer.scaler.load_state_dict(resume.state.pop("scaler"))
+        if trainer.average is not None:
+            trainer.average.restore(resume.state.pop("own_values"))
     train_batches, val_batches = build_loaders(
         config, splits, start_step=parts.progress.position, device=parts.device
     )

@@ -32,6 +32,7 @@ from samft.errors import TrainingError, explain_out_of_memory
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32, peak_memory_gib
+from samft.training.averaging import WeightAverage
 from samft.training.losses import LossFunction, MaskLosses
 from samft.training.optim import get_learning_rate, set_learning_rate
 
@@ -173,6 +174,7 @@ class Trainer:
         loss: LossFunction,
         amp_dtype: torch.dtype | None = None,
         clip_grad_norm: float = 1.0,
+        ema_decay: float = 0.0,
         bf16_compress: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -185,6 +187,7 @@ class Trainer:
             loss: `losses.mask_losses` with its weights set.
             amp_dtype: Autocast to this type; None: exact float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
+            ema_decay: See `WeightAverage`; 0: off.
             bf16_compress: Whether gradients travel between processes in bfloat16.
             progress: Of a run that is resumed; None for a fresh one.
         """
@@ -193,7 +196,9 @@ class Trainer:
         self.amp_dtype, self.clip_grad_norm = amp_dtype, clip_grad_norm
         self.progress = progress or Progress()
         self.device = model.sam.device
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in model.sam.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
+        self.average = WeightAverage(trained, decay=ema_decay) if ema_decay else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.bad_images: dict[str, str] = {}
         # On the device: reading the losses of every step would make the host wait for the GPU
@@ -241,7 +246,18 @@ class Trainer:
         if taken:
             self.metric_sums += step_sums
             self.progress.step += 1
+            if self.average is not None:
+                self.average.update(self.progress.step)
         return taken
+
+    def validated_weights(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """A block in which the model has the weights that are validated and saved.
+
+        Yields:
+            What is trained has other values outside of the block, by name: those that the next
+            step goes on from. Empty without an average.
+        """
+        return self.average.applied() if self.average else contextlib.nullcontext({})
 
     def _forward(self, batch: Batch, weight: Tensor) -> tuple[Tensor, MaskLosses]:
         # Through the wrapper, or DDP would not see the backward. The loss is computed inside of

@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
     "learning_rate": 3e-5,
     "encoder_learning_rate": 1e-5,
     "layer_decay": 0.9,
+    "ema_decay": 0.99,
     "weight_decay": 0.0,
     "metrics_interval": 5,
     "output_dir": "runs/a b",
@@ -320,6 +321,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ("--cache_embeddings on", "cache_embeddings: 'on' needs freeze_image_encoder"),
         ("--freeze_image_encoder --train_blocks 1", "train_blocks: freeze_image_encoder leaves no"),
         ("--encoder_learning_rate 0", "encoder_learning_rate: 0.0 must be above 0."),
+        ("--ema_decay 1", "ema_decay: 1.0 must be below 1."),
         ("--layer_decay 1.1", "layer_decay: 1.1 must be above 0, and at most 1."),
         (
             "--cache_embeddings on --freeze_image_encoder --augment scale",

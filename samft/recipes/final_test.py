@@ -32,7 +32,8 @@ from samft.evaluation.object_scores import (
 from samft.evaluation.validation import score_image
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, load_state, read_state
-from samft.recipes.build import load_initial_state
+from samft.models.trainable import freeze
+from samft.recipes.build import PARTS, load_initial_state
 from samft.recipes.datasets import hash_data
 from samft.recipes.fit import TrainingRun
 from samft.recipes.qualitative_examples import predict_objects, score_as_before
@@ -119,7 +120,6 @@ def _score(run: TrainingRun, best: Checkpoint, test: Coco2MaskDataset) -> dict[s
             models,
             loader,
             loss=run.trainer.loss,
-            share_encoder=config.freeze_image_encoder,
             on_image=bar.update,
             should_stop=lambda: bool(run.stop) or time.time() >= run.deadline,
             waiting=run.stop.waiting,
@@ -162,7 +162,7 @@ def _build_models(run: TrainingRun, best: Checkpoint) -> tuple[PromptedSam, Prom
         if distributed.is_main():
             _check_untouched(run, before)
         after = _build_model(run, read_state(run.output_dir / best.name, quiet=True))
-    if run.config.freeze_image_encoder:
+    if before.encoder_is_frozen:
         after.sam.image_encoder = before.sam.image_encoder  # equal; one is enough in memory
     return before, after
 
@@ -173,6 +173,9 @@ def _build_model(run: TrainingRun, weights: dict[str, Tensor]) -> PromptedSam:
     assert config.model_type is not None
     sam = build_sam(config.model_type, config.image_size, attention=config.attention)
     load_state(sam, weights, source="the weights of this run")
+    # What is frozen runs once for both models, and takes what is cached of validation images.
+    frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
+    freeze(sam, frozen, train_blocks=config.train_blocks)
     chunk = run.model.boxes_at_once()
     return PromptedSam(sam.to(run.device), decoder=config.decoder, mask_chunk=chunk)
 
@@ -199,20 +202,18 @@ def score_models(
     batches: Iterable[Batch],
     *,
     loss: LossFunction,
-    share_encoder: bool = False,
     on_image: Callable[[], object] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = nullcontext,
 ) -> tuple[list[ObjectScores], dict[str, str]]:
     """Scores several models on every mask of a split, as `validate` does. Collective.
 
-    Each image is loaded once for all models.
+    Each image is loaded once for all models, and what is frozen of the encoder runs once.
 
     Args:
-        models: On their device.
+        models: On their device; frozen parts of their encoders are equal.
         batches: See `validate`.
         loss: See `validate`.
-        share_encoder: Whether all have the encoder of the first: each image is encoded once.
         on_image: Called after each image of this rank.
         should_stop: See `validate`.
         waiting: See `validate`.
@@ -238,7 +239,7 @@ def score_models(
             bad_images.update(batch.bad_images)
             try:
                 with _as_user_errors(f"image {batch.image_ids[0]} cannot be scored"):
-                    _score_batch(models, batch, rows, loss=loss, share_encoder=share_encoder)
+                    _score_batch(models, batch, rows, loss=loss)
             except UserError as error:  # raised once the other ranks know, who would wait for it
                 failures.append(error)
             on_image()
@@ -261,13 +262,12 @@ def _score_batch(
     rows: list[list[ObjectScores]],
     *,
     loss: LossFunction,
-    share_encoder: bool,
 ) -> None:
     if not batch.num_masks:  # the image cannot be read
         return
-    if share_encoder:
+    if models[0].frozen_shape is not None:
         on_device = batch.to(models[0].sam.device, non_blocking=True)
-        embeddings = models[0].embed(on_device.images, on_device.input_sizes)
-        batch = replace(batch, embeddings=embeddings)
+        frozen = models[0].encode_frozen(on_device.images, on_device.input_sizes)
+        batch = replace(batch, embeddings=frozen)
     for model, parts in zip(models, rows, strict=True):
         parts += [objects for _, objects in score_image(model, batch, loss=loss)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samft.models.weights import PACKAGED_TINY
 
 from helpers.coco_files import write_coco
 from helpers.short_runs import arguments, command_here, evaluate_here, train_here, write_data
@@ -18,11 +17,12 @@ from samft.data.dataset import Batch
 from samft.distributed import get_rank
 from samft.errors import UserError
 from samft.evaluation.validation import validate
-from samft.models.prompted_sam import PromptedSam
+from samft.models.trainable import freeze
 from samft.recipes import final_test
 from samft.recipes.final_test import score_models
 from samft.runtime.signals import StopInterrupt, StopRequest
 from samft.train import main
+from samft.weights.download import PACKAGED_TINY
 
 pytestmark = pytest.mark.run
 
@@ -95,21 +95,26 @@ def test_the_log_and_the_report_have_a_line_of_it(run: Path) -> None:
     assert "test split: IoU before" in page and f"{test['after']:.3f}" in page
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_frozen_encoder_encodes_each_image_once(
-    frozen: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("frozen", "first_block", "last_block"),
+    [
+        ({"parts": [], "train_blocks": None}, [0, 1] * 3, [0, 1] * 3),
+        ({"parts": [], "train_blocks": 1}, [0] * 3, [0, 1] * 3),
+        ({"parts": ["image_encoder"], "train_blocks": None}, [0] * 3, [0] * 3),
+    ],
+)
+def test_what_is_frozen_of_the_encoder_runs_once_for_each_image(
+    frozen: dict[str, Any], first_block: list[int], last_block: list[int]
 ) -> None:
     models = [make_trainer().model.eval() for _ in range(2)]
-    encoded: list[PromptedSam] = []
-    embed = PromptedSam.embed
-
-    def counted(model: PromptedSam, *inputs: Any, cached: Any = None) -> Any:
-        encoded.extend([model] if cached is None else [])
-        return embed(model, *inputs, cached=cached)
-
-    monkeypatch.setattr(PromptedSam, "embed", counted)
-    tables, _ = score_models(models, val_batches(3), loss=LOSS, share_encoder=frozen)
-    assert encoded == ([models[0]] if frozen else models) * 3
+    ran: dict[str, list[int]] = {"first": [], "last": []}
+    for number, model in enumerate(models):
+        freeze(model.sam, **frozen)
+        blocks = model.sam.image_encoder.blocks
+        for name, block in (("first", blocks[0]), ("last", blocks[-1])):
+            block.register_forward_hook(lambda *_, to=ran[name], model=number: to.append(model))
+    tables, _ = score_models(models, val_batches(3), loss=LOSS)
+    assert (ran["first"], ran["last"]) == (first_block, last_block)
     rows = validate(models[1], val_batches(3), loss=LOSS).objects
     for table in tables:
         np.testing.assert_array_equal(table.iou_actual, rows.iou_actual)

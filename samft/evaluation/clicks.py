@@ -110,9 +110,15 @@ def _pixels_within(mask: CroppedMask, window: tuple[int, int, int, int]) -> NDAr
 
 def _distances(region: NDArray[np.bool_]) -> NDArray[np.float32]:
     # Of each pixel from the nearest that is not in the region, or is outside of the window.
-    padded = np.pad(region.view(np.uint8), 1)
-    distances = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    return np.asarray(distances)
+    distances = np.zeros(region.shape, dtype=np.float32)
+    rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
+    if len(rows):
+        # Of the rectangle around the region alone: the transform is what takes long.
+        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        padded = np.pad(region[part].view(np.uint8), 1)
+        transformed = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        distances[part] = transformed[1:-1, 1:-1]
+    return distances
 
 
 def points_to_input(points: NDArray[np.integer], frame: Frame) -> NDArray[np.float64]:

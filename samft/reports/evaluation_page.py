@@ -1,6 +1,6 @@
 """Renders the page of an evaluation: tables, charts, and rows of pictures, in one HTML file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -8,12 +8,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from samft.evaluation.click_curves import STARTS
+from samft.evaluation.click_curves import STARTS, describe_clicks
 from samft.evaluation.evaluator import EvaluatedObjects
 from samft.evaluation.object_scores import compare_objects
 from samft.reports.charts import ChartLine, click_chart
 from samft.reports.click_pictures import ClickRow
-from samft.reports.page import Figure, comparison_figures, template_environment
+from samft.reports.page import (
+    Figure,
+    comparison_figures,
+    signed_number,
+    template_environment,
+)
 
 # In the head of each page: what tells one from a file of the same name that is not ours.
 MARK = '<meta name="generator" content="samft evaluate">'
@@ -63,27 +68,23 @@ def evaluation_figures(
     """
     figures = []
     if all("clicks" in evaluation for evaluation in evaluations):
-        names = model_names(len(evaluations))
-        figures += click_figures([evaluation["clicks"] for evaluation in evaluations], names)
+        changes = evaluations[1]["comparison"]["clicks"] if len(evaluations) == 2 else None
+        figures += click_figures([one["clicks"] for one in evaluations], changes=changes)
     if len(tables) == 2:
         figures += comparison_figures(compare_objects(*tables))
     return figures
 
 
-def model_names(num_models: int) -> list[str]:
-    """What models are called in legends: nothing, `before` and `after`, or A, B, C."""
-    if num_models <= 2:
-        return [[""], ["before", "after"]][num_models - 1]
-    return [chr(ord("A") + number) for number in range(num_models)]
-
-
-def click_figures(curves: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Figure]:
+def click_figures(
+    curves: Sequence[Mapping[str, Any]], *, changes: Mapping[str, Any] | None = None
+) -> list[Figure]:
     """The charts of IoU against clicks, one for each start.
 
     Args:
         curves: Of each model, what `summarise_clicks` returned.
-        names: Of the models, for the legend.
+        changes: Of two models, what `compare_clicks` returned.
     """
+    names = _model_names(len(curves))
     styles = ["after"] if len(curves) == 1 else [*islice(cycle(_STYLES), len(curves))]
     legend = [(style, name) for style, name in zip(styles, names, strict=True) if name]
     return [
@@ -91,11 +92,23 @@ def click_figures(curves: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
             f"IoU by clicks, from {start.label}",
             Markup(click_chart(list(map(_curve_line, [c[start.name] for c in curves], styles)))),
             legend,
-            _describe_needed([curve[start.name] for curve in curves], names)
-            + " The bands are 95 % intervals of each mean, by drawing the images again and again.",
+            " ".join(
+                [
+                    *_describe_needed([curve[start.name] for curve in curves], names),
+                    *(_describe_change(changes[start.name]) if changes else ()),
+                    "The bands are 95 % intervals of each mean, by drawing the images again and "
+                    "again.",
+                ]
+            ),
         )
         for start in STARTS
     ]
+
+
+def _model_names(num_models: int) -> list[str]:
+    if num_models <= 2:
+        return [[""], ["before", "after"]][num_models - 1]
+    return [chr(ord("A") + number) for number in range(num_models)]
 
 
 def _curve_line(curve: Mapping[str, Any], style: str) -> ChartLine:
@@ -105,11 +118,19 @@ def _curve_line(curve: Mapping[str, Any], style: str) -> ChartLine:
     return ChartLine(style, style, points, band)
 
 
-def _describe_needed(curves: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    parts = [
-        f"{name + ': ' if name else ''}{curve['noc_85']:.1f} clicks for an IoU of .85 "
-        f"({curve['never_85']:.0%} of objects never get there), {curve['noc_90']:.1f} for .90 "
-        f"({curve['never_90']:.0%})."
-        for curve, name in zip(curves, names, strict=True)
-    ]
-    return " ".join(parts)
+def _describe_needed(curves: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[str]:
+    for curve, name in zip(curves, names, strict=True):
+        yield (
+            f"{name.capitalize() + ': ' if name else ''}{curve['noc_85']:.1f} clicks for an IoU of "
+            f".85 ({curve['never_85']:.0%} of objects never get there), {curve['noc_90']:.1f} for "
+            f".90 ({curve['never_90']:.0%})."
+        )
+
+
+def _describe_change(changes: Mapping[str, Any]) -> Iterator[str]:
+    change, most = changes["iou"][-1], describe_clicks(changes["clicks"][-1])
+    interval = change["interval"]
+    between = ""
+    if interval is not None:
+        between = f" (95 % interval {signed_number(interval[0])} to {signed_number(interval[1])})"
+    yield f"The IoU after {most} changed by {signed_number(change['difference'])}{between}."

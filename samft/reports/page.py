@@ -26,6 +26,7 @@ from samft.reports.charts import (
     dumbbell_chart,
     line_chart,
 )
+from samft.reports.click_pictures import ClickRow
 
 _QUALITY = 92  # of JPEG: an outline of one pixel needs it
 _ROWS_SHOWN = 15  # of a table of groups; the others are folded away
@@ -70,6 +71,9 @@ class ReportPage:
         defaults: The others: name, value.
         environment: Versions and devices: name, value.
         commands: What to do next, see `summary.next_commands`; the last of them alone, or none.
+        clicked: How many objects were corrected by clicks, in words.
+        click_figures: Their charts; empty if there were none.
+        click_rows: Pictures of some of them.
     """
 
     title: str
@@ -85,6 +89,9 @@ class ReportPage:
     defaults: Sequence[tuple[str, Any]]
     environment: Sequence[tuple[str, Any]]
     commands: Sequence[str] = field(default_factory=list)
+    clicked: str = ""
+    click_figures: Sequence["Figure"] = ()
+    click_rows: Sequence[ClickRow] = ()
 
 
 def render(page: ReportPage) -> str:

@@ -13,7 +13,7 @@ from helpers.score_rows import rows_of
 from samft.coco.index import CocoIndex
 from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import read_coco
-from samft.evaluation.click_curves import summarise_clicks
+from samft.evaluation.click_curves import compare_clicks, summarise_clicks
 from samft.evaluation.clicks import Click, CorrectedMask
 from samft.reports.charts import ChartLine, click_chart
 from samft.reports.click_pictures import ClickRow, ClickTile, draw_click_rows
@@ -89,8 +89,10 @@ def test_a_row_shows_the_masks_of_each_model(index: CocoIndex) -> None:
 
 def a_page(name: str = "plain") -> str:
     clicks = {"box": [[0.5, 0.9], [0.2, 0.3]], "point": [[0.4], [0.6]]}
-    tables = [rows_of(ious, clicks=clicks) for ious in ([0.5, 0.2], [0.6, 0.4])]
+    better = {start: [[iou + 0.1 for iou in own] for own in c] for start, c in clicks.items()}
+    tables = [rows_of([0.5, 0.2], clicks=clicks), rows_of([0.6, 0.4], clicks=better)]
     evaluations: list[dict[str, Any]] = [{"clicks": summarise_clicks(t, seed=0)} for t in tables]
+    evaluations[1]["comparison"] = {"clicks": compare_clicks(*tables, seed=0)}
     tile = ClickTile(np.full((16, 16, 3), 90, np.uint8), 1, 0.25)
     page = EvaluationPage(
         title=name,
@@ -109,6 +111,7 @@ def test_the_page_shows_curves_rows_and_tables() -> None:
     )  # two starts; objects, calibration
     assert text.count("data:image/jpeg") == 3 and "1 click, IoU 0.250" in text
     assert "1.0 clicks for an IoU of .85 (50% of objects never get there)" in text
+    assert "The IoU after 1 click changed by +0.100 (95 % interval +0.100 to +0.100)" in text
     assert "  IoU &lt;b&gt;" in text
 
 

@@ -1,13 +1,9 @@
-"""samft as an installed package: built, installed, and used outside of the checkout.
-
-Nothing is downloaded: the environments that are made here see the packages of this Python.
-"""
+"""samft as an installed package: built, installed, and used outside of the checkout."""
 
 import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -16,36 +12,12 @@ from pathlib import Path
 import pytest
 
 from helpers import REPOSITORY
+from helpers.environments import make_environment, run
 from samft import __version__
 
 pytestmark = pytest.mark.processes
-SECONDS = 240
 SMALL = "--image_size 64 --steps 2 --metrics_interval 2 --batch_size 2".split()
 ON_CPU = ("--num_workers", "0", "--device", "cpu")
-
-
-def run(*command: object, cwd: Path, **variables: str) -> str:
-    """A command in a shell that knows nothing of this Python; its output, both streams."""
-    ended = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(cwd), "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout
-
-
-def make_environment(folder: Path) -> Path:
-    """A virtual environment without samft that sees the packages of this Python; its `bin`."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    (packages,) = folder.glob("lib/python3*/site-packages")
-    theirs = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    (packages / "packages_of_the_tests.pth").write_text("\n".join(theirs))
-    return folder / "bin"
 
 
 def install(target: object, bin: Path, *options: str) -> None:

@@ -35,6 +35,8 @@ FOREIGN = {
     "--standalone",
     "--requeue",
     "--shm-size",
+    "--user",
+    "--entrypoint",
     "--return-single-mask",
 }
 OTHER_NAMES = {"KillWait", "TimeoutStopSec"}  # settings of SLURM and systemd

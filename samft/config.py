@@ -38,6 +38,7 @@ _speed = partial(setting, group="speed and memory")
 _output = partial(setting, group="output")
 _reliability = partial(setting, group="reliability")
 
+MIXED_CORRECTIONS = 7  # rounds of corrections with mixed prompts, as SAM 2 was trained
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
 
 
@@ -184,6 +185,29 @@ class TrainConfig:
         "with a random crop, and vary the colours",
         most_used=True,
         choices=("none", "flip", "scale"),
+    )
+    prompts: str = _prompts(
+        "box",
+        "what a training step begins with: box: the boxes; point: one point in each object; mixed: "
+        "one or the other, by a draw for each step. Validation is with boxes in any case",
+        choices=("box", "point", "mixed"),
+    )
+    correction_rounds: int | None = _prompts(
+        None,
+        "rounds of a step after the first, each with one more click where the last mask is wrong; "
+        "the loss is the mean over rounds, which each take about as long as the first (default: 7 "
+        "with prompts mixed, else 0)",
+        at_least=0,
+        metavar="N",
+    )
+    mask_prompt: float = _prompts(
+        0.5, "probability that a correction round is given the last mask as a prompt", at_least=0
+    )
+    multimask: str = _prompts(
+        "off",
+        "masks of a single point: off: one; best: three, of which the best one is trained, as the "
+        "automatic masks of SAM need it",
+        choices=("off", "best"),
     )
     box_jitter: float = _prompts(
         0.1,
@@ -387,6 +411,18 @@ class TrainConfig:
         """
         return check_fields(self) + find_conflicts(self, model_types=MODEL_TYPES, own=own)
 
+    @property
+    def num_corrections(self) -> int:
+        """`correction_rounds`, or its default, which depends on `prompts`."""
+        if self.correction_rounds is None:
+            return MIXED_CORRECTIONS if self.prompts == "mixed" else 0
+        return self.correction_rounds
+
+    @property
+    def num_clicks(self) -> int:
+        """Clicks that a step may need for each object; the first is where it begins with one."""
+        return 0 if self.prompts == "box" and not self.num_corrections else self.num_corrections + 1
+
 
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML; `--config` of it gives the same configuration back."""
@@ -411,11 +447,13 @@ def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     Returns:
         Lines of a table: setting, its value in the saved run, its value now.
     """
+    free = FREE_ON_RESUME | ({"steps"} if config.lr_schedule == "constant" else set())
     rows = []
-    for name, value in dataclasses.asdict(config).items():
-        free = FREE_ON_RESUME | ({"steps"} if config.lr_schedule == "constant" else set())
-        if name not in free and name in saved and saved[name] != value:
-            rows.append(f"{name:24} {saved[name]!s:24} {value}")
+    for field in dataclasses.fields(config):
+        # A version of samft without the setting did what its default does.
+        before, now = saved.get(field.name, field.default), getattr(config, field.name)
+        if field.name not in free and before != now:
+            rows.append(f"{field.name:24} {before!s:24} {now}")
     return rows
 
 

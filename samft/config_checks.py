@@ -80,7 +80,7 @@ def _check_combinations(config: Any) -> list[str]:
         problems.append(f"box_jitter: {config.box_jitter} must be at most 0.5.")
     if config.repeat_threshold is not None and not 0 < config.repeat_threshold <= 1:
         problems.append(f"repeat_threshold: {config.repeat_threshold} must lie between 0 and 1.")
-    return problems + _check_rates(config) + _check_cache(config)
+    return problems + _check_rates(config) + _check_prompts(config) + _check_cache(config)
 
 
 def _check_rates(config: Any) -> list[str]:
@@ -99,6 +99,18 @@ def _check_rates(config: Any) -> list[str]:
             for name in ("train_blocks", "encoder_learning_rate")
             if getattr(config, name) is not None
         ]
+    return problems
+
+
+def _check_prompts(config: Any) -> list[str]:
+    problems = []
+    if config.mask_prompt > 1:
+        problems.append(f"mask_prompt: {config.mask_prompt} must be at most 1.")
+    if config.multimask == "best" and config.prompts == "box":
+        problems.append(
+            "multimask: 'best' is for steps that begin with a point, and prompts is 'box': take "
+            "prompts 'mixed' or 'point'."
+        )
     return problems
 
 

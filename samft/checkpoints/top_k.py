@@ -178,6 +178,7 @@ def make_sidecar(
     """
     return {
         **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},
+        **{name: config[name] for name in ("prompts", "correction_rounds", "multimask")},
         "pixels": pixels,
         "step": step,
         "metrics": {f"val_{name}": value for name, value in metrics.items()},

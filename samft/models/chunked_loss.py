@@ -13,10 +13,10 @@ ever. The price is that forward has to know by what the sum will be multiplied (
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
-from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -197,11 +197,41 @@ class BoxDecoder:
             shared=list(shared),
             parameters=[p for p in self.module.parameters() if p.requires_grad],
         )
-        # autograd sees only tensors that are arguments themselves: a flat list, and its grouping.
-        layout = groups.regroup(range(len(groups.flatten())))
-        step = ChunkedStep(self, loss, loss_inputs, gradient, layout)
-        total, *values = _SumOfLosses.apply(step, add_chunk, *groups.flatten())
-        return total, tuple(values)
+        step = ChunkedStep(self, loss, loss_inputs, gradient, groups.layout())
+        return sum_of_losses(step, groups, add_chunk=add_chunk)
+
+
+class RoundInputs(NamedTuple):
+    """What several rounds of prompts are made and decoded with.
+
+    Attributes:
+        decoder: Of all objects.
+        prompt_encoder: The stock module, whose parameters are used.
+        image_embeddings: float [N, C, h, w].
+        image_pe: float [1, C, h, w], the dense positional encoding.
+        boxes: float32 [M, 4], of all objects, in pixels of the model frame.
+    """
+
+    decoder: BoxDecoder
+    prompt_encoder: PromptEncoder
+    image_embeddings: Tensor
+    image_pe: Tensor
+    boxes: Tensor
+
+
+class LossRounds(Protocol):
+    """Several rounds of prompts, of which the loss is the mean; see `training.rounds`."""
+
+    def sum_losses(
+        self,
+        inputs: RoundInputs,
+        *,
+        loss: ChunkLoss,
+        loss_inputs: LossInputs,
+        gradient: Tensor,
+    ) -> tuple[Tensor, Tensors]:
+        """As `BoxDecoder.sum_losses`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -223,6 +253,10 @@ class Groups(Generic[T]):
     def flatten(self) -> list[T]:
         """All of them in the order of the groups."""
         return [*self.per_image, *self.per_box, *self.shared, *self.parameters]
+
+    def layout(self) -> "Groups[int]":
+        """The place of each of them in the flat list."""
+        return self.regroup(range(len(self.flatten())))
 
     def regroup(self, flat: Iterable[U]) -> "Groups[U]":
         """The reverse of `flatten`, for other things in the same order."""
@@ -258,7 +292,7 @@ class ChunkedStep:
         with torch.enable_grad():
             values = self.forward(leaves, chunk)
         if any(needed):
-            gradients = _gradients_of(values[0], leaves.flatten(), needed, self.gradient)
+            gradients = gradients_of(values[0], leaves.flatten(), needed, self.gradient)
             self.accumulate(sums, self.layout.regroup(gradients), chunk)
         return tuple(value.detach() for value in values)
 
@@ -331,6 +365,24 @@ class ChunkedStep:
 AddChunk = Callable[[ChunkedStep, Groups[Tensor | None], Groups[Tensor], slice], "Tensors | None"]
 
 
+def sum_of_losses(
+    step: ChunkedStep, groups: Groups[Tensor], *, add_chunk: AddChunk | None = None
+) -> tuple[Tensor, Tensors]:
+    """The sum of the losses over all chunks of boxes, as one function of the tensors.
+
+    Args:
+        step: What is done with a chunk.
+        groups: All tensors that the losses depend on.
+        add_chunk: What to do instead of `step.add_chunk`, with the same result.
+
+    Returns:
+        The sum of the first tensor that `step.add_chunk` returns, and these tensors of all boxes.
+    """
+    # autograd sees only tensors that are arguments themselves: a flat list.
+    total, *values = _SumOfLosses.apply(step, add_chunk, *groups.flatten())
+    return total, tuple(values)
+
+
 def _add_each(totals: list[Tensor | None], more: list[Tensor | None]) -> None:
     """Adds tensors to totals of which some may be None; the totals become other tensors.
 
@@ -389,7 +441,7 @@ class _SumOfLosses(torch.autograd.Function):
         return None, None, *_scale_each(sums, factor)
 
 
-def _gradients_of(
+def gradients_of(
     loss: Tensor, leaves: list[Tensor], needed: list[bool], gradient: Tensor
 ) -> list[Tensor | None]:
     """The gradient of each leaf, for `gradient` as that of each loss; None where not needed."""

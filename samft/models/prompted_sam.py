@@ -19,6 +19,8 @@ from samft.models.chunked_loss import (
     BoxDecoder,
     DecoderInputs,
     LossInputs,
+    LossRounds,
+    RoundInputs,
     auto_mask_chunk,
 )
 from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs, RecordingPlace
@@ -291,6 +293,7 @@ class PromptedSam(nn.Module):
         targets: Tensor | None = None,
         windows: Tensor | None = None,
         gradient: Tensor | None = None,
+        rounds: LossRounds | None = None,
     ) -> tuple[Tensor, Any]:
         """Predicts the mask of each box; with a loss, returns the losses instead of the masks.
 
@@ -308,10 +311,13 @@ class PromptedSam(nn.Module):
             windows: float32 [M, 4], the rectangles that the targets cover, for the loss.
             gradient: float32 scalar, what the sum of the loss is going to be multiplied by before
                 backward; None: 1. Any is right, but in float16 small gradients could be lost.
+            rounds: For a loss that is the mean over several rounds, or that begins with points;
+                None: one round, with the boxes.
 
         Returns:
             Mask logits [M, S/4, S/4] and predicted IoU [M]; or, with a loss, the sum of its first
-            tensor, and the tensors that it returns, [M] each, without a gradient.
+            tensor, and the tensors that it returns, [M] each, without a gradient. With `rounds`,
+            these are means over the rounds, and followed by those of the first and the last round.
         """
         embeddings = self.embed(images, input_sizes, cached=embeddings)
         if loss is None:
@@ -319,16 +325,19 @@ class PromptedSam(nn.Module):
         assert targets is not None and windows is not None and input_sizes is not None
 
         gradient = boxes.new_ones(()) if gradient is None else gradient
-        inputs = self._decoder_inputs(embeddings, Prompts(boxes=boxes))
         decoder = self._box_decoder(image_index, self.boxes_at_once())
+        loss_inputs = LossInputs(targets, windows, image_index, input_sizes)
+        of_losses: Any = {"loss": loss, "loss_inputs": loss_inputs, "gradient": gradient}
+        if rounds is not None:
+            with full_precision(embeddings.device):
+                image_pe = self._dense_pe()
+            prompt_encoder = self.sam.prompt_encoder
+            given = RoundInputs(decoder, prompt_encoder, embeddings, image_pe, boxes)
+            return rounds.sum_losses(given, **of_losses)
+        inputs = self._decoder_inputs(embeddings, Prompts(boxes=boxes))
         graphs = self.chunk_graphs
-        return decoder.sum_losses(
-            inputs,
-            loss=loss,
-            loss_inputs=LossInputs(targets, windows, image_index, input_sizes),
-            gradient=gradient,
-            add_chunk=graphs.add_chunk if graphs and boxes.is_cuda else None,
-        )
+        add_chunk = graphs.add_chunk if graphs and boxes.is_cuda else None
+        return decoder.sum_losses(inputs, add_chunk=add_chunk, **of_losses)
 
 
 def inside_image(input_sizes: Tensor, size: int) -> Tensor:

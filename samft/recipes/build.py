@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from segment_anything.modeling import Sam
 from torch import Tensor
 
 from samft import distributed
@@ -15,7 +16,7 @@ from samft.errors import CheckpointError, ConfigError
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, identify_model, load_state, read_state
-from samft.models.trainable import freeze
+from samft.models.trainable import freeze, unreached_by
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.logs import LOGGER
@@ -23,6 +24,7 @@ from samft.training.custom import CheckedLoss, CustomParts
 from samft.training.engine import Progress, Trainer
 from samft.training.losses import LossFunction, mask_losses
 from samft.training.optim import build_optimizer, schedule_learning_rate
+from samft.training.prompt_schedule import PromptSchedule
 from samft.weights.download import find_weights
 
 # The three parts of a SAM, each of which the configuration may freeze.
@@ -106,19 +108,14 @@ def build_model(
     sam = build_sam(config.model_type, config.image_size, attention=config.attention)
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
-    frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
-    num_blocks, train_blocks = len(sam.image_encoder.blocks), config.train_blocks
-    if train_blocks is not None and train_blocks > num_blocks:
-        raise ConfigError(
-            f"train_blocks: {train_blocks} is more than the {num_blocks} blocks of "
-            f"{config.model_type}."
-        )
-    unreachable = freeze(sam, frozen, train_blocks=train_blocks)
+    frozen, unreachable = _freeze_as_configured(sam, config)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and _compiling_pays(device)):
         compile_blocks(sam.image_encoder)
     if config.cuda_graphs and device.type != "cuda":
         LOGGER.info("cuda_graphs: no effect without a GPU")
+    elif config.cuda_graphs and config.num_clicks:
+        LOGGER.info("cuda_graphs: of the image encoder only, as there are clicks")
     model = PromptedSam(
         sam.to(device),
         decoder=config.decoder,
@@ -130,17 +127,40 @@ def build_model(
     LOGGER.info(
         "%s: %.2f of %.2f M parameters are trained", config.model_type, trainable / 1e6, total / 1e6
     )
-    if train_blocks is not None:
-        frozen.append(f"image_encoder before its last {train_blocks} of {num_blocks} blocks")
     if frozen:
         LOGGER.info("frozen as configured: %s", ", ".join(frozen))
     if unreachable:
         LOGGER.info(
-            "frozen because box prompts do not reach them: %d tensors%s",
+            "frozen because %s prompts do not reach them: %d tensors%s",
+            config.prompts,
             len(unreachable),
             f": {', '.join(unreachable)}" if config.debug else " (--debug lists them)",
         )
     return model
+
+
+def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], list[str]]:
+    # Returns what is frozen, and which parameters are so only because no prompt reaches them.
+    frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
+    num_blocks, train_blocks = len(sam.image_encoder.blocks), config.train_blocks
+    if train_blocks is not None and train_blocks > num_blocks:
+        raise ConfigError(
+            f"train_blocks: {train_blocks} is more than the {num_blocks} blocks of "
+            f"{config.model_type}."
+        )
+    unreached = unreached_by(config.prompts, **_rounds_of(config))
+    unreachable = freeze(sam, frozen, train_blocks=train_blocks, unreached=unreached)
+    if train_blocks is not None:
+        frozen.append(f"image_encoder before its last {train_blocks} of {num_blocks} blocks")
+    return frozen, unreachable
+
+
+def _rounds_of(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "corrections": config.num_corrections,
+        "mask_prompt": config.mask_prompt,
+        "multimask": config.multimask,
+    }
 
 
 def _compiling_pays(device: torch.device) -> bool:
@@ -216,6 +236,12 @@ def build_trainer(
             warmup_steps=config.warmup_steps,
         ),
         loss=build_loss(config, loss),
+        prompts=PromptSchedule(
+            config.prompts,
+            iou_weight=config.loss_iou_weight,
+            seed=config.seed,
+            **_rounds_of(config),
+        ),
         amp_dtype=pick_amp_dtype(config.amp, model.sam.device),
         clip_grad_norm=config.clip_grad_norm,
         ema_decay=config.ema_decay,

@@ -457,6 +457,7 @@ def _build_dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -
         box_jitter=config.box_jitter,
         augment=config.augment,
         loss_resolution=config.loss_resolution,
+        num_clicks=config.num_clicks,
         on_bad_image=config.on_bad_image,
         seed=config.seed,
     )

@@ -222,7 +222,10 @@ class _TrialRun:
                 self._with_embeddings(batch) for batch in (median, largest, val_batch)
             )
         trainer = build_trainer(config, self.model, progress=Progress(), loss=self.custom.loss)
-        # Twice the largest: the optimizer allocates its state in the first step.
+        # Twice the largest: the optimizer allocates its state in the first step. And once with the
+        # prompts that take most memory, which these steps need not draw.
+        if trainer.prompts is not None:
+            trainer.probe_memory(largest)
         for batch in (largest, largest, median):
             self._take_step(trainer, batch)
         step_seconds, _ = self._time(lambda: self._take_step(trainer, median))

@@ -141,7 +141,7 @@ def _finish_interval(run: TrainingRun) -> None:
     _log_validation(run, validation)
     score = validation.metrics["per_mask_iou"]
     sidecar = make_sidecar(
-        asdict(run.config),
+        {**asdict(run.config), "correction_rounds": run.config.num_corrections},
         step=step,
         metrics=validation.metrics,
         pixels=run.splits.pixels.to_json(),

@@ -8,7 +8,7 @@ accumulated or not, learn the same.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,8 +35,11 @@ from samft.runtime.device import exact_float32, peak_memory_gib
 from samft.training.averaging import WeightAverage
 from samft.training.losses import LossFunction, MaskLosses
 from samft.training.optim import get_learning_rate, set_learning_rate
+from samft.training.prompt_schedule import PromptSchedule
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
+# With clicks, losses are means over the rounds of a step; these are of the first and last round.
+ROUND_NAMES = ("first_round_iou", "last_round_iou")
 MEMORY_ADVICE = (
     "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "
     "or take `--activation_checkpointing blocks`."
@@ -59,7 +62,8 @@ class Progress:
         position: Global batches consumed; more than `step` where a step was skipped.
         bad_steps: Steps skipped in a row, up to now.
         skipped_steps: Steps skipped in all.
-        window: Sums over the masks since the last train line: `LOSS_NAMES`, then masks, images.
+        window: Sums over the masks since the last train line: `LOSS_NAMES`, with clicks
+            `ROUND_NAMES`, then masks, images.
         window_seconds: Seconds of training since the last train line.
         train_seconds: Seconds of training in all, without validation and saving.
         train_images: Images trained on in all.
@@ -74,7 +78,7 @@ class Progress:
     position: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0
-    window: list[float] = field(default_factory=lambda: [0.0] * (len(LOSS_NAMES) + 2))
+    window: list[float] = field(default_factory=list)  # empty before the first step
     window_seconds: float = 0.0
     train_seconds: float = 0.0
     train_images: int = 0
@@ -172,6 +176,7 @@ class Trainer:
         *,
         learning_rate_at: Callable[[int], float],
         loss: LossFunction,
+        prompts: PromptSchedule | None = None,
         amp_dtype: torch.dtype | None = None,
         clip_grad_norm: float = 1.0,
         ema_decay: float = 0.0,
@@ -185,6 +190,7 @@ class Trainer:
             optimizer: Over the model's trainable parameters.
             learning_rate_at: The learning rate of a step, a pure function of the step.
             loss: `losses.mask_losses` with its weights set.
+            prompts: What steps prompt with; None: with the boxes, once.
             amp_dtype: Autocast to this type; None: exact float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
             ema_decay: See `WeightAverage`; 0: off.
@@ -192,6 +198,8 @@ class Trainer:
             progress: Of a run that is resumed; None for a fresh one.
         """
         self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.prompts = prompts if prompts is not None and prompts.has_clicks else None
+        self.names = (*LOSS_NAMES, *(ROUND_NAMES if self.prompts else ()))
         self.learning_rate_at = learning_rate_at
         self.amp_dtype, self.clip_grad_norm = amp_dtype, clip_grad_norm
         self.progress = progress or Progress()
@@ -202,7 +210,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.bad_images: dict[str, str] = {}
         # On the device: reading the losses of every step would make the host wait for the GPU
-        window = self.progress.window
+        window = self.progress.window or [0.0] * (len(self.names) + 2)
         self.metric_sums = torch.tensor(window, dtype=torch.float64, device=self.device)
         # Where NCCL allocates its buffers
         with explain_out_of_memory(lambda: "to begin training", advice=MEMORY_ADVICE):
@@ -236,9 +244,10 @@ class Trainer:
             # Gradients are sent between processes in the last backward of the step only
             is_last = number == len(micro_batches) - 1
             with self._sync_gradients(is_last), _explain_batch_memory(batch):
-                total, losses = self._forward(batch.to(self.device, non_blocking=True), weight)
+                batch = batch.to(self.device, non_blocking=True)
+                total, losses = self._forward(batch, weight, position=self.progress.position)
                 backward(self.scaler.scale(total * weight))
-            step_sums += _sum_losses(losses, num_images=len(batch.image_ids))
+            step_sums += _sum_columns(losses, num_images=len(batch.image_ids))
 
         with explain_out_of_memory(lambda: "for the optimizer's step", advice=OPTIMIZER_ADVICE):
             taken = self._update()
@@ -259,7 +268,14 @@ class Trainer:
         """
         return self.average.applied() if self.average else contextlib.nullcontext({})
 
-    def _forward(self, batch: Batch, weight: Tensor) -> tuple[Tensor, MaskLosses]:
+    def _forward(
+        self, batch: Batch, weight: Tensor, *, position: int | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        # Returns the sum of the loss, and what `self.names` are the means of, [M] each.
+        rounds = None
+        if self.prompts is not None:
+            assert batch.click_draws is not None, "the dataset draws as many as num_clicks says"
+            rounds = self.prompts.rounds_at(position, click_draws=batch.click_draws, loss=self.loss)
         # Through the wrapper, or DDP would not see the backward. The loss is computed inside of
         # the model, chunk by chunk, so it has to know what the total is multiplied by afterwards.
         with self._autocast():
@@ -273,8 +289,9 @@ class Trainer:
                 targets=batch.targets,
                 windows=batch.windows,
                 gradient=self.scaler.scale(weight),
+                rounds=rounds,
             )
-        return total, MaskLosses(*losses)
+        return total, _columns_of(losses)
 
     def _update(self) -> bool:
         # Clips, steps, and drops the gradients; False if the step was skipped.
@@ -317,10 +334,23 @@ class Trainer:
         embeddings = None
         if self.model.frozen_shape is not None:  # if cached, what is frozen stays on the CPU
             embeddings = images.new_zeros(1, *self.model.frozen_shape)
+        forward = partial(
+            ddp_model, images, boxes, boxes.new_zeros(1, dtype=torch.int64), embeddings=embeddings
+        )
         with self._autocast():
-            image_index = boxes.new_zeros(1, dtype=torch.int64)
-            logits, iou = ddp_model(images, boxes, image_index, embeddings=embeddings)
-        backward(logits.float().sum() * 0 + iou.float().sum() * 0)
+            if self.prompts is None:
+                logits, iou = forward()
+                total = logits.float().sum() + iou.float().sum()
+            else:  # clicks reach other parameters, and these only in the loss
+                draws = boxes.new_zeros(1, self.prompts.corrections + 1, 2)
+                total, _ = forward(
+                    input_sizes=torch.full((1, 2), size, device=self.device),
+                    loss=self.loss,
+                    targets=torch.full((1, 1, 1), 255, dtype=torch.uint8, device=self.device),
+                    windows=boxes,
+                    rounds=self.prompts.rounds_at(0, click_draws=draws, loss=self.loss),
+                )
+        backward(total * 0)
         self.optimizer.zero_grad(set_to_none=True)
 
     @exact_float32()
@@ -340,7 +370,7 @@ class Trainer:
             # As much as AdamW's two moments, which the optimizer allocates in its first step.
             missing = [] if self.optimizer.state else self.parameters * 2
             moments = [torch.empty_like(parameter) for parameter in missing]
-            total, _ = self._forward(batch.to(self.device), weight)
+            total, _ = self._forward(batch.to(self.device), weight, position=None)
             backward(total * weight)
             wait_for_device(self.device)
             del moments
@@ -350,13 +380,13 @@ class Trainer:
         """Returns the metrics since the last call, and resets their sums. Collective.
 
         Returns:
-            Means over the masks of all ranks of `LOSS_NAMES`; `lr` of the last step,
-            `images_per_second`, `masks_per_second`, and `peak_memory_gib`.
+            Means over the masks of all ranks of `LOSS_NAMES` and, with clicks, `ROUND_NAMES`; `lr`
+            of the last step, `images_per_second`, `masks_per_second`, and `peak_memory_gib`.
         """
         wait_for_device(self.device)
         *sums, masks, images = all_reduce_sum(self.metric_sums.cpu()).tolist()
         seconds = max(self.progress.window_seconds, 1e-9)
-        metrics = {name: s / max(masks, 1) for name, s in zip(LOSS_NAMES, sums, strict=True)}
+        metrics = {name: s / max(masks, 1) for name, s in zip(self.names, sums, strict=True)}
         metrics["lr"] = get_learning_rate(self.optimizer)
         metrics["images_per_second"] = images / seconds
         metrics["masks_per_second"] = masks / seconds
@@ -380,9 +410,17 @@ def _explain_batch_memory(batch: Batch) -> contextlib.AbstractContextManager[Non
     return explain_out_of_memory(describe, advice=MEMORY_ADVICE)
 
 
-def _sum_losses(losses: MaskLosses, *, num_images: int) -> Tensor:
-    # float64 [7], as `Progress.window`: LOSS_NAMES, number of masks, number of images.
-    parts = (losses.total, losses.focal, losses.dice, losses.iou, losses.iou_actual)
-    sums = [part.detach().sum(dtype=torch.float64) for part in parts]
-    counts = [sums[0].new_full((), number) for number in (len(losses.total), num_images)]
+def _columns_of(losses: Sequence[Tensor]) -> list[Tensor]:
+    # In the order of LOSS_NAMES, and of ROUND_NAMES where the model had rounds.
+    count = len(MaskLosses._fields)
+    starts = range(0, len(losses), count)
+    means, *of_rounds = (MaskLosses(*losses[start : start + count]) for start in starts)
+    own = [means.total, means.focal, means.dice, means.iou, means.iou_actual]
+    return own + [part.iou_actual for part in of_rounds]
+
+
+def _sum_columns(columns: list[Tensor], *, num_images: int) -> Tensor:
+    # float64, as `Progress.window`: the columns, number of masks, number of images.
+    sums = [column.detach().sum(dtype=torch.float64) for column in columns]
+    counts = [sums[0].new_full((), number) for number in (len(columns[0]), num_images)]
     return torch.stack([*sums, *counts])

@@ -141,9 +141,9 @@ def best_of_masks(
 ) -> MaskLosses:
     """The losses of the best of K masks of each object; the IoU's are of all of them, on average.
 
-    The best is the one with the lowest weighted sum of focal and dice loss, or of what another loss
-    function has in their place. Only its logits get a gradient. The predicted IoU of all masks is
-    trained, because it chooses among them when the model is used.
+    The best is the one with the lowest total without the IoU's part: the weighted sum of focal and
+    dice loss, or what another loss function has in their place. Only its logits get a gradient. The
+    predicted IoU of all masks is trained, because it chooses among them when the model is used.
 
     Args:
         mask_logits: float [M, K, S/4, S/4].
@@ -163,11 +163,14 @@ def best_of_masks(
     repeated = {name: rows.repeat_interleave(count, 0) for name, rows in of_masks.items()}
     losses = MaskLosses(
         *loss(
-            mask_logits.flatten(0, 1), iou_predicted.flatten(), input_sizes=input_sizes, **repeated
+            mask_logits.flatten(0, 1),
+            iou_predicted.detach().flatten(),  # trained below, whichever mask is the best
+            input_sizes=input_sizes,
+            **repeated,
         )
     )
     losses = MaskLosses(*(values.reshape(num_objects, count) for values in losses))
-    without_iou = losses.total - iou_weight * losses.iou
+    without_iou = losses.total - iou_weight * losses.iou.detach()
     numbers = torch.arange(count, device=iou_predicted.device)
     is_best = numbers == without_iou.detach().argmin(1, keepdim=True)
 
@@ -175,7 +178,7 @@ def best_of_masks(
         # Not by an index, whose backward adds on a GPU in any order.
         return torch.where(is_best, values, 0).sum(1)
 
-    iou = losses.iou.mean(1)
+    iou = (iou_predicted.float() - losses.iou_actual).square().mean(1)
     return MaskLosses(
         total=of_best(without_iou) + iou_weight * iou,
         focal=of_best(losses.focal),

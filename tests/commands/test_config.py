@@ -93,6 +93,10 @@ OTHER: dict[str, Any] = {
     "val_fraction": 0.25,
     "max_masks_per_image": 8,
     "box_jitter": 0.0,
+    "prompts": "point",
+    "correction_rounds": 2,
+    "mask_prompt": 1.0,
+    "multimask": "best",
     "augment": "scale",
     "attention": "stock",
     "decoder": "stock",
@@ -184,6 +188,34 @@ def test_every_field_can_be_given_as_a_flag_and_as_a_key(tmp_path: Path) -> None
     assert dataclasses.asdict(from_flags) == OTHER
     (tmp_path / "c.yaml").write_text("".join(f"{k}: {v}\n" for k, v in OTHER.items()))
     assert parse_config(["--config", str(tmp_path / "c.yaml")]) == from_flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "corrections", "clicks"),
+    [
+        ("", 0, 0),
+        ("--correction_rounds 2", 2, 3),
+        ("--prompts point", 0, 1),
+        ("--prompts mixed", 7, 8),
+        ("--prompts mixed --correction_rounds 0", 0, 1),
+        ("--prompts mixed --correction_rounds null", 7, 8),
+    ],
+)
+def test_rounds_of_corrections_follow_from_the_prompts(
+    flags: str, corrections: int, clicks: int
+) -> None:
+    config = parse_config([*REQUIRED, *flags.split()])
+    assert (config.num_corrections, config.num_clicks) == (corrections, clicks)
+
+
+@pytest.mark.parametrize("name", ["prompts", "correction_rounds", "mask_prompt", "multimask"])
+def test_another_way_to_prompt_is_another_run(name: str) -> None:
+    saved = dataclasses.asdict(parse_config(REQUIRED))
+    config = dataclasses.replace(parse_config(REQUIRED), **{name: OTHER[name]})
+    assert [row.split()[0] for row in changed_settings(saved, config)] == [name]
+    del saved[name]  # of a run of an earlier version, which had boxes only
+    assert changed_settings(saved, parse_config(REQUIRED)) == []
+    assert [row.split()[0] for row in changed_settings(saved, config)] == [name]
 
 
 def test_it_is_frozen() -> None:
@@ -305,6 +337,9 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ("--model_type vit_bb", "'vit_bb' is none of vit_h, vit_l, vit_b, vit_tiny."),
         ("--val_fraction 1", "val_fraction: 1.0 must lie between 0 and 1."),
         ("--box_jitter 0.6", "box_jitter: 0.6 must be at most 0.5."),
+        ("--mask_prompt 1.5", "mask_prompt: 1.5 must be at most 1."),
+        ("--correction_rounds -1", "correction_rounds: -1 must be at least 0."),
+        ("--multimask best", "multimask: 'best' is for steps that begin with a point, and prompts"),
         ("--batch_size 0", "batch_size: 0 must be at least 1."),
         ("--num_workers -1", "num_workers: -1 must be at least 0."),
         ("--stop_after 0", "stop_after: 0 must be at least 1."),
@@ -476,8 +511,12 @@ def test_more_steps_may_follow_only_where_the_schedule_is_constant() -> None:
     assert len(changed_settings(dataclasses.asdict(config), longer)) == 1
 
 
-def test_a_setting_that_the_saved_run_did_not_have_is_no_change() -> None:
-    assert changed_settings({}, parse_config(REQUIRED)) == []
+def test_a_setting_that_the_saved_run_did_not_have_had_its_default() -> None:
+    saved = dataclasses.asdict(parse_config(REQUIRED))
+    del saved["crowds"]
+    assert changed_settings(saved, parse_config(REQUIRED)) == []
+    changed = dataclasses.replace(parse_config(REQUIRED), crowds="use")
+    assert [row.split() for row in changed_settings(saved, changed)] == [["crowds", "auto", "use"]]
 
 
 def configuration_page() -> str:

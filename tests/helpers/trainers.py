@@ -13,12 +13,15 @@ from samft.data.transforms import make_frame
 from samft.distributed import get_rank, get_world_size
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
-from samft.models.trainable import freeze
+from samft.models.trainable import freeze, unreached_by
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses
 from samft.training.optim import build_optimizer
+from samft.training.prompt_schedule import PromptSchedule
 
 SIZE = 64
+NUM_CLICKS = 4  # that the objects have draws for
+BOXES = PromptSchedule()
 
 
 LOSS = mask_losses
@@ -52,16 +55,24 @@ def make_sample(number: int) -> Sample:
         image_id=number,
         object_ids=torch.arange(count),
         truths=truths,
+        click_draws=torch.from_numpy(generator.random((count, NUM_CLICKS, 2), np.float32)),
     )
 
 
-def make_trainer(**options: Any) -> Trainer:
+def make_trainer(
+    *, prompts: PromptSchedule = BOXES, mask_chunk: int | None = None, **options: Any
+) -> Trainer:
     torch.manual_seed(0)
     sam = build_sam("vit_tiny", SIZE)
-    freeze(sam, [])
-    model = PromptedSam(sam)
+    settings = {
+        name: getattr(prompts, name) for name in ("corrections", "mask_prompt", "multimask")
+    }
+    freeze(sam, [], unreached=unreached_by(prompts.prompts, **settings))
+    model = PromptedSam(sam, mask_chunk=mask_chunk)
     optimizer = build_optimizer(model, learning_rate=1e-4, weight_decay=0.01)
-    return Trainer(model, optimizer, learning_rate_at=lambda step: 1e-4, loss=LOSS, **options)
+    return Trainer(
+        model, optimizer, learning_rate_at=lambda step: 1e-4, loss=LOSS, prompts=prompts, **options
+    )
 
 
 def val_batches(num_images: int) -> list[Batch]:

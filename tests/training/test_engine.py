@@ -1,5 +1,7 @@
 """The loop: invariance to processes and accumulation, precision, bad gradients, validation."""
 
+import copy
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -11,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.trainers import LOSS, SIZE, make_sample, make_trainer, unreadable, val_batches
+from helpers.trainers import (
+    LOSS,
+    NUM_CLICKS,
+    SIZE,
+    make_sample,
+    make_trainer,
+    unreadable,
+    val_batches,
+)
 from samft.data.dataset import Batch, collate
 from samft.data.samplers import EndlessBatchSampler, TrainingSampler
 from samft.distributed import get_rank, get_world_size
@@ -20,16 +30,17 @@ from samft.evaluation.validation import validate
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze
-from samft.training.engine import LOSS_NAMES, Progress, Trainer, train
+from samft.training.engine import LOSS_NAMES, ROUND_NAMES, Progress, Trainer, train
+from samft.training.prompt_schedule import PromptSchedule
 
 NUM_IMAGES = 13
 
 
 def run_steps(
-    batch_size: int, accumulate_steps: int, steps: int
+    batch_size: int, accumulate_steps: int, steps: int, **options: Any
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Trains for some steps; the loss of each, and the weights after the last."""
-    trainer = make_trainer()
+    trainer = make_trainer(**options)
     sampler = TrainingSampler(range(NUM_IMAGES), batch_size=batch_size)
     losses: list[float] = []
     batches = (
@@ -62,6 +73,67 @@ def test_processes_and_accumulation_do_not_change_what_is_learnt(gloo2: Any) -> 
         assert other_losses == pytest.approx(losses, rel=1e-5)
         for name, value in weights.items():
             torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-5)
+
+
+MIXED = PromptSchedule("mixed", NUM_CLICKS - 1, mask_prompt=0.5, multimask="best")
+
+
+def test_neither_do_they_with_clicks_nor_does_the_chunk(gloo2: Any, gloo3: Any) -> None:
+    losses, weights = run_steps(6, 1, 10, prompts=MIXED)
+    others = [
+        run_steps(2, 3, 10, prompts=MIXED, mask_chunk=3),
+        gloo2.run(partial(run_steps, 3, 1, 10, prompts=MIXED))[0],
+        gloo3.run(partial(run_steps, 1, 2, 10, prompts=MIXED, mask_chunk=1))[0],
+    ]
+    for other_losses, other_weights in others:
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-5)
+    another_seed = replace(MIXED, seed=1)
+    assert run_steps(6, 1, 2, prompts=another_seed)[0] != pytest.approx(losses[:2], rel=1e-5)
+
+
+def test_a_run_with_clicks_goes_on_in_the_same_bits() -> None:
+    losses, weights = run_steps(2, 1, 6, prompts=MIXED)
+    trainer = make_trainer(prompts=MIXED)
+    sampler = TrainingSampler(range(NUM_IMAGES), batch_size=2)
+    keys = itertools.islice(EndlessBatchSampler(sampler), 6)
+    batches = [collate([make_sample(row) for _, row, _ in rows]) for rows in keys]
+    for batch in batches[:3]:
+        assert trainer.train_step([batch])
+    state = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+    resumed = make_trainer(prompts=MIXED, progress=Progress(step=3, position=3))
+    resumed.model.load_state_dict(state[0])
+    resumed.optimizer.load_state_dict(state[1])
+    for number, batch in enumerate(batches[3:], start=3):
+        assert resumed.train_step([batch])
+        assert resumed.pop_metrics()["loss"] == losses[number]
+    for name, value in weights.items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_metrics_of_steps_with_clicks_are_means_over_rounds() -> None:
+    trainer = make_trainer(prompts=PromptSchedule("point", NUM_CLICKS - 1))
+    batch = collate([make_sample(2), make_sample(3)])
+    rounds = trainer.prompts.rounds_at(0, click_draws=batch.click_draws, loss=LOSS)  # type: ignore[union-attr,arg-type]
+    with torch.no_grad():
+        _, values = trainer.model(
+            batch.images,
+            batch.boxes,
+            batch.image_index,
+            input_sizes=batch.input_sizes,
+            loss=LOSS,
+            targets=batch.targets,
+            windows=batch.windows,
+            rounds=rounds,
+        )
+    assert trainer.train_step([batch])
+    metrics = trainer.pop_metrics()
+    expected = [values[0], *values[1:5], values[9], values[14]]
+    for name, column in zip((*LOSS_NAMES, *ROUND_NAMES), expected, strict=True):
+        assert metrics[name] == pytest.approx(column.mean().item(), rel=1e-5), name
+    assert len({metrics[name] for name in ("per_mask_iou", *ROUND_NAMES)}) == 3
+    assert not set(ROUND_NAMES) & set(make_trainer().pop_metrics())
 
 
 def warnings_of_a_step() -> list[str]:

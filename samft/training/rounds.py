@@ -1,0 +1,187 @@
+"""Rounds of a training step: after the first mask, one more click where the last one was wrong.
+
+A chunk of objects does all its rounds before the next chunk begins. The gradient of a round is
+taken and added up as soon as its loss is known, and nothing flows from one round into the one
+before it: a click is a place, and a mask prompt is given as a number. So rounds take time, but no
+memory.
+
+Prompts are embedded within the chunk, since only then it is known where they are: what is trained
+of the prompt encoder counts among the parameters of the step, like the decoder's.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from samft.models.chunked_loss import (
+    ChunkedStep,
+    ChunkLoss,
+    Groups,
+    LossInputs,
+    RoundInputs,
+    gradients_of,
+    sum_of_losses,
+)
+from samft.models.prompts import Prompts
+from samft.models.two_way_transformer import Tensors
+from samft.training.clicks import first_clicks, next_clicks
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What the M objects of a micro-batch are prompted with, round after round.
+
+    Attributes:
+        draws: float32 [M, R + 1, 2], for the click of each round, see `clicks.next_clicks`.
+        mask_prompts: Of each of the R rounds after the first, whether it has the last logits as a
+            prompt, too.
+        from_point: Whether the first round begins with a point in each object, not with its box.
+        multimask_loss: The first round gives three masks of each object, [m, 3, s, s], and this is
+            their `ChunkLoss`; the one with the highest predicted IoU is corrected. None: one mask.
+    """
+
+    draws: Tensor
+    mask_prompts: tuple[bool, ...]
+    from_point: bool = False
+    multimask_loss: ChunkLoss | None = None
+
+    @property
+    def count(self) -> int:
+        """R + 1."""
+        return len(self.mask_prompts) + 1
+
+    def sum_losses(
+        self,
+        inputs: RoundInputs,
+        *,
+        loss: ChunkLoss,
+        loss_inputs: LossInputs,
+        gradient: Tensor,
+    ) -> tuple[Tensor, Tensors]:
+        """The losses of all objects, means over the rounds; see `chunked_loss.LossRounds`.
+
+        Returns:
+            The sum of the loss over objects, and what `RoundsStep.add_chunk` returns, of all.
+        """
+        decoder, prompt_encoder = inputs.decoder, inputs.prompt_encoder
+        prepare = partial(decoder.implementation.prepare, decoder.module)
+        image, no_mask = inputs[2:4], prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        per_image, shared = prepare(*image, no_mask)
+        with_masks = prepare(*image, None) if any(self.mask_prompts) else ((), ())
+        modules = (decoder.module, prompt_encoder)
+        groups = Groups(
+            per_image=[*per_image, *with_masks[0]],
+            per_box=[],
+            shared=[*shared, *with_masks[1]],
+            parameters=[p for module in modules for p in module.parameters() if p.requires_grad],
+        )
+        step = RoundsStep(
+            decoder,
+            loss,
+            loss_inputs,
+            gradient,
+            groups.layout(),
+            rounds=self,
+            inputs=inputs,
+            num_maskless=(len(per_image), len(shared)),
+        )
+        return sum_of_losses(step, groups)
+
+
+@dataclass(frozen=True)
+class RoundsStep(ChunkedStep):
+    """What is done with a chunk of objects, in all its rounds.
+
+    The tensors per image, and those that are shared, are those of prompts without masks, and then
+    those of prompts with masks, if there are any.
+
+    Attributes:
+        rounds: Of all objects.
+        inputs: Of all images and objects.
+        num_maskless: How many tensors per image, and how many shared ones, are of the first kind.
+    """
+
+    rounds: Rounds
+    inputs: RoundInputs
+    num_maskless: tuple[int, int]
+
+    def add_chunk(
+        self, sums: Groups[Tensor | None], tensors: Groups[Tensor], chunk: slice
+    ) -> Tensors:
+        """Adds the gradients of a chunk of objects to the sums, in place.
+
+        Returns:
+            The losses of each object, means over the rounds; then those of the first round, and
+            those of the last.
+        """
+        leaves = self.slice_inputs(tensors, chunk)
+        needed = [leaf.requires_grad for leaf in leaves.flatten()]
+        # Each round has its share of the mean.
+        gradient = self.gradient / self.rounds.count
+        prompts = self._first_prompts(chunk)
+        values_of_rounds: list[Tensors] = []
+        for number in range(self.rounds.count):
+            with torch.enable_grad():
+                values, mask_logits = self._decode_round(leaves, prompts, chunk, number)
+            if any(needed):
+                gradients = gradients_of(values[0], leaves.flatten(), needed, gradient)
+                self.accumulate(sums, self.layout.regroup(gradients), chunk)
+            values_of_rounds.append(tuple(value.detach() for value in values))
+            if number + 1 < self.rounds.count:
+                prompts = self._next_prompts(prompts, mask_logits.detach(), chunk, number + 1)
+        columns = zip(*values_of_rounds, strict=True)
+        means = tuple(torch.stack(column).mean(0) for column in columns)
+        return (*means, *values_of_rounds[0], *values_of_rounds[-1])
+
+    def empty_sums(self, tensors: Groups[Tensor]) -> Groups[Tensor | None]:
+        """Zeros for all that is trained: the prompts of this step may not reach some of it."""
+        sums = super().empty_sums(tensors)
+
+        def zeros(tensor: Tensor) -> Tensor | None:
+            return torch.zeros_like(tensor) if tensor.requires_grad else None
+
+        return replace(
+            sums,
+            shared=[zeros(tensor) for tensor in tensors.shared],
+            parameters=[zeros(tensor) for tensor in tensors.parameters],
+        )
+
+    def _first_prompts(self, chunk: slice) -> Prompts:
+        if not self.rounds.from_point:
+            return Prompts(boxes=self.inputs.boxes[chunk])
+        inputs = self.loss_inputs.rows(chunk)._asdict()
+        points, labels = first_clicks(self.rounds.draws[chunk, 0], **inputs)
+        return Prompts(points=points[:, None], labels=labels[:, None])
+
+    def _next_prompts(
+        self, prompts: Prompts, mask_logits: Tensor, chunk: slice, number: int
+    ) -> Prompts:
+        inputs = self.loss_inputs.rows(chunk)._asdict()
+        draws = self.rounds.draws[chunk, number]
+        points, labels = next_clicks(mask_logits, draws, **inputs)
+        masks = mask_logits if self.rounds.mask_prompts[number - 1] else None
+        return replace(prompts.add_points(points[:, None], labels[:, None]), masks=masks)
+
+    def _decode_round(
+        self, leaves: Groups[Tensor], prompts: Prompts, chunk: slice, number: int
+    ) -> tuple[Tensors, Tensor]:
+        """The losses [m] of a round, and the logits [m, s, s] that the next one corrects."""
+        decoder, inputs = self.decoder, self.loss_inputs.rows(chunk)._asdict()
+        loss = self.rounds.multimask_loss if number == 0 else None
+        num_images, num_shared = self.num_maskless
+        own = slice(num_images) if prompts.masks is None else slice(num_images, None)
+        own_shared = slice(num_shared) if prompts.masks is None else slice(num_shared, None)
+        mask_logits, iou_predicted = decoder.implementation.decode(
+            decoder.module,
+            tuple(leaves.per_image[own]),
+            tuple(leaves.shared[own_shared]),
+            prompts.embed(self.inputs.prompt_encoder),
+            multimask=loss is not None,
+        )
+        if loss is None:
+            return self.loss(mask_logits, iou_predicted, **inputs), mask_logits
+        values = loss(mask_logits, iou_predicted, **inputs)
+        rows = torch.arange(len(mask_logits), device=mask_logits.device)
+        return values, mask_logits.detach()[rows, iou_predicted.detach().argmax(1)]

@@ -91,7 +91,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--output: {options.output} cannot be written ({error}).") from error
     report = _print_output(options.output, difference, seconds=time.perf_counter() - start)
-    return report | {"automatic_masks": _count_automatic_masks(sam, base, samples)}
+    counts = _count_automatic_masks(sam, base, samples)
+    _print_history(options.checkpoint)
+    return report | {"automatic_masks": counts}
 
 
 def _parse_options(argv: list[str]) -> argparse.Namespace:
@@ -252,17 +254,31 @@ def _print_output(path: Path, difference: "Difference", *, seconds: float) -> di
 def _count_automatic_masks(
     sam: "Sam", base: "Sam | None", samples: "list[VerificationSample]"
 ) -> list[dict[str, Any]]:
-    from samft.exporters.verification import compare_automatic_masks
+    from samft.exporters.automatic_masks import compare_automatic_masks
 
     report = []
     for sample in samples:
         counts = compare_automatic_masks(sam, base, sample)
         other = "no base to compare with, see --base" if base is None else f"base {counts.base}"
-        _print_line(f"automatic masks in {sample.name}: tuned {counts.tuned}, {other}")
+        line = f"automatic masks in {sample.name}: tuned {counts.tuned}, {other}"
+        if counts.objects:
+            before = "" if base is None else f", base {counts.base_found}"
+            line += f"; of its {counts.objects} objects found: tuned {counts.tuned_found}{before}"
+        _print_line(line)
         if counts.warning:
             _print_warning(counts.warning)
         report.append(vars(counts))
     return report
+
+
+def _print_history(checkpoint: Path) -> None:
+    from samft.exporters.automatic_masks import evaluation_warnings
+    from samft.weights.saved_settings import describe_point_prompts
+
+    for line in describe_point_prompts(checkpoint, automatic=False):
+        _print_line(line)
+    for warning in evaluation_warnings(checkpoint):
+        _print_warning(warning)
 
 
 def _print_line(line: str) -> None:

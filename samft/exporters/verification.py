@@ -1,12 +1,8 @@
-"""Verifies an exported model: its masks for boxes equal the checkpoint's in `SamPredictor`.
-
-Also counts automatic masks, because fine-tuning on boxes can leave the automatic mask generator
-without any.
-"""
+"""Verifies an exported model: its masks for boxes equal the checkpoint's in `SamPredictor`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,14 +10,13 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
+from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.images.synthetic import draw_scene
-from samft.models.mask_generator import MaskGenerator
 from samft.runtime.device import exact_float32
 
 # Absolute, for predicted IoU and logits up to 10; relative to larger logits. float32 has 7 digits.
 TOLERANCE = 1e-3
 EQUAL_PIXELS = 0.9999  # least share of mask pixels
-POINTS_PER_SIDE = 8  # of the automatic mask generator: few, since this is a check
 _WIDTH, _HEIGHT, _MAX_BOXES, _MIN_SIDE = 400, 300, 6, 8  # of the synthetic sample; px
 
 
@@ -33,11 +28,13 @@ class VerificationSample:
         name: Shown in messages.
         image: uint8 [H, W, 3], RGB.
         boxes: float64 [K, 4], x0 y0 x1 y1, px, original frame.
+        objects: Masks of the objects in the image, as far as they are known.
     """
 
     name: str
     image: NDArray[np.uint8]
     boxes: NDArray[np.float64]
+    objects: Sequence[CroppedMask] = ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +93,19 @@ def synthetic_sample() -> VerificationSample:
     outlines = [np.concatenate(item.polygons).reshape(-1, 2) for item in objects if not item.crowd]
     corners = [(np.minimum(p.min(0), limit), np.minimum(p.max(0), limit)) for p in outlines]
     boxes = [np.concatenate(pair) for pair in corners if (pair[1] - pair[0] >= _MIN_SIDE).all()]
+    # Drawn on the square, and then cut as well.
+    drawn = [
+        decode_cropped([np.asarray(p, dtype=np.float64) for p in one.polygons], (_WIDTH, _WIDTH))
+        for one in objects
+    ]
+    masks = [
+        CroppedMask(mask.top, mask.left, mask.mask[: max(_HEIGHT - mask.top, 0)]) for mask in drawn
+    ]
     return VerificationSample(
-        "the built-in picture", image[:_HEIGHT], np.stack(boxes[-_MAX_BOXES:])
+        "the built-in picture",
+        image[:_HEIGHT],
+        np.stack(boxes[-_MAX_BOXES:]),
+        [mask for mask in masks if mask.mask.sum() >= _MIN_SIDE**2],
     )
 
 
@@ -166,61 +174,3 @@ def bitwise_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> boo
         and a[name].numpy().tobytes() == b[name].numpy().tobytes()
         for name in a
     )
-
-
-@dataclass(frozen=True)
-class AutomaticMaskCounts:
-    """Number of automatic masks in one image, before and after fine-tuning.
-
-    Attributes:
-        name: The sample's.
-        tuned: Masks of the tuned model.
-        base: Masks of the model that training started from; None if it is not known.
-        warning: Message for the user if the tuned model lost all masks, else None.
-    """
-
-    name: str
-    tuned: int
-    base: int | None
-    warning: str | None
-
-
-def compare_automatic_masks(
-    tuned: Sam, base: Sam | None, sample: VerificationSample
-) -> AutomaticMaskCounts:
-    """Runs `SamAutomaticMaskGenerator` with its default thresholds on a coarse grid of points.
-
-    Args:
-        tuned: In eval mode.
-        base: The model that training started from, if it is known.
-        sample: Its image is used.
-    """
-    num_tuned = len(_generate_masks(tuned, sample.image))
-    num_base = None if base is None else len(_generate_masks(base, sample.image))
-    warning = None
-    if num_base and not num_tuned:
-        warning = (
-            f"the automatic mask generator finds NO masks in {sample.name} with the tuned model, "
-            f"and {num_base} with the base model. Masks for boxes are not affected. "
-            + _suggest_thresholds(tuned, sample.image)
-        )
-    return AutomaticMaskCounts(sample.name, num_tuned, num_base, warning)
-
-
-def _suggest_thresholds(sam: Sam, image: NDArray[np.uint8]) -> str:
-    masks = _generate_masks(sam, image, pred_iou_thresh=0.0, stability_score_thresh=0.0)
-    iou, stability = (
-        # A score that equals itself is not NaN.
-        max((mask[name] for mask in masks if mask[name] == mask[name]), default=0.0)
-        for name in ("predicted_iou", "stability_score")
-    )
-    return (
-        f"Without thresholds it finds {len(masks)}: their highest predicted IoU is {iou:.2f} "
-        f"(pred_iou_thresh is 0.88), their highest stability {stability:.2f} "
-        "(stability_score_thresh is 0.95). Lower these thresholds of SamAutomaticMaskGenerator, or "
-        "train with --freeze_mask_decoder."
-    )
-
-
-def _generate_masks(sam: Sam, image: NDArray[np.uint8], **options: Any) -> list[dict[str, Any]]:
-    return MaskGenerator(sam, points_per_side=POINTS_PER_SIDE, **options).generate(image)

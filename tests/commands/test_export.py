@@ -1,5 +1,6 @@
 """`python -m samft.export`: its outputs, messages and errors; the documented snippets."""
 
+import json
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from helpers.tiny_checkpoint import SIZE, tiny_sam, write_tiny
 from samft import cli, export
 from samft.cli import run_command
 from samft.export import FOLDERS, FORMATS, main
-from samft.exporters import huggingface, onnx, verification
+from samft.exporters import automatic_masks, huggingface, onnx
 from samft.exporters.verification import bitwise_equal, predict_boxes, synthetic_sample
 from samft.models.sam import load_sam
 
@@ -30,7 +31,7 @@ PAGE = REPOSITORY / "docs" / "export.md"
 
 @pytest.fixture(autouse=True)
 def _few_points(monkeypatch) -> None:
-    monkeypatch.setattr(verification, "POINTS_PER_SIDE", 2)
+    monkeypatch.setattr(automatic_masks, "POINTS_PER_SIDE", 2)
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +141,33 @@ def test_each_format_equals_the_checkpoint_and_the_documented_snippet_loads_it(
 
 def test_lost_automatic_masks_are_warned_about(checkpoint, tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors")
-    loss = verification.AutomaticMaskCounts("the built-in picture", 0, 12, "it finds NO masks")
-    monkeypatch.setattr(verification, "compare_automatic_masks", lambda *_: loss)
+    counts = {"name": "the built-in picture", "tuned": 0, "base": 12}
+    counts |= {"objects": 6, "tuned_found": 0, "base_found": 5}
+    loss = automatic_masks.AutomaticMaskCounts(**counts, warning="it finds NO masks")
+    monkeypatch.setattr(automatic_masks, "compare_automatic_masks", lambda *_: loss)
     main(flags(checkpoint, "safetensors", tmp_path / "a"))
-    assert "WARNING: it finds NO masks" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "WARNING: it finds NO masks" in printed.err
+    assert "tuned 0, base 12; of its 6 objects found: tuned 0, base 5" in printed.out
     assert (tmp_path / "a").exists()
+
+
+def test_what_was_trained_and_evaluated_is_said(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    path = write_tiny(tmp_path)
+    scores = {name: {"found_50": share, "images": 3} for name, share in (("a", 0.5), ("b", 0.25))}
+    entry = {"checkpoint": path.name, "automatic": scores["b"]}
+    report = {"per_mask_iou": 0.5, "checkpoint": "base.pth", "automatic": scores["a"]}
+    report |= {"others": [entry], "samft_version": "1"}
+    (tmp_path / "scores.json").write_text(json.dumps(report))
+    main(flags(path, "safetensors", tmp_path / "a"))
+    printed = capsys.readouterr()
+    assert "30-0.67.ckpt was tuned on boxes only" in printed.out
+    assert "WARNING: automatic masks find fewer objects than before tuning: 25.0%" in printed.err
+    config = {"checkpoint_path": "auto", "model_type": "vit_tiny", "prompts": "mixed"}
+    path = write_tiny(tmp_path, config=config)
+    main(flags(path, "safetensors", tmp_path / "b"))
+    assert "boxes only" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_a_sidecar_is_exported_without_a_base(tmp_path, capsys):

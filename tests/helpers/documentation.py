@@ -330,13 +330,13 @@ def smaller_exports(monkeypatch: pytest.MonkeyPatch, size: int) -> Iterator[None
     from segment_anything import sam_model_registry
 
     from samft import load_sam
-    from samft.exporters import exporter, verification
+    from samft.exporters import automatic_masks, exporter
 
     def registered(checkpoint: str) -> Any:
         return load_sam(checkpoint)
 
     with monkeypatch.context() as patch:
         patch.setattr(exporter, "META_SIZE", size)
-        patch.setattr(verification, "POINTS_PER_SIDE", 2)
+        patch.setattr(automatic_masks, "POINTS_PER_SIDE", 2)
         patch.setitem(sam_model_registry, "vit_tiny", registered)
         yield

@@ -44,7 +44,15 @@ MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training run; attribute, YAML key and flag have the same name."""
+    """The settings of a training run; attribute, YAML key and flag have the same name.
+
+    Example:
+        >>> config = TrainConfig(data_root="DATASET", model_type="vit_b", checkpoint_path="auto")
+        >>> config.image_size, config.check()
+        (1024, [])
+        >>> dataclasses.replace(config, image_size=1000).check()
+        ['image_size: 1000 is no multiple of 16; the nearest is 992.']
+    """
 
     data_root: str | None = _data(
         None,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from samft import distributed
 from samft.coco.boxes import Evidence
@@ -249,6 +249,12 @@ def index_dataset(
     Raises:
         DataError: The dataset cannot be used.
         RunStopped: `should_stop` said so, on any rank.
+
+    Example:
+        >>> image, masks = np.zeros((4, 6, 3), dtype=np.uint8), np.ones((1, 4, 6), dtype=bool)
+        >>> index = index_dataset([(image, masks)], name="train_data")
+        >>> index.file_names(), index.boxes.tolist()
+        (['train_data[0]'], [[0.0, 0.0, 6.0, 4.0]])
     """
     length = distributed.run_on_all_ranks(lambda: _length_of(dataset, name))
     if len(set(distributed.all_gather(length))) > 1:
@@ -265,14 +271,16 @@ def index_dataset(
 
 
 def _length_of(dataset: MapStyleDataset, name: str) -> int:
+    has_items = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
     try:
-        length = len(dataset)
-        dataset.__getitem__  # noqa: B018  (an iterable dataset has none)
-    except (TypeError, AttributeError, NotImplementedError) as error:
+        length = len(dataset) if has_items else None
+    except (TypeError, NotImplementedError):
+        length = None
+    if length is None:
         raise DataError(
             f"{name} is a {type(dataset).__name__}, which is no map-style dataset: it needs "
-            f"__len__ and __getitem__ ({error})."
-        ) from error
+            "__len__ and __getitem__."
+        )
     if not length:
         raise DataError(f"{name} has no items.")
     return length

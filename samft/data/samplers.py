@@ -58,6 +58,11 @@ def repeat_factors(
         [N], each at least 1; 1 for an image without objects.
 
     Source: repeat-factor sampling of LVIS, https://arxiv.org/abs/1908.03195, appendix B.2.
+
+    Example:
+        >>> categories = np.array([7, 7, 7, 9])  # 9 is in one of four images
+        >>> repeat_factors(np.arange(4), categories, num_images=4, threshold=1.0)
+        array([1.15470054, 1.15470054, 1.15470054, 2.        ])
     """
     _, category = np.unique(categories, return_inverse=True)
     pairs = np.unique(np.stack([images, category]), axis=1)  # an image counts once per category

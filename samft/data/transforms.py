@@ -80,6 +80,10 @@ def make_frame(
         crop_at: Position of the crop, y and x, from 0 (top or left end) to just under 1.
 
     Source: `pad` is `ResizeLongestSide.get_preprocess_shape` of segment_anything, to the pixel.
+
+    Example:
+        >>> make_frame((480, 640), 1024, resize_mode="pad").input_size
+        (768, 1024)
     """
     height, width = original_size
     scale = image_size * zoom / max(height, width)

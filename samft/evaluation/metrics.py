@@ -20,7 +20,13 @@ BOUNDARY_SHARE = 0.02  # of the image's diagonal, as in the paper for COCO
 
 
 def cropped_iou(mask: CroppedMask, truth: CroppedMask) -> float:
-    """IoU of two masks of one image; 1 where both are empty."""
+    """IoU of two masks of one image; 1 where both are empty.
+
+    Example:
+        >>> square = np.ones((2, 2), dtype=bool)
+        >>> cropped_iou(CroppedMask(0, 0, square), CroppedMask(0, 1, square))  # 2 of 6 px
+        0.3333333333333333
+    """
     top, left = max(mask.top, truth.top), max(mask.left, truth.left)
     bottom = min(mask.top + mask.mask.shape[0], truth.top + truth.mask.shape[0])
     right = min(mask.left + mask.mask.shape[1], truth.left + truth.mask.shape[1])

@@ -78,6 +78,12 @@ def group_of(name: str, group_by: str) -> str | None:
 
     Returns:
         The group's name; None for an image that belongs to none.
+
+    Example:
+        >>> group_of("video_3/frame_0012.png", "(.*)/frame_")
+        'video_3'
+        >>> group_of("cat_jpg.rf.0123456789abcdef.jpg", "auto")
+        'cat_jpg'
     """
     parent, slash, last = name.rpartition("/")
     if group_by == "none":

@@ -369,6 +369,12 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
 
     Raises:
         CheckpointError: The file cannot be read or is not a SAM.
+
+    Example:
+        >>> from importlib.resources import files
+        >>> sam = load_sam(files("samft") / "pretrained" / "vit_tiny.pth")
+        >>> sam.image_encoder.img_size
+        256
     """
     opened = open_checkpoint(Path(path))
     if opened.resize_mode == "squash":

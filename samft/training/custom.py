@@ -138,6 +138,11 @@ def describe_function(function: Callable[..., Any]) -> str:
 
     Args:
         function: A function, method, `partial`, or an object that is callable.
+
+    Example:
+        >>> half, third = (partial(pow, 2, exponent) for exponent in (1 / 2, 1 / 3))
+        >>> describe_function(half).split()[0], describe_function(half) == describe_function(third)
+        ('pow', False)
     """
     named = function
     while isinstance(named, partial):

@@ -219,6 +219,14 @@ def mask_sums(mask_logits: Tensor, targets: Tensor, windows: Tensor, extents: Te
 
     Returns:
         MaskSums, in float32.
+
+    Example:
+        >>> logits = torch.full((1, 16, 16), 20.0)  # the mask is all of 64 x 64 px
+        >>> targets = torch.full((1, 8, 8), 255, dtype=torch.uint8)  # all of the window, the left
+        >>> windows = torch.tensor([[0.0, 0.0, 32.0, 64.0]])  # half of the image
+        >>> sums = mask_sums(logits, targets, windows, torch.tensor([[64.0, 64.0]]))
+        >>> sums.target_area.item(), sums.intersection.item(), sums.union.item()
+        (2048.0, 2048.0, 4096.0)
     """
     return MaskSums(*_MaskSums.apply(mask_logits, targets, windows, extents))
 

@@ -29,6 +29,11 @@ def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: 
 
     Returns:
         A factor in 0..1.
+
+    Example:
+        >>> of_run = {"steps": 100, "schedule": "cosine", "warmup_steps": 10}
+        >>> [learning_rate_factor(step, **of_run) for step in (0, 10, 55, 100)]
+        [0.1, 1.0, 0.5, 0.0]
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.own_datasets import Discs, write_as_coco
 from samft.coco.segmentation import decode_cropped
@@ -136,8 +137,21 @@ def test_what_is_no_image_with_masks_is_named(item: Any, message: str) -> None:
 
 
 def test_an_iterable_and_an_empty_dataset_are_refused() -> None:
-    with pytest.raises(DataError, match="val_data is a generator, which is no map-style dataset"):
-        index_dataset((item for item in Discs(2)), name="val_data")  # type: ignore[arg-type]
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter(())
+
+    class Endless(Discs):
+        def __len__(self):
+            raise TypeError("no length")
+
+    for dataset in ((item for item in Discs(2)), Stream(), Endless(2), DataLoader(Discs(2))):
+        kind = type(dataset).__name__
+        with pytest.raises(DataError, match=f"val_data is a {kind}, which is no map-style dataset"):
+            index_dataset(dataset, name="val_data")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="val_data has no items"):
         index_dataset([], name="val_data")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers import REPOSITORY
-from helpers.documentation import SMALL_FLAGS, Runner, smaller_exports
+from helpers.documentation import SMALL_FLAGS, Runner, smaller_exports, smaller_trainings
 from samft.cli import run_command
 from samft.demo import main as demo
 from samft.images.decoder import read_image
@@ -67,5 +67,5 @@ def runner(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.chdir(workspace)
     image = read_image(workspace / "PHOTO.jpg")
     box = np.array([40.0, 60.0, 310.0, 280.0])
-    with smaller_exports(monkeypatch, SIZE):
+    with smaller_exports(monkeypatch, SIZE), smaller_trainings(monkeypatch):
         yield Runner(workspace, given={"image": image, "box": box})

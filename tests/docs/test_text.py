@@ -40,8 +40,8 @@ FOREIGN = {
     "--return-single-mask",
 }
 OTHER_NAMES = {"KillWait", "TimeoutStopSec"}  # settings of SLURM and systemd
-# Files of a run, of a YOLO dataset, and of the plan that a decision departs from.
-NOT_IN_REPOSITORY = {"config.yaml", "data.yaml", "gallery.py"}
+# Files of a run, of a YOLO dataset, of the plan that a decision departs from, and of a reader.
+NOT_IN_REPOSITORY = {"config.yaml", "data.yaml", "gallery.py", "tversky.py"}
 
 
 def running_text(page: str) -> str:

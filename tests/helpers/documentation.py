@@ -21,7 +21,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,8 +30,9 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from helpers import REPOSITORY
+from samft import api
 from samft.cli import run_command
-from samft.config import parse_config
+from samft.config import TrainConfig, parse_config
 
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")),
@@ -163,7 +164,8 @@ class Runner:
         for large, small in SMALLER.items():
             text = text.replace(large, small)
         try:
-            exec(compile(text, f"{block.page}:{block.line}", "exec"), dict(self.given))
+            names = {"__name__": "__main__", **self.given}
+            exec(compile(text, f"{block.page}:{block.line}", "exec"), names)
         except Exception as error:
             raise block.error(f"{type(error).__name__}: {error}") from error
         self.commands.append("python")
@@ -322,6 +324,21 @@ SLURM = {
     "SLURM_CPUS_PER_TASK": "4",
     "SLURM_JOB_NODELIST": "node[1-2]",
 }
+
+
+@contextlib.contextmanager
+def smaller_trainings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trainings from Python for two steps at a small image size."""
+    convert_values = api.convert_values
+
+    def convert_and_shrink(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+        converted, problems = convert_values(config)
+        small = {"image_size": 64, "steps": 2, "metrics_interval": 2, "num_workers": 0}
+        return replace(converted, **small, device="cpu"), problems
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "convert_values", convert_and_shrink)
+        yield
 
 
 @contextlib.contextmanager

@@ -184,6 +184,9 @@ EXTRAS = {
     "fast-ap": ("faster_coco_eval",),
     "onnx": ("onnx", "onnxruntime"),
     "huggingface": ("transformers",),
+    "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
 }
 
 

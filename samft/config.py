@@ -25,7 +25,7 @@ FREE_ON_RESUME = frozenset(
     batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
     cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links
     attention decoder deterministic mask_chunk compile cuda_graphs activation_checkpointing
-    optimizer_sharding dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit
+    optimizer_sharding trackers dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit
     probe_memory""".split()
 )
 
@@ -365,6 +365,12 @@ class TrainConfig:
     )
     save_top_k: int = _output(
         1, "checkpoints to keep: those with the best val_per_mask_iou", at_least=1
+    )
+    trackers: str = _output(
+        "tensorboard",
+        "what shows the curves of metrics.jsonl and pictures, one or several, separated by commas",
+        choices=("tensorboard", "mlflow", "wandb", "trackio", "none"),
+        many=True,
     )
     resume: str = _reliability(
         "auto",

@@ -37,6 +37,7 @@ def setting(
     group: str,
     most_used: bool = False,
     choices: tuple[str, ...] = (),
+    many: bool = False,
     at_least: Any = None,
     metavar: str | None = None,
     value_alone: str | None = None,
@@ -49,6 +50,7 @@ def setting(
         group: The section of `--help` that lists the flag.
         most_used: Whether `--help` lists it in its first section instead.
         choices: The allowed values; empty: any value of the field's type.
+        many: Whether a value may be several of them, separated by commas; see `split_names`.
         at_least: The lowest number allowed.
         metavar: What `--help` shows for the value; None: by the field's type.
         value_alone: The value of the flag if none follows it; None: one has to.
@@ -58,6 +60,7 @@ def setting(
         "section": MOST_USED if most_used else f"{group} (advanced)",
         "group": group,
         "choices": choices,
+        "many": many,
         "at_least": at_least,
         "metavar": metavar,
         "value_alone": value_alone,
@@ -80,17 +83,24 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     return "" if field.default is None else str(field.default)
 
 
+def split_names(value: str) -> list[str]:
+    """The names of a setting of several, each once, in the order given."""
+    return list(dict.fromkeys(name.strip() for name in value.split(",")))
+
+
 def check_fields(config: Any) -> list[str]:
     """One sentence for each setting that is none of its choices, too low, or not UTF-8."""
     problems = []
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         at_least = field.metadata["at_least"]
-        if choices and value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            options = ", ".join(choices)
-            problems.append(f"{field.name}: '{value}' is none of {options}.{hint}")
+        chosen = split_names(value) if field.metadata["many"] else [value]
+        for name in chosen if choices and value is not None else ():
+            if name not in choices:
+                near = difflib.get_close_matches(str(name), choices, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                options = ", ".join(choices)
+                problems.append(f"{field.name}: '{name}' is none of {options}.{hint}")
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             problems.append(
                 f"{field.name}: '{value}' is not UTF-8, so config.yaml and TensorBoard cannot hold "
@@ -219,7 +229,8 @@ def _settings_parser(
 
 def _value_name(field: dataclasses.Field[Any]) -> str:
     if field.metadata["metavar"] or field.metadata["choices"]:
-        return field.metadata["metavar"] or "{" + ",".join(field.metadata["choices"]) + "}"
+        names = ",".join(field.metadata["choices"])
+        return field.metadata["metavar"] or (names if field.metadata["many"] else f"{{{names}}}")
     return next((name for kind, name in _VALUE_NAMES.items() if kind in str(field.type)), "TEXT")
 
 

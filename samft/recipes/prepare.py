@@ -17,6 +17,7 @@ from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME
+from samft.cli import EXTRAS, require_extra
 from samft.config import TrainConfig, has_settings
 from samft.data.map_style import DatasetIndex
 from samft.data.targets import WINDOW_CELLS
@@ -39,6 +40,7 @@ from samft.runtime.own_files import (
     own_names,
 )
 from samft.runtime.signals import StopRequest, job_deadline
+from samft.settings import split_names
 from samft.training.custom import CustomParts
 from samft.training.engine import Progress
 
@@ -155,6 +157,9 @@ def _check_and_build(
 ) -> RunParts:
     # Cheapest first: a typing error should not take the minute that loading weights may take.
     deadline = job_deadline(requested.save_before_limit)
+    for tracker in split_names(requested.trackers) if distributed.is_main() else ():
+        if tracker in EXTRAS:
+            require_extra(tracker, what=f"--trackers {tracker}")
     splits = load_splits(requested, own)
     resume = find_resume_point(
         requested, output_dir, splits.fingerprint, loss_name=custom.loss_name

@@ -187,7 +187,7 @@ class RunReport:
         if self.custom.loss_name is not None:
             changed.append(("loss", self.custom.loss_name, "samft's own"))
         return ReportPage(
-            title=f"{config.model_type} on {self._dataset_name()}",
+            title=f"{config.model_type} on {dataset_name(config, self.custom)}",
             meta=f"{config.image_size} px, {summary['steps']:,} steps, best at step "
             f"{summary['best_step']}, {format_duration(summary['wall_seconds'])}, "
             f"{time.strftime('%Y-%m-%d %H:%M')}, {self.output_dir}",
@@ -203,14 +203,6 @@ class RunReport:
             environment=describe_environment(config, model.sam.device),
             commands=commands,
         )
-
-    def _dataset_name(self) -> str:
-        for dataset in (self.custom.val_data, self.custom.train_data):
-            if dataset is not None:
-                return type(dataset).__name__
-        config = self.config
-        path = config.data_root or config.val_annotations or config.train_annotations or ""
-        return Path(path).expanduser().resolve().name
 
     def _group_by_class(self) -> list[GroupMeans]:
         if self.comparison is None:
@@ -269,3 +261,15 @@ def describe_environment(config: TrainConfig, device: torch.device) -> list[tupl
         except PackageNotFoundError:
             continue
     return rows
+
+
+def dataset_name(config: TrainConfig, custom: CustomParts) -> str:
+    """The name of a run's data, for people: of a caller's class, a folder or an annotation file."""
+    for dataset in (custom.val_data, custom.train_data):
+        if dataset is not None:
+            return type(dataset).__name__
+    path = Path(config.data_root or config.train_annotations or "").expanduser().resolve()
+    if config.data_root:
+        return path.name
+    # Exports of Roboflow have files of one name: DATASET/train/_annotations.coco.json.
+    return path.parents[1].name if path.name.startswith("_") else path.stem

@@ -23,7 +23,8 @@ from samft.recipes.embedding_cache import EmbeddingCache, open_cache
 from samft.recipes.final_test import SUMMARY_NAME, score_test_split
 from samft.recipes.fit import TrainingRun, fit
 from samft.recipes.prepare import RunParts, prepare, write_run_status
-from samft.recipes.report import RunReport
+from samft.recipes.report import RunReport, dataset_name
+from samft.reports.trackers import open_trackers
 from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
 from samft.runtime.device import (
@@ -43,6 +44,7 @@ from samft.runtime.output_dir import (
 )
 from samft.runtime.own_files import CONFIG_NAME
 from samft.runtime.signals import StopRequest
+from samft.settings import split_names
 from samft.training.custom import CustomParts
 from samft.training.optim import load_state
 
@@ -119,7 +121,6 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
     _log_setup(parts)
     if distributed.is_main():
         _write_config(parts)
-        log.add_text("config", to_yaml(config))
         write_run_status(parts.output_dir, "running", parts.progress.step)
     if not cache.fill():
         return None
@@ -187,7 +188,7 @@ def finish(training: TrainingRun) -> dict[str, Any]:
                 f"({error.strerror}): make room, and run again."
             ) from error
         results = {name: value for name, value in summary.items() if isinstance(value, float)}
-        training.log.add_hparams(asdict(config), results)
+        training.log.add_results(results)
         write_run_status(training.output_dir, "done", progress.step, exit_code=0, reason="finished")
         report.write(summary, training.model, should_stop=lambda: bool(training.stop))
     return summary
@@ -239,13 +240,24 @@ def _open_log(parts: RunParts) -> RunLog:
         if archive is not None:
             LOGGER.warning("an earlier run's files were moved to %s", archive)
     resume = parts.resume if parts.resumes_in_place else None
-    return RunLog(
+    log = RunLog(
         parts.output_dir,
         main=distributed.is_main(),
         steps=parts.config.steps,
         start_step=parts.logged_step,
         metrics_state=resume.state.get("metrics") if resume else None,
     )
+    if distributed.is_main():
+        log.trackers = open_trackers(
+            split_names(parts.config.trackers),
+            parts.output_dir,
+            name=f"{parts.config.model_type}-{dataset_name(parts.config, parts.custom)}",
+            is_resumed=parts.resumes_in_place,
+            settings=asdict(parts.config),
+            lines=log.read_metrics(),
+            start_step=parts.logged_step,
+        )
+    return log
 
 
 def _write_config(parts: RunParts) -> None:

@@ -19,6 +19,7 @@ from samft.evaluation.object_scores import (
 )
 from samft.reports.validation_images import BEFORE_AFTER
 from samft.runtime.logs import LOGGER, format_duration
+from samft.runtime.own_files import TENSORBOARD
 from samft.training.engine import Progress
 
 LOST_SHARE = 0.1  # a larger share of objects that lost is a warning, even if the mean rose
@@ -322,13 +323,15 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
     if num_bad_images:
         LOGGER.warning("%d images could not be used; summary.json names them all", num_bad_images)
     checkpoint = summary["best_checkpoint"]
+    board = shell_program("tensorboard", "--logdir", folder, module="tensorboard.main")
+    has_board = (folder / TENSORBOARD).is_dir()
     LOGGER.info(
         "all results are in %s: report.html (open it in a browser), %s (the best checkpoint), "
-        "summary.json, metrics.jsonl, %s, tensorboard/ (view with `%s`)",
+        "summary.json, metrics.jsonl, %s%s",
         folder,
         Path(checkpoint).name if checkpoint else "no best checkpoint",
         BEFORE_AFTER,
-        shell_program("tensorboard", "--logdir", folder, module="tensorboard.main"),
+        f", {TENSORBOARD}/ (view with `{board}`)" if has_board else "",
     )
     if commands:  # in one record, so that no time is printed before a line that is to be copied
         LOGGER.info("to evaluate, use or load the checkpoint:\n%s", "\n".join(commands))

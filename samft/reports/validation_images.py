@@ -1,6 +1,6 @@
 """What a run keeps of its validations for people: pictures, and the scores of each object.
 
-Each validation draws the same few objects and the worst ones, for TensorBoard and as before.png and
+Each validation draws the same few objects and the worst ones, for trackers and as before.png and
 after.png. The scores of every object at step 0 and at the best steps are kept in objects.json, so
 that the report can compare them.
 """
@@ -153,7 +153,7 @@ class ValidationImages:
     Args:
         folder: The output folder.
         subset: The validation split.
-        log: Writes the pictures to TensorBoard.
+        log: Shows the pictures in the trackers.
         resumed_from: The folder of the run that is resumed; `folder` for a new one.
         start_step: The step at which the run starts.
     """
@@ -191,13 +191,12 @@ class ValidationImages:
         masks = (selection.fixed.get(self._object_key(k)) for k in self.fixed.tolist())
         fixed = self._draw_masks(filter(None, masks), f"step {step}: the same objects each time")
         worst = self._draw_masks(selection.worst, f"step {step}: the worst of all, by IoU")
-        for name, sheet in (("val/same_objects", fixed), ("val/worst_objects", worst)):
-            if sheet is not None:
-                self.log.add_image(step, name, sheet)
-        self.log.add_image(step, "val/calibration", draw_calibration(objects))
         is_good = objects.iou_actual >= GOOD_IOU
-        name = f"val/predicted_iou_finds_masks_of_iou_{GOOD_IOU}"
+        name = f"predicted_iou_finds_masks_of_iou_{GOOD_IOU}"
         self.log.add_pr_curve(step, name, labels=is_good, scores=objects.iou_predicted)
+        sheets = {"same_objects": fixed, "worst_objects": worst}
+        pictures = {name: sheet for name, sheet in sheets.items() if sheet is not None}
+        self.log.add_pictures(step, {**pictures, "calibration": draw_calibration(objects)})
         if fixed is not None and (step == 0 or is_best):
             _write_picture(self.folder / (AFTER if step else BEFORE), fixed)
 

@@ -1,4 +1,4 @@
-"""Log lines, metrics.jsonl, TensorBoard and the progress bar of a run. Imports no torch.
+"""Log lines, metrics.jsonl, trackers and the progress bar of a run. Imports no torch.
 
 Files are written by rank 0 only. Other ranks log warnings and errors, with their rank in front.
 """
@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +23,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from samft.errors import escape_paragraph
 from samft.runtime.files import unused_path, write_text
-from samft.runtime.metrics_file import FILE_NAME, describe_damage, read_metrics_file
-from samft.runtime.own_files import TENSORBOARD
+from samft.runtime.metrics_file import (
+    FILE_NAME,
+    describe_damage,
+    read_metrics_file,
+    scalars_of,
+)
 
 LOGGER = logging.getLogger("samft")
 GIB = 1 << 30
@@ -173,85 +176,31 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
-class TensorBoard:
-    """What `SummaryWriter` writes. It repeats metrics.jsonl: not worth failing a run.
+class Tracker:
+    """What shows the curves of a run, such as TensorBoard. Rank 0 has them, the others have none.
 
-    Attributes:
-        error: Why nothing is written any more, such as a full disk; None as long as it is.
+    They show what metrics.jsonl holds: none is worth failing a run, or delaying it. So no method
+    raises anything or waits, and each may do nothing.
     """
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
-        """Opens a new file in the folder.
+    def add_scalars(self, step: int, split: str, values: dict[str, float]) -> None:
+        """Adds a line of metrics.jsonl; see `RunLog.write_metrics`."""
 
-        Args:
-            folder: It is made if it is absent.
-            start_step: What earlier files have of later steps is not shown.
-        """
-        # It imports torch, which modules that only log, such as those of samft.coco, do without.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.error: OSError | None = None
-        self._writer: Any = None
-        self._hook = threading.excepthook
-        threading.excepthook = self._ignore_thread_error
-        with self._recording():
-            self._writer = SummaryWriter(folder, purge_step=start_step + 1)
-
-    def _ignore_thread_error(self, args: threading.ExceptHookArgs) -> None:
-        # The writer's thread raises what the next call raises again, which is recorded there.
-        of_writer = type(args.thread).__module__.startswith("tensorboard.")
-        if not (of_writer and issubclass(args.exc_type, OSError)):
-            self._hook(args)
-
-    @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.error = self.error or error
-
-    def add_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers by name, and sees to it that they are on the disk."""
-        with self._recording():
-            for name, value in values.items():
-                self._call("add_scalar", name, value, step)
-            self._call("flush")
-
-    def add_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds an image, uint8 [H, W, 3] RGB."""
-        self._call("add_image", name, image, step, dataformats="HWC")
+    def add_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Adds pictures of a validation; see `RunLog.add_pictures`."""
 
     def add_pr_curve(self, step: int, name: str, *, labels: np.ndarray, scores: np.ndarray) -> None:
         """Adds a precision-recall curve; see `RunLog.add_pr_curve`."""
-        clipped = np.clip(np.nan_to_num(scores), 0, 1)  # TensorBoard takes nothing else
-        self._call("add_pr_curve", name, labels, clipped, step)
 
-    def add_text(self, name: str, text: str) -> None:
-        """Adds a text, indented so that it is shown verbatim."""
-        self._call("add_text", name, "    " + text.replace("\n", "\n    "), 0)
-
-    def add_hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
-        """Adds hyper-parameters and final results, without a subfolder of theirs."""
-        given = {name: value for name, value in hparams.items() if value is not None}
-        self._call("add_hparams", given, results, run_name=".")
-
-    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
-        if self._writer is not None and self.error is None:
-            with self._recording():
-                getattr(self._writer, method)(*arguments, **options)
+    def add_results(self, results: dict[str, float]) -> None:
+        """Adds the results of a run that is finished, by name."""
 
     def close(self) -> None:
-        """Closes the file."""
-        if self._writer is not None:
-            with self._recording():
-                self._writer.close()
-            self._writer = None
-        if threading.excepthook == self._ignore_thread_error:
-            threading.excepthook = self._hook
+        """Closes it; without results before, the run was stopped."""
 
 
 class RunLog:
-    """The log files, TensorBoard and progress bar of one run.
+    """The log files, trackers and progress bar of one run.
 
     On ranks other than 0, every method does nothing.
 
@@ -279,7 +228,8 @@ class RunLog:
             metrics_state: What `metrics_state` was then; None: unknown.
         """
         self.folder, self.main, self.steps = folder, main, steps
-        self.board: TensorBoard | None = None
+        self.trackers: list[Tracker] = []  # they get what is written from then on
+        self._is_open = False
         self.metrics_state = {"bytes": 0, "crc32": 0}
         self._unwritten: dict[str, list[str]] = {}
         self.bar = progress_bar(total=steps, initial=start_step, hidden=not main, unit="step")
@@ -288,7 +238,6 @@ class RunLog:
         self._file = _LogFile(folder / "train.log")
         self._file.setFormatter(_Formatter("%(asctime)s %(message)s"))
         self._drop_records_after(start_step, metrics_state)
-        self.board = TensorBoard(folder / TENSORBOARD, start_step=start_step)
         # Last, as nothing that follows can fail: a log that was not opened installs no handlers.
         for handler in logging.getLogger().handlers[:]:
             if isinstance(handler, _StartupBuffer):
@@ -296,6 +245,7 @@ class RunLog:
         self._redirect = logging_redirect_tqdm([logging.getLogger()])
         self._redirect.__enter__()
         logging.getLogger().addHandler(self._file)
+        self._is_open = True
 
     def _drop_records_after(self, step: int, saved: dict[str, int] | None) -> None:
         # Lines that stay are not written anew, letter for letter; damaged ones are put aside.
@@ -329,7 +279,7 @@ class RunLog:
 
     def write_bad_step(self, step: int, *, position: int, image_ids: list[list[int]]) -> None:
         """Writes the images of a skipped step, by rank, to bad_steps.jsonl."""
-        if self.board is not None:
+        if self._is_open:
             record = {"after_step": step, "position": position, "image_ids": image_ids}
             self._append_record("bad_steps.jsonl", record)
 
@@ -359,38 +309,33 @@ class RunLog:
             LOGGER.error("%s cannot be written: %s", self.folder / name, error.strerror)
 
     def write_metrics(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Writes one line to metrics.jsonl and the same scalars to TensorBoard.
+        """Writes one line to metrics.jsonl and shows the same scalars in the trackers.
 
         Args:
             step: Optimizer steps done.
             split: `train` or `val`.
             values: Numbers by name; NaN and infinities become null, which JSON does not have.
         """
-        if self.board is None:
+        if not self._is_open:
             return
-        record = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self._append_record(FILE_NAME, {"step": step, "split": split, **record})
-        with self._tensorboard() as board:
-            board.add_scalars(step, {f"{split}/{name}": value for name, value in values.items()})
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        record = {"step": step, "split": split, **finite}
+        self._append_record(FILE_NAME, record)
+        for tracker in self.trackers:
+            tracker.add_scalars(step, split, scalars_of(record))
 
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[TensorBoard]:
-        # Says once why TensorBoard's files end where they do.
-        assert self.board is not None
-        had_failed = self.board.error is not None
-        yield self.board
-        if not had_failed and (error := self.board.error):
-            reason = error.strerror or error
-            LOGGER.error("%s/ cannot be written: %s. metrics.jsonl has it all", TENSORBOARD, reason)
+    def add_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Shows all pictures of a validation in the trackers.
 
-    def add_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds an image, uint8 [H, W, 3] RGB, to TensorBoard."""
-        if self.board is not None:
-            with self._tensorboard() as board:
-                board.add_image(step, name, image)
+        Args:
+            step: Optimizer steps done.
+            pictures: By name; uint8 [H, W, 3], RGB.
+        """
+        for tracker in self.trackers:
+            tracker.add_pictures(step, pictures)
 
     def add_pr_curve(self, step: int, name: str, *, labels: np.ndarray, scores: np.ndarray) -> None:
-        """Adds a precision-recall curve to TensorBoard.
+        """Shows a precision-recall curve of a validation in the trackers.
 
         Args:
             step: Optimizer steps done.
@@ -398,21 +343,13 @@ class RunLog:
             labels: bool [K], the positives.
             scores: float [K], predicted, in 0..1.
         """
-        if self.board is not None:
-            with self._tensorboard() as board:
-                board.add_pr_curve(step, name, labels=labels, scores=scores)
+        for tracker in self.trackers:
+            tracker.add_pr_curve(step, name, labels=labels, scores=scores)
 
-    def add_text(self, name: str, text: str) -> None:
-        """Adds a text to TensorBoard, indented so that it is shown verbatim."""
-        if self.board is not None:
-            with self._tensorboard() as board:
-                board.add_text(name, text)
-
-    def add_hparams(self, hparams: dict[str, Any], results: dict[str, float]) -> None:
-        """Adds hyper-parameters and final results to TensorBoard, without a subfolder of theirs."""
-        if self.board is not None:
-            with self._tensorboard() as board:
-                board.add_hparams(hparams, results)
+    def add_results(self, results: dict[str, float]) -> None:
+        """Shows the results of a finished run in the trackers, by name."""
+        for tracker in self.trackers:
+            tracker.add_results(results)
 
     def advance_bar(self, **postfix: str) -> None:
         """Advances the progress bar by one step."""
@@ -421,12 +358,13 @@ class RunLog:
             self.bar.set_postfix(postfix, refresh=False)
 
     def close(self) -> None:
-        """Closes the bar and the files."""
+        """Closes the bar, the trackers and the files."""
         self.bar.close()
-        if self.board is not None:
-            with self._tensorboard() as board:
-                board.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
+        if self._is_open:
             self._redirect.__exit__(None, None, None)  # restores the handlers it has replaced
             logging.getLogger().removeHandler(self._file)
             self._file.close()
-            self.board = None
+            self._is_open = False

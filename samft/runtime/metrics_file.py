@@ -54,6 +54,11 @@ def read_metrics_file(path: Path) -> MetricsLines:
     return lines
 
 
+def scalars_of(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name, without its step; those that were not finite are left out."""
+    return {n: v for n, v in record.items() if n not in ("step", "split") and v is not None}
+
+
 def _parse_line(encoded: bytes) -> MetricsLine | None:
     # RecursionError: brackets within brackets.
     try:

@@ -115,9 +115,10 @@ def archive_previous_run(folder: Path) -> Path | None:
     for name in names:
         (archive / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(archive / name)
-    for subfolder in {(folder / name).parent for name in names} - {folder}:
+    subfolders = {parent for name in names for parent in Path(name).parents[:-1]}
+    for subfolder in sorted(subfolders, reverse=True):  # those within others first
         with contextlib.suppress(OSError):  # somebody else's files are in it
-            subfolder.rmdir()
+            (folder / subfolder).rmdir()
     return archive
 
 

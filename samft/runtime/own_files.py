@@ -20,6 +20,7 @@ from samft.runtime.files import read_digests, read_json, sha256_of
 CHECKPOINT_NAME = re.compile(r"\d+--?\d+\.\d\d\.ckpt")  # {step}-{score:.2f}.ckpt
 CONFIG_NAME = "config.yaml"
 LAST_NAME, PREVIOUS, TENSORBOARD = "last.ckpt", "previous", "tensorboard"
+TRACKERS_NAME = "trackers.json"
 # What `OmegaConf.to_yaml` of a configuration has had since the first version.
 _OLDEST_SETTINGS = {"data_root", "model_type", "checkpoint_path", "batch_size", "output_dir"}
 _HEAD_BYTES = 1 << 20
@@ -145,6 +146,7 @@ _IS_OWN: dict[str, Callable[[Path], bool]] = {
     "objects.json": _is_scores,
     "summary.json": has_keys("baseline_val_per_mask_iou", "best_checkpoint"),
     "status.json": has_keys("state", "step", "exit_code", "reason", "last_checkpoint"),
+    TRACKERS_NAME: has_keys("name", "ids"),
     "report.html": lambda path: b"IoU by step" in _read_head(path, 1 << 26),
     "train.log": _is_log,
     "before.png": _is_drawn,
@@ -156,7 +158,7 @@ _IS_OWN: dict[str, Callable[[Path], bool]] = {
     f"{PREVIOUS}/last.json": _is_state_sidecar,
 }
 # Present also if a run was stopped before it has measured anything, and then written anew.
-_LEFT_BY_ANY_START = (CONFIG_NAME, "status.json", "train.log", TENSORBOARD)
+_LEFT_BY_ANY_START = (CONFIG_NAME, "status.json", "train.log", TENSORBOARD, TRACKERS_NAME)
 
 
 def is_own(folder: Path, name: str) -> bool:
@@ -175,8 +177,8 @@ def own_files(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.ckpt")):
         if is_checkpoint(path):
             names += [path.name, path.with_suffix(".json").name]
-    events = sorted((folder / TENSORBOARD).glob("*tfevents*"))
-    return names + [f"{TENSORBOARD}/{path.name}" for path in events if _is_event_file(path)]
+    events = sorted((folder / TENSORBOARD).rglob("*tfevents*"))
+    return names + [str(path.relative_to(folder)) for path in events if _is_event_file(path)]
 
 
 def has_measured(folder: Path, names: list[str]) -> bool:

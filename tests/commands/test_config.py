@@ -133,6 +133,7 @@ OTHER: dict[str, Any] = {
     "cache_dtype": "float32",
     "cache_max_gib": 2.5,
     "save_top_k": 3,
+    "trackers": "mlflow,tensorboard",
     "resume": "never",
     "seed": 12,
     "device": "cpu",
@@ -280,6 +281,17 @@ def test_yaml_of_a_configuration_repeats_it(tmp_path: Path, values: dict[str, An
     config = parse_config([*REQUIRED, *as_flags(values)])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_trackers_are_one_or_several() -> None:
+    for value in ("tensorboard", "none", "wandb, mlflow", "trackio,tensorboard,trackio"):
+        assert parse_config([*REQUIRED, "--trackers", value]).trackers == value
+    names = "tensorboard, mlflow, wandb, trackio, none"
+    for value, problem in (
+        ("mlflow,wandbb", f"trackers: 'wandbb' is none of {names}. Did you mean 'wandb'?"),
+        ("mlflow,", f"trackers: '' is none of {names}."),
+    ):
+        assert problem in problems_of([*REQUIRED, "--trackers", value])
 
 
 def test_an_unknown_flag_is_named_with_its_nearest() -> None:

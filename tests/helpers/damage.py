@@ -1,8 +1,10 @@
 """What disks, broken copies and people do to one file."""
 
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +86,14 @@ REPLACEMENTS: dict[str, Callable[[Path, np.random.Generator], None]] = {
     "dangling link": _dangling_link,
     "pipe": _pipe,
 }
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file can grow beyond this; Python gets an OSError after a part is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

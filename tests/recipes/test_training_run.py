@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import samft
 from helpers.coco_files import write_coco
@@ -31,6 +31,7 @@ from helpers.short_runs import (
     train_here,
     write_data,
 )
+from helpers.trackers import check_same_curves, curves_of_metrics, read_events, tensorboard_curves
 from samft.config import parse_config
 from samft.errors import DataError
 from samft.models.sam import build_sam
@@ -64,11 +65,6 @@ def summary(straight) -> dict[str, Any]:
 
 def best_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.ckpt") if path.name != "last.ckpt")
-
-
-def read_events(folder: Path) -> EventAccumulator:
-    everything = {"scalars": 0, "images": 0, "tensors": 0}  # no thinning out
-    return EventAccumulator(str(folder / "tensorboard"), everything).Reload()
 
 
 # The files of a run
@@ -240,18 +236,20 @@ def test_train_log_holds_the_whole_run(straight, summary):
 
 
 def test_tensorboard_has_the_same_scalars(straight):
-    events = read_events(straight)
-    for split, steps in (("val", VAL_STEPS), ("train", TRAIN_STEPS)):
-        lines = read_metrics(straight, split)
-        for name in lines[0].keys() - {"step", "split"}:
-            scalars = events.Scalars(f"{split}/{name}")
-            assert [event.step for event in scalars] == steps
-            values = [event.value for event in scalars]
-            assert values == pytest.approx([line[name] for line in lines], rel=1e-6)
+    check_same_curves(tensorboard_curves(straight), curves_of_metrics(straight))
     for name in ("same_objects", "worst_objects", "calibration"):
-        assert [event.step for event in events.Images(f"val/{name}")] == VAL_STEPS
+        images = read_events(straight, "val").Images(f"masks/{name}")
+        assert [event.step for event in images] == VAL_STEPS
+    events = read_events(straight)
     assert "config/text_summary" in events.Tags()["tensors"]
     assert events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+
+
+def test_its_runs_are_named_by_model_data_and_date(data, straight):
+    (run,) = (straight / "tensorboard").iterdir()
+    date = r"\d{4}-\d\d-\d\d-\d{4}"
+    assert re.fullmatch(f"vit_tiny-{re.escape(data.name)}-{date}", run.name), run.name
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["train", "val"]
 
 
 def test_pictures_before_and_after_are_of_the_same_images(straight):
@@ -304,9 +302,7 @@ def test_crash_between_two_saves_changes_nothing(data, straight, tmp_path):
     assert command_here(argv) == 0
     assert largest_difference(straight, tmp_path) == 0.0
     check_equal_metrics(tmp_path, straight)
-    events = read_events(tmp_path)
-    assert [event.step for event in events.Scalars("val/loss")] == VAL_STEPS
-    assert [event.step for event in events.Scalars("train/loss")] == TRAIN_STEPS
+    check_same_curves(tensorboard_curves(tmp_path), curves_of_metrics(tmp_path))
 
 
 def test_accumulation_and_workers_may_change_on_resume(data, straight, tmp_path):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.coco_files import write_coco
+from helpers.trackers import a_board, read_events
 from samft.coco.segmentation import CroppedMask
 from samft.coco.subset import CocoSubset, read_coco
 from samft.evaluation.object_scores import ObjectScores
@@ -79,6 +79,7 @@ def test_validations_are_drawn_and_the_first_and_best_kept(
     subset: CocoSubset, tmp_path: Path
 ) -> None:
     with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.trackers = [a_board(tmp_path)]
         images = ValidationImages(tmp_path, subset, log, resumed_from=tmp_path, start_step=0)
         assert not images.has_validation
         for step, iou in ((0, 0.5), (3, 0.6), (6, 0.4)):
@@ -88,8 +89,8 @@ def test_validations_are_drawn_and_the_first_and_best_kept(
         assert images.has_validation
     assert (tmp_path / AFTER).read_bytes() == after  # step 6 was no better
     assert drawing.read_png(tmp_path / BEFORE).shape == drawing.read_png(tmp_path / AFTER).shape
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
-    for name in ("val/same_objects", "val/worst_objects", "val/calibration"):
+    events = read_events(tmp_path, "val")
+    for name in ("masks/same_objects", "masks/worst_objects", "masks/calibration"):
         assert [event.step for event in events.Images(name)] == [0, 3, 6]
     (curve,) = [tag for tag in events.Tags()["tensors"] if "predicted_iou" in tag]
     assert [event.step for event in events.Tensors(curve)] == [0, 3, 6]

@@ -1,26 +1,25 @@
-"""metrics.jsonl, TensorBoard and log lines; what a resumed run forgets; silence of other ranks."""
+"""metrics.jsonl, trackers and log lines; what a resumed run forgets; silence of other ranks."""
 
 import json
 import logging
 import math
 import os
-import resource
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
+from helpers.damage import room_for
 from samft.runtime.logs import (
     LOGGER,
     RunLog,
+    Tracker,
     format_duration,
     logging_to_terminal,
     progress_bar,
@@ -159,33 +158,47 @@ def test_whole_metrics_are_not_written_anew(tmp_path: Path) -> None:
             assert [record["step"] for record in log.read_metrics()] == [0, 0, 1, 1, 2, 2]
 
 
-def test_tensorboard_has_the_same_scalars_and_purges_those_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Files of one second are read in the order of this number as text: 10 would precede 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-    write_steps(tmp_path, range(6))
-    write_steps(tmp_path, range(4, 6), start_step=3)
-    with closing(RunLog(tmp_path, main=True, steps=9, start_step=5)) as log:
-        log.add_image(5, "val/masks", np.zeros((4, 5, 3), np.uint8))
-        log.add_text("config", "seed: 0")
-        log.add_hparams({"seed": 0, "val_fraction": None, "amp": "off"}, {"hparam/best": 0.5})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    scalars = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert scalars == [(step, step / 4) for step in range(6)]
-    assert [event.value for event in events.Scalars("hparam/best")] == [0.5]
-    picture = events.Images("val/masks")[0]
-    assert (picture.step, picture.height, picture.width) == (5, 4, 5)
-    assert events.Tensors("config/text_summary")[0].tensor_proto.string_val == [b"    seed: 0"]
-    assert not [entry for entry in (tmp_path / "tensorboard").iterdir() if entry.is_dir()]
+class Recorder(Tracker):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def add_scalars(self, step: int, split: str, values: dict[str, float]) -> None:
+        self.calls.append((step, split, values))
+
+    def add_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        self.calls.append((step, sorted(pictures)))
+
+    def add_results(self, results: dict[str, float]) -> None:
+        self.calls.append((results,))
+
+    def close(self) -> None:
+        self.calls.append(("closed",))
+
+
+def test_trackers_get_the_finite_numbers_of_each_line(tmp_path: Path) -> None:
+    recorder = Recorder()
+    with closing(RunLog(tmp_path, main=True, steps=9)) as log:
+        log.trackers = [recorder]
+        log.write_metrics(0, "val", {"per_mask_iou": 0.5, "loss": math.nan})
+        log.add_pictures(0, {"masks": np.zeros((4, 5, 3), np.uint8)})
+        log.write_metrics(3, "train", {"loss": 1e-7, "skipped_steps": 0})
+        log.add_results({"best": 0.5})
+    assert recorder.calls == [
+        (0, "val", {"per_mask_iou": 0.5}),
+        (0, ["masks"]),
+        (3, "train", {"loss": 1e-7, "skipped_steps": 0}),
+        ({"best": 0.5},),
+        ("closed",),
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with closing(RunLog(tmp_path, main=False, steps=9)) as log:
         log.write_metrics(1, "train", {"loss": 1.0})
-        log.add_image(1, "masks", np.zeros((4, 5, 3), np.uint8))
-        log.add_text("config", "seed: 0")
-        log.add_hparams({"seed": 0}, {"best": 0.5})
+        log.add_pictures(1, {"masks": np.zeros((4, 5, 3), np.uint8)})
+        log.add_results({"best": 0.5})
         log.advance_bar(loss="1.0")
         LOGGER.warning("printed, not written")
     assert os.listdir(tmp_path) == []
@@ -328,17 +341,6 @@ def test_other_ranks_write_no_bad_step(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """No file can grow beyond this; Python gets an OSError after a part is written."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 # More and less than half of the line fits: what is left of it would fit, too, or would not.
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.9])
 def test_lines_that_a_full_disk_refuses_are_written_later_and_whole(
@@ -379,7 +381,6 @@ def test_a_full_disk_does_not_make_logging_fail(
     stderr = capsys.readouterr().err
     assert "Traceback" not in stderr and "Logging error" not in stderr
     assert stderr.count("train.log cannot be written") == 1
-    assert stderr.count("tensorboard/ cannot be written") == 1
     assert "a line that only the terminal gets" in stderr and "and another" in stderr
 
 

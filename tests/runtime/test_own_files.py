@@ -26,12 +26,12 @@ from samft.runtime.own_files import (
 )
 
 PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-EVENTS = "tensorboard/events.out.tfevents.1.host.2.0"
+EVENTS = "tensorboard/run/val/events.out.tfevents.1.host.2.0"
 
 
 def write_run(folder: Path) -> list[str]:
     """What a run leaves, in small; the names."""
-    (folder / "tensorboard").mkdir(parents=True)
+    (folder / EVENTS).parent.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(a_config(folder / "data", folder)))
     (folder / "metrics.jsonl").write_text('{"step": 0, "split": "val", "per_mask_iou": 0.5}\n')
     record = {"after_step": 3, "position": 4, "image_ids": [[1]]}
@@ -44,7 +44,8 @@ def write_run(folder: Path) -> list[str]:
     (folder / "train.log").write_text("2026-01-01 10:00:00,000 device cpu, 1 process(es), 2 im\n")
     for name in ("before.png", "after.png", "before_after.png"):
         write_png(folder / name, PICTURE)
-    (folder / EVENTS).write_bytes(b"\x18\0\0brain.Event:2 train/per_mask_iou")
+    (folder / EVENTS).write_bytes(b"\x18\0\0brain.Event:2 iou/per_mask_iou")
+    write_json(folder / "trackers.json", {"name": "run", "ids": {}})
     write_status(folder, state="done")
     for _ in range(2):
         save_last(folder, {"global_batch": 1})
@@ -78,6 +79,7 @@ FOREIGN = {
     "objects.json": b'[{"id": 1}]',
     "summary.json": b'{"accuracy": 0.5}',
     "status.json": b'{"state": "on"}',
+    "trackers.json": b'{"name": "mine"}',
     "report.html": b"<html></html>",
     "train.log": b"2026-01-01 10:00:00,000 epoch 1\n",
     "before.png": cv2.imencode(".png", PICTURE[..., 0])[1].tobytes(),

@@ -1,4 +1,7 @@
-"""A few objects of the validation set, with the masks of the initial and of the best weights."""
+"""A few objects of the validation set, with the masks of the initial and of the best weights.
+
+After a training with clicks, some are corrected by clicks, too.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +16,8 @@ from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset, collate
 from samft.errors import UserError
+from samft.evaluation.clicks import ClickExamples
+from samft.evaluation.evaluator import Clicking, EvaluatedObjects, PromptedObjects
 from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import Comparison
 from samft.images.files import ImageError
@@ -20,13 +25,16 @@ from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.prompts import Prompts
 from samft.models.sam import load_state, read_state
 from samft.recipes import build
+from samft.reports.click_pictures import ExampleMasks
 from samft.reports.drawing import annotate_crop, crop_around, image_row_of
 from samft.reports.page import ObjectPair
-from samft.reports.validation_images import find_objects
+from samft.reports.validation_images import choose_fixed, find_objects
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
 
 NUM_EXAMPLES = 6  # of each kind
+# Corrected by clicks: images, objects of each at most, clicks on each; and clicks in the pictures.
+_CLICKED_IMAGES, _CLICKED_OBJECTS, _NUM_CLICKS, _CLICKS_SHOWN = 16, 4, 7, 3
 _TILE = 288  # px: sharp where it is shown at half the size
 _IOU_TOLERANCE = 0.02  # by how much a mask's IoU may change with the precision of the model
 
@@ -38,10 +46,20 @@ class QualitativeExamples:
     Attributes:
         pairs: The objects of each kind.
         why_none: Why there are no pairs, in a sentence; empty if there are.
+        clicked: Other objects, corrected by clicks with both; empty after a training without.
     """
 
     pairs: dict[str, list[ObjectPair]] = field(default_factory=dict)
     why_none: str = ""
+    clicked: list["ClickedObjects"] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ClickedObjects:
+    """Objects that one model's masks were corrected of by clicks: their scores, and a few masks."""
+
+    scores: EvaluatedObjects
+    masks: ExampleMasks
 
 
 def draw_examples(
@@ -75,7 +93,7 @@ def draw_examples(
     positions = find_objects(dataset.subset.index, comparison.before.keys()[rows])
     objects = dict(zip(rows.tolist(), positions.tolist(), strict=True))
     try:
-        masks = _predict_with_both(
+        masks, clicked = _predict_with_both(
             config, model, dataset, list(objects.values()), checkpoint, should_stop=should_stop
         )
     except UserError as error:
@@ -96,7 +114,8 @@ def draw_examples(
             )
     drawn = _draw_pairs(dataset, comparison, objects, masks)
     return QualitativeExamples(
-        {kind: [drawn[r] for r in of.tolist() if r in drawn] for kind, of in rows_by_kind.items()}
+        {kind: [drawn[r] for r in of.tolist() if r in drawn] for kind, of in rows_by_kind.items()},
+        clicked=clicked,
     )
 
 
@@ -108,22 +127,86 @@ def _predict_with_both(
     checkpoint: Path,
     *,
     should_stop: Callable[[], bool],
-) -> list[dict[int, CroppedMask]]:
-    embeddings: dict[int, Tensor] = {}  # the same for both weights if the encoder is frozen
-    masks = []
+) -> tuple[list[dict[int, CroppedMask]], list[ClickedObjects]]:
+    shared: dict[int, Tensor] = {}  # the same for both weights if the encoder is frozen
+    masks: list[dict[int, CroppedMask]] = []
+    clicked: list[ClickedObjects] = []
+    clicks_trained = config.prompts != "box" or config.num_corrections > 0
     initial = partial(build.load_initial_state, config)
     for load_weights in (initial, partial(read_state, checkpoint, quiet=True)):
         load_state(model.sam, load_weights(), source="the weights of this run")
+        embeddings = shared if model.encoder_is_frozen else {}
         masks.append(
-            predict_objects(
-                model,
-                dataset,
-                objects,
-                embeddings=embeddings if model.encoder_is_frozen else {},
-                should_stop=should_stop,
-            )
+            predict_objects(model, dataset, objects, embeddings=embeddings, should_stop=should_stop)
         )
-    return masks
+        if clicks_trained:
+            # Only the weights of samft are known to have been tuned to give a single mask.
+            multimask = config.multimask == "best" or not clicked
+            clicked.append(
+                correct_objects(
+                    model,
+                    dataset,
+                    embeddings=embeddings,
+                    multimask=multimask,
+                    should_stop=should_stop,
+                )
+            )
+    return masks, clicked
+
+
+@torch.no_grad()
+@exact_float32()
+def correct_objects(
+    model: PromptedSam,
+    dataset: Coco2MaskDataset,
+    *,
+    embeddings: dict[int, Tensor],
+    multimask: bool,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ClickedObjects:
+    """Corrects a few objects of each of some images of a validation split by clicks.
+
+    Args:
+        model: On its device.
+        dataset: The split; its cached embeddings are used if it has any.
+        embeddings: By image, those of these weights that are known; the others are added.
+        multimask: Whether a first click gives the best of three masks.
+        should_stop: Asked before each image.
+
+    Returns:
+        The same objects each time, without those of images that cannot be read any more.
+    """
+    index, subset = dataset.subset.index, dataset.subset
+    chosen = choose_fixed(subset, _CLICKED_IMAGES).tolist()
+    by_image = {image_row_of(index, k): k for k in reversed(chosen)}
+    drawn = sorted(by_image.values(), key=chosen.index)[:: -(-len(by_image) // NUM_EXAMPLES)]
+    image_ids = [int(index.image_ids[image_row_of(index, k)]) for k in drawn]
+    keys = zip(image_ids, index.object_ids[drawn].tolist(), strict=True)
+    examples = ClickExamples(keys, num_masks=_CLICKS_SHOWN)
+    clicking, parts = Clicking(_NUM_CLICKS, multimask, examples), []
+    for image, k in by_image.items():
+        if should_stop():
+            break
+        (row,) = np.flatnonzero(subset.rows == image).tolist()
+        heartbeat.set_activity("clicking on image", partial(list, [subset.file_name(row)]))
+        try:
+            batch = collate([dataset[row]])
+        except ImageError:
+            continue
+        on_device = batch.to(model.sam.device)
+        if image not in embeddings:
+            embeddings[image] = model.embed(
+                on_device.images, on_device.input_sizes, cached=on_device.embeddings
+            )
+        # A few neighbours in the file, the chosen one among them.
+        place = batch.object_ids.tolist().index(int(index.object_ids[k]))
+        start = max(0, min(place, batch.num_masks - _CLICKED_OBJECTS))
+        part = slice(start, start + _CLICKED_OBJECTS)
+        objects = PromptedObjects(
+            model, embeddings[image], batch.take_objects(part), on_device.boxes[part]
+        )
+        parts.append(objects.evaluate(seed=0, clicking=clicking))
+    return ClickedObjects(EvaluatedObjects.concatenate(parts), examples.masks)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from samft import distributed
 from samft.checkpoints.top_k import Checkpoint, git_commit
 from samft.config import TrainConfig
 from samft.data.map_style import DatasetIndex
+from samft.evaluation.click_curves import compare_clicks, summarise_clicks
 from samft.evaluation.object_scores import (
     Comparison,
     GroupMeans,
@@ -27,7 +28,9 @@ from samft.evaluation.object_scores import (
 )
 from samft.models.prompted_sam import PromptedSam
 from samft.recipes.datasets import Splits, find_val_files
-from samft.recipes.qualitative_examples import draw_examples
+from samft.recipes.qualitative_examples import ClickedObjects, draw_examples
+from samft.reports.click_pictures import draw_click_rows
+from samft.reports.evaluation_page import click_figures
 from samft.reports.page import ReportPage, render
 from samft.reports.summary import loading_line, log_summary, next_commands, summarise_run
 from samft.reports.validation_images import (
@@ -198,11 +201,30 @@ class RunReport:
             classes=self._group_by_class(),
             pairs=examples.pairs,
             why_no_pairs=examples.why_none,
+            **self._click_fields(examples.clicked),
             settings=changed,
             defaults=unchanged,
             environment=describe_environment(config, model.sam.device),
             commands=commands,
         )
+
+    def _click_fields(self, clicked: list[ClickedObjects]) -> dict[str, Any]:
+        # What the page shows of objects that both models' masks were corrected of by clicks.
+        if len(clicked) != 2:
+            return {}
+        comparison = compare_objects(*(one.scores for one in clicked))
+        tables, seed = (comparison.before, comparison.after), self.config.seed
+        if not len(tables[0]):
+            return {}
+        num_images = len(np.unique(tables[0].image_ids))
+        return {
+            "clicked": f"{len(tables[0])} objects of {num_images} images",
+            "click_figures": click_figures(
+                [summarise_clicks(table, seed=seed) for table in tables],
+                changes=compare_clicks(*tables, seed=seed),
+            ),
+            "click_rows": draw_click_rows(self.images.index, [one.masks for one in clicked]),
+        }
 
     def _group_by_class(self) -> list[GroupMeans]:
         if self.comparison is None:

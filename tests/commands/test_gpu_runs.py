@@ -131,7 +131,7 @@ def test_dry_run(folder: Path) -> None:
 def test_evaluate(fresh: PretendedRun, folder: Path) -> None:
     [checkpoint] = (folder / "fresh").glob("3-*.ckpt")
     argv = ["--checkpoint", str(checkpoint), "--data_root", str(folder / "data")]
-    argv += ["--split", "val", "--output", str(folder / "scores.json")]
+    argv += ["--split", "val", "--output", str(folder / "scores.json"), "--clicks", "2"]
     check_run(run_with_pretended_gpus("samft.evaluate", argv, folder=folder))
     scores = json.loads((folder / "scores.json").read_text())
     [logged] = [

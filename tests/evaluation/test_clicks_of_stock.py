@@ -1,5 +1,7 @@
 """Corrections equal a loop of stock `SamPredictor.predict` with the same clicks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from samft.coco.segmentation import CroppedMask
 from samft.coco.subset import read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset, collate
 from samft.data.transforms import boxes_to_original
+from samft.evaluation import evaluator
 from samft.evaluation.clicks import Click, CorrectedMask
 from samft.evaluation.evaluator import Clicking, PromptedObjects, evaluate_split
 from samft.evaluation.metrics import cropped_iou
@@ -145,3 +148,31 @@ def test_the_curve_has_the_scores_of_those_masks(dataset: Coco2MaskDataset) -> N
     assert np.array_equal(rows.iou_boundary_clicks_box[:, 0], rows.iou_boundary)
     assert rows.iou_clicks_box.shape[1] == NUM_CLICKS + 1
     assert rows.iou_clicks_point.std() > 0.01
+
+
+def test_chunks_do_not_change_the_scores(
+    dataset: Coco2MaskDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, clicking = collate([dataset[1]]), Clicking(NUM_CLICKS)
+    once, _ = evaluate_split(PromptedSam(random_sam()), [batch], clicking=clicking)
+    monkeypatch.setattr(evaluator, "MASK_CHUNK", 3)
+    parts, _ = evaluate_split(PromptedSam(random_sam(), mask_chunk=2), [batch], clicking=clicking)
+    assert np.array_equal(once.keys(), parts.keys()) and len(once) == 4
+    for name in ("iou_clicks_box", "iou_clicks_point"):
+        # A pixel whose logit is within rounding of 0 may send a later click elsewhere.
+        assert np.isclose(getattr(once, name), getattr(parts, name), atol=1e-3).mean() > 0.8, name
+
+
+def test_objects_of_one_pixel_are_clicked_and_scored(dataset: Coco2MaskDataset) -> None:
+    batch = collate([dataset[1]])
+    pixel = CroppedMask(5, 7, np.ones((1, 1), bool))
+    tiny = replace(batch, truths=[pixel] * batch.num_masks)
+    kept = EveryMask()
+    rows, _ = evaluate_split(
+        PromptedSam(random_sam()), [tiny], clicking=Clicking(NUM_CLICKS, examples=kept)
+    )
+    assert all(own[0].clicks == (Click(7, 5, 1),) for own in kept.masks.values())
+    for own in kept.masks.values():
+        clicks = own[-1].clicks
+        assert len({click[:2] for click in clicks}) == len(clicks)  # no pixel twice
+    assert np.isfinite(rows.iou_clicks_box).all() and (rows.areas == 1).all()

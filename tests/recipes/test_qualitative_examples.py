@@ -18,6 +18,7 @@ from samft.recipes import build
 from samft.recipes.datasets import load_splits
 from samft.recipes.qualitative_examples import (
     QualitativeExamples,
+    correct_objects,
     draw_examples,
     predict_objects,
 )
@@ -75,6 +76,38 @@ def test_the_masks_are_those_that_were_scored(run: tuple[TrainConfig, Path]) -> 
         size = index.sizes[image_of[k]].tolist()
         truth = decode_cropped(index.segmentations[k], size)
         assert cropped_iou(masks[k], truth) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_objects_are_corrected_by_clicks(run: tuple[TrainConfig, Path]) -> None:
+    config, folder = run
+    dataset = load_splits(config).val
+    model = build.build_model(config, None, torch.device("cpu"))
+    load_state(model.sam, read_state(best_of(folder)))
+    embeddings: dict[int, torch.Tensor] = {}
+    first = correct_objects(model, dataset, embeddings=embeddings, multimask=False)
+    encoded: list[int] = []
+    model.sam.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    second = correct_objects(model, dataset, embeddings=embeddings, multimask=True)
+    assert encoded == [] and len(embeddings) == 3  # each image was encoded once
+    assert np.array_equal(first.scores.keys(), second.scores.keys())
+    assert np.array_equal(first.scores.iou_clicks_box, second.scores.iou_clicks_box)
+    assert np.array_equal(first.scores.iou_clicks_point[:, 0], first.scores.iou_point)
+    assert np.array_equal(second.scores.iou_clicks_point[:, 0], second.scores.iou_point_multimask)
+    # The IoU from the box alone is the one that validation had.
+    both = compare_objects(comparison_of(folder).after, first.scores)
+    assert len(both.before) == len(first.scores) == 1 + 4 + 2  # at most 4 of an image
+    np.testing.assert_allclose(both.before.iou_actual, first.scores.iou_clicks_box[:, 0], atol=1e-9)
+    assert first.masks.keys() == second.masks.keys() and len(first.masks) == 3
+    assert set(map(tuple, first.scores.keys().tolist())) > set(first.masks)
+    assert all(1 <= len(masks) <= 3 for masks in first.masks.values())
+
+
+def test_only_a_training_with_clicks_shows_them(run: tuple[TrainConfig, Path]) -> None:
+    config, folder = run
+    assert draw(config, folder, best_of(folder)).clicked == []
+    clicking = replace(config, prompts="point")
+    before, after = draw(clicking, folder, best_of(folder)).clicked
+    assert np.array_equal(before.scores.keys(), after.scores.keys())
 
 
 def test_random_weights_are_drawn_again(run: tuple[TrainConfig, Path]) -> None:

@@ -89,7 +89,7 @@ def test_fewer_objects_than_before_are_warned_about(num_lost: int, is_warned: bo
     assert (counts.warning is None) is not is_warned
 
 
-def evaluation(*found: tuple[str, float | None]) -> dict[str, Any]:
+def evaluation(*shares: tuple[str, float | None]) -> dict[str, Any]:
     """A report of `samft evaluate` on some checkpoints, with the objects that they find."""
     first, *others = (
         {
@@ -97,7 +97,7 @@ def evaluation(*found: tuple[str, float | None]) -> dict[str, Any]:
             "checkpoint": name,
             **({} if share is None else {"automatic": {"found_50": share, "images": 20}}),
         }
-        for name, share in found
+        for name, share in shares
     )
     return {**first, "others": others, "samft_version": "1"}
 

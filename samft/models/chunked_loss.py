@@ -57,6 +57,10 @@ def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) ->
     return int(max(1, min(most / num_values, MAX_BOXES)))
 
 
+# The first three of `DecoderInputs`.
+ImageInputs = tuple[Tensor, Tensor, Tensor | None]
+
+
 class DecoderInputs(NamedTuple):
     """The tensors that a mask decoder takes, for all prompts of all images.
 
@@ -139,34 +143,35 @@ class BoxDecoder:
         rows = of_boxes.flatten(1).to(per_image.dtype)
         per_image.view(len(per_image), -1).addmm_(membership, rows)
 
-    def decode(self, inputs: DecoderInputs, *, multimask: bool = False) -> tuple[Tensor, Tensor]:
+    def decode(
+        self,
+        image_inputs: ImageInputs,
+        embed: Callable[[slice], PromptEmbeddings],
+        *,
+        multimask: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """Predicts the masks of all prompts; with several chunks, backward decodes each once more.
+
+        Args:
+            image_inputs: The first three of `DecoderInputs`.
+            embed: Gives the embeddings of a chunk of the prompts.
+            multimask: Whether three masks are wanted of each prompt.
 
         Returns:
             Mask logits and predicted IoU, see `DecoderImplementation.decode`.
         """
-        per_image, shared = self.implementation.prepare(self.module, *inputs[:3])
-        decode: Callable[..., tuple[Tensor, Tensor]] = self._decode_chunk
+        per_image, shared = self.implementation.prepare(self.module, *image_inputs)
+
+        def decode(chunk: slice) -> tuple[Tensor, Tensor]:
+            of_boxes = tuple(self.rows_of_boxes(tensor, chunk) for tensor in per_image)
+            decode_rows = self.implementation.decode
+            return decode_rows(self.module, of_boxes, shared, embed(chunk), multimask=multimask)
+
         if torch.is_grad_enabled() and len(self.image_index) > self.mask_chunk:
             # The masks are wanted, so no loss can be taken here: checkpoint each chunk.
             decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
-        decode = partial(decode, multimask=multimask)
-        decoded = [decode(per_image, shared, inputs.prompts, chunk) for chunk in self.chunks()]
-        logits, iou_predicted = zip(*decoded, strict=True)
+        logits, iou_predicted = zip(*map(decode, self.chunks()), strict=True)
         return torch.cat(logits), torch.cat(iou_predicted)
-
-    def _decode_chunk(
-        self,
-        per_image: Tensors,
-        shared: Tensors,
-        prompts: PromptEmbeddings,
-        chunk: slice,
-        *,
-        multimask: bool,
-    ) -> tuple[Tensor, Tensor]:
-        of_boxes = tuple(self.rows_of_boxes(tensor, chunk) for tensor in per_image)
-        decode = self.implementation.decode
-        return decode(self.module, of_boxes, shared, prompts.rows(chunk), multimask=multimask)
 
     def sum_losses(
         self,

@@ -213,7 +213,9 @@ class _GeluProduct(torch.autograd.Function):
         # In rows of K, so that the only mask is one column for BLAS, not the transpose of a row.
         columns = gradient.transpose(2, 3).flatten(2).unflatten(2, (-1, hyper.shape[1]))
         d_hyper = (activated @ columns).sum(1).transpose(1, 2)
-        d_activated = hyper.transpose(1, 2)[:, None] @ gradient
+        # For one mask a product of columns and rows is a multiplication.
+        multiply = torch.mul if hyper.shape[1] == 1 else torch.matmul
+        d_activated = multiply(hyper.transpose(1, 2)[:, None], gradient)
         d_inner = torch.ops.aten.gelu_backward(d_activated, inner).flatten(1, 2)
         d_weight, d_bias = (d_inner @ x).sum(0), d_inner.sum((0, 2))
         # As a batch: times a single matrix, the transposed would be copied into rows first.

@@ -18,6 +18,7 @@ from samft.coco.segmentation import CroppedMask
 from samft.models.chunked_loss import (
     BoxDecoder,
     DecoderInputs,
+    ImageInputs,
     LossInputs,
     LossRounds,
     RoundInputs,
@@ -32,7 +33,7 @@ from samft.models.encoder_parts import (
 )
 from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import choose_decoder
-from samft.models.prompts import Prompts
+from samft.models.prompts import PromptEmbeddings, Prompts
 from samft.models.two_way_transformer import Tensors
 from samft.runtime.device import (
     exact_float32,
@@ -218,9 +219,17 @@ class PromptedSam(nn.Module):
             Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M]; with
             `multimask` [M, 3, S/4, S/4] and [M, 3].
         """
-        inputs = self._decoder_inputs(embeddings, prompts)
+        prompt_encoder = self.sam.prompt_encoder
+
+        tokens = prompts.embed_tokens(prompt_encoder)
+
+        def embed(chunk: slice) -> PromptEmbeddings:
+            # An embedded mask is as large as an embedded image: not of all prompts at once.
+            masks = prompts.rows(chunk).embed_masks(prompt_encoder)
+            return PromptEmbeddings(tokens[chunk], masks)
+
         decoder = self._box_decoder(image_index, mask_chunk or self.boxes_at_once())
-        return decoder.decode(inputs, multimask=multimask)
+        return decoder.decode(self._image_inputs(embeddings, prompts), embed, multimask=multimask)
 
     def boxes_at_once(self) -> int:
         """`mask_chunk`, or else what fits into the memory that was free at the first call.
@@ -250,14 +259,14 @@ class PromptedSam(nn.Module):
         return BoxDecoder(self.sam.mask_decoder, implementation, image_index, mask_chunk)
 
     def _decoder_inputs(self, embeddings: Tensor, prompts: Prompts) -> DecoderInputs:
-        prompt_encoder = self.sam.prompt_encoder
-        embedded = prompts.embed(prompt_encoder)
+        embedded = prompts.embed(self.sam.prompt_encoder)
+        return DecoderInputs(*self._image_inputs(embeddings, prompts), embedded)
+
+    def _image_inputs(self, embeddings: Tensor, prompts: Prompts) -> ImageInputs:
         with full_precision(embeddings.device):
             image_pe = self._dense_pe()
-        no_mask = None
-        if prompts.masks is None:
-            no_mask = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        return DecoderInputs(embeddings, image_pe, no_mask, embedded)
+        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return embeddings, image_pe, no_mask if prompts.masks is None else None
 
     def _dense_pe(self) -> Tensor:
         # A function of one matrix, computed again only when that matrix was moved (another tensor)

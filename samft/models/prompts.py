@@ -106,13 +106,18 @@ class Prompts:
     def embed(self, prompt_encoder: PromptEncoder) -> PromptEmbeddings:
         """What stock's prompt encoder gives, to the bit; in full precision under any autocast.
 
-        As in stock, points without a box are followed by one more token, of no point.
-
         Args:
             prompt_encoder: The stock module, whose parameters are used.
         """
+        return PromptEmbeddings(self.embed_tokens(prompt_encoder), self.embed_masks(prompt_encoder))
+
+    def embed_tokens(self, prompt_encoder: PromptEncoder) -> Tensor:
+        """The tokens of points and boxes, float [M, T, C]; see `embed`.
+
+        As in stock, points without a box are followed by one more token, of no point.
+        """
         weight = prompt_encoder.no_mask_embed.weight
-        tokens, dense = [], None
+        tokens = []
         with full_precision(weight.device):
             if self.points is not None and self.labels is not None:
                 pad = 1 if self.boxes is None else 0
@@ -121,11 +126,18 @@ class Prompts:
                 tokens.append(_embed_points(prompt_encoder, points, labels))
             if self.boxes is not None:
                 tokens.append(prompt_encoder(points=None, boxes=self.boxes.float(), masks=None)[0])
-            if self.masks is not None:
-                dense = prompt_encoder.mask_downscaling(self.masks[:, None].to(weight.dtype))
         if not tokens:  # masks alone
-            tokens = [weight.new_empty(len(self), 0, prompt_encoder.embed_dim)]
-        return PromptEmbeddings(tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1), dense)
+            return weight.new_empty(len(self), 0, prompt_encoder.embed_dim)
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
+
+    def embed_masks(self, prompt_encoder: PromptEncoder) -> Tensor | None:
+        """What the masks add to image embeddings, float [M, C, h, w]; see `embed`."""
+        if self.masks is None:
+            return None
+        weight = prompt_encoder.no_mask_embed.weight
+        with full_precision(weight.device):
+            embedded: Tensor = prompt_encoder.mask_downscaling(self.masks[:, None].to(weight.dtype))
+        return embedded
 
     def _given(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

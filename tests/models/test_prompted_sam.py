@@ -240,6 +240,30 @@ def test_the_chunk_can_be_set_at_any_time_and_for_one_call() -> None:
     assert decoded_at_once(model, mask_chunk=4) == [4, 3]
 
 
+def test_masks_are_embedded_a_chunk_at_a_time_and_boxes_at_once() -> None:
+    model = PromptedSam(build_sam("vit_tiny", 64), mask_chunk=3)
+    chunks: list[int] = []
+    encoder, index = model.sam.prompt_encoder, torch.zeros(7, dtype=torch.int64)
+    note = lambda _, inputs: chunks.append(len(inputs[0]))  # noqa: E731
+    encoder.mask_downscaling.register_forward_pre_hook(note)
+    encoder.register_forward_pre_hook(lambda *_: chunks.append(0))
+    boxes = torch.tensor([[8.0, 8, 40, 40]]).expand(7, -1)
+    masks = torch.randn(7, 16, 16)
+    for multimask in (False, True):
+        model.decode(torch.zeros(1, 128, 4, 4), Prompts(masks=masks), index, multimask=multimask)
+    assert chunks == [3, 3, 1] * 2
+    chunks.clear()
+    logits, _ = model.decode(torch.zeros(1, 128, 4, 4), Prompts(boxes, masks=masks), index)
+    assert chunks == [0, 3, 3, 1]
+    logits.sum().backward()  # which decodes each chunk once more
+    assert sorted(chunks) == [0, 1, 1, 3, 3, 3, 3]
+    weight = encoder.mask_downscaling[0].weight
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+    chunks.clear()
+    model.decode(torch.zeros(1, 128, 4, 4), Prompts(boxes), index)
+    assert chunks == [0]  # the prompt encoder itself, for all boxes
+
+
 def test_the_automatic_chunk_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PromptedSam(build_sam("vit_tiny", 64))
     assert model.boxes_at_once() == 64

@@ -1,6 +1,7 @@
 """A training from Python: `samft.finetune`, with a caller's own data, loss, metrics, callbacks."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -72,7 +73,8 @@ def finetune(
             masks at a time, and sums are taken by samft.
         metrics: By name, functions of a predicted and a true mask, bool [H, W] in the pixels of the
             original image, that return a number. Means over all masks are logged.
-        callbacks: Called on rank 0 with the step and its metrics, after each validation.
+        callbacks: Called on rank 0 with the step and its metrics, after each validation. One that
+            returns True ends the run, which is then finished.
 
     Returns:
         The result, the same in each process.
@@ -133,14 +135,18 @@ def _read_result(config: TrainConfig, summary: dict[str, Any]) -> FinetuneResult
     best = summary.get("best_checkpoint")
     scores: dict[str, float] = {}
     if best is not None:
-        scores = _without_prefix(read_json(Path(best).with_suffix(".json"))["metrics"], "val_")
+        scores = _to_numbers(read_json(Path(best).with_suffix(".json"))["metrics"])
     baseline: dict[str, float] = {}
     if not config.dry_run:
         lines = read_metrics_file(Path(config.output_dir).expanduser() / FILE_NAME).whole
         first = next((one.record for one in lines if one.record["split"] == "val"), {})
-        baseline = {name: value for name, value in first.items() if name in scores}
+        baseline = _to_numbers({name: first[name] for name in first if name in scores})
     return FinetuneResult(None if best is None else Path(best), scores, baseline, summary)
 
 
-def _without_prefix(values: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in values.items()}
+def _to_numbers(values: dict[str, float | None]) -> dict[str, float]:
+    # JSON has null for what is no number.
+    return {
+        name.removeprefix("val_"): math.nan if value is None else value
+        for name, value in values.items()
+    }

@@ -51,7 +51,8 @@ def fit(run: TrainingRun) -> bool:
         run: A run that has started.
 
     Returns:
-        Whether the last step was reached. Everything is saved in either case.
+        Whether the last step was reached, or a callback has ended the run before. Everything is
+        saved in any case.
 
     Raises:
         UserError: An image cannot be read, on any rank.
@@ -83,6 +84,7 @@ def fit(run: TrainingRun) -> bool:
         finished = False
     if not finished:
         _save_state(run)
+    finished = finished or progress.ended_early
     run.checkpointer.wait()
     if unsaved := run.checkpointer.unsaved:
         raise TrainingError(
@@ -146,6 +148,8 @@ def _finish_interval(run: TrainingRun) -> None:
         metrics=validation.metrics,
         pixels=run.splits.pixels.to_json(),
     )
+    if run.custom.loss_name is not None:
+        sidecar["loss"] = run.custom.loss_name
     run.progress.pending = {}
     _save_state(run, validation, sidecar)
     _call_callbacks(run, train_metrics, validation)
@@ -167,13 +171,21 @@ def _finish_interval(run: TrainingRun) -> None:
 def _call_callbacks(
     run: TrainingRun, train_metrics: dict[str, float], validation: Validation
 ) -> None:
-    # On rank 0, as what writes files; what a callback raises ends the run on all ranks.
+    # Collective, if there are any. On rank 0, as what writes files; what a callback raises ends the
+    # run on all ranks.
+    if not run.custom.callbacks:
+        return
     lines = {"train": train_metrics, "val": {**validation.metrics, **validation.rates}}
     numbers = {
         f"{split}/{name}": value for split, line in lines.items() for name, value in line.items()
     }
-    for callback in run.custom.callbacks if distributed.is_main() else ():
+    answers = [
         callback(run.progress.step, dict(numbers))
+        for callback in (run.custom.callbacks if distributed.is_main() else ())
+    ]
+    if distributed.broadcast(any(answer is True for answer in answers)):
+        run.progress.ended_early = True
+        LOGGER.info("a callback ends the run after step %d", run.progress.step)
 
 
 def _validate_model(run: TrainingRun) -> Validation:

@@ -103,6 +103,8 @@ class RunParts:
         stop_after = self.config.stop_after
         if self.stop:
             return self.stop.received[0]
+        if self.progress.ended_early:
+            return "a callback"
         if time.time() >= self.deadline:
             return "the job's time limit"
         if stop_after is not None and self.progress.step >= stop_after:

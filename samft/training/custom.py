@@ -23,8 +23,9 @@ from samft.training.losses import LossFunction, MaskLosses
 
 # (mask, truth), bool [H, W] each, in the pixels of the original image, to a number.
 MaskMetric = Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]
-# (step, the numbers of its lines in metrics.jsonl, named `train/loss`, `val/per_mask_iou`, ...)
-Callback = Callable[[int, dict[str, float]], None]
+# (step, the numbers of its lines in metrics.jsonl, named `train/loss`, `val/per_mask_iou`, ...) to
+# True, which ends the run, or anything else.
+Callback = Callable[[int, dict[str, float]], Any]
 # What samft's own lines have, which another metric must not hide.
 _TAKEN_NAMES = frozenset(
     """step split loss loss_focal loss_dice loss_iou per_mask_iou iou_predicted box_fill_iou lr
@@ -68,11 +69,12 @@ class CustomParts:
         Raises:
             ConfigError: They have not.
         """
-        brought = (list(self.datasets), self.loss_name, list(self.metrics))
+        names = list(self.datasets), list(self.metrics)
+        brought = (*names, self.loss_name, len(self.callbacks))
         if any(other != brought for other in distributed.all_gather(brought)):
             raise ConfigError(
-                "the processes call finetune with different data, losses or metrics: let all of "
-                "them run the same program."
+                "the processes call finetune with different data, losses, metrics or callbacks: "
+                "let all of them run the same program."
             )
 
     def check(self) -> list[str]:

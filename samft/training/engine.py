@@ -72,6 +72,7 @@ class Progress:
         box_fill_iou: Mean IoU of filling each box of the validation set.
         bad_images: By split, the images that could not be read: file name to reason.
         pending: The train line of an interval whose validation was interrupted; else empty.
+        ended_early: Whether a callback has ended the run before its last step.
     """
 
     step: int = 0
@@ -87,6 +88,7 @@ class Progress:
     box_fill_iou: float = math.nan
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
     pending: dict[str, float] = field(default_factory=dict)
+    ended_early: bool = False
 
     def add_bad_images(self, split: str, bad_images: dict[str, str]) -> dict[str, str]:
         """Adds images that could not be read; returns those that were not known yet."""

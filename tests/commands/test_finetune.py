@@ -97,9 +97,27 @@ def test_the_result_is_what_the_files_say(tmp_path: Path) -> None:
     assert again.scores == result.scores and len(calls) == 3
 
 
+def test_a_callback_ends_a_run_which_is_then_finished(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def end_at_2(step: int, numbers: dict[str, float]) -> bool:
+        calls.append(step)
+        return step == 2
+
+    nan = {"nan": lambda mask, truth: float("nan")}
+    result = samft.finetune(a_config(tmp_path), **DATA, callbacks=[end_at_2], metrics=nan)
+    assert calls == [0, 2] and result.summary["steps"] == result.summary["best_step"] == 2
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+    assert np.isnan(result.scores["nan"]) and np.isnan(result.baseline["nan"])
+    again = samft.finetune(a_config(tmp_path), **DATA, callbacks=[end_at_2], metrics=nan)
+    assert again.summary["steps"] == 2 and calls == [0, 2]
+
+
 def test_a_run_with_an_own_loss_resumes_and_not_with_another(tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    samft.finetune(a_config(straight), **DATA, loss=overlap_losses)
+    result = samft.finetune(a_config(straight), **DATA, loss=overlap_losses)
+    sidecar = json.loads(result.best_checkpoint.with_suffix(".json").read_text())
+    assert sidecar["loss"].startswith("overlap_losses ")
     with pytest.raises(RunStopped, match="saved after step 3 of 4"):
         samft.finetune(a_config(stopped, stop_after=3), **DATA, loss=overlap_losses)
     for loss in (None, other_losses):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.gloo_pool import GlooPool
 from helpers.own_datasets import Discs, write_as_coco
 from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import (
@@ -23,7 +24,8 @@ from samft.coco.subset import (
 )
 from samft.data.dataset import Coco2MaskDataset, Sample
 from samft.data.map_style import DatasetIndex, index_dataset
-from samft.errors import DataError, RunStopped
+from samft.distributed import get_rank
+from samft.errors import DataError, RunStopped, UserError
 
 
 def a_subset(dataset: Any, name: str = "train_data", **options: Any) -> CocoSubset:
@@ -221,3 +223,25 @@ def test_an_index_can_be_sent_to_another_process_and_split() -> None:
 def test_reading_stops_when_asked_to() -> None:
     with pytest.raises(RunStopped, match="stopped while train_data was read"):
         index_dataset(Discs(4), name="train_data", should_stop=lambda: True)
+
+
+def index_on_rank(rank_items: list[list[Any]]) -> Any:
+    """The index of the items of this rank, as plain values; or its error's message."""
+    try:
+        index = index_dataset(Items(rank_items[get_rank()]), name="train_data")
+    except UserError as error:
+        return str(error)
+    return index.file_names(), index.boxes.tolist(), index.digests.tolist()
+
+
+@pytest.mark.processes
+def test_ranks_read_their_share_and_have_the_whole(gloo2: GlooPool) -> None:
+    items = [Discs(5)[i] for i in range(5)]
+    one = index_on_rank([items])
+    assert gloo2.run(index_on_rank, [items, items]) == [one, one]
+    # Rank 1 reads items 1 and 3: what it sees is raised on both ranks.
+    broken = [items[0], items[1], items[2], OSError("disk"), items[4]]
+    messages = gloo2.run(index_on_rank, [items, broken])
+    assert messages == ["train_data[3] raises OSError: disk."] * 2
+    messages = gloo2.run(index_on_rank, [items, items[:4]])
+    assert all("train_data has other lengths in other processes" in text for text in messages)

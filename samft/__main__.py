@@ -5,7 +5,7 @@ import sys
 
 from samft import __version__
 from samft.commands import COMMANDS, shell_command
-from samft.errors import EXIT_DONE, EXIT_USAGE, escape_unprintable
+from samft.errors import EXIT_DONE, EXIT_USAGE, escape_unprintable, fold_for_terminal
 from samft.suggestions import suggest_nearest
 
 _HELP = ("help", "-h", "--help")
@@ -32,7 +32,7 @@ def main() -> int:
     elif name in _HELP:
         print(_overview())
     else:
-        print(f"error: {_wrong_name(name)}", file=sys.stderr)
+        print(fold_for_terminal(f"error: {_wrong_name(name)}", sys.stderr), file=sys.stderr)
         return EXIT_USAGE
     return EXIT_DONE
 

@@ -32,6 +32,7 @@ from samft.errors import (
     UserError,
     escape_paragraph,
     explain_host_error,
+    fold_for_terminal,
 )
 from samft.suggestions import suggest_nearest
 
@@ -271,7 +272,8 @@ def print_error(error: BaseException, reason: str = "") -> None:
     kind = "stopped" if isinstance(error, (RunStopped, KeyboardInterrupt)) else "error"
     message = escape_paragraph(reason or str(error) or "interrupted")
     with contextlib.suppress(OSError):  # standard error may be a file on the disk that is full
-        print(f"{prefix}{kind}: {message}", file=sys.stderr, flush=True)
+        text = fold_for_terminal(f"{prefix}{kind}: {message}", sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _report_to_torchrun(error: Exception) -> None:

@@ -25,7 +25,7 @@ from samft.cli import CommandParser, run_command, user_path
 from samft.coco.index import index_file
 from samft.coco.subset import raise_for_errors
 from samft.commands import shell_command
-from samft.errors import ConfigError, DataError, escape_unprintable
+from samft.errors import ConfigError, DataError, escape_unprintable, fold_for_terminal
 from samft.interchange.layouts import NEED_IMAGES, READERS
 from samft.interchange.writers import Converted, write_dataset, write_label_images, write_yolo
 from samft.runtime.files import staging_path
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--output_dir: {output} cannot be written ({error}).") from error
     for note in converted.notes:
-        print(escape_unprintable(note), file=sys.stderr)
+        print(fold_for_terminal(escape_unprintable(note), sys.stderr), file=sys.stderr)
     for split in converted.images:
         counts = f"{converted.images[split]:,} images, {converted.objects[split]:,} objects"
         print(escape_unprintable(f"{output}: {split}: {counts}"))

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -24,6 +26,43 @@ def escape_unprintable(text: str) -> str:
 def escape_paragraph(text: str) -> str:
     """Also indents all lines but the first, so that a file name cannot forge a line of the log."""
     return escape_unprintable(text).replace("\n", "\n  ")
+
+
+# What is never broken, with the spaces before it: `a command`, 'a quoted path', any other word.
+_UNBROKEN = re.compile(r"\s*(?:`[^`]*`\S*|(?<!\S)'[^']*'\S*|\S+)")
+_NARROWEST = 40  # columns; a narrower terminal breaks lines by itself
+
+
+def fold_for_terminal(text: str, stream: TextIO | None, *, indent: int = 2) -> str:
+    """Breaks long lines between words where a terminal would break them within words.
+
+    Args:
+        text: Printable. Whole words stay whole, so that paths and commands can be copied.
+        stream: Where it is going to be written; for anything but a terminal the text is unchanged.
+        indent: Spaces before what follows a break in the first line; other lines are two deeper.
+    """
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns if stream and stream.isatty() else 0
+    except (OSError, ValueError):  # a stream without a file, or one that is closed
+        return text
+    if width < _NARROWEST:
+        return text
+    first, *others = text.split("\n")
+    lines = [_fold_line(first, width, margin=" " * indent)]
+    for line in others:
+        own = line[: len(line) - len(line.lstrip())]
+        lines.append(_fold_line(line, width, margin=f"{own}  "))
+    return "\n".join(lines)
+
+
+def _fold_line(line: str, width: int, *, margin: str) -> str:
+    folded, column = "", 0
+    for word in _UNBROKEN.findall(line):
+        if column and column + len(word) > width:
+            word = margin + word.lstrip()
+            folded, column = f"{folded}\n", 0
+        folded, column = folded + word, column + len(word)
+    return folded
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

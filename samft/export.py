@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samft.cli import EXTRAS, CommandParser, require_extra, run_command, user_path
-from samft.errors import ConfigError, DataError, escape_paragraph
+from samft.errors import ConfigError, DataError, escape_paragraph, fold_for_terminal
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import write_json
@@ -282,11 +282,12 @@ def _print_history(checkpoint: Path) -> None:
 
 
 def _print_line(line: str) -> None:
-    print(escape_paragraph(line), flush=True)
+    print(fold_for_terminal(escape_paragraph(line), sys.stdout), flush=True)
 
 
 def _print_warning(text: str) -> None:
-    print(f"WARNING: {escape_paragraph(text)}", file=sys.stderr, flush=True)
+    text = fold_for_terminal(f"WARNING: {escape_paragraph(text)}", sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
-from samft.errors import ConfigError, DataError, escape_unprintable
+from samft.errors import ConfigError, DataError, escape_unprintable, fold_for_terminal
 from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.interchange.coco_writer import POLYGONS, RLE
@@ -471,11 +471,11 @@ def _print_summary(counts: dict[str, Any], options: argparse.Namespace, *, secon
 
 
 def _print_line(line: str) -> None:
-    print(escape_unprintable(line), flush=True)
+    print(fold_for_terminal(escape_unprintable(line), sys.stdout), flush=True)
 
 
 def _print_warning(line: str) -> None:
-    print(escape_unprintable(line), file=sys.stderr, flush=True)
+    print(fold_for_terminal(escape_unprintable(line), sys.stderr), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

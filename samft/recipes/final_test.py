@@ -115,7 +115,8 @@ def _score(run: TrainingRun, best: Checkpoint, test: Coco2MaskDataset) -> dict[s
         timeout=config.hang_timeout,
         pin_memory=run.device.type == "cuda",
     )
-    with progress_bar(total=len(loader), unit="image", hidden=not distributed.is_main()) as bar:
+    hidden = not distributed.is_main()
+    with progress_bar(total=len(loader), unit="image", hidden=hidden, leave=False) as bar:
         tables, bad_images = score_models(
             models,
             loader,

@@ -18,7 +18,7 @@ from samft.evaluation.object_scores import (
     mean_change,
 )
 from samft.reports.validation_images import BEFORE_AFTER
-from samft.runtime.logs import LOGGER, format_duration
+from samft.runtime.logs import LOGGER, WITH_COMMANDS, format_duration
 from samft.runtime.own_files import TENSORBOARD
 from samft.training.engine import Progress
 
@@ -334,7 +334,8 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
         f", {TENSORBOARD}/ (view with `{board}`)" if has_board else "",
     )
     if commands:  # in one record, so that no time is printed before a line that is to be copied
-        LOGGER.info("to evaluate, use or load the checkpoint:\n%s", "\n".join(commands))
+        text = "\n".join(commands)
+        LOGGER.info("to evaluate, use or load the checkpoint:\n%s", text, extra=WITH_COMMANDS)
     if summary["got_worse"]:
         LOGGER.warning("WARNING: %s", " ".join(summary["got_worse"]))
         LOGGER.warning("What to try: %s", " ".join(summary["what_to_try"]))

@@ -15,13 +15,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from samft.errors import escape_paragraph
+from samft.errors import escape_paragraph, fold_for_terminal
 from samft.runtime.files import unused_path, write_text
 from samft.runtime.metrics_file import (
     FILE_NAME,
@@ -32,7 +32,10 @@ from samft.runtime.metrics_file import (
 
 LOGGER = logging.getLogger("samft")
 GIB = 1 << 30
-FILES_ONLY = {"is_for_files": True}  # `extra` of a line that the terminal gets in another way
+# `extra` of log lines: one that the terminal gets in another way; one of which each line is a
+# command, to be copied whole.
+FILES_ONLY = {"is_for_files": True}
+WITH_COMMANDS = {"has_commands": True}
 _LINE_SECONDS = 60.0  # between two lines of progress in a log
 
 
@@ -40,6 +43,19 @@ class _Formatter(logging.Formatter):
     # A file name from outside must not forge a line of the log, or send codes to a terminal.
     def format(self, record: logging.LogRecord) -> str:
         return escape_paragraph(super().format(record))
+
+
+class _TerminalFormatter(_Formatter):
+    # Where a line goes on, it begins below the text of its first one.
+    def __init__(self, template: str, stream: TextIO) -> None:
+        super().__init__(template, "%H:%M:%S")
+        self._stream, self._indent = stream, len("00:00:00 ")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if hasattr(record, "has_commands"):
+            return text
+        return fold_for_terminal(text, self._stream, indent=self._indent)
 
 
 class _StartupBuffer(MemoryHandler):
@@ -68,7 +84,7 @@ def logging_to_terminal(rank: int) -> Iterator[None]:
     root, level, showwarning = logging.getLogger(), LOGGER.level, warnings.showwarning
     name = "" if rank == 0 else f"[rank {rank}] "
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(_Formatter(f"%(asctime)s {name}%(message)s", "%H:%M:%S"))
+    terminal.setFormatter(_TerminalFormatter(f"%(asctime)s {name}%(message)s", sys.stderr))
     terminal.addFilter(lambda record: not hasattr(record, "is_for_files"))
     handlers: list[logging.Handler] = [] if _logs_to_terminal(root) else [terminal]
     if rank == 0:

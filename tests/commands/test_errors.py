@@ -1,6 +1,7 @@
 """How a command ends: its exit code, its message, and which rank prints it."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.short_runs import COMMAND_SECONDS, clean_environment
+from helpers.terminal import terminal
 from samft.cli import exit_code, run_command
 from samft.errors import (
     CheckpointError,
@@ -19,6 +21,7 @@ from samft.errors import (
     SharedError,
     TrainingError,
     UserError,
+    fold_for_terminal,
 )
 
 ENDINGS = [
@@ -191,3 +194,54 @@ def test_an_error_of_the_host_is_one_sentence(
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert os.strerror(number) in stderr and advice in stderr
+
+
+LONG = (
+    "The folder /data/photographs/of/some/butterflies/in/a/garden holds no split: run "
+    "`samft check --data_root /data/photographs` or rename 'a split' in it."
+)
+
+
+def test_a_terminal_breaks_lines_between_words() -> None:
+    with terminal(columns=60) as screen:
+        assert fold_for_terminal(LONG, screen.stream).split("\n") == [
+            "The folder /data/photographs/of/some/butterflies/in/a/garden",
+            "  holds no split: run",
+            "  `samft check --data_root /data/photographs` or rename",
+            "  'a split' in it.",
+        ]
+        short = "x" * 29 + " " + "y" * 30
+        assert fold_for_terminal(short, screen.stream) == short
+        assert fold_for_terminal(f"{short}z", screen.stream).count("\n") == 1
+        # More than fits into a line is left to the terminal, whole.
+        path = "/" + "p" * 80
+        assert fold_for_terminal(f"See {path} there.", screen.stream).split("\n") == [
+            "See",
+            f"  {path}",
+            "  there.",
+        ]
+
+
+def test_further_lines_of_a_paragraph_keep_their_margin() -> None:
+    text = f"two problems:\n  - {'word ' * 12}\n  - b    c"
+    with terminal(columns=40) as screen:
+        lines = fold_for_terminal(text, screen.stream, indent=9).split("\n")
+    folded = ["  - word word word word word word word", "    word word word word word"]
+    assert lines == ["two problems:", *folded, "  - b    c"]
+
+
+def test_files_pipes_and_narrow_terminals_get_whole_lines(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file, terminal(columns=39) as narrow:
+        streams = [None, file, io.StringIO(), narrow.stream]
+        assert [fold_for_terminal(LONG, stream) for stream in streams] == [LONG] * 4
+    assert fold_for_terminal(LONG, file) == LONG  # closed
+
+
+def test_errors_are_printed_for_the_terminal_that_they_go_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with terminal(columns=60) as screen:
+        monkeypatch.setattr(sys, "stderr", screen.stream)
+        run_command(command(DataError(LONG)), [])
+        lines = screen.lines()
+    assert lines[0] == "error: The folder" and lines[-1] == "  rename 'a split' in it."

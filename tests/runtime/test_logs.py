@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from helpers.damage import room_for
+from helpers.terminal import terminal
 from samft.runtime.logs import (
     LOGGER,
+    WITH_COMMANDS,
     RunLog,
     Tracker,
     format_duration,
@@ -437,3 +439,21 @@ def test_lines_of_the_log_do_not_bring_the_progress_again(clock: Clock, tmp_path
     lines = capfd.readouterr().err.splitlines()
     assert sum("of 100 steps" in line for line in lines) == 1000 // 60
     assert len(lines) == 100 + 1000 // 60
+
+
+def test_a_line_for_a_terminal_goes_on_below_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = "a line of more than sixty columns in all goes on, in a second line"
+    with terminal(columns=60) as screen:
+        monkeypatch.setattr(sys, "stderr", screen.stream)
+        with logging_to_terminal(0), closing(RunLog(tmp_path, main=True, steps=9)):
+            LOGGER.info(sentence)
+            LOGGER.info("commands:\n%s", sentence, extra=WITH_COMMANDS)
+        lines = [line for line in screen.lines() if "line" in line]
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        "a line of more than sixty columns in all goes on,",
+        "        in a second line",
+        f" {sentence}",
+    ]
+    assert (tmp_path / "train.log").read_text().count(sentence) == 2

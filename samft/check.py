@@ -22,7 +22,7 @@ from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
 from samft.commands import shell_command
-from samft.errors import ConfigError, DataError, escape_unprintable
+from samft.errors import ConfigError, DataError, escape_unprintable, fold_for_terminal
 from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PixelFormat
 from samft.reports.contact_sheets import write_sheets
@@ -313,7 +313,8 @@ def _naming_flag(flag: str, path: Path) -> Iterator[None]:
 def _print_lines(lines: list[str]) -> None:
     # Names in a dataset may hold control characters and line ends, which must not forge a line.
     for line in lines:
-        print(escape_unprintable(line).replace("\n", r"\n").replace("\t", r"\t"), flush=True)
+        whole = escape_unprintable(line).replace("\n", r"\n").replace("\t", r"\t")
+        print(fold_for_terminal(whole, sys.stdout, indent=6), flush=True)
 
 
 if __name__ == "__main__":

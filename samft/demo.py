@@ -19,7 +19,7 @@ from pycocotools import mask as mask_utils
 
 from samft.cli import CommandParser, run_command
 from samft.commands import shell_command
-from samft.errors import ConfigError, DataError
+from samft.errors import ConfigError, DataError, fold_for_terminal
 from samft.images.synthetic import CATEGORIES, SceneObject, draw_scene
 from samft.runtime.files import read_json, write_text
 from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
@@ -98,7 +98,8 @@ def main(argv: list[str]) -> Path:
         num_val=num_val,
         size=arguments.size,
     )
-    print(_summary_text(folder), flush=True)
+    summary, command = _summarise(folder)
+    print(f"{fold_for_terminal(summary, sys.stdout)}\n  {command}", flush=True)
     return folder
 
 
@@ -215,7 +216,8 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     return [0, *runs] if flat[0] else runs
 
 
-def _summary_text(folder: Path) -> str:
+def _summarise(folder: Path) -> tuple[str, str]:
+    # What was written, and the command to go on with.
     counts = []
     for split in ("train", "val"):
         content = json.loads((folder / split / ANNOTATIONS).read_text(encoding="utf-8"))
@@ -225,11 +227,11 @@ def _summary_text(folder: Path) -> str:
             f"{split}: {len(content['images'])} images, {objects} objects, {crowds} crowds"
         )
     folders = ("--data_root", folder, "--output_dir", folder.with_name(f"{folder.name}-run"))
-    return (
+    summary = (
         f"Wrote a demo dataset of painted butterflies and flowers to {folder} "
-        f"({'; '.join(counts)}). Next, tune on it:\n"
-        f"  {shell_command('train', *TRAIN_FLAGS, *folders)}"
+        f"({'; '.join(counts)}). Next, tune on it:"
     )
+    return summary, shell_command("train", *TRAIN_FLAGS, *folders)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,18 @@ def describe_interval(change: dict[str, Any] | None, *, before: str) -> str:
     return f"{before}on other images like these is {low:+.3f} to {high:+.3f} (95 % interval)"
 
 
+def _log_test(test: dict[str, Any]) -> None:
+    LOGGER.info(
+        "test split: per_mask_iou %.4f -> %.4f on %d masks of %d images, %s%s",
+        test["before"],
+        test["after"],
+        test["masks"],
+        test["images"],
+        describe_against_box_fill(test["after"], test["box_fill"]),
+        describe_interval(test, before="; the mean change "),
+    )
+
+
 def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) -> None:
     """Logs the scores, the files and the next commands of a run, and last what got worse, if any.
 
@@ -309,16 +321,8 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
             describe_share(objects["above_box_fill"], objects["compared"]),
             describe_interval(objects["change"], before="; the mean change "),
         )
-    if test := summary["test"]:
-        LOGGER.info(
-            "test split: per_mask_iou %.4f -> %.4f on %d masks of %d images, %s%s",
-            test["before"],
-            test["after"],
-            test["masks"],
-            test["images"],
-            describe_against_box_fill(test["after"], test["box_fill"]),
-            describe_interval(test, before="; the mean change "),
-        )
+    if summary["test"]:
+        _log_test(summary["test"])
     num_bad_images = sum(len(counts["bad_images"]) for counts in summary["data"].values())
     if num_bad_images:
         LOGGER.warning("%d images could not be used; summary.json names them all", num_bad_images)

@@ -5,6 +5,7 @@ them to what the file holds, however much of it they had been given, or more.
 """
 
 import contextlib
+import logging
 import netrc
 import os
 import queue
@@ -52,10 +53,15 @@ class TrackedRun:
     lines: list[dict[str, Any]]
     ids: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Makes the lock: each tracker has a thread."""
+        self._lock = threading.Lock()
+
     def keep_id(self, tracker: str, run_id: str) -> None:
         """Has a resumed run find its id in a tracker."""
-        self.ids[tracker] = run_id
-        self.write()
+        with self._lock:
+            self.ids[tracker] = run_id
+            self.write()
 
     def write(self) -> None:
         """Writes trackers.json."""
@@ -127,8 +133,7 @@ class BackgroundTracker(Tracker):
         self._calls: queue.Queue[tuple[str, Any, Any] | None] = queue.Queue(_MAX_WAITING)
         try:
             # Not in the thread: loader workers are forked, and none may inherit a half-done import.
-            with _without_telemetry():
-                tracker = kind(run)
+            tracker = kind(run)
         except Exception as error:
             self._warn_and_end(error)
             return
@@ -138,15 +143,21 @@ class BackgroundTracker(Tracker):
         self._thread.start()
 
     def _work(self, tracker: "ServerTracker") -> None:
+        # What a package logs here, such as each try to reach a server, is in the one warning.
+        logging.getLogger("urllib3.connectionpool").addFilter(self._is_of_others)
         try:
-            with _without_telemetry():
-                tracker.open()
+            tracker.open()
             while (call := self._calls.get()) is not None:
                 method, arguments, options = call
                 getattr(tracker, method)(*arguments, **options)
             tracker.close()
         except BaseException as error:  # also of packages that end a program themselves
             self._warn_and_end(error)
+        finally:
+            logging.getLogger("urllib3.connectionpool").removeFilter(self._is_of_others)
+
+    def _is_of_others(self, record: logging.LogRecord) -> bool:
+        return record.threadName != self._label
 
     def _warn_and_end(self, error: BaseException | str) -> None:
         with self._lock:
@@ -192,19 +203,16 @@ class BackgroundTracker(Tracker):
             end_in_background(self._thread.join)  # the process does not wait for it any longer
 
 
-_TELEMETRY = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
-
-
 @contextlib.contextmanager
-def _without_telemetry() -> Iterator[None]:
-    # Packages report to their makers only where the user has set so.
-    added = {name: value for name, value in _TELEMETRY.items() if name not in os.environ}
-    os.environ.update(added)
+def _without_telemetry(variable: str, value: str) -> Iterator[None]:
+    # A package reports its use to its makers only where the user has set the variable so.
+    is_set = variable in os.environ
+    os.environ.setdefault(variable, value)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        if not is_set:
+            os.environ.pop(variable, None)
 
 
 class ServerTracker(Tracker):
@@ -239,55 +247,51 @@ class MLflow(ServerTracker):
     def __init__(self, run: TrackedRun) -> None:
         """Imports the package; calls no server."""
         super().__init__(run)
-        import mlflow
-        from mlflow import entities
+        with _without_telemetry("MLFLOW_DISABLE_TELEMETRY", "true"):
+            import mlflow
 
         folder = run.folder.resolve()
         is_set = mlflow.is_tracking_uri_set()
         self._artifacts = None if is_set else (folder / "mlruns").as_uri()
         uri = mlflow.get_tracking_uri() if is_set else f"sqlite:///{folder / 'mlflow.db'}"
-        self._mlflow, self._entities, self._uri, self._status = mlflow, entities, uri, "KILLED"
+        self._mlflow: Any = mlflow
+        self._uri, self._status = uri, "KILLED"
 
     def open(self) -> None:
         """See `ServerTracker`: MLflow keeps what it has, so a run that has more is replaced."""
         self._client: Any = self._mlflow.MlflowClient(self._uri)
-        old = self._find_run()
-        held = self._read_history(old)
-        lines = self.run.lines
+        self._id = self._find_run()
+        held = self._read_history() if self._id else []
         wanted = {
-            (f"{x['split']}/{n}", x["step"]): v for x in lines for n, v in scalars_of(x).items()
+            (f"{line['split']}/{name}", line["step"]): value
+            for line in self.run.lines
+            for name, value in scalars_of(line).items()
         }
-        fits = (
-            old is not None
-            and len(held) == len(dict(held))
-            and dict(held).items() <= wanted.items()
-        )
-        if fits:
-            self._id = old
-            self._client.update_run(old, status="RUNNING")
+        is_beginning = len(held) == len(dict(held)) and dict(held).items() <= wanted.items()
+        if self._id and not is_beginning:
+            self._client.delete_run(self._id)
+            self._id = None
+        if self._id:
+            self._client.update_run(self._id, status="RUNNING")
+            wanted = dict(wanted.items() - held)
         else:
             self._id = self._make_run()
-        missing = dict(wanted.items() - held) if fits else wanted
-        self._log([(name, step, value) for (name, step), value in missing.items()])
-        if old is not None and not fits:
-            self._client.delete_run(old)
+        self._log([(name, step, value) for (name, step), value in wanted.items()])
         LOGGER.info("MLflow: run %s in %s", self.run.name, self._uri)
 
     def _find_run(self) -> str | None:
         run_id = self.run.ids.get("mlflow")
-        if run_id is None:
-            return None
         try:
-            is_active = self._client.get_run(run_id).info.lifecycle_stage == "active"
-        except Exception:  # it is in another store, or somebody has deleted it
-            return None
-        return run_id if is_active else None
+            run = self._client.get_run(run_id) if run_id else None
+        except self._mlflow.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            run = None  # it is in another store
+        return run_id if run and run.info.lifecycle_stage == "active" else None
 
-    def _read_history(self, run_id: str | None) -> list[tuple[tuple[str, int], float]]:
-        if run_id is None:
-            return []
-        names = self._client.get_run(run_id).data.metrics
-        histories = [self._client.get_metric_history(run_id, name) for name in names]
+    def _read_history(self) -> list[tuple[tuple[str, int], float]]:
+        names = self._client.get_run(self._id).data.metrics
+        histories = [self._client.get_metric_history(self._id, name) for name in names]
         return [((m.key, m.step), m.value) for history in histories for m in history]
 
     def _make_run(self) -> str:
@@ -301,16 +305,19 @@ class MLflow(ServerTracker):
         run_id: str = self._client.create_run(experiment_id, run_name=self.run.name).info.run_id
         self.run.keep_id("mlflow", run_id)
         params = [
-            self._entities.Param(name, str(value)[:500])
+            self._mlflow.entities.Param(name, str(value)[:500])
             for name, value in self.run.settings.items()
             if value is not None
         ]
-        self._client.log_batch(run_id, params=params)
+        for start in range(0, len(params), 100):  # more are refused
+            self._client.log_batch(run_id, params=params[start : start + 100])
         return run_id
 
     def _log(self, points: list[tuple[str, int, float]]) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._entities.Metric(name, value, now, step) for name, step, value in points]
+        metrics = [
+            self._mlflow.entities.Metric(name, value, now, step) for name, step, value in points
+        ]
         for start in range(0, len(metrics), 1000):  # more are refused
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
 
@@ -337,7 +344,8 @@ class WandB(ServerTracker):
     def __init__(self, run: TrackedRun) -> None:
         """Imports the package; calls no server."""
         super().__init__(run)
-        import wandb
+        with _without_telemetry("WANDB_ERROR_REPORTING", "false"):
+            import wandb
 
         self._wandb, self._exit_code, self._step = wandb, 1, -1
 
@@ -346,17 +354,18 @@ class WandB(ServerTracker):
         run_id = self.run.ids.get("wandb") or secrets.token_hex(4)
         self.run.keep_id("wandb", run_id)
         settings = self._wandb.setup().settings
-        offline = settings.mode == "online" and not _has_wandb_login(settings)
-        self._run: Any = self._wandb.init(
-            project=settings.project or _PROJECT,
-            id=run_id,
-            name=self.run.name,
-            dir=os.environ.get("WANDB_DIR", str(self.run.folder)),
-            config=self.run.settings,
-            mode="offline" if offline else None,
-            reinit="create_new",
-            settings={"silent": True, "console": "off", "disable_git": True},
-        )
+        offline = settings.mode == "online" and not has_wandb_login(settings)
+        with _without_telemetry("WANDB_ERROR_REPORTING", "false"):
+            self._run: Any = self._wandb.init(
+                project=settings.project or _PROJECT,
+                id=run_id,
+                name=self.run.name,
+                dir=os.environ.get("WANDB_DIR", str(self.run.folder)),
+                config=self.run.settings,
+                mode="offline" if offline else None,
+                reinit="create_new",
+                settings={"silent": True, "console": "off", "disable_git": True},
+            )
         self.add_lines()
         folder = Path(self._run.dir).parent
         for earlier in folder.parent.glob(f"offline-run-*-{run_id}*"):
@@ -386,8 +395,12 @@ class WandB(ServerTracker):
         self._run.finish(exit_code=self._exit_code)
 
 
-def _has_wandb_login(settings: Any) -> bool:
-    # Without one, W&B would ask for it, on a terminal that others may be waiting at.
+def has_wandb_login(settings: Any) -> bool:
+    """Whether W&B has a key; without one, it asks for it, if there is a terminal.
+
+    Args:
+        settings: Of `wandb.setup`.
+    """
     if settings.api_key or os.environ.get("WANDB_API_KEY") or settings.identity_token_file:
         return True
     host = re.sub(r"^https?://", "", settings.base_url).split("/")[0]

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,15 @@ from helpers.short_runs import (
     train_here,
     write_data,
 )
-from helpers.trackers import check_same_curves, curves_of_metrics, read_events, tensorboard_curves
+from helpers.trackers import (
+    check_same_curves,
+    curves_of_metrics,
+    mlflow_curves,
+    read_events,
+    tensorboard_curves,
+    wandb_curves,
+)
+from samft import cli
 from samft.config import parse_config
 from samft.errors import DataError
 from samft.models.sam import build_sam
@@ -303,6 +312,30 @@ def test_crash_between_two_saves_changes_nothing(data, straight, tmp_path):
     assert largest_difference(straight, tmp_path) == 0.0
     check_equal_metrics(tmp_path, straight)
     check_same_curves(tensorboard_curves(tmp_path), curves_of_metrics(tmp_path))
+
+
+def test_after_a_crash_all_trackers_hold_the_curves_of_the_file(data, tmp_path):
+    readers = {"tensorboard": tensorboard_curves, "mlflow": mlflow_curves, "wandb": wandb_curves}
+    readers = {name: read for name, read in readers.items() if find_spec(name)}
+    if len(readers) == 1:
+        pytest.skip("neither mlflow nor wandb: pip install '.[mlflow,wandb]'")
+    argv = arguments(data, tmp_path, trackers=",".join(readers))
+    assert command_here([*argv, "--stop_after", "7"]) == 75
+    shutil.copy(tmp_path / "last.ckpt", tmp_path / "saved")
+    assert command_here([*argv, "--stop_after", "12"]) == 75
+    (tmp_path / "saved").replace(tmp_path / "last.ckpt")  # as if step 10 had not been saved
+    assert command_here(argv) == 0
+    for read in readers.values():
+        check_same_curves(read(tmp_path), curves_of_metrics(tmp_path))
+
+
+def test_a_tracker_without_its_package_is_refused_before_the_run(
+    data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(cli.EXTRAS, "wandb", ("no_such_package",))
+    assert command_here(arguments(data, tmp_path, trackers="tensorboard,wandb")) == 2
+    assert "--trackers wandb needs no_such_package, which" in capsys.readouterr().err
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_accumulation_and_workers_may_change_on_resume(data, straight, tmp_path):

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,14 @@ from helpers.trackers import (
     wandb_curves,
 )
 from samft.reports import trackers
-from samft.reports.trackers import BackgroundTracker, ServerTracker, TrackedRun, open_trackers
+from samft.reports.trackers import (
+    BackgroundTracker,
+    MLflow,
+    ServerTracker,
+    TrackedRun,
+    has_wandb_login,
+    open_trackers,
+)
 from samft.runtime.logs import RunLog
 
 
@@ -97,6 +108,75 @@ def test_mlflow_has_settings_as_params_and_goes_on_in_the_same_run(tmp_path: Pat
     assert json.loads((tmp_path / "trackers.json").read_text())["ids"] == ids
 
 
+class ServerError(Exception):
+    """MLflow's, of a server that does not answer."""
+
+    error_code = "INTERNAL_ERROR"
+
+
+def test_mlflow_makes_no_second_run_where_the_server_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run_id: str) -> None:
+        raise ServerError("busy")
+
+    client = SimpleNamespace(get_run=fail)  # it has no method that makes a run
+    mlflow = SimpleNamespace(
+        is_tracking_uri_set=lambda: True,
+        get_tracking_uri=lambda: "http://host",
+        MlflowClient=lambda uri: client,
+        MlflowException=ServerError,
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with pytest.raises(ServerError):
+        MLflow(TrackedRun(tmp_path, "run", {}, [], {"mlflow": "1"})).open()
+    assert mlflow.MlflowClient("") is client and not (tmp_path / "trackers.json").exists()
+
+
+def test_packages_are_imported_without_telemetry_unless_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def note(name: str, *arguments: Any, **options: Any) -> Any:
+        if name in VARIABLES:
+            seen.append(os.environ.get(VARIABLES[name]))
+            raise ImportError("not now")
+        return importlib.__import__(name, *arguments, **options)
+
+    monkeypatch.setattr("builtins.__import__", note)
+    for value in (None, "by the user"):
+        for variable in VARIABLES.values():
+            monkeypatch.delenv(variable, raising=False)
+            if value is not None:
+                monkeypatch.setenv(variable, value)
+        write_steps(tmp_path, list(VARIABLES), range(0))
+        assert [os.environ.get(variable) for variable in VARIABLES.values()] == [value] * 2
+    assert seen == ["true", "false", "by the user", "by the user"]
+
+
+VARIABLES = {"mlflow": "MLFLOW_DISABLE_TELEMETRY", "wandb": "WANDB_ERROR_REPORTING"}
+
+
+def test_without_a_login_wandb_is_not_asked_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(
+        api_key=None, identity_token_file=None, base_url="https://wandb.host:8080/"
+    )
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_wandb_login(settings)
+    (tmp_path / "netrc").write_text("machine another.host login user password key\n")
+    assert not has_wandb_login(settings)
+    (tmp_path / "netrc").write_text("machine wandb.host:8080 login user password key\n")
+    assert has_wandb_login(settings)
+    (tmp_path / "netrc").write_text("machine")
+    assert not has_wandb_login(settings)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert has_wandb_login(settings)
+
+
 class Slow(ServerTracker):
     """Answers when it is let."""
 
@@ -123,6 +203,7 @@ class Gone(ServerTracker):
         self.fail_in("close")
 
     def fail_in(self, method: str) -> None:
+        logging.getLogger("urllib3.connectionpool").warning("retrying")
         if method == self.fails_in:
             raise ConnectionError("refused by host:\n a traceback")
 

@@ -178,6 +178,25 @@ class TrainConfig:
         at_least=1,
         metavar="N",
     )
+    lora_rank: int | None = _model(
+        None,
+        "train low-rank adapters of this rank in the image encoder, whose own weights are frozen; "
+        "with train_blocks, in the last N blocks only. Checkpoints hold the merged weights",
+        at_least=1,
+        metavar="RANK",
+    )
+    lora_alpha: float | None = _model(
+        None, "adapters are scaled by this divided by their rank (default: lora_rank)"
+    )
+    lora_targets: str = _model(
+        "q,v",
+        "what is adapted in each block, separated by commas: q, k, v, proj (the output of the "
+        "attention), mlp",
+        metavar="A,B",
+    )
+    lora_decoder: bool = _model(
+        False, "adapters in the mask decoder's attentions, too, whose own weights are frozen"
+    )
     image_size: int = _model(
         1024,
         "side of the model's input in pixels, a multiple of 16; smaller is faster, but loses small "

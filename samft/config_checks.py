@@ -9,6 +9,7 @@ from typing import Any
 
 from samft.cli import parse_channels, parse_pixel_range
 
+ADAPTER_TARGETS = ("q", "k", "v", "proj", "mlp")  # as in models/lora.py
 GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
 
 
@@ -80,7 +81,31 @@ def _check_combinations(config: Any) -> list[str]:
         problems.append(f"box_jitter: {config.box_jitter} must be at most 0.5.")
     if config.repeat_threshold is not None and not 0 < config.repeat_threshold <= 1:
         problems.append(f"repeat_threshold: {config.repeat_threshold} must lie between 0 and 1.")
-    return problems + _check_rates(config) + _check_prompts(config) + _check_cache(config)
+    problems += _check_rates(config) + _check_prompts(config) + _check_adapters(config)
+    return problems + _check_cache(config)
+
+
+def _check_adapters(config: Any) -> list[str]:
+    problems = []
+    names = config.lora_targets.split(",")
+    if not set(names) <= set(ADAPTER_TARGETS) or len(set(names)) < len(names):
+        problems.append(
+            f"lora_targets: '{config.lora_targets}' is not a list of {', '.join(ADAPTER_TARGETS)}, "
+            "separated by commas, each once at most."
+        )
+    if config.lora_alpha is not None and not 0 < config.lora_alpha < float("inf"):
+        problems.append(f"lora_alpha: {config.lora_alpha} must be above 0.")
+    if config.lora_rank is None:
+        given = [name for name in ("lora_alpha", "lora_decoder") if getattr(config, name)]
+        problems += [f"{name}: without lora_rank there are no adapters." for name in given]
+    elif config.freeze_image_encoder and not config.lora_decoder:
+        problems.append(
+            "lora_rank: freeze_image_encoder leaves no layer to adapt: give one of the two, or "
+            "lora_decoder."
+        )
+    elif config.lora_decoder and config.freeze_mask_decoder:
+        problems.append("lora_decoder: freeze_mask_decoder leaves no layer to adapt.")
+    return problems
 
 
 def _check_rates(config: Any) -> list[str]:

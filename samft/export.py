@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samft.cli import EXTRAS, CommandParser, require_extra, run_command, user_path
-from samft.errors import ConfigError, DataError, escape_paragraph, fold_for_terminal
+from samft.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    escape_paragraph,
+    fold_for_terminal,
+)
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import write_json
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     from samft.exporters.verification import predict_boxes
 
-    tuned = open_tuned_checkpoint(options.checkpoint)
+    tuned = open_tuned_checkpoint(options.checkpoint, adapter=options.adapter)
     _print_checkpoint(tuned)
     sidecar = _sidecar_to_write(tuned, options)
     samples = _verification_samples(options, tuned.pixels)
@@ -106,6 +112,12 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="SAM weights, .ckpt or .pth",
     )
+    add(
+        "--adapter",
+        type=user_path,
+        metavar="FILE",
+        help="merge this .adapter.safetensors of a run into --checkpoint, its base, first",
+    )
     add("--format", choices=FORMATS, required=True, help="format to write")
     add(
         "--output",
@@ -141,6 +153,8 @@ def _check_inputs(options: argparse.Namespace) -> None:
             find_weights_file(path, field=f"--{flag}")
     if options.image and not options.image.is_file():
         raise DataError(f"--image: there is no file {options.image}.")
+    if options.adapter and not options.adapter.is_file():
+        raise CheckpointError(f"--adapter: there is no file {options.adapter}.")
     extra = "onnx" if options.format == "xanylabeling" else options.format
     if extra in EXTRAS:
         require_extra(extra, what=f"--format {options.format}")
@@ -150,7 +164,7 @@ def _check_output(options: argparse.Namespace) -> None:
     output, parent = options.output, options.output.resolve().parent
     if not parent.is_dir():
         raise ConfigError(f"--output: there is no folder {parent} to write to: make it first.")
-    for flag in ("checkpoint", "base", "image"):
+    for flag in ("checkpoint", "adapter", "base", "image"):
         source = getattr(options, flag)
         if source and output.resolve() in (source.resolve(), *source.resolve().parents):
             raise ConfigError(f"--output: {output} holds --{flag}: choose another path.")

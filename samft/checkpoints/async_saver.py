@@ -17,6 +17,7 @@ from torch.utils._pytree import KeyPath, tree_leaves_with_path, tree_map_with_pa
 from samft.checkpoints.page_locked import empty_page_locked
 from samft.checkpoints.top_k import SCORE, TopK
 from samft.checkpoints.training_state import LAST_NAME, save_last
+from samft.models.lora import adapter_tensors
 from samft.runtime import heartbeat
 from samft.runtime.logs import LOGGER
 
@@ -157,7 +158,8 @@ class Checkpointer:
 
         Args:
             state: What `save_last` takes, except for the list of the best checkpoints. `model` maps
-                SAM's own keys to tensors, and `progress` has the `step`.
+                SAM's own keys to tensors, `adapters` is from `lora.adapter_state`, and `progress`
+                has the `step`.
             sidecar: From `top_k.make_sidecar`, where `model` was validated and may be one of the
                 best; None: only the state is saved.
             before_writing: Called in the thread before anything is written, to write what a resume
@@ -197,7 +199,12 @@ class Checkpointer:
         if sidecar is not None:
             with self._logged_as("a checkpoint"):
                 score = sidecar["metrics"][SCORE]
-                self.top_k.save_if_better(state["model"], score=score, sidecar=sidecar)
+                adapter = adapter_tensors(
+                    state["model"], state.get("adapters", {}), constant=self.constant
+                )
+                self.top_k.save_if_better(
+                    state["model"], score=score, sidecar=sidecar, adapter=adapter
+                )
         # After the checkpoints, so that a state never lists one that is not there.
         with self._logged_as(LAST_NAME):
             save_last(self.folder, {**state, "best": self.top_k.to_list()})

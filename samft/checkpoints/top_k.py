@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 import samft
@@ -20,7 +21,7 @@ from samft.runtime.files import (
     write_atomically,
     write_json,
 )
-from samft.runtime.own_files import is_checkpoint
+from samft.runtime.own_files import ADAPTER_SUFFIX, is_checkpoint
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
@@ -76,7 +77,12 @@ class TopK:
         self.best = list(best or [])
 
     def save_if_better(
-        self, state: dict[str, Tensor], *, score: float, sidecar: dict[str, Any]
+        self,
+        state: dict[str, Tensor],
+        *,
+        score: float,
+        sidecar: dict[str, Any],
+        adapter: dict[str, Tensor] | None = None,
     ) -> bool:
         """Saves a checkpoint if it is one of the best k, then deletes the one that it displaced.
 
@@ -84,6 +90,7 @@ class TopK:
             state: Tensors by SAM's own keys.
             score: Higher is better; nan never counts as one of the best.
             sidecar: Metadata to write beside it, with the `step`; the file's SHA-256 is added.
+            adapter: From `lora.adapter_tensors`, for a file of its own; None or empty: no file.
 
         Returns:
             Whether it was saved.
@@ -104,6 +111,8 @@ class TopK:
         known = new.name in {each.name for each in self.best}
         if not known and (path.exists() or path.with_suffix(".json").exists()):
             _check_sidecar(path)
+        if adapter:
+            _write_adapter(path.with_suffix(ADAPTER_SUFFIX), adapter, sidecar["adapter"])
         _write_checkpoint(path, tensors, sidecar)
         # Only now, when the new one is on the disk with its sidecar, may others be deleted: a kill
         # or a full disk before this line leaves the k best that there were. A kill after it, before
@@ -114,6 +123,7 @@ class TopK:
             if is_checkpoint(self.folder / name):  # and not a file that has taken its place
                 (self.folder / name).unlink()
                 (self.folder / name).with_suffix(".json").unlink()
+                (self.folder / name).with_suffix(ADAPTER_SUFFIX).unlink(missing_ok=True)
         return True
 
     def copy_from(self, folder: Path) -> None:
@@ -124,7 +134,9 @@ class TopK:
         """
         self.best = [each for each in self.best if (folder / each.name).is_file()]
         for checkpoint in self.best:
-            for name in (checkpoint.name, Path(checkpoint.name).with_suffix(".json").name):
+            path = Path(checkpoint.name)
+            suffixes = (".json", ADAPTER_SUFFIX)
+            for name in (path.name, *(path.with_suffix(suffix).name for suffix in suffixes)):
                 if (folder / name).is_file():
                     shutil.copy2(folder / name, self.folder / name)
 
@@ -158,12 +170,19 @@ def _write_checkpoint(path: Path, tensors: dict[str, Tensor], sidecar: dict[str,
         write_json(sidecar_path, {**sidecar, "sha256": digest})
 
 
+def _write_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    text = {name: str(value) for name, value in metadata.items()}
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, text)
+    write_atomically(path, lambda file: file.write(content))
+
+
 def make_sidecar(
     config: dict[str, Any],
     *,
     step: int,
     metrics: dict[str, float],
     pixels: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, as plain values.
 
@@ -172,6 +191,7 @@ def make_sidecar(
         step: Optimizer steps taken.
         metrics: Of the validation at that step, without the prefix `val_`.
         pixels: How the values of images became 8 bits, see `PixelFormat.to_json`.
+        adapter: Of a run that trains adapters, their settings and the base's SHA-256.
 
     Returns:
         The content of the sidecar, except the SHA-256 that `TopK.save_if_better` adds.
@@ -182,6 +202,7 @@ def make_sidecar(
         "pixels": pixels,
         "step": step,
         "metrics": {f"val_{name}": value for name, value in metrics.items()},
+        **({"adapter": adapter} if adapter else {}),
         "config": config,
         "samft_version": samft.__version__,
         "torch_version": torch.__version__,

@@ -30,6 +30,7 @@ from samft.exporters.weight_files import (
 )
 from samft.exporters.xanylabeling import open_xanylabeling, write_xanylabeling
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.models.lora import apply_adapter, read_adapter
 from samft.models.sam import (
     build_sam,
     identify_model,
@@ -96,13 +97,20 @@ class TunedCheckpoint:
         return find_local_weights(str(source), self.model_type) if source else None
 
 
-def open_tuned_checkpoint(path: Path) -> TunedCheckpoint:
+def open_tuned_checkpoint(path: Path, *, adapter: Path | None = None) -> TunedCheckpoint:
     """Reads a checkpoint, and its sidecar if it has a readable one.
 
+    Args:
+        path: The checkpoint.
+        adapter: An adapter file to merge into it, which was trained on it.
+
     Raises:
-        CheckpointError: The checkpoint cannot be read or is no SAM.
+        CheckpointError: The checkpoint cannot be read or is no SAM, or the adapter does not fit.
     """
     sam, model_type, image_size, resize_mode = open_checkpoint(path)
+    if adapter is not None:
+        tensors, settings = read_adapter(adapter, base=find_weights_file(path))
+        load_state(sam, apply_adapter(sam.state_dict(), tensors, settings), source=adapter)
     sidecar: Any = {}
     if path.suffix == ".ckpt":
         try:

@@ -1,7 +1,7 @@
 """Builds the parts of a run from its configuration: weights, model, loss, trainer, loaders."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,18 +14,20 @@ from samft.data.loaders import BatchLoader, train_loader, val_loader
 from samft.data.map_style import DatasetIndex, index_datasets
 from samft.errors import CheckpointError, ConfigError
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
+from samft.models.lora import AdapterSettings, add_adapters
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, identify_model, load_state, read_state
 from samft.models.trainable import freeze, unreached_by
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
+from samft.runtime.files import sha256_of
 from samft.runtime.logs import LOGGER
 from samft.training.custom import CheckedLoss, CustomParts
 from samft.training.engine import Progress, Trainer
 from samft.training.losses import LossFunction, mask_losses
 from samft.training.optim import build_optimizer, schedule_learning_rate
 from samft.training.prompt_schedule import PromptSchedule
-from samft.weights.download import find_weights
+from samft.weights.download import find_local_weights, find_weights
 
 # The three parts of a SAM, each of which the configuration may freeze.
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
@@ -140,7 +142,8 @@ def build_model(
 
 
 def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], list[str]]:
-    # Returns what is frozen, and which parameters are so only because no prompt reaches them.
+    # Freezes, and adds adapters. Returns what is frozen, in words, and which parameters are so only
+    # because no prompt reaches them.
     frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
     num_blocks, train_blocks = len(sam.image_encoder.blocks), config.train_blocks
     if train_blocks is not None and train_blocks > num_blocks:
@@ -149,9 +152,18 @@ def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], lis
             f"{config.model_type}."
         )
     unreached = unreached_by(config.prompts, **_rounds_of(config))
-    unreachable = freeze(sam, frozen, train_blocks=train_blocks, unreached=unreached)
-    if train_blocks is not None:
-        frozen.append(f"image_encoder before its last {train_blocks} of {num_blocks} blocks")
+    adapters = adapter_settings(config)
+    if adapters is None:
+        unreachable = freeze(sam, frozen, train_blocks=train_blocks, unreached=unreached)
+        if train_blocks is not None:
+            frozen.append(f"image_encoder before its last {train_blocks} of {num_blocks} blocks")
+        return frozen, unreachable
+    unreachable = freeze(sam, {*frozen, "image_encoder"}, unreached=unreached)
+    add_adapters(sam, adapters)
+    if adapters.encoder:
+        frozen.append("image_encoder but for its adapters")
+    if adapters.decoder:
+        frozen.append("the attentions of mask_decoder but for their adapters")
     return frozen, unreachable
 
 
@@ -160,6 +172,37 @@ def _rounds_of(config: TrainConfig) -> dict[str, Any]:
         "corrections": config.num_corrections,
         "mask_prompt": config.mask_prompt,
         "multimask": config.multimask,
+    }
+
+
+def adapter_settings(config: TrainConfig) -> AdapterSettings | None:
+    """The low-rank adapters that a configuration asks for; None for none."""
+    if config.lora_rank is None:
+        return None
+    return AdapterSettings(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha or float(config.lora_rank),
+        targets=tuple(config.lora_targets.split(",")),
+        last_blocks=config.train_blocks,
+        encoder=not config.freeze_image_encoder,
+        decoder=config.lora_decoder,
+    )
+
+
+@lru_cache(maxsize=1)  # the base is hashed once a run
+def describe_adapter(config: TrainConfig) -> dict[str, Any] | None:
+    """What an adapter file says about itself; None where a run trains no adapters."""
+    settings = adapter_settings(config)
+    if settings is None:
+        return None
+    assert config.checkpoint_path is not None and config.model_type is not None
+    base = find_local_weights(config.checkpoint_path, config.model_type)
+    return {
+        "model_type": config.model_type,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "targets": ",".join(settings.targets),
+        "base_sha256": sha256_of(base) if base else "unknown",
     }
 
 

@@ -213,6 +213,8 @@ def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> b
         return False
     if model.frozen_shape is None:  # with `on`, the configuration was refused
         return False
+    if not (model.encoder_is_frozen or model.num_frozen_blocks) and config.cache_embeddings != "on":
+        return False  # nothing but pixels cut into patches, which is not worth the space
     if config.augment == "scale":
         LOGGER.info(
             "cache_embeddings auto: off, because augment scale changes the pixels, and with them "

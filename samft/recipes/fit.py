@@ -14,7 +14,8 @@ from samft.data.loaders import BatchLoader, prefetch_to_device
 from samft.errors import DataError, TrainingError
 from samft.evaluation.object_scores import describe_against_box_fill
 from samft.evaluation.validation import Validation, validate
-from samft.recipes.build import images_per_step
+from samft.models.lora import adapter_state, merged_state
+from samft.recipes.build import describe_adapter, images_per_step
 from samft.recipes.prepare import RunParts
 from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
@@ -147,6 +148,7 @@ def _finish_interval(run: TrainingRun) -> None:
         step=step,
         metrics=validation.metrics,
         pixels=run.splits.pixels.to_json(),
+        adapter=describe_adapter(run.config),
     )
     if run.custom.loss_name is not None:
         sidecar["loss"] = run.custom.loss_name
@@ -246,7 +248,8 @@ def _save_state(
                 "fingerprint": run.splits.fingerprint,
                 "loss": run.custom.loss_name,
                 "pixels": run.splits.pixels.to_json(),
-                "model": run.model.sam.state_dict(),
+                "model": merged_state(run.model.sam),
+                "adapters": adapter_state(run.model.sam),
                 "own_values": own_values,
                 "optimizer": optimizer,
                 "scaler": run.trainer.scaler.state_dict(),

@@ -17,6 +17,7 @@ from samft.cli import exit_code
 from samft.config import TrainConfig, has_settings, to_yaml
 from samft.data.loaders import batch_by_objects
 from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_host_error
+from samft.models.lora import load_adapter_state, merge_adapters
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import EmbeddingCache, open_cache
@@ -128,6 +129,7 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
     if resume is not None:
         load_state(trainer.optimizer, resume.state.pop("optimizer"))
         trainer.scaler.load_state_dict(resume.state.pop("scaler"))
+        load_adapter_state(model.sam, resume.state.pop("adapters", {}))
         if trainer.average is not None:
             trainer.average.restore(resume.state.pop("own_values"))
     train_batches, val_batches = build_loaders(
@@ -165,6 +167,7 @@ def finish(training: TrainingRun) -> dict[str, Any]:
         TrainingError: `summary.json` cannot be written.
     """
     config, progress = training.config, training.progress
+    merge_adapters(training.model.sam)  # it gets other weights below, by SAM's own keys
     test, is_new = score_test_split(training)
     ranked = training.checkpointer.top_k.best
     progress.wall_seconds = time.monotonic() - training.started_at

@@ -18,6 +18,7 @@ from samft.runtime import metrics_file
 from samft.runtime.files import read_digests, read_json, sha256_of
 
 CHECKPOINT_NAME = re.compile(r"\d+--?\d+\.\d\d\.ckpt")  # {step}-{score:.2f}.ckpt
+ADAPTER_SUFFIX = ".adapter.safetensors"  # instead of the checkpoint's, beside it
 CONFIG_NAME = "config.yaml"
 LAST_NAME, PREVIOUS, TENSORBOARD = "last.ckpt", "previous", "tensorboard"
 TRACKERS_NAME = "trackers.json"
@@ -177,6 +178,8 @@ def own_files(folder: Path) -> list[str]:
     for path in sorted(folder.glob("*.ckpt")):
         if is_checkpoint(path):
             names += [path.name, path.with_suffix(".json").name]
+            adapter = path.with_suffix(ADAPTER_SUFFIX)
+            names += [adapter.name] if adapter.is_file() else []
     events = sorted((folder / TENSORBOARD).rglob("*tfevents*"))
     return names + [str(path.relative_to(folder)) for path in events if _is_event_file(path)]
 
@@ -223,7 +226,9 @@ def is_part_of_run(name: str) -> bool:
         return False
     if match[2] is None:
         return match[1] == LAST_NAME
-    stem, _, kind = match[1].rpartition(".")
+    stem, _, kind = match[1].removesuffix(ADAPTER_SUFFIX).rpartition(".")
+    if match[1].endswith(ADAPTER_SUFFIX):
+        stem, kind = f"{stem}.{kind}", "ckpt"
     is_best = kind in ("ckpt", "json") and CHECKPOINT_NAME.fullmatch(f"{stem}.ckpt")
     return match[1] in _IS_OWN or bool(is_best)
 

@@ -14,12 +14,13 @@ import torch
 from benchmarks.baseline import plain_losses
 from benchmarks.original_recipe import OriginalSamples, train_original
 from benchmarks.quality_datasets import DATASETS
-from samft.config import FREE_ON_RESUME, TrainConfig
+from samft.config import TrainConfig
 from samft.errors import ConfigError
 from samft.models.prompted_sam import PromptedSam
 from samft.recipes.build import build_loaders, build_model, build_trainer, load_weights
 from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.embedding_cache import prepare_cache
+from samft.recipes.resume import FREE_ON_RESUME
 from samft.training.engine import Progress, train
 from samft.training.losses import LossFunction
 

@@ -3,12 +3,10 @@
 Imports no torch, so that `--help`, and the error for a wrong flag, come in less than a second.
 """
 
-import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -16,18 +14,6 @@ from samft.cli import ALL_LINKS, LINKS_HELP
 from samft.config_checks import find_conflicts
 from samft.errors import ConfigError
 from samft.settings import check_fields, parse_settings, setting
-
-# Settings that may differ when a run is resumed, because they do not change what is learnt. Of
-# batch_size and accumulate_steps, `recipes.resume` keeps the product with the number of processes.
-FREE_ON_RESUME = frozenset(
-    """data_root train_split val_split test_split train_annotations train_images val_annotations
-    val_images test_annotations test_images
-    batch_size accumulate_steps metrics_interval output_dir num_workers cache_embeddings cache_dir
-    cache_dtype cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links
-    attention decoder deterministic mask_chunk compile cuda_graphs activation_checkpointing
-    optimizer_sharding trackers dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit
-    probe_memory""".split()
-)
 
 # One for each section of `--help`.
 _data = partial(setting, group="data")
@@ -468,26 +454,6 @@ def has_settings(path: Path, config: TrainConfig) -> bool:
         return parse_config(["--config", str(path)]) == config
     except ConfigError:
         return False
-
-
-def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """The settings that forbid to resume a run, because they change what is learnt.
-
-    Args:
-        saved: The configuration of the saved run, as plain values.
-        config: The configuration to resume it with.
-
-    Returns:
-        Lines of a table: setting, its value in the saved run, its value now.
-    """
-    free = FREE_ON_RESUME | ({"steps"} if config.lr_schedule == "constant" else set())
-    rows = []
-    for field in dataclasses.fields(config):
-        # A version of samft without the setting did what its default does.
-        before, now = saved.get(field.name, field.default), getattr(config, field.name)
-        if field.name not in free and before != now:
-            rows.append(f"{field.name:24} {before!s:24} {now}")
-    return rows
 
 
 def parse_config(argv: list[str]) -> TrainConfig:

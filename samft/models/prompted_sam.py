@@ -25,13 +25,14 @@ from samft.models.chunked_loss import (
     auto_mask_chunk,
 )
 from samft.models.cuda_graphs import ChunkGraphs, CudaGraphs, RecordingPlace
-from samft.models.encoder_parts import (
+from samft.models.frozen_encoder import (
+    CastEncoder,
     count_frozen_blocks,
     encode_first_blocks,
     encode_last_blocks,
     move_first_blocks,
+    version_of,
 )
-from samft.models.frozen_encoder import CastEncoder, version_of
 from samft.models.mask_decoder import choose_decoder
 from samft.models.prompts import PromptEmbeddings, Prompts
 from samft.models.two_way_transformer import Tensors

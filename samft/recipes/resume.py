@@ -1,5 +1,6 @@
 """What a run resumes from: the newest undamaged state, checked against the configuration."""
 
+import dataclasses
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,21 @@ from samft import distributed
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME, load_latest, load_state_file, run_dir_of
 from samft.commands import shell_command
-from samft.config import TrainConfig, changed_settings
+from samft.config import TrainConfig
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
 from samft.runtime.logs import LOGGER
+
+# Settings that may differ when a run is resumed, because they do not change what is learnt. Of
+# batch_size and accumulate_steps, `keep_images_per_step` keeps the product with the number of processes.
+FREE_ON_RESUME = frozenset(
+    """data_root train_split val_split test_split train_annotations train_images val_annotations
+    val_images test_annotations test_images batch_size accumulate_steps metrics_interval output_dir
+    num_workers cache_embeddings cache_dir cache_dtype cache_max_gib save_top_k resume device
+    stop_after debug on_bad_image allow_links attention decoder deterministic mask_chunk compile
+    cuda_graphs activation_checkpointing optimizer_sharding trackers dry_run max_bad_steps detect_anomaly hang_timeout save_before_limit
+    probe_memory""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -156,3 +168,23 @@ def keep_images_per_step(config: TrainConfig, point: ResumePoint) -> TrainConfig
         "resuming with %d images per step on %d process(es): %s", wanted, world_size, described
     )
     return replace(config, **division)
+
+
+def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The settings that forbid to resume a run, because they change what is learnt.
+
+    Args:
+        saved: The configuration of the saved run, as plain values.
+        config: The configuration to resume it with.
+
+    Returns:
+        Lines of a table: setting, its value in the saved run, its value now.
+    """
+    free = FREE_ON_RESUME | ({"steps"} if config.lr_schedule == "constant" else set())
+    rows = []
+    for field in dataclasses.fields(config):
+        # A version of samft without the setting did what its default does.
+        before, now = saved.get(field.name, field.default), getattr(config, field.name)
+        if field.name not in free and before != now:
+            rows.append(f"{field.name:24} {before!s:24} {now}")
+    return rows

@@ -13,8 +13,9 @@ import pytest
 
 from helpers import REPOSITORY
 from samft.cli import CommandParser, link_folders
-from samft.config import FREE_ON_RESUME, TrainConfig, changed_settings, parse_config, to_yaml
+from samft.config import TrainConfig, parse_config, to_yaml
 from samft.errors import ConfigError
+from samft.recipes.resume import FREE_ON_RESUME, changed_settings
 
 REQUIRED = ["--data_root", "data", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
 

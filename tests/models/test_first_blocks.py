@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samft.models.encoder_parts import (
+from samft.models.frozen_encoder import (
     count_frozen_blocks,
     encode_first_blocks,
     encode_last_blocks,

@@ -64,8 +64,8 @@ from samft.weights.saved_settings import describe_point_prompts, saved_pixels, s
 
 _NUM_EXAMPLES, _CLICKS_SHOWN = 6, 3  # objects on the page, and clicks on each
 STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation
-# The same with automatic masks: a large model on a CPU may take half an hour for an image.
-AUTOMATIC_STEP_SECONDS = 3600.0
+# The same with automatic masks or clicks: a large model on a CPU may need half an hour an image.
+LONG_STEP_SECONDS = 3600.0
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         UserError: The checkpoints, the data or the output cannot be used.
         TrainingError: Another process failed.
     """
-    seconds = AUTOMATIC_STEP_SECONDS if options.automatic else STEP_SECONDS
+    seconds = LONG_STEP_SECONDS if options.automatic or options.clicks else STEP_SECONDS
     with (
         distributed.process_group(
             partial(pick_device, options.device), step_seconds=seconds

@@ -31,6 +31,7 @@ from samft.reports.page import ObjectPair
 from samft.reports.validation_images import choose_fixed, find_objects
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
+from samft.weights.saved_settings import saved_prompts
 
 NUM_EXAMPLES = 6  # of each kind
 # Corrected by clicks: images, objects of each at most, clicks on each; and clicks in the pictures.
@@ -140,8 +141,9 @@ def _predict_with_both(
             predict_objects(model, dataset, objects, embeddings=embeddings, should_stop=should_stop)
         )
         if clicks_trained:
-            # Only the weights of samft are known to have been tuned to give a single mask.
-            multimask = config.multimask == "best" or not clicked
+            saved = saved_prompts(Path(str(config.checkpoint_path)))  # `auto`: None
+            of_initial = saved is None or saved.three_masks
+            multimask = config.multimask == "best" if clicked else of_initial
             clicked.append(
                 correct_objects(
                     model,

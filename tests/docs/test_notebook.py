@@ -93,6 +93,7 @@ def replaced(cells: list[dict[str, Any]], pattern: str, line: str) -> list[dict[
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(600)
 def test_it_runs_from_end_to_end(kernel_folder: Path) -> None:
     cells = replaced(read_cells(), "^FLAGS = .*$", f'FLAGS = "{FLAGS}"')
     outputs = execute(cells, kernel_folder)
@@ -117,6 +118,36 @@ def test_a_command_that_fails_ends_the_run(kernel_folder: Path) -> None:
         execute(cells, kernel_folder)
     assert "exit code 2" in str(failure.value) and "check --data_root" in str(failure.value)
     assert not (kernel_folder / "runs").exists()
+
+
+@pytest.mark.processes
+def test_an_interrupted_cell_saves_and_goes_on(kernel_folder: Path) -> None:
+    manager_of = pytest.importorskip("jupyter_client.manager", reason="pip install '.[dev]'")
+    pytest.importorskip("ipykernel", reason="pip install '.[dev]'")
+    flags = FLAGS.replace("--steps 4", "--steps 100000")
+    sources = [c["source"] for c in replaced(read_cells(), "^FLAGS = .*$", f'FLAGS = "{flags}"')]
+    (train,) = (source for source in sources if source.startswith("%samft train"))
+    manager, client = manager_of.start_new_kernel(cwd=str(kernel_folder))
+    try:
+        for source in sources[1:4:2]:
+            assert client.execute_interactive(source)["content"]["status"] == "ok"
+        shown: list[str] = []
+
+        def interrupt_at_a_step(message: dict[str, Any]) -> None:
+            shown.append(message["content"].get("text", ""))
+            if " step 2/" in shown[-1]:
+                manager.interrupt_kernel()
+
+        ended = client.execute_interactive(train, output_hook=interrupt_at_a_step, timeout=240)
+        assert ended["content"]["ename"] == "KeyboardInterrupt", shown
+        status = json.loads((kernel_folder / "runs" / "notebook" / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("preempted", 75)
+        code = "%samft train --help"  # the kernel is as before
+        ended = client.execute_interactive(code, output_hook=lambda message: None)
+        assert ended["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def make_colab(folder: Path) -> tuple[Path, Path]:

@@ -19,7 +19,7 @@ from pycocotools import mask as mask_utils
 from helpers import REPOSITORY
 from helpers.environments import OFFLINE, copy_clone, make_environment, run, shrink_demo
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 # What a reader puts in: the demo's dataset as one's own, its pictures, and the best checkpoint.
 READERS = {

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 from samft.config import TrainConfig
 from samft.data.loaders import ending_workers
 from samft.data.map_style import MapStyleDataset
+from samft.errors import ConfigError
 from samft.recipes.train import run
 from samft.runtime.device import process_settings_restored
 from samft.runtime.files import read_json
 from samft.runtime.metrics_file import FILE_NAME, read_metrics_file
 from samft.runtime.signals import (
+    StopRequest,
     check_launch_environment,
     dying_with_parent,
     end_helper_thread,
@@ -54,7 +56,7 @@ def finetune(
     val_data: MapStyleDataset | None = None,
     loss: LossFunction | None = None,
     metrics: Mapping[str, MaskMetric] | None = None,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> FinetuneResult:
     """Fine-tunes as `samft train` does, and with parts of the caller's. Collective.
 
@@ -93,19 +95,28 @@ def finetune(
         samft.errors.ConfigError: the configuration has a problem
           - data_root is missing: give the dataset's folder, or train_annotations and train_images.
     """
-    custom = CustomParts(train_data, val_data, loss, dict(metrics or {}), tuple(callbacks))
+    if not isinstance(config, TrainConfig):
+        kind = type(config).__name__
+        raise ConfigError(f"config: give a samft.TrainConfig(...), not a {kind}.")
+    custom = CustomParts(train_data, val_data, loss, metrics or {}, callbacks)
     config, problems = convert_values(config)
     problems += config.check(own=custom.datasets) + custom.check()
     raise_for_problems(problems + _check_unused(config, custom))
     check_launch_environment()
+    with _process_restored() as stop:
+        summary = run(config, stop, custom)
+    return _read_result(config, summary)
+
+
+@contextlib.contextmanager
+def _process_restored() -> Iterator[StopRequest]:
+    # What a run sets in its process, or starts, is as before at the end.
     with contextlib.ExitStack() as until_end:
         until_end.enter_context(dying_with_parent())
         until_end.enter_context(process_settings_restored())
         until_end.enter_context(ending_workers())
         until_end.callback(end_helper_thread)
-        stop = until_end.enter_context(stop_on_signal())
-        summary = run(config, stop, custom)
-    return _read_result(config, summary)
+        yield until_end.enter_context(stop_on_signal())
 
 
 def _check_unused(config: TrainConfig, custom: CustomParts) -> list[str]:

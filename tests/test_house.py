@@ -331,6 +331,20 @@ def test_torch_free_rooms_import_no_torch() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+LAZY_NAMES = """
+import sys, samft
+assert samft.TrainConfig(steps=3).steps == 3
+assert {"finetune", "load_sam", "TrainConfig"} <= set(dir(samft)) & set(samft.__all__)
+assert "torch" not in sys.modules
+assert callable(samft.finetune) and "torch" in sys.modules
+"""
+
+
+def test_torch_is_imported_with_the_first_name_that_needs_it() -> None:
+    ended = run_python(LAZY_NAMES)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_torch_would_be_seen() -> None:
     ended = run_python(IMPORT_ALL, "samft.errors", "samft.runtime.torchvision_compat")
     assert ended.stderr.endswith("torchvision_compat imports torch\n"), ended.stderr

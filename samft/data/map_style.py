@@ -34,6 +34,7 @@ from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT
 from samft.images.pixels import PLAIN, PixelFormat, pixel_content
+from samft.runtime import heartbeat
 from samft.runtime.device import usable_cores
 from samft.runtime.logs import progress_bar
 from samft.runtime.signals import StopInterrupt, interruptible
@@ -305,6 +306,7 @@ def _read_share(
         worker_init_fn=init_worker,
         generator=torch.Generator().manual_seed(0),  # or it draws from the caller's generator
     )
+    heartbeat.set_activity(f"reading {name}")
     share: dict[int, _ReadItem | DataError] = {}
     items = iterate_loader(loader)
     bar = progress_bar(

@@ -5,10 +5,11 @@ import hashlib
 import inspect
 import re
 import textwrap
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property, partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,13 @@ class CustomParts:
 
     def check(self) -> list[str]:
         """All problems, one sentence each."""
-        problems = []
+        problems: list[str] = []
         if self.loss is not None and not callable(self.loss):
             problems.append(f"loss: {type(self.loss).__name__} is not callable.")
+        if not isinstance(self.metrics, Mapping):
+            return [*problems, "metrics: give a dictionary of functions by name."]
+        if not isinstance(self.callbacks, (list, tuple)):
+            return [*problems, "callbacks: give a list of functions."]
         for name, metric in self.metrics.items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name):
                 problems.append(f"metrics: {name!r} is no name such as 'dice_2'.")
@@ -182,7 +187,10 @@ def _parts_of(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if inspect.isfunction(value):
         return [_source_of(value), _values_used_by(value)]
-    return [_source_of(type(value)), getattr(value, "__dict__", {})]
+    # Of other objects only those that are settings: a logger, say, changes while a program runs.
+    is_setting = is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace))
+    attributes = getattr(value, "__dict__", {}) if callable(value) or is_setting else {}
+    return [_source_of(type(value)), attributes]
 
 
 def _source_of(value: Any) -> str:

@@ -237,6 +237,11 @@ def test_what_would_have_no_effect_is_refused(tmp_path, settings, parts, message
     assert message in str(failure.value) and not (tmp_path / "out").exists()
 
 
+def test_a_dictionary_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"give a samft.TrainConfig\(...\), not a dict"):
+        samft.finetune({"data_root": "DATASET"})  # type: ignore[arg-type]
+
+
 def test_a_dry_run_forecasts(tmp_path: Path) -> None:
     config = a_config(tmp_path, dry_run=True)
     result = samft.finetune(config, **DATA, loss=overlap_losses, metrics={"again": iou})

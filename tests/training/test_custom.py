@@ -1,6 +1,8 @@
 """What a caller brings along is checked, and a loss is told from another one."""
 
 import importlib.util
+import logging
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,11 +93,21 @@ def test_a_loss_is_known_by_what_it_was_made_with(tmp_path) -> None:
         lambda m, value: m.Weighted(value).method,
         lambda m, value: m.Weighted(torch.tensor([value])),
         lambda m, value: m.Weighted({"a": [np.array(value)]}),
+        lambda m, value: m.Weighted(Namespace(alpha=value)),
+        lambda m, value: m.Weighted(torch.nn.Threshold(0.5, value)),
     ]
     for make in makers:
         assert describe_function(make(module, 1.5)) == describe_function(make(again, 1.5))
         assert describe_function(make(module, 1.5)) != describe_function(make(module, 2.5))
     assert describe_function(makers[0](module, 1)).startswith("make.<locals>.inner ")
+
+
+def test_what_changes_while_a_program_runs_makes_no_other_loss(tmp_path) -> None:
+    module, logger = module_of(SOURCE, tmp_path), logging.getLogger("losses")
+    before = describe_function(module.Weighted(logger))
+    logger.addHandler(logging.NullHandler())
+    logger.setLevel(3)
+    assert describe_function(module.Weighted(logger)) == before
 
 
 def test_a_function_that_refers_to_itself_and_one_without_source_have_names() -> None:
@@ -115,6 +127,8 @@ PROBLEMS = [
     ({"metrics": {"a b": max}}, "metrics: 'a b' is no name such as 'dice_2'."),
     ({"metrics": {"dice": None}}, "metrics: 'dice' is not callable."),
     ({"callbacks": [max, "x"]}, "callbacks: str is not callable."),
+    ({"callbacks": max}, "callbacks: give a list of functions."),
+    ({"metrics": [max]}, "metrics: give a dictionary of functions by name."),
 ]
 
 

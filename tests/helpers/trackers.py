@@ -1,9 +1,11 @@
 """Curves as trackers hold them, and as metrics.jsonl does."""
 
 import json
+import sqlite3
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,16 @@ def mlflow_curves(folder: Path) -> Curves:
         name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
     }
+
+
+def trackio_curves(folder: Path) -> Curves:
+    """Those of all runs of the project, in the database in `folder`."""
+    curves: Curves = defaultdict(list)
+    with closing(sqlite3.connect(folder / "samft.db")) as database:
+        for step, metrics in database.execute("SELECT step, metrics FROM metrics ORDER BY id"):
+            for name, value in json.loads(metrics).items():
+                curves[name].append((step, value))
+    return dict(curves)
 
 
 def wandb_curves(folder: Path) -> Curves:

@@ -1,4 +1,4 @@
-"""MLflow and W&B hold the curves of metrics.jsonl, and neither ends nor delays a run."""
+"""MLflow, W&B and Trackio hold the curves of metrics.jsonl, and none ends or delays a run."""
 
 import importlib
 import json
@@ -20,6 +20,7 @@ from helpers.trackers import (
     check_same_curves,
     curves_of_metrics,
     mlflow_curves,
+    trackio_curves,
     wandb_curves,
 )
 from samft.reports import trackers
@@ -60,6 +61,7 @@ def write_steps(
 KINDS = {
     "mlflow": pytest.param("mlflow", mlflow_curves, marks=pytest.mark.run, id="mlflow"),
     "wandb": pytest.param("wandb", wandb_curves, id="wandb"),
+    "trackio": pytest.param("trackio", trackio_curves, id="trackio"),
 }
 
 
@@ -69,8 +71,12 @@ def need_package(name: str) -> None:
 
 @pytest.mark.parametrize(("kind", "curves_of"), KINDS.values())
 def test_curves_are_those_of_the_file_whatever_ended_the_run(
-    tmp_path: Path, kind: str, curves_of: Callable[[Path], Curves]
+    tmp_path: Path,
+    kind: str,
+    curves_of: Callable[[Path], Curves],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # before the only import in these tests
     need_package(kind)
     write_steps(tmp_path, [kind], range(3))
     check_same_curves(curves_of(tmp_path), curves_of_metrics(tmp_path), rel=0)

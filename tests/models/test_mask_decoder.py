@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
 
 from samft.models.mask_decoder import FAST, STOCK, choose_decoder
 from samft.models.prompted_sam import PromptedSam
@@ -32,7 +32,7 @@ def sam() -> Sam:
     return make_sam("vit_tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small_sam() -> Sam:
     return make_sam("vit_tiny", size=32)
 
@@ -80,8 +80,9 @@ def index_of(counts: tuple[int, ...]) -> Tensor:
 
 
 def make_embeddings(sam: Sam, num_images: int) -> Tensor:
-    encoder = sam.prompt_encoder
-    return torch.randn(num_images, encoder.embed_dim, *encoder.image_embedding_size)
+    encoder, generator = sam.prompt_encoder, torch.Generator().manual_seed(6)
+    shape = (num_images, encoder.embed_dim, *encoder.image_embedding_size)
+    return torch.randn(shape, generator=generator)
 
 
 def decode_stock(
@@ -201,6 +202,10 @@ def compare_gradients(
     sam: Sam, kind: str, *, multimask: bool, mask_chunk: int, relative: float
 ) -> None:
     size, dtype = sam.image_encoder.img_size, sam.mask_decoder.iou_token.weight.dtype
+    # A ReLU whose input is zero but for rounding may pass a gradient in one and not in the other.
+    activation = nn.GELU if dtype == torch.float32 else nn.ReLU
+    for layer in sam.mask_decoder.transformer.layers:
+        layer.mlp.act = activation()
     start, index = make_embeddings(sam, 3).to(dtype), index_of(RAGGED)
     prompts = make_prompts(kind, 4, size=size)
     stock = gradients_of(
@@ -236,7 +241,6 @@ def test_gradients_equal_those_of_the_stock_decoder(
     convert(small_sam, dtype)
     options = {"mask_chunk": mask_chunk, "relative": relative, "multimask": multimask}
     compare_gradients(small_sam, kind, **options)
-    convert(small_sam, torch.float32)
 
 
 # Points without a box are followed by a token of no point: 1 to 9 tokens.

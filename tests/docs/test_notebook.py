@@ -187,3 +187,18 @@ def test_the_first_cell_installs_samft_on_colab_and_keeps_its_torch(tmp_path: Pa
     # Where samft is installed it does nothing, whatever REPOSITORY is.
     again = run(python, "-m", "IPython", unset, cwd=content, **variables)
     assert again.startswith("samft ") and "clone" not in again
+
+
+@pytest.mark.processes
+def test_the_first_cell_refuses_a_torch_that_is_too_old(tmp_path: Path) -> None:
+    pytest.importorskip("IPython", reason="pip install '.[dev]'")
+    python, packages = make_colab(tmp_path)
+    old = packages / "torch-2.9.0.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n")
+    cell = tmp_path / "cell.ipy"
+    first = replaced(read_cells(), '^REPOSITORY = ""', f"REPOSITORY = {str(REPOSITORY)!r}")[1]
+    cell.write_text(first["source"])
+    with pytest.raises(AssertionError, match=r"samft 0\.\d\.\d depends on torch>=2\.10"):
+        run(python, "-m", "IPython", cell, cwd=tmp_path, **OFFLINE, HOME=str(tmp_path))
+    assert old.is_dir() and not (packages / "samft").exists()

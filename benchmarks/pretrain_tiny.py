@@ -2,7 +2,9 @@
 
     python -m benchmarks.pretrain_tiny --output_dir runs/tiny
 
-Every step draws new scenes (`benchmarks/procedural.py`), so the model cannot overfit. Most steps
+Every step draws new scenes (`benchmarks/procedural.py`), so the model cannot overfit. Half of the
+steps begin with boxes and half with one point, and all go on with clicks where the last mask is
+wrong, as `samft.train --prompts mixed --multimask best` does. Most steps
 use a small image size, where they are cheap; the last ones use the final size. The learning rate is
 constant and then falls linearly to zero over the last `--decay_steps`. After an interruption, the
 same command resumes. `--start_from` trains weights on instead of random ones; `--first_step` keeps
@@ -15,13 +17,15 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.procedural import make_scene
@@ -29,13 +33,19 @@ from samft.coco.segmentation import CroppedMask, uncompressed_rle
 from samft.config import TrainConfig
 from samft.data.targets import draw_targets, make_grids
 from samft.data.transforms import make_frame
-from samft.models.prompted_sam import PromptedSam
+from samft.evaluation.clicks import Click, ClickSession, centre_point, click_prompts, score_clicks
+from samft.evaluation.metrics import box_fill_ious, cropped_iou
+from samft.models.prompted_sam import PromptedSam, original_masks
+from samft.models.prompts import OBJECT, Prompts
 from samft.models.sam import build_sam, load_state, read_state
-from samft.models.trainable import freeze
-from samft.training.losses import mask_losses
+from samft.models.trainable import freeze, unreached_by
+from samft.training.losses import MaskLosses, mask_losses
+from samft.training.prompt_schedule import PromptSchedule
 
 HELD_OUT_SEED = 1_000_000_000
 BOX_JITTER = 0.1
+MASK_PROMPT = TrainConfig().mask_prompt
+NUM_CLICKS = 7
 DEFAULT_FOCAL_WEIGHT = TrainConfig().loss_focal_weight
 
 
@@ -48,16 +58,19 @@ class SceneBatch:
     image_index: Tensor  # int64 [M]
     windows: Tensor  # float32 [M, 4], see `samft.data.targets`
     targets: Tensor  # uint8 [M, G, G], covered share of each cell of the window, times 255
+    click_draws: Tensor  # float32 [M, corrections + 1, 2], see `PromptSchedule`
     masks: list[np.ndarray]  # uint8 [K, S, S] of each image
 
 
-def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
+def make_batch(seeds: range, *, size: int, jitter: float, corrections: int = 0) -> SceneBatch:
     """Draws one scene per seed; each side of a box moves by up to `jitter` of its length."""
-    images, boxes, index, windows, targets, masks = [], [], [], [], [], []
+    images, boxes, index, windows, targets, masks, draws = [], [], [], [], [], [], []
     frame = make_frame((size, size), size, resize_mode="pad")
     for position, seed in enumerate(seeds):
         scene = make_scene(seed, size=size)
-        moves = np.random.default_rng(seed).uniform(-jitter, jitter, (len(scene.boxes), 4))
+        generator = np.random.default_rng(seed)
+        moves = generator.uniform(-jitter, jitter, (len(scene.boxes), 4))
+        draws.append(generator.random((len(scene.boxes), corrections + 1, 2), dtype=np.float32))
         sides = np.tile(scene.boxes[:, 2:] - scene.boxes[:, :2], 2)
         images.append(scene.image.transpose(2, 0, 1))
         boxes.append(np.clip(scene.boxes + moves * sides, 0, size))
@@ -73,6 +86,7 @@ def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
         image_index=torch.tensor(index),
         windows=torch.from_numpy(np.concatenate(windows).astype(np.float32)),
         targets=torch.from_numpy(np.concatenate(targets)),
+        click_draws=torch.from_numpy(np.concatenate(draws)),
         masks=masks,
     )
 
@@ -80,9 +94,11 @@ def make_batch(seeds: range, *, size: int, jitter: float) -> SceneBatch:
 class SceneStream(IterableDataset):
     """Batches of new scenes for a range of steps; each batch depends only on its step."""
 
-    def __init__(self, *, size: int, batch_size: int, start_step: int, end_step: int) -> None:
-        """Takes the image size, the images per step, and the range of steps."""
-        self.size, self.batch_size = size, batch_size
+    def __init__(
+        self, *, size: int, batch_size: int, corrections: int, start_step: int, end_step: int
+    ) -> None:
+        """Takes the image size, the images per step, rounds of clicks, and the range of steps."""
+        self.size, self.batch_size, self.corrections = size, batch_size, corrections
         self.steps = range(start_step, end_step)
 
     def __iter__(self) -> Iterator[SceneBatch]:
@@ -92,27 +108,52 @@ class SceneStream(IterableDataset):
         first, stride = (info.id, info.num_workers) if info else (0, 1)
         for step in self.steps[first::stride]:
             seeds = range(step * self.batch_size, (step + 1) * self.batch_size)
-            yield make_batch(seeds, size=self.size, jitter=BOX_JITTER)
+            yield make_batch(seeds, size=self.size, jitter=BOX_JITTER, corrections=self.corrections)
 
 
 @torch.no_grad()
 def score_held_out(model: PromptedSam, *, size: int, num_scenes: int) -> dict[str, float]:
-    """Mean IoU over the objects of held-out scenes, and that of filling each box."""
-    ious, fills = [], []
-    device = model.sam.device
+    """Mean scores over the objects of held-out scenes.
+
+    Returns:
+        IoU of masks prompted with boxes (`iou`), with one point (`point_iou`, the best of three
+        masks by predicted IoU) and with that point and six corrections (`clicks_iou`); and that of
+        filling each box.
+    """
+    rows = []
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + num_scenes):
         batch = make_batch(range(seed, seed + 1), size=size, jitter=0.0)
-        logits, _ = model(
-            batch.images.to(device), batch.boxes.to(device), batch.image_index.to(device)
-        )
-        masks = F.interpolate(logits[:, None].float(), (size, size), mode="bilinear")[:, 0] > 0
-        for mask, truth, box in zip(
-            masks.cpu().numpy(), batch.masks[0], batch.boxes.numpy(), strict=True
-        ):
-            x0, y0, x1, y1 = box.round().astype(int)
-            ious.append((mask & (truth > 0)).sum() / (mask | (truth > 0)).sum())
-            fills.append(truth.sum() / max(1, (x1 - x0) * (y1 - y0)))
-    return {"iou": float(np.mean(ious)), "box_fill_iou": float(np.mean(fills))}
+        rows.append(score_scene(model, batch, size=size))
+    names = ("iou", "box_fill_iou", "point_iou", "clicks_iou")
+    return dict(zip(names, np.concatenate(rows).mean(0).tolist(), strict=True))
+
+
+def score_scene(model: PromptedSam, batch: SceneBatch, *, size: int) -> NDArray[np.float64]:
+    """The scores of `score_held_out` for each object of a scene: [K, 4]."""
+    device, sizes = model.sam.device, (size, size)
+    embedding = model.embed(batch.images.to(device))
+    index = batch.image_index.to(device)
+    truths = [CroppedMask(0, 0, mask > 0) for mask in batch.masks[0]]
+
+    def decode(prompts: Prompts, *, multimask: bool = False) -> tuple[Tensor, Tensor]:
+        rows = index[: len(prompts)]  # all of one image
+        return model.decode(embedding, prompts, rows, multimask=multimask)
+
+    def ious_of(logits: Tensor) -> list[float]:
+        masks = original_masks(logits, input_size=sizes, original_size=sizes, image_size=size)
+        return [cropped_iou(mask, truth) for mask, truth in zip(masks, truths, strict=True)]
+
+    boxes = batch.boxes.to(device)
+    by_box = ious_of(decode(Prompts(boxes=boxes))[0])
+    fills = box_fill_ious(batch.boxes, truths, input_size=sizes, original_size=sizes)
+    clicks = [[Click(*centre_point(truth), OBJECT)] for truth in truths]
+    frame = make_frame(sizes, size, resize_mode="pad")
+    three, iou_predicted = decode(click_prompts(clicks, frame, device), multimask=True)
+    best = three[torch.arange(len(three)), iou_predicted.argmax(1)]
+    session = ClickSession(lambda prompts: decode(prompts)[0], None, truths, frame)
+    corrected = session.correct(best, clicks=clicks, most=NUM_CLICKS)
+    scores = score_clicks(corrected, truths, num_rounds=NUM_CLICKS, original_size=sizes)
+    return np.stack([by_box, fills.numpy(), scores.iou[:, 0], scores.iou[:, -1]], axis=1)
 
 
 def learning_rate_factor(step: int, *, warmup: int, decay: int, total: int) -> float:
@@ -123,10 +164,11 @@ def learning_rate_factor(step: int, *, warmup: int, decay: int, total: int) -> f
 def train_stage(
     model: PromptedSam, optimizer: torch.optim.Optimizer, args: argparse.Namespace, *, size: int
 ) -> None:
-    """Trains from `args.step` to `args.stage_end` at one image size, saving every 1000 steps."""
+    """Trains from `args.step` to `args.stage_end` at one image size, saving now and then."""
     scenes = SceneStream(
         size=size,
         batch_size=args.batch_size,
+        corrections=args.correction_rounds,
         start_step=args.first_step + args.step,
         end_step=args.first_step + args.stage_end,
     )
@@ -141,26 +183,28 @@ def train_stage(
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * factor
         image_index = batch.image_index.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            logits, iou_predicted = model(
-                batch.images.to(device), batch.boxes.to(device), image_index
-            )
-        losses = mask_losses(
-            logits,
-            iou_predicted,
-            targets=batch.targets.to(device),
-            windows=batch.windows.to(device),
-            image_index=image_index,
-            input_sizes=input_sizes,
-            focal_weight=args.focal_weight,
+        rounds = args.schedule.rounds_at(
+            args.first_step + args.step, click_draws=batch.click_draws.to(device), loss=args.loss
         )
+        with torch.autocast(device.type, torch.bfloat16):
+            total, values = model(
+                batch.images.to(device),
+                batch.boxes.to(device),
+                image_index,
+                input_sizes=input_sizes,
+                loss=args.loss,
+                targets=batch.targets.to(device),
+                windows=batch.windows.to(device),
+                rounds=rounds,
+            )
+        last_round = MaskLosses(*values[-len(MaskLosses._fields) :])
         optimizer.zero_grad(set_to_none=True)
-        losses.total.mean().backward()
+        (total / max(1, len(image_index))).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         args.step += 1
-        ious.append(losses.iou_actual.mean().item())
-        if args.step % 1000 == 0 or args.step == args.stage_end:
+        ious.append(last_round.iou_actual.mean().item())
+        if args.step % args.save_every == 0 or args.step == args.stage_end:
             seconds = time.monotonic() - started
             save_state(
                 model, optimizer, args, size=size, train_iou=float(np.mean(ious)), seconds=seconds
@@ -190,7 +234,7 @@ def save_state(
     line = {"step": args.step, "image_size": size, "train_iou": round(train_iou, 4)}
     line |= {"seconds": round(seconds, 1)}
     last = args.step == args.total_steps
-    if last or args.step % 2000 == 0:
+    if last or args.step % (2 * args.save_every) == 0:
         line |= score_held_out(model.eval(), size=size, num_scenes=1000 if last else 200)
         model.train()
     with (args.output_dir / "log.jsonl").open("a") as log:
@@ -211,7 +255,12 @@ def main() -> None:
     parser.add_argument("--focal_weight", type=float, default=DEFAULT_FOCAL_WEIGHT)
     parser.add_argument("--num_workers", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--correction_rounds", type=int, default=7)
+    parser.add_argument("--save_every", type=int, default=1000)
     args = parser.parse_args()
+    prompting: dict[str, Any] = {"corrections": args.correction_rounds, "multimask": "best"}
+    args.schedule = PromptSchedule(prompts="mixed", mask_prompt=MASK_PROMPT, **prompting)
+    args.loss = partial(mask_losses, focal_weight=args.focal_weight)
     stages = [tuple(map(int, stage.split(":"))) for stage in args.stages.split(",")]
     args.total_steps, args.step, args.stage_end = sum(steps for _, steps in stages), 0, 0
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -228,7 +277,7 @@ def main() -> None:
         sam = build_sam("vit_tiny", size)
         if weights is not None:
             load_state(sam, weights)
-        freeze(sam, [])
+        freeze(sam, [], unreached=unreached_by("mixed", mask_prompt=MASK_PROMPT, **prompting))
         model = PromptedSam(sam.to(args.device)).train()
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], fused=True, weight_decay=0.01

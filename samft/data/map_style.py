@@ -8,6 +8,7 @@ whenever it is needed, and has to be the same each time.
 import contextlib
 import hashlib
 import itertools
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -124,7 +125,10 @@ def read_item(
     try:
         item = dataset[i]
     except Exception as error:
-        raise ImageError(f"{name} raises {type(error).__name__}: {error}.") from error
+        # What a loader's worker raises arrives without its traceback.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}, line {last.lineno}"
+        raise ImageError(f"{name} raises {type(error).__name__}: {error} ({where}).") from error
     if not (isinstance(item, (tuple, list)) and len(item) == 2):
         raise DataError(f"{name} is a {type(item).__name__}, not a pair of an image and masks.")
     target = item[1] if isinstance(item[1], Mapping) else {"masks": item[1]}
@@ -235,6 +239,7 @@ def index_dataset(
     num_workers: int = 0,
     on_bad_image: str = "error",
     crowds: str = "auto",
+    timeout: float | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> DatasetIndex:
     """Reads and checks all items of a dataset, each rank its share. Collective: every rank calls.
@@ -245,6 +250,7 @@ def index_dataset(
         num_workers: Processes that read, no more than there are cores; 0 reads in this one.
         on_bad_image: `error` raises for an item that the dataset raises for, `skip` leaves it out.
         crowds: See `entries.mark_crowds`, of objects whose target has `iscrowd` 1.
+        timeout: Seconds that a process may take to read an item; None: no limit.
         should_stop: Asked several times a second; all ranks stop if it is true on any.
 
     Raises:
@@ -260,7 +266,8 @@ def index_dataset(
     length = distributed.run_on_all_ranks(lambda: _length_of(dataset, name))
     if len(set(distributed.all_gather(length))) > 1:
         raise DataError(f"{name} has other lengths in other processes: it must be the same in all.")
-    share = _read_share(dataset, name, length, num_workers, should_stop)
+    workers = min(num_workers, usable_cores())
+    share = _read_share(dataset, name, length, workers, timeout, should_stop)
     errors = (one for one in share.values() if isinstance(one, DataError))
     skipped = ImageError if on_bad_image == "skip" else ()
     error = next((one for one in errors if not isinstance(one, skipped)), None)
@@ -292,6 +299,7 @@ def _read_share(
     name: str,
     length: int,
     num_workers: int,
+    timeout: float | None,
     should_stop: Callable[[], bool],
 ) -> dict[int, "_ReadItem | DataError"]:
     # This rank's items, by position; not all of them if asked to stop.
@@ -302,7 +310,8 @@ def _read_share(
         sampler=positions,
         batch_size=None,
         collate_fn=_identity,
-        num_workers=min(num_workers, usable_cores(), len(positions)),
+        num_workers=num_workers if len(positions) else 0,
+        timeout=timeout if timeout and num_workers and len(positions) else 0,
         worker_init_fn=init_worker,
         generator=torch.Generator().manual_seed(0),  # or it draws from the caller's generator
     )

@@ -229,6 +229,7 @@ def index_own_data(
         num_workers=config.num_workers,
         on_bad_image=config.on_bad_image,
         crowds=config.crowds,
+        timeout=config.hang_timeout,
         should_stop=should_stop,
     )
 

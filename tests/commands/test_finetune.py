@@ -73,6 +73,7 @@ def test_own_datasets_train_and_score_as_the_same_coco_files(tmp_path: Path, cac
     assert (tmp_path / "ours" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.smoke
 def test_the_result_is_what_the_files_say(tmp_path: Path) -> None:
     calls: list[tuple[int, dict[str, float]]] = []
     result = samft.finetune(

@@ -127,7 +127,7 @@ WRONG = [
     ((RGB, {"masks": MASKS, "boxes": [[0, 0, 1, 1]]}), "train_data[1]: 'boxes' is int64 of (1, 4)"),
     ((RGB, {"masks": MASKS, "labels": ["a", "b"]}), "train_data[1]: 'labels' is <U1 of (2,)"),
     ((RGB, {"masks": MASKS, "iscrowd": [0]}), "train_data[1]: 'iscrowd' is int64 of (1,)"),
-    (KeyError("no such file"), "train_data[1] raises KeyError: 'no such file'."),
+    (KeyError("no such file"), "train_data[1] raises KeyError: 'no such file' (" + __file__),
 ]
 
 
@@ -242,6 +242,6 @@ def test_ranks_read_their_share_and_have_the_whole(gloo2: GlooPool) -> None:
     # Rank 1 reads items 1 and 3: what it sees is raised on both ranks.
     broken = [items[0], items[1], items[2], OSError("disk"), items[4]]
     messages = gloo2.run(index_on_rank, [items, broken])
-    assert messages == ["train_data[3] raises OSError: disk."] * 2
+    assert all(text.startswith("train_data[3] raises OSError: disk (") for text in messages)
     messages = gloo2.run(index_on_rank, [items, items[:4]])
     assert all("train_data has other lengths in other processes" in text for text in messages)

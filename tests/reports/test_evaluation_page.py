@@ -15,7 +15,7 @@ from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import read_coco
 from samft.evaluation.click_curves import compare_clicks, summarise_clicks
 from samft.evaluation.clicks import Click, CorrectedMask
-from samft.reports.charts import ChartLine, click_chart
+from samft.reports.charts import HEIGHT, ChartLine, click_chart
 from samft.reports.click_pictures import ClickRow, ClickTile, draw_click_rows
 from samft.reports.drawing import CLICK_COLOURS, annotate_crop, crop_around
 from samft.reports.evaluation_page import (
@@ -50,6 +50,17 @@ def test_a_band_lies_around_its_line() -> None:
     assert corners[0][1] > line[0][1] > corners[-1][1]  # SVG counts downwards
     labels = [text.text for text in root.iter("text") if "x" in text.attrib]
     assert {"0", "1", "2"} <= set(labels) and "clicks" in labels and "0.5" not in labels
+
+
+@pytest.mark.parametrize(("clicks", "shown"), [([1], "1"), ([0, 1], "1"), (range(21), "20")])
+def test_any_number_of_clicks_has_a_chart(clicks: list[int], shown: str) -> None:
+    points = [(float(number), 0.5) for number in clicks]
+    curve = ChartLine("after", "after", points, [(0.4, 0.6)] * len(points))
+    root = ElementTree.fromstring(click_chart([curve]))
+    assert len(list(root.iter("circle"))) == len(points)
+    assert shown in [text.text for text in root.iter("text")]
+    ys = [float(circle.attrib["cy"]) for circle in root.iter("circle")]
+    assert len(set(ys)) == 1 and 0 < ys[0] < HEIGHT
 
 
 @pytest.mark.parametrize("label", [0, 1])

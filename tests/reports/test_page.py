@@ -10,12 +10,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from helpers.browser import CHROMIUM, chromium
 from helpers.short_runs import arguments, train_here
 from samft.demo import write_demo
 from samft.evaluation.object_scores import Comparison, GroupMeans, ObjectScores
+from samft.reports.click_pictures import ClickRow, ClickTile
 from samft.reports.page import (
+    Figure,
     ObjectPair,
     ReportPage,
     break_at_underscores,
@@ -250,6 +253,22 @@ def test_the_report_of_a_run_agrees_with_its_summary(demo_run: Path) -> None:
     assert all(sentence in page.text for sentence in summary["got_worse"])
     assert page.tags.count("img") >= 2
     assert "a 'run' <b>" in page.text and "b" not in page.tags[page.tags.index("pre") :]
+
+
+def test_corrections_by_clicks_have_a_section() -> None:
+    assert "Corrections by clicks" not in render(a_page())
+    tile = ClickTile(np.full((16, 16, 3), 90, np.uint8), 2, 0.25)
+    figure = Figure("IoU by clicks", Markup("<svg></svg>"), [("after", HOSTILE)], HOSTILE)
+    text = render(
+        a_page(
+            clicked="36 objects of 9 images",
+            click_figures=[figure],
+            click_rows=[ClickRow(HOSTILE, HOSTILE, 3, [[tile], [tile, tile]])],
+        )
+    )
+    assert "36 objects of 9 images of the validation split" in text
+    assert text.count("2 clicks, IoU 0.250") == 3 and "<b>IoU by clicks</b><svg></svg>" in text
+    assert "<script" not in text
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: chromium)")

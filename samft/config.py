@@ -279,6 +279,13 @@ class TrainConfig:
         "size, and coarsely elsewhere; input: the pixels of the model's input, as the original SAM",
         choices=("window", "input"),
     )
+    patience: int | None = _optimisation(
+        None,
+        "end the run after so many validations in a row that are no better than the best one "
+        "(default: never)",
+        at_least=1,
+        metavar="N",
+    )
     seed: int = _optimisation(
         0, "seed of the order of images, augmentation and box jitter", at_least=0
     )

@@ -22,7 +22,7 @@ from samft.runtime import heartbeat
 from samft.runtime.device import peak_memory_gib
 from samft.runtime.logs import LOGGER, RunLog, format_duration
 from samft.runtime.signals import StopInterrupt
-from samft.training.engine import Trainer, train
+from samft.training.engine import Progress, Trainer, train
 from samft.training.optim import gather_state, get_learning_rate
 
 
@@ -153,6 +153,7 @@ def _finish_interval(run: TrainingRun) -> None:
     if run.custom.loss_name is not None:
         sidecar["loss"] = run.custom.loss_name
     run.progress.pending = {}
+    _count_stale(run.progress, score, patience=run.config.patience)
     _save_state(run, validation, sidecar)
     _call_callbacks(run, train_metrics, validation)
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
@@ -168,6 +169,22 @@ def _finish_interval(run: TrainingRun) -> None:
         train_metrics["images_per_second"],
         format_duration(seconds_left),
     )
+
+
+def _count_stale(progress: Progress, score: float, *, patience: int | None) -> None:
+    # Before the state is saved: a run that has ended is not gone on with by a later start.
+    improved = score > progress.best_score
+    progress.best_score = max(progress.best_score, score)
+    progress.stale_validations = 0 if improved else progress.stale_validations + 1
+    if patience is not None and progress.stale_validations >= patience:
+        progress.ended_early = True
+        LOGGER.info(
+            "patience: the run ends after step %d, as %d validations in a row were no better than "
+            "%.4f",
+            progress.step,
+            progress.stale_validations,
+            progress.best_score,
+        )
 
 
 def _call_callbacks(

@@ -104,7 +104,7 @@ class RunParts:
         if self.stop:
             return self.stop.received[0]
         if self.progress.ended_early:
-            return "a callback"
+            return "a callback, or patience"
         if time.time() >= self.deadline:
             return "the job's time limit"
         if stop_after is not None and self.progress.step >= stop_after:

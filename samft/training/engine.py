@@ -72,7 +72,9 @@ class Progress:
         box_fill_iou: Mean IoU of filling each box of the validation set.
         bad_images: By split, the images that could not be read: file name to reason.
         pending: The train line of an interval whose validation was interrupted; else empty.
-        ended_early: Whether a callback has ended the run before its last step.
+        best_score: The highest validation score so far, but for that of step 0.
+        stale_validations: Validations since then.
+        ended_early: Whether a callback, or `patience`, has ended the run before its last step.
     """
 
     step: int = 0
@@ -88,6 +90,8 @@ class Progress:
     box_fill_iou: float = math.nan
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)
     pending: dict[str, float] = field(default_factory=dict)
+    best_score: float = -math.inf
+    stale_validations: int = 0
     ended_early: bool = False
 
     def add_bad_images(self, split: str, bad_images: dict[str, str]) -> dict[str, str]:

@@ -83,6 +83,7 @@ OTHER: dict[str, Any] = {
     "encoder_learning_rate": 1e-5,
     "layer_decay": 0.9,
     "ema_decay": 0.99,
+    "patience": 3,
     "weight_decay": 0.0,
     "metrics_interval": 5,
     "output_dir": "runs/a b",

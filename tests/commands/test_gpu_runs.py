@@ -132,6 +132,7 @@ def test_evaluate(fresh: PretendedRun, folder: Path) -> None:
     [checkpoint] = (folder / "fresh").glob("3-*.ckpt")
     argv = ["--checkpoint", str(checkpoint), "--data_root", str(folder / "data")]
     argv += ["--split", "val", "--output", str(folder / "scores.json"), "--clicks", "2"]
+    argv += ["--automatic", "2", "--points_per_side", "2"]
     check_run(run_with_pretended_gpus("samft.evaluate", argv, folder=folder))
     scores = json.loads((folder / "scores.json").read_text())
     [logged] = [
@@ -152,3 +153,12 @@ def test_predict(fresh: PretendedRun, folder: Path) -> None:
     results = json.loads((folder / "predictions" / "results.json").read_text())
     # Every box of the file: five objects, and one without a mask; crowds are not prompts
     assert sorted(row["annotation_id"] for row in results) == [1, 2, 3, 4, 5, 902]
+
+
+def test_predict_from_points(fresh: PretendedRun, folder: Path) -> None:
+    [checkpoint] = (folder / "fresh").glob("3-*.ckpt")
+    [image, *_] = sorted((folder / "data" / "val").glob("*.png"))
+    argv = ["--checkpoint", str(checkpoint), "--images", str(image), "--amp", "bf16"]
+    argv += ["--point", "12,13", "--point", "3,4,0", "--output_dir", str(folder / "pointed")]
+    check_run(run_with_pretended_gpus("samft.predict", argv, folder=folder))
+    assert len(json.loads((folder / "pointed" / "results.json").read_text())) == 1

@@ -1,4 +1,4 @@
-"""Exit codes, and the exceptions that are the user's to resolve. Imports nothing of samft."""
+"""Exit codes, the user's errors, and text as a terminal may get it. Imports nothing of samft."""
 
 import contextlib
 import errno

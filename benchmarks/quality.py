@@ -46,15 +46,18 @@ class Runner:
 
     Args:
         store: Where results go.
+        with_clicks: See `Scorer`.
     """
 
-    def __init__(self, store: RowStore) -> None:
+    def __init__(self, store: RowStore, *, with_clicks: bool = False) -> None:
         self.store, self.lab = store, Laboratory(store.folder)
+        self.with_clicks = with_clicks
         self.scorers: dict[tuple[str, int], Scorer] = {}
 
     def run_missing(self, request: RunRequest) -> Row | None:
-        """Runs a request and adds its row; None if there was one."""
-        if self.store.find_row(request) is not None:
+        """Runs a request and adds its row; None if there was one with all that is wanted."""
+        row = self.store.find_row(request)
+        if row is not None and (not self.with_clicks or "iou_clicks_box" in row):
             return None
         config = request.config(self.store.folder)
         start = time.process_time()  # CPU seconds: the machine may have other work
@@ -63,7 +66,9 @@ class Runner:
         key = request.dataset, config.image_size
         if key not in self.scorers:
             val_subset = self.lab.read_splits(request, config).val.subset
-            self.scorers[key] = Scorer(val_subset, image_size=config.image_size)
+            self.scorers[key] = Scorer(
+                val_subset, image_size=config.image_size, with_clicks=self.with_clicks
+            )
         resize_mode = "squash" if request.recipe == ORIGINAL else config.resize_mode
         scores = self.scorers[key].score(model, resize_mode=resize_mode)
         return self.store.add_row(
@@ -79,14 +84,16 @@ class Runner:
 def run_requests(args: argparse.Namespace) -> None:
     """Runs all requests that have no row, and prints a line for each."""
     LOGGER.setLevel(logging.WARNING)  # not the start of each of hundreds of trainings
-    runner = Runner(RowStore(args.output_dir))
+    runner = Runner(RowStore(args.output_dir), with_clicks=args.clicks)
     for request in plan_requests(args):
         row = runner.run_missing(request)
         if row is None:
             continue
         print(
             f"{request.dataset} {request.recipe} seed {request.seed}: IoU {row['iou']:.4f}, "
-            f"boundary {row['boundary_iou']:.4f}, shaken {row['iou_shaken']:.4f}, area "
+            f"boundary {row['boundary_iou']:.4f}, shaken {row['iou_shaken']:.4f}, "
+            + (f"7 clicks {row['iou_clicks_point']:.4f}, " if args.clicks else "")
+            + f"area "
             f"{row['area_ratio']:.2f}, {row['train_seconds']:.0f} + "
             f"{row['seconds'] - row['train_seconds']:.0f} CPU s",
             flush=True,
@@ -115,6 +122,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--full", action="store_true", help="train the image encoder, too")
+    parser.add_argument("--clicks", action="store_true", help="score points and corrections, too")
     parser.add_argument("--name", default=DEFAULT, help="report: of its block in the page")
     parser.add_argument(
         "--against", choices=RECIPES, default=ORIGINAL, metavar="R", help="report: compare with"

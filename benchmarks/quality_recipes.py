@@ -51,6 +51,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr_3e-5": {"learning_rate": 3e-5},
     "lr_3e-4": {"learning_rate": 3e-4},
     "lr_1e-3": {"learning_rate": 1e-3},
+    "ema_0.99": {"ema_decay": 0.99},
+    "points": {"prompts": "point"},
+    "mixed": {"prompts": "mixed"},
+    "mixed_best": {"prompts": "mixed", "multimask": "best"},
+    "mixed_best_3": {"prompts": "mixed", "multimask": "best", "correction_rounds": 3},
+    "mixed_no_rounds": {"prompts": "mixed", "correction_rounds": 0},
+    "mixed_mask_prompt_1": {"prompts": "mixed", "mask_prompt": 1.0},
+    "mixed_mask_prompt_0": {"prompts": "mixed", "mask_prompt": 0.0},
+    "box_rounds_7": {"correction_rounds": 7},
 }
 OTHER_LOSSES: dict[str, dict[str, Any]] = {  # arguments of `plain_losses`
     "focal_alpha_0.5": {"focal_weight": 10.0, "alpha": 0.5},

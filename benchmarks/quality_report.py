@@ -14,7 +14,13 @@ import numpy as np
 
 from benchmarks.quality_recipes import UNTOUCHED, RunRequest
 from benchmarks.quality_rows import Row, RowStore
-from benchmarks.quality_scores import METRICS, Difference, RunScores, paired_difference
+from benchmarks.quality_scores import (
+    CLICK_METRICS,
+    METRICS,
+    Difference,
+    RunScores,
+    paired_difference,
+)
 from benchmarks.tables import markdown_table
 from samft.errors import DataError
 from samft.reports.charts import tick_values
@@ -129,8 +135,15 @@ class Report:
         text = replace_block(page.read_text(), self.name, self.to_markdown(), page=page)
         if differences := self._differences():
             (docs / "images").mkdir(exist_ok=True)
-            write_text(docs / "images" / self._plot_name, draw_plot(differences, self._title))
+            plot = draw_plot(differences, self._title, metrics=self._metrics)
+            write_text(docs / "images" / self._plot_name, plot)
         write_text(page, text)
+
+    @property
+    def _metrics(self) -> dict[str, str]:
+        # With those of clicks, if all runs have them.
+        with_clicks = all(run.scores.has_clicks for run in self._runs())
+        return {**METRICS, **(CLICK_METRICS if with_clicks else {})}
 
     @property
     def _plot_name(self) -> str:
@@ -169,13 +182,13 @@ class Report:
         )
 
     def _scores_table(self) -> str:
-        columns = [*METRICS.values(), "own frame", "area"]
+        columns = [*self._metrics.values(), "own frame", "area"]
         head = f"| data | box fill | recipe | seeds | {' | '.join(columns)} |"
         rows = []
         for dataset, by_recipe in self.results.items():
             for number, (recipe, by_seed) in enumerate(by_recipe.items()):
                 runs = [result.row for result in by_seed.values()]
-                names = (*METRICS, "iou_own_frame", "area_ratio")
+                names = (*self._metrics, "iou_own_frame", "area_ratio")
                 means = {name: np.mean([row[name] for row in runs]) for name in names}
                 scores = " | ".join(format_score(float(means[name])) for name in names)
                 label = f"`{dataset}` ({runs[0]['num_objects']} masks)" if not number else ""
@@ -188,7 +201,7 @@ class Report:
         return {
             (dataset, recipe): {
                 metric: compare_recipes(by_recipe[self.against], by_seed, metric)
-                for metric in METRICS
+                for metric in self._metrics
             }
             for dataset, by_recipe in self.results.items()
             if self.against in by_recipe
@@ -197,7 +210,8 @@ class Report:
         }
 
     def _differences_table(self) -> str:
-        head = f"| data | recipe less {self.against} | {' | '.join(METRICS.values())} |"
+        labels = " | ".join(self._metrics.values())
+        head = f"| data | recipe less {self.against} | {labels} |"
         rows = []
         for (dataset, recipe), by_metric in self._differences().items():
             cells = " | ".join(format_difference(value) for value in by_metric.values())
@@ -227,12 +241,18 @@ _COLOURS = ("#1f6fb4", "#d2691e", "#2e8b57", "#8b3fa0", "#b8860b", "#555555")
 _ROW, _LEFT, _PANEL, _GAP, _TOP = 15, 190, 240, 48, 44
 
 
-def draw_plot(differences: dict[tuple[str, str], dict[str, Difference | None]], title: str) -> str:
+def draw_plot(
+    differences: dict[tuple[str, str], dict[str, Difference | None]],
+    title: str,
+    *,
+    metrics: dict[str, str] = METRICS,
+) -> str:
     """A dot with its interval for each dataset and recipe, in a panel for each metric.
 
     Args:
         differences: By dataset and recipe, of each metric.
         title: Of the whole plot.
+        metrics: Name and label of each panel's.
 
     Returns:
         SVG text.
@@ -243,7 +263,7 @@ def draw_plot(differences: dict[tuple[str, str], dict[str, Difference | None]], 
     )
     recipes = list(dict.fromkeys(recipe for _, recipe in differences))
     colours = {recipe: _COLOURS[i % len(_COLOURS)] for i, recipe in enumerate(recipes)}
-    width = _LEFT + len(METRICS) * (_PANEL + _GAP)
+    width = _LEFT + len(metrics) * (_PANEL + _GAP)
     height = _TOP + _ROW * len(differences) + 40
     parts = [f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
     for row, (dataset, recipe) in enumerate(differences):
@@ -253,7 +273,7 @@ def draw_plot(differences: dict[tuple[str, str], dict[str, Difference | None]], 
             f'<text x="{_LEFT - 8}" y="{y}" text-anchor="end" fill="{colours[recipe]}">'
             f"{text}</text>"
         )
-    for number, (metric, label) in enumerate(METRICS.items()):
+    for number, (metric, label) in enumerate(metrics.items()):
         left = _LEFT + number * (_PANEL + _GAP)
         column = [by_metric[metric] for by_metric in differences.values()]
         styles = [colours[recipe] for _, recipe in differences]

@@ -17,7 +17,7 @@ from samft.coco.subset import CocoSubset
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
 from samft.data.samplers import RESAMPLE_STREAM, generator_of
-from samft.evaluation.evaluator import EvaluatedObjects, evaluate_split
+from samft.evaluation.evaluator import Clicking, EvaluatedObjects, evaluate_split
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.files import write_atomically
 
@@ -27,6 +27,13 @@ METRICS = {
     "boundary_iou": "boundary IoU",
     "iou_shaken": "IoU, shaken",
     "boundary_iou_shaken": "boundary IoU, shaken",
+}
+NUM_CLICKS = 7
+CLICK_METRICS = {  # of runs that were scored with `--clicks`
+    "iou_point": "IoU, one point",
+    "iou_point_best": "IoU, one point, best of three",
+    "iou_clicks_point": f"IoU, {NUM_CLICKS} clicks",
+    "iou_clicks_box": f"IoU, box and {NUM_CLICKS} clicks",
 }
 
 
@@ -44,6 +51,10 @@ class RunScores:
         iou_box_fill: IoU of the filled box.
         area_ratio: Predicted over true area, px; from the annotated box.
         iou_own_frame: IoU in the frame that the recipe trains in; the same as `iou` for `pad`.
+        iou_point: IoU from one point; nan, as below, in runs that were scored without clicks.
+        iou_point_best: Of the three masks of that point, the one with the highest predicted IoU.
+        iou_clicks_point: After `NUM_CLICKS` clicks that began with that point.
+        iou_clicks_box: After `NUM_CLICKS` clicks that corrected the box's mask.
     """
 
     image_ids: NDArray[np.int64]
@@ -55,10 +66,20 @@ class RunScores:
     iou_box_fill: NDArray[np.float64]
     area_ratio: NDArray[np.float64]
     iou_own_frame: NDArray[np.float64]
+    iou_point: NDArray[np.float64]
+    iou_point_best: NDArray[np.float64]
+    iou_clicks_point: NDArray[np.float64]
+    iou_clicks_box: NDArray[np.float64]
+
+    @property
+    def has_clicks(self) -> bool:
+        """Whether it was scored with clicks."""
+        return bool(np.isfinite(self.iou_clicks_box).all())
 
     def summarise(self) -> dict[str, float]:
         """Means over objects; of `area_ratio` the median. Numbers of images and objects."""
-        names = (*METRICS, "iou_box_fill", "iou_own_frame")
+        clicks = CLICK_METRICS if self.has_clicks else {}
+        names = (*METRICS, *clicks, "iou_box_fill", "iou_own_frame")
         return {
             "num_images": len(np.unique(self.image_ids)),
             "num_objects": len(self.object_ids),
@@ -75,7 +96,8 @@ class RunScores:
 def read_scores(path: Path) -> RunScores:
     """Reads what `RunScores.write` wrote."""
     with np.load(path) as columns:
-        return RunScores(**{one.name: columns[one.name] for one in fields(RunScores)})
+        missing = np.full(len(columns["iou"]), np.nan)  # in files from before there were clicks
+        return RunScores(**{one.name: columns.get(one.name, missing) for one in fields(RunScores)})
 
 
 class KeptEmbeddings:
@@ -110,10 +132,11 @@ class Scorer:
     Args:
         subset: The validation images and objects.
         image_size: Of the models.
+        with_clicks: Whether objects are corrected by clicks, which takes several times as long.
     """
 
-    def __init__(self, subset: CocoSubset, *, image_size: int) -> None:
-        self.subset, self.image_size = subset, image_size
+    def __init__(self, subset: CocoSubset, *, image_size: int, with_clicks: bool = False) -> None:
+        self.subset, self.image_size, self.with_clicks = subset, image_size, with_clicks
         self.embeddings: dict[str, KeptEmbeddings] = {}
 
     def score(self, model: PromptedSam, *, resize_mode: str) -> RunScores:
@@ -125,6 +148,7 @@ class Scorer:
         """
         objects = self._evaluate(model, "pad")
         own = objects if resize_mode == "pad" else self._evaluate(model, resize_mode)
+        missing = np.full(len(objects.image_ids), np.nan)
         # One by one: pycocotools counts a list's masks in a byte.
         predicted = np.array([mask_utils.area(rle) for rle in objects.rle_predicted], dtype=float)
         return RunScores(
@@ -137,6 +161,10 @@ class Scorer:
             iou_box_fill=objects.iou_box_fill,
             area_ratio=predicted / np.maximum(objects.areas, 1),
             iou_own_frame=own.iou_actual,
+            iou_point=objects.iou_point if self.with_clicks else missing,
+            iou_point_best=objects.iou_point_multimask if self.with_clicks else missing,
+            iou_clicks_point=objects.iou_clicks_point[:, -1] if self.with_clicks else missing,
+            iou_clicks_box=objects.iou_clicks_box[:, -1] if self.with_clicks else missing,
         )
 
     def _evaluate(self, model: PromptedSam, resize_mode: str) -> EvaluatedObjects:
@@ -146,7 +174,8 @@ class Scorer:
                 source = self._dataset(resize_mode)
                 self.embeddings[resize_mode] = KeptEmbeddings(source, model)
             dataset.embeddings = self.embeddings[resize_mode]
-        return evaluate_split(model, val_loader(dataset))[0]
+        clicking = Clicking(NUM_CLICKS if self.with_clicks else 0)
+        return evaluate_split(model, val_loader(dataset), clicking=clicking)[0]
 
     def _dataset(self, resize_mode: str) -> Coco2MaskDataset:
         return Coco2MaskDataset(

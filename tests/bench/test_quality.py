@@ -87,6 +87,24 @@ def test_runs_are_not_run_twice_and_leave_rows(tmp_path: Path) -> None:
     assert (untouched.iou_box_fill == ours.iou_box_fill).all()
 
 
+def test_clicks_are_scored_if_asked_and_reported_where_all_runs_have_them(tmp_path: Path) -> None:
+    argv = ["--seeds", "0", "--recipes", "untouched", "mixed_best_3", "--against", "untouched"]
+    plain = options(tmp_path, *argv)
+    quality.run_requests(plain)
+    store = RowStore(tmp_path)
+    assert not any("iou_clicks_box" in row for row in store.read_rows())
+    results = collect_results(store, quality.plan_requests(plain))
+    assert "7 clicks" not in Report("block", results, against="untouched").to_markdown()
+    quality.run_requests(options(tmp_path, *argv, "--clicks"))
+    rows = store.read_rows()
+    assert len(rows) == 4
+    scores = store.read_scores(rows[-1])
+    assert scores.has_clicks and rows[-1]["iou_clicks_point"] == scores.iou_clicks_point.mean()
+    assert (scores.iou_clicks_box != scores.iou).any()
+    page = Report("b", collect_results(store, quality.plan_requests(plain)), against="untouched")
+    assert page.to_markdown().count("IoU, box and 7 clicks") == 2
+
+
 def test_a_row_of_other_weights_or_settings_is_not_used(tmp_path: Path) -> None:
     args = options(tmp_path, "--seeds", "0", "--recipes", "default")
     quality.run_requests(args)

@@ -219,9 +219,17 @@ class PromptedSam(nn.Module):
         Returns:
             Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M]; with
             `multimask` [M, 3, S/4, S/4] and [M, 3].
-        """
-        prompt_encoder = self.sam.prompt_encoder
 
+        Raises:
+            ValueError: There are not as many prompts as `image_index` has entries, or masks are not
+                of the decoder's resolution.
+        """
+        if len(prompts) != len(image_index):
+            raise ValueError(
+                f"{len(prompts)} prompts with the images of {len(image_index)}: image_index has "
+                "the number of an image for each prompt."
+            )
+        prompt_encoder = self.sam.prompt_encoder
         tokens = prompts.embed_tokens(prompt_encoder)
 
         def embed(chunk: slice) -> PromptEmbeddings:

@@ -122,7 +122,7 @@ class Prompts:
             if self.points is not None and self.labels is not None:
                 pad = 1 if self.boxes is None else 0
                 points = F.pad(self.points.float(), (0, 0, 0, pad))
-                labels = F.pad(self.labels, (0, pad), value=PADDING)
+                labels = F.pad(self.labels.long(), (0, pad), value=PADDING)  # bool has no -1
                 tokens.append(_embed_points(prompt_encoder, points, labels))
             if self.boxes is not None:
                 tokens.append(prompt_encoder(points=None, boxes=self.boxes.float(), masks=None)[0])
@@ -131,9 +131,19 @@ class Prompts:
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
 
     def embed_masks(self, prompt_encoder: PromptEncoder) -> Tensor | None:
-        """What the masks add to image embeddings, float [M, C, h, w]; see `embed`."""
+        """What the masks add to image embeddings, float [M, C, h, w]; see `embed`.
+
+        Raises:
+            ValueError: They are not of the resolution that the decoder predicts.
+        """
         if self.masks is None:
             return None
+        size = tuple(prompt_encoder.mask_input_size)
+        if self.masks.shape[1:] != size:
+            raise ValueError(
+                f"masks of the shape {list(self.masks.shape)} as prompts: give the logits that the "
+                f"model has predicted, [M, {size[0]}, {size[1]}], not masks of the image's size."
+            )
         weight = prompt_encoder.no_mask_embed.weight
         with full_precision(weight.device):
             embedded: Tensor = prompt_encoder.mask_downscaling(self.masks[:, None].to(weight.dtype))

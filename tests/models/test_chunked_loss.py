@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samft.models.chunked_loss import BYTES_PER_VALUE, auto_mask_chunk
+from samft.models.chunked_loss import BYTES_PER_VALUE, LossInputs, auto_mask_chunk
 from samft.models.prompted_sam import PromptedSam
+from samft.models.prompts import Prompts
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze
 from samft.training.losses import MaskLosses, mask_losses
@@ -106,6 +107,40 @@ def test_boxes_of_the_only_image_have_the_losses_that_they_have_beside_others(
     beside_others = run_step(start, index=index, in_chunks=False, decoder="stock")
     alone = run_step(start, index=index, num_images=1, decoder=decoder, mask_chunk=mask_chunk)
     assert_same(alone, beside_others)
+
+
+@pytest.mark.parametrize("mask_chunk", [2, 64])
+@pytest.mark.parametrize("decoder", ["fast", "stock"])
+def test_losses_of_points_and_masks_equal_those_of_all_at_once(
+    start: PromptedSam, decoder: str, mask_chunk: int
+) -> None:
+    model = copy.deepcopy(start)
+    model.decoder = decoder
+    generator = torch.Generator().manual_seed(8)
+    embeddings = torch.randn(3, 128, 4, 4, generator=generator).requires_grad_()
+    points = torch.rand(5, 2, 2, generator=generator) * S
+    masks = 5 * torch.randn(5, S // 4, S // 4, generator=generator)
+    prompts = Prompts(points=points, labels=torch.tensor([[1, 0]] * 5), masks=masks)
+    _, targets = boxes_and_targets(5, S // 4)
+    loss_inputs = LossInputs(targets["targets"], targets["windows"], INDEX, SIZES)
+    logits, iou = model.decode(embeddings, prompts, INDEX)
+    expected = LOSS(logits, iou, **loss_inputs._asdict()).total
+    total, values = model._box_decoder(INDEX, mask_chunk).sum_losses(
+        model._decoder_inputs(embeddings, prompts),
+        loss=LOSS,
+        loss_inputs=loss_inputs,
+        gradient=torch.ones(()),
+    )
+    torch.testing.assert_close(values[0], expected.detach())
+    parameters = [embeddings, *(p for p in model.parameters() if p.requires_grad)]
+    pairs = zip(
+        *(torch.autograd.grad(t, parameters, allow_unused=True) for t in (expected.sum(), total)),
+        strict=True,
+    )
+    compared = [(one, other) for one, other in pairs if one is not None]
+    assert len(compared) > 80
+    for one, other in compared:
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-6 + 1e-4 * one.abs().max().item())
 
 
 class OperationNames(TorchDispatchMode):

@@ -240,6 +240,13 @@ def test_the_chunk_can_be_set_at_any_time_and_for_one_call() -> None:
     assert decoded_at_once(model, mask_chunk=4) == [4, 3]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_image_is_named_for_each_prompt(tiny: Sam, count: int) -> None:
+    index, boxes = torch.zeros(2, dtype=torch.int64), torch.tensor([[8.0, 8, 40, 40]] * count)
+    with pytest.raises(ValueError, match=f"{count} prompts with the images of 2"):
+        PromptedSam(tiny).decode(torch.zeros(1, 128, 4, 4), Prompts(boxes), index)
+
+
 def test_masks_are_embedded_a_chunk_at_a_time_and_boxes_at_once() -> None:
     model = PromptedSam(build_sam("vit_tiny", 64), mask_chunk=3)
     chunks: list[int] = []

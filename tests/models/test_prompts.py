@@ -90,6 +90,19 @@ def test_a_gpu_need_not_tell_how_many_points_there_are_of_a_label(encoder: Promp
     assert not operations.names & waits
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
+def test_labels_of_any_type(encoder: PromptEncoder, dtype: torch.dtype) -> None:
+    labels = torch.tensor([[1, 0], [0, 1], [1, 1]])
+    expected, _ = embed_stock(encoder, {"points": POINTS, "labels": labels})
+    embedded = Prompts(points=POINTS, labels=labels.to(dtype)).embed(encoder)
+    assert torch.equal(embedded.sparse, expected)
+
+
+def test_masks_of_another_resolution_are_refused(encoder: PromptEncoder) -> None:
+    with pytest.raises(ValueError, match=r"\[1, 64, 64\] as prompts: .* \[M, 16, 16\]"):
+        Prompts(masks=torch.zeros(1, 64, 64)).embed(encoder)
+
+
 def test_some_of_the_prompts(encoder: PromptEncoder) -> None:
     prompts = Prompts(**GIVEN["all"])
     assert len(prompts) == 3

@@ -232,25 +232,38 @@ def annotate_crop(
     cv2.drawContours(tile, contours, -1, _RIM_COLOUR, line_width + 2)
     cv2.drawContours(tile, contours, -1, _TRUE_COLOUR, line_width)
     for x, y, label in clicks or ():
-        _draw_click(tile, crop.to_tile(np.array([[x + 0.5, y + 0.5]]))[0], label)
+        draw_click(
+            tile,
+            crop.to_tile(np.array([[x + 0.5, y + 0.5]]))[0],
+            label,
+            size=max(len(tile) // 26, 5),
+        )
     return tile
 
 
-def _draw_click(tile: NDArray[np.uint8], centre: tuple[int, int], label: int) -> None:
-    # A disc with a plus, or a square with a minus: they differ in more than their colour.
+def draw_click(
+    picture: NDArray[np.uint8], centre: tuple[int, int], label: int, *, size: int
+) -> None:
+    """Draws a click: a disc with a plus, or a square with a minus, alike in nothing but size.
+
+    Args:
+        picture: uint8 [H, W, 3] RGB, drawn on.
+        centre: x, y, px.
+        label: 1 for a point of the object, 0 for one of something else.
+        size: Half the width of the mark, px, at least 4.
+    """
     x, y = centre
-    size = max(len(tile) // 26, 5)
     colour = CLICK_COLOURS[label]
     for grown, tone in ((2, _RIM_COLOUR), (0, colour)):
         if label:
-            cv2.circle(tile, (x, y), size + grown, tone, cv2.FILLED, cv2.LINE_AA)
+            cv2.circle(picture, (x, y), size + grown, tone, cv2.FILLED, cv2.LINE_AA)
         else:
             reach = size - 1 + grown
-            cv2.rectangle(tile, (x - reach, y - reach), (x + reach, y + reach), tone, cv2.FILLED)
+            cv2.rectangle(picture, (x - reach, y - reach), (x + reach, y + reach), tone, cv2.FILLED)
     arm = size - 3
-    cv2.line(tile, (x - arm, y), (x + arm, y), (255, 255, 255), 2)
+    cv2.line(picture, (x - arm, y), (x + arm, y), (255, 255, 255), 2)
     if label:
-        cv2.line(tile, (x, y - arm), (x, y + arm), (255, 255, 255), 2)
+        cv2.line(picture, (x, y - arm), (x, y + arm), (255, 255, 255), 2)
 
 
 def _resize_to_crop(crop: ObjectCrop, mask: CroppedMask) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from samft.coco.segmentation import CroppedMask
-from samft.reports.drawing import blend_colour, largest_first, mask_colour, mask_window
+from samft.reports.drawing import blend_colour, draw_click, largest_first, mask_colour, mask_window
 
 _PX_PER_LINE_WIDTH = 700  # a line is 1 px wide for so many px of the picture's longer side
 _FILL = 0.4  # share of the colour over an object
@@ -42,8 +42,8 @@ def draw_overlay(
         image: uint8 [H, W, 3] RGB.
         masks: K masks, in pixels of the image.
         boxes: float [K, 4], x0 y0 x1 y1 in pixels of the image, NaN for no box; or [0, 4].
-        points: Of each mask float [P, 3], x y in pixels of the image: light where the third number
-            is 1, of the object, and dark where it is 0; or empty.
+        points: Of each mask float [P, 3], x y in pixels of the image and the label, as `draw_click`
+            draws it; or empty.
         labels: Of each mask the texts to write beside it, the first that fits: the longest first.
 
     Returns:
@@ -64,8 +64,8 @@ def draw_overlay(
         blend_colour(mask_window(canvas, masks[k]), masks[k].mask, colours[k], share=_FILL)
     for k in order:
         _draw_outline(canvas, masks[k], colours[k], width)
-    for colour, own in zip(colours, points, strict=False):
-        _draw_points(canvas, own, colour, radius=3 * width)
+    for x, y, label in (point for own in points for point in own.tolist()):
+        draw_click(canvas, (int(x), int(y)), int(label), size=3 * width + 2)
     return _draw_labels(canvas, masks, labels, colours) if labels else canvas
 
 
@@ -103,19 +103,6 @@ def _draw_outline(
     for area, tone in ((around, _DARK), (pixels, _lighten(colour))):
         contours, _ = cv2.findContours(area, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(canvas, contours, -1, tone, width, offset=corner)
-
-
-def _draw_points(
-    canvas: NDArray[np.uint8],
-    points: NDArray[np.float64],
-    colour: tuple[int, int, int],
-    *,
-    radius: int,
-) -> None:
-    for x, y, label in points.tolist():
-        inner, ring = (_lighten(colour), _DARK) if label else (_DARK, _lighten(colour))
-        for size, tone in ((radius + 2, ring), (radius, inner)):
-            cv2.circle(canvas, (int(x), int(y)), size, tone, cv2.FILLED, cv2.LINE_AA)
 
 
 # Labels.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from samft.coco.segmentation import CroppedMask
-from samft.reports.drawing import mask_colour
+from samft.reports.drawing import CLICK_COLOURS, mask_colour
 from samft.reports.overlays import contrasting_colour, draw_overlay
 
 NO_BOXES = np.zeros((0, 4))
@@ -95,3 +95,16 @@ def test_a_picture_too_small_for_a_label_has_none() -> None:
 def test_an_empty_mask_has_no_label() -> None:
     changed = with_and_without_labels([crop_of(0, 0, 0, 0)], (60, 60), [["leaf 1  0.93"]])
     assert not changed.any()
+
+
+def test_points_are_marked_by_label_and_no_box_is_drawn_where_there_is_none() -> None:
+    boxes = np.array([[np.nan] * 4, [70, 5, 95, 30]])
+    points = [np.array([[20.0, 30, 1], [50.6, 30, 0]]), np.array([[80.0, 15, 1]])]
+    masks = [crop_of(25, 15, 9, 9), crop_of(10, 75, 9, 9)]
+    drawn = draw_overlay(grey(60, 100), masks, boxes=boxes, points=points)
+    for label, (y, x) in ((1, (30, 20)), (0, (30, 50)), (1, (15, 80))):
+        mark = drawn[y - 4 : y + 5, x - 4 : x + 5].reshape(-1, 3)
+        assert (mark == CLICK_COLOURS[label]).all(1).any()
+        assert not (mark == CLICK_COLOURS[1 - label]).all(1).any()
+        assert (drawn[y, x] == 255).all()  # its plus or minus
+    assert (drawn[5, 71:94] != 100).any() and (drawn[40:, :] == 100).all()

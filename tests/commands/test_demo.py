@@ -14,6 +14,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from helpers import REPOSITORY
+from helpers.terminal import terminal
+from samft import check
 from samft.cli import run_command
 from samft.commands import shell_command
 from samft.config import parse_config
@@ -224,3 +226,18 @@ def test_a_user_error_ends_the_command_with_2(
 def test_no_torch_is_imported() -> None:
     code = "import samft.demo, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_terminal_gets_whole_words_and_a_whole_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "data"
+    with terminal(columns=60) as screen:
+        monkeypatch.setattr(sys, "stdout", screen.stream)
+        main(["--output_dir", str(target), "--images", "16", "--size", "96"])
+        check.main(["--data_root", str(target)])
+        lines = screen.lines()
+    commands = [line for line in lines if line.lstrip().startswith(shell_command("train"))]
+    assert len(commands) == 1 and commands[0].endswith("data-run")
+    # What is longer than a line is one word, such as a path; or it is the command.
+    assert all(len(line.split()) == 1 for line in set(lines) - set(commands) if len(line) > 60)

@@ -59,6 +59,15 @@ def test_time_is_steps_and_validations_times_what_one_takes(data, tmp_path, monk
     assert forecast["saving_seconds"] == 4
 
 
+def test_the_test_split_takes_the_time_of_two_models(tmp_path, monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(dry_run, "synchronized_time", lambda device: float(next(ticks)))
+    root = write_data(tmp_path / "data", num_train=2, num_val=1)
+    write_coco(root, 3, split="test", seed=7)
+    argv = arguments(root, tmp_path / "run", dry_run=True, steps=1, metrics_interval=1)
+    assert train_here(argv)["validation_seconds"] == 2 * 1 + 2 * 3
+
+
 def test_the_largest_batch_has_the_most_objects(tmp_path):
     annotations = write_coco(tmp_path, 9)
     write_coco(tmp_path, 2, split="val", seed=1)

@@ -1,7 +1,7 @@
 # samft on NVIDIA GPUs; docs/many_gpus.md says how to build and start it.
 
-# CUDA of the base image as that of the pinned torch, whose wheel brings its own libraries: where the
-# host's driver is too old for it, the container is refused with a sentence.
+# CUDA as in the wheel of the pinned torch, which brings its own libraries: the base image has
+# NVIDIA's runtime refuse hosts whose driver is too old for them.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04
 
 # libgl1 and libglib2.0-0t64 are what opencv-python links to.

@@ -194,8 +194,10 @@ def test_automatic_masks_score_as_cocoeval_scores_those_of_predict(
 ) -> None:
     val = write_coco(tmp_path / "data", 3, split="val").parent
     checkpoint = write_tiny(tmp_path, sam=mask_finding_sam())
+    (tmp_path / "none").mkdir()
+    nothing = write_tiny(tmp_path / "none", sam=mask_finding_sam(iou_predicted=0.5))
     output, few = tmp_path / "scores.json", {"points_per_side": 3, "crop_n_layers": 1}
-    argv = arguments_for(tmp_path / "data", PACKAGED_TINY, checkpoint, output=output, **few)
+    argv = arguments_for(tmp_path / "data", nothing, checkpoint, output=output, **few)
     report = evaluate_here([*argv, "--automatic"])
     shown = capsys.readouterr()
     assert "30-0.67.ckpt was tuned on boxes only" in shown.err
@@ -215,7 +217,7 @@ def test_automatic_masks_score_as_cocoeval_scores_those_of_predict(
     scores = other["automatic"]
     assert [scores["ap"], scores["ar_100"]] == pytest.approx(coco_eval.stats[[0, 8]], abs=1e-9)
     assert scores["images"] == 3 and scores["settings"] == few and scores["masks_per_image"] > 1
-    assert report["automatic"]["masks_per_image"] == 0  # vit_tiny knows no points
+    assert report["automatic"]["masks_per_image"] == 0
     changes = other["comparison"]["automatic"]
     assert changes["masks_per_image"]["difference"] == scores["masks_per_image"]
     with (tmp_path / "scores.objects.csv").open(newline="") as file:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from benchmarks.click_rounds import ClickSteps, measure_click_rounds
 from benchmarks.measure import (
     AGAIN,
     REST,
@@ -201,6 +202,11 @@ def measure_peak(
     """Peak GiB before the step and with it; must run in a fresh process."""
     if workload.device.type == "cpu":
         limit_memory(memory_gib)
+    if benchmark == "clicks":
+        step = ClickSteps(workload).step(name)
+        before = process_peak_gib(workload.device)
+        step()
+        return {"before": before, "peak": process_peak_gib(workload.device)}
     variants = Variants(workload)
     if benchmark == "decoder" or name.startswith(CACHED):
         # Encoding the embeddings would be the peak.
@@ -299,3 +305,12 @@ def measure_boxes(workload: Workload, *, options: MeasureOptions) -> BenchmarkRe
         f"| growth, aim {MEMORY_GROWTH:.0%} |"
     )
     return BenchmarkResult(markdown_table(head, rows), {"memory": memory})
+
+
+def measure_clicks(workload: Workload, *, options: MeasureOptions) -> BenchmarkResult:
+    """Steps with rounds of corrections: time against stock's decoder, and memory."""
+
+    def peak_of(workload: Workload, name: str) -> dict[str, float] | None:
+        return _measure_memory(workload, [name], benchmark="clicks", options=options)[name]
+
+    return BenchmarkResult(*measure_click_rounds(workload, options=options, peak_of=peak_of))

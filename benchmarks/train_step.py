@@ -15,6 +15,7 @@ Benchmarks:
     decoder     forward and backward of decoder and loss, 4 images
     encoder     the encoder's forward pass, also at 256 px
     boxes       memory of a step with 16 and with 256 boxes
+    clicks      steps with rounds of corrections: time, memory, and a loop over stock's decoder
 """
 
 import argparse
@@ -37,6 +38,7 @@ from benchmarks.step_benchmarks import (
     BenchmarkResult,
     choose_variants,
     measure_boxes,
+    measure_clicks,
     measure_decoder,
     measure_encoder,
     measure_peak,
@@ -45,7 +47,7 @@ from benchmarks.step_benchmarks import (
 from benchmarks.variants import Variants, Workload, assert_equal
 
 MODES = ("frozen", "full", "cached")
-BENCHMARKS = ("step", "end-to-end", "decoder", "encoder", "boxes")
+BENCHMARKS = ("step", "end-to-end", "decoder", "encoder", "boxes", "clicks")
 _QUICK = ["--model_type", "vit_tiny", "--image_size", "64", "--boxes", "2", "--rounds", "1"]
 _QUICK += ["--epoch_images", "2", "--memory_gib", "4", "--threads", "1", "--warm_up", "0"]
 _DECODER_IMAGES = 4
@@ -136,6 +138,9 @@ def run_benchmarks(args: argparse.Namespace) -> Iterator[tuple[str, BenchmarkRes
             yield "encoder", measure_encoder(sized, options=options)
     if "boxes" in args.benchmarks:
         yield "boxes", measure_boxes(workload, options=options)
+    if "clicks" in args.benchmarks:
+        several = replace(workload, num_images=_DECODER_IMAGES)
+        yield "clicks", measure_clicks(several, options=options)
 
 
 def _workload(args: argparse.Namespace, *, frozen: bool) -> Workload:

@@ -34,6 +34,7 @@ from samft.runtime.device import exact_float32, pick_amp_dtype
 from samft.training.engine import Trainer
 from samft.training.losses import mask_losses
 from samft.training.optim import build_optimizer
+from samft.training.prompt_schedule import PromptSchedule
 
 BASELINE, BASELINE_AMP = "baseline", "baseline+amp"
 SAMFT, SAMFT_EXACT = "samft", "samft, exact loss"
@@ -74,7 +75,9 @@ def random_sam(workload: Workload, *, attention: str) -> Sam:
     return sam.to(workload.device)
 
 
-def samft_trainer(model: PromptedSam, *, amp: str = "auto") -> Trainer:
+def samft_trainer(
+    model: PromptedSam, *, amp: str = "auto", prompts: PromptSchedule | None = None
+) -> Trainer:
     """The trainer of `samft.train`, with a constant learning rate."""
     device = model.sam.device
     return Trainer(
@@ -82,6 +85,7 @@ def samft_trainer(model: PromptedSam, *, amp: str = "auto") -> Trainer:
         build_optimizer(model, learning_rate=LEARNING_RATE, weight_decay=_WEIGHT_DECAY),
         learning_rate_at=lambda step: LEARNING_RATE,
         loss=partial(mask_losses, focal_weight=FOCAL_WEIGHT),
+        prompts=prompts,
         amp_dtype=pick_amp_dtype(amp, device),
     )
 

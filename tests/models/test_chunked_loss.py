@@ -1,8 +1,6 @@
 """Chunked losses and gradients equal those of all boxes at once, in bounded memory."""
 
 import copy
-import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.saved_bytes import SavedBytes
 from samft.models.chunked_loss import BYTES_PER_VALUE, LossInputs, auto_mask_chunk
 from samft.models.prompted_sam import PromptedSam
 from samft.models.prompts import Prompts
@@ -234,35 +233,6 @@ def test_small_gradients_survive_float16_if_they_are_expected(start: PromptedSam
     assert (gradients[weight] - exact).norm() > 0.5 * exact.norm()
 
 
-class SavedBytes:
-    """The bytes of tensors saved for backward: those alive now, and the peak."""
-
-    def __init__(self) -> None:
-        self.alive: dict[int, tuple[int, int]] = {}  # storage address: tensors that use it, bytes
-        self.peak = 0
-
-    def add(self, tensor: Tensor) -> "SavedTensor":
-        address, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        count, _ = self.alive.get(address, (0, 0))
-        self.alive[address] = (count + 1, size)
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        saved = SavedTensor(tensor)
-        weakref.finalize(saved, self.remove, address)
-        return saved
-
-    def remove(self, address: int) -> None:
-        count, size = self.alive.pop(address)
-        if count > 1:
-            self.alive[address] = (count - 1, size)
-
-
-@dataclass(eq=False)
-class SavedTensor:
-    """A tensor saved for backward."""
-
-    tensor: Tensor
-
-
 def peak_saved_bytes(
     model: PromptedSam, num_boxes: int, side: int, *, with_loss: bool = True
 ) -> int:
@@ -273,17 +243,8 @@ def peak_saved_bytes(
     shape = (1, 128, 4, 4)
     model.embed = lambda *_, **__: torch.zeros(shape, requires_grad=True)  # type: ignore[method-assign]
     extra: dict[str, Any] = {"loss": LOSS, **targets} if with_loss else {}
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *targets.values())}
-
-    saved_bytes = SavedBytes()
-
-    def pack(tensor: Tensor) -> Tensor | SavedTensor:
-        return tensor if tensor.untyped_storage().data_ptr() in own else saved_bytes.add(tensor)
-
-    def unpack(saved: Tensor | SavedTensor) -> Tensor:
-        return saved.tensor if isinstance(saved, SavedTensor) else saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    own = [*model.parameters(), *targets.values()]
+    with SavedBytes(beside=own).watch() as saved_bytes:
         total, _ = model(images, boxes, index, input_sizes=torch.tensor([[S, S]]), **extra)
         total.sum().backward()
     return saved_bytes.peak

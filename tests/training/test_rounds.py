@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.saved_bytes import SavedBytes
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze, unreached_by
@@ -260,6 +261,36 @@ def test_frozen_parts_get_no_gradient(start: PromptedSam) -> None:
         assert set(gradients) == {n for n in all_gradients if not n.startswith(f"sam.{part}.")}
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, all_gradients[name])
+
+
+def peak_saved_bytes(start: PromptedSam, prompts: PromptSchedule, num_objects: int) -> int:
+    """The most bytes saved for backward at a time, beside parameters; 4 objects in a chunk."""
+    model, given = copy.deepcopy(start), objects(num_objects)
+    model.mask_chunk = 4
+    index = torch.zeros(num_objects, dtype=torch.int64)
+    embeddings = torch.zeros(1, *model.embedding_shape, requires_grad=True)
+    with SavedBytes(beside=[*model.parameters(), *given.values()]).watch() as saved_bytes:
+        draws = given.pop("draws")[:, : prompts.corrections + 1]
+        total, _ = model(
+            torch.zeros(1, 3, S, S),
+            given.pop("boxes"),
+            index,
+            input_sizes=SIZES[:1],
+            embeddings=embeddings,
+            loss=mask_losses,
+            rounds=prompts.rounds_at(None, click_draws=draws, loss=mask_losses),
+            **given,
+        )
+        total.backward()
+    return saved_bytes.peak
+
+
+def test_saved_bytes_grow_with_neither_rounds_nor_objects(start: PromptedSam) -> None:
+    one_chunk = peak_saved_bytes(start, schedule("point"), 4)
+    assert peak_saved_bytes(start, schedule("point"), 64) < 1.1 * one_chunk
+    # A round has one token more than the one before it, but nothing of the one before it.
+    fewer_rounds = peak_saved_bytes(start, PromptSchedule("point", 1), 4)
+    assert one_chunk < 1.3 * fewer_rounds
 
 
 def test_steps_are_drawn_from_the_seed_and_the_position() -> None:

@@ -255,6 +255,11 @@ class PromptedSam(nn.Module):
             LOGGER.info("mask_chunk auto: %d boxes decoded at once", self._auto_mask_chunk)
         return self._auto_mask_chunk
 
+    def _clicks_at_once(self) -> int:
+        # An object with a mask prompt takes nearly twice the memory: its image tokens are its own
+        # from the first layer on.
+        return self.mask_chunk or max(1, self.boxes_at_once() // 2)
+
     def _free_memory_bytes(self) -> float:
         device = self.sam.device
         if not torch.are_deterministic_algorithms_enabled():
@@ -343,7 +348,8 @@ class PromptedSam(nn.Module):
         assert targets is not None and windows is not None and input_sizes is not None
 
         gradient = boxes.new_ones(()) if gradient is None else gradient
-        decoder = self._box_decoder(image_index, self.boxes_at_once())
+        at_once = self.boxes_at_once() if rounds is None else self._clicks_at_once()
+        decoder = self._box_decoder(image_index, at_once)
         loss_inputs = LossInputs(targets, windows, image_index, input_sizes)
         of_losses: Any = {"loss": loss, "loss_inputs": loss_inputs, "gradient": gradient}
         if rounds is not None:

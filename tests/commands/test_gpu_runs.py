@@ -123,6 +123,15 @@ def test_deterministic_run(folder: Path) -> None:
     assert len(run.reports[0].steps) == 1
 
 
+def test_deterministic_run_with_clicks(folder: Path) -> None:
+    # Clicks are chosen on the device: a step waits no more often, and adds up in a fixed order
+    settings: dict[str, Any] = {"prompts": "mixed", "correction_rounds": 1, "multimask": "best"}
+    run = train(folder, "clicks", deterministic=True, steps=3, **settings)
+    check_state(folder / "clicks")
+    for step in run.reports[0].steps[1:]:  # with boxes, and with points
+        assert step.functions_that_wait() == WAITS_OF_A_STEP
+
+
 def test_dry_run(folder: Path) -> None:
     run = train(folder, "dry", dry_run=True)
     assert "of 80.0 GiB" in run.output

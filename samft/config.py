@@ -36,7 +36,8 @@ class TrainConfig:
         >>> config = TrainConfig(data_root="DATASET", model_type="vit_b", checkpoint_path="auto")
         >>> config.image_size, config.check()
         (1024, [])
-        >>> dataclasses.replace(config, image_size=1000).check()
+        >>> from dataclasses import replace
+        >>> replace(config, image_size=1000).check()
         ['image_size: 1000 is no multiple of 16; the nearest is 992.']
     """
 

@@ -72,9 +72,9 @@ def copy_weights(source: Trainer, target: Trainer) -> None:
 
 def take_gradients(
     trainer: Trainer, batch: Batch, weight: Tensor
-) -> tuple[MaskLosses, dict[str, Tensor]]:
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of a batch, and the gradients of parameters by name."""
-    total, losses = trainer._forward(batch.to(trainer.device), weight)
+    total, losses = trainer._forward(batch.to(trainer.device), weight, position=None)
     trainer.scaler.scale(total * weight).backward()
     named = trainer.model.named_parameters()
     gradients = {name: p.grad.cpu() for name, p in named if p.grad is not None}
@@ -227,7 +227,7 @@ def move_weights(device: torch.device, amp: str) -> None:
             trainer.model.sam.mask_decoder.get_submodule(name.rpartition(".")[0])._parameters[
                 name.rpartition(".")[2]
             ] = torch.nn.Parameter(parameter.detach() * 1.5, parameter.requires_grad)
-    losses, expected = (take_gradients(t, batch, weight)[0].total for t in (graphed, plain))
+    losses, expected = (take_gradients(t, batch, weight)[0][0] for t in (graphed, plain))
     torch.testing.assert_close(losses.cpu(), expected.cpu(), rtol=1e-6, atol=1e-6)
 
 

@@ -33,8 +33,8 @@ _OTHER_NAMES = {
 def suggest_nearest(name: str, options: Iterable[str]) -> str:
     """A sentence with the option that a name may stand for, after a space; empty if none is near.
 
-    It is the one of that meaning, the ones that have the same words, or the one with the most
-    letters in common. Dashes in front say nothing about what is meant.
+    It is the one that is written alike but for dashes and capitals, the one of that meaning, the
+    ones that have the same words, or the one with the most letters in common.
 
     Args:
         name: What was given.
@@ -42,7 +42,8 @@ def suggest_nearest(name: str, options: Iterable[str]) -> str:
     """
     plain = {option.strip("-").replace("-", "_"): option for option in options}
     wanted = name.strip("-").replace("-", "_").lower()
-    near = [key for key in plain if wanted in _OTHER_NAMES.get(key, "").split()]
+    near = [wanted] if wanted in plain else []
+    near = near or [key for key in plain if wanted in _OTHER_NAMES.get(key, "").split()]
     near = near or [key for key in plain if _has_words(key, wanted)]
     if not 1 <= len(near) <= _MAX_NAMED:
         near = difflib.get_close_matches(wanted, plain, n=1)

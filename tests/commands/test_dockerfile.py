@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from helpers import REPOSITORY
-from helpers.environments import OFFLINE, copy_clone, package_folders, run, shrink_demo
+from helpers.environments import OFFLINE, copy_clone, link_packages, run, shrink_demo
 
 # Of torch's wheel for Linux, by its own metadata: Requires-Dist: cuda-toolkit[...]==13.0.3
 CUDA_OF_TORCH = {"2.13.0": "13.0"}
@@ -200,7 +200,7 @@ def take_steps(clone: Path, root: Path) -> dict[str, str]:
         (programs / name).write_text(f"#!/bin/bash\n{text}\n")
         (programs / name).chmod(0o755)
     environment = {"PATH": f"{programs}:/usr/bin:/bin", **OFFLINE}
-    environment["PYTHONPATH"] = os.pathsep.join(package_folders())
+    environment["PYTHONPATH"] = str(link_packages(root / "packages"))
     for name, value in instructions(DOCKERFILE.read_text()):
         if name == "ENV":
             for word in shlex.split(in_image(value, root)):

@@ -227,7 +227,7 @@ def test_in_validation_and_evaluation_it_names_the_image(
 def test_while_embeddings_are_computed_it_names_the_image(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", num_train=2, num_val=1)
     settings = {"freeze_image_encoder": True, "cache_embeddings": "on", "steps": 2}
-    with giving_out(PromptedSam, "embed"), pytest.raises(TrainingError) as caught:
+    with giving_out(PromptedSam, "encode_frozen"), pytest.raises(TrainingError) as caught:
         train.main(arguments(data, tmp_path / "run", **settings))
     assert str(caught.value).startswith("not enough memory to encode ")
     assert ".png: CUDA out of memory. Lower image_size" in str(caught.value)

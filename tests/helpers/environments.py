@@ -33,6 +33,20 @@ def package_folders() -> list[str]:
     return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
 
 
+def link_packages(folder: Path) -> Path:
+    """A folder with links to these packages, but for samft, for a PYTHONPATH.
+
+    An installation of samft that was in there would come before the one that is tested.
+    """
+    folder.mkdir()
+    for packages in map(Path, package_folders()):
+        for path in packages.iterdir():
+            link = folder / path.name
+            if "samft" not in path.name and not link.is_symlink():
+                link.symlink_to(path)
+    return folder
+
+
 def make_environment(folder: Path) -> Path:
     """A virtual environment without samft that sees the packages of this Python; its `bin`."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)

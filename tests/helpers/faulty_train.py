@@ -135,7 +135,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "update": (Trainer, "_update"),
     "forward": (PromptedSam, "forward"),
     "dataset": (Coco2MaskDataset, "__getitem__"),
-    "validation": (validation, "_score_image"),
+    "validation": (validation, "score_image"),
     "save": (training_state, "_write_sidecar"),
     "evaluation": (evaluator, "_evaluate_image"),
     "encoding": (EncodingPass, "_store_all"),

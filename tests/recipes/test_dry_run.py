@@ -148,7 +148,7 @@ def test_a_full_disk_is_a_warning_and_a_users_error(data, tmp_path, monkeypatch,
 def test_too_little_memory_names_the_batch_and_the_settings_to_lower(
     data, tmp_path, monkeypatch, capsys
 ):
-    def give_out(*_: object) -> None:
+    def give_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(dry_run.Trainer, "_forward", give_out)

@@ -15,6 +15,7 @@ from samft.checkpoints.top_k import Checkpoint
 from samft.commands import shell_command
 from samft.config import TrainConfig, parse_config
 from samft.recipes.report import RunReport, describe_environment, split_by_default
+from samft.training.custom import CustomParts
 
 pytestmark = pytest.mark.run
 
@@ -29,11 +30,14 @@ def commands(data: Path, **changes: object) -> list[list[str]]:
     nothing: Any = SimpleNamespace(objects=SimpleNamespace(read=lambda step: None))
     links = [path for path in (data / "val").glob("*") if path.is_symlink()]
     val: Any = SimpleNamespace(
-        num_images=len(links), path=links.__getitem__, file_name=lambda i: links[i].name
+        num_images=len(links),
+        path=links.__getitem__,
+        file_name=lambda i: links[i].name,
+        index=None,
     )
     splits: Any = SimpleNamespace(val=SimpleNamespace(subset=val))
     best = Checkpoint("1-0.50.ckpt", 1, 0.5)
-    report = RunReport(config, Path("a run"), splits, nothing, best)
+    report = RunReport(config, Path("a run"), splits, nothing, best, CustomParts())
     return [shlex.split(line) for line in report.next_commands()]
 
 

@@ -169,8 +169,9 @@ def test_sidecar_describes_its_checkpoint(data, straight):
         assert sidecar["samft_version"] == samft.__version__
         assert sidecar["torch_version"] == torch.__version__
         assert sidecar["git_commit"] is None or len(sidecar["git_commit"]) == 40
-        config = vars(parse_config(arguments(data, straight, save_top_k=2)))
-        assert sidecar["config"] == config
+        config = parse_config(arguments(data, straight, save_top_k=2))
+        resolved = {**vars(config), "correction_rounds": config.num_corrections}
+        assert sidecar["config"] == resolved
         line = next(v for v in read_metrics(straight, "val") if v["step"] == sidecar["step"])
         for name in ("per_mask_iou", "loss", "loss_focal", "loss_dice", "loss_iou"):
             assert sidecar["metrics"][f"val_{name}"] == line[name]
@@ -414,8 +415,8 @@ def test_the_time_limit_of_a_job_stops_the_run_before_it(data, tmp_path, monkeyp
 def test_detect_anomaly_names_the_operation(data, tmp_path, monkeypatch, capsys):
     stock = Trainer._forward
 
-    def not_finite(trainer: Trainer, *arguments: Any) -> Any:
-        total, losses = stock(trainer, *arguments)
+    def not_finite(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        total, losses = stock(trainer, *arguments, **options)
         return (total - total.detach()).sqrt(), losses  # whose gradient is infinite at zero
 
     monkeypatch.setattr(Trainer, "_forward", not_finite)

@@ -165,7 +165,8 @@ def test_a_stop_under_torchrun_saves_and_resumes_exactly(undisturbed, data, tmp_
     argv = run_arguments(data, folder, num_workers=int(moment == "every process"))
     ended = run(torchrun(argv, processes=2), STOPS[moment], SAMFT_TEST_CODES=str(codes))
     assert ended.code != 0
-    assert ended.output.count("stopped: ") == 1 and "[rank 1]" not in ended.output
+    assert ended.output.count("stopped: ") == 1, ended.output
+    assert "[rank 1]" not in ended.output
     assert {int(file.read_text()) for file in codes.iterdir()} == {75}, ended.output
     status = status_of(folder)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)

@@ -47,17 +47,20 @@ class Runner:
     Args:
         store: Where results go.
         with_clicks: See `Scorer`.
+        automatic: See `Scorer`.
     """
 
-    def __init__(self, store: RowStore, *, with_clicks: bool = False) -> None:
+    def __init__(self, store: RowStore, *, with_clicks: bool = False, automatic: int = 0) -> None:
         self.store, self.lab = store, Laboratory(store.folder)
-        self.with_clicks = with_clicks
+        self.with_clicks, self.automatic = with_clicks, automatic
+        wanted = {"iou_clicks_box": with_clicks, "found_50": automatic > 0}
+        self.wanted = [name for name, is_wanted in wanted.items() if is_wanted]
         self.scorers: dict[tuple[str, int], Scorer] = {}
 
     def run_missing(self, request: RunRequest) -> Row | None:
         """Runs a request and adds its row; None if there was one with all that is wanted."""
         row = self.store.find_row(request)
-        if row is not None and (not self.with_clicks or "iou_clicks_box" in row):
+        if row is not None and all(name in row for name in self.wanted):
             return None
         config = request.config(self.store.folder)
         start = time.process_time()  # CPU seconds: the machine may have other work
@@ -67,7 +70,10 @@ class Runner:
         if key not in self.scorers:
             val_subset = self.lab.read_splits(request, config).val.subset
             self.scorers[key] = Scorer(
-                val_subset, image_size=config.image_size, with_clicks=self.with_clicks
+                val_subset,
+                image_size=config.image_size,
+                with_clicks=self.with_clicks,
+                automatic=self.automatic,
             )
         resize_mode = "squash" if request.recipe == ORIGINAL else config.resize_mode
         scores = self.scorers[key].score(model, resize_mode=resize_mode)
@@ -84,7 +90,7 @@ class Runner:
 def run_requests(args: argparse.Namespace) -> None:
     """Runs all requests that have no row, and prints a line for each."""
     LOGGER.setLevel(logging.WARNING)  # not the start of each of hundreds of trainings
-    runner = Runner(RowStore(args.output_dir), with_clicks=args.clicks)
+    runner = Runner(RowStore(args.output_dir), with_clicks=args.clicks, automatic=args.automatic)
     for request in plan_requests(args):
         row = runner.run_missing(request)
         if row is None:
@@ -93,6 +99,7 @@ def run_requests(args: argparse.Namespace) -> None:
             f"{request.dataset} {request.recipe} seed {request.seed}: IoU {row['iou']:.4f}, "
             f"boundary {row['boundary_iou']:.4f}, shaken {row['iou_shaken']:.4f}, "
             + (f"7 clicks {row['iou_clicks_point']:.4f}, " if args.clicks else "")
+            + (f"automatic {row['found_50']:.4f}, " if args.automatic else "")
             + f"area "
             f"{row['area_ratio']:.2f}, {row['train_seconds']:.0f} + "
             f"{row['seconds'] - row['train_seconds']:.0f} CPU s",
@@ -123,6 +130,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--full", action="store_true", help="train the image encoder, too")
     parser.add_argument("--clicks", action="store_true", help="score points and corrections, too")
+    parser.add_argument(
+        "--automatic", type=int, default=0, metavar="N", help="score automatic masks of N images"
+    )
     parser.add_argument("--name", default=DEFAULT, help="report: of its block in the page")
     parser.add_argument(
         "--against", choices=RECIPES, default=ORIGINAL, metavar="R", help="report: compare with"

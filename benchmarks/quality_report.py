@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.quality_recipes import UNTOUCHED, RunRequest
 from benchmarks.quality_rows import Row, RowStore
 from benchmarks.quality_scores import (
-    CLICK_METRICS,
     METRICS,
     Difference,
     RunScores,
+    measured_metrics,
     paired_difference,
 )
 from benchmarks.tables import markdown_table
@@ -141,9 +141,7 @@ class Report:
 
     @property
     def _metrics(self) -> dict[str, str]:
-        # With those of clicks, if all runs have them.
-        with_clicks = all(run.scores.has_clicks for run in self._runs())
-        return {**METRICS, **(CLICK_METRICS if with_clicks else {})}
+        return measured_metrics(run.scores for run in self._runs())
 
     @property
     def _plot_name(self) -> str:

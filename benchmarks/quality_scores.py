@@ -4,6 +4,7 @@ Of each object of the validation images, at the original resolution, from its an
 from a box whose sides are off by up to 10 %. The same objects get the same boxes in all runs.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,10 @@ from samft.coco.subset import CocoSubset
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
 from samft.data.samplers import RESAMPLE_STREAM, generator_of
+from samft.evaluation.automatic import generate_split, sample_images, score_masks
+from samft.evaluation.coco_ap import TrueObjects
 from samft.evaluation.evaluator import Clicking, EvaluatedObjects, evaluate_split
+from samft.models.mask_generator import MaskGenerator
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime.files import write_atomically
 
@@ -34,6 +38,10 @@ CLICK_METRICS = {  # of runs that were scored with `--clicks`
     "iou_point_best": "IoU, one point, best of three",
     "iou_clicks_point": f"IoU, {NUM_CLICKS} clicks",
     "iou_clicks_box": f"IoU, box and {NUM_CLICKS} clicks",
+}
+AUTOMATIC_METRICS = {  # of runs that were scored with `--automatic`
+    "found_50": "found automatically, IoU .50",
+    "found_75": "found automatically, IoU .75",
 }
 
 
@@ -55,6 +63,9 @@ class RunScores:
         iou_point_best: Of the three masks of that point, the one with the highest predicted IoU.
         iou_clicks_point: After `NUM_CLICKS` clicks that began with that point.
         iou_clicks_box: After `NUM_CLICKS` clicks that corrected the box's mask.
+        found_50: 1 where one of SAM's automatic masks matches the object at IoU .50, else 0; nan
+            for objects of images outside of the sample, and in runs that were scored without.
+        found_75: The same at IoU .75.
     """
 
     image_ids: NDArray[np.int64]
@@ -70,20 +81,27 @@ class RunScores:
     iou_point_best: NDArray[np.float64]
     iou_clicks_point: NDArray[np.float64]
     iou_clicks_box: NDArray[np.float64]
+    found_50: NDArray[np.float64]
+    found_75: NDArray[np.float64]
 
     @property
     def has_clicks(self) -> bool:
         """Whether it was scored with clicks."""
         return bool(np.isfinite(self.iou_clicks_box).all())
 
+    @property
+    def has_automatic(self) -> bool:
+        """Whether it was scored with automatic masks, on any image."""
+        return bool(np.isfinite(self.found_50).any())
+
     def summarise(self) -> dict[str, float]:
         """Means over objects; of `area_ratio` the median. Numbers of images and objects."""
-        clicks = CLICK_METRICS if self.has_clicks else {}
-        names = (*METRICS, *clicks, "iou_box_fill", "iou_own_frame")
+        more = measured_metrics([self])
+        names = (*more, "iou_box_fill", "iou_own_frame")
         return {
             "num_images": len(np.unique(self.image_ids)),
             "num_objects": len(self.object_ids),
-            **{name: float(getattr(self, name).mean()) for name in names},
+            **{name: float(np.nanmean(getattr(self, name))) for name in names},
             "area_ratio": float(np.median(self.area_ratio)),
         }
 
@@ -96,8 +114,22 @@ class RunScores:
 def read_scores(path: Path) -> RunScores:
     """Reads what `RunScores.write` wrote."""
     with np.load(path) as columns:
-        missing = np.full(len(columns["iou"]), np.nan)  # in files from before there were clicks
+        missing = np.full(
+            len(columns["iou"]), np.nan
+        )  # in files from before there was such a score
         return RunScores(**{one.name: columns.get(one.name, missing) for one in fields(RunScores)})
+
+
+def measured_metrics(runs: Iterable[RunScores]) -> dict[str, str]:
+    """The metrics that all of the runs were scored with, and their labels."""
+    runs = list(runs)
+    with_clicks = all(run.has_clicks for run in runs)
+    with_automatic = all(run.has_automatic for run in runs)
+    return {
+        **METRICS,
+        **(CLICK_METRICS if with_clicks else {}),
+        **(AUTOMATIC_METRICS if with_automatic else {}),
+    }
 
 
 class KeptEmbeddings:
@@ -133,10 +165,19 @@ class Scorer:
         subset: The validation images and objects.
         image_size: Of the models.
         with_clicks: Whether objects are corrected by clicks, which takes several times as long.
+        automatic: The number of images to make automatic masks of; the same for all models.
     """
 
-    def __init__(self, subset: CocoSubset, *, image_size: int, with_clicks: bool = False) -> None:
+    def __init__(
+        self,
+        subset: CocoSubset,
+        *,
+        image_size: int,
+        with_clicks: bool = False,
+        automatic: int = 0,
+    ) -> None:
         self.subset, self.image_size, self.with_clicks = subset, image_size, with_clicks
+        self.sample = sample_images(subset, automatic, seed=0) if automatic else None
         self.embeddings: dict[str, KeptEmbeddings] = {}
 
     def score(self, model: PromptedSam, *, resize_mode: str) -> RunScores:
@@ -165,7 +206,24 @@ class Scorer:
             iou_point_best=objects.iou_point_multimask if self.with_clicks else missing,
             iou_clicks_point=objects.iou_clicks_point[:, -1] if self.with_clicks else missing,
             iou_clicks_box=objects.iou_clicks_box[:, -1] if self.with_clicks else missing,
+            **self._find_automatically(model, objects),
         )
+
+    def _find_automatically(
+        self, model: PromptedSam, objects: EvaluatedObjects
+    ) -> dict[str, NDArray[np.float64]]:
+        # SAM's own settings, in stock SAM's frame, as the automatic mask generator has no other.
+        found = {name: np.full(len(objects.image_ids), np.nan) for name in AUTOMATIC_METRICS}
+        if self.sample is None:
+            return found
+        loader = val_loader(self._dataset("pad", self.sample))
+        generator = MaskGenerator(model.sam, show_progress=False)
+        scores = score_masks(generate_split(generator, self.sample, loader), self.sample)
+        rows = {key: row for row, key in enumerate(_keys(objects))}
+        places = [rows[key] for key in _keys(scores.objects)]
+        for name, column in found.items():
+            column[places] = scores.columns[name]
+        return found
 
     def _evaluate(self, model: PromptedSam, resize_mode: str) -> EvaluatedObjects:
         dataset = self._dataset(resize_mode)
@@ -177,13 +235,18 @@ class Scorer:
         clicking = Clicking(NUM_CLICKS if self.with_clicks else 0)
         return evaluate_split(model, val_loader(dataset), clicking=clicking)[0]
 
-    def _dataset(self, resize_mode: str) -> Coco2MaskDataset:
+    def _dataset(self, resize_mode: str, subset: CocoSubset | None = None) -> Coco2MaskDataset:
+        subset = subset or self.subset
         return Coco2MaskDataset(
-            self.subset.index.image_folder,
-            subset=self.subset,
+            subset.index.image_folder,
+            subset=subset,
             image_size=self.image_size,
             resize_mode=resize_mode,
         )
+
+
+def _keys(objects: EvaluatedObjects | TrueObjects) -> Iterator[tuple[int, int]]:
+    return zip(objects.image_ids.tolist(), objects.object_ids.tolist(), strict=True)
 
 
 class Difference(NamedTuple):
@@ -207,7 +270,8 @@ def paired_difference(
     runs of other seeds: both are samples of what could have been.
 
     Args:
-        before: float64 [R, K], a score of K objects in the runs of R seeds.
+        before: float64 [R, K], a score of K objects in the runs of R seeds. Objects that have none,
+            nan, are left out; they are the same in all runs.
         after: float64 [R, K], of the same objects and seeds.
         image_ids: int64 [K].
         seed: Of the bootstrap.
@@ -218,8 +282,9 @@ def paired_difference(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993: the percentile interval,
     of clusters; crossed with seeds as in Owen, The pigeonhole bootstrap, 2007.
     """
-    change = after - before
-    _, image = np.unique(image_ids, return_inverse=True)
+    scored = np.isfinite(before[0])
+    change = (after - before)[:, scored]
+    _, image = np.unique(image_ids[scored], return_inverse=True)
     counts = np.bincount(image).astype(np.float64)
     sums = np.stack([np.bincount(image, weights=of_seed) for of_seed in change])
     generator = generator_of(RESAMPLE_STREAM, seed)

@@ -4,6 +4,8 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import cv2
@@ -12,7 +14,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from benchmarks import quality, quality_datasets, quality_recipes
+from benchmarks import quality, quality_datasets, quality_recipes, quality_scores
 from benchmarks.quality_datasets import QualityDataset
 from benchmarks.quality_recipes import RunRequest, train_with_samft
 from benchmarks.quality_report import (
@@ -26,6 +28,7 @@ from benchmarks.quality_rows import RowStore
 from benchmarks.quality_scenes import draw_cells, draw_filaments, write_scenes
 from benchmarks.quality_scores import Difference, paired_difference, read_scores
 from helpers.short_runs import arguments, read_weights, train_here, write_data
+from samft.coco.subset import CocoSubset
 from samft.config import parse_config
 from samft.errors import DataError
 
@@ -103,6 +106,39 @@ def test_clicks_are_scored_if_asked_and_reported_where_all_runs_have_them(tmp_pa
     assert (scores.iou_clicks_box != scores.iou).any()
     page = Report("b", collect_results(store, quality.plan_requests(plain)), against="untouched")
     assert page.to_markdown().count("IoU, box and 7 clicks") == 2
+
+
+def test_automatic_masks_are_scored_on_a_sample_of_the_images(tmp_path: Path) -> None:
+    argv = ["--seeds", "0", "--recipes", "untouched", "default", "--against", "untouched"]
+    args = options(tmp_path, *argv, "--automatic", "2")
+    found = {"found_50": np.array([1.0, 0.0, 1.0]), "found_75": np.array([1.0, 0.0, 0.0])}
+
+    def score(images: list[Any], subset: CocoSubset) -> Any:
+        keys = [(i.image_id, one) for i in images for one in i.object_ids]
+        assert len(images) == subset.num_images == 2 and len(keys) >= 3
+        ids = np.array(keys[:3])
+        return SimpleNamespace(
+            objects=SimpleNamespace(image_ids=ids[:, 0], object_ids=ids[:, 1]), columns=found
+        )
+
+    with mock.patch.object(quality_scores, "score_masks", score):
+        quality.run_requests(args)
+    store = RowStore(tmp_path)
+    rows = store.read_rows()
+    assert [(row["found_50"], row["found_75"]) for row in rows] == [(2 / 3, 1 / 3)] * 2
+    scores = store.read_scores(rows[0])
+    assert scores.has_automatic and np.isfinite(scores.found_50).sum() == 3
+    quality.run_requests(args)
+    assert len(store.read_rows()) == 2
+    page = Report("b", collect_results(store, quality.plan_requests(args)), against="untouched")
+    assert page.to_markdown().count("found automatically, IoU .50") == 2
+
+
+def test_objects_without_a_score_take_no_part_in_a_difference() -> None:
+    before = np.array([[0.0, np.nan, 1.0, np.nan]])
+    after = np.array([[1.0, np.nan, 1.0, np.nan]])
+    difference = paired_difference(before, after, np.array([1, 1, 2, 3]))
+    assert difference == (0.5, 0.0, 1.0)
 
 
 def test_a_row_of_other_weights_or_settings_is_not_used(tmp_path: Path) -> None:

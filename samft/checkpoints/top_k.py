@@ -182,6 +182,7 @@ def make_sidecar(
     step: int,
     metrics: dict[str, float],
     pixels: dict[str, Any] | None = None,
+    view: dict[str, Any] | None = None,
     adapter: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint, as plain values.
@@ -191,6 +192,7 @@ def make_sidecar(
         step: Optimizer steps taken.
         metrics: Of the validation at that step, without the prefix `val_`.
         pixels: How the values of images became 8 bits, see `PixelFormat.to_json`.
+        view: How images were seen, see `View.to_json`.
         adapter: Of a run that trains adapters, their settings and the base's SHA-256.
 
     Returns:
@@ -200,6 +202,7 @@ def make_sidecar(
         **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},
         **{name: config[name] for name in ("prompts", "correction_rounds", "multimask")},
         "pixels": pixels,
+        "view": view,
         "step": step,
         "metrics": {f"val_{name}": value for name, value in metrics.items()},
         **({"adapter": adapter} if adapter else {}),

@@ -40,6 +40,7 @@ from samft.models.sam import (
 )
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
+from samft.views.windows import View
 from samft.weights.download import find_local_weights
 from samft.weights.saved_settings import saved_pixels
 
@@ -80,6 +81,8 @@ class TunedCheckpoint:
             "samft_version": samft.__version__,
             "pixels": json.dumps(self.pixels.to_json()),
         }
+        if (view := View.from_json(self.sidecar.get("view"))) and view.has_windows:
+            metadata["view"] = json.dumps(view.to_json())
         if "step" in self.sidecar:
             metadata["step"] = str(self.sidecar["step"])
         if "metrics" in self.sidecar:

@@ -5,12 +5,16 @@ through windows, it keeps them. A window is x0 y0 x1 y1, whole px of the image, 
 the image. Imports no torch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 KINDS = ("image", "tiles", "objects")
+MAX_OVERLAP = 0.9  # of tiles: with more there would be hundreds of windows for each tile
+_FIELDS = {"view": "kind", "view_context": "context"}  # by setting, where the names differ
 MIN_SHARE = 0.5  # of a box that a window must hold, to train on an object that its edge cuts
 _MOST_PAIRS = 1 << 20  # of boxes and windows that are compared at once
 _SMALLEST_SIDE = 1e-6  # px; keeps the area of a flat box above 0
@@ -44,6 +48,35 @@ class View:
     def has_windows(self) -> bool:
         """Whether images are seen in parts."""
         return self.kind != "image"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; of whole images, nothing but that they are."""
+        return asdict(self) if self.has_windows else {"kind": self.kind}
+
+    @staticmethod
+    def from_json(value: Any) -> "View | None":
+        """What `to_json` returned; None for anything else."""
+        try:
+            view = View(**value)
+            sound = view.kind in KINDS and isinstance(view.tile_size, int) and view.tile_size >= 1
+            sound = sound and view.context >= 1
+            return view if sound and 0 <= view.tile_overlap <= MAX_OVERLAP else None
+        except TypeError:
+            return None
+
+    def completed(self, flags: Mapping[str, Any]) -> "View":
+        """The view with the settings that were given as flags, by name, instead of its own."""
+        names = {_FIELDS.get(name, name): value for name, value in flags.items()}
+        return replace(self, **names)
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        if self.kind == "tiles":
+            overlap = round(self.tile_overlap * self.tile_size)
+            return f"tiles of {self.tile_size} px that overlap by {overlap} px"
+        if self.kind == "objects":
+            return f"windows of {self.tile_size} px or more around groups of objects"
+        return "whole images"
 
 
 @dataclass(frozen=True)

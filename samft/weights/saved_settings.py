@@ -8,7 +8,10 @@ import torch
 
 from samft.images.pixels import PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
+from samft.views.windows import View
 from samft.weights.checkpoint_files import read_metadata
+
+_STRUCTURED = ("pixels", "view")  # entries that are no plain values
 
 
 def saved_resize_mode(path: Path) -> str:
@@ -29,6 +32,15 @@ def saved_pixels(path: str | Path) -> PixelFormat | None:
         path: A checkpoint or an export. Its sidecar records it, or the file itself.
     """
     return PixelFormat.from_json(_saved_metadata(Path(path), "pixels").get("pixels"))
+
+
+def saved_view(path: str | Path) -> View | None:
+    """How images were seen in training; None if it is not recorded.
+
+    Args:
+        path: A checkpoint or an export. Its sidecar records it, or the file itself.
+    """
+    return View.from_json(_saved_metadata(Path(path), "view").get("view"))
 
 
 class SavedPrompts(NamedTuple):
@@ -90,10 +102,12 @@ def _saved_metadata(path: Path, key: str) -> dict[str, Any]:
         metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else read_metadata(path)
         if key not in metadata and path.suffix == ".ckpt":
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return {**state.get("config", {}), "pixels": state.get("pixels")}
-        if isinstance(pixels := metadata.get("pixels"), str):  # metadata of safetensors is text
-            return {**metadata, "pixels": json.loads(pixels)}
-        return dict(metadata)
+            own = {name: state.get(name) for name in _STRUCTURED}
+            return {**state.get("config", {}), **own}
+        texts = {name: metadata.get(name) for name in _STRUCTURED}
+        # Metadata of safetensors is text.
+        parsed = {name: json.loads(text) for name, text in texts.items() if isinstance(text, str)}
+        return {**metadata, **parsed}
     except Exception:  # not ours: a JSON file of something else, a format that cannot be mapped
         pass
     return {}

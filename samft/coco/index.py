@@ -221,7 +221,7 @@ def index_file(
     digest = file_digest(annotations)
     images = ImageFolder(image_folder, root=root, allow_links=allow_links)
     parts = [FORMAT, digest, image_folder.resolve(), root and root.resolve(), pixels.layout, crowds]
-    parts += [folder.resolve() for folder in allow_links]
+    parts += [*(folder.resolve() for folder in allow_links), *["in windows"] * pixels.in_windows]
     key = hashlib.sha256("\n".join(map(str, parts)).encode(errors=_ESCAPE)).hexdigest()[:32]
     try:
         cache = _make_cache_folder(cache)

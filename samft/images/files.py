@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from samft.errors import DataError
-from samft.images.formats import read_values
+from samft.images.formats import explain_errors, read_values, to_native
 from samft.images.limits import MAX_PIXELS, UnusableImage
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.images.tiff import TiffWindows, is_tiff, open_tiff_windows
 from samft.runtime.files import NotAFileError, open_file
 from samft.runtime.logs import progress_bar
 
@@ -133,6 +135,10 @@ def _inspect_content(file: io.FileIO, head: bytes, pixels: PixelFormat, decode: 
         return ImageFacts(*size, problem="image-too-large")
     is_upright = head.startswith(_PNG) and _PNG_EXIF not in head
     orientation = 1 if is_upright else _read_orientation(file)
+    if pixels.in_windows and is_tiff(head):
+        facts = _facts_of_tiff(file, pixels, orientation)
+        if facts is not None:
+            return facts
     content = _read_all(file)
     try:
         if is_cut_short(content):  # though Pillow may find all rows in it
@@ -145,6 +151,47 @@ def _inspect_content(file: io.FileIO, head: bytes, pixels: PixelFormat, decode: 
         error = explain_damage(content, error)
         return ImageFacts(*(size or (0, 0)), problem=error.code, detail=error.detail)
     return ImageFacts(*size, orientation)
+
+
+def _facts_of_tiff(file: io.FileIO, pixels: PixelFormat, orientation: int) -> ImageFacts | None:
+    # None: it has to be decoded as a whole.
+    try:
+        windows = open_in_windows(file, pixels)
+        if windows is None:
+            return None
+        pixel_type = read_stored(windows, (0, 0, 1, 1)).dtype.name
+    except UnusableImage as error:
+        return ImageFacts(problem=error.code, detail=error.detail)
+    return ImageFacts(*windows.size, orientation, pixel_type=pixel_type)
+
+
+def open_in_windows(file: io.FileIO, pixels: PixelFormat) -> TiffWindows | None:
+    """An open image file of which windows can be decoded; None if only all of it can.
+
+    Raises:
+        UnusableImage: It is damaged, or bands or a page have to be chosen.
+    """
+    file.seek(0)
+    head = file.read(_GLANCE) or b""
+    if not is_tiff(head):
+        return None
+    file.seek(0)
+    with explain_errors(head):
+        return open_tiff_windows(file, pixels)
+
+
+def read_stored(windows: TiffWindows, place: tuple[int, int, int, int]) -> NDArray[Any]:
+    """The values of a window, as `read_values` gives those of the whole file.
+
+    Args:
+        windows: Of the file.
+        place: y0 x0 y1 x1, px, of the image as it is stored.
+
+    Raises:
+        UnusableImage: This part of the file is damaged.
+    """
+    with explain_errors(b""):
+        return to_native(windows.read(*place))
 
 
 def _read_all(file: io.FileIO) -> bytes:

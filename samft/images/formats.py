@@ -58,11 +58,20 @@ def read_values(content: bytes, pixels: PixelFormat = PLAIN) -> NDArray[Any]:
     Raises:
         UnusableImage: It is damaged, of an unknown format, or bands or a page have to be chosen.
     """
-    with _explain_errors(content):
+    with explain_errors(content):
         if is_tiff(content):
             values = read_tiff(content, pixels, read_8_bits=_read_8_bits)
         else:
             values = _read_with_pillow(content, pixels)
+    return to_native(values)
+
+
+def to_native(values: NDArray[Any]) -> NDArray[Any]:
+    """Values of a file in this machine's byte order; bits as 0 and 255.
+
+    Raises:
+        UnusableImage: They are of none of `pixels.PIXEL_TYPES`.
+    """
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
@@ -72,7 +81,12 @@ def read_values(content: bytes, pixels: PixelFormat = PLAIN) -> NDArray[Any]:
 
 
 @contextmanager
-def _explain_errors(content: bytes) -> Iterator[None]:
+def explain_errors(content: bytes) -> Iterator[None]:
+    """Whatever the libraries that read images raise, as `UnusableImage`.
+
+    Args:
+        content: Of the file, or its beginning.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

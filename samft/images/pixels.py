@@ -1,7 +1,7 @@
 """How pixel values of any type become the 8-bit RGB that SAM takes. Imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,15 @@ class PixelFormat:
         page: 1-based number of the page to use of stacks and animations; None: not chosen.
         ranges: Of `percentile` and `auto`: pixel type, low, high for each type that has been
             measured on a dataset; without one, each image is measured by itself.
+        in_windows: Images are only ever read in windows, so that one may have more than
+            `limits.MAX_PIXELS` if its format can be decoded in parts.
     """
 
     pixel_range: str = AUTO
     channels: tuple[int, ...] = ()
     page: int | None = None
     ranges: tuple[tuple[str, float, float], ...] = ()
+    in_windows: bool = field(default=False, repr=False)  # changes no pixel, so no cached embedding
 
     @classmethod
     def parse(
@@ -101,8 +104,8 @@ class PixelFormat:
 
     @property
     def layout(self) -> "PixelFormat":
-        """Only what decides which images can be read: bands and page."""
-        return PixelFormat(channels=self.channels, page=self.page)
+        """Only what decides which images can be read: bands, page, and whether in windows."""
+        return PixelFormat(channels=self.channels, page=self.page, in_windows=self.in_windows)
 
     @property
     def maps_8_bits(self) -> bool:
@@ -222,10 +225,30 @@ def pixel_content(image: NDArray[np.uint8]) -> bytes:
 
 def sample_values(values: NDArray[Any]) -> NDArray[Any]:
     """Finite values of an image, at most `SAMPLED_VALUES` of them, the same ones each time."""
-    flat = values.reshape(-1)
-    if len(flat) > SAMPLED_VALUES:
-        flat = flat[np.random.default_rng(0).integers(0, len(flat), SAMPLED_VALUES)]
+    return sample_blocks([values], values.size)
+
+
+def sample_blocks(blocks: Iterable[NDArray[Any]], num_values: int) -> NDArray[Any]:
+    """The same from an image in blocks of rows, from the top down.
+
+    Args:
+        blocks: [h, W] or [h, W, 3] each.
+        num_values: Of the image.
+    """
+    places = np.arange(num_values) if num_values <= SAMPLED_VALUES else _sampled_places(num_values)
+    order = np.argsort(places, kind="stable")
+    chosen, first, parts = places[order], 0, []
+    for block in blocks:
+        low, high = np.searchsorted(chosen, [first, first + block.size])
+        parts.append(block.reshape(-1)[chosen[low:high] - first])
+        first += block.size
+    flat = np.empty_like(np.concatenate(parts))
+    flat[order] = np.concatenate(parts)
     return flat[np.isfinite(flat)]
+
+
+def _sampled_places(num_values: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, num_values, SAMPLED_VALUES)
 
 
 def measure_range(samples: list[NDArray[Any]]) -> tuple[float, float]:

@@ -1,20 +1,24 @@
 """Measures on a dataset which range of its pixel values becomes 0 to 255. Imports no torch."""
 
+import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.images.files import open_in_windows, read_stored
 from samft.images.formats import read_values
 from samft.images.limits import UnusableImage
-from samft.images.pixels import PixelFormat, measure_range, sample_values
+from samft.images.pixels import PixelFormat, measure_range, sample_blocks, sample_values
+from samft.images.tiff import TiffWindows
 from samft.runtime.files import open_file
 
 NUM_SAMPLED = 64  # images
 _THREADS = 4
+_ROWS_AT_ONCE = 512
 
 
 def measure_ranges(
@@ -51,8 +55,28 @@ def measure_ranges(
 def _sample_file(path: Path, pixels: PixelFormat, pixel_type: str) -> NDArray[Any] | None:
     # None: whoever loads the image reports what is wrong with it.
     try:
-        with open_file(path) as file:
-            values = read_values(file.read(), pixels)
+        with cast(io.FileIO, open_file(path, buffering=0)) as file:
+            windows = open_in_windows(file, pixels) if pixels.in_windows else None
+            if windows is not None:
+                sample = sample_windows(windows)
+            else:
+                file.seek(0)
+                sample = sample_values(read_values(file.read() or b"", pixels))
     except (OSError, UnusableImage):
         return None
-    return sample_values(values) if values.dtype.name == pixel_type else None
+    return sample if sample.dtype.name == pixel_type else None
+
+
+def sample_windows(windows: TiffWindows) -> NDArray[Any]:
+    """What `sample_values` takes of an image that is read in windows.
+
+    Raises:
+        UnusableImage: A part of it is damaged.
+    """
+    height, width = windows.size
+    blocks = (
+        read_stored(windows, (top, 0, min(top + _ROWS_AT_ONCE, height), width))
+        for top in range(0, height, _ROWS_AT_ONCE)
+    )
+    num_bands = read_stored(windows, (0, 0, 1, 1)).size
+    return sample_blocks(blocks, height * width * num_bands)

@@ -494,7 +494,9 @@ def test_a_rank_that_fails_ends_all_and_is_named(data, tmp_path, where, at, rank
 def test_a_rank_that_hangs_is_named_with_its_step_and_image(data, tmp_path):
     folder, python = tmp_path / "run", faulty_python(tmp_path / "python")
     fault = {"do": "hang", "where": "forward", "at": 9, "rank": 1}
+    # What hangs is killed by torchrun after ten seconds.
     settings = {"NPROC_PER_NODE": "2", "TMPDIR": str(tmp_path), "MAX_RESTARTS": "0"}
+    settings["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "10"
     argv = run_arguments(data, folder, hang_timeout=5)
     ended = run(launch(argv, python), fault, **settings)
     texts = ("process 1 does not answer", "at step", "training on images")

@@ -76,9 +76,7 @@ def faulty_python(path: Path) -> Path:
 def environment(fault: dict[str, Any] | None = None, **changes: str) -> dict[str, str]:
     """Of a run with a fault."""
     fault_variable = {} if fault is None else {"SAMFT_TEST_FAULT": json.dumps(fault)}
-    return clean_environment(
-        **{"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10", **fault_variable, **changes}
-    )
+    return clean_environment(**fault_variable, **changes)
 
 
 @contextmanager

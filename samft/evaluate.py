@@ -15,14 +15,16 @@ import argparse
 import os
 from typing import Any
 
-from samft.cli import CommandParser, add_links_flag, run_command, user_path
-from samft.coco.layout import role_of
-from samft.config_checks import pattern_problem
+from samft.cli import CommandParser, run_command, user_path
 from samft.ending import end_process
-from samft.errors import CheckpointError, ConfigError, escape_unprintable
-from samft.images.flags import add_pixel_flags
+from samft.errors import ConfigError, escape_unprintable
 from samft.prediction.flags import add_generator_flags, generator_settings
-from samft.runtime.checkpoint_paths import find_weights_file
+from samft.prediction.split_flags import (
+    add_computation_flags,
+    add_selection_flags,
+    add_split_flags,
+    check_split_flags,
+)
 from samft.runtime.signals import check_launch_environment, die_with_parent
 
 USUAL_CLICKS, MOST_CLICKS = 7, 100  # the literature allows 20
@@ -62,7 +64,6 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         usage="%(prog)s --checkpoint FILE [FILE ...] [--FLAG VALUE ...]",
     )
     _add_data_flags(parser)
-    _add_selection_flags(parser)
     _add_prompt_flags(parser)
     _add_output_flags(parser)
     options = parser.parse_args(argv)
@@ -81,62 +82,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoints of samft (.ckpt) or Meta's (.pth); the first is the one that others are "
         "compared with",
     )
-    group.add_argument(
-        "--data_root", type=user_path, metavar="DIR", help="dataset folder, as for samft train"
-    )
-    group.add_argument(
-        "--split",
-        default="val",
-        metavar="NAME",
-        help="split of --data_root; valid and validation are tried for val (default: val)",
-    )
-    group.add_argument(
-        "--annotations", type=user_path, metavar="FILE", help="a COCO file, instead of --data_root"
-    )
-    group.add_argument(
-        "--images", type=user_path, metavar="DIR", help="folder of the images of --annotations"
-    )
-    add_pixel_flags(group.add_argument, of="; a checkpoint of samft says it by itself")
-
-
-def _add_selection_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("which objects")
-    group.add_argument(
-        "--val_fraction",
-        type=float,
-        metavar="F",
-        help="only the images that samft train --val_fraction F holds out of this split",
-    )
-    group.add_argument(
-        "--group_by",
-        metavar="auto|folder|none|REGEX",
-        help="as in training, for --val_fraction (default: that of the first checkpoint, or auto)",
-    )
-    group.add_argument(
-        "--category_names", metavar="A,B", help="only objects of these classes (default: all)"
-    )
-    group.add_argument(
-        "--min_mask_area",
-        type=float,
-        default=0.0,
-        metavar="PX",
-        help="only masks of at least so many pixels of the original image (default: 0)",
-    )
-    group.add_argument(
-        "--crowds",
-        choices=("auto", "leave_out", "use"),
-        default="auto",
-        help="objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: all; "
-        "use: none (default: auto)",
-    )
-    group.add_argument(
-        "--on_bad_image",
-        choices=("error", "skip"),
-        default="error",
-        help="missing or unreadable images: end with an error, or skip and list them "
-        "(default: error)",
-    )
-    add_links_flag(group.add_argument)
+    add_split_flags(group.add_argument)
+    add_selection_flags(parser.add_argument_group("which objects").add_argument)
 
 
 def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -185,48 +132,12 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of jittered boxes, of the images of --automatic, and of intervals (default: 0)",
     )
-    group.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="where to evaluate; auto: on GPUs, or on the CPU of a host without (default: auto)",
-    )
-    group.add_argument(
-        "--num_workers",
-        type=int,
-        default=4,
-        metavar="N",
-        help="data loader workers per process (default: 4)",
-    )
-    group.add_argument("--debug", action="store_true", help="print tracebacks of user errors, too")
+    add_computation_flags(group.add_argument)
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    if bool(options.annotations) != bool(options.images):
-        raise ConfigError("--annotations and --images go together: give both, or --data_root.")
-    if not (options.data_root or options.annotations):
-        raise ConfigError(
-            "nothing to evaluate on: give --data_root, or --annotations and --images."
-        )
-    if options.val_fraction is not None and not 0 < options.val_fraction < 1:
-        raise ConfigError(f"--val_fraction: {options.val_fraction} must lie between 0 and 1.")
-    is_other_split = not options.annotations and role_of(options.split) in ("val", "test")
-    if options.val_fraction is not None and is_other_split:
-        raise ConfigError(
-            f"--val_fraction: samft train holds images out of the training split, and --split is "
-            f"{options.split}: add --split train to score those, or leave --val_fraction out to "
-            f"score all of {options.split}."
-        )
-    if options.group_by and (problem := pattern_problem(options.group_by)):
-        raise ConfigError(f"--group_by: {problem}")
+    check_split_flags(options)
     _check_prompts(options)
-    if options.num_workers < 0:
-        raise ConfigError(f"--num_workers: {options.num_workers} must be at least 0.")
-    for path in options.checkpoint:
-        try:
-            find_weights_file(path, field="--checkpoint")
-        except CheckpointError as error:  # on every rank alike
-            raise ConfigError(str(error)) from error
 
 
 def _check_prompts(options: argparse.Namespace) -> None:

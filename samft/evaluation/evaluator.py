@@ -107,8 +107,6 @@ class Clicking:
     examples: ClickExamples | None = None
 
 
-@torch.no_grad()
-@exact_float32()
 def evaluate_split(
     model: PromptedSam,
     batches: Iterable[Batch],
@@ -141,31 +139,86 @@ def evaluate_split(
         StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
-    parts: list[EvaluatedObjects] = []
+    (objects,), bad_images = evaluate_models(
+        [model],
+        batches,
+        seed=seed,
+        clicking=clicking,
+        on_image=on_image,
+        should_stop=should_stop,
+        waiting=waiting,
+    )
+    return objects, bad_images
+
+
+@torch.no_grad()
+@exact_float32()
+def evaluate_models(
+    models: Sequence[PromptedSam],
+    batches: Iterable[Batch],
+    *,
+    seed: int = 0,
+    clicking: Clicking = Clicking(),
+    on_image: Callable[[], object] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    waiting: Waiting = contextlib.nullcontext,
+) -> tuple[list[EvaluatedObjects], dict[str, str]]:
+    """As `evaluate_split`, for several models that see images alike, in one pass over these.
+
+    Neighbours that share the module of their image encoder encode each image once. Collective:
+    every rank must call.
+
+    Args:
+        models: On the same device.
+        batches: See `evaluate_split`, as all others.
+        seed: Of the jittered boxes.
+        clicking: Its examples are of the first model's masks, so give one model with examples.
+        on_image: Called after each image of this rank.
+        should_stop: See `loaders.lockstep`.
+        waiting: See `loaders.lockstep`.
+
+    Returns:
+        The rows of each model, and the images that could not be read.
+
+    Raises:
+        StopInterrupt: Any rank was asked to stop.
+        UserError: An image cannot be read, on any rank.
+    """
+    parts: list[list[EvaluatedObjects]] = [[] for _ in models]
     bad_images: dict[str, str] = {}
     for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
         heartbeat.set_activity("evaluating image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
             with explain_out_of_memory(partial(describe_image, batch), advice=MEMORY_ADVICE):
-                parts += _evaluate_image(model, batch, seed=seed, clicking=clicking)
+                _evaluate_image(models, batch, parts, seed=seed, clicking=clicking)
         on_image()
-    objects = gather_scores(EvaluatedObjects.concatenate(parts))
+    objects = [gather_scores(EvaluatedObjects.concatenate(part)) for part in parts]
     if clicking.examples is not None:
         clicking.examples.gather()
     return objects, {name: why for bad in all_gather(bad_images) for name, why in bad.items()}
 
 
 def _evaluate_image(
-    model: PromptedSam, batch: Batch, *, seed: int, clicking: Clicking
-) -> Iterator[EvaluatedObjects]:
-    on_device = batch.to(model.sam.device, non_blocking=True)
-    embedding = model.embed(on_device.images, on_device.input_sizes, cached=on_device.embeddings)
-    for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
-        # By a slice: the device would have to be sent the numbers, and be waited for
-        own = slice(int(part[0]), int(part[-1]) + 1)
-        objects = PromptedObjects(model, embedding, batch.take_objects(own), on_device.boxes[own])
-        yield objects.evaluate(seed=seed, clicking=clicking)
+    models: Sequence[PromptedSam],
+    batch: Batch,
+    parts: list[list[EvaluatedObjects]],
+    *,
+    seed: int,
+    clicking: Clicking,
+) -> None:
+    on_device = batch.to(models[0].sam.device, non_blocking=True)
+    embedding, encoder = None, None
+    for model, rows in zip(models, parts, strict=True):
+        if embedding is None or model.sam.image_encoder is not encoder:
+            encoder, cached = model.sam.image_encoder, on_device.embeddings
+            embedding = model.embed(on_device.images, on_device.input_sizes, cached=cached)
+        for part in torch.arange(batch.num_masks).split(MASK_CHUNK):
+            # By a slice: the device would have to be sent the numbers, and be waited for
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            boxes = on_device.boxes[own]
+            objects = PromptedObjects(model, embedding, batch.take_objects(own), boxes)
+            rows.append(objects.evaluate(seed=seed, clicking=clicking))
 
 
 @dataclass(frozen=True)

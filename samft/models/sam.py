@@ -150,6 +150,11 @@ def read_state(path: Path, *, quiet: bool = False) -> dict[str, Tensor]:
             "Copy it again, or take another checkpoint."
         )
     read = read_checkpoint_file(file)
+    if "base_sha256" in read.metadata:
+        raise CheckpointError(
+            f"{file} holds adapters alone, which are no model without their base: merge them into "
+            "it with `samft export --checkpoint BASE --adapter FILE`, or give the .ckpt beside it."
+        )
     extracted = find_state(read.content, source=file)
     state, notes = to_float32(extracted.state, file_bytes=read.num_bytes, source=file)
     if extracted.is_huggingface:

@@ -1,8 +1,10 @@
 """Runs an evaluation: scores each checkpoint on a split, compares them, writes the results."""
 
 import argparse
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,9 +84,24 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         TrainingError: Another process failed.
     """
     seconds = LONG_STEP_SECONDS if options.automatic or options.clicks else STEP_SECONDS
+    with joined_group(options.device, step_seconds=seconds) as device:
+        return _evaluate_checkpoints(options, device)
+
+
+@contextlib.contextmanager
+def joined_group(wanted: str, *, step_seconds: float = STEP_SECONDS) -> Iterator[torch.device]:
+    """The processes of an evaluation, within the block. Collective: every rank must call.
+
+    Args:
+        wanted: `--device`.
+        step_seconds: After which a process or a loader worker that hangs ends the evaluation.
+
+    Yields:
+        This process's device.
+    """
     with (
         distributed.process_group(
-            partial(pick_device, options.device), step_seconds=seconds
+            partial(pick_device, wanted), step_seconds=step_seconds
         ) as device,
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),
@@ -93,7 +110,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             with explain_distributed_errors():
                 run_on_all_ranks(lambda: check_device(device))
                 log_hidden_gpus(device)
-                return _evaluate_checkpoints(options, device)
+                yield device
         except BaseException as error:
             heartbeat.report_failure(f"{type(error).__name__}: {error}")
             raise
@@ -103,7 +120,7 @@ def _evaluate_checkpoints(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], list[str]]:
     load_backend(options.ap_backend)  # a missing package is better noticed before an hour of work
-    formats = run_on_all_ranks(lambda: _pixel_formats(options))
+    formats = run_on_all_ranks(lambda: pixel_formats(options))
     subset = run_on_all_ranks(lambda: _read_subset(options, formats[0]))
     evaluations: list[dict[str, Any]] = []
     tables: list[EvaluatedObjects] = []
@@ -112,7 +129,7 @@ def _evaluate_checkpoints(
     for path, pixels in zip(options.checkpoint, formats, strict=True):
         seen = subset.with_pixels(subset.measure_pixels(pixels))
         clicking = _build_clicking(path, subset, options)
-        model, metadata = run_on_all_ranks(partial(_load_model, path, device))
+        model, metadata = run_on_all_ranks(partial(load_model, path, device))
         objects, counts = _score_boxes(model, metadata, seen, options, clicking=clicking)
         metadata |= counts
         masks = _generate_masks(model, metadata, seen, options) if options.automatic else []
@@ -134,11 +151,11 @@ def _evaluate_checkpoints(
     lines: list[str] = []
     if distributed.is_main():
         report = _build_report(evaluations, options)
-        lines = format_tables(evaluations, data=_describe_data(options))
+        lines = format_tables(evaluations, data=describe_data(options))
         if options.output:
             scored = ScoredCheckpoints(options.checkpoint, tables, examples, subset, automatic)
             report |= write_evaluation(
-                options.output, report, scored, lines, data=_describe_data(options)
+                options.output, report, scored, lines, data=describe_data(options)
             )
             lines += [
                 "",
@@ -167,15 +184,16 @@ def _build_report(evaluations: list[dict[str, Any]], options: argparse.Namespace
     }
 
 
-def _describe_data(options: argparse.Namespace) -> str:
+def describe_data(options: argparse.Namespace) -> str:
+    """The name of the split for a heading."""
     held_out = "" if options.val_fraction is None else f", held out {options.val_fraction:g}"
     if options.annotations:
         return f"{options.annotations}{held_out}"
     return f"{options.data_root.resolve().name} {options.split}{held_out}"
 
 
-def _pixel_formats(options: argparse.Namespace) -> list[PixelFormat]:
-    # Of each checkpoint; one that does not say is shown the images as the first that does.
+def pixel_formats(options: argparse.Namespace) -> list[PixelFormat]:
+    """How each checkpoint reads images; one that does not say, as the first that does."""
     flags = pixel_flags(options)
     saved = [saved_pixels(path) for path in options.checkpoint]
     known = [one for one in saved if one is not None]
@@ -187,16 +205,41 @@ def _pixel_formats(options: argparse.Namespace) -> list[PixelFormat]:
 
 
 def _read_subset(options: argparse.Namespace, pixels: PixelFormat) -> CocoSubset:
-    if options.annotations:
-        annotations, images = options.annotations, options.images
-    else:
-        annotations, images = find_split(
-            options.data_root,
-            options.split,
-            flags="--split NAME, or --annotations FILE and --images DIR",
-        )
+    annotations, images = find_files(options)
     if options.output:
         check_output(options.output, [annotations, *options.checkpoint])
+    return read_subset(options, annotations, images=images, pixels=pixels)
+
+
+def find_files(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The annotation file and the folder of images that the flags of a split name.
+
+    Raises:
+        DataError: There are none.
+    """
+    if options.annotations:
+        return options.annotations, options.images
+    return find_split(
+        options.data_root,
+        options.split,
+        flags="--split NAME, or --annotations FILE and --images DIR",
+    )
+
+
+def read_subset(
+    options: argparse.Namespace, annotations: Path, *, images: Path, pixels: PixelFormat
+) -> CocoSubset:
+    """Reads the split, and chooses the objects that the flags ask for.
+
+    Args:
+        options: As `prediction.split_flags` adds them.
+        annotations: See `find_files`.
+        images: See `find_files`.
+        pixels: How images are read.
+
+    Raises:
+        DataError: The data cannot be used.
+    """
     subset = read_coco(
         annotations,
         images,
@@ -259,7 +302,7 @@ def _score_boxes(
     run_on_all_ranks(lambda: host_checks.check_open_files(options.num_workers))
     for line in subset.index.pixels.lines():
         LOGGER.info("%s", line)
-    loader = _build_loader(model, metadata, subset, options)
+    loader = build_loader(model, metadata, subset, options)
     with progress_bar(total=len(loader), unit="image", hidden=not distributed.is_main()) as bar:
         objects, bad_images = evaluate_split(
             model, loader, seed=options.seed, clicking=clicking, on_image=bar.update
@@ -281,9 +324,17 @@ def _score_boxes(
     return objects, counts
 
 
-def _build_loader(
+def build_loader(
     model: PromptedSam, metadata: dict[str, Any], subset: CocoSubset, options: argparse.Namespace
 ) -> BatchLoader:
+    """This rank's share of the images, one a batch.
+
+    Args:
+        model: On its device.
+        metadata: See `load_model`.
+        subset: Of all images.
+        options: With `on_bad_image` and `num_workers`.
+    """
     dataset = Coco2MaskDataset(
         subset.index.image_folder,
         subset=subset,
@@ -309,7 +360,7 @@ def _generate_masks(
     for line in describe_point_prompts(Path(metadata["checkpoint"]), automatic=True) * is_main:
         LOGGER.warning("%s", line)
     generator = MaskGenerator(model.sam, show_progress=is_main, **generator_settings(options))
-    loader = _build_loader(model, metadata, sample, options)
+    loader = build_loader(model, metadata, sample, options)
     with progress_bar(
         total=len(loader), unit="image", desc="automatic masks", hidden=not is_main
     ) as bar:
@@ -322,7 +373,12 @@ def _generate_masks(
     return images
 
 
-def _load_model(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:
+def load_model(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str, Any]]:
+    """A checkpoint's model on its device, and what it is: type, image size, resize mode.
+
+    Raises:
+        CheckpointError: The file cannot be read or is not a SAM.
+    """
     sam, model_type, image_size, resize_mode = open_checkpoint(path, attention="fast")
     LOGGER.info("%s: %s at %d px, %s", path, model_type, image_size, resize_mode)
     metadata = {

@@ -75,9 +75,12 @@ from samft.runtime.files import atomic_replacement, write_atomically
 from samft.runtime.logs import progress_bar
 from samft.runtime.output_dir import create_writable_dir, lock_output_dir
 from samft.runtime.signals import check_launch_environment
+from samft.views.flags import add_view_flags, view_flags
+from samft.views.windows import View
 
 if TYPE_CHECKING:
     from samft.prediction.predictors import PredictedMask, Predictor, PreparedImage
+    from samft.prediction.windows import WindowedImage
 
 _NUM_NAMED = 3  # bad images in an error
 _UNLESS_SAVED = "; a checkpoint of samft says it by itself"
@@ -184,6 +187,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
     )
     add("--points", type=user_path, metavar="FILE", help="JSON file of objects, see above")
     add_pixel_flags(add, of=_UNLESS_SAVED)
+    add_view_flags(add, default="default as in training")
     add("--automatic", action="store_true", help="automatic masks even if --annotations has boxes")
     add_generator_flags(add)
 
@@ -261,10 +265,18 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _pixel_format(options: argparse.Namespace) -> PixelFormat:
-    from samft.weights.saved_settings import saved_pixels  # which imports torch
+    from samft.weights.saved_settings import saved_pixels, saved_view  # which imports torch
 
     saved = saved_pixels(options.checkpoint) or PLAIN
-    return saved.completed(pixel_flags(options), flags_of=options.checkpoint.name)
+    pixels = saved.completed(pixel_flags(options), flags_of=options.checkpoint.name)
+    flags = view_flags(options)
+    view = (saved_view(options.checkpoint) or View()).completed(flags)
+    if flags.keys() - {"view"} and not view.has_windows:
+        raise ConfigError(
+            f"--{min(flags.keys() - {'view'})}: images are seen as a whole here: give --view tiles "
+            "or --view objects as well."
+        )
+    return replace(pixels, in_windows=view.has_windows)
 
 
 def _without_bad_images(task: PredictionTask, options: argparse.Namespace) -> PredictionTask:
@@ -317,14 +329,16 @@ def _picture_writer(options: argparse.Namespace) -> PictureWriter:
 
 
 def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[str, Any]:
-    predictor = _build_predictor(task, options)
+    predictor, view = _build_predictor(task, options)
+    if view.has_windows:
+        _print_line(f"images are seen through {view.describe()}")
     folder, start = options.output_dir, time.monotonic()
     rows: list[int] = []
     counts: dict[str, Any] = {"images": 0, "masks": 0, "images_left_out": {}}
 
     def write_rows(file: BinaryIO, dataset: PredictedDataset | None) -> None:
         writer = ResultsWriter(file)
-        for row, entries in _predict_rows(task, predictor, options):
+        for row, entries in _predict_rows(task, predictor, view, options):
             if isinstance(entries, DataError):
                 counts["images_left_out"][task.images.names[row]] = str(entries)
                 continue
@@ -357,42 +371,32 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
     return counts
 
 
-def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "Predictor":
+def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "tuple[Predictor, View]":
     # Imported here because torch takes seconds, and --help and wrong flags must answer at once.
-    from samft.models.prompted_sam import PromptedSam
-    from samft.models.sam import open_checkpoint
-    from samft.prediction.predictors import AutomaticPredictor, BoxPredictor, PointPredictor
-    from samft.runtime.device import check_device, pick_amp_dtype, pick_device
-    from samft.weights.saved_settings import describe_point_prompts, saved_prompts
+    from samft.prediction.build import build_predictor, view_of
 
-    device = pick_device(options.device)
-    check_device(device)
-    sam, *_, resize_mode = open_checkpoint(options.checkpoint, attention="fast")
-    model = PromptedSam(sam.to(device).requires_grad_(False))
-    amp_dtype = pick_amp_dtype(options.amp, device)
-    if task.prompts is not None and task.prompts.points is None:
-        return BoxPredictor(model, resize_mode=resize_mode, amp_dtype=amp_dtype)
-    is_automatic = task.prompts is None
-    for line in describe_point_prompts(options.checkpoint, automatic=is_automatic):
+    predictor, notes = build_predictor(
+        task,
+        options.checkpoint,
+        device=options.device,
+        amp=options.amp,
+        settings=generator_settings(options),
+    )
+    for line in notes:
         _print_warning(line)
-    if not is_automatic:
-        trained = saved_prompts(options.checkpoint)
-        return PointPredictor(
-            model,
-            resize_mode=resize_mode,
-            amp_dtype=amp_dtype,
-            three_masks=trained is None or trained.three_masks,
-        )
-    return AutomaticPredictor(model, **generator_settings(options))
+    flags = view_flags(options)
+    return predictor, view_of(options.checkpoint, flags, image_size=predictor.image_size)
 
 
 def _predict_rows(
     task: PredictionTask,
     predictor: "Predictor",
+    view: View,
     options: argparse.Namespace,
 ) -> Iterator[tuple[int, list[dict[str, Any]] | DataError]]:
     # Yields the row of each image with its masks, or with why it cannot be read.
     from samft.prediction.predictors import predict_images
+    from samft.prediction.windows import predict_through_windows
 
     images = task.images
     pictures = _picture_writer(options)
@@ -400,34 +404,36 @@ def _predict_rows(
     inputs = [(images.paths[row], task.prompts_of(row)) for row in task.rows]
 
     def to_entries(
-        k: int, prepared: "PreparedImage", masks: Iterator["PredictedMask"]
+        k: int, prepared: "PreparedImage | WindowedImage", masks: Iterator["PredictedMask"]
     ) -> list[dict[str, Any]]:
-        row, entries, drawn = task.rows[k], [], []
-        for number, one in enumerate(masks):
-            entries.append(
-                result_row(
-                    one.mask,
-                    box_original=one.box_original,
-                    size=prepared.size,
-                    score=one.iou_predicted,
-                    fields={**task.result_fields(row, number), **one.extra_fields},
-                )
+        row, numbered = task.rows[k], {}
+        for place, one in enumerate(masks):
+            number = place if one.number is None else one.number
+            entry = result_row(
+                one.mask,
+                box_original=one.box_original,
+                size=prepared.size,
+                score=one.iou_predicted,
+                fields={**task.result_fields(row, number), **one.extra_fields},
             )
-            if pictures:
-                drawn.append(one.mask)
+            numbered[number] = entry, one.mask if pictures else None
+        entries = [entry for _, (entry, _) in sorted(numbered.items())]
+        drawn = [mask for _, (_, mask) in sorted(numbered.items()) if mask is not None]
         labels = overlay_labels(entries, task.category_names)
         prompts: dict[str, Any] = {"boxes": task.boxes_of(row), "points": task.points_of(row)}
-        pictures.write(names[row], prepared.image, drawn, **prompts, labels=labels)
+        if pictures:
+            pictures.write(names[row], prepared.source, drawn, **prompts, labels=labels)
         return entries
 
-    results = predict_images(
-        predictor,
-        inputs,
-        to_entries,
-        num_workers=options.num_workers,
-        orientations=images.orientations[task.rows].tolist(),
-        pixels=images.pixels,
-    )
+    how: dict[str, Any] = {
+        "num_workers": options.num_workers,
+        "orientations": images.orientations[task.rows].tolist(),
+        "pixels": images.pixels,
+    }
+    if view.has_windows:
+        results = predict_through_windows(predictor, inputs, to_entries, view=view, **how)
+    else:
+        results = predict_images(predictor, inputs, to_entries, **how)
     bar = progress_bar(zip(task.rows, results, strict=True), total=len(inputs), unit="image")
     for row, entries in bar:
         if isinstance(entries, DataError):

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
+import cv2
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
+from samft.coco.segmentation import (
+    CroppedMask,
+    decode_cropped,
+    decode_encoded,
+    encode_cropped,
+    resample,
+    uncompressed_rle,
+)
 from samft.interchange.coco_writer import (
     NO_CLASS,
     DatasetWriter,
@@ -24,11 +32,14 @@ from samft.reports import drawing
 from samft.reports.overlays import draw_overlay
 from samft.runtime.files import read_json, write_atomically, write_json
 from samft.runtime.own_files import is_marked_picture, is_part_of, mark_picture
+from samft.views.regions import ImageSource
 
 RESULTS, IMAGES, DATASET = "results.json", "images.json", "dataset.json"
 MASKS, OVERLAYS = "masks", "overlays"
 _CATEGORIES = [{"id": DEFAULT_CATEGORY, "name": NO_CLASS}]
 _DESCRIPTION = "masks predicted by samft"
+LONGEST_OVERLAY = 8192  # px; a longer image is scaled down by a whole number
+_ROWS_AT_ONCE = 64  # of the overlay
 _DIGITS = 6  # of bbox: hides the rounding of x + width - x
 
 
@@ -226,7 +237,7 @@ class PictureWriter:
     def write(
         self,
         name: str,
-        image: NDArray[np.uint8],
+        source: ImageSource,
         masks: Sequence[CroppedMask],
         *,
         boxes: NDArray[np.float64],
@@ -237,7 +248,7 @@ class PictureWriter:
 
         Args:
             name: One of `picture_names`.
-            image: uint8 [H, W, 3] RGB.
+            source: The image. Its overlay is at most `LONGEST_OVERLAY` high and wide.
             masks: All masks of the image.
             boxes: To be drawn, see `draw_overlay`.
             points: The same.
@@ -246,12 +257,19 @@ class PictureWriter:
         Raises:
             OSError: They cannot be written.
         """
-        height, width = image.shape[:2]
         if self.masks:
-            numbers = drawing.label_image(masks, (height, width))
+            numbers = drawing.label_image(masks, source.size)
             _write_picture(self.folder / MASKS / f"{name}.png", drawing.encode_label_png(numbers))
         if self.overlays:
-            drawn = draw_overlay(image, masks, boxes=boxes, points=points, labels=labels)
+            factor = -(-max(source.size) // LONGEST_OVERLAY)
+            scale = np.array([factor, factor, 1])
+            drawn = draw_overlay(
+                _reduce_image(source, factor),
+                [_reduce_mask(mask, source.size, factor) for mask in masks],
+                boxes=boxes / factor,
+                points=[own / scale for own in points],
+                labels=labels,
+            )
             _write_picture(self.folder / OVERLAYS / f"{name}.jpg", drawing.encode_jpeg(drawn))
 
     def paths(self, name: str) -> list[Path]:
@@ -262,6 +280,33 @@ class PictureWriter:
         """
         masks = [self.folder / MASKS / f"{name}.png"] * self.masks
         return masks + [self.folder / OVERLAYS / f"{name}.jpg"] * self.overlays
+
+
+def _reduced_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    return -(-size[0] // factor), -(-size[1] // factor)
+
+
+def _reduce_image(source: ImageSource, factor: int) -> NDArray[np.uint8]:
+    # In strips, as all of it may not fit in memory.
+    height, width = source.size
+    if factor == 1:
+        return source.read(np.array([0, 0, width, height]))
+    small = np.zeros((*_reduced_size(source.size, factor), 3), dtype=np.uint8)
+    rows = _ROWS_AT_ONCE * factor
+    for top in range(0, height, rows):
+        strip = source.read(np.array([0, top, width, min(top + rows, height)]))
+        shape = _reduced_size(strip.shape[:2], factor)
+        reduced = cv2.resize(strip, shape[::-1], interpolation=cv2.INTER_AREA)
+        small[top // factor : top // factor + shape[0]] = reduced
+    return small
+
+
+def _reduce_mask(mask: CroppedMask, size: tuple[int, int], factor: int) -> CroppedMask:
+    if factor == 1:
+        return mask
+    small = _reduced_size(size, factor)
+    scale = (1 / factor, 1 / factor, 0, 0)
+    return decode_cropped(resample(uncompressed_rle(mask, size), small, scale), small)
 
 
 def _write_picture(path: Path, content: bytes) -> None:

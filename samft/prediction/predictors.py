@@ -34,6 +34,7 @@ from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.prompts import Prompts
 from samft.prediction.points import PointPrompt
 from samft.runtime.device import exact_float32
+from samft.views.regions import DecodedImage, ImageSource
 
 # Values of image tokens per chunk of boxes on a CPU: with vit_tiny the fastest of chunks of 1 to 20
 # boxes at 256 px (20 boxes) and at 1024 px (2 boxes), and near the fastest at 512 px.
@@ -43,6 +44,7 @@ _TOKEN_VALUES_PER_CHUNK = 2**20
 _CPU_IMAGES_AT_ONCE = 2
 
 Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
 Finished = TypeVar("Finished")
 
 
@@ -55,12 +57,15 @@ class PredictedMask:
         box_original: x0 y0 x1 y1, px: the box that was given, or else the mask's own.
         iou_predicted: The model's estimate of the mask's IoU with the ground truth.
         extra_fields: Further fields of its COCO result.
+        number: Of its prompt, or of the mask where there are no prompts, among those of the image;
+            None: masks come in this order.
     """
 
     mask: CroppedMask
     box_original: Sequence[float]
     iou_predicted: float
     extra_fields: dict[str, float] = field(default_factory=dict)
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,22 @@ class PreparedImage:
         height, width = self.image.shape[:2]
         return height, width
 
+    @property
+    def source(self) -> ImageSource:
+        """The image, to be read in windows."""
+        return DecodedImage(self.image)
+
 
 class Predictor(Protocol):
     """Predicts the masks of one image after the other.
 
     Attributes:
         images_at_once: Number of images that threads may predict at the same time.
+        image_size: Side of the model's input, px.
     """
 
     images_at_once: int
+    image_size: int
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """The part of the work that needs no device; `image` is uint8 [H, W, 3], RGB."""
@@ -102,12 +114,12 @@ class _EncodingPredictor:
         self, model: PromptedSam, *, resize_mode: str, amp_dtype: torch.dtype | None
     ) -> None:
         self.model, self.resize_mode, self.amp_dtype = model, resize_mode, amp_dtype
+        self.image_size = model.sam.image_encoder.img_size
         self.images_at_once = _CPU_IMAGES_AT_ONCE if model.sam.device.type == "cpu" else 1
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """See `Predictor`."""
-        image_size = self.model.sam.image_encoder.img_size
-        frame = make_frame(image.shape[:2], image_size, resize_mode=self.resize_mode)
+        frame = make_frame(image.shape[:2], self.image_size, resize_mode=self.resize_mode)
         pixels = torch.from_numpy(resize_image(image, frame)).permute(2, 0, 1)
         return PreparedImage(image, frame, pixels)
 
@@ -258,6 +270,7 @@ class AutomaticPredictor:
     def __init__(self, model: PromptedSam, **options: Any) -> None:
         """Takes the settings of `MaskGenerator`."""
         self.generator = MaskGenerator(model.sam, **options)
+        self.image_size = model.sam.image_encoder.img_size
         self.images_at_once = 1  # the generator holds the current image
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
@@ -319,9 +332,34 @@ def predict_images(
             return prepared
         path, prompts = images[k]
         masks = predictor.predict(prepared, prompts)
-        return finish(k, prepared, _explain_out_of_memory(masks, path, len(prompts)))
+        return finish(k, prepared, explain_memory(masks, path, len(prompts)))
 
-    indices, torch_threads = range(len(images)), torch.get_num_threads()
+    yield from predict_ahead(
+        predictor, range(len(images)), prepare, complete, num_workers=num_workers
+    )
+
+
+def predict_ahead(
+    predictor: Predictor,
+    indices: range,
+    prepare: Callable[[int], Prepared],
+    complete: Callable[[int, Prepared], Finished],
+    *,
+    num_workers: int,
+) -> Iterator[Finished]:
+    """Prepares images, or windows of one, ahead of those that are predicted on.
+
+    Args:
+        predictor: Says how many may be predicted at the same time.
+        indices: What is predicted on.
+        prepare: Reads one of them, in another thread.
+        complete: Predicts on what was prepared.
+        num_workers: Threads; 0: none.
+
+    Yields:
+        What `complete` returned, in order.
+    """
+    torch_threads = torch.get_num_threads()
     at_once = min(predictor.images_at_once, torch_threads, num_workers)
     if at_once < 2:
         for k, prepared in enumerate(map_in_threads(prepare, indices, num_workers=num_workers)):
@@ -340,9 +378,10 @@ def predict_images(
         torch.set_num_threads(torch_threads)
 
 
-def _explain_out_of_memory(
+def explain_memory(
     masks: Iterator[PredictedMask], path: Path, num_prompts: int
 ) -> Iterator[PredictedMask]:
+    """The masks of an image; if there is not enough memory for it, the error names it."""
     what_for = f"for {path} with {num_prompts} prompts" if num_prompts else f"for {path}"
     with explain_out_of_memory(lambda: what_for, advice=MEMORY_ADVICE):
         yield from masks

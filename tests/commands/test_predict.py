@@ -1,6 +1,7 @@
 """`python -m samft.predict`: its outputs, that they are written atomically, and its errors."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -205,6 +206,41 @@ def test_without_boxes_masks_are_automatic(
     assert predict(tmp_path / "some", *flags, *low, "--overlays")["masks"] > 0
     for row in rows_of(tmp_path / "some"):
         assert row["category_id"] == 0 and 0 <= row["stability_score"] <= 1
+
+
+def test_windows_give_the_same_objects_in_the_frame_of_the_image(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = tmp_path / "tuned.ckpt"
+    shutil.copy(PACKAGED_TINY, tuned)
+    tiles = {"kind": "tiles", "tile_size": 32, "tile_overlap": 0.25, "context": 2.0}
+    sidecar = {"view": tiles, "sha256": hashlib.sha256(tuned.read_bytes()).hexdigest()}
+    tuned.with_suffix(".json").write_text(json.dumps(sidecar))
+    flags = ("--images", coco.parent, "--annotations", coco, "--num_workers", 2)
+    predict(tmp_path / "saved", *flags, "--masks", "--format", "coco", checkpoint=tuned)
+    assert "through tiles of 32 px that overlap by 8 px" in capsys.readouterr().out
+    predict(tmp_path / "given", *flags, "--view", "tiles", "--tile_size", 32)
+    predict(tmp_path / "whole", *flags, "--view", "image", checkpoint=tuned)
+    predict(tmp_path / "plain", *flags)
+    saved, given, whole, plain = (
+        rows_of(tmp_path / name) for name in ("saved", "given", "whole", "plain")
+    )
+    assert saved == given != whole == plain
+    fields = ("image_id", "annotation_id", "category_id", "bbox")
+    assert [[row[name] for name in fields] for row in saved] == [
+        [row[name] for name in fields] for row in plain
+    ]
+    sizes = [row["segmentation"]["size"] for row in saved]
+    assert sizes == [row["segmentation"]["size"] for row in plain]
+    load(tmp_path / "saved" / "dataset.json", tmp_path / "saved" / "results.json")
+
+
+def test_automatic_masks_of_tiles_are_in_the_frame_of_the_image(coco: Path, tmp_path: Path) -> None:
+    low = ("--points_per_side", 2, "--pred_iou_thresh", -10, "--stability_score_thresh", 0)
+    tiles = ("--view", "tiles", "--tile_size", 32, "--overlays")
+    image = coco.parent / "image_0.png"
+    assert predict(tmp_path / "out", "--images", image, *low, *tiles)["masks"] > 0
+    assert all(row["segmentation"]["size"] == [48, 64] for row in rows_of(tmp_path / "out"))
 
 
 def test_points_and_a_box_prompt_one_object_of_each_image(coco: Path, tmp_path: Path) -> None:
@@ -439,6 +475,14 @@ REFUSALS: dict[str, tuple[Flags, str]] = {
         "one folder of --images",
     ),
     "flag": (lambda coco, empty: ["--images", coco.parent, "--bocks", "1"], "--bocks"),
+    "tiles of whole images": (
+        lambda coco, empty: ["--images", coco.parent, "--tile_size", 64],
+        "--tile_size: images are seen as a whole here: give --view tiles or --view objects",
+    ),
+    "overlap": (
+        lambda coco, empty: ["--images", coco.parent, "--view", "tiles", "--tile_overlap", 1],
+        "--tile_overlap: 1.0 must be from 0 to 0.9",
+    ),
     "workers": (
         lambda coco, empty: ["--images", coco.parent, "--num_workers", -1],
         "must be at least 0",

@@ -14,6 +14,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from samft.coco.segmentation import CroppedMask
+from samft.prediction import outputs
 from samft.prediction.images import ImageList
 from samft.prediction.outputs import (
     PictureWriter,
@@ -23,6 +24,7 @@ from samft.prediction.outputs import (
     result_row,
     write_images_json,
 )
+from samft.views.regions import DecodedImage
 
 SIZE = (20, 30)
 CROP = CroppedMask(3, 5, np.tril(np.ones((6, 8), bool)))
@@ -109,7 +111,7 @@ def test_label_images_are_read_back(tmp_path: Path, num_masks: int) -> None:
     masks = [CroppedMask(k // 20, k % 20, np.ones((1, 1), bool)) for k in range(num_masks)]
     image = np.full((20, 30, 3), 90, np.uint8)
     pictures = PictureWriter(tmp_path, masks=True, overlays=True)
-    pictures.write("sub/a", image, masks, boxes=np.zeros((0, 4)))
+    pictures.write("sub/a", DecodedImage(image), masks, boxes=np.zeros((0, 4)))
     labels = np.array(Image.open(tmp_path / "masks" / "sub" / "a.png"))
     assert labels.dtype == (np.uint16 if num_masks > 255 else np.uint8)
     expected = np.zeros((20, 30), int)
@@ -117,6 +119,22 @@ def test_label_images_are_read_back(tmp_path: Path, num_masks: int) -> None:
         expected[k // 20, k % 20] = k + 1
     assert (labels == expected).all()
     assert cv2.imread(str(tmp_path / "overlays" / "sub" / "a.jpg")).shape == image.shape
+
+
+def test_the_overlay_of_a_huge_image_is_scaled_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "LONGEST_OVERLAY", 100)
+    image = np.full((150, 301, 3), 90, np.uint8)
+    image[80:120, 200:280] = 250
+    mask = CroppedMask(80, 200, np.ones((40, 80), bool))
+    pictures = PictureWriter(tmp_path, masks=True, overlays=True)
+    pictures.write("a", DecodedImage(image), [mask], boxes=np.array([[200.0, 80, 280, 120]]))
+    drawn = cv2.imread(str(tmp_path / "overlays" / "a.jpg")).astype(int)
+    assert drawn.shape == (38, 76, 3)
+    coloured = np.ptp(drawn, axis=2) > 30
+    assert coloured[22:28, 52:68].all() and not coloured[:, :45].any()
+    assert np.array(Image.open(tmp_path / "masks" / "a.png")).sum() == 40 * 80
 
 
 def test_overlays_say_class_id_and_score() -> None:
@@ -129,5 +147,5 @@ def test_overlays_say_class_id_and_score() -> None:
 
 def test_no_pictures_by_default(tmp_path: Path) -> None:
     pictures = PictureWriter(tmp_path)
-    pictures.write("a", np.zeros((4, 4, 3), np.uint8), [CROP], boxes=np.zeros((0, 4)))
+    pictures.write("a", DecodedImage(np.zeros((4, 4, 3), np.uint8)), [CROP], boxes=np.zeros((0, 4)))
     assert not pictures and not list(tmp_path.iterdir())

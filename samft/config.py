@@ -138,6 +138,20 @@ class TrainConfig:
         at_least=1,
         metavar="N",
     )
+    view: str = _data(
+        "image",
+        "see images as a whole (image), through a grid of windows (tiles), or through windows "
+        "around groups of objects (objects), each scaled to image_size; for small objects in large "
+        "images",
+        choices=("image", "tiles", "objects"),
+    )
+    tile_size: int | None = _data(
+        None, "side of a window, px of the image (default: image_size)", at_least=16, metavar="PX"
+    )
+    tile_overlap: float = _data(0.25, "overlap of tiles, as a share of tile_size", at_least=0)
+    view_context: float = _data(
+        2.0, "with view objects, size of a window, in sizes of an object, at least", at_least=1
+    )
     model_type: str | None = _model(
         None,
         "SAM model; vit_tiny is small, comes with samft, and suits tests and CPUs",

@@ -10,6 +10,7 @@ from typing import Any
 from samft.cli import parse_channels, parse_pixel_range
 
 ADAPTER_TARGETS = ("q", "k", "v", "proj", "mlp")  # as in models/lora.py
+MAX_OVERLAP = 0.9  # of tiles; with more there would be hundreds of them for each object
 GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
 
 
@@ -40,7 +41,8 @@ def find_conflicts(
         Sentences, each beginning with the name of a field.
     """
     problems = _check_required(config, model_types, own)
-    return problems + _check_combinations(config) + _check_pixels(config)
+    problems += _check_combinations(config)
+    return problems + _check_pixels(config) + _check_view(config)
 
 
 def _check_required(config: Any, model_types: tuple[str, ...], own: Collection[str]) -> list[str]:
@@ -147,6 +149,17 @@ def _check_pixels(config: Any) -> list[str]:
             parse(text) if text is not None else None
         except ValueError as error:
             problems.append(f"{name}: {error}.")
+    return problems
+
+
+def _check_view(config: Any) -> list[str]:
+    problems = []
+    if config.tile_overlap > MAX_OVERLAP:
+        problems.append(f"tile_overlap: {config.tile_overlap} must be at most {MAX_OVERLAP}.")
+    if config.view == "image" and config.tile_size is not None:
+        problems.append(
+            "tile_size: with view 'image' there are no windows: take view 'tiles' or 'objects'."
+        )
     return problems
 
 

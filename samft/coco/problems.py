@@ -137,6 +137,7 @@ KINDS = {
     "rle-size-differs": (NOTE, "RLE of another size than the image; cut or padded"),
     # the set
     "split-name": (FACT, "the validation split is not called 'val'"),
+    "object-in-no-window": (FACT, "no window shows half of it, so not trained on; see tile_size"),
     "objects-not-chosen": (FACT, "left out by category_names or min_mask_area"),
 }
 # Errors that `on_bad_image skip` turns into images left out.

@@ -22,11 +22,18 @@ from samft.images.files import ImageError
 from samft.images.names import encode_name, group_of
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.files import open_file
+from samft.views.pictures import WindowOfFile, WindowOfImage
+from samft.views.windows import View, view_objects
+
+Picture = EncodedImage | WindowOfFile | WindowOfImage
 
 
 @dataclass(frozen=True)
 class CocoSubset:
     """A selection of n images of a `CocoIndex`, each with some of its objects: k in all.
+
+    Images may be seen through windows, see `see_through_windows`. Then each of the n is a window,
+    and an image or an object may occur several times.
 
     Attributes:
         index: The checked file.
@@ -34,6 +41,7 @@ class CocoSubset:
         first_object: int64 [n + 1]; image i has `objects[first_object[i] : first_object[i + 1]]`.
         objects: int64 [k], as indices into the object arrays of `index`.
         counts: Images and objects left out, by code of `problems.KINDS`.
+        windows: int64 [n, 4], what is seen of each image, x0 y0 x1 y1, px; None: all of it.
     """
 
     index: CocoIndex
@@ -41,10 +49,11 @@ class CocoSubset:
     first_object: NDArray[np.int64]
     objects: NDArray[np.int64]
     counts: dict[str, int]
+    windows: NDArray[np.int64] | None = None
 
     @property
     def num_images(self) -> int:
-        """n; each image has at least one object."""
+        """n, images or windows of them; each has at least one object."""
         return len(self.rows)
 
     @property
@@ -60,26 +69,62 @@ class CocoSubset:
         """Path of the file of image i."""
         return self.index.image_folder / self.file_name(i)
 
-    def open_image(self, i: int) -> EncodedImage:
+    def open_image(self, i: int) -> Picture:
         """The file of image i, to be decoded in the frame of its outlines.
 
         Raises:
-            ImageError: It cannot be used.
+            ImageError: It cannot be used; of a file that is seen through a window, when it is read.
         """
-        return self.index.open_image(int(self.rows[i]))
+        row = int(self.rows[i])
+        if self.windows is None:
+            return self.index.open_image(row)
+        if not self.index.has_files:
+            return WindowOfImage(self.index.open_image(row), self.windows[i])
+        height, width = self.index.sizes[row].tolist()
+        return WindowOfFile(
+            self.path(i),
+            self.windows[i],
+            whole_size=(height, width),
+            orientation=int(self.index.orientations[row]),
+            pixels=self.index.pixels,
+        )
 
     def image_id(self, i: int) -> int:
         """Id of image i in the COCO file."""
         return int(self.index.image_ids[self.rows[i]])
 
     def size(self, i: int) -> tuple[int, int]:
-        """Height and width of image i, px: those of its file, turned as its outlines are."""
-        height, width = self.index.sizes[self.rows[i]].tolist()
+        """Height and width of image i, px: those of its file, turned, or of the window of it."""
+        height, width = self.sizes[i].tolist()
         return height, width
+
+    @property
+    def sizes(self) -> NDArray[np.integer]:
+        """[n, 2], `size` of all."""
+        if self.windows is None:
+            return self.index.sizes[self.rows]
+        return (self.windows[:, 2:] - self.windows[:, :2])[:, ::-1]
+
+    def corner(self, i: int) -> tuple[int, int]:
+        """y, x of the window of image i in it, px; 0, 0 if all of it is seen."""
+        x0, y0 = (0, 0) if self.windows is None else self.windows[i, :2].tolist()
+        return y0, x0
 
     def objects_of(self, i: int) -> NDArray[np.int64]:
         """The objects of image i, as indices into the object arrays of `index`."""
         return self.objects[self.first_object[i] : self.first_object[i + 1]]
+
+    def row_of(self, k: int) -> int:
+        """The first i whose objects include object k of `index`."""
+        place = int(np.flatnonzero(self.objects == k)[0])
+        return int(np.searchsorted(self.first_object, place, side="right")) - 1
+
+    def visible_boxes(self, i: int) -> NDArray[np.float64]:
+        """The boxes of the objects of image i, [k, 4], px of the image, cut by its window."""
+        boxes = self.index.boxes[self.objects_of(i)]
+        if self.windows is None:
+            return boxes
+        return np.clip(boxes, np.tile(self.windows[i, :2], 2), np.tile(self.windows[i, 2:], 2))
 
     def measure_pixels(self, pixels: PixelFormat) -> PixelFormat:
         """A pixel format with the ranges that it lacks, measured on these images."""
@@ -96,7 +141,43 @@ class CocoSubset:
         first = np.cumsum([0, *lengths])
         within = np.arange(first[-1]) - np.repeat(first[:-1], lengths)
         objects = self.objects[np.repeat(self.first_object[chosen], lengths) + within]
-        return CocoSubset(self.index, self.rows[chosen], first, objects, {})
+        windows = None if self.windows is None else self.windows[chosen]
+        return CocoSubset(self.index, self.rows[chosen], first, objects, {}, windows)
+
+
+def see_through_windows(subset: CocoSubset, view: View, *, training: bool = False) -> CocoSubset:
+    """The windows of the images of a subset that hold objects; for `image`, the subset as it is.
+
+    Args:
+        subset: Whole images.
+        view: How they are seen.
+        training: See `view_objects`; otherwise each object is in exactly one window.
+
+    Raises:
+        DataError: No window holds enough of any object.
+    """
+    if not view.has_windows:
+        return subset
+    seen, objects = [], []
+    for i in range(subset.num_images):
+        own = subset.objects_of(i)
+        seen.append(view_objects(subset.index.boxes[own], subset.size(i), view, training=training))
+        objects.append(own[seen[-1].objects])
+    if not sum(map(len, objects)):
+        raise DataError(
+            f"tile_size: no window of {view.tile_size} px holds half of any object: take larger "
+            "windows, or view objects, whose windows grow with the objects."
+        )
+    counts = np.concatenate([each.counts for each in seen])
+    num_unseen = subset.num_objects - len(np.unique(np.concatenate(objects)))
+    return replace(
+        subset,
+        counts=subset.counts | ({"object-in-no-window": num_unseen} if num_unseen else {}),
+        rows=np.repeat(subset.rows, [len(each.windows) for each in seen]),
+        first_object=np.cumsum([0, *counts]),
+        objects=np.concatenate(objects),
+        windows=np.concatenate([each.windows for each in seen]),
+    )
 
 
 def read_coco(

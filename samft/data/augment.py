@@ -69,22 +69,22 @@ def filter_cropped_objects(
     *,
     decode_mask: Callable[[int], CroppedMask],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Drops objects of which a crop leaves little, and tightens the boxes of those it cuts.
+    """Drops objects of which a crop or a window shows little, and tightens the boxes of cut ones.
 
     Args:
         boxes_original: [K, 4].
-        frame: Of the image. Without a crop, nothing is dropped.
-        decode_mask: Returns the mask of object k; called only for objects that the crop cuts.
+        frame: Of the image. Without a crop or a window, nothing is dropped.
+        decode_mask: Returns the mask of object k; called only for objects that are cut.
 
     Returns:
         The objects that are kept, those with a tenth of their pixels or more in the frame: [M]. And
         their boxes [M, 4], original frame: as annotated, or tight around the visible part of the
-        mask where the crop cuts them.
+        mask where they are cut.
     """
     boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4)
     kept = np.ones(len(boxes), dtype=bool)
-    if frame.is_cropped:
-        limit = np.array(frame.original_size[::-1] * 2)
+    if frame.cuts_objects:
+        limit = np.array(frame.file_size[::-1] * 2)
         inside = np.clip(boxes, 0, limit)  # what leaves the image has no pixels to be cut
         visible = visible_box(frame)
         cut = (inside[:, :2] < visible[:2]).any(1) | (inside[:, 2:] > visible[2:]).any(1)

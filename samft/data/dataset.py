@@ -1,7 +1,7 @@
 """The dataset: images of a COCO file with boxes and masks, as samples and as batches of samples.
 
-A training sample is a function of (seed, epoch, image id, copy), whatever the number of workers,
-processes and micro-batches, and however often the run was resumed.
+A training sample is a function of (seed, epoch, image id, copy, window), whatever the number of
+workers, processes and micro-batches, and however often the run was resumed.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from samft.coco.segmentation import CroppedMask, decode_cropped
-from samft.coco.subset import CocoSubset, read_coco
+from samft.coco.subset import CocoSubset, Picture, read_coco
 from samft.data.augment import (
     apply_colour_jitter,
     boxes_in_frame,
@@ -28,7 +28,6 @@ from samft.data.samplers import CLICK_STREAM, SAMPLE_STREAM, generator_of
 from samft.data.targets import draw_targets, make_grids, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
-from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
 
 NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
@@ -44,13 +43,15 @@ class Sample:
     windows: Tensor  # float32 [K, 4], input frame, what the targets cover; may exceed the image
     targets: Tensor  # uint8 [K, s, s], see `draw_targets`
     input_size: tuple[int, int]  # h, w of the image area in the input frame
-    original_size: tuple[int, int]  # H, W of the image, in the frame of its outlines
+    original_size: tuple[int, int]  # H, W of the image or window, in the frame of its outlines
     image_id: int
     object_ids: Tensor  # int64 [K]
     truths: list[CroppedMask]  # the K masks in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
     embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], if cached
     click_draws: Tensor | None = None  # float32 [K, num_clicks, 2] in 0..1, if there are clicks
+    origin: tuple[int, int] = (0, 0)  # y, x of the window in its image, original px
+    whole_size: tuple[int, int] | None = None  # H, W of the image that a window is of
 
 
 @dataclass
@@ -63,13 +64,15 @@ class Batch:
     windows: Tensor  # float32 [M, 4], input frame, what the targets cover; may exceed the image
     targets: Tensor  # uint8 [M, s, s], see `draw_targets`
     input_sizes: Tensor  # int64 [N, 2], h, w of the image areas in the input frame
-    original_sizes: Tensor  # int64 [N, 2], H, W of the image files
+    original_sizes: Tensor  # int64 [N, 2], H, W of the image files, or of the windows of them
     image_ids: list[int]
     object_ids: Tensor  # int64 [M]
     truths: list[CroppedMask]  # the M masks in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
     embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], if cached
     click_draws: Tensor | None = None  # float32 [M, num_clicks, 2] in 0..1, if there are clicks
+    origins: list[tuple[int, int]] = field(default_factory=list)  # [N], see `Sample`
+    whole_sizes: list[tuple[int, int] | None] = field(default_factory=list)  # [N], see `Sample`
 
     @property
     def num_masks(self) -> int:
@@ -78,14 +81,21 @@ class Batch:
 
     @property
     def image_sizes(self) -> dict[str, tuple[int, int]]:
-        """`input_size` and `original_size` of the only image, as keyword arguments of metrics."""
+        """Sizes of the only image, and where a window begins, as keyword arguments of metrics."""
         (height, width), (original_height, original_width) = (
             sizes[0].tolist() for sizes in (self.input_sizes, self.original_sizes)
         )
         return {
             "input_size": (height, width),
             "original_size": (original_height, original_width),
+            "origin": self.origins[0] if self.origins else (0, 0),
         }
+
+    @property
+    def file_size(self) -> tuple[int, int]:
+        """H, W of the only image, of which a window may be seen."""
+        whole = self.whole_sizes[0] if self.whole_sizes else None
+        return whole or self.image_sizes["original_size"]
 
     def take_objects(self, part: slice) -> "Batch":
         """The same images with some of their objects; the tensors are views."""
@@ -133,6 +143,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         bad_images={name: why for s in samples for name, why in s.bad_images.items()},
         embeddings=torch.stack(embeddings) if embeddings else None,
         click_draws=torch.cat(click_draws) if click_draws else None,
+        origins=[sample.origin for sample in samples],
+        whole_sizes=[sample.whole_size for sample in samples],
     )
 
 
@@ -140,7 +152,7 @@ class EmbeddingSource(Protocol):
     """Embeddings of the images of a `CocoSubset`, by row; see `CachedEmbeddings`."""
 
     def size(self, i: int) -> tuple[int, int]:
-        """H, W of image i, original px.
+        """H, W of image or window i, original px.
 
         Raises:
             ImageError: The image cannot be used.
@@ -233,7 +245,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         """
         epoch, i, copy = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
         i = range(len(self))[i]  # raises IndexError past the end, so that iteration ends
-        seed = (self.seed, epoch, self.subset.image_id(i), copy)
+        seed = (self.seed, epoch, self.subset.image_id(i), copy, *self._seed_of_window(i))
         bad_images: dict[str, str] = {}
         for number in range(i, i + len(self)):
             row = number % len(self)
@@ -253,6 +265,9 @@ class Coco2MaskDataset(Dataset[Sample]):
             return sample
         first = next(iter(bad_images.values()))
         raise DataError(f"none of the {len(self)} images can be read; the first: {first}")
+
+    def _seed_of_window(self, row: int) -> tuple[int, ...]:
+        return () if self.subset.windows is None else self.subset.corner(row)
 
     def _draw_for_clicks(self, object_ids: Tensor, seed: tuple[int, ...]) -> Tensor | None:
         if not self.num_clicks:
@@ -291,9 +306,11 @@ class Coco2MaskDataset(Dataset[Sample]):
             object_ids=torch.from_numpy(index.object_ids[objects[kept]]),
             truths=truths,
             embedding=self._read_embedding(row, frame),
+            origin=frame.origin,
+            whole_size=frame.whole_size,
         )
 
-    def _open_image(self, row: int) -> tuple[EncodedImage | None, tuple[int, int]]:
+    def _open_image(self, row: int) -> tuple[Picture | None, tuple[int, int]]:
         # The file, unless an embedding replaces it, and its H, W.
         if self.embeddings is not None:
             return None, self.embeddings.size(row)
@@ -305,7 +322,7 @@ class Coco2MaskDataset(Dataset[Sample]):
             return None
         return torch.from_numpy(self.embeddings.read(row, flipped=frame.flipped))
 
-    def decode_pixels(self, encoded: EncodedImage, frame: Frame) -> NDArray[np.uint8]:
+    def decode_pixels(self, encoded: Picture, frame: Frame) -> NDArray[np.uint8]:
         """Decodes an image into the input frame, uint8 [S, S, 3].
 
         Raises:
@@ -318,6 +335,13 @@ class Coco2MaskDataset(Dataset[Sample]):
     def full_frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
         """The frame of a whole image of size H, W: that of all samples but those of `scale`."""
         return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
+
+    def _place_window(self, frame: Frame, row: int) -> Frame:
+        # The frame of a window, with the place of the window in its image.
+        if self.subset.windows is None:
+            return frame
+        size = self.subset.index.sizes[self.subset.rows[row]].tolist()
+        return replace(frame, origin=self.subset.corner(row), whole_size=tuple(size))
 
     def _sample_without_objects(self, row: int) -> Sample:
         # Stands for an image that cannot be read, so that validation's order stays the same.
@@ -358,9 +382,12 @@ class Coco2MaskDataset(Dataset[Sample]):
             augment=augment,
             generator=generator,
         )
+        frame = self._place_window(frame, row)
+        if not self.training:
+            return _Placement(frame, objects, self.subset.visible_boxes(row))
         if frame.is_cropped:  # before the random subset, which is then full of visible objects
             objects = objects[boxes_in_frame(index.boxes[objects], frame)]
-        if self.training and 0 < self.max_masks_per_image < len(objects):
+        if 0 < self.max_masks_per_image < len(objects):
             chosen = generator.choice(objects, self.max_masks_per_image, replace=False)
             objects = np.sort(chosen)
         kept, boxes = filter_cropped_objects(

@@ -98,7 +98,7 @@ def draw_targets(
     # RLEs have no outline. And outlines that are too thin to cover anything (lines, say) still
     # have pixels in pycocotools' masks, and are objects in validation.
     undrawn = np.flatnonzero(~kept)
-    runs = decode_runs([segmentations[k] for k in undrawn.tolist()], frame.original_size)
+    runs = decode_runs([segmentations[k] for k in undrawn.tolist()], frame.file_size)
     _draw_runs(runs, frame, grids, owner=undrawn, out=targets)
     kept[undrawn[runs.mask]] = True
     return np.flatnonzero(kept), targets if kept.all() else targets[kept]
@@ -117,10 +117,10 @@ def rasterize_ground_truth(
     Returns:
         As `draw_targets`, with targets that are averages of the masks; and the M masks.
     """
-    masks = [decode_cropped(item, frame.original_size) for item in segmentations]
+    masks = [decode_cropped(item, frame.file_size) for item in segmentations]
     kept = np.flatnonzero(np.array([mask.mask.size > 0 for mask in masks], dtype=bool))
     targets = grids.empty_targets()
-    runs = decode_runs(segmentations, frame.original_size)
+    runs = decode_runs(segmentations, frame.file_size)
     _draw_runs(runs, frame, grids, owner=np.arange(len(masks)), out=targets)
     return kept, targets[kept], [masks[k] for k in kept.tolist()]
 
@@ -164,7 +164,8 @@ def _place_grids(
     # From original pixels to cells: cells = pixels * scale [K, 2] + shift [K, 2]. And the part of
     # the grid that is image, x0 y0 x1 y1 in cells: [K, 4].
     size = np.array(frame.input_size[::-1], dtype=np.float64)
-    scale, shift = frame.scale_xyxy[:2], -frame.offset_xyxy[:2].astype(np.float64)
+    scale = frame.scale_xyxy[:2]
+    shift = -frame.offset_xyxy[:2] - frame.origin_xyxy[:2] * scale
     if frame.flipped:
         scale[0], shift[0] = -scale[0], size[0] - shift[0]
     origins, cells = grids.windows[:, :2], grids.cells

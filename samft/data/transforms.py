@@ -1,9 +1,9 @@
 """The original frame and the input frame, and how images and boxes get from one to the other.
 
-The `original` frame has the pixels of the image file. The `input` frame is what the model sees:
-`image_size` x `image_size` pixels, with the resized image, or a crop of it, at the top left, and
-zeros to the right and below. All lengths are in pixels; boxes are x0 y0 x1 y1, with pixel edges at
-whole numbers. Imports no torch.
+The `original` frame has the pixels of the image file, also where only a window of it is seen. The
+`input` frame is what the model sees: `image_size` x `image_size` pixels, with the resized image or
+window, or a crop of it, at the top left, and zeros to the right and below. All lengths are in
+pixels; boxes are x0 y0 x1 y1, with pixel edges at whole numbers. Imports no torch.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,13 @@ _MAX_JITTER = 20 / 1024  # of image_size, as in SAM's training
 class Frame:
     """Where an image is in the input frame: it is resized, then cropped, then flipped."""
 
-    original_size: tuple[int, int]  # H, W of the image, original px
-    resized_size: tuple[int, int]  # H, W of the whole image, input px
+    original_size: tuple[int, int]  # H, W of the image, or of the window of it, original px
+    resized_size: tuple[int, int]  # H, W of all of that, input px
     image_size: int  # S, the side of the input frame
     offset: tuple[int, int] = (0, 0)  # y, x of the crop in the resized image, input px
     flipped: bool = False  # the crop is mirrored left to right
+    origin: tuple[int, int] = (0, 0)  # y, x of the window in the image, original px
+    whole_size: tuple[int, int] | None = None  # H, W of the image that a window is of
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -37,6 +39,21 @@ class Frame:
     def is_cropped(self) -> bool:
         """Whether a part of the image is outside the input frame."""
         return self.input_size != self.resized_size
+
+    @property
+    def file_size(self) -> tuple[int, int]:
+        """H, W of the image in the original frame, of which a window may be seen."""
+        return self.whole_size or self.original_size
+
+    @property
+    def cuts_objects(self) -> bool:
+        """Whether a part of the image, also outside of its window, is not in the input frame."""
+        return self.is_cropped or self.file_size != self.original_size
+
+    @property
+    def origin_xyxy(self) -> NDArray[np.int64]:
+        """Where the window begins in the image, for the four coordinates of a box: [4]."""
+        return np.array(self.origin[::-1] * 2)
 
     @property
     def scale_x(self) -> float:
@@ -155,14 +172,14 @@ def _resize_with_pillow(image: NDArray[np.uint8], frame: Frame) -> NDArray[np.ui
 
 def boxes_to_input(boxes_original: NDArray[np.floating], frame: Frame) -> NDArray[np.float64]:
     """Maps boxes [K, 4] from the original to the input frame, which they may exceed."""
-    boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4) * frame.scale_xyxy
-    return _mirror_boxes(boxes - frame.offset_xyxy, frame)
+    boxes = np.array(boxes_original, dtype=np.float64).reshape(-1, 4) - frame.origin_xyxy
+    return _mirror_boxes(boxes * frame.scale_xyxy - frame.offset_xyxy, frame)
 
 
 def boxes_to_original(boxes: NDArray[np.floating], frame: Frame) -> NDArray[np.float64]:
     """Maps boxes [K, 4] from the input to the original frame."""
     boxes = _mirror_boxes(np.array(boxes, dtype=np.float64).reshape(-1, 4), frame)
-    return (boxes + frame.offset_xyxy) / frame.scale_xyxy
+    return (boxes + frame.offset_xyxy) / frame.scale_xyxy + frame.origin_xyxy
 
 
 def visible_box(frame: Frame) -> NDArray[np.float64]:

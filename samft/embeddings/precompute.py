@@ -21,7 +21,7 @@ from samft import distributed
 from samft.data.loaders import END, init_worker, iterate_loader, next_item
 from samft.data.transfers import Transfers
 from samft.data.transforms import Frame
-from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache, hash_image
+from samft.embeddings.split_cache import MissingImage, ShouldStop, SplitCache
 from samft.embeddings.store import EmbeddingRecord, checksum_embedding
 from samft.errors import ConfigError, DataError, UserError, explain_out_of_memory
 from samft.images.files import ImageError
@@ -64,7 +64,7 @@ class _MissingImages(Dataset[_LoadedImage]):
         try:
             encoded = self.dataset.subset.open_image(missing.row)
             # The slot belongs to the content that was hashed, and to no other.
-            if hash_image(encoded) != self.files.digest_of(missing.row):
+            if encoded.digest() != self.files.digest_of(missing.row):
                 raise DataError(f"{encoded.path} was changed while it was read: start again.")
             frame = self.dataset.full_frame(encoded.size)
             pixels = self.dataset.decode_pixels(encoded, frame)

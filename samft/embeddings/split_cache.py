@@ -30,7 +30,6 @@ from samft.embeddings.store import (
     EmbeddingStore,
 )
 from samft.errors import UserError
-from samft.images.decoder import EncodedImage
 from samft.images.files import ImageError
 from samft.runtime.logs import GIB, LOGGER
 
@@ -90,11 +89,11 @@ def name_precision(amp_dtype: torch.dtype | None) -> str:
 
 @dataclass
 class ImageDigests:
-    """The N image files of a split.
+    """The N image files of a split, or windows of them.
 
     Attributes:
-        digests: uint8 [N, 32], SHA-256 of the files; zeros where one cannot be used.
-        sizes: int32 [N, 2], H, W of the images, original px.
+        digests: uint8 [N, 32], `EncodedImage.digest`; zeros where one cannot be used.
+        sizes: int32 [N, 2], H, W of the images or windows, original px.
         bad_images: Why files cannot be used, by row.
     """
 
@@ -105,13 +104,6 @@ class ImageDigests:
     def digest_of(self, row: int) -> bytes:
         """The SHA-256 of one file."""
         return self.digests[row].tobytes()
-
-
-def hash_image(image: EncodedImage) -> bytes:
-    """The SHA-256 of an image file's content and of how it becomes 8-bit pixels: 32 bytes."""
-    digest = hashlib.sha256(image.content)
-    digest.update(image.treatment.encode())
-    return digest.digest()
 
 
 def hash_images(
@@ -142,11 +134,12 @@ def hash_images(
     ):
         try:
             encoded = subset.open_image(row)
+            digest = encoded.digest()
         except ImageError as caught:
             files.bad_images[row] = str(caught)
             error = error or caught
         else:
-            files.digests[row] = np.frombuffer(hash_image(encoded), np.uint8)
+            files.digests[row] = np.frombuffer(digest, np.uint8)
             files.sizes[row] = encoded.size
     distributed.raise_on_all_ranks(error if on_bad_image == "error" else None)
     if distributed.any_rank(should_stop()):

@@ -126,7 +126,8 @@ def points_to_input(points: NDArray[np.integer], frame: Frame) -> NDArray[np.flo
 
     Source: `ResizeLongestSide.apply_coords` of segment_anything.
     """
-    return np.asarray(points, dtype=np.float64) * (frame.scale_x, frame.scale_y)
+    shown = np.asarray(points, dtype=np.float64) - frame.origin[::-1]
+    return np.asarray(shown * (frame.scale_x, frame.scale_y))
 
 
 class CorrectedMask(NamedTuple):
@@ -150,7 +151,7 @@ class ClickSession:
     Attributes:
         decode: Prompts of m objects to their mask logits [m, S/4, S/4], with one mask for each.
         boxes: float [M, 4], input frame, given with all clicks; None: clicks alone.
-        truths: M true masks, original frame.
+        truths: M true masks, original frame, as far as a window shows them.
         frame: Of the image.
     """
 
@@ -180,6 +181,7 @@ class ClickSession:
                 input_size=self.frame.input_size,
                 original_size=self.frame.original_size,
                 image_size=self.frame.image_size,
+                origin=self.frame.origin,
             )
             for place, (row, mask) in enumerate(zip(rows, masks, strict=True)):
                 yield CorrectedMask(row, so_far[row], mask)

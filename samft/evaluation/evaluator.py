@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from samft.evaluation.clicks import (
     click_prompts,
     score_clicks,
 )
-from samft.evaluation.metrics import boundary_iou, box_fill_ious, cropped_iou
+from samft.evaluation.metrics import boundary_iou, box_fill_ious, cropped_iou, visible_part
 from samft.evaluation.object_scores import ObjectScores, gather_scores
 from samft.evaluation.validation import MASK_CHUNK, describe_image
 from samft.models.prompted_sam import PromptedSam, original_masks
@@ -241,7 +241,25 @@ class PromptedObjects:
     def frame(self) -> Frame:
         """Where the image is in the input frame."""
         sizes, image_size = self.batch.image_sizes, self.model.sam.image_encoder.img_size
-        return Frame(sizes["original_size"], sizes["input_size"], image_size)
+        return Frame(
+            sizes["original_size"],
+            sizes["input_size"],
+            image_size,
+            origin=sizes["origin"],
+            whole_size=self.batch.file_size,
+        )
+
+    @cached_property
+    def truths(self) -> list[CroppedMask]:
+        """The true masks as far as the window shows them, which is where clicks can be made."""
+        frame, wholes = self.frame, self.batch.truths
+        if not frame.cuts_objects:
+            return wholes
+        parts = [
+            visible_part(each, origin=frame.origin, original_size=frame.original_size)
+            for each in wholes
+        ]
+        return [p if p.mask.any() else whole for p, whole in zip(parts, wholes, strict=True)]
 
     def decode(self, prompts: Prompts, *, multimask: bool = False) -> tuple[Tensor, Tensor]:
         """See `PromptedSam.decode`."""
@@ -256,7 +274,7 @@ class PromptedObjects:
         device, batch = self.embedding.device, self.batch
         jittered = send_to(device, self._jittered_boxes(seed))
         others = self.decode(Prompts(boxes=jittered))[0].split(len(self.boxes))
-        centres = [[Click(*centre_point(truth), OBJECT)] for truth in batch.truths]
+        centres = [[Click(*centre_point(truth), OBJECT)] for truth in self.truths]
         points = click_prompts(centres, self.frame, device)
         one, best = self.decode(points)[0], self._best_masks(points)
         by_prompt = dict(zip(OTHER_PROMPTS, (*others, one, best), strict=True))
@@ -297,7 +315,7 @@ class PromptedObjects:
         session = ClickSession(
             lambda prompts: self.decode(prompts)[0],
             self.boxes if boxes else None,
-            self.batch.truths,
+            self.truths,
             self.frame,
         )
         return session.correct(logits, clicks=clicks, most=most)
@@ -319,7 +337,7 @@ class PromptedObjects:
                 masks,
                 batch.truths,
                 num_rounds=clicking.most + 1 - len(clicks[0]),
-                original_size=self.frame.original_size,
+                original_size=self.batch.file_size,
             )
         return scores
 
@@ -344,7 +362,7 @@ def score_masks(
     """
     truths = batch.truths
     sizes = batch.image_sizes
-    size = sizes["original_size"]
+    size = batch.file_size
     # Two prompts' masks get more than one score; those of the others are dropped one by one.
     by_box, by_jitter = list(masks["box"]), list(masks["jitter_10"])
     masks = {**masks, "jitter_10": by_jitter}

@@ -49,6 +49,23 @@ def whole_mask(crop: CroppedMask, size: tuple[int, int]) -> NDArray[np.bool_]:
     return mask
 
 
+def visible_part(
+    mask: CroppedMask, *, origin: tuple[int, int], original_size: tuple[int, int]
+) -> CroppedMask:
+    """What a window shows of a mask, which may be nothing.
+
+    Args:
+        mask: In the original frame.
+        origin: y, x of the window in the image, px.
+        original_size: H, W of the window, px.
+    """
+    left, top, right, bottom = mask.extent
+    y0, x0 = max(top, origin[0]), max(left, origin[1])
+    y1 = max(y0, min(bottom, origin[0] + original_size[0]))
+    x1 = max(x0, min(right, origin[1] + original_size[1]))
+    return CroppedMask(y0, x0, mask.mask[y0 - top : y1 - top, x0 - left : x1 - left])
+
+
 def _gather_state(state: Tensor, group: Any = None) -> list[Tensor]:
     # In place of torchmetrics' own, which waits for other ranks without a look for signals.
     return distributed.all_gather(state)
@@ -101,6 +118,7 @@ def box_fill_ious(
     *,
     input_size: tuple[int, int],
     original_size: tuple[int, int],
+    origin: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """IoU of each box of one image, filled, with the true mask: the score of using no model at all.
 
@@ -108,7 +126,8 @@ def box_fill_ious(
         boxes: float [M, 4], x0 y0 x1 y1 in pixels of the input frame, neither flipped nor jittered.
         truths: M tight crops of the true masks, original frame.
         input_size: Height and width of the image in the input frame.
-        original_size: Height and width of the original image.
+        original_size: Height and width of the original image, or of a window of it.
+        origin: y, x of the window in the image, px.
 
     Returns:
         float64 [M]; a pixel is inside a box if its centre is.
@@ -121,7 +140,8 @@ def box_fill_ious(
     ious = []
     for (left, top, right, bottom), truth in zip(edges.tolist(), truths, strict=True):
         filled = np.ones((max(0, bottom - top), max(0, right - left)), dtype=bool)
-        ious.append(cropped_iou(CroppedMask(top, left, filled), truth))
+        box = CroppedMask(origin[0] + top, origin[1] + left, filled)
+        ious.append(cropped_iou(box, truth))
     return torch.tensor(ious, dtype=torch.float64)
 
 

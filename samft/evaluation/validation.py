@@ -152,7 +152,8 @@ def validate(
     """Scores the model on every mask of a split. Collective: every rank must call.
 
     Always in exact float32, and at the resolution of the original image: the IoU is the one that
-    stock `SamPredictor` gets with the same weights.
+    stock `SamPredictor` gets with the same weights. Of an image that is seen through a window, too,
+    the true mask is whole: what the window does not show is missed.
 
     Args:
         model: Not wrapped in DDP.
@@ -270,14 +271,14 @@ def _score_masks(
     for row, (mask, truth) in enumerate(zip(masks, batch.truths, strict=True)):
         ious.append(cropped_iou(mask, truth))
         if custom:
-            size = sizes["original_size"]
+            size = batch.file_size
             whole = whole_mask(mask, size), whole_mask(truth, size)
             for name, value in _measure_mask(*whole, custom).items():
                 others[name].append(value)
         if selection is not None:
             key = batch.image_ids[0], int(batch.object_ids[row])
             both = ious[row], float(iou_predicted[row])
-            selection.add(key, mask, ious=both, size=sizes["original_size"])
+            selection.add(key, mask, ious=both, size=batch.file_size)
     return {
         "per_mask_iou": torch.tensor(ious, dtype=torch.float64),
         "box_fill_iou": box_fill_ious(batch.boxes, batch.truths, **sizes),

@@ -1,5 +1,6 @@
 """Image files decoded as COCO annotations are drawn on them. Imports no torch."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ class EncodedImage:
             return self._to_view(_read_values(self.path, self.content, self.pixels))
         cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
         return self._to_view(np.asarray(image, dtype=np.uint8))
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file's content and of how it becomes 8-bit pixels: 32 bytes."""
+        digest = hashlib.sha256(self.content)
+        digest.update(self.treatment.encode())
+        return digest.digest()
 
     @property
     def treatment(self) -> str:

@@ -407,8 +407,9 @@ def original_masks(
     input_size: tuple[int, int],
     original_size: tuple[int, int],
     image_size: int,
+    origin: tuple[int, int] = (0, 0),
 ) -> Iterator[CroppedMask]:
-    """The masks of one image at its original resolution.
+    """The masks of one image, or of a window of it, at its original resolution.
 
     Equal to thresholding `Sam.postprocess_masks` at 0, but only the rectangle that can have
     positive logits is computed: bilinear resizing makes no positive value of negative ones.
@@ -416,8 +417,9 @@ def original_masks(
     Args:
         mask_logits: float [M, S/4, S/4], masks of one image.
         input_size: Height and width of the image in the model frame.
-        original_size: Height and width of the original image.
+        original_size: Height and width of the original image, or of the window.
         image_size: S.
+        origin: y, x of the window in the image, px.
 
     Yields:
         M masks, each cropped to a rectangle that contains it; [0, 0] where no logit is positive.
@@ -436,7 +438,7 @@ def original_masks(
         (top, bottom), (left, right) = span
         with exact_float32():
             mask = (rows[top:bottom] @ logits @ columns[left:right].T > 0).cpu().numpy()
-        yield CroppedMask(top, left, mask)
+        yield CroppedMask(origin[0] + top, origin[1] + left, mask)
 
 
 @exact_float32()

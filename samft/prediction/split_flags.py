@@ -13,6 +13,7 @@ from samft.config_checks import pattern_problem
 from samft.errors import CheckpointError, ConfigError
 from samft.images.flags import add_pixel_flags
 from samft.runtime.checkpoint_paths import find_weights_file
+from samft.views.flags import add_view_flags
 
 
 def add_split_flags(add: Callable[..., Any]) -> None:
@@ -27,6 +28,7 @@ def add_split_flags(add: Callable[..., Any]) -> None:
     add("--annotations", type=user_path, metavar="FILE", help="a COCO file, instead of --data_root")
     add("--images", type=user_path, metavar="DIR", help="folder of the images of --annotations")
     add_pixel_flags(add, of="; a checkpoint of samft says it by itself")
+    add_view_flags(add, default="default: as in training")
 
 
 def add_selection_flags(add: Callable[..., Any]) -> None:

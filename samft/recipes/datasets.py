@@ -24,6 +24,7 @@ from samft.coco.subset import (
     find_shared,
     find_siblings,
     read_coco,
+    see_through_windows,
     split_by_hash,
 )
 from samft.config import TrainConfig
@@ -34,6 +35,7 @@ from samft.errors import DataError
 from samft.images.names import encode_name, group_of
 from samft.images.pixels import PixelFormat
 from samft.runtime.logs import LOGGER
+from samft.views.windows import View
 
 _MAX_LOGGED = 100  # names of images that could not be read
 
@@ -47,9 +49,10 @@ class Splits:
         val: Not augmented, with masks at the original resolution.
         test: As `val`, of images that are in neither; it is scored once, at the end. None: there is
             none.
-        counts: For each split: `images`, `masks`, `skipped` by reason, `bad_images` by name, and
-            `frame` where outlines are in another one than the files' pixels.
+        counts: For each split: `images`, their `windows` if any, `masks`, `skipped` by reason,
+            `bad_images` by name, and `frame` where outlines are in another one than the pixels.
         fingerprint: Of the training images, see `hash_data`; a resumed run must have the same.
+        view: How images are seen.
     """
 
     train: Coco2MaskDataset
@@ -57,6 +60,7 @@ class Splits:
     test: Coco2MaskDataset | None
     counts: dict[str, dict[str, Any]]
     fingerprint: str
+    view: View
 
     @property
     def _datasets(self) -> list[Coco2MaskDataset]:
@@ -89,15 +93,18 @@ class Splits:
         for dataset, (split, counts) in zip(self._datasets, self.counts.items(), strict=True):
             skipped = ", ".join(f"{reason} {n}" for reason, n in counts["skipped"].items())
             LOGGER.info(
-                "%s: %d images, %d masks%s%s",
+                "%s: %d images%s, %d masks%s%s",
                 split,
                 counts["images"],
+                f" in {counts['windows']} windows" if "windows" in counts else "",
                 counts["masks"],
                 f"; left out: {skipped}" if skipped else "",
                 "; scored once, at the end of the run" if dataset is self.test else "",
             )
             if dataset is self.test or not self.are_of_one_file:
                 _log_problems(dataset.subset, counts["bad_images"])
+        if self.view.has_windows:
+            LOGGER.info("images are seen through %s", self.view.describe())
         if self.are_of_one_file:
             LOGGER.info("of the annotation file that both are parts of:")
             _log_problems(self.train.subset, self.counts["train"]["bad_images"])
@@ -120,9 +127,10 @@ class Splits:
 
 def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
     subset = dataset.subset
+    objects, places = np.unique(subset.objects, return_index=True)  # as in its first window
     return find_small_objects(
-        subset.index.boxes[subset.objects],
-        np.repeat(subset.index.sizes[subset.rows], np.diff(subset.first_object), axis=0),
+        subset.index.boxes[objects],
+        np.repeat(subset.sizes, np.diff(subset.first_object), axis=0)[places],
         image_size=dataset.image_size,
         resize_mode=dataset.resize_mode,
     )
@@ -181,19 +189,28 @@ def _build_splits(config: TrainConfig, subsets: dict[str, CocoSubset]) -> Splits
     for subset in subsets.values():
         pixels = subset.measure_pixels(pixels)
     subsets = {split: subset.with_pixels(pixels) for split, subset in subsets.items()}
-    datasets = {
-        split: _build_dataset(subset, config, training=split == "train")
-        for split, subset in subsets.items()
-    }
+    view = view_of(config)
+    datasets, counts = {}, {}
+    for split, subset in subsets.items():
+        seen = see_through_windows(subset, view, training=split == "train")
+        datasets[split] = _build_dataset(seen, config, training=split == "train")
+        counts[split] = _count_subset(seen)
     if config.on_bad_image == "skip":
         _refuse_unreadable(datasets["val"])
     return Splits(
         train=datasets["train"],
         val=datasets["val"],
         test=datasets.get("test"),
-        counts={split: _count_subset(subset) for split, subset in subsets.items()},
-        fingerprint=hash_data(subsets["train"]),
+        counts=counts,
+        fingerprint=hash_data(datasets["train"].subset),
+        view=view,
     )
+
+
+def view_of(config: TrainConfig) -> View:
+    """How a configuration has images seen."""
+    tile_size = config.tile_size or config.image_size
+    return View(config.view, tile_size, config.tile_overlap, config.view_context)
 
 
 def _refuse_unreadable(val: Coco2MaskDataset) -> None:
@@ -315,14 +332,15 @@ def _read_split(config: TrainConfig, split: str, own: Mapping[str, DatasetIndex]
 
 
 def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
+    pixels = PixelFormat.parse(
+        pixel_range=config.pixel_range, channels=config.channels, page=config.page
+    )
     return read_coco(
         *files,
         root=None if config.data_root is None else Path(config.data_root).expanduser(),
         allow_links=link_folders(config.allow_links),
         crowds=config.crowds,
-        pixels=PixelFormat.parse(
-            pixel_range=config.pixel_range, channels=config.channels, page=config.page
-        ),
+        pixels=replace(pixels, in_windows=view_of(config).has_windows),
         on_bad_image=config.on_bad_image,
         category_names=(config.category_names or "").split(","),
         min_mask_area=config.min_mask_area,
@@ -409,8 +427,9 @@ def _remove_shared_images(train: CocoSubset, val: CocoSubset) -> CocoSubset:
 
 def _count_subset(subset: CocoSubset) -> dict[str, Any]:
     return {
-        "images": subset.num_images,
-        "masks": subset.num_objects,
+        "images": len(np.unique(subset.rows)),
+        **({"windows": subset.num_images} if subset.windows is not None else {}),
+        "masks": len(np.unique(subset.objects)),
         "skipped": dict(subset.counts),
         "bad_images": dict(subset.index.bad_images),
         **({"frame": subset.index.frame} if subset.index.frame else {}),
@@ -473,6 +492,8 @@ def hash_data(subset: CocoSubset) -> str:
     digest.update(index.boxes[subset.objects].tobytes())
     if index.frame:
         digest.update(index.orientations[subset.rows].tobytes())
+    if subset.windows is not None:
+        digest.update(subset.windows.tobytes())
     if isinstance(index, DatasetIndex):  # its names say nothing of what is in it
         digest.update(index.digests[subset.rows].tobytes())
         digest.update(index.segmentations.buffer.tobytes())

@@ -15,7 +15,7 @@ import torch
 import samft
 from samft import distributed
 from samft.coco.layout import find_split
-from samft.coco.subset import CocoSubset, read_coco, split_by_hash
+from samft.coco.subset import CocoSubset, read_coco, see_through_windows, split_by_hash
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import BatchLoader, val_loader
 from samft.distributed import run_on_all_ranks
@@ -62,7 +62,14 @@ from samft.runtime import heartbeat, host_checks
 from samft.runtime.device import check_device, log_hidden_gpus, pick_device
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal, progress_bar
-from samft.weights.saved_settings import describe_point_prompts, saved_pixels, saved_prompts
+from samft.views.flags import view_flags
+from samft.views.windows import View
+from samft.weights.saved_settings import (
+    describe_point_prompts,
+    saved_pixels,
+    saved_prompts,
+    saved_view,
+)
 
 _NUM_EXAMPLES, _CLICKS_SHOWN = 6, 3  # objects on the page, and clicks on each
 STEP_SECONDS = 600.0  # after which a process or a loader worker that hangs ends the evaluation
@@ -130,7 +137,10 @@ def _evaluate_checkpoints(
         seen = subset.with_pixels(subset.measure_pixels(pixels))
         clicking = _build_clicking(path, subset, options)
         model, metadata = run_on_all_ranks(partial(load_model, path, device))
-        objects, counts = _score_boxes(model, metadata, seen, options, clicking=clicking)
+        view = _view_of(path, metadata, options)
+        metadata["view"] = view.to_json()
+        through = see_through_windows(seen, view)
+        objects, counts = _score_boxes(model, metadata, through, options, clicking=clicking)
         metadata |= counts
         masks = _generate_masks(model, metadata, seen, options) if options.automatic else []
         if distributed.is_main():
@@ -274,6 +284,16 @@ def _saved_group_by(checkpoint: Path) -> str:
         return str(config.get("group_by", "none"))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return "auto"
+
+
+def _view_of(path: Path, metadata: dict[str, Any], options: argparse.Namespace) -> View:
+    # As in training; flags replace what they name.
+    saved = saved_view(path)
+    whole = View(tile_size=metadata["image_size"])
+    view = (saved if saved and saved.has_windows else whole).completed(view_flags(options))
+    if view.has_windows:
+        LOGGER.info("%s: images are seen through %s", path, view.describe())
+    return view
 
 
 def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace) -> Clicking:

@@ -148,6 +148,7 @@ def _finish_interval(run: TrainingRun) -> None:
         step=step,
         metrics=validation.metrics,
         pixels=run.splits.pixels.to_json(),
+        view=run.splits.view.to_json(),
         adapter=describe_adapter(run.config),
     )
     if run.custom.loss_name is not None:
@@ -265,6 +266,7 @@ def _save_state(
                 "fingerprint": run.splits.fingerprint,
                 "loss": run.custom.loss_name,
                 "pixels": run.splits.pixels.to_json(),
+                "view": run.splits.view.to_json(),
                 "model": merged_state(run.model.sam),
                 "adapters": adapter_state(run.model.sam),
                 "own_values": own_values,

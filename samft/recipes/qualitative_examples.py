@@ -171,7 +171,7 @@ def correct_objects(
     Args:
         model: On its device.
         dataset: The split; its cached embeddings are used if it has any.
-        embeddings: By image, those of these weights that are known; the others are added.
+        embeddings: By row, those of these weights that are known; the others are added.
         multimask: Whether a first click gives the best of three masks.
         should_stop: Asked before each image.
 
@@ -186,18 +186,18 @@ def correct_objects(
     keys = zip(image_ids, index.object_ids[drawn].tolist(), strict=True)
     examples = ClickExamples(keys, num_masks=_CLICKS_SHOWN)
     clicking, parts = Clicking(_NUM_CLICKS, multimask, examples), []
-    for image, k in by_image.items():
+    for k in by_image.values():
         if should_stop():
             break
-        (row,) = np.flatnonzero(subset.rows == image).tolist()
+        row = subset.row_of(k)
         heartbeat.set_activity("clicking on image", partial(list, [subset.file_name(row)]))
         try:
             batch = collate([dataset[row]])
         except ImageError:
             continue
         on_device = batch.to(model.sam.device)
-        if image not in embeddings:
-            embeddings[image] = model.embed(
+        if row not in embeddings:
+            embeddings[row] = model.embed(
                 on_device.images, on_device.input_sizes, cached=on_device.embeddings
             )
         # A few neighbours in the file, the chosen one among them.
@@ -205,7 +205,7 @@ def correct_objects(
         start = max(0, min(place, batch.num_masks - _CLICKED_OBJECTS))
         part = slice(start, start + _CLICKED_OBJECTS)
         objects = PromptedObjects(
-            model, embeddings[image], batch.take_objects(part), on_device.boxes[part]
+            model, embeddings[row], batch.take_objects(part), on_device.boxes[part]
         )
         parts.append(objects.evaluate(seed=0, clicking=clicking))
     return ClickedObjects(EvaluatedObjects.concatenate(parts), examples.masks)
@@ -227,7 +227,7 @@ def predict_objects(
         model: On its device.
         dataset: The split; its cached embeddings are used if it has any.
         objects: As indices into the arrays of the dataset's `CocoIndex`.
-        embeddings: By image, those of this encoder that are known; the others are added.
+        embeddings: By row of the split, those of this encoder that are known; the others are added.
         should_stop: Asked before each image.
 
     Returns:
@@ -235,13 +235,12 @@ def predict_objects(
     """
     masks: dict[int, CroppedMask] = {}
     index, device = dataset.subset.index, model.sam.device
-    objects_by_image: dict[int, list[int]] = {}
+    objects_by_row: dict[int, list[int]] = {}
     for k in objects:
-        objects_by_image.setdefault(image_row_of(index, k), []).append(k)
-    for image, wanted in objects_by_image.items():
+        objects_by_row.setdefault(dataset.subset.row_of(k), []).append(k)
+    for row, wanted in objects_by_row.items():
         if should_stop():
             break
-        (row,) = np.flatnonzero(dataset.subset.rows == image).tolist()
         heartbeat.set_activity("drawing image", partial(list, [dataset.subset.file_name(row)]))
         try:
             batch = collate([dataset[row]]).to(device)
@@ -252,10 +251,10 @@ def predict_objects(
         if not wanted:
             continue
         part = torch.tensor([ids.index(int(index.object_ids[k])) for k in wanted], device=device)
-        known = batch.embeddings if batch.embeddings is not None else embeddings.get(image)
-        embeddings[image] = model.embed(batch.images, batch.input_sizes, cached=known)
+        known = batch.embeddings if batch.embeddings is not None else embeddings.get(row)
+        embeddings[row] = model.embed(batch.images, batch.input_sizes, cached=known)
         prompts = Prompts(boxes=batch.boxes[part])
-        logits, _ = model.decode(embeddings[image], prompts, batch.image_index[part])
+        logits, _ = model.decode(embeddings[row], prompts, batch.image_index[part])
         image_size = model.sam.image_encoder.img_size
         predicted = original_masks(logits, image_size=image_size, **batch.image_sizes)
         masks.update(zip(wanted, predicted, strict=True))

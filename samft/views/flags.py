@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from samft.config_checks import MAX_OVERLAP
 from samft.errors import ConfigError
-from samft.views.windows import KINDS, MAX_OVERLAP
+from samft.views.windows import KINDS
 
 
 def add_view_flags(add: Callable[..., Any], *, default: str) -> None:

@@ -144,9 +144,12 @@ class SourceCache:
         pixels: PixelFormat = PLAIN,
     ) -> NDArray[np.uint8]:
         """The pixels of a window [4] of a file, see `open_source` and `ImageSource.read`."""
-        return self._open(path, orientation, pixels).read(window)
+        return self.open(path, orientation=orientation, pixels=pixels).read(window)
 
-    def _open(self, path: Path, orientation: int, pixels: PixelFormat) -> ImageSource:
+    def open(
+        self, path: Path, *, orientation: int = UPRIGHT, pixels: PixelFormat = PLAIN
+    ) -> ImageSource:
+        """A file, see `open_source`; one of those that are kept, unless it has changed since."""
         try:
             facts = os.stat(path)
         except OSError as error:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.config_checks import MAX_OVERLAP
+
 KINDS = ("image", "tiles", "objects")
-MAX_OVERLAP = 0.9  # of tiles: with more there would be hundreds of windows for each tile
 _FIELDS = {"view": "kind", "view_context": "context"}  # by setting, where the names differ
 MIN_SHARE = 0.5  # of a box that a window must hold, to train on an object that its edge cuts
 _MOST_PAIRS = 1 << 20  # of boxes and windows that are compared at once

@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,10 @@ def _evaluate_checkpoints(
         seen = subset.with_pixels(subset.measure_pixels(pixels))
         clicking = _build_clicking(path, subset, options)
         model, metadata = run_on_all_ranks(partial(load_model, path, device))
-        view = _view_of(path, metadata, options)
+        view = _view_of(path, options, image_size=metadata["image_size"])
         metadata["view"] = view.to_json()
+        if view.has_windows:
+            LOGGER.info("%s: images are seen through %s", path, view.describe())
         through = see_through_windows(seen, view)
         objects, counts = _score_boxes(model, metadata, through, options, clicking=clicking)
         metadata |= counts
@@ -209,7 +212,10 @@ def pixel_formats(options: argparse.Namespace) -> list[PixelFormat]:
     known = [one for one in saved if one is not None]
     other = known[0] if known else PLAIN
     return [
-        (one or other).completed(flags, flags_of=path.name)
+        replace(
+            (one or other).completed(flags, flags_of=path.name),
+            in_windows=_view_of(path, options).has_windows,
+        )
         for path, one in zip(options.checkpoint, saved, strict=True)
     ]
 
@@ -286,14 +292,11 @@ def _saved_group_by(checkpoint: Path) -> str:
         return "auto"
 
 
-def _view_of(path: Path, metadata: dict[str, Any], options: argparse.Namespace) -> View:
+def _view_of(path: Path, options: argparse.Namespace, *, image_size: int = 1024) -> View:
     # As in training; flags replace what they name.
     saved = saved_view(path)
-    whole = View(tile_size=metadata["image_size"])
-    view = (saved if saved and saved.has_windows else whole).completed(view_flags(options))
-    if view.has_windows:
-        LOGGER.info("%s: images are seen through %s", path, view.describe())
-    return view
+    view = saved if saved and saved.has_windows else View(tile_size=image_size)
+    return view.completed(view_flags(options))
 
 
 def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace) -> Clicking:

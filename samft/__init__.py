@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from samft.api import FinetuneResult, finetune
     from samft.config import TrainConfig
     from samft.models.sam import build_sam, load_sam, read_image
+    from samft.prediction.window_predictor import load_predictor
 
 __version__ = "0.1.0"
 _MODULE_OF = {
@@ -14,6 +15,7 @@ _MODULE_OF = {
     "TrainConfig": "samft.config",
     "build_sam": "samft.models.sam",
     "finetune": "samft.api",
+    "load_predictor": "samft.prediction.window_predictor",
     "load_sam": "samft.models.sam",
     "read_image": "samft.models.sam",
 }
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "build_sam",
     "finetune",
+    "load_predictor",
     "load_sam",
     "read_image",
 ]

@@ -157,7 +157,8 @@ def group_prompts(prompts: Prompts, size: tuple[int, int], view: View) -> Window
 
 
 def _points_of_object(prompt: PointPrompt) -> NDArray[np.float64]:
-    return prompt.points[prompt.points[:, 2] == 1, :2]
+    own = prompt.points[prompt.points[:, 2] == 1, :2]
+    return own if len(own) or prompt.has_box else prompt.points[:, :2]
 
 
 def _extent_of(prompt: NDArray[np.float64] | PointPrompt) -> NDArray[np.float64]:

@@ -317,6 +317,16 @@ print(code or torchrun_code)
 PYTHON
 }
 
+# The second part of the demo: the same objects from one click, by the weights before and after.
+compare_clicks() {
+    local python=$1 runs=$2 best
+    best=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_checkpoint"])' \
+        "$runs/demo/summary.json") || return
+    say "the same objects from one click, two and three, before and after: $runs/demo-clicks/scores.html"
+    run_and_wait "$python" -m samft.evaluate --checkpoint "$REPO/samft/pretrained/vit_tiny.pth" \
+        "$best" --data_root "$runs/demo-data" --clicks 3 --output "$runs/demo-clicks/scores.json"
+}
+
 # Says how the shell gets the samft that ran, if it has another or none.
 name_environment() {
     local bin activate
@@ -390,6 +400,7 @@ main() {
     trap 'rm -f "$SAMFT_STATUS_FILE"' EXIT
     run_and_wait "${COMMAND[@]}"
     CODE=$(exit_code "$python" "$SAMFT_STATUS_FILE" "$CODE")
+    if $demo && ((CODE == 0)); then compare_clicks "$python" "${home}runs"; fi
     ((CODE != 0)) || name_environment "$python"
     exit "$CODE"
 }

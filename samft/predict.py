@@ -265,12 +265,12 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def _pixel_format(options: argparse.Namespace) -> PixelFormat:
-    from samft.weights.saved_settings import saved_pixels, saved_view  # which imports torch
+    from samft.weights.saved_settings import saved_pixels, view_of  # which imports torch
 
     saved = saved_pixels(options.checkpoint) or PLAIN
     pixels = saved.completed(pixel_flags(options), flags_of=options.checkpoint.name)
     flags = view_flags(options)
-    view = (saved_view(options.checkpoint) or View()).completed(flags)
+    view = view_of(options.checkpoint, flags)
     if flags.keys() - {"view"} and not view.has_windows:
         raise ConfigError(
             f"--{min(flags.keys() - {'view'})}: images are seen as a whole here: give --view tiles "
@@ -373,7 +373,8 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
 
 def _build_predictor(task: PredictionTask, options: argparse.Namespace) -> "tuple[Predictor, View]":
     # Imported here because torch takes seconds, and --help and wrong flags must answer at once.
-    from samft.prediction.build import build_predictor, view_of
+    from samft.prediction.build import build_predictor
+    from samft.weights.saved_settings import view_of
 
     predictor, notes = build_predictor(
         task,

@@ -26,9 +26,12 @@ from samft.evaluation.coco_ap import TrueObjects, coco_truth, run_cocoeval
 from samft.evaluation.evaluator import MEMORY_ADVICE
 from samft.evaluation.object_scores import ObjectScores, mean_change
 from samft.evaluation.resampled_ap import RankedMasks, change_of_ap, rank_masks
+from samft.evaluation.tiled_masks import generate_in_tiles
 from samft.evaluation.validation import describe_image
 from samft.models.mask_generator import MaskGenerator
 from samft.runtime import heartbeat
+from samft.views.regions import DecodedImage
+from samft.views.windows import WHOLE, View
 
 FEW, MANY = 100, 1000  # masks of an image that count, those of the highest scores
 _ANY_CLASS = 1
@@ -83,6 +86,7 @@ def generate_split(
     subset: CocoSubset,
     batches: Iterable[Batch],
     *,
+    view: View = WHOLE,
     on_image: Callable[[], object] = lambda: None,
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
@@ -93,6 +97,7 @@ def generate_split(
         generator: Of the model.
         subset: The images.
         batches: This rank's share of them, one per batch, with their true masks.
+        view: How images are seen; where it has windows, masks are those of tiles.
         on_image: Called after each image of this rank.
         should_stop: See `loaders.lockstep`.
         waiting: See `loaders.lockstep`.
@@ -111,21 +116,30 @@ def generate_split(
         if batch.num_masks:  # 0 if the image cannot be read
             row = rows[batch.image_ids[0]]
             with explain_out_of_memory(partial(describe_image, batch), advice=MEMORY_ADVICE):
-                images.append(_generate_image(generator, subset.open_image(row).decode(), batch))
+                image = subset.open_image(row).decode()
+                images.append(_generate_image(generator, image, batch, view))
         on_image()
     gathered = [image for images in all_gather(images) for image in images]
     return sorted(gathered, key=lambda image: image.image_id)
 
 
-def _generate_image(generator: MaskGenerator, image: NDArray[np.uint8], batch: Batch) -> ImageMasks:
+def _generate_image(
+    generator: MaskGenerator, image: NDArray[np.uint8], batch: Batch, view: View
+) -> ImageMasks:
     start = time.monotonic()
-    entries = generator.generate(image)
+    if view.has_windows:
+        tiled = generate_in_tiles(generator, DecodedImage(image), view)
+        rles, scores = [one.rle for one in tiled], [one.iou_predicted for one in tiled]
+    else:
+        entries = generator.generate(image)
+        rles = [coco_encode_rle(entry["segmentation"]) for entry in entries]
+        scores = [entry["predicted_iou"] for entry in entries]
     seconds = time.monotonic() - start
     size = (image.shape[0], image.shape[1])
     return ImageMasks(
         batch.image_ids[0],
-        [coco_encode_rle(entry["segmentation"]) for entry in entries],
-        [entry["predicted_iou"] for entry in entries],
+        rles,
+        scores,
         seconds,
         batch.object_ids.tolist(),
         [encode_cropped(truth, size) for truth in batch.truths],

@@ -23,6 +23,9 @@ class MaskGenerator(SamAutomaticMaskGenerator):
 
     The masks are the package's own. It stops with an error where there are crops and no mask at
     all, or where a crop of a tiny image has no pixel: here these are no masks.
+
+    Attributes:
+        show_progress: Whether an image that takes long gets a progress bar.
     """
 
     def __init__(
@@ -38,12 +41,12 @@ class MaskGenerator(SamAutomaticMaskGenerator):
         Args:
             sam: On its device, in eval mode, at any image size.
             points_per_batch: Points decoded at once; None: `choose_points_per_batch`.
-            show_progress: Whether an image that takes long gets a progress bar.
+            show_progress: See there.
             settings: The others of `SamAutomaticMaskGenerator`: `points_per_side`, ...
         """
         replace_missing_nms(automatic_mask_generator)
         super().__init__(sam, output_mode="uncompressed_rle", **settings)
-        self._given_points_per_batch, self._show_progress = points_per_batch, show_progress
+        self._given_points_per_batch, self.show_progress = points_per_batch, show_progress
         self._bar: tqdm[Any] | None = None
 
     @property
@@ -69,7 +72,7 @@ class MaskGenerator(SamAutomaticMaskGenerator):
                 total=self.num_points,
                 unit="point",
                 desc="this image",
-                hidden=not self._show_progress,
+                hidden=not self.show_progress,
                 leave=False,
                 delay=_BAR_DELAY,
             ) as self._bar,

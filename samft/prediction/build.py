@@ -13,8 +13,7 @@ from samft.prediction.predictors import (
     Predictor,
 )
 from samft.runtime.device import check_device, pick_amp_dtype, pick_device
-from samft.views.windows import View
-from samft.weights.saved_settings import describe_point_prompts, saved_prompts, saved_view
+from samft.weights.saved_settings import describe_point_prompts, saved_prompts
 
 
 def build_predictor(
@@ -47,14 +46,3 @@ def build_predictor(
     three_masks = trained is None or trained.three_masks
     options: dict[str, Any] = {"resize_mode": resize_mode, "amp_dtype": amp_dtype}
     return PointPredictor(model, three_masks=three_masks, **options), notes
-
-
-def view_of(checkpoint: Path, flags: dict[str, Any], *, image_size: int) -> View:
-    """How images are seen: as flags say, else as in training; else windows keep every pixel.
-
-    Args:
-        checkpoint: Its sidecar, or the file itself, says how images were seen in training.
-        flags: See `view_flags`.
-        image_size: Side of the model's input: of a window, too, where nothing says another.
-    """
-    return (saved_view(checkpoint) or View(tile_size=image_size)).completed(flags)

@@ -13,12 +13,11 @@ from segment_anything.modeling import Sam
 
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.sam import load_sam
-from samft.prediction.build import view_of
 from samft.prediction.points import NO_BOX, PointPrompt
 from samft.prediction.windows import group_prompts, prompts_to_window
 from samft.views.regions import DecodedImage, ImageSource, open_source
 from samft.views.windows import View
-from samft.weights.saved_settings import saved_pixels
+from samft.weights.saved_settings import saved_pixels, view_of
 
 _KEPT_WINDOWS = 16  # whose embeddings are kept: 4 MB each at 1024 px
 _STATE = ("features", "original_size", "input_size", "is_image_set")  # of a `SamPredictor`

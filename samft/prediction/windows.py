@@ -219,6 +219,7 @@ def _predict_tiles(
     def follow(tiles: NDArray[np.int64]) -> Iterable[Any]:
         return _with_bar(tiles, total=len(tiles))
 
+    predictor.generator.show_progress = False  # a bar of tiles suffices
     masks = generate_in_tiles(predictor.generator, source, view, follow=follow)
     for number, one in enumerate(masks):
         extra = {"stability_score": one.stability_score}

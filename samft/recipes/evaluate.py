@@ -69,7 +69,7 @@ from samft.weights.saved_settings import (
     describe_point_prompts,
     saved_pixels,
     saved_prompts,
-    saved_view,
+    view_of,
 )
 
 _NUM_EXAMPLES, _CLICKS_SHOWN = 6, 3  # objects on the page, and clicks on each
@@ -138,14 +138,14 @@ def _evaluate_checkpoints(
         seen = subset.with_pixels(subset.measure_pixels(pixels))
         clicking = _build_clicking(path, subset, options)
         model, metadata = run_on_all_ranks(partial(load_model, path, device))
-        view = _view_of(path, options, image_size=metadata["image_size"])
+        view = view_of(path, view_flags(options), image_size=metadata["image_size"])
         metadata["view"] = view.to_json()
         if view.has_windows:
             LOGGER.info("%s: images are seen through %s", path, view.describe())
         through = see_through_windows(seen, view)
         objects, counts = _score_boxes(model, metadata, through, options, clicking=clicking)
         metadata |= counts
-        masks = _generate_masks(model, metadata, seen, options) if options.automatic else []
+        masks = _generate_masks(model, metadata, seen, options, view) if options.automatic else []
         if distributed.is_main():
             tables.append(objects)
             examples += [clicking.examples.masks] if clicking.examples else []
@@ -214,7 +214,7 @@ def pixel_formats(options: argparse.Namespace) -> list[PixelFormat]:
     return [
         replace(
             (one or other).completed(flags, flags_of=path.name),
-            in_windows=_view_of(path, options).has_windows,
+            in_windows=view_of(path, view_flags(options)).has_windows,
         )
         for path, one in zip(options.checkpoint, saved, strict=True)
     ]
@@ -290,13 +290,6 @@ def _saved_group_by(checkpoint: Path) -> str:
         return str(config.get("group_by", "none"))
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return "auto"
-
-
-def _view_of(path: Path, options: argparse.Namespace, *, image_size: int = 1024) -> View:
-    # As in training; flags replace what they name.
-    saved = saved_view(path)
-    view = saved if saved and saved.has_windows else View(tile_size=image_size)
-    return view.completed(view_flags(options))
 
 
 def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace) -> Clicking:
@@ -376,7 +369,11 @@ def build_loader(
 
 
 def _generate_masks(
-    model: PromptedSam, metadata: dict[str, Any], subset: CocoSubset, options: argparse.Namespace
+    model: PromptedSam,
+    metadata: dict[str, Any],
+    subset: CocoSubset,
+    options: argparse.Namespace,
+    view: View,
 ) -> list[ImageMasks]:
     sample = sample_images(subset, options.automatic, seed=options.seed)
     is_main = distributed.is_main()
@@ -387,7 +384,7 @@ def _generate_masks(
     with progress_bar(
         total=len(loader), unit="image", desc="automatic masks", hidden=not is_main
     ) as bar:
-        images = generate_split(generator, sample, loader, on_image=bar.update)
+        images = generate_split(generator, sample, loader, view=view, on_image=bar.update)
     if not images:
         raise DataError(
             f"none of the {sample.num_images} images that --automatic drew can be read: give more, "

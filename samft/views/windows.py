@@ -80,6 +80,9 @@ class View:
         return "whole images"
 
 
+WHOLE = View()
+
+
 @dataclass(frozen=True)
 class WindowObjects:
     """Windows of one image, each with some of its objects.

@@ -1,6 +1,7 @@
 """What a checkpoint records of its training: how images were resized and read, and the prompts."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,19 @@ def saved_view(path: str | Path) -> View | None:
         path: A checkpoint or an export. Its sidecar records it, or the file itself.
     """
     return View.from_json(_saved_metadata(Path(path), "view").get("view"))
+
+
+def view_of(path: str | Path, flags: Mapping[str, Any], *, image_size: int = 1024) -> View:
+    """How images are seen: as flags say, else as in training.
+
+    Args:
+        path: A checkpoint or an export.
+        flags: See `view_flags`.
+        image_size: Side of the model's input: of a window, too, where nothing says another.
+    """
+    saved = saved_view(path)
+    view = saved if saved and saved.has_windows else View(tile_size=image_size)
+    return view.completed(flags)
 
 
 class SavedPrompts(NamedTuple):

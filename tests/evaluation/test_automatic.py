@@ -30,7 +30,10 @@ from samft.evaluation.automatic import (
 )
 from samft.evaluation.coco_ap import coco_truth
 from samft.evaluation.resampled_ap import RankedMasks
+from samft.evaluation.tiled_masks import generate_in_tiles
 from samft.models.mask_generator import MaskGenerator
+from samft.views.regions import DecodedImage
+from samft.views.windows import View
 
 SIZE = (40, 60)
 Square = tuple[int, int, int]  # left, top, side; px
@@ -261,6 +264,21 @@ def masks_of_split(folder: Path) -> list[tuple[Any, ...]]:
     images = generate_split(generator, subset, batches, on_image=lambda: counted.append(None))
     assert len(counted) == len(range(get_rank(), 3, get_world_size()))
     return [(i.image_id, i.masks, i.scores, i.object_ids, i.rle_true, i.areas) for i in images]
+
+
+def test_with_windows_masks_are_those_of_tiles(tmp_path: Path) -> None:
+    folder = write_coco(tmp_path, 3).parent
+    subset = read_coco(folder / "_annotations.coco.json", folder)
+    generator = MaskGenerator(mask_finding_sam(), points_per_side=2, show_progress=False)
+    batches = val_loader(Coco2MaskDataset(folder, subset=subset, image_size=64))
+    view = View("tiles", tile_size=32)
+    images = generate_split(generator, subset, batches, view=view)
+    assert sum(len(image.masks) for image in images) > 0
+    for row, image in enumerate(images):
+        source = DecodedImage(subset.open_image(row).decode())
+        tiled = generate_in_tiles(generator, source, view)
+        assert image.masks == [one.rle for one in tiled]
+        assert image.scores == [one.iou_predicted for one in tiled]
 
 
 def test_masks_do_not_depend_on_the_number_of_processes(gloo2: GlooPool, tmp_path: Path) -> None:

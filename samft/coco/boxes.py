@@ -272,7 +272,7 @@ class SmallObjects:
 
     @property
     def are_many(self) -> bool:
-        """Whether a larger image size, or images cut into tiles, would help."""
+        """Whether a larger image size, or windows of the images, would help."""
         return self.num_small > FEW_SMALL * self.num_objects
 
     def advise(self, objects: str) -> str:
@@ -294,7 +294,7 @@ class SmallObjects:
                 f"them, at {cost:.1f} times the time and memory of an image"
             )
         if self.num_small_then > FEW_SMALL * self.num_objects:
-            text += "; or cut the images into tiles"
+            text += "; or see the images through windows (--view tiles or objects)"
         return text
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.boxes import CELL, SmallObjects, find_small_objects
+from samft.coco.boxes import CELL, FEW_SMALL, MIN_CELLS, SmallObjects, find_small_objects
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.json_reader import UnusableFile
 from samft.coco.layout import find_split
 from samft.coco.problems import Problems
-from samft.coco.subset import find_shared, find_siblings, select_objects
+from samft.coco.subset import find_shared, find_siblings, see_through_windows, select_objects
 from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
+from samft.views.windows import KINDS, View
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
@@ -29,6 +30,7 @@ COVERED = 0.99  # share of the images that the suggested max_masks_per_image suf
 _COCO_SIZES = {"small": 0, "medium": 32**2, "large": 96**2}  # px, from that area on
 _SIDES = (CELL, 8, 16, 32, 64, 128, 256, 512)  # px
 _TOP_CLASSES = 20
+_SAMPLED_IMAGES = 1000  # whose objects are looked at through windows, which takes about a second
 
 _LINE_WIDTH = 120  # characters
 _HANGING_INDENT = 45  # characters; the column in which `Problems.lines` put the meaning
@@ -56,6 +58,7 @@ class Statistics:
         most_objects: In one image.
         max_masks_per_image: Suggested: the smallest power of two, at least 8, that is no less than
             the number of objects in 99 % of the images.
+        views: See `measure_views`.
     """
 
     num_images: int
@@ -71,6 +74,7 @@ class Statistics:
     small: SmallObjects
     most_objects: int
     max_masks_per_image: int
+    views: tuple["ViewFacts", ...] = ()
 
     @property
     def vanishing_share(self) -> float:
@@ -93,9 +97,11 @@ class Statistics:
             "image_size": self.image_size,
             "vanishing": {"objects": self.num_vanishing, "share": self.vanishing_share},
             "too_small": {"objects": self.small.num_small, "share": self.small.share},
+            "views": {facts.view.kind: facts.to_json() for facts in self.views},
             "suggestions": {
                 "max_masks_per_image": self.max_masks_per_image,
                 "image_size": self.small.suggested_image_size,
+                "view": suggest_view(self.views).kind,
             },
         }
 
@@ -299,7 +305,73 @@ def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:
         small=find_small_objects(boxes, index.sizes[row_of[plain]], image_size=image_size),
         most_objects=int(per_image.max(initial=0)),
         max_masks_per_image=suggest_max_masks(filled),
+        views=measure_views(index, image_size=image_size),
     )
+
+
+@dataclass(frozen=True)
+class ViewFacts:
+    """What a view shows of objects at the model's input.
+
+    Attributes:
+        view: How images are seen.
+        windows_per_image: Mean number of windows that are validated on.
+        small_share: Share of the objects that are too small, see `SmallObjects`, 0..1.
+        vanishing_share: Share of the objects whose longer side is under 4 px, 0..1.
+    """
+
+    view: View
+    windows_per_image: float
+    small_share: float
+    vanishing_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "windows_per_image": self.windows_per_image,
+            "too_small": self.small_share,
+            "vanishing": self.vanishing_share,
+        }
+
+
+def measure_views(index: CocoIndex, *, image_size: int) -> tuple[ViewFacts, ...]:
+    """What each kind of view shows of objects, in windows as large as the model's input.
+
+    Args:
+        index: The checked file; of many images, `_SAMPLED_IMAGES` are looked at, evenly spaced.
+        image_size: The model's input, px.
+    """
+    subset = select_objects(index)
+    number = min(subset.num_images, _SAMPLED_IMAGES)
+    subset = subset.select(np.unique(np.linspace(0, subset.num_images - 1, number).astype(int)))
+    facts = []
+    for kind in KINDS if subset.num_objects else ():
+        view = View(kind, tile_size=image_size)
+        seen = see_through_windows(subset, view)
+        boxes = np.concatenate([seen.visible_boxes(i) for i in range(seen.num_images)])
+        sizes = np.repeat(seen.sizes, np.diff(seen.first_object), axis=0)
+        small = find_small_objects(boxes, sizes, image_size=image_size)
+        longer = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / sizes.max(axis=1) * image_size
+        mean = seen.num_images / subset.num_images
+        facts.append(ViewFacts(view, mean, small.share, float((longer < CELL).mean())))
+    return tuple(facts)
+
+
+def suggest_view(views: Sequence[ViewFacts]) -> View:
+    """Whole images unless many objects are too small in them; else the fewest windows that help.
+
+    Args:
+        views: From `measure_views`.
+
+    Returns:
+        Of those under which the share of objects that are too small is at most half as large as in
+        whole images, the one with the fewest windows; `View()` where there is none.
+    """
+    shares = {facts.view.kind: facts.small_share for facts in views}
+    if shares.get("image", 0) <= FEW_SMALL:
+        return View()
+    helpful = [facts for facts in views if facts.small_share <= shares["image"] / 2]
+    return min(helpful, key=lambda facts: facts.windows_per_image).view if helpful else View()
 
 
 def suggest_max_masks(per_image: NDArray[np.int64]) -> int:
@@ -381,6 +453,22 @@ def suggestion_lines(statistics: Statistics) -> list[str]:
         )
     else:
         lines.append(f"at image_size {size} no object vanishes")
+    if any(facts.small_share for facts in statistics.views):
+        lines += _view_lines(statistics)
+    return lines
+
+
+def _view_lines(statistics: Statistics) -> list[str]:
+    lines = [f"objects by view, in windows of {statistics.image_size} px:"]
+    for facts in statistics.views:
+        lines.append(
+            f"  {facts.view.kind:8} {facts.windows_per_image:6.1f} windows an image, "
+            f"{facts.small_share:5.1%} of the objects too small (shorter side under "
+            f"{MIN_CELLS * CELL} px), {facts.vanishing_share:5.1%} vanish"
+        )
+    view = suggest_view(statistics.views)
+    if view.has_windows:
+        lines.append(f"suggested view: {view.kind} (`--view {view.kind}`, see docs/views.md)")
     return lines
 
 

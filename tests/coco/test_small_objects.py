@@ -87,7 +87,9 @@ def test_where_no_size_suffices_the_images_are_to_be_cut() -> None:
     sizes = np.full((2, 2), 4000)
     tiny = find_small_objects(boxes_of((4, 4), (4, 4)), sizes, image_size=1024)
     assert tiny.suggested_image_size == 2048
-    assert tiny.advise("objects").endswith("; or cut the images into tiles")
+    assert tiny.advise("objects").endswith(
+        "; or see the images through windows (--view tiles or objects)"
+    )
     assert "--image_size 2048 leaves 2 of them, at 4.0 times" in tiny.advise("objects")
     largest = find_small_objects(boxes_of((4, 4)), sizes[:1], image_size=2048)
     assert largest.are_many and "--image_size" not in largest.advise("objects")

@@ -4,18 +4,24 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from helpers.broken_coco import HEIGHT, WIDTH, encode_image
-from helpers.coco_files import annotation
+from helpers.coco_files import annotation, write_json
+from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.statistics import (
+    ViewFacts,
     compute_statistics,
+    measure_views,
     statistics_lines,
     suggest_max_masks,
+    suggest_view,
     suggestion_lines,
 )
+from samft.views.windows import View
 
 
 def square(x: float, y: float, side: float) -> list[float]:
@@ -105,12 +111,72 @@ def test_lines(index: CocoIndex) -> None:
     assert "  a          3  " + "#" * 40 in lines
     assert "  b          1  " + "#" * 14 in lines
     assert not any("never" in line or "large" in line for line in lines)
-    first, second = suggestion_lines(compute_statistics(index, image_size=32))
+    first, second, *_ = suggestion_lines(compute_statistics(index, image_size=32))
     assert first.startswith("suggested max_masks_per_image: 8 ")
     assert second.startswith("at image_size 32 1 objects (25.0%) vanish: ")
-    assert suggestion_lines(compute_statistics(index, image_size=64))[1:] == [
-        "at image_size 64 no object vanishes"
+    assert suggestion_lines(compute_statistics(index, image_size=96))[1:] == [
+        "at image_size 96 no object vanishes"
     ]
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> CocoIndex:
+    """An image of 128 x 512 px with squares of 7, 10, 10 and 40 px, two of them side by side."""
+    cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((128, 512, 3), dtype=np.uint8))
+    squares = [(20, 20, 7), (300, 60, 10), (312, 60, 10), (450, 50, 40)]
+    objects = [annotation(k, 1, square(*where)) for k, where in enumerate(squares, start=1)]
+    images = [{"id": 1, "file_name": "wide.png", "height": 128, "width": 512}]
+    path = write_json(tmp_path / "file.json", images, objects)
+    return index_file(path, tmp_path, cache=tmp_path / "cache")
+
+
+def test_views_are_measured_in_windows_of_the_models_input(wide: CocoIndex) -> None:
+    image, tiles, objects = measure_views(wide, image_size=64)
+    # Shrunk to an eighth, all sides but one are under 4 px, and all under 8.
+    assert (image.windows_per_image, image.small_share, image.vanishing_share) == (1, 1.0, 0.75)
+    # At full scale, one square is of 7 px. The two neighbours are in one window either way.
+    for facts in (tiles, objects):
+        assert (facts.windows_per_image, facts.small_share, facts.vanishing_share) == (3, 0.25, 0)
+    statistics = compute_statistics(wide, image_size=64)
+    assert statistics.to_json()["views"]["tiles"] == {
+        "windows_per_image": 3.0,
+        "too_small": 0.25,
+        "vanishing": 0.0,
+    }
+    lines = suggestion_lines(statistics)
+    assert lines[-1].startswith("suggested view: tiles (`--view tiles`")
+    assert any(
+        line.startswith("  image       1.0 windows an image, 100.0% of the objects too small")
+        for line in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "suggested"),
+    [
+        ((0.25, 0.0, 0.0), "image"),  # few are too small
+        ((0.5, 0.26, 0.3), "image"),  # windows help too little
+        ((0.5, 0.25, 0.3), "tiles"),
+        ((0.5, 0.3, 0.1), "objects"),
+        ((0.5, 0.1, 0.1), "objects"),  # fewer windows
+    ],
+)
+def test_a_view_is_suggested_that_keeps_objects_and_has_few_windows(shares, suggested) -> None:
+    kinds = zip(("image", "tiles", "objects"), (1, 9, 4), shares, strict=True)
+    views = [ViewFacts(View(kind), windows, share, 0.0) for kind, windows, share in kinds]
+    assert suggest_view(views).kind == suggested
+
+
+def test_without_objects_nothing_is_suggested(wide: CocoIndex) -> None:
+    none = replace(wide, flags=np.full_like(wide.flags, CROWD))
+    assert measure_views(none, image_size=64) == () and suggest_view(()) == View()
+
+
+def test_of_many_images_some_are_looked_at(index: CocoIndex, monkeypatch) -> None:
+    every = measure_views(index, image_size=64)
+    monkeypatch.setattr("samft.coco.statistics._SAMPLED_IMAGES", 1)
+    (one, *_) = measure_views(index, image_size=64)
+    assert (every[0].small_share, one.small_share) == (0.25, 1.0)
 
 
 def test_only_twenty_classes_are_shown(index: CocoIndex) -> None:
@@ -125,5 +191,9 @@ def test_json_is_plain(index: CocoIndex) -> None:
     statistics = json.loads(json.dumps(compute_statistics(index, image_size=32).to_json()))
     assert statistics["vanishing"] == {"objects": 1, "share": 0.25}
     assert statistics["too_small"] == {"objects": 2, "share": 0.5}  # 3.2 and 6.4 px
-    assert statistics["suggestions"] == {"max_masks_per_image": 8, "image_size": 64}
+    assert statistics["suggestions"] == {
+        "max_masks_per_image": 8,
+        "image_size": 64,
+        "view": "image",
+    }
     assert set(statistics["histograms"]) == {"objects_per_image", "object_sizes", "object_sides"}

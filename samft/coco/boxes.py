@@ -257,6 +257,7 @@ class SmallObjects:
             than `FEW_SMALL` of the objects are small, or the largest that `suggest_image_size`
             tries; `image_size` itself where no more are small.
         num_small_then: Objects that are small at the suggested size.
+        in_windows: Images are seen through windows, which a smaller `tile_size` enlarges.
     """
 
     image_size: int
@@ -264,6 +265,7 @@ class SmallObjects:
     num_small: int
     suggested_image_size: int
     num_small_then: int
+    in_windows: bool = False
 
     @property
     def share(self) -> float:
@@ -287,6 +289,8 @@ class SmallObjects:
             f"{MIN_CELLS * CELL} px there, {MIN_CELLS} cells of the decoder's masks, where filling "
             "the box tends to be better than the mask"
         )
+        if self.in_windows:
+            return f"{text}; a smaller --tile_size enlarges them"
         if self.suggested_image_size > self.image_size:
             cost = (self.suggested_image_size / self.image_size) ** 2
             text += (

@@ -128,12 +128,13 @@ class Splits:
 def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
     subset = dataset.subset
     objects, places = np.unique(subset.objects, return_index=True)  # as in its first window
-    return find_small_objects(
+    small = find_small_objects(
         subset.index.boxes[objects],
         np.repeat(subset.sizes, np.diff(subset.first_object), axis=0)[places],
         image_size=dataset.image_size,
         resize_mode=dataset.resize_mode,
     )
+    return replace(small, in_windows=subset.windows is not None)
 
 
 def _log_problems(subset: CocoSubset, bad_images: dict[str, str]) -> None:
@@ -230,9 +231,6 @@ def _refuse_unreadable(val: Coco2MaskDataset) -> None:
 
 def find_val_files(config: TrainConfig) -> tuple[str, tuple[Path, Path]]:
     """Finds the files of the validation images, which may be held out of the training split.
-
-    Args:
-        config: The configuration.
 
     Returns:
         The split that the images belong to, `val` or `train`; its COCO file and its image folder.

@@ -256,7 +256,10 @@ def _metric_points(page: ReportPage, split: str, name: str) -> list[tuple[float,
 def _data_rows(data: dict[str, dict[str, Any]]) -> list[tuple[str, list[int]]]:
     # The counts of each split, in the order of `data`.
     reasons = sorted({reason for counts in data.values() for reason in counts["skipped"]})
-    rows = [(name, [counts[name] for counts in data.values()]) for name in ("images", "masks")]
+    names = [
+        name for name in ("images", "windows", "masks") if any(name in c for c in data.values())
+    ]
+    rows = [(name, [counts.get(name, 0) for counts in data.values()]) for name in names]
     return rows + [
         (f"left out: {reason}", [counts["skipped"].get(reason, 0) for counts in data.values()])
         for reason in reasons

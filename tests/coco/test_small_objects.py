@@ -1,5 +1,7 @@
 """Which objects are too small for the decoder's masks, and the image size that suits them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -93,6 +95,14 @@ def test_where_no_size_suffices_the_images_are_to_be_cut() -> None:
     assert "--image_size 2048 leaves 2 of them, at 4.0 times" in tiny.advise("objects")
     largest = find_small_objects(boxes_of((4, 4)), sizes[:1], image_size=2048)
     assert largest.are_many and "--image_size" not in largest.advise("objects")
+
+
+def test_in_windows_a_smaller_window_enlarges() -> None:
+    sizes = np.full((2, 2), 256)
+    tiny = find_small_objects(boxes_of((4, 4), (4, 4)), sizes, image_size=256)
+    advice = replace(tiny, in_windows=True).advise("objects")
+    assert advice.endswith("; a smaller --tile_size enlarges them")
+    assert "--image_size" not in advice
 
 
 def test_the_split_that_needs_most_is_named() -> None:

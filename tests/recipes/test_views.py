@@ -1,6 +1,7 @@
 """Runs on windows of images: scored as deployed, cached, divided, stopped, held out as others."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,28 @@ def test_each_window_is_encoded_once_and_a_cache_changes_nothing(
     train_here(cached_arguments(data, tmp_path / "uncached", cache_embeddings="off", **one))
     check_equal_metrics(tmp_path / "cached", tmp_path / "uncached", rel=0)
     assert largest_difference(tmp_path / "cached", tmp_path / "uncached") == 0.0
+
+
+def test_a_dry_run_counts_windows(data: Path, tmp_path: Path) -> None:
+    def embedding_bytes(**view: Any) -> int:
+        argv = cached_arguments(data, tmp_path, **SHORT, **view, dry_run=True)
+        return int(train_here(argv)["embedding_bytes"])
+
+    splits = load_splits(a_config(data, tmp_path, **TILES))
+    num_windows = 2 * len(splits.train) + len(splits.val)  # flipped ones as well
+    assert embedding_bytes(**TILES) * (2 * 4 + 3) == embedding_bytes() * num_windows
+
+
+def test_the_report_counts_images_and_windows(data: Path, trained: Path) -> None:
+    counts = json.loads((trained / "summary.json").read_text())["data"]
+    splits = load_splits(a_config(data, trained, **TILES))
+    assert (counts["train"]["images"], counts["val"]["images"]) == (4, 3)
+    assert counts["train"]["windows"] == len(splits.train) > 4
+    log = (trained / "train.log").read_text()
+    assert f"val: 3 images in {len(splits.val)} windows, 26 masks" in log
+    assert "images are seen through tiles of 48 px that overlap by 12 px" in log
+    row = rf"windows</td>\s*<td[^>]*>{len(splits.train)}"
+    assert re.search(row, (trained / "report.html").read_text())
 
 
 def test_held_out_are_images_not_windows(data: Path, tmp_path: Path) -> None:

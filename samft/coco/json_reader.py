@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from samft.coco.problems import Problems
 from samft.errors import DataError
-from samft.images.limits import MAX_PIXELS
+from samft.images.limits import MAX_MASK_PIXELS
 from samft.runtime.files import read_file, sha256_of
 
 UNSET = msgspec.UNSET
@@ -420,7 +420,7 @@ def check_rle(raw: dict[str, Any]) -> dict[str, Any]:
     size = _to_numbers(raw.get("size"))
     if len(size) != 2 or not (size >= 1).all():
         raise MaskError("rle-malformed")
-    if size.prod() > MAX_PIXELS:
+    if size.prod() > MAX_MASK_PIXELS:
         raise MaskError("rle-too-large")
     if len(numbers) == 0 or not numbers[1::2].any():
         raise MaskError("rle-empty")

@@ -132,7 +132,7 @@ KINDS = {
     "polygon-parts": (FACT, "mask of several polygons"),
     "rle-malformed": (WARNING, "RLE that cannot be decoded, or does not fill its size"),
     "rle-empty": (WARNING, "RLE without a pixel"),
-    "rle-too-large": (WARNING, "RLE of more than 179 million pixels"),
+    "rle-too-large": (WARNING, "RLE of more than 1,074 million pixels"),
     "rle-size-foreign": (WARNING, "RLE of over 32 times the image's height or width"),
     "rle-size-differs": (NOTE, "RLE of another size than the image; cut or padded"),
     # the set

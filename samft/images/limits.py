@@ -1,6 +1,8 @@
 """Which images cannot be used, and why. Imports no torch."""
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+MAX_PIXELS_IN_WINDOWS = (1 << 32) - 1  # COCO's run lengths have 32 bits
+MAX_MASK_PIXELS = 1 << 30  # of an RLE; where its layout is wrong, all of it is decoded
 _MAX_BYTES = 1 << 33  # of the values of an image, all bands
 
 

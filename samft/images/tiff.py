@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.images.limits import MAX_PIXELS, UnusableImage, check_size
+from samft.images.limits import MAX_PIXELS, MAX_PIXELS_IN_WINDOWS, UnusableImage, check_size
 from samft.images.pixels import PixelFormat
 
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ def open_tiff_windows(file: BinaryIO, pixels: PixelFormat) -> "TiffWindows | Non
         return None
     if not page.is_memmappable and math.prod(page.chunks) > MAX_PIXELS:
         return None
+    height, width = page.imagelength, page.imagewidth
+    if height * width > MAX_PIXELS_IN_WINDOWS:
+        raise UnusableImage("image-too-large", f"{width} x {height} pixels")
     length = os.fstat(file.fileno()).st_size
     pairs = zip(page.dataoffsets, page.databytecounts, strict=True)
     if any(offset + count > length for offset, count in pairs):

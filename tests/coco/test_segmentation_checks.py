@@ -10,7 +10,13 @@ from pycocotools import mask as mask_utils
 from helpers.broken_coco import rle
 from helpers.segmentations import check_segmentation
 from samft.coco.json_reader import check_rle
-from samft.coco.segmentation import MaskError, RawMasks, decode_cropped
+from samft.coco.segmentation import (
+    CroppedMask,
+    MaskError,
+    RawMasks,
+    decode_cropped,
+    encode_cropped,
+)
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
 NAN, INF = float("nan"), float("inf")
@@ -135,3 +141,11 @@ def test_every_character_of_compressed_rle_is_read() -> None:
         drawn = np.repeat(np.arange(len(checked["counts"])) % 2, checked["counts"])
         np.testing.assert_array_equal(drawn.reshape(70, 90).T, mask)
     assert seen >= set(";[]")
+
+
+def test_a_small_mask_of_a_very_large_image_is_read() -> None:
+    size = (20000, 20000)
+    crop = CroppedMask(19900, 19950, np.ones((30, 40), bool))
+    decoded = decode_cropped(check_segmentation(encode_cropped(crop, size)), size)
+    assert (decoded.top, decoded.left, decoded.mask.shape) == (19900, 19950, (30, 40))
+    assert decoded.mask.all()

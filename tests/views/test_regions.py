@@ -143,6 +143,15 @@ def test_a_damaged_part_is_one_sentence(tmp_path: Path) -> None:
         source.read(np.array([0, 0, WIDTH, HEIGHT]))
 
 
+def test_more_pixels_than_run_lengths_can_count_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    path.write_bytes(tiff(COLOURS, photometric="rgb", **TILE))
+    with tifffile.TiffFile(path, mode="r+b") as opened:
+        opened.pages[0].tags["ImageWidth"].overwrite(1 << 17)
+        opened.pages[0].tags["ImageLength"].overwrite(1 << 17)
+    assert inspect_image(path, IN_WINDOWS).problem == "image-too-large"
+
+
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.tif"
     path.write_bytes(tiff(COLOURS, photometric="rgb", **TILE)[:-5000])

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
+from benchmarks.pretrain_tiny import AUTOMATIC_SETTINGS
 from samft.coco.subset import CocoSubset
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader
@@ -212,18 +213,18 @@ class Scorer:
     def _find_automatically(
         self, model: PromptedSam, objects: EvaluatedObjects
     ) -> dict[str, NDArray[np.float64]]:
-        # SAM's own settings, in stock SAM's frame, as the automatic mask generator has no other.
-        found = {name: np.full(len(objects.image_ids), np.nan) for name in AUTOMATIC_METRICS}
+        # In stock SAM's frame, as the automatic mask generator has no other.
+        columns = {name: np.full(len(objects.image_ids), np.nan) for name in AUTOMATIC_METRICS}
         if self.sample is None:
-            return found
+            return columns
         loader = val_loader(self._dataset("pad", self.sample))
-        generator = MaskGenerator(model.sam, show_progress=False)
+        generator = MaskGenerator(model.sam, show_progress=False, **AUTOMATIC_SETTINGS)
         scores = score_masks(generate_split(generator, self.sample, loader), self.sample)
         rows = {key: row for row, key in enumerate(_keys(objects))}
         places = [rows[key] for key in _keys(scores.objects)]
-        for name, column in found.items():
+        for name, column in columns.items():
             column[places] = scores.columns[name]
-        return found
+        return columns
 
     def _evaluate(self, model: PromptedSam, resize_mode: str) -> EvaluatedObjects:
         dataset = self._dataset(resize_mode)

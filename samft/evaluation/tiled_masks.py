@@ -119,7 +119,7 @@ def merge_tiles(
     left_out |= _worse_doubles(doubles, scores)
     parts = [pair for pair in parts if not left_out[list(pair)].any()]
     groups = _join_parts(parts, boxes)
-    return [_join([masks[k] for k in group]) for group in groups if not left_out[group[0]]]
+    return [_join_parts([masks[k] for k in group]) for group in groups if not left_out[group[0]]]
 
 
 def _find_cut(
@@ -185,7 +185,7 @@ def _join_parts(pairs: list[tuple[int, int]], boxes: NDArray[np.float64]) -> lis
     return [group for k, group in enumerate(group_of) if group[0] == k]
 
 
-def _join(parts: list[AutomaticMask]) -> AutomaticMask:
+def _join_parts(parts: list[AutomaticMask]) -> AutomaticMask:
     # As sure as its least sure part.
     if len(parts) == 1:
         return parts[0]

@@ -20,8 +20,8 @@ def test_discs_lie_on_seams_and_do_not_touch(tmp_path: Path) -> None:
     write_picture(tmp_path, 1500, boxes)
     inner = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
     outer = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
-    touching = (outer > inner).all(axis=2) & ~np.eye(len(boxes), dtype=bool)
-    assert not touching.any() and boxes.min() >= 0 and boxes.max() <= 1500
+    overlapping = (outer > inner).all(axis=2) & ~np.eye(len(boxes), dtype=bool)
+    assert not overlapping.any() and boxes.min() >= 0 and boxes.max() <= 1500
     shares = held_shares(boxes, tile_windows((1500, 1500), VIEW))
     assert ((shares > 0.1) & (shares < 0.9)).any(axis=1).sum() > 10
     image = open_source(tmp_path / "picture.tif").read(np.array([0, 0, 1500, 1500]))

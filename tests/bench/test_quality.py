@@ -111,14 +111,14 @@ def test_clicks_are_scored_if_asked_and_reported_where_all_runs_have_them(tmp_pa
 def test_automatic_masks_are_scored_on_a_sample_of_the_images(tmp_path: Path) -> None:
     argv = ["--seeds", "0", "--recipes", "untouched", "default", "--against", "untouched"]
     args = options(tmp_path, *argv, "--automatic", "2")
-    found = {"found_50": np.array([1.0, 0.0, 1.0]), "found_75": np.array([1.0, 0.0, 0.0])}
+    columns = {"found_50": np.array([1.0, 0.0, 1.0]), "found_75": np.array([1.0, 0.0, 0.0])}
 
     def score(images: list[Any], subset: CocoSubset) -> Any:
         keys = [(i.image_id, one) for i in images for one in i.object_ids]
         assert len(images) == subset.num_images == 2 and len(keys) >= 3
         ids = np.array(keys[:3])
         return SimpleNamespace(
-            objects=SimpleNamespace(image_ids=ids[:, 0], object_ids=ids[:, 1]), columns=found
+            objects=SimpleNamespace(image_ids=ids[:, 0], object_ids=ids[:, 1]), columns=columns
         )
 
     with mock.patch.object(quality_scores, "score_masks", score):

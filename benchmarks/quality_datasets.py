@@ -82,6 +82,7 @@ def drawn_dataset(name: str, write: Callable[[Path], object]) -> Callable[[Path]
 
 DATASETS = {
     "hbn_flakes": QualityDataset(256, shared_dataset("hbn_flakes")),
+    "hbn_flakes_512": QualityDataset(512, shared_dataset("hbn_flakes")),
     "mushrooms": QualityDataset(256, shared_dataset("mushrooms")),
     "coco_open104": QualityDataset(
         256, shared_dataset("coco_open104", train_split="train2017", val_split="val2017")

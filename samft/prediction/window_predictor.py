@@ -1,5 +1,8 @@
 """`samft.load_predictor`: the calls of `SamPredictor`, with the windows that a checkpoint knows."""
 
+import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
+
+# isort: split
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path

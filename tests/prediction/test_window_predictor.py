@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,15 @@ def test_a_window_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SamPredictor, "set_image", lambda *_: pytest.fail("encoded again"))
     for again, before in zip(predictor.predict(**PROMPTS[0]), first, strict=True):
         np.testing.assert_array_equal(again, before)
+
+
+@pytest.mark.processes
+def test_it_may_be_the_first_thing_that_a_program_asks_for() -> None:
+    # Whatever is imported first has to bring a torchvision that can be imported.
+    code = "import samft; print(samft.load_predictor.__name__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == "load_predictor\n"
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def merge_tiles(
     scores = np.array([mask.iou_predicted for mask in masks])
     left_out |= _worse_doubles(doubles, scores)
     parts = [pair for pair in parts if not left_out[list(pair)].any()]
-    groups = _join_parts(parts, boxes)
+    groups = _group_parts(parts, boxes)
     return [_join_parts([masks[k] for k in group]) for group in groups if not left_out[group[0]]]
 
 
@@ -173,7 +173,7 @@ def _worse_doubles(pairs: list[tuple[int, int]], scores: NDArray[np.float64]) ->
     return worse
 
 
-def _join_parts(pairs: list[tuple[int, int]], boxes: NDArray[np.float64]) -> list[list[int]]:
+def _group_parts(pairs: list[tuple[int, int]], boxes: NDArray[np.float64]) -> list[list[int]]:
     # Groups of masks that are parts of one object; a mask without others is a group of its own.
     group_of = [[k] for k in range(len(boxes))]
     for first, second in pairs:

@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "list what is wrong with a dataset, and repair it",
     "train": "tune Segment Anything on a dataset",
     "evaluate": "score checkpoints on every object of a split",
+    "average": "average untouched and tuned weights, and keep the best",
     "predict": "write the masks of images, from boxes or without",
     "export": "write a checkpoint for other programs",
 }

@@ -39,7 +39,7 @@ ORDER = (
     ("exporters",),
     ("recipes",),
     ("api",),
-    ("__main__", "train", "evaluate", "predict", "export", "check", "demo", "convert"),
+    ("__main__", "train", "evaluate", "average", "predict", "export", "check", "demo", "convert"),
 )
 COMMANDS = ORDER[-1]
 WITHOUT_TORCH = (

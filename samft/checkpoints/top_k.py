@@ -113,7 +113,7 @@ class TopK:
             _check_sidecar(path)
         if adapter:
             _write_adapter(path.with_suffix(ADAPTER_SUFFIX), adapter, sidecar["adapter"])
-        _write_checkpoint(path, tensors, sidecar)
+        write_checkpoint(path, tensors, sidecar)
         # Only now, when the new one is on the disk with its sidecar, may others be deleted: a kill
         # or a full disk before this line leaves the k best that there were. A kill after it, before
         # `last.ckpt` lists the new one, is harmless: the resumed run takes the same steps again,
@@ -157,7 +157,17 @@ def _check_sidecar(path: Path) -> None:
         raise FileExistsError(errno.EEXIST, reason, str(path))
 
 
-def _write_checkpoint(path: Path, tensors: dict[str, Tensor], sidecar: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], sidecar: dict[str, Any]) -> None:
+    """Writes a checkpoint and its sidecar, in place of an earlier one of samft.
+
+    Args:
+        path: The file.
+        tensors: By SAM's own keys.
+        sidecar: Metadata; the file's SHA-256 is added.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; nothing changed.
+    """
     # The sidecar first, with the digests of the old file and of the new: however this ends, each
     # file that is there has a sidecar which proves whose it is.
     sidecar_path = path.with_suffix(".json")

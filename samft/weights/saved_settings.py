@@ -22,8 +22,13 @@ def saved_resize_mode(path: Path) -> str:
         path: A checkpoint. Its sidecar records the mode, or the file itself if it is a `last.ckpt`
             or was exported to safetensors.
     """
-    metadata = _saved_metadata(path, "resize_mode")
-    return "squash" if metadata.get("resize_mode") == "squash" else "pad"
+    return recorded_resize_mode(path) or "pad"
+
+
+def recorded_resize_mode(path: Path) -> str | None:
+    """`pad` or `squash`, as `saved_resize_mode`; None if it is not recorded."""
+    mode = _saved_metadata(path, "resize_mode").get("resize_mode")
+    return mode if mode in ("pad", "squash") else None
 
 
 def saved_pixels(path: str | Path) -> PixelFormat | None:
@@ -76,14 +81,26 @@ def saved_prompts(path: Path) -> SavedPrompts | None:
         path: A checkpoint or an export. Its sidecar records them, or the file itself; where it is
             older than the settings, there were boxes only.
     """
+    config = saved_config(path)
+    if config is None:
+        return None
+    clicks = str(config.get("correction_rounds") or 0) != "0"
+    boxes_only = config.get("prompts", "box") == "box" and not clicks
+    return SavedPrompts(boxes_only, config.get("multimask") == "best")
+
+
+def saved_config(path: Path) -> dict[str, Any] | None:
+    """The settings of a checkpoint's training; None if it was not trained by samft.
+
+    Args:
+        path: A checkpoint or an export, of which only some are known.
+    """
     saved = _saved_metadata(path, "config")
     config = saved.get("config", saved)
     # Of a run, or of an export of its checkpoint; an export of Meta's has neither.
     if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step"}:
         return None
-    clicks = str(config.get("correction_rounds") or 0) != "0"
-    boxes_only = config.get("prompts", "box") == "box" and not clicks
-    return SavedPrompts(boxes_only, config.get("multimask") == "best")
+    return config
 
 
 def describe_point_prompts(path: Path, *, automatic: bool) -> list[str]:

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from helpers.preloaded import run_preloaded
 from helpers.short_runs import arguments, clean_environment, evaluate_here, train_here
-from samft import check, demo, export, load_sam, predict
+from helpers.tiny_checkpoint import tiny_sam, write_tiny
+from samft import average, check, demo, export, load_sam, predict
+from samft.runtime.files import sha256_of
 
 pytestmark = pytest.mark.smoke
 SECONDS = 120
@@ -53,6 +55,29 @@ def test_train_and_evaluate(data: Path, trained: dict[str, Any]) -> None:
     assert scores["per_mask_iou"] == pytest.approx(trained["best_val_per_mask_iou"], abs=1e-12)
 
 
+def test_average(data: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    other, output = str(write_tiny(tmp_path, sam=tiny_sam())), tmp_path / "averaged.pth"
+    ends = (other, trained["best_checkpoint"])
+    where = ("--data_root", str(data), "--device", "cpu")
+    written = average.main([*ends, *where, "--points", "0.5", "--output", str(output)])
+    points = written["average"]["points"]
+    best = max(points, key=lambda point: point["per_mask_iou"])
+    assert [point["weight"] for point in points] == [0, 0.5, 1]
+    assert points[2]["per_mask_iou"] == pytest.approx(trained["best_val_per_mask_iou"], abs=1e-12)
+    sidecar = json.loads(output.with_suffix(".json").read_text())
+    files = sidecar["average"]["checkpoints"]
+    assert sidecar["sha256"] == sha256_of(output)
+    assert [file["sha256"] for file in files] == [sha256_of(Path(path)) for path in ends]
+    assert [file["weight"] for file in files] == [1 - best["weight"], best["weight"]]
+    assert sidecar["config"]["checkpoint_path"] == "auto"
+    states = [load_sam(path).state_dict() for path in (*ends, output)]
+    for name, tensor in states[2].items():
+        expected = torch.lerp(states[0][name], states[1][name], best["weight"])
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+    scores = evaluate_here(["--checkpoint", str(output), *where])
+    assert scores["per_mask_iou"] == best["per_mask_iou"] == sidecar["metrics"]["val_per_mask_iou"]
+
+
 def test_predict(data: Path, trained: dict[str, Any], tmp_path: Path) -> None:
     source = ("--images", str(data / "val"))
     boxes = ("--annotations", str(data / "val" / "_annotations.coco.json"))
@@ -83,3 +108,8 @@ def test_two_processes_train_and_evaluate(data: Path, tmp_path: Path) -> None:
     assert scores["automatic"]["images"] == 3
     expected = summary["best_val_per_mask_iou"]
     assert scores["per_mask_iou"] == pytest.approx(expected, abs=1e-12)
+    where = ("--data_root", str(data), "--device", "cpu", "--output", str(tmp_path / "mean.pth"))
+    ends = (str(write_tiny(tmp_path, sam=tiny_sam())), summary["best_checkpoint"])
+    command("samft.average", *ends, *where, "--points", "0,1", processes=2)
+    points = json.loads((tmp_path / "mean.json").read_text())["average"]["points"]
+    assert points[1]["per_mask_iou"] == pytest.approx(expected, abs=1e-12)

@@ -20,7 +20,7 @@ from helpers.documentation import PAGES, Block, PageError, Runner
 from samft.commands import COMMANDS as PROGRAM
 from samft.config import TrainConfig
 
-COMMANDS = ("train", "evaluate", "predict", "export", "convert", "check", "demo")
+COMMANDS = ("train", "evaluate", "average", "predict", "export", "convert", "check", "demo")
 BENCHMARKS = (
     *("coco_like", "predict", "pretrain_tiny", "quality", "same_numbers", "saving", "scale"),
     "train_step",

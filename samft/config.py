@@ -283,6 +283,9 @@ class TrainConfig:
         "0.99 say; 0: off",
         at_least=0,
     )
+    anchor_weight: float = _optimisation(
+        0.0, "forget less: pull weights to their start by this times the rate; 0: off", at_least=0
+    )
     loss_focal_weight: float = _optimisation(10.0, "weight of the focal loss", at_least=0)
     loss_dice_weight: float = _optimisation(1.0, "weight of the dice loss", at_least=0)
     loss_iou_weight: float = _optimisation(

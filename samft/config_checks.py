@@ -118,6 +118,12 @@ def _check_rates(config: Any) -> list[str]:
             problems.append(f"{name}: {rate} must be above 0.")
     if not 0 < config.layer_decay <= 1:
         problems.append(f"layer_decay: {config.layer_decay} must be above 0, and at most 1.")
+    highest = max(config.learning_rate, config.encoder_learning_rate or 0)
+    if config.anchor_weight * highest > 1:
+        problems.append(
+            f"anchor_weight: {config.anchor_weight} times the learning rate, {highest}, is above "
+            f"1, the whole way back to the start: take at most {1 / highest:g}."
+        )
     if config.ema_decay >= 1:
         problems.append(f"ema_decay: {config.ema_decay} must be below 1.")
     if config.freeze_image_encoder:

@@ -165,6 +165,11 @@ def adapter_state(sam: Sam) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in sam.state_dict().items() if _MARK in name}
 
 
+def is_down_projection(name: str) -> bool:
+    """Whether a parameter of a model with adapters is A of one: with B zero, it has no effect."""
+    return _MARK in name and name.endswith(".down")
+
+
 def load_adapter_state(sam: Sam, state: Mapping[str, Tensor]) -> None:
     """Loads what `adapter_state` gave into a model with the same adapters."""
     sam.load_state_dict({**sam.state_dict(), **state})

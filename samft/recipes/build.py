@@ -289,6 +289,7 @@ def build_trainer(
         amp_dtype=pick_amp_dtype(config.amp, model.sam.device),
         clip_grad_norm=config.clip_grad_norm,
         ema_decay=config.ema_decay,
+        anchor_weight=config.anchor_weight,
         bf16_compress=config.bf16_compress,
         progress=progress,
     )
@@ -333,13 +334,13 @@ def disk_bytes(model: PromptedSam, config: TrainConfig) -> int:
 
     Args:
         model: With its frozen parts frozen.
-        config: Says how many best checkpoints are kept, and whether weights are averaged.
+        config: Says how many best checkpoints are kept, and what is kept beside trained weights.
     """
     # `last.ckpt` and the one before it, the best checkpoints, and one more of each while it is
     # written. AdamW has two float32 moments for each trained parameter.
     weights = sum(tensor.nbytes for tensor in model.sam.state_dict().values())
-    # Averaged weights are saved beside the trained ones.
-    bytes_each = 12 if config.ema_decay else 8
+    # Averaged weights are saved beside the trained ones, and those at the start if they pull.
+    bytes_each = 8 + 4 * bool(config.ema_decay) + 4 * bool(config.anchor_weight)
     beside = sum(bytes_each * p.numel() for p in model.parameters() if p.requires_grad)
     return 3 * (weights + beside) + (config.save_top_k + 1) * weights
 

@@ -270,6 +270,7 @@ def _save_state(
                 "model": merged_state(run.model.sam),
                 "adapters": adapter_state(run.model.sam),
                 "own_values": own_values,
+                "start_values": run.trainer.anchor.start_values() if run.trainer.anchor else {},
                 "optimizer": optimizer,
                 "scaler": run.trainer.scaler.state_dict(),
                 "progress": {**asdict(run.progress), "window": sums},

@@ -132,6 +132,8 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
         load_adapter_state(model.sam, resume.state.pop("adapters", {}))
         if trainer.average is not None:
             trainer.average.restore(resume.state.pop("own_values"))
+        if trainer.anchor is not None:
+            trainer.anchor.restore(resume.state.pop("start_values"))
     train_batches, val_batches = build_loaders(
         config, splits, start_step=parts.progress.position, device=parts.device
     )

@@ -32,6 +32,7 @@ from samft.errors import TrainingError, explain_out_of_memory
 from samft.models.prompted_sam import PromptedSam
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32, peak_memory_gib
+from samft.training.anchor import Anchor
 from samft.training.averaging import WeightAverage
 from samft.training.losses import LossFunction, MaskLosses
 from samft.training.optim import get_learning_rate, set_learning_rate
@@ -186,6 +187,7 @@ class Trainer:
         amp_dtype: torch.dtype | None = None,
         clip_grad_norm: float = 1.0,
         ema_decay: float = 0.0,
+        anchor_weight: float = 0.0,
         bf16_compress: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -200,6 +202,7 @@ class Trainer:
             amp_dtype: Autocast to this type; None: exact float32. float16 brings a gradient scaler.
             clip_grad_norm: Largest gradient norm; 0: off.
             ema_decay: See `WeightAverage`; 0: off.
+            anchor_weight: See `Anchor`; 0: off.
             bf16_compress: Whether gradients travel between processes in bfloat16.
             progress: Of a run that is resumed; None for a fresh one.
         """
@@ -213,6 +216,7 @@ class Trainer:
         trained = {name: p for name, p in model.sam.named_parameters() if p.requires_grad}
         self.parameters = list(trained.values())
         self.average = WeightAverage(trained, decay=ema_decay) if ema_decay else None
+        self.anchor = Anchor(trained, weight=anchor_weight) if anchor_weight else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.bad_images: dict[str, str] = {}
         # On the device: reading the losses of every step would make the host wait for the GPU
@@ -308,6 +312,8 @@ class Trainer:
         # the same; but if only some of them skipped a step, their weights would differ for good.
         finite = not any_rank(not bool(torch.isfinite(norm)), in_step=True)
         if finite:
+            if self.anchor is not None:  # before the step, as AdamW decays
+                self.anchor.pull(self.optimizer)
             self.scaler.step(self.optimizer)
             self.progress.bad_steps = 0
         else:

@@ -83,6 +83,7 @@ OTHER: dict[str, Any] = {
     "encoder_learning_rate": 1e-5,
     "layer_decay": 0.9,
     "ema_decay": 0.99,
+    "anchor_weight": 30.0,
     "patience": 3,
     "weight_decay": 0.0,
     "metrics_interval": 5,
@@ -394,6 +395,9 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
             "lora_decoder: freeze_mask_decoder leaves no layer to adapt.",
         ),
         ("--ema_decay 1", "ema_decay: 1.0 must be below 1."),
+        ("--anchor_weight 10001", "anchor_weight: 10001.0 times the learning rate, 0.0001, is"),
+        ("--anchor_weight 300 --encoder_learning_rate 1e-2", "take at most 100."),
+        ("--anchor_weight -1", "anchor_weight: -1.0 must be at least 0."),
         ("--layer_decay 1.1", "layer_decay: 1.1 must be above 0, and at most 1."),
         (
             "--cache_embeddings on --freeze_image_encoder --augment scale",

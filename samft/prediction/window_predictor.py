@@ -110,14 +110,14 @@ class WindowPredictor:
         else:
             self.window = np.array([0, 0, *self._source.size[::-1]], dtype=np.int64)
         assert self.window is not None
-        self._show(self.window)
+        self._show_window(self.window)
         masks, scores, logits = self._stock.predict(
             **prompt,
             mask_input=mask_input,
             multimask_output=multimask_output,
             return_logits=return_logits,
         )
-        return self._paste(masks), scores, logits
+        return self._paste_masks(masks), scores, logits
 
     def get_image_embedding(self) -> torch.Tensor:
         """The embedding of `window`, as `SamPredictor.get_image_embedding`."""
@@ -141,7 +141,7 @@ class WindowPredictor:
             "box": moved.box if moved.has_box else None,
         }
 
-    def _show(self, window: NDArray[np.int64]) -> None:
+    def _show_window(self, window: NDArray[np.int64]) -> None:
         assert self._source is not None
         key = tuple(window.tolist())
         if key not in self._shown:
@@ -153,7 +153,7 @@ class WindowPredictor:
         for name, value in self._shown[key].items():
             setattr(self._stock, name, value)
 
-    def _paste(self, masks: NDArray[Any]) -> NDArray[Any]:
+    def _paste_masks(self, masks: NDArray[Any]) -> NDArray[Any]:
         assert self._source is not None and self.window is not None
         x0, y0, x1, y1 = self.window.tolist()
         if masks.shape[1:] == self._source.size:

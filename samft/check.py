@@ -4,30 +4,50 @@
     samft check --annotations FILE --images DIR
 
 Prints what is wrong and what samft does about it, what the dataset holds, and which settings suit
-it. `--fix` writes repaired copies of the annotation files, `--pictures` contact sheets of objects.
+it. `--fix` writes repaired copies of the annotation files, `--pictures` contact sheets of objects,
+`--suggest` a configuration for this dataset and this machine, with the reason of each line.
 The exit code is 0 for a dataset that can be trained on, 2 for one that cannot.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.boxes import advise_on_small_objects
 from samft.coco.layout import describe_folder
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
-from samft.coco.statistics import TEST, TRAIN, VAL, CheckedSplit, check_split, check_splits
-from samft.commands import shell_command
+from samft.coco.statistics import (
+    TEST,
+    TRAIN,
+    VAL,
+    CheckedSplit,
+    check_split,
+    check_splits,
+    compute_statistics,
+)
+from samft.commands import shell_command, shell_program
+from samft.config import TrainConfig
 from samft.errors import ConfigError, DataError, escape_unprintable, fold_for_terminal
 from samft.images.flags import add_pixel_flags, pixel_flags
 from samft.images.pixels import PixelFormat
 from samft.reports.contact_sheets import write_sheets
-from samft.runtime.files import write_json
+from samft.runtime.files import write_json, write_text
 from samft.runtime.own_files import has_keys
+from samft.suggested_settings import (
+    SMALLEST_IMAGE_SIZE,
+    Facts,
+    Suggestion,
+    suggest_settings,
+    to_comment,
+)
 
 Splits = dict[str, CheckedSplit]  # by their names in the report
 _is_own_report = has_keys("image_size", "errors", "warnings", "notes", "splits")
@@ -61,6 +81,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         _write_pictures(splits, options.pictures)
     _print_lines(["", _verdict_line(report)])
     _raise_for_errors(splits, options)
+    if options.suggest:
+        _write_suggestions(splits, options)
     return report
 
 
@@ -91,6 +113,12 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
     add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
     add("--fix", type=user_path, metavar="DIR", help="write repaired annotation files there")
     add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
+    add(
+        "--suggest",
+        type=user_path,
+        metavar="FILE",
+        help="write a configuration for this dataset and this machine there",
+    )
     add("--debug", action="store_true", help="show tracebacks of user errors too")
     options = parser.parse_args(argv)
     if bool(options.annotations) != bool(options.images):
@@ -145,6 +173,8 @@ def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path
             f"--json: {options.json} exists, and no check of samft has written it: choose another "
             "name."
         )
+    if options.suggest and options.suggest.exists():
+        raise ConfigError(f"--suggest: {options.suggest} exists: choose another name.")
     for flag in ("fix", "pictures"):
         target = getattr(options, flag)
         if target and _is_among_data(target.resolve(), splits, options.data_root):
@@ -299,6 +329,83 @@ def _write_pictures(splits: Splits, folder: Path) -> None:
             if split.index is not None:
                 paths = write_sheets(split.index, split.problems, folder, name=name)
                 _print_lines([f"pictures: {len(paths)} sheets of {name} in {folder}"])
+
+
+def _write_suggestions(splits: Splits, options: argparse.Namespace) -> None:
+    # Only of splits that can be trained on, so all of them are read.
+    path = options.suggest.absolute()
+    train = next(iter(splits.values())) if options.annotations else splits[TRAIN]
+    with _naming_flag("suggest", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = _collect_facts(train, splits.get(VAL), folder=path.parent)
+    output_dir = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-run")
+    suggestions = [
+        *(Suggestion(name, value, "") for name, value in _data_settings(options).items()),
+        Suggestion("output_dir", str(output_dir), "everything that the run writes"),
+        *suggest_settings(facts),
+    ]
+    settings = {one.setting: one.value for one in suggestions}
+    if problems := TrainConfig(**settings).check():
+        raise ConfigError(f"--suggest: {' '.join(problems)}")
+    command = shell_command("train", "--config", path)
+    if facts.num_gpus > 1:
+        each_gpu = f"--nproc_per_node={facts.num_gpus}"
+        command = shell_program("torchrun", each_gpu, "-m", "samft.train", "--config", path)
+    title = f"Suggested by samft check for this dataset and this machine. To train: {command}"
+    parts = [f"{to_comment(title)}\n", *(_yaml_of(one) for one in suggestions)]
+    with _naming_flag("suggest", path):
+        write_text(path, "\n".join(parts))
+    _print_lines(["", f"suggested: {options.suggest}", "to train:", f"  {command}"])
+
+
+def _yaml_of(suggestion: Suggestion) -> str:
+    reason = f"{to_comment(suggestion.reason)}\n" if suggestion.reason else ""
+    return reason + OmegaConf.to_yaml({suggestion.setting: suggestion.value})
+
+
+def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Path) -> Facts:
+    from samft.runtime.device import gpu_memories_gib, host_memory_gib, usable_cores
+
+    assert train.index and train.statistics
+    numbers, gpus = train.statistics, gpu_memories_gib()
+    if val is None and numbers.num_images_with_objects < 2:
+        raise ConfigError(
+            "--suggest: there is one image with objects and no validation split: a training takes "
+            "another image to validate on."
+        )
+    indices = [split.index for split in (train, val) if split and split.index]
+    sizes = [
+        compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small.suggested_image_size
+        for index in indices
+    ]
+    return Facts(
+        num_images=numbers.num_images_with_objects,
+        num_objects=numbers.num_objects,
+        num_val_images=val.statistics.num_images_with_objects if val and val.statistics else 0,
+        most_masks=numbers.max_masks_per_image,
+        image_size=max(sizes),
+        num_gpus=len(gpus),
+        gpu_gib=min(gpus, default=0.0),
+        memory_gib=host_memory_gib(),
+        cores=usable_cores(),
+        disk_gib=shutil.disk_usage(folder).free / 2**30,
+    )
+
+
+def _data_settings(options: argparse.Namespace) -> dict[str, Any]:
+    # The flags of this command that are settings of a training, but for those at their defaults.
+    paths = {
+        "data_root": options.data_root,
+        "train_annotations": options.annotations,
+        "train_images": options.images,
+    }
+    settings: dict[str, Any] = {name: str(p.absolute()) for name, p in paths.items() if p}
+    if options.allow_links:
+        settings["allow_links"] = ",".join(str(path.absolute()) for path in options.allow_links)
+    for name in ("train_split", "val_split", "on_bad_image", "crowds"):
+        if (value := getattr(options, name)) != getattr(TrainConfig, name):
+            settings[name] = value
+    return settings | pixel_flags(options)
 
 
 @contextmanager

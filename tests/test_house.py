@@ -24,7 +24,7 @@ MAX_FILES_OF_A_ROOM = 12
 ORDER = (
     ("errors", "commands", "suggestions", "ending"),
     ("cli", "rendezvous"),
-    ("settings", "config_checks"),
+    ("settings", "config_checks", "suggested_settings"),
     ("config", "distributed"),
     ("runtime",),
     ("images",),
@@ -47,6 +47,7 @@ WITHOUT_TORCH = (
     "cli",
     "settings",
     "config_checks",
+    "suggested_settings",
     "config",
     "images",
     "views",

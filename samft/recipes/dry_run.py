@@ -38,6 +38,7 @@ from samft.recipes.datasets import Splits, load_splits
 from samft.recipes.embedding_cache import CacheEstimate, cache_dir_of, estimate_cache
 from samft.runtime.device import (
     exact_float32,
+    host_memory_gib,
     peak_memory_gib,
     pick_amp_dtype,
     synchronized_time,
@@ -182,7 +183,7 @@ def _combine_ranks(forecast: Forecast) -> Forecast:
 def _total_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return host_memory_gib()
 
 
 @dataclass

@@ -19,6 +19,7 @@ from samft.runtime.logs import LOGGER
 # The buffers of cuBLAS with which its products are deterministic
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes, of this process's container
 # With one of these as its first entry, CUDA_VISIBLE_DEVICES hides all GPUs on purpose.
 _HIDES_ALL = ("", "-1", "NoDevFiles")
 
@@ -241,6 +242,24 @@ def total_memory_bytes(device: torch.device) -> float:
     if device.type != "cuda":
         return float("inf")
     return float(torch.cuda.get_device_properties(device).total_memory)
+
+
+def host_memory_gib() -> float:
+    """The memory of this host, or of the container or job that this process may not exceed."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(_CGROUP_LIMIT.read_text())
+    except (OSError, ValueError):  # another system, or "max": no limit
+        limit = whole
+    return min(whole, limit) / 2**30
+
+
+def gpu_memories_gib() -> list[float]:
+    """The memory of each GPU that this process may use; empty where PyTorch can use none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `samft train` says what is wrong with them
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(count)]
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -1,0 +1,506 @@
+"""Settings for a dataset and a machine, each with its reason: `samft check --suggest`.
+
+A pure function of numbers: equal numbers give equal settings. What no paper and no measurement of
+samft's stands behind says so in its reason. Imports no torch.
+
+Sources, by author and year:
+    Archit et al., Segment Anything for Microscopy, Nature Methods, 2025.
+    Gu et al., How to build the best medical image segmentation algorithm using foundation models,
+        MELBA, 2025.
+    Ravi et al., SAM 2: Segment Anything in Images and Videos, 2024.
+    Teuber et al., Parameter Efficient Fine-Tuning of Segment Anything Model for Biomedical Imaging,
+        MIDL, 2025 (PMLR 301).
+"""
+
+import math
+import textwrap
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from samft.errors import escape_unprintable
+
+SMALLEST_IMAGE_SIZE = 256  # px; that of vit_tiny's pre-training, from which on sizes are asked for
+
+DECODER, LORA, LAST_HALF, ALL = range(4)  # what is trained, from little to all
+_LORA_RANK = 8
+# Images from which on more is trained: halfway, as factors, between 5, 50, 500 and 5,000.
+_MORE_TRAINED = {LORA: 16, LAST_HALF: 158, ALL: 1581}
+_OBJECTS_OF_AN_IMAGE = 4  # fewer an image count as fewer images
+_MAX_VIEWS = 200  # of an image in a run
+_MAX_VAL_IMAGES, _VAL_SHARE = 500, 0.2
+_NUM_VALIDATIONS, _NUM_VALIDATIONS_CPU, _PATIENCE = 20, 5, 5
+
+# Shares of memory and disk that a run may take by an estimate.
+_USABLE_MEMORY, _USABLE_DISK = 0.6, 0.5
+_DECODER_GIB = 1.44  # a cached step of vit_b at 1024 px, one image: docs/benchmarks.md
+_ENCODER_GIB = 4.2  # of activations of vit_b's encoder, everything trained: docs/benchmarks.md
+_EMBEDDING_MIB = 2.0  # of an image at 1024 px in float16: docs/training.md
+
+# A CPU: seconds that a run may take, and what steps take, in seconds of a core.
+_CPU_SECONDS = 120  # as long as the demo takes on an idle one
+_FEWEST_STEPS = 50
+_MASKS_ON_A_CPU = 16
+_VIT_B_CORES, _VIT_B_GIB = 8, 16
+_VIT_B_ENCODING = 19  # core seconds an image at 1024 px: 9.6 s on two cores (docs/benchmarks.md)
+_VIT_B_ENCODING_SECONDS = 3600
+
+
+class _Model(NamedTuple):
+    parameters: float  # millions
+    blocks: int
+    width: int
+    image_size: int  # of its pre-training, px
+    # Core seconds at the size of its pre-training: an image through the encoder, and a box through
+    # decoder and losses, there and back.
+    encoder_seconds: float
+    box_seconds: float
+
+    @property
+    def relative_activations(self) -> float:
+        return self.blocks * self.width / (12 * 768)
+
+
+# Seconds: docs/benchmarks.md, two threads; of vit_l and vit_h nothing was measured on a CPU.
+_MODELS = {
+    "vit_h": _Model(641, 32, 1280, 1024, math.inf, math.inf),
+    "vit_l": _Model(312, 24, 1024, 1024, math.inf, math.inf),
+    "vit_b": _Model(94, 12, 768, 1024, _VIT_B_ENCODING, 0.17),
+    "vit_tiny": _Model(1.85, 4, 128, 256, 0.02, 0.007),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What settings are suggested from.
+
+    Attributes:
+        num_images: Training images with objects, those to be held out included.
+        num_objects: Of these images.
+        num_val_images: Of the validation split; 0: there is none.
+        most_masks: `max_masks_per_image` that suffices for 99 % of the images.
+        image_size: The smallest model input that keeps most objects large enough, px; see
+            `coco.boxes.find_small_objects` from `SMALLEST_IMAGE_SIZE` on.
+        num_gpus: 0: a CPU trains.
+        gpu_gib: Memory of the smallest of them.
+        memory_gib: Of the host.
+        cores: CPU cores that may be used.
+        disk_gib: Free where the run will write.
+    """
+
+    num_images: int
+    num_objects: int
+    num_val_images: int
+    most_masks: int
+    image_size: int
+    num_gpus: int
+    gpu_gib: float
+    memory_gib: float
+    cores: int
+    disk_gib: float
+
+    @property
+    def num_train_images(self) -> int:
+        """Those that are left when a part is held out."""
+        if self.num_val_images:
+            return self.num_images
+        return max(1, self.num_images - max(1, round(self.num_images * self.val_fraction)))
+
+    @property
+    def val_fraction(self) -> float:
+        """Share to hold out: a fifth, or less where that would be more than 500 images."""
+        share = min(_VAL_SHARE, _MAX_VAL_IMAGES / max(self.num_images, 1))
+        return float(f"{share:.2g}")
+
+    @property
+    def recipe_images(self) -> int:
+        """Training images by which the recipe is chosen: fewer where there are few objects."""
+        return max(1, min(self.num_train_images, self.num_objects // _OBJECTS_OF_AN_IMAGE))
+
+
+class Suggestion(NamedTuple):
+    """One line of a configuration, and why."""
+
+    setting: str
+    value: Any
+    reason: str
+
+
+def suggest_settings(facts: Facts) -> list[Suggestion]:
+    """Settings for a training of a dataset on a machine.
+
+    Args:
+        facts: What is known of both; at least two images, one to validate on.
+
+    Returns:
+        Fields of `TrainConfig` with their reasons; those that are left out keep their defaults.
+    """
+    return _CpuPlan(facts).suggestions() if not facts.num_gpus else _Plan(facts).suggestions()
+
+
+def to_comment(text: str) -> str:
+    """A text as lines of a YAML comment; characters that would end a line are escaped."""
+    plain = escape_unprintable(text).replace("\n", r"\n")
+    return textwrap.fill(
+        plain, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
+
+
+def memory_gib(model_type: str, trained: int, *, image_size: int, batch_size: int) -> float:
+    """Memory that a training step takes, an estimate from steps of `vit_b` on a CPU in float32.
+
+    Weights, gradients and AdamW's moments are counted; activations grow with blocks x width of the
+    encoder that gradients pass, with pixels and with images.
+
+    Args:
+        model_type: A key of `config.MODEL_TYPES`.
+        trained: `DECODER`, `LORA`, `LAST_HALF` or `ALL`.
+        image_size: The model's input, px.
+        batch_size: Images of a micro-batch.
+
+    Returns:
+        GiB.
+    """
+    model = _MODELS[model_type]
+    # Adapters everywhere keep nearly as much for backward as training everything (19.6 of 20.5 GB,
+    # Teuber et al., 2025); a frozen encoder keeps nothing.
+    passed = {DECODER: 0.0, LORA: 1.0, LAST_HALF: 0.5, ALL: 1.0}[trained]
+    moved = {DECODER: 0.0, LORA: 0.02, LAST_HALF: 0.5, ALL: 1.0}[trained]
+    pixels = (image_size / 1024) ** 2
+    activations = _DECODER_GIB + _ENCODER_GIB * model.relative_activations * passed
+    weights = model.parameters * 1e6 * (4 + 12 * moved) / 2**30
+    return weights + batch_size * pixels * activations
+
+
+class _Plan:
+    """The settings for GPUs, decided one after the other, as the later ones need the earlier."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        wanted = max(
+            (kind for kind, least in _MORE_TRAINED.items() if facts.recipe_images >= least),
+            default=DECODER,
+        )
+        self.model_type = self._pick_model(wanted)
+        self.image_size = self._pick_image_size()
+        self.trained = self._pick_trained(wanted)
+        self.wanted = wanted
+        self.batch_size, self.accumulate_steps = self._pick_batch()
+        self.steps = self._pick_steps()
+
+    @property
+    def model(self) -> _Model:
+        return _MODELS[self.model_type]
+
+    @property
+    def images_per_step(self) -> int:
+        return self.batch_size * self.accumulate_steps * max(self.facts.num_gpus, 1)
+
+    @property
+    def num_validations(self) -> int:
+        return _NUM_VALIDATIONS
+
+    def suggestions(self) -> list[Suggestion]:
+        """All of them, in the order of `TrainConfig`."""
+        # How images are seen belongs first here: `view` tiles, where image_size cannot keep the
+        # objects.
+        return [
+            *self._suggest_validation(),
+            *self._suggest_model(),
+            *self._suggest_trained(),
+            *self._suggest_prompts(),
+            *self._suggest_steps(),
+            *self._suggest_batch(),
+            *self._suggest_rates(),
+            *self._suggest_cache(),
+            *self._suggest_validations(),
+        ]
+
+    @property
+    def total_gib(self) -> float:
+        return self.facts.gpu_gib
+
+    def _fits(self, model_type: str, trained: int, image_size: int, batch_size: int = 1) -> bool:
+        need = memory_gib(model_type, trained, image_size=image_size, batch_size=batch_size)
+        return need <= _USABLE_MEMORY * self.total_gib
+
+    def _pick_model(self, wanted: int) -> str:
+        size = max(1024, self.facts.image_size)
+        for model_type in ("vit_h", "vit_l"):
+            if self._fits(model_type, wanted, size):
+                return model_type
+        return "vit_b" if self._fits("vit_b", DECODER, 1024) else "vit_tiny"
+
+    def _pick_image_size(self) -> int:
+        wanted = max(self.model.image_size, self.facts.image_size)
+        sizes = range(wanted, SMALLEST_IMAGE_SIZE - 1, -64)
+        fitting = (size for size in sizes if self._fits(self.model_type, DECODER, size))
+        return next(fitting, SMALLEST_IMAGE_SIZE)
+
+    def _pick_trained(self, wanted: int) -> int:
+        order = [wanted, *(kind for kind in (LAST_HALF, DECODER) if kind < wanted)]
+        fitting = (kind for kind in order if self._fits(self.model_type, kind, self.image_size))
+        return next(fitting, DECODER)
+
+    def _pick_batch(self) -> tuple[int, int]:
+        # A sixteenth of the images in a step, up to 8 of them, but one on each GPU.
+        images = min(8, max(1, self.facts.recipe_images // 16))
+        each = max(1, 2 ** int(math.log2(images)) // self.facts.num_gpus)
+        return self._divide_batch(each)
+
+    def _divide_batch(self, images: int) -> tuple[int, int]:
+        # The largest half, quarter, ... that fits, and how often it takes.
+        batch_size = images
+        while batch_size > 1 and not self._fits(
+            self.model_type, self.trained, self.image_size, batch_size
+        ):
+            batch_size //= 2
+        return batch_size, images // batch_size
+
+    def _pick_steps(self) -> int:
+        return _justified_steps(self.facts.num_train_images, self.images_per_step)
+
+    def _suggest_validation(self) -> list[Suggestion]:
+        facts = self.facts
+        if facts.num_val_images:
+            return []
+        share = facts.val_fraction
+        why = "there is no validation split, so a part of the images is held out"
+        if share < _VAL_SHARE:
+            why += f"; about {_MAX_VAL_IMAGES} are enough"
+        return [
+            Suggestion("val_fraction", share, why),
+            Suggestion(
+                "group_by",
+                "auto",
+                "keeps Roboflow's copies of an image on one side; for frames of videos, folder or "
+                "a pattern of their names",
+            ),
+        ]
+
+    def _suggest_model(self) -> list[Suggestion]:
+        return [
+            Suggestion("model_type", self.model_type, self._model_reason()),
+            Suggestion("checkpoint_path", "auto", "the weights of model_type"),
+            Suggestion("image_size", self.image_size, self._image_size_reason()),
+        ]
+
+    def _model_reason(self) -> str:
+        reason = f"the smallest GPU has {self.facts.gpu_gib:.0f} GiB; estimated from a CPU's steps"
+        if self.model_type in ("vit_l", "vit_h"):
+            reason += (
+                ", which hold it. vit_b is faster, and tuned on 17 radiology datasets the size "
+                "mattered little (Gu et al., 2025)"
+            )
+        return reason
+
+    def _image_size_reason(self) -> str:
+        kept, own = self.facts.image_size, self.model.image_size
+        if self.image_size < kept:
+            return f"{kept} px would keep the small objects, but memory or time are short"
+        if self.image_size > own:
+            return (
+                f"at {own} px, over a quarter of the objects have sides of under two cells of the "
+                "decoder's masks, where masks tend to be worse than boxes (docs/experiments.md)"
+            )
+        return f"{self.model_type} was pre-trained at this size, and the objects are large enough"
+
+    def _suggest_trained(self) -> list[Suggestion]:
+        count = (
+            f"{self.facts.num_train_images:,} training images, {self.facts.num_objects:,} objects"
+        )
+        less = "; more would not fit" if self.trained < self.wanted else ""
+        if self.trained == DECODER:
+            why = (
+                f"{count}{less}: the decoder alone, whose steps are many times faster, as each "
+                "image is encoded only once (docs/benchmarks.md)"
+            )
+            return [Suggestion("freeze_image_encoder", True, why)]
+        if self.trained == LORA:
+            why = (
+                f"{count}: adapters in all blocks of the encoder, beside the decoder; both, with "
+                "adapters, did best on 17 radiology datasets (Gu et al., 2025)"
+            )
+            return [Suggestion("lora_rank", _LORA_RANK, why)]
+        if self.trained == LAST_HALF:
+            why = f"{count}{less}: the last half of the encoder's blocks, {self._half_reason()}"
+            return [Suggestion("train_blocks", self.model.blocks // 2, why)]
+        why = (
+            f"{count}: everything is trained; each block at .9 of the rate of the next, as SAM 2 "
+            "was (Ravi et al., 2024)"
+        )
+        return [Suggestion("layer_decay", 0.9, why)]
+
+    def _half_reason(self) -> str:
+        return (
+            "which took 14 GB where all took 20.5 (Teuber et al., 2025); what comes before is "
+            "computed only once"
+        )
+
+    def _suggest_prompts(self) -> list[Suggestion]:
+        masks = self.facts.most_masks
+        return [
+            Suggestion(
+                "prompts",
+                "box",
+                "for boxes, and fastest; for points, clicks or automatic masks: mixed "
+                "(docs/training.md)",
+            ),
+            Suggestion("max_masks_per_image", masks, "enough for 99 % of the images"),
+        ]
+
+    def _suggest_steps(self) -> list[Suggestion]:
+        views = self.steps * self.images_per_step / self.facts.num_train_images
+        why = (
+            f"each image is seen {views:.3g} times. vit_b tuned on 1 to 10 images was best after "
+            "150 to 2,150 steps, on LIVECell after 25,000 (Archit et al., 2025); between, images "
+            "seen grow with the square root of their number (not measured)"
+        )
+        return [Suggestion("steps", self.steps, why)]
+
+    def _suggest_batch(self) -> list[Suggestion]:
+        gpus = self.facts.num_gpus
+        where = f"{gpus} GPU{'s' * (gpus != 1)}" if gpus else "the CPU"
+        images = self.images_per_step
+        why = f"{images} image{'s' * (images != 1)} a step on {where}"
+        lines = [Suggestion("batch_size", self.batch_size, f"{why}, which should fit")]
+        if self.accumulate_steps > 1:
+            why = "the rest of these images, one micro-batch after the other"
+            lines.append(Suggestion("accumulate_steps", self.accumulate_steps, why))
+        return lines
+
+    def _suggest_rates(self) -> list[Suggestion]:
+        if self.model_type == "vit_tiny":
+            why = "short runs of vit_tiny gained more at 3e-4 than at 1e-4 (docs/experiments.md)"
+            return [Suggestion("learning_rate", 3e-4, why), *self._suggest_average()]
+        lines = [Suggestion("learning_rate", 1e-4, "the default, of the decoder")]
+        if self.trained in (LAST_HALF, ALL):
+            why = (
+                "vit_b on LIVECell scored .667 to .674 from 5e-6 to 1e-4, and .599 at 5e-4 (Archit "
+                "et al., 2025)"
+            )
+            lines.append(Suggestion("encoder_learning_rate", 2e-5, why))
+        return lines + self._suggest_average()
+
+    def _suggest_average(self) -> list[Suggestion]:
+        # A mean over the last 100 steps or so is no use where they are the whole run.
+        if self.steps < 1000:
+            return []
+        why = "a moving average over about 100 steps (its gain was not measured)"
+        return [Suggestion("ema_decay", 0.99, why)]
+
+    def _suggest_cache(self) -> list[Suggestion]:
+        if self.trained not in (DECODER, LAST_HALF):
+            return []
+        room = max(1, math.floor(_USABLE_DISK * self.facts.disk_gib))
+        why = f"half of the {self.facts.disk_gib:,.0f} GiB that are free; the images take about "
+        why += f"{self._cache_gib():.2g} GiB"
+        return [Suggestion("cache_max_gib", float(min(room, 100)), why)]
+
+    def _cache_gib(self) -> float:
+        # Both views of a training image, one of a validation image
+        images = 2 * self.facts.num_train_images + self.facts.num_val_images
+        tokens = self.model.width / 256 if self.trained == LAST_HALF else 1.0
+        mib = _EMBEDDING_MIB * tokens * (self.image_size / 1024) ** 2
+        return images * mib / 1024
+
+    def _suggest_validations(self) -> list[Suggestion]:
+        number = min(self.num_validations, self.steps)
+        why = f"{number} validations; the best checkpoint is kept"
+        lines = [Suggestion("metrics_interval", -(-self.steps // number), why)]
+        if number > _PATIENCE:
+            why = f"the run ends after {_PATIENCE} validations that are no better than the best"
+            lines.append(Suggestion("patience", _PATIENCE, why))
+        return lines
+
+
+class _CpuPlan(_Plan):
+    """The settings for a CPU, whose time is short: by what a step takes."""
+
+    @property
+    def num_validations(self) -> int:
+        return _NUM_VALIDATIONS_CPU
+
+    @property
+    def total_gib(self) -> float:
+        return self.facts.memory_gib
+
+    def _fits(self, model_type: str, trained: int, image_size: int, batch_size: int = 1) -> bool:
+        if not super()._fits(model_type, trained, image_size, batch_size):
+            return False
+        budget, seconds = self._seconds(model_type, trained, image_size)
+        return seconds * _FEWEST_STEPS <= budget
+
+    def _seconds(self, model_type: str, trained: int, image_size: int) -> tuple[float, float]:
+        # Core seconds for all steps, and for a step of one image: docs/benchmarks.md
+        model = _MODELS[model_type]
+        pixels = (image_size / model.image_size) ** 2
+        encoding = model.encoder_seconds * pixels * {DECODER: 0, LAST_HALF: 2}.get(trained, 3)
+        seconds = encoding + model.box_seconds * pixels * self._masks_of_a_step()
+        return _CPU_SECONDS * self.facts.cores, seconds
+
+    def _masks_of_a_step(self) -> float:
+        return min(_MASKS_ON_A_CPU, self.facts.num_objects / max(self.facts.num_images, 1))
+
+    def _pick_model(self, wanted: int) -> str:
+        facts = self.facts
+        encoding = 2 * _VIT_B_ENCODING * facts.num_images / facts.cores
+        large = facts.cores >= _VIT_B_CORES and facts.memory_gib >= _VIT_B_GIB
+        return "vit_b" if large and encoding <= _VIT_B_ENCODING_SECONDS else "vit_tiny"
+
+    def _pick_batch(self) -> tuple[int, int]:
+        budget, seconds = self._seconds(self.model_type, self.trained, self.image_size)
+        affordable = max(1, int(budget / seconds / 100))  # with 100 steps
+        images = min(4, affordable, max(1, self.facts.recipe_images // 4))
+        return self._divide_batch(2 ** int(math.log2(images)))
+
+    def _pick_steps(self) -> int:
+        budget, seconds = self._seconds(self.model_type, self.trained, self.image_size)
+        affordable = int(budget / (seconds * self.images_per_step))
+        return max(1, min(super()._pick_steps(), max(affordable, _FEWEST_STEPS)))
+
+    def _model_reason(self) -> str:
+        facts = self.facts
+        have = (
+            f"no GPU, {facts.cores} CPU core{'s' * (facts.cores != 1)}, {facts.memory_gib:.0f} GiB"
+        )
+        if self.model_type == "vit_b":
+            return f"{have}: vit_b, each image of which takes 19 s of a core to encode"
+        return (
+            f"{have}: the small model in the package; a step of Meta's takes seconds to half a "
+            "minute of a CPU (docs/benchmarks.md)"
+        )
+
+    def _pick_trained(self, wanted: int) -> int:
+        # Adapters take as long as all blocks, and need what the first block is given.
+        return super()._pick_trained(LAST_HALF if wanted == LORA else wanted)
+
+    def _half_reason(self) -> str:
+        return (
+            "which gained most with 20 images (docs/experiments.md); what comes before is computed "
+            "only once"
+        )
+
+    def _suggest_prompts(self) -> list[Suggestion]:
+        prompts, masks = super()._suggest_prompts()
+        if masks.value > _MASKS_ON_A_CPU:
+            why = "of the objects of an image, others in each epoch: a CPU's time is short"
+            masks = Suggestion("max_masks_per_image", _MASKS_ON_A_CPU, why)
+        return [prompts, masks]
+
+    def _suggest_steps(self) -> list[Suggestion]:
+        if self.steps >= super()._pick_steps():
+            return super()._suggest_steps()
+        why = (
+            f"about {_CPU_SECONDS // 60} minutes of this CPU if it is idle, without validation, by "
+            "the times in docs/benchmarks.md; the data justify up to "
+            f"{super()._pick_steps():,} steps"
+        )
+        return [Suggestion("steps", self.steps, why)]
+
+
+def _justified_steps(num_images: int, images_per_step: int) -> int:
+    # The images of a run grow with the square root of the number of images, from 1,000 for 5 of
+    # them; but each is seen at least once, and at most `_MAX_VIEWS` times.
+    images = 1000 * math.sqrt(num_images / 5)
+    images = min(max(images, num_images), _MAX_VIEWS * num_images)
+    return max(1, round(images / images_per_step))

@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
-from samft.coco.boxes import advise_on_small_objects
+from samft.coco.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
 from samft.coco.layout import describe_folder
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
@@ -32,6 +32,8 @@ from samft.coco.statistics import (
     check_split,
     check_splits,
     compute_statistics,
+    measure_views,
+    suggest_view,
 )
 from samft.commands import shell_command, shell_program
 from samft.config import TrainConfig
@@ -374,21 +376,21 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
             "another image to validate on."
         )
     indices = [split.index for split in (train, val) if split and split.index]
-    sizes = [
-        compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small.suggested_image_size
-        for index in indices
-    ]
+    small = [compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small for index in indices]
+    worst = max(small, key=lambda one: one.suggested_image_size)
+    views = measure_views(train.index, image_size=SAM_IMAGE_SIZE)
     return Facts(
         num_images=numbers.num_images_with_objects,
         num_objects=numbers.num_objects,
         num_val_images=val.statistics.num_images_with_objects if val and val.statistics else 0,
         most_masks=numbers.max_masks_per_image,
-        image_size=max(sizes),
+        image_size=worst.suggested_image_size,
         num_gpus=len(gpus),
         gpu_gib=min(gpus, default=0.0),
         memory_gib=host_memory_gib(),
         cores=usable_cores(),
         disk_gib=shutil.disk_usage(folder).free / 2**30,
+        view=suggest_view(views).kind if worst.are_many_then else "image",
     )
 
 

@@ -85,6 +85,8 @@ class Facts:
         memory_gib: Of the host.
         cores: CPU cores that may be used.
         disk_gib: Free where the run will write.
+        view: `tiles` or `objects` where no image size keeps most objects, but windows of as many px
+            as the model's input do; see `coco.statistics.suggest_view`.
     """
 
     num_images: int
@@ -97,6 +99,7 @@ class Facts:
     memory_gib: float
     cores: int
     disk_gib: float
+    view: str = "image"
 
     @property
     def num_train_images(self) -> int:
@@ -201,10 +204,9 @@ class _Plan:
 
     def suggestions(self) -> list[Suggestion]:
         """All of them, in the order of `TrainConfig`."""
-        # How images are seen belongs first here: `view` tiles, where image_size cannot keep the
-        # objects.
         return [
             *self._suggest_validation(),
+            *self._suggest_view(),
             *self._suggest_model(),
             *self._suggest_trained(),
             *self._suggest_prompts(),
@@ -231,7 +233,9 @@ class _Plan:
         return "vit_b" if self._fits("vit_b", DECODER, 1024) else "vit_tiny"
 
     def _pick_image_size(self) -> int:
-        wanted = max(self.model.image_size, self.facts.image_size)
+        wanted = self.model.image_size
+        if self.facts.view == "image":  # windows show the pixels as they are
+            wanted = max(wanted, self.facts.image_size)
         sizes = range(wanted, SMALLEST_IMAGE_SIZE - 1, -64)
         fitting = (size for size in sizes if self._fits(self.model_type, DECODER, size))
         return next(fitting, SMALLEST_IMAGE_SIZE)
@@ -277,6 +281,15 @@ class _Plan:
             ),
         ]
 
+    def _suggest_view(self) -> list[Suggestion]:
+        if self.facts.view == "image":
+            return []
+        why = (
+            "shrunk to any image_size, over a quarter of the objects are too small; windows of "
+            "image_size px of the image show them as large as they are"
+        )
+        return [Suggestion("view", self.facts.view, why)]
+
     def _suggest_model(self) -> list[Suggestion]:
         return [
             Suggestion("model_type", self.model_type, self._model_reason()),
@@ -295,6 +308,8 @@ class _Plan:
 
     def _image_size_reason(self) -> str:
         kept, own = self.facts.image_size, self.model.image_size
+        if self.facts.view != "image":
+            return f"{self.model_type} was pre-trained at this size"
         if self.image_size < kept:
             return f"{kept} px would keep the small objects, but memory or time are short"
         if self.image_size > own:

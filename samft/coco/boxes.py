@@ -277,6 +277,11 @@ class SmallObjects:
         """Whether a larger image size, or windows of the images, would help."""
         return self.num_small > FEW_SMALL * self.num_objects
 
+    @property
+    def are_many_then(self) -> bool:
+        """Whether they are still many at the suggested size, so that only windows would help."""
+        return self.num_small_then > FEW_SMALL * self.num_objects
+
     def advise(self, objects: str) -> str:
         """How many objects are too small, and what to do, as a phrase for where they are many.
 
@@ -297,7 +302,7 @@ class SmallObjects:
                 f"; --image_size {self.suggested_image_size} leaves {self.num_small_then:,} of "
                 f"them, at {cost:.1f} times the time and memory of an image"
             )
-        if self.num_small_then > FEW_SMALL * self.num_objects:
+        if self.are_many_then:
             text += "; or see the images through windows (--view tiles or objects)"
         return text
 

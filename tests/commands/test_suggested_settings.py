@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from helpers import REPOSITORY
-from helpers.coco_files import write_coco
+from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import train_here
 from samft.check import main
 from samft.coco.boxes import find_small_objects
@@ -147,6 +148,37 @@ def test_smaller_objects_never_get_a_smaller_image() -> None:
             for side in sorted(SIDES, reverse=True)
         ]
         assert sizes == sorted(sizes) and sizes[0] == 1024 and sizes[-1] == 2000 // 64 * 64
+
+
+@pytest.mark.parametrize("machine", ["here", "24 GB"])
+def test_windows_are_suggested_where_no_image_size_keeps_the_objects(machine: str) -> None:
+    gpus, gpu_gib, memory, cores = MACHINES[machine]
+    facts = Facts(50, 450, 9, 16, 1984, gpus, gpu_gib, memory, cores, 500.0, view="tiles")
+    settings = settings_for(facts)
+    assert settings["view"] == "tiles"
+    assert settings["image_size"] == (1024 if gpus else 256)
+    assert "view" not in settings_for(replace(facts, view="image"))
+
+
+def test_the_view_of_the_file_is_that_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects of 20 px: large enough in images of 600 px and in windows, not in 8,000 px."""
+    monkeypatch.setattr(device, "gpu_memories_gib", lambda: [])
+    for name, side in (("small", 600), ("large", 8000)):
+        folder = tmp_path / name / "train"
+        folder.mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(4):
+            Image.new("L", (side, side)).save(folder / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": side, "width": side})
+            annotations.append(annotation(i + 1, i, [40, 50, 60, 50, 60, 70, 40, 70]))
+        write_json(folder / "_annotations.coco.json", images, annotations)
+    views = [
+        write_suggested(tmp_path / name, tmp_path / f"{name}.yaml").view
+        for name in ("small", "large")
+    ]
+    assert views == ["image", "objects"]
 
 
 @pytest.mark.parametrize(

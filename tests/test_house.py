@@ -22,7 +22,7 @@ MAX_FILES_OF_A_ROOM = 12
 
 # A room (or a file beside the rooms) imports only what stands on a line above its own, and itself.
 ORDER = (
-    ("errors", "commands", "suggestions", "ending"),
+    ("errors", "commands", "suggestions", "step_costs", "ending"),
     ("cli", "rendezvous"),
     ("settings", "config_checks", "suggested_settings"),
     ("config", "distributed"),

@@ -20,16 +20,8 @@ from samft.coco.boxes import find_small_objects
 from samft.config import MODEL_TYPES, TrainConfig, parse_config
 from samft.errors import ConfigError
 from samft.runtime import device
-from samft.suggested_settings import (
-    ALL,
-    DECODER,
-    LAST_HALF,
-    LORA,
-    SMALLEST_IMAGE_SIZE,
-    Facts,
-    memory_gib,
-    suggest_settings,
-)
+from samft.step_costs import ALL, DECODER, LAST_HALF, LORA, memory_gib
+from samft.suggested_settings import SMALLEST_IMAGE_SIZE, Facts, suggest_settings
 
 IMAGES = (2, 5, 18, 50, 177, 500, 5_000, 100_000)
 OBJECTS = (1, 9, 1_000)  # in an image
@@ -178,7 +170,7 @@ def test_the_view_of_the_file_is_that_of_the_data(
         write_suggested(tmp_path / name, tmp_path / f"{name}.yaml").view
         for name in ("small", "large")
     ]
-    assert views == ["image", "objects"]
+    assert views == ["image", "tiles"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +213,7 @@ def test_the_file_is_for_this_dataset_and_never_replaces_another(
     assert config.data_root == str(tmp_path / "data")
     assert config.output_dir == str(tmp_path / "new/mine")
     assert config.val_fraction == 0.2 and config.group_by == "auto" and config.crowds == "use"
-    assert config.model_type == "vit_tiny" and config.freeze_image_encoder
+    assert config.model_type == "vit_tiny" and config.learning_rate == 1e-4
     text = (tmp_path / "new/mine.yaml").read_text()
     assert "samft check" in text and "no GPU" in text
     with pytest.raises(ConfigError, match=r"--suggest: new/mine.yaml exists"):

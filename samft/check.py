@@ -12,6 +12,7 @@ The exit code is 0 for a dataset that can be trained on, 2 for one that cannot.
 import argparse
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +49,6 @@ from samft.suggested_settings import (
     Facts,
     Suggestion,
     suggest_settings,
-    to_comment,
 )
 
 Splits = dict[str, CheckedSplit]  # by their names in the report
@@ -354,15 +354,23 @@ def _write_suggestions(splits: Splits, options: argparse.Namespace) -> None:
         each_gpu = f"--nproc_per_node={facts.num_gpus}"
         command = shell_program("torchrun", each_gpu, "-m", "samft.train", "--config", path)
     title = f"Suggested by samft check for this dataset and this machine. To train: {command}"
-    parts = [f"{to_comment(title)}\n", *(_yaml_of(one) for one in suggestions)]
+    parts = [f"{_to_comment(title)}\n", *(_yaml_of(one) for one in suggestions)]
     with _naming_flag("suggest", path):
         write_text(path, "\n".join(parts))
     _print_lines(["", f"suggested: {options.suggest}", "to train:", f"  {command}"])
 
 
 def _yaml_of(suggestion: Suggestion) -> str:
-    reason = f"{to_comment(suggestion.reason)}\n" if suggestion.reason else ""
+    reason = f"{_to_comment(suggestion.reason)}\n" if suggestion.reason else ""
     return reason + OmegaConf.to_yaml({suggestion.setting: suggestion.value})
+
+
+def _to_comment(text: str) -> str:
+    # Characters that would end a line are escaped.
+    plain = escape_unprintable(text).replace("\n", r"\n")
+    return textwrap.fill(
+        plain, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
 
 
 def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Path) -> Facts:

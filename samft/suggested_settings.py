@@ -13,11 +13,9 @@ Sources, by author and year:
 """
 
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from samft.errors import escape_unprintable
 from samft.step_costs import (
     ALL,
     COSTS,
@@ -121,14 +119,6 @@ def suggest_settings(facts: Facts) -> list[Suggestion]:
         Fields of `TrainConfig` with their reasons; those that are left out keep their defaults.
     """
     return _CpuPlan(facts).suggestions() if not facts.num_gpus else _Plan(facts).suggestions()
-
-
-def to_comment(text: str) -> str:
-    """A text as lines of a YAML comment; characters that would end a line are escaped."""
-    plain = escape_unprintable(text).replace("\n", r"\n")
-    return textwrap.fill(
-        plain, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-    )
 
 
 class _Plan:

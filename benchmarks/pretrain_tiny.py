@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
-from segment_anything.utils.amg import coco_encode_rle
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -175,9 +174,8 @@ def score_automatic(model: PromptedSam, *, size: int, num_scenes: int) -> dict[s
     num_masks = 0
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + num_scenes):
         scene = make_scene(seed, size=size)
-        masks = [
-            coco_encode_rle(entry["segmentation"]) for entry in generator.generate(scene.image)
-        ]
+        entries = [entry["segmentation"] for entry in generator.generate(scene.image)]
+        masks = [mask_utils.frPyObjects(rle, size, size) for rle in entries]
         truths = [encode_cropped(CroppedMask(0, 0, mask > 0), (size, size)) for mask in scene.masks]
         ious = np.reshape(mask_utils.iou(masks, truths, [0] * len(truths)), (-1, len(truths)))
         best += ious.max(axis=0, initial=0).tolist()

@@ -169,10 +169,14 @@ def _check_view(config: Any) -> list[str]:
     return problems
 
 
+def trains_whole_encoder(config: Any) -> bool:
+    """Whether the image encoder is trained from its first block on, so that no cache fits it."""
+    return not config.freeze_image_encoder and config.train_blocks is None
+
+
 def _check_cache(config: Any) -> list[str]:
     problems = []
-    is_all_trained = not config.freeze_image_encoder and config.train_blocks is None
-    if config.cache_embeddings == "on" and is_all_trained:
+    if config.cache_embeddings == "on" and trains_whole_encoder(config):
         problems.append(
             "cache_embeddings: 'on' needs freeze_image_encoder or train_blocks: an encoder that is "
             "trained from its first block on gives other embeddings after every step."

@@ -110,6 +110,19 @@ class CocoSubset:
         x0, y0 = (0, 0) if self.windows is None else self.windows[i, :2].tolist()
         return y0, x0
 
+    def free_corners(self, i: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where window i may begin, from y, x to y, x, so that it holds all boxes it holds now."""
+        assert self.windows is not None
+        low, high = self.windows[i, :2], self.windows[i, 2:]
+        boxes = self.index.boxes[self.objects_of(i)]
+        boxes = boxes[(boxes[:, :2] >= low).all(axis=1) & (boxes[:, 2:] <= high).all(axis=1)]
+        if not len(boxes):
+            return low[::-1], low[::-1]
+        sides, limit = high - low, self.index.sizes[self.rows[i]][::-1]
+        first = np.maximum(np.ceil(boxes[:, 2:].max(axis=0)).astype(np.int64) - sides, 0)
+        last = np.minimum(np.floor(boxes[:, :2].min(axis=0)).astype(np.int64), limit - sides)
+        return first[::-1], last[::-1]
+
     def objects_of(self, i: int) -> NDArray[np.int64]:
         """The objects of image i, as indices into the object arrays of `index`."""
         return self.objects[self.first_object[i] : self.first_object[i + 1]]

@@ -6,6 +6,7 @@ workers, processes and micro-batches, and however often the run was resumed.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ from samft.data.targets import draw_targets, make_grids, rasterize_ground_truth
 from samft.data.transforms import Frame, boxes_to_input, jitter_boxes, make_frame, resize_image
 from samft.errors import DataError
 from samft.images.files import ImageError
+from samft.views.pictures import WindowOfFile, WindowOfImage
 
 NO_PIXELS = torch.zeros(3, 0, 0, dtype=torch.uint8)
 _MAX_CROP_DRAWS = 8  # until a random crop shows an object
@@ -191,6 +193,8 @@ class Coco2MaskDataset(Dataset[Sample]):
         num_clicks: Clicks that a step may need for each object; a training sample has two numbers
             for each, which depend on nothing but seed, epoch, image, object, and the click's own
             number, so that they are the same whatever else a sample has.
+        move_windows: In training, move each window at random, as far as the objects that it holds
+            stay in it.
         on_bad_image: `error` raises for an image that cannot be read. `skip` uses the next readable
             image in training, and returns a sample without objects in validation.
         seed: Of all randomness.
@@ -213,6 +217,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         augment: str = "flip",
         loss_resolution: str = "window",
         num_clicks: int = 0,
+        move_windows: bool = False,
         on_bad_image: str = "error",
         seed: int = 0,
         subset: CocoSubset | None = None,
@@ -230,6 +235,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         self.augment = augment
         self.loss_resolution = loss_resolution
         self.num_clicks = num_clicks if training else 0
+        self.move_windows = move_windows and training
         self.on_bad_image = on_bad_image
         self.seed = seed
         self.embeddings: EmbeddingSource | None = None  # read instead of pixels, once it is set
@@ -280,7 +286,11 @@ class Coco2MaskDataset(Dataset[Sample]):
     def _load_sample(self, row: int, generator: np.random.Generator) -> Sample:
         index = self.subset.index
         encoded, size = self._open_image(row)
-        frame, objects, boxes_original = self._choose_placement(row, size, generator)
+        corner = self.subset.corner(row)
+        if self.move_windows and isinstance(encoded, WindowOfFile | WindowOfImage):
+            corner = self._draw_corner(row, generator)
+            encoded = encoded.move_to(corner)
+        frame, objects, boxes_original = self._choose_placement(row, size, corner, generator)
         pixels = self.decode_pixels(encoded, frame) if encoded else None
         boxes = boxes_to_input(boxes_original, frame)
         grids = make_grids(boxes, frame, resolution=self.loss_resolution)
@@ -336,12 +346,12 @@ class Coco2MaskDataset(Dataset[Sample]):
         """The frame of a whole image of size H, W: that of all samples but those of `scale`."""
         return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
 
-    def _place_window(self, frame: Frame, row: int) -> Frame:
+    def _place_window(self, frame: Frame, row: int, corner: tuple[int, int]) -> Frame:
         # The frame of a window, with the place of the window in its image.
         if self.subset.windows is None:
             return frame
         size = self.subset.index.sizes[self.subset.rows[row]].tolist()
-        return replace(frame, origin=self.subset.corner(row), whole_size=tuple(size))
+        return replace(frame, origin=corner, whole_size=tuple(size))
 
     def _sample_without_objects(self, row: int) -> Sample:
         # Stands for an image that cannot be read, so that validation's order stays the same.
@@ -359,20 +369,37 @@ class Coco2MaskDataset(Dataset[Sample]):
             truths=[],
         )
 
+    def _draw_corner(self, row: int, generator: np.random.Generator) -> tuple[int, int]:
+        # y, x of a window that may be anywhere where it holds the objects that it holds now.
+        low, high = self.subset.free_corners(row)
+        y, x = generator.integers(low, high, endpoint=True).tolist()
+        return y, x
+
     def _choose_placement(
-        self, row: int, size: tuple[int, int], generator: np.random.Generator
+        self,
+        row: int,
+        size: tuple[int, int],
+        corner: tuple[int, int],
+        generator: np.random.Generator,
     ) -> _Placement:
+        draw = partial(self._draw_placement, row, size, corner=corner, generator=generator)
         if not self.training:
-            return self._draw_placement(row, size, augment="none", generator=generator)
+            return draw(augment="none")
         for _ in range(_MAX_CROP_DRAWS):
-            placement = self._draw_placement(row, size, augment=self.augment, generator=generator)
+            placement = draw(augment=self.augment)
             # Only a crop can leave out all objects of an image: try another one.
             if len(placement.objects) or not placement.frame.is_cropped:
                 return placement
-        return self._draw_placement(row, size, augment="flip", generator=generator)
+        return draw(augment="flip")
 
     def _draw_placement(
-        self, row: int, size: tuple[int, int], *, augment: str, generator: np.random.Generator
+        self,
+        row: int,
+        size: tuple[int, int],
+        *,
+        corner: tuple[int, int],
+        augment: str,
+        generator: np.random.Generator,
     ) -> _Placement:
         index, objects = self.subset.index, self.subset.objects_of(row)
         frame = draw_frame(
@@ -382,7 +409,7 @@ class Coco2MaskDataset(Dataset[Sample]):
             augment=augment,
             generator=generator,
         )
-        frame = self._place_window(frame, row)
+        frame = self._place_window(frame, row, corner)
         if not self.training:
             return _Placement(frame, objects, self.subset.visible_boxes(row))
         if frame.is_cropped:  # before the random subset, which is then full of visible objects

@@ -28,6 +28,7 @@ from samft.coco.subset import (
     split_by_hash,
 )
 from samft.config import TrainConfig
+from samft.config_checks import trains_whole_encoder
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.map_style import DatasetIndex
 from samft.data.samplers import repeat_factors
@@ -475,6 +476,7 @@ def _build_dataset(subset: CocoSubset, config: TrainConfig, *, training: bool) -
         augment=config.augment,
         loss_resolution=config.loss_resolution,
         num_clicks=config.num_clicks,
+        move_windows=config.view == "objects" and trains_whole_encoder(config),
         on_bad_image=config.on_bad_image,
         seed=config.seed,
     )

@@ -4,7 +4,7 @@ Imports no torch.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +28,11 @@ def _size_of(window: Windows) -> tuple[int, int]:
     return y1 - y0, x1 - x0
 
 
+def _moved(window: Windows, corner: tuple[int, int]) -> Windows:
+    (y, x), (height, width) = corner, _size_of(window)
+    return np.array([x, y, x + width, y + height], dtype=np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class WindowOfImage:
     """A window of an image that is in memory.
@@ -49,6 +54,10 @@ class WindowOfImage:
     def size(self) -> tuple[int, int]:
         """H, W of the window, px."""
         return _size_of(self.window)
+
+    def move_to(self, corner: tuple[int, int]) -> "WindowOfImage":
+        """A window of the same size at y, x, px."""
+        return replace(self, window=_moved(self.window, corner))
 
     def decode(self, *, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """The pixels of the window, uint8 [h, w, 3], RGB; they are never reduced."""
@@ -81,6 +90,10 @@ class WindowOfFile:
     def size(self) -> tuple[int, int]:
         """H, W of the window, px."""
         return _size_of(self.window)
+
+    def move_to(self, corner: tuple[int, int]) -> "WindowOfFile":
+        """A window of the same size at y, x, px."""
+        return replace(self, window=_moved(self.window, corner))
 
     def decode(self, *, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """The pixels of the window, uint8 [h, w, 3], RGB; they are never reduced.

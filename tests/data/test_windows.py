@@ -1,5 +1,6 @@
 """Images seen through windows: each sample is that of an image cut out by hand."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from samft.coco.subset import (
 )
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.map_style import index_dataset
+from samft.data.transforms import make_frame, resize_image
 from samft.errors import DataError
 from samft.evaluation.metrics import whole_mask
 from samft.images.decoder import open_image
@@ -126,6 +128,38 @@ def test_windows_of_an_image_are_augmented_on_their_own(whole) -> None:
     flipped = [not torch.equal(dataset[0, row].image, plain[0, row].image) for row in of_first]
     assert len(of_first) > 6 and any(flipped) and not all(flipped)
     assert torch.equal(dataset[3, 2].boxes, dataset[3, 2].boxes)
+
+
+def test_windows_around_objects_move_and_keep_their_objects(whole) -> None:
+    seen = see_through_windows(whole, OBJECTS, training=True)
+    options = {"training": True, "augment": "none", "box_jitter": 0}
+    still, moving = dataset_of(seen, **options), dataset_of(seen, **options, move_windows=True)
+    origins = set()
+    for row, epoch in itertools.product(range(len(moving)), range(4)):
+        one, other = still[epoch, row], moving[epoch, row]
+        origins.add((row, other.origin))
+        height, width = seen.sizes[row]
+        y, x = other.origin
+        image = open_image(seen.path(row)).decode()[y : y + height, x : x + width]
+        assert image.shape[:2] == (height, width)
+        if other.input_size == (64, 64) == (height * 64 // 48, width * 64 // 48):
+            shown = other.image.permute(1, 2, 0).numpy()
+            frame = make_frame((int(height), int(width)), 64, resize_mode="pad")
+            assert np.array_equal(shown, resize_image(image, frame, exact=False))
+        # In px of the image, boxes that the window holds stay where they are.
+        scale = max(height, width) / 64
+        held = [k for k, own in enumerate(one.object_ids.tolist()) if own in other.object_ids]
+        boxes = one.boxes[held].numpy() * scale + np.tile(one.origin[::-1], 2)
+        rows = [other.object_ids.tolist().index(int(one.object_ids[k])) for k in held]
+        moved = other.boxes[rows].numpy() * scale + np.tile(other.origin[::-1], 2)
+        shares = held_shares(whole.index.boxes[seen.objects_of(row)], seen.windows[row, None])
+        ids = whole.index.object_ids[seen.objects_of(row)][shares[:, 0] > 1 - 1e-9].tolist()
+        inside = [one.object_ids[k].item() in ids for k in held]
+        np.testing.assert_allclose(moved[inside], boxes[inside], atol=0.02)
+        assert set(ids) <= set(other.object_ids.tolist())
+    assert len(origins) > 2 * len(moving)
+    assert torch.equal(moving[2, 0].image, moving[2, 0].image)
+    assert dataset_of(seen, move_windows=True)[0].origin == seen.corner(0)  # not in validation
 
 
 @pytest.mark.parametrize("augment", ["none", "flip", "scale"])

@@ -267,8 +267,12 @@ class TrainConfig:
     lr_schedule: str = _optimisation(
         "multistep",
         "learning rate after a linear warm-up: multistep: times 0.1 at 66.667 % and 86.666 % of "
-        "the steps, as SAM was trained; cosine: falling to 0; constant",
-        choices=("multistep", "cosine", "constant"),
+        "the steps, as SAM was trained; cosine: falling to 0; wsd: constant, then falling linearly "
+        "to 0; constant",
+        choices=("multistep", "cosine", "wsd", "constant"),
+    )
+    decay_fraction: float = _optimisation(
+        0.2, "share of the steps, at the end, in which the rate of lr_schedule wsd falls"
     )
     warmup_steps: int = _optimisation(
         250, "steps of the warm-up, at most a tenth of steps", at_least=0
@@ -299,9 +303,9 @@ class TrainConfig:
     )
     patience: int | None = _optimisation(
         None,
-        "end the run after so many validations in a row that are no better than the best one "
-        "(default: never)",
-        at_least=1,
+        "end the run after so many validations in a row that are no better than the best one; a "
+        "larger number, or 0 for never, continues a run that has ended so (default: never)",
+        at_least=0,
         metavar="N",
     )
     seed: int = _optimisation(

@@ -11,6 +11,7 @@ from samft.cli import parse_channels, parse_pixel_range
 
 ADAPTER_TARGETS = ("q", "k", "v", "proj", "mlp")  # as in models/lora.py
 MAX_OVERLAP = 0.9  # of tiles; with more there would be hundreds of them for each object
+MAX_DECAY_FRACTION = 0.9  # the warm-up has up to a tenth of the steps
 GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
 
 
@@ -123,6 +124,11 @@ def _check_rates(config: Any) -> list[str]:
         problems.append(
             f"anchor_weight: {config.anchor_weight} times the learning rate, {highest}, is above "
             f"1, the whole way back to the start: take at most {1 / highest:g}."
+        )
+    if not 0 < config.decay_fraction <= MAX_DECAY_FRACTION:
+        problems.append(
+            f"decay_fraction: {config.decay_fraction} must be above 0, and at most "
+            f"{MAX_DECAY_FRACTION}."
         )
     if config.ema_decay >= 1:
         problems.append(f"ema_decay: {config.ema_decay} must be below 1.")

@@ -278,6 +278,7 @@ def build_trainer(
             steps=config.steps,
             schedule=config.lr_schedule,
             warmup_steps=config.warmup_steps,
+            decay_fraction=config.decay_fraction,
         ),
         loss=build_loss(config, loss),
         prompts=PromptSchedule(

@@ -22,7 +22,7 @@ from samft.runtime import heartbeat
 from samft.runtime.device import peak_memory_gib
 from samft.runtime.logs import LOGGER, RunLog, format_duration
 from samft.runtime.signals import StopInterrupt
-from samft.training.engine import Progress, Trainer, train
+from samft.training.engine import Trainer, train
 from samft.training.optim import gather_state, get_learning_rate
 
 
@@ -85,7 +85,7 @@ def fit(run: TrainingRun) -> bool:
         finished = False
     if not finished:
         _save_state(run)
-    finished = finished or progress.ended_early
+    finished = finished or run.has_ended_early
     run.checkpointer.wait()
     if unsaved := run.checkpointer.unsaved:
         raise TrainingError(
@@ -154,7 +154,7 @@ def _finish_interval(run: TrainingRun) -> None:
     if run.custom.loss_name is not None:
         sidecar["loss"] = run.custom.loss_name
     run.progress.pending = {}
-    _count_stale(run.progress, score, patience=run.config.patience)
+    _count_stale(run, score)
     _save_state(run, validation, sidecar)
     _call_callbacks(run, train_metrics, validation)
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
@@ -172,13 +172,13 @@ def _finish_interval(run: TrainingRun) -> None:
     )
 
 
-def _count_stale(progress: Progress, score: float, *, patience: int | None) -> None:
+def _count_stale(run: TrainingRun, score: float) -> None:
     # Before the state is saved: a run that has ended is not gone on with by a later start.
+    progress = run.progress
     improved = score > progress.best_score
     progress.best_score = max(progress.best_score, score)
     progress.stale_validations = 0 if improved else progress.stale_validations + 1
-    if patience is not None and progress.stale_validations >= patience:
-        progress.ended_early = True
+    if run.is_out_of_patience:
         LOGGER.info(
             "patience: the run ends after step %d, as %d validations in a row were no better than "
             "%.4f",
@@ -262,6 +262,7 @@ def _save_state(
         with run.trainer.validated_weights() as own_values:
             state = {
                 "config": asdict(run.requested_config),
+                "warmup_steps": run.config.warmup_steps,  # see `keep_schedule`
                 "global_batch": images_per_step(run.config),
                 "fingerprint": run.splits.fingerprint,
                 "loss": run.custom.loss_name,

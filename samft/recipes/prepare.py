@@ -4,6 +4,7 @@ Nothing in the output folder is moved, written or opened here, so a run that is 
 earlier one in the same folder untouched.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,12 @@ from samft.models.prompted_sam import PromptedSam
 from samft.models.trainable import constant_names
 from samft.recipes.build import build_model, disk_bytes, index_own_data, load_weights
 from samft.recipes.datasets import Splits, load_splits
-from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
+from samft.recipes.resume import (
+    ResumePoint,
+    find_resume_point,
+    keep_images_per_step,
+    keep_schedule,
+)
 from samft.runtime import host_checks
 from samft.runtime.device import usable_cores
 from samft.runtime.logs import LOGGER
@@ -52,8 +58,9 @@ class RunParts:
     Attributes:
         config: The configuration to train with.
         requested_config: The configuration as the user gave it; it differs in `batch_size` and
-            `accumulate_steps` where a run is resumed on another number of processes. This one goes
-            into `last.ckpt`, so that the same command is recognised on any number of processes.
+            `accumulate_steps` where a run is resumed on another number of processes, and in
+            `warmup_steps` where it was given more steps. This one goes into `last.ckpt`, so that
+            the same command is recognised on any number of processes.
         output_dir: The output folder, locked by this run.
         device: This process's device.
         stop: Tells whether a signal has asked to stop.
@@ -98,12 +105,22 @@ class RunParts:
         # A step whose validation was interrupted has none yet.
         return self.progress.step - bool(self.progress.pending)
 
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the last validations were no better, as many as end the run."""
+        return self.progress.stale_validations >= (self.config.patience or math.inf)
+
+    @property
+    def has_ended_early(self) -> bool:
+        """Whether a callback, or `patience`, has ended the run before its last step."""
+        return self.progress.ended_early or self.is_out_of_patience
+
     def stop_reason(self) -> str | None:
         """Why this process has to stop before the last step; None if it has not to."""
         stop_after = self.config.stop_after
         if self.stop:
             return self.stop.received[0]
-        if self.progress.ended_early:
+        if self.has_ended_early:
             return "a callback, or patience"
         if time.time() >= self.deadline:
             return "the job's time limit"
@@ -166,7 +183,9 @@ def _check_and_build(
     resume = find_resume_point(
         requested, output_dir, splits.fingerprint, loss_name=custom.loss_name
     )
-    config = keep_images_per_step(requested, resume) if resume else requested
+    config = requested
+    if resume:
+        config = keep_schedule(keep_images_per_step(requested, resume), resume)
     if resume and (pixels := PixelFormat.from_json(resume.state.get("pixels"))):
         splits.use_pixels(pixels)
     if distributed.is_main():

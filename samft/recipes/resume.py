@@ -14,18 +14,21 @@ from samft.config import TrainConfig
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
 from samft.runtime.logs import LOGGER
+from samft.training.optim import cut_warmup, learning_rate_factor
 
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, the product with the number of processes is kept.
 FREE_ON_RESUME = frozenset(
     """data_root train_split val_split test_split train_annotations train_images
     val_annotations val_images test_annotations test_images batch_size accumulate_steps
-    metrics_interval output_dir num_workers cache_embeddings cache_dir cache_dtype
+    metrics_interval patience output_dir num_workers cache_embeddings cache_dir cache_dtype
     cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links attention
     decoder deterministic mask_chunk compile cuda_graphs activation_checkpointing
     optimizer_sharding trackers dry_run max_bad_steps detect_anomaly hang_timeout
     save_before_limit probe_memory""".split()
 )
+# Settings that may differ as long as they change the rate of no step that was taken.
+_OF_SCHEDULE = frozenset({"steps", "lr_schedule", "warmup_steps", "decay_fraction"})
 
 
 @dataclass(frozen=True)
@@ -78,30 +81,97 @@ def find_resume_point(
     if saved_loss != loss_name:
         names = [name or "samft's own" for name in (saved_loss, loss_name)]
         rows.append(f"{'loss':24} {names[0]:24} {names[1]}")
+    changed = {row.split()[0] for row in rows}
+    if rows and changed <= _OF_SCHEDULE and _kept_schedule(config, point):
+        return point
+    if changed == {"steps"}:
+        _refuse_more_steps(point, config)
     if rows:
-        if [row.split()[0] for row in rows] == ["steps"]:
-            _refuse_more_steps(point, config)
         raise _other_configuration(point.path, rows)
     return point
 
 
+def keep_schedule(config: TrainConfig, point: ResumePoint) -> TrainConfig:
+    """Goes on with the warm-up that a run has begun with, where it was given more steps.
+
+    The warm-up is cut to a tenth of a run. With more steps it would have been longer, and the run
+    not the same as one of as many steps from the start; so it stays as it was, which is logged.
+
+    Args:
+        config: The configuration as the user gave it.
+        point: The state to resume from, which `find_resume_point` has accepted.
+
+    Returns:
+        The configuration to train with.
+    """
+    kept = _kept_schedule(config, point) or config
+    if kept != config:
+        LOGGER.info(
+            "warm-up: %d steps, as the run has begun with, not %d",
+            kept.warmup_steps,
+            config.warmup_steps,
+        )
+    return kept
+
+
+def _kept_schedule(config: TrainConfig, point: ResumePoint) -> TrainConfig | None:
+    # The configuration that has all steps of a run at the rates at which they were taken: as it was
+    # given, or with the run's own warm-up. None if both would have had another rate somewhere.
+    saved, taken = point.state["config"], _steps_taken(point)
+    warmup = cut_warmup(
+        point.state.get("warmup_steps", saved["warmup_steps"]), steps=saved["steps"]
+    )
+    alternatives = [config]
+    if config.warmup_steps == saved["warmup_steps"]:
+        alternatives.append(replace(config, warmup_steps=warmup))
+    before = [_rate_factor({**saved, "warmup_steps": warmup}, step) for step in range(taken)]
+    for each in alternatives:
+        now = dataclasses.asdict(each)
+        if each.steps >= taken and before == [_rate_factor(now, step) for step in range(taken)]:
+            return each
+    return None
+
+
+def _steps_taken(point: ResumePoint) -> int:
+    return int(point.state["progress"]["step"])
+
+
+def _rate_factor(settings: dict[str, Any], step: int) -> float:
+    # Without a setting, a version of samft did what its default does.
+    return learning_rate_factor(
+        step,
+        steps=settings["steps"],
+        schedule=settings["lr_schedule"],
+        warmup_steps=cut_warmup(settings["warmup_steps"], steps=settings["steps"]),
+        decay_fraction=settings.get("decay_fraction", TrainConfig.decay_fraction),
+    )
+
+
 def _refuse_more_steps(point: ResumePoint, config: TrainConfig) -> None:
-    # The learning rate of a finished run has come to its end: more steps are another run.
-    saved_steps, best = point.state["config"]["steps"], point.state["best"]
-    if not (point.state["progress"]["step"] == saved_steps < config.steps and best):
+    # The rates of the steps that were taken are not those of a longer run: more steps are another.
+    saved_steps, best, taken = (
+        point.state["config"]["steps"],
+        point.state["best"],
+        _steps_taken(point),
+    )
+    if not (saved_steps < config.steps and best):
         return
     folder = point.output_dir
+    is_finished = taken == saved_steps
+    state = "is finished: it has taken its" if is_finished else f"has taken {taken} of its"
+    finish = "" if is_finished else f", or finish it with `--steps {saved_steps}`"
     command = shell_command(
         *("train", "--config", folder / "config.yaml"),
         *("--checkpoint_path", folder / TopK.from_list(best)[0].name),
-        *("--steps", config.steps - saved_steps),
+        *("--steps", config.steps - taken),
         *("--output_dir", f"{config.output_dir.rstrip('/')}-more"),
     )
     raise ConfigError(
-        f"the run in {folder} is finished: it has taken its {saved_steps} steps, and its learning "
-        f"rate was scheduled for them. To go on from its best checkpoint, start another run:\n"
-        f"  {command}\nor repeat it with {config.steps} steps in another output_dir, or with "
-        "`--resume never`."
+        f"the run in {folder} {state} {saved_steps} steps, and its learning rate "
+        f"({config.lr_schedule}) was scheduled for them. To go on from its best checkpoint, start "
+        f"another run:\n  {command}\nor repeat it with {config.steps} steps in another "
+        f"output_dir, or with `--resume never`{finish}. A run with `--lr_schedule constant` can be "
+        "given more steps at any time, and one with wsd before its rate falls."
     )
 
 
@@ -181,11 +251,10 @@ def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     Returns:
         Lines of a table: setting, its value in the saved run, its value now.
     """
-    free = FREE_ON_RESUME | ({"steps"} if config.lr_schedule == "constant" else set())
     rows = []
     for field in dataclasses.fields(config):
         # A version of samft without the setting did what its default does.
         before, now = saved.get(field.name, field.default), getattr(config, field.name)
-        if field.name not in free and before != now:
+        if field.name not in FREE_ON_RESUME and before != now:
             rows.append(f"{field.name:24} {before!s:24} {now}")
     return rows

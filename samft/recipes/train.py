@@ -286,6 +286,12 @@ def _log_setup(parts: RunParts) -> None:
         LOGGER.info("loss: %s, the caller's own", parts.custom.loss_name)
     if parts.resume is not None:
         LOGGER.info("resuming from step %d", parts.progress.step)
+    if parts.is_out_of_patience:
+        LOGGER.info(
+            "patience: the run has ended after step %d; a larger number, or `--patience 0`, "
+            "continues it",
+            parts.progress.step,
+        )
 
 
 def _record_stop(parts: RunParts, saved: str) -> RunStopped:

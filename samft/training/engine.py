@@ -75,7 +75,7 @@ class Progress:
         pending: The train line of an interval whose validation was interrupted; else empty.
         best_score: The highest validation score so far, but for that of step 0.
         stale_validations: Validations since then.
-        ended_early: Whether a callback, or `patience`, has ended the run before its last step.
+        ended_early: Whether a callback has ended the run before its last step.
     """
 
     step: int = 0

@@ -18,17 +18,26 @@ MULTISTEP_SHARES = (0.66667, 0.86666)
 MULTISTEP_FACTOR = 0.1
 
 
-def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: int) -> float:
+def learning_rate_factor(
+    step: int, *, steps: int, schedule: str, warmup_steps: int, decay_fraction: float = 0.2
+) -> float:
     """The learning rate at a step, as a share of the peak.
 
     Args:
         step: The optimizer step about to be taken, from 0.
         steps: Optimizer steps of the whole run.
-        schedule: `multistep`, `cosine` or `constant`; all begin with a linear warm-up.
+        schedule: `multistep`, `cosine`, `wsd` (warm-up, stable, decay) or `constant`; all begin
+            with a linear warm-up.
         warmup_steps: Steps until the peak.
+        decay_fraction: Of `wsd`, the share of the steps, at the end, in which the rate falls
+            linearly to zero.
 
     Returns:
         A factor in 0..1.
+
+    Source: `wsd` from Hu et al., MiniCPM, arXiv:2404.06395, section 4; that a fifth of the steps is
+    enough for its decay, and linear, from Hägele et al., Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations, arXiv:2405.18392, section 4.
 
     Example:
         >>> of_run = {"steps": 100, "schedule": "cosine", "warmup_steps": 10}
@@ -42,11 +51,23 @@ def learning_rate_factor(step: int, *, steps: int, schedule: str, warmup_steps: 
         return 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == "multistep":
         return MULTISTEP_FACTOR ** sum(step >= share * steps for share in MULTISTEP_SHARES)
+    if schedule == "wsd":
+        return min(1.0, (steps - step) / (decay_fraction * steps))
     return 1.0
 
 
+def cut_warmup(warmup_steps: int, *, steps: int) -> int:
+    """The steps of the warm-up: as many as are asked for, but at most a tenth of the run."""
+    return min(warmup_steps, steps // 10)
+
+
 def schedule_learning_rate(
-    *, peak: float, steps: int, schedule: str, warmup_steps: int
+    *,
+    peak: float,
+    steps: int,
+    schedule: str,
+    warmup_steps: int,
+    decay_fraction: float = 0.2,
 ) -> Callable[[int], float]:
     """The learning rate as a function of the step; the warm-up is at most a tenth of the run.
 
@@ -55,17 +76,23 @@ def schedule_learning_rate(
         steps: Optimizer steps of the whole run.
         schedule: See `learning_rate_factor`.
         warmup_steps: Steps until the peak; cut to a tenth of `steps`, with a line in the log.
+        decay_fraction: See `learning_rate_factor`.
 
     Returns:
         A function from a step, from 0, to its learning rate.
     """
-    longest = steps // 10
-    if warmup_steps > longest:
-        LOGGER.info("warm-up: %d steps, a tenth of the run, not %d", longest, warmup_steps)
-    warmup = min(warmup_steps, longest)
+    warmup = cut_warmup(warmup_steps, steps=steps)
+    if warmup < warmup_steps:
+        LOGGER.info("warm-up: %d steps, a tenth of the run, not %d", warmup, warmup_steps)
 
     def learning_rate_at(step: int) -> float:
-        factor = learning_rate_factor(step, steps=steps, schedule=schedule, warmup_steps=warmup)
+        factor = learning_rate_factor(
+            step,
+            steps=steps,
+            schedule=schedule,
+            warmup_steps=warmup,
+            decay_fraction=decay_fraction,
+        )
         return peak * factor
 
     return learning_rate_at

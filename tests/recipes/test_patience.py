@@ -1,13 +1,16 @@
-"""A run ends where its validations get no better, once and for all, and with the best kept."""
+"""Where a run ends: without better validations, or with its last step; and how it continues."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.gloo_pool import GlooPool
 from helpers.short_runs import arguments, command_here, read_metrics, train_here, write_data
+from samft.checkpoints.training_state import LAST_NAME
+from samft.training.engine import LOSS_NAMES
 
 pytestmark = pytest.mark.run
 
@@ -54,6 +57,48 @@ def test_it_ends_after_so_many_validations_without_a_better_one(
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert command_here(argv) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_patience_continues_a_run_that_has_ended_as_if_it_had_not(
+    data: Path, scores: list[float], tmp_path: Path
+) -> None:
+    folders = {name: tmp_path / name for name in ("straight", "continued")}
+    for patience, name in ((0, "straight"), (1, "continued"), (2, "continued"), (0, "continued")):
+        train_here(arguments(data, folders[name], **SHORT, patience=patience))
+        if patience:
+            lines = read_metrics(folders[name], "val")
+            assert len(lines) == expected_end(scores, patience) + 1
+    assert_same_run(*folders.values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_more_steps_of_a_finished_run_are_those_of_a_longer_one(
+    gloo2: GlooPool, data: Path, tmp_path: Path, processes: int
+) -> None:
+    def take_steps(folder: str, steps: int) -> None:
+        settings = {**SHORT, "learning_rate": 1e-3, "steps": steps}
+        argv = arguments(data, tmp_path / folder, **settings)
+        codes = gloo2.run(command_here, argv) if processes == 2 else [command_here(argv)]
+        assert codes == [0] * processes
+
+    for folder, all_steps in (("straight", [3]), ("raised", [1, 3])):
+        for steps in all_steps:
+            take_steps(folder, steps)
+    assert_same_run(tmp_path / "straight", tmp_path / "raised")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights to the bit, metrics at every step, and best checkpoints."""
+    states = [torch.load(folder / LAST_NAME, weights_only=True) for folder in (one, other)]
+    assert states[0]["best"] == states[1]["best"]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
+    lines = [read_metrics(folder, split) for folder in (one, other) for split in ("train", "val")]
+    measured = [
+        [{k: v for k, v in line.items() if k in ("step", "lr", *LOSS_NAMES)} for line in part]
+        for part in lines
+    ]
+    assert measured[:2] == measured[2:]
 
 
 def test_all_processes_end_alike(

@@ -1,6 +1,7 @@
 """Which state a run goes on from, what is refused, and how a step is divided anew."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from samft.checkpoints.training_state import FORMAT_VERSION, LAST_NAME, save_las
 from samft.commands import shell_command
 from samft.config import TrainConfig
 from samft.errors import CheckpointError, ConfigError
-from samft.recipes.resume import ResumePoint, find_resume_point, keep_images_per_step
+from samft.recipes.resume import (
+    ResumePoint,
+    find_resume_point,
+    keep_images_per_step,
+    keep_schedule,
+)
 
 pytestmark = pytest.mark.run
 
@@ -175,8 +181,72 @@ def test_more_steps_of_a_finished_run_are_another_run(tmp_path: Path) -> None:
         f"{shell_command('train')} --config {tmp_path}/run/config.yaml "
         f"--checkpoint_path {tmp_path}/run/2-0.75.ckpt --steps 5 --output_dir {tmp_path}/run-more"
     )
+    stopped = {**done, "progress": {"step": config.steps - 1}}
+    with pytest.raises(ConfigError, match="has taken 19 of its 20 steps") as caught:
+        find(more, tmp_path / "run", stopped)
+    assert "--steps 6 --output_dir" in str(caught.value) and "`--steps 20`" in str(caught.value)
     with pytest.raises(ConfigError, match="another configuration"):
-        find(more, tmp_path / "run", {**done, "progress": {"step": config.steps - 1}})
+        find(more, tmp_path / "run", {**stopped, "best": []})  # none to go on from
+
+
+CONSTANT: dict[str, Any] = {"lr_schedule": "constant", "warmup_steps": 0}
+WSD: dict[str, Any] = {"lr_schedule": "wsd", "warmup_steps": 0}
+MULTISTEP: dict[str, Any] = {"lr_schedule": "multistep", "warmup_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("run", "taken", "asked", "goes_on"),
+    [
+        ({**CONSTANT, "steps": 100}, 100, {"steps": 1000}, True),
+        ({**CONSTANT, "steps": 100}, 50, {"steps": 49}, False),  # of which there are more already
+        # The decay of a hundred steps begins with step 80, so step 81 is the first to be lower.
+        ({**WSD, "steps": 100}, 81, {"steps": 200}, True),
+        ({**WSD, "steps": 100}, 82, {"steps": 200}, False),
+        ({**WSD, "steps": 100}, 100, {"steps": 200}, False),
+        ({**WSD, "steps": 100}, 60, {"decay_fraction": 0.4}, True),
+        ({**WSD, "steps": 100}, 62, {"decay_fraction": 0.4}, False),
+        # It is told to come to its end: 60 of 75 steps at the peak, then a decay of 15.
+        ({**WSD, "steps": 100}, 60, {"steps": 75}, True),
+        ({**CONSTANT, "steps": 100}, 100, {"steps": 125, "lr_schedule": "wsd"}, True),
+        ({**CONSTANT, "steps": 100}, 100, {"steps": 120, "lr_schedule": "wsd"}, False),
+        ({**MULTISTEP, "steps": 100}, 67, {"steps": 200}, True),
+        ({**MULTISTEP, "steps": 100}, 68, {"steps": 200}, False),
+        ({"lr_schedule": "cosine", "warmup_steps": 0, "steps": 100}, 2, {"steps": 101}, False),
+        ({**CONSTANT, "steps": 100}, 50, {"steps": 200, "seed": 5}, False),
+    ],
+    ids=str,
+)
+def test_steps_may_change_where_each_step_that_was_taken_had_the_rate_that_it_would_have(
+    run: dict[str, Any], taken: int, asked: dict[str, Any], goes_on: bool, tmp_path: Path
+) -> None:
+    state = a_state(a_config(DATA, **run), progress={"step": taken}, best=[])
+    config = a_config(DATA, **{**run, **asked})
+    if goes_on:
+        assert keep_schedule(config, find_existing(config, tmp_path, state)) == config
+    else:
+        with pytest.raises(ConfigError, match="another configuration"):
+            find(config, tmp_path, state)
+
+
+def test_more_steps_leave_the_warm_up_as_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="samft")
+    # Of 100 steps, and then of 2000; asked for are 50, of which 10 are a tenth of the first run.
+    schedule = {"lr_schedule": "constant", "warmup_steps": 50}
+    longer = a_config(DATA, steps=2000, **schedule)
+    progress: dict[str, Any] = {"progress": {"step": 100}, "best": []}
+    state = a_state(a_config(DATA, steps=100, **schedule), **progress)
+    kept = keep_schedule(longer, find_existing(longer, tmp_path, state))
+    assert kept == replace(longer, warmup_steps=10)
+    assert "10 steps, as the run has begun with, not 50" in caplog.text
+    # The same command once more, and the run's config.yaml.
+    state = a_state(longer, **progress, warmup_steps=10)
+    assert keep_schedule(longer, find_existing(longer, tmp_path, state)) == kept
+    assert keep_schedule(kept, find_existing(kept, tmp_path, state)) == kept
+    other = replace(longer, warmup_steps=20)
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        find_existing(other, tmp_path, state)
 
 
 def test_a_state_of_the_first_format_is_resumed(tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ S = 64
         ("cosine", 550, 0.5),
         ("cosine", 700, 0.25),
         ("cosine", 999, (1 + math.cos(math.pi * 899 / 900)) / 2),
+        ("wsd", 49, 0.5),
+        ("wsd", 100, 1),
+        ("wsd", 800, 1),
+        ("wsd", 850, 0.75),
+        ("wsd", 900, 0.5),
+        ("wsd", 999, 1 / 200),
+        ("wsd", 1000, 0),
         ("constant", 9, 0.1),
         ("constant", 100, 1),
         ("constant", 10**6, 1),
@@ -57,13 +64,19 @@ def test_schedules(schedule: str, step: int, factor: float) -> None:
     assert actual == pytest.approx(factor, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["multistep", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["multistep", "cosine", "wsd", "constant"])
 def test_without_warm_up_the_first_step_is_at_the_peak(schedule: str) -> None:
     assert learning_rate_factor(0, steps=10, schedule=schedule, warmup_steps=0) == 1
     assert learning_rate_factor(0, steps=1, schedule=schedule, warmup_steps=1) == 1
 
 
-@pytest.mark.parametrize("schedule", ["multistep", "cosine", "constant"])
+def test_the_share_of_the_decay_is_what_is_asked_for() -> None:
+    of_run = {"steps": 40, "schedule": "wsd", "warmup_steps": 0, "decay_fraction": 0.5}
+    rates = [learning_rate_factor(step, **of_run) for step in (0, 19, 20, 25, 30, 39, 40)]
+    assert rates == [1, 1, 1, 0.75, 0.5, 0.05, 0]
+
+
+@pytest.mark.parametrize("schedule", ["multistep", "cosine", "wsd", "constant"])
 def test_rates_rise_then_never_rise_again_and_stay_positive(schedule: str) -> None:
     rates = [
         learning_rate_factor(step, steps=60, schedule=schedule, warmup_steps=6)

@@ -179,6 +179,14 @@ class TrainConfig:
         at_least=1,
         metavar="N",
     )
+    train_norms: bool = _model(
+        False,
+        "train the norm layers of what is frozen of the image encoder (by freeze_image_encoder, "
+        "train_blocks or lora_rank); nothing is cached then",
+    )
+    train_biases: bool = _model(
+        False, "train the biases of what is frozen of the image encoder; nothing is cached then"
+    )
     lora_rank: int | None = _model(
         None,
         "train low-rank adapters of this rank in the image encoder, whose own weights are frozen; "

@@ -69,7 +69,10 @@ def _check_required(config: Any, model_types: tuple[str, ...], own: Collection[s
 
 def _check_combinations(config: Any) -> list[str]:
     problems = []
-    if config.freeze_image_encoder and config.freeze_prompt_encoder and config.freeze_mask_decoder:
+    are_frozen = (
+        config.freeze_image_encoder and config.freeze_prompt_encoder and config.freeze_mask_decoder
+    )
+    if are_frozen and not _trained_apart(config):
         problems.append("freeze_*: all three parts are frozen, so nothing would be trained.")
     if config.image_size < 16 or config.image_size % 16:
         near = max(16, round(config.image_size / 16) * 16)
@@ -86,6 +89,10 @@ def _check_combinations(config: Any) -> list[str]:
         problems.append(f"repeat_threshold: {config.repeat_threshold} must lie between 0 and 1.")
     problems += _check_rates(config) + _check_prompts(config) + _check_adapters(config)
     return problems + _check_cache(config)
+
+
+def _trained_apart(config: Any) -> list[str]:
+    return [name for name in ("train_norms", "train_biases") if getattr(config, name)]
 
 
 def _check_adapters(config: Any) -> list[str]:
@@ -137,6 +144,13 @@ def _check_rates(config: Any) -> list[str]:
             f"{name}: freeze_image_encoder leaves no block to train: give one of the two."
             for name in ("train_blocks", "encoder_learning_rate")
             if getattr(config, name) is not None
+            and not (name == "encoder_learning_rate" and _trained_apart(config))
+        ]
+    elif config.train_blocks is None and config.lora_rank is None:
+        problems += [
+            f"{name}: the whole image encoder is trained, so these are, too: leave it out, or give "
+            "freeze_image_encoder, train_blocks or lora_rank."
+            for name in _trained_apart(config)
         ]
     return problems
 
@@ -187,6 +201,12 @@ def _check_cache(config: Any) -> list[str]:
             "cache_embeddings: 'on' needs freeze_image_encoder or train_blocks: an encoder that is "
             "trained from its first block on gives other embeddings after every step."
         )
+    if config.cache_embeddings == "on":
+        problems += [
+            f"cache_embeddings: 'on' does not go with {name}, which trains the image encoder from "
+            "its first block on: embeddings are others after every step."
+            for name in _trained_apart(config)
+        ]
     if config.cache_embeddings == "on" and config.augment == "scale":
         problems.append(
             "cache_embeddings: 'on' does not go with augment 'scale', which changes the "

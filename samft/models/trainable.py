@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 from segment_anything.modeling import Sam
+from segment_anything.modeling.common import LayerNorm2d
+from torch import nn
 
 # What only some prompts reach. In a run without these prompts it would get no gradient (and stop
 # DistributedDataParallel), or one of exactly zero (and weight decay would shrink it to nothing).
@@ -45,6 +47,8 @@ def freeze(
     *,
     unreached: tuple[str, ...] | None = None,
     train_blocks: int | None = None,
+    train_norms: bool = False,
+    train_biases: bool = False,
 ) -> list[str]:
     """Freezes whole parts, and exactly the parameters that the prompts of a run cannot reach.
 
@@ -56,6 +60,8 @@ def freeze(
         unreached: From `unreached_by`; None: by boxes, with one mask each.
         train_blocks: Of the image encoder, train the last so many blocks and its neck only; None:
             all of it.
+        train_norms: Whether the norm layers of what is frozen of the image encoder are trained.
+        train_biases: Whether its biases are, those of norm layers included.
 
     Returns:
         The names of the parameters that are frozen only because the prompts cannot reach them, and
@@ -65,10 +71,11 @@ def freeze(
     unreached = unreached_by("box") if unreached is None else unreached
     if train_blocks is not None:
         prefixes += _first_parts(len(sam.image_encoder.blocks) - train_blocks)
+    apart = _names_in_encoder(sam, norms=train_norms, biases=train_biases)
     unreachable = []
     for name, parameter in sam.named_parameters():
         out_of_reach = name.startswith(unreached)
-        frozen = name.startswith(prefixes)
+        frozen = name.startswith(prefixes) and name not in apart
         parameter.requires_grad_(not (frozen or out_of_reach))
         if out_of_reach and not frozen:
             unreachable.append(name)
@@ -79,6 +86,17 @@ def _first_parts(num_blocks: int) -> tuple[str, ...]:
     # How the names of parameters begin that come before block `num_blocks` of the image encoder.
     names = ["pos_embed", "patch_embed.", *(f"blocks.{i}." for i in range(num_blocks))]
     return tuple(f"image_encoder.{name}" for name in names)
+
+
+def _names_in_encoder(sam: Sam, *, norms: bool, biases: bool) -> set[str]:
+    # Of the parameters of norm layers, and of biases.
+    names: set[str] = set()
+    for layer, module in sam.image_encoder.named_modules():
+        is_norm = isinstance(module, nn.LayerNorm | LayerNorm2d)
+        for name, _ in module.named_parameters(recurse=False):
+            if (norms and is_norm) or (biases and name == "bias"):
+                names.add(f"image_encoder.{layer}.{name}")
+    return names
 
 
 def constant_names(sam: Sam) -> list[str]:

@@ -131,6 +131,12 @@ def build_model(
     )
     if frozen:
         LOGGER.info("frozen as configured: %s", ", ".join(frozen))
+    if any(trained_apart(config).values()):
+        kinds = ("norm layers", config.train_norms), ("biases", config.train_biases)
+        LOGGER.info(
+            "trained of what is frozen of image_encoder: its %s",
+            " and ".join(kind for kind, is_trained in kinds if is_trained),
+        )
     if unreachable:
         LOGGER.info(
             "frozen because %s prompts do not reach them: %d tensors%s",
@@ -151,20 +157,28 @@ def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], lis
             f"train_blocks: {train_blocks} is more than the {num_blocks} blocks of "
             f"{config.model_type}."
         )
-    unreached = unreached_by(config.prompts, **_rounds_of(config))
+    wanted = {
+        "unreached": unreached_by(config.prompts, **_rounds_of(config)),
+        **trained_apart(config),
+    }
     adapters = adapter_settings(config)
     if adapters is None:
-        unreachable = freeze(sam, frozen, train_blocks=train_blocks, unreached=unreached)
+        unreachable = freeze(sam, frozen, train_blocks=train_blocks, **wanted)
         if train_blocks is not None:
             frozen.append(f"image_encoder before its last {train_blocks} of {num_blocks} blocks")
         return frozen, unreachable
-    unreachable = freeze(sam, {*frozen, "image_encoder"}, unreached=unreached)
+    unreachable = freeze(sam, {*frozen, "image_encoder"}, **wanted)
     add_adapters(sam, adapters)
     if adapters.encoder:
         frozen.append("image_encoder but for its adapters")
     if adapters.decoder:
         frozen.append("the attentions of mask_decoder but for their adapters")
     return frozen, unreachable
+
+
+def trained_apart(config: TrainConfig) -> dict[str, bool]:
+    """What `freeze` leaves trained of the image encoder's frozen part."""
+    return {"train_norms": config.train_norms, "train_biases": config.train_biases}
 
 
 def _rounds_of(config: TrainConfig) -> dict[str, Any]:

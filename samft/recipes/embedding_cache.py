@@ -24,7 +24,7 @@ from samft.embeddings.split_cache import (
 from samft.embeddings.store import EmbeddingStore, evict_unused_stores
 from samft.errors import ConfigError, UserError
 from samft.models.prompted_sam import PromptedSam
-from samft.recipes.build import images_per_step
+from samft.recipes.build import images_per_step, trained_apart
 from samft.recipes.datasets import Splits
 from samft.runtime.device import pick_amp_dtype
 from samft.runtime.files import try_lock
@@ -211,7 +211,13 @@ class _StorePlan(NamedTuple):
 def _is_wanted(config: TrainConfig, model: PromptedSam, progress: Progress) -> bool:
     if config.cache_embeddings == "off" or progress.step >= config.steps:
         return False
-    if model.frozen_shape is None:  # with `on`, the configuration was refused
+    if any(trained_apart(config).values()):  # with `on`, the configuration was refused
+        LOGGER.info(
+            "cache_embeddings auto: off, because norm layers or biases are trained from the first "
+            "block of the image encoder on, and with them the embeddings change"
+        )
+        return False
+    if model.frozen_shape is None:  # with `on`, as above
         return False
     if not (model.encoder_is_frozen or model.num_frozen_blocks) and config.cache_embeddings != "on":
         return False  # nothing but pixels cut into patches, which is not worth the space

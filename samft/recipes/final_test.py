@@ -33,7 +33,7 @@ from samft.evaluation.validation import score_image
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam, load_state, read_state
 from samft.models.trainable import freeze
-from samft.recipes.build import PARTS, load_initial_state
+from samft.recipes.build import PARTS, load_initial_state, trained_apart
 from samft.recipes.datasets import hash_data
 from samft.recipes.fit import TrainingRun
 from samft.recipes.qualitative_examples import predict_objects, score_as_before
@@ -176,7 +176,7 @@ def _build_model(run: TrainingRun, weights: dict[str, Tensor]) -> PromptedSam:
     load_state(sam, weights, source="the weights of this run")
     # What is frozen runs once for both models, and takes what is cached of validation images.
     frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
-    freeze(sam, frozen, train_blocks=config.train_blocks)
+    freeze(sam, frozen, train_blocks=config.train_blocks, **trained_apart(config))
     chunk = run.model.boxes_at_once()
     return PromptedSam(sam.to(run.device), decoder=config.decoder, mask_chunk=chunk)
 

@@ -1,5 +1,7 @@
 """The encoder's two parts are the whole, in values and gradients; what is frozen, and where."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from samft.models.image_encoder import checkpoint_activations
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze
+from samft.training.optim import parameter_groups
 
 S = 64
 BLOCKS = 4  # of vit_tiny
@@ -64,6 +67,45 @@ def test_the_last_blocks_and_the_neck_are_trained(trained: int) -> None:
         n for n, _ in model.sam.image_encoder.named_parameters() if n.startswith((*last, "neck."))
     }
     assert model.num_frozen_blocks == BLOCKS - trained
+
+
+NORMS = r"norm\d\.(weight|bias)$|neck\.[13]\."
+BIASES = r"bias$"
+
+
+@pytest.mark.parametrize("parts", [["image_encoder"], ["image_encoder", "mask_decoder"]])
+@pytest.mark.parametrize(
+    ("apart", "pattern", "num_frozen"),
+    [
+        ({"train_norms": True}, NORMS, 0),
+        ({"train_biases": True}, BIASES, None),  # that of the patches is trained
+        ({"train_norms": True, "train_biases": True}, f"{NORMS}|{BIASES}", None),
+    ],
+)
+def test_norms_and_biases_of_a_frozen_encoder_are_trained_and_no_more(
+    parts: list[str], apart: dict[str, bool], pattern: str, num_frozen: int | None
+) -> None:
+    model = a_model(None)
+    freeze(model.sam, parts, **apart)
+    in_encoder = {name: p.requires_grad for name, p in model.sam.image_encoder.named_parameters()}
+    assert in_encoder == {name: bool(re.search(pattern, name)) for name in in_encoder}
+    assert model.num_frozen_blocks == num_frozen
+    assert not model.encoder_is_frozen
+    # They have no weight decay, and a gradient each.
+    groups = parameter_groups(model.sam.image_encoder, weight_decay=0.1)
+    assert [group["weight_decay"] for group in groups] == [0]
+    images = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8)
+    model.embed(images).square().sum().backward()
+    trained = {name: p for name, p in model.sam.image_encoder.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
+
+
+def test_with_the_last_block_all_norms_are_trained() -> None:
+    model = a_model(None)
+    freeze(model.sam, [], train_blocks=1, train_norms=True)
+    for name, parameter in model.sam.image_encoder.named_parameters():
+        is_last = name.startswith((f"blocks.{BLOCKS - 1}.", "neck."))
+        assert parameter.requires_grad == (is_last or bool(re.search(NORMS, name))), name
 
 
 def test_blocks_count_as_frozen_only_from_the_start() -> None:

@@ -6,13 +6,9 @@ Imports no torch, so that `--help`, and the error for a wrong flag, come in less
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from samft.cli import ALL_LINKS, LINKS_HELP
 from samft.config_checks import find_conflicts
-from samft.errors import ConfigError
 from samft.settings import check_fields, parse_settings, setting
 
 # One for each section of `--help`.
@@ -478,19 +474,6 @@ class TrainConfig:
     def num_clicks(self) -> int:
         """Clicks that a step may need for each object; the first is where it begins with one."""
         return 0 if self.prompts == "box" and not self.num_corrections else self.num_corrections + 1
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML; `--config` of it gives the same configuration back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def has_settings(path: Path, config: TrainConfig) -> bool:
-    """Whether `--config` of a file, which may be anything, gives this configuration."""
-    try:
-        return parse_config(["--config", str(path)]) == config
-    except ConfigError:
-        return False
 
 
 def parse_config(argv: list[str]) -> TrainConfig:

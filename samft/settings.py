@@ -154,6 +154,20 @@ def parse_settings(cls: type[Config], argv: list[str], *, command: str, descript
     return config
 
 
+def to_yaml(config: CheckedSettings) -> str:
+    """The configuration as YAML; `--config` of it gives the same configuration back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def has_settings(path: Path, config: CheckedSettings) -> bool:
+    """Whether `--config` of a file, which may be anything, gives this configuration."""
+    argv = ["--config", str(path)]
+    try:
+        return parse_settings(type(config), argv, command="train", description="") == config
+    except ConfigError:
+        return False
+
+
 def convert_values(config: Config) -> tuple[Config, list[str]]:
     """A configuration that was made in Python, with each value converted to its field's type.
 

@@ -19,7 +19,7 @@ from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME
 from samft.cli import EXTRAS, require_extra
-from samft.config import TrainConfig, has_settings
+from samft.config import TrainConfig
 from samft.data.map_style import DatasetIndex
 from samft.data.targets import WINDOW_CELLS
 from samft.errors import ConfigError
@@ -46,7 +46,7 @@ from samft.runtime.own_files import (
     own_names,
 )
 from samft.runtime.signals import StopRequest, job_deadline
-from samft.settings import split_names
+from samft.settings import has_settings, split_names
 from samft.training.custom import CustomParts
 from samft.training.engine import Progress
 

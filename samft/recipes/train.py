@@ -14,7 +14,7 @@ from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
 from samft.checkpoints.training_state import LAST_NAME, quarantine_damaged
 from samft.cli import exit_code
-from samft.config import TrainConfig, has_settings, to_yaml
+from samft.config import TrainConfig
 from samft.data.loaders import batch_by_objects
 from samft.errors import EXIT_STOPPED, RunStopped, TrainingError, explain_host_error
 from samft.models.lora import load_adapter_state, merge_adapters
@@ -45,7 +45,7 @@ from samft.runtime.output_dir import (
 )
 from samft.runtime.own_files import CONFIG_NAME
 from samft.runtime.signals import StopRequest
-from samft.settings import split_names
+from samft.settings import has_settings, split_names, to_yaml
 from samft.training.custom import CustomParts
 from samft.training.optim import load_state
 

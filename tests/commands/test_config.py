@@ -13,9 +13,10 @@ import pytest
 
 from helpers import REPOSITORY
 from samft.cli import CommandParser, link_folders
-from samft.config import TrainConfig, parse_config, to_yaml
+from samft.config import TrainConfig, parse_config
 from samft.errors import ConfigError
 from samft.recipes.resume import FREE_ON_RESUME, changed_settings
+from samft.settings import to_yaml
 
 REQUIRED = ["--data_root", "data", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
 

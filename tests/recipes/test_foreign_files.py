@@ -10,7 +10,7 @@ from helpers.cached_runs import cached_arguments
 from helpers.short_runs import a_config, arguments, command_here, train_here, write_data
 from samft import evaluate, predict
 from samft.cli import run_command
-from samft.config import to_yaml
+from samft.settings import to_yaml
 
 pytestmark = pytest.mark.run
 

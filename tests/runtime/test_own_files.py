@@ -11,7 +11,6 @@ import pytest
 from helpers.short_runs import a_config
 from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import save_last
-from samft.config import to_yaml
 from samft.evaluation.object_scores import ObjectScores
 from samft.reports.drawing import encode_jpeg, read_png, write_png
 from samft.runtime.files import write_json
@@ -24,6 +23,7 @@ from samft.runtime.own_files import (
     mark_picture,
     own_files,
 )
+from samft.settings import to_yaml
 
 PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 EVENTS = "tensorboard/run/val/events.out.tfevents.1.host.2.0"

@@ -157,7 +157,7 @@ def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], lis
             f"train_blocks: {train_blocks} is more than the {num_blocks} blocks of "
             f"{config.model_type}."
         )
-    wanted = {
+    wanted: dict[str, Any] = {
         "unreached": unreached_by(config.prompts, **_rounds_of(config)),
         **trained_apart(config),
     }
@@ -176,7 +176,7 @@ def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], lis
     return frozen, unreachable
 
 
-def trained_apart(config: TrainConfig) -> dict[str, bool]:
+def trained_apart(config: TrainConfig) -> dict[str, Any]:
     """What `freeze` leaves trained of the image encoder's frozen part."""
     return {"train_norms": config.train_norms, "train_biases": config.train_biases}
 

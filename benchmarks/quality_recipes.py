@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr_3e-4": {"learning_rate": 3e-4},
     "lr_1e-3": {"learning_rate": 1e-3},
     "ema_0.99": {"ema_decay": 0.99},
+    "anchor_30": {"anchor_weight": 30.0},
     "points": {"prompts": "point"},
     "mixed": {"prompts": "mixed"},
     "mixed_best": {"prompts": "mixed", "multimask": "best"},

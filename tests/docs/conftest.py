@@ -10,6 +10,8 @@ import pytest
 
 from helpers import REPOSITORY
 from helpers.documentation import SMALL_FLAGS, Runner, smaller_exports, smaller_trainings
+from helpers.tiny_checkpoint import tiny_sam
+from samft.checkpoints.top_k import save_tensors
 from samft.cli import run_command
 from samft.demo import main as demo
 from samft.images.decoder import read_image
@@ -37,7 +39,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run_command(train, ["--data_root", str(data), "--output_dir", str(run), *flags]) == 0
     summary = json.loads((run / "summary.json").read_text())
     best = Path(summary["best_checkpoint"])
-    for path in (folder / "sam_vit_b_01ec64.pth", folder / "FILE", run / "1500-0.83.ckpt"):
+    save_tensors(folder / "sam_vit_b_01ec64.pth", tiny_sam(image_size=SIZE).state_dict())
+    for path in (folder / "FILE", run / "1500-0.83.ckpt"):
         shutil.copy(best, path)
     shutil.copy(best.with_suffix(".json"), run / "1500-0.83.json")
     shutil.copy(next((data / "val").glob("*.jpg")), folder / "PHOTO.jpg")

@@ -51,6 +51,7 @@ SMALL_FLAGS = {
     "train": "--model_type vit_tiny --checkpoint_path auto --image_size 64 --batch_size 1 "
     "--steps 2 --metrics_interval 2 --num_workers 0 --device cpu",
     "evaluate": "--num_workers 0 --device cpu",
+    "average": "--num_workers 0 --device cpu --points 0.5",
     "predict": "--num_workers 1 --device cpu --points_per_side 2",
     "check": "--image_size 64",
     "demo": "--images 12 --size 64",

@@ -41,7 +41,7 @@ FOREIGN = {
 }
 OTHER_NAMES = {"KillWait", "TimeoutStopSec"}  # settings of SLURM and systemd
 # Files of a run, of a YOLO dataset, of the plan that a decision departs from, and of a reader.
-NOT_IN_REPOSITORY = {"config.yaml", "data.yaml", "gallery.py", "tversky.py"}
+NOT_IN_REPOSITORY = {"config.yaml", "data.yaml", "gallery.py", "mine.yaml", "tversky.py"}
 
 
 def running_text(page: str) -> str:

@@ -28,7 +28,7 @@ FLAGS = ["--config", "--help", *(f"--{field.name}" for field in fields(TrainConf
         ("--split", "--train_split, --val_split or --test_split"),
         ("--fraction_val", "--val_fraction"),
         ("--freeze_encoder", "--freeze_image_encoder or --freeze_prompt_encoder"),
-        ("--fraction", "--val_fraction"),
+        ("--fraction", "--val_fraction or --decay_fraction"),
         ("--output", "--output_dir"),
         ("--hlep", "--help"),
     ],

@@ -110,7 +110,8 @@ def test_boxes_give_the_masks_of_sam_predictor(tuned: Sam, folder: Path, upright
         )
         expected = warped(logits[0], 1 / annotator.scale, annotator.size)
         assert (mask > 0).any()
-        assert ((mask > 0) == (expected > 0)).all()
+        # The logits of ONNX and of PyTorch differ in the last digits, so their signs may near zero.
+        assert ((mask > 0) == (expected > 0))[np.abs(expected) > 1e-3].all()
 
 
 def test_points_give_the_masks_of_sam_predictor(tuned: Sam, folder: Path) -> None:

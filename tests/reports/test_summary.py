@@ -195,6 +195,7 @@ def test_the_summary_holds_the_verdict_and_advice() -> None:
         "num_small": 5,
         "suggested_image_size": 256,
         "num_small_then": 5,
+        "in_windows": False,
     }
     progress.box_fill_iou = 0.6
     below = summarise_run(progress, best, **parts, comparison=None)

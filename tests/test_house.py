@@ -353,6 +353,12 @@ def test_torch_would_be_seen() -> None:
     assert ended.stderr.endswith("torchvision_compat imports torch\n"), ended.stderr
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    # pytest imports them by these names, whatever their folder.
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_no_room_is_crowded() -> None:
     for room in (path for path in PACKAGE.iterdir() if path.is_dir()):
         modules = [path for path in room.glob("*.py") if path.name != "__init__.py"]

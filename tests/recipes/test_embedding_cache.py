@@ -365,7 +365,9 @@ def test_auto_caches_for_a_frozen_encoder_only(data: Path, tmp_path: Path) -> No
 
 def test_auto_is_off_where_pixels_change_and_logs_it(data: Path, tmp_path: Path) -> None:
     argv = cached_arguments(data, tmp_path, cache_embeddings="auto", steps=1, augment="scale")
-    assert encodings_of(argv) == (0, 2 + (2 + 1) * NUM_VAL)  # once more for report.html
+    code, encodings = encodings_of(argv)
+    # Two validations, and once more the images that report.html shows, which depends on the masks.
+    assert code == 0 and 2 + 2 * NUM_VAL < encodings <= 2 + 3 * NUM_VAL
     assert "cache_embeddings auto: off, because augment scale changes the pixels" in log_of(
         tmp_path
     )

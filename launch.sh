@@ -324,7 +324,8 @@ compare_clicks() {
         "$runs/demo/summary.json") || return
     say "the same objects from one click, two and three, before and after: $runs/demo-clicks/scores.html"
     run_and_wait "$python" -m samft.evaluate --checkpoint "$REPO/samft/pretrained/vit_tiny.pth" \
-        "$best" --data_root "$runs/demo-data" --clicks 3 --output "$runs/demo-clicks/scores.json"
+        "$best" --data_root "$runs/demo-data" --clicks 3 --output "$runs/demo-clicks/scores.json" \
+        >/dev/null # the page has the table, too
 }
 
 # Says how the shell gets the samft that ran, if it has another or none.

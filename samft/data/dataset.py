@@ -420,6 +420,8 @@ class Coco2MaskDataset(Dataset[Sample]):
         kept, boxes = filter_cropped_objects(
             index.boxes[objects],
             frame,
-            decode_mask=lambda k: decode_cropped(index.segmentations[int(objects[k])], size),
+            decode_mask=lambda k: decode_cropped(
+                index.segmentations[int(objects[k])], frame.file_size
+            ),
         )
         return _Placement(frame, objects[kept], boxes)

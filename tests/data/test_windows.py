@@ -121,6 +121,33 @@ def test_training_shows_what_windows_hold_by_half_and_cuts_boxes_with_them(whole
     assert len(held) + seen.counts.get("object-in-no-window", 0) == whole.num_objects
 
 
+def test_a_cut_object_is_trained_on_with_a_box_around_what_its_window_shows(whole) -> None:
+    # Wherever the window lies in its image.
+    seen = see_through_windows(whole, TILES, training=True)
+    dataset = dataset_of(seen, training=True, augment="none", box_jitter=0, max_masks_per_image=0)
+    num_cut = 0
+    for row in range(len(dataset)):
+        sample, corner = dataset[row], np.tile(seen.windows[row, :2], 2)
+        trained = dict(zip(sample.object_ids.tolist(), sample.boxes.numpy(), strict=True))
+        limit = np.tile(whole.index.sizes[seen.rows[row]][::-1], 2)
+        for k, visible in zip(seen.objects_of(row).tolist(), seen.visible_boxes(row), strict=True):
+            mask = true_mask(seen, row, k)
+            part = cut_window(mask, seen.windows[row])
+            box = trained.get(int(whole.index.object_ids[k]))
+            if np.array_equal(visible, np.clip(whole.index.boxes[k], 0, limit)):
+                assert box is not None
+                continue
+            assert (box is not None) == (part.sum() >= 0.1 * mask.sum())
+            if box is not None:
+                num_cut += 1
+                rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
+                tight = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+                scale = np.array(sample.input_size) / part.shape
+                np.testing.assert_allclose(box, tight * np.tile(scale[::-1], 2), atol=1e-3)
+                assert (tight + corner <= limit).all()
+    assert num_cut > 3
+
+
 def test_windows_of_an_image_are_augmented_on_their_own(whole) -> None:
     dataset = dataset_of(see_through_windows(whole, TILES, training=True), training=True)
     plain = dataset_of(dataset.subset, training=True, augment="none")

@@ -85,8 +85,8 @@ def _span(used: Tensor, *, margin: int = _MARGIN) -> slice:
 
 def _upsampling(frame: Frame, axis: int, cells: slice) -> Tensor:
     matrix = upsampling_matrix(
-        frame.image_size // CELL,
-        frame.image_size,
+        max(frame.size) // CELL,
+        max(frame.size),
         frame.input_size[axis],
         frame.original_size[axis],
     )
@@ -100,7 +100,7 @@ def _soft_iou(masks: Tensor, truth: Tensor) -> Tensor:
 
 def covered_share(mask: CroppedMask, frame: Frame) -> Tensor:
     """The share of each of the decoder's cells that a mask covers, float32 [S/4, S/4]."""
-    size = frame.image_size
+    size = max(frame.size)
     grids = TargetGrids(
         np.array([[0.0, 0.0, size, size]]), size // CELL, is_binary=False, min_cell_pixels=math.inf
     )
@@ -114,7 +114,6 @@ def averaged_iou(mask: CroppedMask, frame: Frame) -> float:
     logits = covered_share(mask, frame)[None] - 0.5
     (drawn,) = original_masks(
         logits,
-        image_size=frame.image_size,
         input_size=frame.input_size,
         original_size=frame.original_size,
     )

@@ -129,7 +129,7 @@ class OriginalSamples:
         """An image, squashed, and its exact boxes; masks are packed, see `unpack_masks`."""
         if row not in self.samples:
             sample = self.dataset[row]
-            masks = squash_masks(sample.truths, sample.original_size, self.dataset.image_size)
+            masks = squash_masks(sample.truths, sample.original_size, max(self.dataset.frame_size))
             packed = torch.from_numpy(np.packbits(masks, axis=2))
             self.samples[row] = replace(sample, targets=packed, truths=[])
         return self.samples[row]

@@ -145,7 +145,7 @@ def score_scene(model: PromptedSam, batch: SceneBatch, *, size: int) -> NDArray[
         return model.decode(embedding, prompts, rows, multimask=multimask)
 
     def ious_of(logits: Tensor) -> list[float]:
-        masks = original_masks(logits, input_size=sizes, original_size=sizes, image_size=size)
+        masks = original_masks(logits, input_size=sizes, original_size=sizes)
         return [cropped_iou(mask, truth) for mask, truth in zip(masks, truths, strict=True)]
 
     boxes = batch.boxes.to(device)

@@ -385,14 +385,14 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
         )
     indices = [split.index for split in (train, val) if split and split.index]
     small = [compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small for index in indices]
-    worst = max(small, key=lambda one: one.suggested_image_size)
+    worst = max(small, key=lambda one: one.suggested_side)
     views = measure_views(train.index, image_size=SAM_IMAGE_SIZE)
     return Facts(
         num_images=numbers.num_images_with_objects,
         num_objects=numbers.num_objects,
         num_val_images=val.statistics.num_images_with_objects if val and val.statistics else 0,
         most_masks=numbers.max_masks_per_image,
-        image_size=worst.suggested_image_size,
+        image_size=worst.suggested_side,
         num_gpus=len(gpus),
         gpu_gib=min(gpus, default=0.0),
         memory_gib=host_memory_gib(),

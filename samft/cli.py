@@ -147,6 +147,39 @@ def parse_channels(text: str) -> tuple[int, ...]:
     return channels
 
 
+def parse_image_size(value: int | str) -> tuple[int, int]:
+    """Height and width of the model's input: of its side, or of `WIDTHxHEIGHT` as cameras say it.
+
+    Raises:
+        ValueError: It is neither, or a side is no multiple of 16.
+
+    Example:
+        >>> parse_image_size(1024), parse_image_size("1024x768")
+        ((1024, 1024), (768, 1024))
+    """
+    match = re.fullmatch(r"([0-9]{1,6})(?:x([0-9]{1,6}))?", str(value))
+    if match is None:
+        raise ValueError(
+            f"'{value}' is neither a number of pixels, such as 1024, nor WIDTHxHEIGHT with a small "
+            "x and no spaces, such as 1024x768"
+        )
+    width, height = (int(side) for side in (match[1], match[2] or match[1]))
+    nearest = [max(16, round(side / 16) * 16) for side in (width, height)]
+    if [width, height] != nearest:
+        whole = match[2] is None
+        problem = "is no multiple of 16" if whole else "has a side that is no multiple of 16"
+        raise ValueError(
+            f"{value} {problem}; the nearest is {name_image_size((nearest[1], nearest[0]))}"
+        )
+    return height, width
+
+
+def name_image_size(size: tuple[int, int]) -> int | str:
+    """What `parse_image_size` reads as this height and width: one number of a square."""
+    height, width = size
+    return width if height == width else f"{width}x{height}"
+
+
 def user_path(text: str) -> Path:
     """The argparse type of a flag that names a file or folder; `~` is the home folder."""
     return Path(text).expanduser()

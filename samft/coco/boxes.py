@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.cli import name_image_size, parse_image_size
 from samft.coco.segmentation import CheckedMasks
 
 BOX_CODES = (
@@ -250,22 +251,27 @@ class SmallObjects:
     """How many objects are too small for the decoder's masks, and an image size for them.
 
     Attributes:
-        image_size: The model's input, px.
+        image_size: The model's input, see `cli.parse_image_size`.
         num_objects: All.
         num_small: Those whose box has a shorter side of under `MIN_CELLS` cells at the input.
-        suggested_image_size: The smallest multiple of 64 px above `image_size` at which no more
-            than `FEW_SMALL` of the objects are small, or the largest that `suggest_image_size`
-            tries; `image_size` itself where no more are small.
+        suggested_image_size: The smallest of that shape, its longer side a multiple of 64 px above
+            that of `image_size`, at which no more than `FEW_SMALL` of the objects are small, or the
+            largest that `suggest_image_size` tries; `image_size` itself where no more are small.
         num_small_then: Objects that are small at the suggested size.
         in_windows: Images are seen through windows, which a smaller `tile_size` enlarges.
     """
 
-    image_size: int
+    image_size: int | str
     num_objects: int
     num_small: int
-    suggested_image_size: int
+    suggested_image_size: int | str
     num_small_then: int
     in_windows: bool = False
+
+    @property
+    def suggested_side(self) -> int:
+        """The longer side of `suggested_image_size`, px."""
+        return max(parse_image_size(self.suggested_image_size))
 
     @property
     def share(self) -> float:
@@ -296,8 +302,9 @@ class SmallObjects:
         )
         if self.in_windows:
             return f"{text}; a smaller --tile_size enlarges them"
-        if self.suggested_image_size > self.image_size:
-            cost = (self.suggested_image_size / self.image_size) ** 2
+        if self.suggested_image_size != self.image_size:
+            new, own = map(parse_image_size, (self.suggested_image_size, self.image_size))
+            cost = new[0] * new[1] / (own[0] * own[1])
             text += (
                 f"; --image_size {self.suggested_image_size} leaves {self.num_small_then:,} of "
                 f"them, at {cost:.1f} times the time and memory of an image"
@@ -311,7 +318,7 @@ def find_small_objects(
     boxes: NDArray[np.floating],
     sizes: NDArray[np.integer],
     *,
-    image_size: int,
+    image_size: int | str,
     resize_mode: str = "pad",
 ) -> SmallObjects:
     """Counts the objects that are small at an image size, and suggests one; reads no pixels.
@@ -319,18 +326,19 @@ def find_small_objects(
     Args:
         boxes: [n, 4], x0 y0 x1 y1, px, original frame.
         sizes: [n, 2], H, W of the objects' images, px.
-        image_size: The model's input, px.
+        image_size: The model's input, see `cli.parse_image_size`.
         resize_mode: `pad` or `squash`: how images fit into it.
     """
-    sides = shorter_sides(boxes, sizes, resize_mode=resize_mode)
-    suggested = suggest_image_size(
-        sides, at_least=image_size, longest_side=int(sizes.max(initial=0))
-    )
+    frame_size = parse_image_size(image_size)
+    side = max(frame_size)
+    sides = shorter_sides(boxes, sizes, resize_mode=resize_mode, frame_size=frame_size)
+    suggested = suggest_image_size(sides, at_least=side, longest_side=int(sizes.max(initial=0)))
+    height, width = (-(-one * suggested // side // 16) * 16 for one in frame_size)
     return SmallObjects(
         image_size=image_size,
         num_objects=len(boxes),
-        num_small=_count_small(sides, image_size),
-        suggested_image_size=suggested,
+        num_small=_count_small(sides, side),
+        suggested_image_size=name_image_size((height, width)),
         num_small_then=_count_small(sides, suggested),
     )
 
@@ -346,34 +354,38 @@ def advise_on_small_objects(splits: dict[str, SmallObjects]) -> str | None:
     """
     if not splits:
         return None
-    name, worst = max(
-        splits.items(), key=lambda item: (item[1].suggested_image_size, item[1].share)
-    )
+    name, worst = max(splits.items(), key=lambda item: (item[1].suggested_side, item[1].share))
     return worst.advise(f"{name} objects") if worst.are_many else None
 
 
 def shorter_sides(
-    boxes: NDArray[np.floating], sizes: NDArray[np.integer], *, resize_mode: str
+    boxes: NDArray[np.floating],
+    sizes: NDArray[np.integer],
+    *,
+    resize_mode: str,
+    frame_size: tuple[int, int] = (1, 1),
 ) -> NDArray[np.float64]:
-    """The shorter side of each box at the model's input, as a share of the input's side.
+    """The shorter side of each box at the model's input, as a share of the input's longer side.
 
     Args:
         boxes: [n, 4], x0 y0 x1 y1, px, original frame.
         sizes: [n, 2], H, W of the objects' images, px.
         resize_mode: `pad` or `squash`.
+        frame_size: H, W of the input, of which the shape counts.
 
     Returns:
         float64 [n].
     """
     widths_heights = np.asarray(boxes[:, 2:] - boxes[:, :2], dtype=np.float64)
-    full = np.maximum(sizes[:, ::-1], 1)
-    if resize_mode == "pad":  # both axes are scaled as the longer one is
+    full = np.maximum(sizes, 1) * (max(frame_size) / np.array(frame_size))
+    full = full[:, ::-1]
+    if resize_mode == "pad":  # both axes are scaled as the one that fills the input
         full = full.max(axis=1, keepdims=True)
     return np.asarray((widths_heights / full).min(axis=1))
 
 
 def suggest_image_size(sides: NDArray[np.float64], *, at_least: int, longest_side: int) -> int:
-    """The smallest input at which no more than `FEW_SMALL` of the objects are small.
+    """The longer side of the smallest input at which few, `FEW_SMALL`, of the objects are small.
 
     Args:
         sides: See `shorter_sides`.

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from samft.coco.segmentation import CroppedMask
 from samft.data.transforms import Frame, make_frame, visible_box
 
-_ZOOMS = (0.5, 2.0)  # of image_size, as in large-scale jitter
+_ZOOMS = (0.5, 2.0)  # of the frame, as in large-scale jitter
 _MIN_VISIBLE = 0.1  # share of its pixels that an object must have in the frame to be kept
 _MAX_COLOUR_CHANGE = 0.2  # of brightness, contrast and saturation
 _MAX_HUE_SHIFT = 0.03  # of the colour circle
@@ -25,7 +25,7 @@ _MAX_HUE_SHIFT = 0.03  # of the colour circle
 
 def draw_frame(
     size: tuple[int, int],
-    image_size: int,
+    image_size: int | tuple[int, int],
     *,
     resize_mode: str,
     augment: str,
@@ -33,13 +33,13 @@ def draw_frame(
 ) -> Frame:
     """Draws where an image is in the input frame.
 
-    `flip` mirrors left to right with probability 1/2. `scale` does so, too, and scales the longest
-    side to 0.5 to 2 times `image_size`, log-uniformly; of what is larger than the frame, it takes a
+    `flip` mirrors left to right with probability 1/2. `scale` does so, too, and scales the image to
+    0.5 to 2 times what just fits, log-uniformly; of what is larger than the frame, it takes a
     random crop.
 
     Args:
         size: H, W of the image, original px.
-        image_size: S, the side of the input frame.
+        image_size: Side of the input frame, or its H, W.
         resize_mode: See `make_frame`.
         augment: `none`, `flip` or `scale`.
         generator: The source of randomness.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from samft.cli import parse_image_size
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.coco.subset import CocoSubset, Picture, read_coco
 from samft.data.augment import (
@@ -40,7 +41,7 @@ _MAX_CROP_DRAWS = 8  # until a random crop shows an object
 class Sample:
     """One image with its K objects."""
 
-    image: Tensor  # uint8 [3, S, S], RGB, input frame, channels last; `NO_PIXELS` with an embedding
+    image: Tensor  # uint8 [3, H, W], RGB, input frame, channels last; `NO_PIXELS` with an embedding
     boxes: Tensor  # float32 [K, 4], input frame
     windows: Tensor  # float32 [K, 4], input frame, what the targets cover; may exceed the image
     targets: Tensor  # uint8 [K, s, s], see `draw_targets`
@@ -50,7 +51,7 @@ class Sample:
     object_ids: Tensor  # int64 [K]
     truths: list[CroppedMask]  # the K masks in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
-    embedding: Tensor | None = None  # float16 or float32 [C, S/16, S/16], if cached
+    embedding: Tensor | None = None  # float16 or float32 [C, H/16, W/16], if cached
     click_draws: Tensor | None = None  # float32 [K, num_clicks, 2] in 0..1, if there are clicks
     origin: tuple[int, int] = (0, 0)  # y, x of the window in its image, original px
     whole_size: tuple[int, int] | None = None  # H, W of the image that a window is of
@@ -60,7 +61,7 @@ class Sample:
 class Batch:
     """N images, and the M objects of all of them, concatenated."""
 
-    images: Tensor  # uint8 [N, 3, S, S], RGB, input frame, channels last; [N, 3, 0, 0] if cached
+    images: Tensor  # uint8 [N, 3, H, W], RGB, input frame, channels last; [N, 3, 0, 0] if cached
     boxes: Tensor  # float32 [M, 4], input frame
     image_index: Tensor  # int64 [M], which of the N images an object is in
     windows: Tensor  # float32 [M, 4], input frame, what the targets cover; may exceed the image
@@ -71,7 +72,7 @@ class Batch:
     object_ids: Tensor  # int64 [M]
     truths: list[CroppedMask]  # the M masks in validation, none in training
     bad_images: dict[str, str] = field(default_factory=dict)  # that were skipped: name, reason
-    embeddings: Tensor | None = None  # float16 or float32 [N, C, S/16, S/16], if cached
+    embeddings: Tensor | None = None  # float16 or float32 [N, C, H/16, W/16], if cached
     click_draws: Tensor | None = None  # float32 [M, num_clicks, 2] in 0..1, if there are clicks
     origins: list[tuple[int, int]] = field(default_factory=list)  # [N], see `Sample`
     whole_sizes: list[tuple[int, int] | None] = field(default_factory=list)  # [N], see `Sample`
@@ -162,7 +163,7 @@ class EmbeddingSource(Protocol):
         ...
 
     def read(self, i: int, *, flipped: bool) -> NDArray[np.floating]:
-        """The embedding of image i, or of its mirror image: [C, S/16, S/16]."""
+        """The embedding of image i, or of its mirror image: [C, H/16, W/16]."""
         ...
 
 
@@ -183,7 +184,8 @@ class Coco2MaskDataset(Dataset[Sample]):
     Args:
         image_folder: The folder that file names are relative to.
         annotations: The COCO file; not read if `subset` is given.
-        image_size: Side S of the input frame.
+        image_size: Side of the input frame, or `WIDTHxHEIGHT` of one that is not square, as in the
+            setting of this name.
         resize_mode: `pad` or `squash`, see `make_frame`.
         training: Whether to augment and to draw objects at random.
         max_masks_per_image: Most objects of a training sample; 0: no limit.
@@ -202,6 +204,7 @@ class Coco2MaskDataset(Dataset[Sample]):
 
     Raises:
         DataError: As `read_coco`.
+        ValueError: `image_size` is no size, see `cli.parse_image_size`.
     """
 
     def __init__(
@@ -209,7 +212,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         image_folder: str | Path,
         annotations: str | Path | None = None,
         *,
-        image_size: int = 1024,
+        image_size: int | str = 1024,
         resize_mode: str = "pad",
         training: bool = False,
         max_masks_per_image: int = 64,
@@ -227,7 +230,7 @@ class Coco2MaskDataset(Dataset[Sample]):
                 raise ValueError("Coco2MaskDataset needs annotations, or a subset.")
             subset = read_coco(Path(annotations), Path(image_folder))
         self.subset = subset
-        self.image_size = image_size
+        self.frame_size = parse_image_size(image_size)
         self.resize_mode = resize_mode
         self.training = training
         self.max_masks_per_image = max_masks_per_image
@@ -333,7 +336,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         return torch.from_numpy(self.embeddings.read(row, flipped=frame.flipped))
 
     def decode_pixels(self, encoded: Picture, frame: Frame) -> NDArray[np.uint8]:
-        """Decodes an image into the input frame, uint8 [S, S, 3].
+        """Decodes an image into the input frame, uint8 [H, W, 3] of the frame.
 
         Raises:
             ImageError: It is broken.
@@ -344,7 +347,7 @@ class Coco2MaskDataset(Dataset[Sample]):
 
     def full_frame(self, size: tuple[int, int], *, flipped: bool = False) -> Frame:
         """The frame of a whole image of size H, W: that of all samples but those of `scale`."""
-        return make_frame(size, self.image_size, resize_mode=self.resize_mode, flipped=flipped)
+        return make_frame(size, self.frame_size, resize_mode=self.resize_mode, flipped=flipped)
 
     def _place_window(self, frame: Frame, row: int, corner: tuple[int, int]) -> Frame:
         # The frame of a window, with the place of the window in its image.
@@ -358,7 +361,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         frame = self.full_frame(self.subset.size(row))
         grids = make_grids(np.zeros((0, 4)), frame, resolution=self.loss_resolution)
         return Sample(
-            image=torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8).movedim(2, 0),
+            image=torch.zeros(*self.frame_size, 3, dtype=torch.uint8).movedim(2, 0),
             boxes=torch.zeros(0, 4),
             windows=torch.zeros(0, 4),
             targets=torch.from_numpy(grids.empty_targets()),
@@ -404,7 +407,7 @@ class Coco2MaskDataset(Dataset[Sample]):
         index, objects = self.subset.index, self.subset.objects_of(row)
         frame = draw_frame(
             size,
-            self.image_size,
+            self.frame_size,
             resize_mode=self.resize_mode,
             augment=augment,
             generator=generator,

@@ -60,14 +60,15 @@ def make_grids(boxes: NDArray[np.floating], frame: Frame, *, resolution: str) ->
 
     Args:
         boxes: [K, 4], x0 y0 x1 y1 in the input frame, which they may exceed.
-        frame: Of the image, S x S px.
-        resolution: `window` (around each box) or `input` (the frame, S x S cells).
+        frame: Of the image.
+        resolution: `window` (around each box) or `input` (cells of 1 px of the frame; of one that
+            is not square, of the square around it).
     """
     limit = _MIN_CELL_PIXELS[resolution]
     if resolution == "window":
         windows, side = make_windows(boxes), WINDOW_CELLS
     else:
-        side = frame.image_size
+        side = max(frame.size)
         windows = np.tile([0.0, 0.0, side, side], (len(boxes), 1))
     return TargetGrids(windows, side, is_binary=resolution == "input", min_cell_pixels=limit)
 

@@ -1,7 +1,7 @@
 """The original frame and the input frame, and how images and boxes get from one to the other.
 
 The `original` frame has the pixels of the image file, also where only a window of it is seen. The
-`input` frame is what the model sees: `image_size` x `image_size` pixels, with the resized image or
+`input` frame is what the model sees: H x W pixels, most often a square, with the resized image or
 window, or a crop of it, at the top left, and zeros to the right and below. All lengths are in
 pixels; boxes are x0 y0 x1 y1, with pixel edges at whole numbers. Imports no torch.
 """
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from samft.views.fitting import fit_size
+
 LOW_CELL = 4  # input px per pixel of the decoder's masks, along each axis
-_MAX_JITTER = 20 / 1024  # of image_size, as in SAM's training
+_MAX_JITTER = 20 / 1024  # of the longer side of the frame, as in SAM's training
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Frame:
 
     original_size: tuple[int, int]  # H, W of the image, or of the window of it, original px
     resized_size: tuple[int, int]  # H, W of all of that, input px
-    image_size: int  # S, the side of the input frame
+    size: tuple[int, int]  # H, W of the input frame
     offset: tuple[int, int] = (0, 0)  # y, x of the crop in the resized image, input px
     flipped: bool = False  # the crop is mirrored left to right
     origin: tuple[int, int] = (0, 0)  # y, x of the window in the image, original px
@@ -33,7 +35,7 @@ class Frame:
     def input_size(self) -> tuple[int, int]:
         """Height and width of the image area in the input frame, input px."""
         (height, width), (top, left) = self.resized_size, self.offset
-        return min(height - top, self.image_size), min(width - left, self.image_size)
+        return min(height - top, self.size[0]), min(width - left, self.size[1])
 
     @property
     def is_cropped(self) -> bool:
@@ -79,7 +81,7 @@ class Frame:
 
 def make_frame(
     original_size: tuple[int, int],
-    image_size: int,
+    image_size: int | tuple[int, int],
     *,
     resize_mode: str,
     flipped: bool = False,
@@ -90,28 +92,23 @@ def make_frame(
 
     Args:
         original_size: H, W of the image, original px.
-        image_size: Side of the input frame.
-        resize_mode: `pad` scales the longest side to `image_size`; `squash` scales both sides.
+        image_size: Side of the input frame, or its H, W.
+        resize_mode: See `views.fitting.fit_scales`.
         flipped: Whether to mirror left to right.
-        zoom: Scales to this times `image_size` instead, and crops what does not fit.
+        zoom: Scales to this times the frame instead, and crops what does not fit.
         crop_at: Position of the crop, y and x, from 0 (top or left end) to just under 1.
-
-    Source: `pad` is `ResizeLongestSide.get_preprocess_shape` of segment_anything, to the pixel.
 
     Example:
         >>> make_frame((480, 640), 1024, resize_mode="pad").input_size
         (768, 1024)
     """
-    height, width = original_size
-    scale = image_size * zoom / max(height, width)
-    scale_y, scale_x = scale, scale
-    if resize_mode == "squash":
-        scale_y, scale_x = image_size * zoom / height, image_size * zoom / width
-    resized = max(1, int(height * scale_y + 0.5)), max(1, int(width * scale_x + 0.5))
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    resized = fit_size(original_size, size, resize_mode=resize_mode, zoom=zoom)
     top, left = (
-        int(at * (max(side - image_size, 0) + 1)) for at, side in zip(crop_at, resized, strict=True)
+        int(at * (max(side - shown, 0) + 1))
+        for at, side, shown in zip(crop_at, resized, size, strict=True)
     )
-    return Frame(original_size, resized, image_size, (top, left), flipped)
+    return Frame(original_size, resized, size, (top, left), flipped)
 
 
 def resize_image(
@@ -128,7 +125,7 @@ def resize_image(
             off by a pixel at its right and bottom ends.
 
     Returns:
-        uint8 [S, S, 3], zero-padded.
+        uint8 [H, W, 3] of the frame, zero-padded.
 
     Source: Pillow's bilinear filter, as `ResizeLongestSide.apply_image` of segment_anything.
     """
@@ -137,7 +134,7 @@ def resize_image(
     shown = slice(top, top + height), slice(left, left + width)
     is_reduced = image.shape[:2] != frame.original_size
     is_shrunk = image.shape[0] > resized_height or image.shape[1] > resized_width
-    padded = np.zeros((frame.image_size, frame.image_size, 3), dtype=np.uint8)
+    padded = np.zeros((*frame.size, 3), dtype=np.uint8)
     visible = padded[:height, :width]
     if not exact and image.shape[:2] == frame.resized_size:
         visible[:] = image[shown]
@@ -209,7 +206,7 @@ def jitter_boxes(
         share: Largest move, as a share of the box's width or height. 0 changes nothing.
         frame: Of the image. No side leaves the image area.
         generator: The source of randomness.
-        most: Largest move, as a share of `image_size`: 20 px at 1024.
+        most: Largest move, as a share of the frame's longer side: 20 px at 1024.
 
     Returns:
         Boxes [K, 4] in the input frame, each at least half as wide and high as before.
@@ -223,7 +220,7 @@ def jitter_boxes(
     corners[:, 0] = np.minimum(corners[:, 0], limit - 1e-2)
     corners[:, 1] = np.maximum(corners[:, 1], corners[:, 0] + 1e-2)
     side = corners[:, 1:] - corners[:, :1]
-    furthest = np.minimum(share * side, most * frame.image_size)
+    furthest = np.minimum(share * side, most * max(frame.size))
     moved = np.clip(corners + furthest * generator.uniform(-1, 1, corners.shape), 0, limit)
     too_small = moved[:, 1:] - moved[:, :1] < side / 2
     return np.where(too_small, corners, moved).reshape(-1, 4)

@@ -41,7 +41,7 @@ _GPU_BATCHES_AHEAD = 2  # one that is computed, and one to go on with
 class _LoadedImage:
     # An image to encode, or why it cannot be.
     missing: MissingImage
-    pixels: Tensor = field(default_factory=lambda: torch.zeros(0))  # uint8 [stores, 3, S, S]
+    pixels: Tensor = field(default_factory=lambda: torch.zeros(0))  # uint8 [stores, 3, H, W]
     # int64 [stores, 2], h, w of the image area in the input frame
     input_sizes: Tensor = field(default_factory=lambda: torch.zeros(0))
     error: DataError | None = None
@@ -108,7 +108,7 @@ class _Input(NamedTuple):
     # What is on its way to the device, for one embedding.
     missing: MissingImage
     k: int
-    receive_pixels: Callable[[], Tensor]  # uint8 [1, 3, S, S]
+    receive_pixels: Callable[[], Tensor]  # uint8 [1, 3, H, W]
     receive_size: Callable[[], Tensor]  # int64 [1, 2]
 
 

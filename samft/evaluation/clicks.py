@@ -149,7 +149,7 @@ class ClickSession:
     """The objects of one image that are corrected together.
 
     Attributes:
-        decode: Prompts of m objects to their mask logits [m, S/4, S/4], with one mask for each.
+        decode: Prompts of m objects to their mask logits [m, H/4, W/4], with one mask for each.
         boxes: float [M, 4], input frame, given with all clicks; None: clicks alone.
         truths: M true masks, original frame, as far as a window shows them.
         frame: Of the image.
@@ -166,7 +166,7 @@ class ClickSession:
         """Clicks again and again, until no pixel is wrong.
 
         Args:
-            logits: float [M, S/4, S/4], of the first masks.
+            logits: float [M, H/4, W/4], of the first masks.
             clicks: Of each object, those that led to its first mask; as many for each.
             most: Clicks on an object, these included.
 
@@ -180,7 +180,6 @@ class ClickSession:
                 logits,
                 input_size=self.frame.input_size,
                 original_size=self.frame.original_size,
-                image_size=self.frame.image_size,
                 origin=self.frame.origin,
             )
             for place, (row, mask) in enumerate(zip(rows, masks, strict=True)):

@@ -227,7 +227,7 @@ class PromptedObjects:
 
     Attributes:
         model: See `evaluate_split`.
-        embedding: float [1, C, S/16, S/16], of the image.
+        embedding: float [1, C, H/16, W/16], of the image.
         batch: Of the M objects, with their true masks, on the host.
         boxes: float32 [M, 4], their annotated boxes in the input frame, on the device.
     """
@@ -240,11 +240,11 @@ class PromptedObjects:
     @property
     def frame(self) -> Frame:
         """Where the image is in the input frame."""
-        sizes, image_size = self.batch.image_sizes, self.model.sam.image_encoder.img_size
+        sizes = self.batch.image_sizes
         return Frame(
             sizes["original_size"],
             sizes["input_size"],
-            image_size,
+            self.model.frame_size,
             origin=sizes["origin"],
             whole_size=self.batch.file_size,
         )
@@ -284,8 +284,7 @@ class PromptedObjects:
         return score_masks(batch, masks, iou_predicted.cpu(), curves=curves)
 
     def _masks_of(self, logits: Tensor) -> Masks:
-        image_size = self.model.sam.image_encoder.img_size
-        return original_masks(logits, image_size=image_size, **self.batch.image_sizes)
+        return original_masks(logits, **self.batch.image_sizes)
 
     def _jittered_boxes(self, seed: int) -> Tensor:
         boxes, object_ids = self.batch.boxes.numpy(), self.batch.object_ids.numpy()
@@ -307,7 +306,7 @@ class PromptedObjects:
         """Corrects the masks of all objects by clicks, see `ClickSession.correct`.
 
         Args:
-            logits: float [M, S/4, S/4], of the first masks.
+            logits: float [M, H/4, W/4], of the first masks.
             clicks: That led to them, as many for each object.
             boxes: Whether the annotated boxes are given with the clicks.
             most: Clicks on an object.

@@ -251,8 +251,7 @@ def _score_logits(
         input_sizes=on_device.input_sizes,
     )
     # A generator: one mask of the original resolution is in memory at a time.
-    image_size = model.sam.image_encoder.img_size
-    masks = original_masks(logits, image_size=image_size, **batch.image_sizes)
+    masks = original_masks(logits, **batch.image_sizes)
     values = torch.stack([losses.total, losses.focal, losses.dice, losses.iou, iou_predicted]).cpu()
     names = (*LOSS_NAMES[:-1], "iou_predicted")
     return dict(zip(names, values, strict=True)), masks

@@ -24,6 +24,7 @@ from samft.models.image_encoder import (
     FastBlock,
     PositionVectors,
     TensorPair,
+    add_positions,
     compile_blocks,
     position_vectors,
 )
@@ -169,18 +170,16 @@ def encode_first_blocks(encoder: ImageEncoderViT, images: Tensor, num_blocks: in
 
     Args:
         encoder: Of any attention. Its first blocks are not checkpointed: nothing of them is kept.
-        images: float [N, 3, S, S], preprocessed.
+        images: float [N, 3, H, W], preprocessed.
         num_blocks: Blocks that have run.
 
     Returns:
-        float [N, S/16, S/16, C].
+        float [N, H/16, W/16, C].
 
     Source: `segment_anything/modeling/image_encoder.py`, `ImageEncoderViT.forward`.
     """
     with torch.no_grad():
-        tokens: Tensor = encoder.patch_embed(images)
-        if encoder.pos_embed is not None:
-            tokens = tokens + encoder.pos_embed
+        tokens = add_positions(encoder, encoder.patch_embed(images))
         for block in encoder.blocks[:num_blocks]:
             tokens = block(tokens)
         return tokens
@@ -191,11 +190,11 @@ def encode_last_blocks(encoder: ImageEncoderViT, tokens: Tensor, num_blocks: int
 
     Args:
         encoder: Of any attention, checkpointed or not.
-        tokens: float [N, S/16, S/16, C].
+        tokens: float [N, H/16, W/16, C].
         num_blocks: Blocks that have run.
 
     Returns:
-        float [N, C', S/16, S/16].
+        float [N, C', H/16, W/16].
     """
     blocks = list(encoder.blocks)[num_blocks:]
     if isinstance(encoder, CheckpointedEncoder):

@@ -26,6 +26,12 @@ projects the padding, too. The padding takes part in the softmax, with the keys 
 token, and these are the bias of the projection. Here the bias itself is put in their place, and
 both projections see real tokens only: 256 of 784 at 16 x 16 tokens and windows of 14.
 
+Rectangles
+----------
+An image that is the top left part of the square that the positions are for, H x W tokens of S x S,
+has its absolute positions there, and only the distances up to H - 1 and W - 1: the middle of the
+tables, which stock would stretch. So tokens meet as in the square, but for the padding.
+
 Activation checkpointing
 ------------------------
 A block keeps some twenty tensors of its input's size for backward. `blocks` keeps its input only
@@ -93,9 +99,12 @@ class FastBlock(nn.Module):
     Attributes:
         positions: The relative positions of the attention, made once for all forward passes; None:
             made of its tables in each.
+        part: h, w of a map in tokens that is the top left of the one that the tables are for; None:
+            the map is that one, or windows.
     """
 
     positions: PositionVectors | None = None
+    part: tuple[int, int] | None = None
 
     def __init__(self, block: Block) -> None:
         """Takes over the submodules of a stock block, under the same names: the same keys."""
@@ -107,7 +116,10 @@ class FastBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention and MLP, each with a residual; [B, H, W, C] to the same shape."""
-        x = x + attention(self.attn, self.norm1(x), self.window_size, positions=self.positions)
+        normalised, is_part = self.norm1(x), self.part is not None
+        x = x + attention(
+            self.attn, normalised, self.window_size, positions=self.positions, is_part=is_part
+        )
         hidden = self.mlp.lin1(self.norm2(x))
         if not hidden.requires_grad:
             return x + self._activate_and_project(hidden)
@@ -138,6 +150,14 @@ def use_fast_attention(encoder: ImageEncoderViT) -> None:
     encoder.blocks = nn.ModuleList(FastBlock(block) for block in encoder.blocks)
 
 
+def add_positions(encoder: "ImageEncoderViT | CheckpointedEncoder", tokens: Tensor) -> Tensor:
+    """Tokens [N, h, w, C] with the encoder's absolute positions: of a square, or its top left."""
+    if encoder.pos_embed is None:
+        return tokens
+    height, width = tokens.shape[1:3]
+    return tokens + encoder.pos_embed[:, :height, :width]
+
+
 class CheckpointedEncoder(nn.Module):
     """The stock encoder's computation, with its blocks run again in backward."""
 
@@ -155,10 +175,8 @@ class CheckpointedEncoder(nn.Module):
         self.train(encoder.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [N, 3, S, S] to [N, C, S/16, S/16]."""
-        x = self.patch_embed(x)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
+        """Float [N, 3, H, W] to [N, C, H/16, W/16]."""
+        x = add_positions(self, self.patch_embed(x))
         return self.neck(self.run_blocks(list(self.blocks), x).permute(0, 3, 1, 2))
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -212,12 +230,18 @@ def position_vectors(block: FastBlock, num_tokens: int) -> PositionVectors:
     """
     size = block.window_size or num_tokens
     with torch.no_grad():
-        plain = _position_vectors(block.attn, (size, size))
+        is_part = block.part is not None
+        plain = _position_vectors(block.attn, block.part or (size, size), is_part=is_part)
         return PositionVectors(plain, _divide(plain, block.attn.scale))
 
 
 def attention(
-    attn: Attention, x: Tensor, window_size: int, *, positions: PositionVectors | None = None
+    attn: Attention,
+    x: Tensor,
+    window_size: int,
+    *,
+    positions: PositionVectors | None = None,
+    is_part: bool = False,
 ) -> Tensor:
     """Multi-head attention with relative positions, inside windows or over the whole map.
 
@@ -226,6 +250,7 @@ def attention(
         x: float [B, H, W, C], normalised tokens.
         window_size: Side of the square windows in tokens; 0 for attention over the whole map.
         positions: The module's relative positions for these windows; None: made of its tables.
+        is_part: Whether the tables are for a larger map, of which this one is the top left.
 
     Returns:
         float [B, H, W, C].
@@ -233,7 +258,7 @@ def attention(
     height, width = x.shape[1:3]
     window = (window_size, window_size) if window_size else (height, width)
     q, k, v = _project_windows(attn, x, window)
-    rel_pos = positions.plain if positions else _position_vectors(attn, window)
+    rel_pos = positions.plain if positions else _position_vectors(attn, window, is_part=is_part)
     if not window_size and _mask_is_cheaper(q, rel_pos):
         # There is one window, the map itself: its two dimensions of windows are dropped.
         y = _attend_with_mask(*(t[:, 0, 0] for t in (q, k, v)), rel_pos=rel_pos, scale=attn.scale)
@@ -440,10 +465,19 @@ def _extend_vectors(x: Tensor, *more: Tensor) -> Tensor:
     return torch.cat([x, *parts], -1).flatten(-3, -2)
 
 
-def _position_vectors(attn: Attention, window: tuple[int, int]) -> TensorPair:
-    tables = (attn.rel_pos_h, attn.rel_pos_w)
+def _position_vectors(
+    attn: Attention, window: tuple[int, int], *, is_part: bool = False
+) -> TensorPair:
+    tables = [attn.rel_pos_h, attn.rel_pos_w]
+    if is_part:
+        tables = [_middle(t, 2 * n - 1) for t, n in zip(tables, window, strict=True)]
     height, width = (_pairwise_vectors(t, n) for t, n in zip(tables, window, strict=True))
     return height, width
+
+
+def _middle(table: Tensor, length: int) -> Tensor:
+    start = (len(table) - length) // 2
+    return table[start : start + length]
 
 
 def _divide(pair: TensorPair, scale: float) -> TensorPair:

@@ -149,17 +149,21 @@ def decode_fast(
         num_used=1 + _wanted_heads(decoder, multimask).stop,
     )
     hyper, iou_predicted = _output_heads(decoder, queries, multimask=multimask)
-    logits = _upscaled_product(decoder.output_upscaling, keys, hyper)
+    height, width = shared[0].shape[1:3]
+    logits = _upscaled_product(decoder.output_upscaling, keys, hyper, grid=(height, width))
     return _squeeze(logits, iou_predicted, multimask)
 
 
-def _upscaled_product(upscaling: nn.Sequential, image: Tensor, hyper: Tensor) -> Tensor:
+def _upscaled_product(
+    upscaling: nn.Sequential, image: Tensor, hyper: Tensor, *, grid: tuple[int, int]
+) -> Tensor:
     """Upscales image tokens by four, and takes their product with K vectors (step 2).
 
     Args:
         upscaling: `MaskDecoder.output_upscaling`: convolution, norm, GELU, convolution, GELU.
-        image: float [M, h * w, C], in rows of a square.
+        image: float [M, h * w, C].
         hyper: float [M, K, C / 8].
+        grid: h, w.
 
     Returns:
         float [M, K, 4h, 4w].
@@ -167,7 +171,7 @@ def _upscaled_product(upscaling: nn.Sequential, image: Tensor, hyper: Tensor) ->
     first, norm, activation, second, _ = upscaling  # the last GELU is part of `_GeluProduct`
     assert isinstance(first, nn.ConvTranspose2d) and isinstance(second, nn.ConvTranspose2d)
     assert isinstance(norm, LayerNorm2d)
-    num, num_masks, side = len(image), hyper.shape[1], round(image.shape[1] ** 0.5)
+    num, num_masks, (height, width) = len(image), hyper.shape[1], grid
     # [M, L, C] to [M, L, 4 C / 4] to [M, 4 L, C / 4]: in place of each token its four.
     quarters = F.linear(image, *_one_to_four(first)).unflatten(2, (4, -1)).flatten(1, 2)
     # Over the channels of a pixel: with channels last, an ordinary layer norm.
@@ -175,8 +179,8 @@ def _upscaled_product(upscaling: nn.Sequential, image: Tensor, hyper: Tensor) ->
     logits = _GeluProduct.apply(activation(quarters), *_one_to_four(second), hyper)
     # The first map made (i, j) of (y, x), the second (k, l) of that: pixel
     # (4y + 2i + k, 4x + 2j + l) of a mask is at [k, l, mask, y, x, i, j].
-    logits = logits.view(num, 2, 2, num_masks, side, side, 2, 2).permute(0, 3, 4, 6, 1, 5, 7, 2)
-    return logits.reshape(num, num_masks, 4 * side, 4 * side)
+    logits = logits.view(num, 2, 2, num_masks, height, width, 2, 2).permute(0, 3, 4, 6, 1, 5, 7, 2)
+    return logits.reshape(num, num_masks, 4 * height, 4 * width)
 
 
 def _one_to_four(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,63 @@
-"""SAM's automatic mask generator: the package's own, with a progress bar inside of an image."""
+"""SAM's predictor and automatic mask generator: the package's own, for images that are not square.
+
+The generator has a progress bar inside of an image, too.
+"""
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from segment_anything import SamAutomaticMaskGenerator, automatic_mask_generator
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, automatic_mask_generator
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import MaskData
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
 from tqdm import tqdm
 
+from samft.models.sam import RectangleSam
 from samft.runtime.device import exact_float32
 from samft.runtime.logs import progress_bar
 from samft.runtime.torchvision_compat import replace_missing_nms
+from samft.views.fitting import fit_size
 
 _DEFAULT_POINTS_PER_BATCH = 64  # the automatic mask generator's own
 _PIXELS_OF_DEFAULT = 1024 * 1024  # the largest image for which that many are decoded
 _BAR_DELAY = 2.0  # seconds that an image may take before it gets a bar of its own
+
+
+class _FitIntoRectangle(ResizeLongestSide):
+    # As in validation: the image just fits, which its longer side does not decide alone.
+    def __init__(self, frame_size: tuple[int, int]) -> None:
+        super().__init__(max(frame_size))
+        self.frame_size = frame_size
+
+    def get_preprocess_shape(self, oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
+        return fit_size((oldh, oldw), self.frame_size)
+
+
+class _RectanglePredictor(SamPredictor):
+    def __init__(self, sam: RectangleSam) -> None:
+        super().__init__(sam)
+        self.transform = _FitIntoRectangle(sam.frame_size)
+
+    @torch.no_grad()
+    def set_torch_image(self, transformed_image: Tensor, original_image_size: Any) -> None:
+        # Stock's, which insists on a longer side of S.
+        self.reset_image()
+        self.original_size = original_image_size
+        self.input_size = tuple(transformed_image.shape[-2:])
+        self.features = self.model.image_encoder(self.model.preprocess(transformed_image))
+        self.is_image_set = True
+
+
+def make_predictor(sam: Sam) -> SamPredictor:
+    """Stock's `SamPredictor`; of a `RectangleSam` one with the same calls that pads to its shape.
+
+    Args:
+        sam: On its device, in eval mode; not copied.
+    """
+    return _RectanglePredictor(sam) if isinstance(sam, RectangleSam) else SamPredictor(sam)
 
 
 class MaskGenerator(SamAutomaticMaskGenerator):
@@ -46,6 +88,7 @@ class MaskGenerator(SamAutomaticMaskGenerator):
         """
         replace_missing_nms(automatic_mask_generator)
         super().__init__(sam, output_mode="uncompressed_rle", **settings)
+        self.predictor = make_predictor(sam)
         self._given_points_per_batch, self.show_progress = points_per_batch, show_progress
         self._bar: tqdm[Any] | None = None
 

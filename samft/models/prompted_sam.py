@@ -14,6 +14,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samft.coco.boxes import CELL
 from samft.coco.segmentation import CroppedMask
 from samft.models.chunked_loss import (
     BoxDecoder,
@@ -86,13 +87,13 @@ class PromptedSam(nn.Module):
         """Normalises images on the device; the padding becomes zero, as in `Sam.preprocess`.
 
         Args:
-            images: uint8 [N, 3, S, S] RGB in the model frame, padded right and bottom; floating
+            images: uint8 [N, 3, H, W] RGB in the model frame, padded right and bottom; floating
                 point images count as preprocessed and are returned unchanged.
             input_sizes: int [N, 2], height and width of the image inside the frame, in pixels;
                 None where the images fill it.
 
         Returns:
-            float32 [N, 3, S, S].
+            float32 [N, 3, H, W].
         """
         if images.is_floating_point():
             return images
@@ -100,11 +101,18 @@ class PromptedSam(nn.Module):
         if input_sizes is None:
             return normalised
         # SAM pads after normalising, with zeros. The padding in `images` is black, so not zero now.
-        return normalised * inside_image(input_sizes, images.shape[-1])[:, None]
+        height, width = images.shape[-2:]
+        return normalised * inside_image(input_sizes, height, width)[:, None]
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """H, W of the model frame, px: those of the images that it takes."""
+        height, width = self.sam.prompt_encoder.mask_input_size
+        return height * CELL, width * CELL
 
     @property
     def embedding_shape(self) -> tuple[int, int, int]:
-        """The shape of an image's embedding: C, S/16, S/16."""
+        """The shape of an image's embedding: C, H/16, W/16."""
         encoder = self.sam.prompt_encoder
         return (encoder.embed_dim, *encoder.image_embedding_size)
 
@@ -143,7 +151,7 @@ class PromptedSam(nn.Module):
             cached: float [N, *frozen_shape], from `encode_frozen` earlier; images are not used.
 
         Returns:
-            float [N, C, S/16, S/16].
+            float [N, C, H/16, W/16].
         """
         if self.encoder_is_frozen:
             return self.encode_frozen(images, input_sizes) if cached is None else cached.float()
@@ -209,7 +217,7 @@ class PromptedSam(nn.Module):
         """Predicts the mask of each prompt, or three of them, from image embeddings.
 
         Args:
-            embeddings: float [N, C, S/16, S/16].
+            embeddings: float [N, C, H/16, W/16].
             prompts: M of them, see `Prompts`.
             image_index: int64 [M], the image of each prompt.
             multimask: Whether to predict stock's three masks of an ambiguous prompt
@@ -217,8 +225,8 @@ class PromptedSam(nn.Module):
             mask_chunk: Prompts decoded at once in this call; None: `boxes_at_once`.
 
         Returns:
-            Mask logits [M, S/4, S/4] (positive inside the object) and predicted IoU [M]; with
-            `multimask` [M, 3, S/4, S/4] and [M, 3].
+            Mask logits [M, H/4, W/4] (positive inside the object) and predicted IoU [M]; with
+            `multimask` [M, 3, H/4, W/4] and [M, 3].
 
         Raises:
             ValueError: There are not as many prompts as `image_index` has entries, or masks are not
@@ -296,12 +304,13 @@ class PromptedSam(nn.Module):
 
     def _compute_dense_pe(self) -> Tensor:
         # Stock's `get_dense_pe` to the bit. That counts pixels with a cumsum of floats, which has
-        # no deterministic kernel on a GPU.
+        # no deterministic kernel on a GPU. Of a `RectangleSam`, the part of the square.
         prompt_encoder = self.sam.prompt_encoder
         height, width = prompt_encoder.image_embedding_size
+        side = max(height, width)
         rows, columns = (torch.arange(n, device=self.sam.device) + 0.5 for n in (height, width))
         centres = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
-        encoded: Tensor = prompt_encoder.pe_layer.forward_with_coords(centres, (height, width))
+        encoded: Tensor = prompt_encoder.pe_layer.forward_with_coords(centres, (side, side))
         return encoded.permute(2, 0, 1)[None]
 
     def forward(
@@ -324,11 +333,11 @@ class PromptedSam(nn.Module):
         `boxes_at_once` masks are in memory at a time (`chunked_loss`).
 
         Args:
-            images: uint8 [N, 3, S, S], or float already preprocessed.
+            images: uint8 [N, 3, H, W], or float already preprocessed.
             boxes: float32 [M, 4], x0 y0 x1 y1 in pixels of the model frame.
             image_index: int64 [M].
             input_sizes: int [N, 2], or None where the images fill the frame.
-            embeddings: float [N, C, S/16, S/16], used instead of encoding the images.
+            embeddings: float [N, C, H/16, W/16], used instead of encoding the images.
             loss: `losses.mask_losses` with its weights set, or a like function.
             targets: uint8 [M, G, G], for the loss.
             windows: float32 [M, 4], the rectangles that the targets cover, for the loss.
@@ -338,7 +347,7 @@ class PromptedSam(nn.Module):
                 None: one round, with the boxes.
 
         Returns:
-            Mask logits [M, S/4, S/4] and predicted IoU [M]; or, with a loss, the sum of its first
+            Mask logits [M, H/4, W/4] and predicted IoU [M]; or, with a loss, the sum of its first
             tensor, and the tensors that it returns, [M] each, without a gradient. With `rounds`,
             these are means over the rounds, and followed by those of the first and the last round.
         """
@@ -364,16 +373,17 @@ class PromptedSam(nn.Module):
         return decoder.sum_losses(inputs, add_chunk=add_chunk, **of_losses)
 
 
-def inside_image(input_sizes: Tensor, size: int) -> Tensor:
-    """Which pixels of the model frame are image, not padding: float32 [N, size, size], 1 or 0.
+def inside_image(input_sizes: Tensor, height: int, width: int) -> Tensor:
+    """Which pixels of the model frame are image, not padding: float32 [N, height, width], 1 or 0.
 
     Args:
         input_sizes: int [N, 2], height and width of the image in the frame.
-        size: Side of the frame.
+        height: Of the frame.
+        width: Of the frame.
     """
-    pixels = torch.arange(size, device=input_sizes.device)
+    pixels = torch.arange(max(height, width), device=input_sizes.device)
     rows, columns = (pixels < input_sizes[..., None]).float().unbind(1)
-    return rows[:, :, None] * columns[:, None, :]
+    return rows[:, :height, None] * columns[:, None, :width]
 
 
 @lru_cache(maxsize=64)
@@ -385,8 +395,8 @@ def upsampling_matrix(low: int, frame: int, inside: int, original: int) -> Tenso
     matrix, and `rows @ logits @ columns.T` gives any rectangle of the result without the rest.
 
     Args:
-        low: Logits along the axis, S/4.
-        frame: S.
+        low: Logits along the axis, a fourth of `frame`.
+        frame: Pixels of the model frame.
         inside: Pixels of the frame that are image.
         original: Pixels of the original image.
 
@@ -406,7 +416,6 @@ def original_masks(
     *,
     input_size: tuple[int, int],
     original_size: tuple[int, int],
-    image_size: int,
     origin: tuple[int, int] = (0, 0),
 ) -> Iterator[CroppedMask]:
     """The masks of one image, or of a window of it, at its original resolution.
@@ -415,20 +424,20 @@ def original_masks(
     positive logits is computed: bilinear resizing makes no positive value of negative ones.
 
     Args:
-        mask_logits: float [M, S/4, S/4], masks of one image.
+        mask_logits: float [M, H/4, W/4], masks of one image.
         input_size: Height and width of the image in the model frame.
         original_size: Height and width of the original image, or of the window.
-        image_size: S.
         origin: y, x of the window in the image, px.
 
     Yields:
         M masks, each cropped to a rectangle that contains it; [0, 0] where no logit is positive.
     """
-    low = mask_logits.shape[-1]
     device = mask_logits.device
     rows, columns = (
-        upsampling_matrix(low, image_size, input_size[axis], original_size[axis]).to(device)
-        for axis in (0, 1)
+        upsampling_matrix(low, low * CELL, inside, original).to(device)
+        for low, inside, original in zip(
+            mask_logits.shape[1:], input_size, original_size, strict=True
+        )
     )
     positive = mask_logits > 0
     row_spans = _output_spans(positive.any(2), rows)

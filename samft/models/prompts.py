@@ -45,7 +45,7 @@ class Prompts:
         boxes: float32 [M, 4], x0 y0 x1 y1.
         points: float32 [M, P, 2], x y.
         labels: int64 [M, P], of the points: 1 on the object, 0 not on it, -1 for no point at all.
-        masks: float [M, S/4, S/4], logits of an earlier prediction of the same objects.
+        masks: float [M, H/4, W/4], logits of an earlier prediction of the same objects.
     """
 
     boxes: Tensor | None = None
@@ -70,7 +70,7 @@ class Prompts:
         if not fits or not all(fits) or ("points" in shapes) != ("labels" in shapes):
             raise ValueError(
                 f"prompts of the shapes {shapes}: they can be boxes [M, 4], points [M, P, 2] with "
-                "labels [M, P], masks [M, S/4, S/4], or several of these, for the same M masks."
+                "labels [M, P], masks [M, H/4, W/4], or several of these, for the same M masks."
             )
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samft import distributed
+from samft.cli import parse_image_size
 from samft.errors import CheckpointError, escape_paragraph
 from samft.images import decoder
 from samft.images.pixels import PLAIN
-from samft.models.image_encoder import use_fast_attention
+from samft.models.image_encoder import FastBlock, add_positions, use_fast_attention
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import matches_sidecar
 from samft.runtime.logs import LOGGER
@@ -66,30 +67,96 @@ MODEL_SHAPES = {
 }
 
 
-def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stock") -> Sam:
+class RectangleEncoder(ImageEncoderViT):
+    """The stock encoder, for images that are the top left of its square; see `image_encoder`."""
+
+    def see_part(self, grid: tuple[int, int]) -> None:
+        """Has the blocks that attend to the whole map take it for a part of the square.
+
+        Args:
+            grid: Its h, w in tokens.
+
+        Raises:
+            ValueError: They are stock's blocks.
+        """
+        for block in self.blocks:
+            if not isinstance(block, FastBlock):
+                raise ValueError("an image size that is not square needs attention 'fast'.")
+            block.part = None if block.window_size else grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [N, 3, H, W] to [N, C, H/16, W/16]."""
+        x = add_positions(self, self.patch_embed(x))
+        for block in self.blocks:
+            x = block(x)
+        embeddings: Tensor = self.neck(x.permute(0, 3, 1, 2))
+        return embeddings
+
+
+class RectangleSam(Sam):
+    """SAM for images of H x W px, with the parameters of the square around them.
+
+    Everything is where it is in the square of S px, the longer side: it sees the same pixels and
+    prompts, without the padding (`image_encoder`, "Rectangles"). Its weights are those of a square.
+
+    Attributes:
+        frame_size: H, W.
+    """
+
+    def __init__(self, frame_size: tuple[int, int], **parts: Any) -> None:
+        """Takes the arguments of `Sam`."""
+        super().__init__(**parts)
+        self.frame_size = frame_size
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """As stock's, padded to H x W."""
+        (height, width), (bottom, right) = x.shape[-2:], self.frame_size
+        return F.pad((x - self.pixel_mean) / self.pixel_std, (0, right - width, 0, bottom - height))
+
+    def postprocess_masks(
+        self, masks: Tensor, input_size: tuple[int, ...], original_size: tuple[int, ...]
+    ) -> Tensor:
+        """As stock's, from low-resolution masks of H/4 x W/4."""
+        resize = partial(F.interpolate, mode="bilinear", align_corners=False)
+        inside = resize(masks, self.frame_size)[..., : input_size[0], : input_size[1]]
+        return resize(inside, original_size)
+
+
+class _RectanglePrompts(PromptEncoder):
+    # Places are those of the square, as of `input_image_size`; the image's part of them is dense.
+    def get_dense_pe(self) -> Tensor:
+        height, width = self.image_embedding_size
+        side = max(height, width)
+        return self.pe_layer((side, side))[None, :, :height, :width]
+
+
+def build_sam(model_type: str, image_size: int | str = 1024, *, attention: str = "stock") -> Sam:
     """Builds a SAM with freshly initialised weights, in eval mode.
 
     Args:
         model_type: A key of `MODEL_SHAPES`.
-        image_size: Side of the square model input in pixels, a multiple of 16.
+        image_size: Side of the square model input in pixels, a multiple of 16; or `WIDTHxHEIGHT`.
         attention: Of the image encoder: `fast` for the one of `samft.models.image_encoder`, with
             the same keys and numbers, or `stock`.
 
     Returns:
-        A `segment_anything` Sam whose position embeddings fit `image_size`.
+        A `segment_anything` Sam with position embeddings for the size; if that is no square, a
+        `RectangleSam`.
 
     Raises:
-        ValueError: `attention` is neither of these.
+        ValueError: `attention` is neither of these, or `stock`, which knows squares only, for none.
     """
     if attention not in ("fast", "stock"):
         raise ValueError(f"attention must be 'fast' or 'stock', not {attention!r}.")
     shape = MODEL_SHAPES[model_type]
-    grid = image_size // PATCH_SIZE
-    sam = Sam(
-        image_encoder=ImageEncoderViT(
+    frame_size = parse_image_size(image_size)
+    grid = (frame_size[0] // PATCH_SIZE, frame_size[1] // PATCH_SIZE)
+    side, is_square = max(frame_size), frame_size[0] == frame_size[1]
+    sam = (Sam if is_square else partial(RectangleSam, frame_size))(
+        image_encoder=(ImageEncoderViT if is_square else RectangleEncoder)(
             depth=shape.encoder_depth,
             embed_dim=shape.encoder_width,
-            img_size=image_size,
+            img_size=side,
             mlp_ratio=4,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             num_heads=shape.encoder_heads,
@@ -100,19 +167,16 @@ def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stoc
             window_size=shape.window_size,
             out_chans=shape.decoder_width,
         ),
-        prompt_encoder=PromptEncoder(
+        prompt_encoder=(PromptEncoder if is_square else _RectanglePrompts)(
             embed_dim=shape.decoder_width,
-            image_embedding_size=(grid, grid),
-            input_image_size=(image_size, image_size),
+            image_embedding_size=grid,
+            input_image_size=(side, side),
             mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
             num_multimask_outputs=3,
             transformer=TwoWayTransformer(
-                depth=2,
-                embedding_dim=shape.decoder_width,
-                mlp_dim=shape.decoder_mlp_width,
-                num_heads=8,
+                2, shape.decoder_width, mlp_dim=shape.decoder_mlp_width, num_heads=8
             ),
             transformer_dim=shape.decoder_width,
             iou_head_depth=3,
@@ -123,6 +187,8 @@ def build_sam(model_type: str, image_size: int = 1024, *, attention: str = "stoc
     )
     if attention == "fast":
         use_fast_attention(sam.image_encoder)
+    if isinstance(sam.image_encoder, RectangleEncoder):
+        sam.image_encoder.see_part(grid)
     return sam.eval()
 
 

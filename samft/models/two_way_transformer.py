@@ -65,7 +65,7 @@ def prepare_two_way(
 
     Returns:
         Of each image: tokens [N, L, C] and, without masks, keys, values and queries of the first
-        layer, each [N, H, d, L]. Shared: positions [1, L, C]; of each layer whose image tokens
+        layer, each [N, H, d, L]. Shared: positions [1, h, w, C]; of each layer whose image tokens
         differ from prompt to prompt keys and queries of the positions, and the last attention's
         keys, each [H, d, L].
     """
@@ -79,7 +79,7 @@ def prepare_two_way(
         # Step 2: in the first layer, W (x_l + p_l) + b is computed as it stands, once per image.
         projected = _project_image(layers.pop(0), image, positions)
     # Step 1: of layers where x_l differs from prompt to prompt, only W p_l + b.
-    shared = [positions.transpose(1, 2)]
+    shared = [positions.transpose(1, 2).unflatten(1, image_pe.shape[2:])]
     for layer in layers:
         to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         shared += [_project_columns(positions, to_image.k_proj, to_image)[0]]
@@ -117,7 +117,7 @@ def run_two_way(
     if _is_absorbing_cheaper(transformer, tokens):
         queries, keys = _run_layers(transformer, tokens, keys, projected, position_terms)
     else:
-        queries = tokens
+        queries, positions = tokens, positions.flatten(1, 2)
         for layer in transformer.layers:
             queries, keys = layer(queries, keys, query_pe=tokens, key_pe=positions)
 

@@ -74,7 +74,7 @@ class PreparedImage:
 
     image: NDArray[np.uint8]  # [H, W, 3] RGB, original frame
     frame: Frame | None = None
-    pixels: Tensor | None = None  # uint8 [3, S, S], input frame
+    pixels: Tensor | None = None  # uint8 [3, H, W], input frame
 
     @property
     def size(self) -> tuple[int, int]:
@@ -119,7 +119,7 @@ class _EncodingPredictor:
 
     def prepare(self, image: NDArray[np.uint8]) -> PreparedImage:
         """See `Predictor`."""
-        frame = make_frame(image.shape[:2], self.image_size, resize_mode=self.resize_mode)
+        frame = make_frame(image.shape[:2], self.model.frame_size, resize_mode=self.resize_mode)
         pixels = torch.from_numpy(resize_image(image, frame)).permute(2, 0, 1)
         return PreparedImage(image, frame, pixels)
 
@@ -183,7 +183,6 @@ class BoxPredictor(_EncodingPredictor):
                 logits,
                 input_size=frame.input_size,
                 original_size=frame.original_size,
-                image_size=frame.image_size,
             )
             rows = zip(masks, boxes_original[part], scores.tolist(), strict=True)
             for mask, box, score in rows:
@@ -228,7 +227,6 @@ class PointPredictor(_EncodingPredictor):
                 logits[None],
                 input_size=frame.input_size,
                 original_size=frame.original_size,
-                image_size=frame.image_size,
             )
             size = frame.original_size
             box = prompt.box.tolist() if prompt.has_box else _extent_of(mask, size)
@@ -237,7 +235,7 @@ class PointPredictor(_EncodingPredictor):
     def _decode_prompt(
         self, embedding: Tensor, prompt: PointPrompt, frame: Frame
     ) -> tuple[Tensor, Tensor]:
-        # Mask logits [S/4, S/4] and predicted IoU.
+        # Mask logits [H/4, W/4] and predicted IoU.
         device = self.model.sam.device
         scale = np.array([frame.scale_x, frame.scale_y])
         points = torch.from_numpy((prompt.points[None, :, :2] * scale).astype(np.float32))

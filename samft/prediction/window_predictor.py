@@ -89,13 +89,13 @@ class WindowPredictor:
             point_coords: [P, 2], x y, px of the image. Those outside of the window are left out.
             point_labels: [P], 1 for points of the object, 0 for others.
             box: [4], x0 y0 x1 y1, px of the image; cut at the window's edges.
-            mask_input: [1, S/4, S/4], the logits of the last prediction; its window is used again.
+            mask_input: [1, H/4, W/4], the logits of the last prediction; its window is used again.
             multimask_output: Three masks instead of one.
             return_logits: Logits instead of masks; outside of the window they are -inf.
 
         Returns:
             Masks bool [C, H, W] of the whole image, the predicted IoU of each, and the logits
-            [C, S/4, S/4] of the window.
+            [C, H/4, W/4] of the window.
 
         Raises:
             RuntimeError: There is no image.

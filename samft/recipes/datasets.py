@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft import distributed
-from samft.cli import link_folders
+from samft.cli import link_folders, name_image_size
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_split, find_test_split
 from samft.coco.problems import NOTE, WARNING
@@ -114,7 +114,7 @@ class Splits:
         for split, small in self.small_objects.items():
             if small.num_small and not small.are_many:
                 LOGGER.info(
-                    "%s: %d of %d objects (%.1f%%) are too small for image_size %d",
+                    "%s: %d of %d objects (%.1f%%) are too small for image_size %s",
                     split,
                     small.num_small,
                     small.num_objects,
@@ -132,7 +132,7 @@ def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
     small = find_small_objects(
         subset.index.boxes[objects],
         np.repeat(subset.sizes, np.diff(subset.first_object), axis=0)[places],
-        image_size=dataset.image_size,
+        image_size=name_image_size(dataset.frame_size),
         resize_mode=dataset.resize_mode,
     )
     return replace(small, in_windows=subset.windows is not None)

@@ -255,8 +255,7 @@ def predict_objects(
         embeddings[row] = model.embed(batch.images, batch.input_sizes, cached=known)
         prompts = Prompts(boxes=batch.boxes[part])
         logits, _ = model.decode(embeddings[row], prompts, batch.image_index[part])
-        image_size = model.sam.image_encoder.img_size
-        predicted = original_masks(logits, image_size=image_size, **batch.image_sizes)
+        predicted = original_masks(logits, **batch.image_sizes)
         masks.update(zip(wanted, predicted, strict=True))
     return masks
 

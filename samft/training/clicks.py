@@ -74,7 +74,7 @@ def next_clicks(
     and that of a mask without a mistake, is anywhere in the object, and positive.
 
     Args:
-        mask_logits: float [M, s, s], in cells of 4 x 4 px; a cell is mask where they are above 0,
+        mask_logits: float [M, s, s'], in cells of 4 x 4 px; a cell is mask where they are above 0,
             and in the window where they are so when interpolated at its centre.
         draws: float32 [M, 2], uniform in 0..1 (below 1): the place, and whether it is anywhere in
             the object.
@@ -102,8 +102,8 @@ def _clicks_of(
     mask_logits: Tensor, draws: Tensor, targets: Tensor, windows: Tensor, extents: Tensor
 ) -> Clicks:
     """`next_clicks` for a few masks; `extents` is [m, 2], height and width of each one's image."""
-    size, low = targets.shape[-1], mask_logits.shape[-1]
-    geometry = Geometry.from_windows(windows, extents, size, low)
+    size = targets.shape[-1]
+    geometry = Geometry.from_windows(windows, extents, size, *mask_logits.shape[1:])
     grids = Grids(mask_logits, targets, geometry)
     shares = grids.window_targets()
     truth = shares >= object_threshold(shares)
@@ -133,8 +133,8 @@ class _Places(NamedTuple):
     """The cells of a grid for each of m masks, at whose centres clicks can be.
 
     Attributes:
-        areas: int64 [m, g, g], in units; 0 where no click can be.
-        centres: [m, 2, g], of rows and columns, px.
+        areas: int64 [m, g, g'], in units; 0 where no click can be.
+        centres: [m, 2, n], of rows and columns, px; n is the larger of g and g'.
     """
 
     areas: Tensor
@@ -142,8 +142,8 @@ class _Places(NamedTuple):
 
     def centres_of(self, cells: Tensor) -> Tensor:
         """The centres, x y, of one cell for each mask, given by its number: [m, 2]."""
-        side = self.areas.shape[-1]
-        along = torch.stack([cells // side, cells % side], 1)[..., None]
+        width = self.areas.shape[-1]
+        along = torch.stack([cells // width, cells % width], 1)[..., None]
         return self.centres.gather(2, along)[..., 0].flip(1)
 
 
@@ -155,11 +155,11 @@ def _window_places(geometry: Geometry, extents: Tensor) -> _Places:
 
 def _places_around(grids: Grids, windows: Tensor, extents: Tensor) -> _Places:
     logits, areas = grids.surroundings()
-    zeros = torch.zeros_like(extents)
-    centres = cell_centres(zeros, zeros + LOW_CELL, logits.shape[-1])
+    zeros, cells = torch.zeros_like(extents), logits.shape[1:]
+    centres = cell_centres(zeros, zeros + LOW_CELL, max(cells))
     start, end = windows.reshape(-1, 2, 2).flip(2).unbind(1)
-    in_image = outer_product(_are_between(centres, zeros, extents))
-    in_window = outer_product(_are_between(centres, start, end))
+    in_image = outer_product(_are_between(centres, zeros, extents), *cells)
+    in_window = outer_product(_are_between(centres, start, end), *cells)
     return _Places(_in_units(areas * (in_image & ~in_window)), centres)
 
 

@@ -340,9 +340,9 @@ class Trainer:
     def _warmup_pass(self, ddp_model: nn.Module) -> None:
         # One forward and backward on an empty image, with zero gradients, after which DDP has its
         # final gradient buckets: see `wrap_ddp`.
-        size = self.model.sam.image_encoder.img_size
-        images = torch.zeros(1, 3, size, size, device=self.device)
-        boxes = torch.tensor([[0.0, 0.0, size / 2, size / 2]], device=self.device)
+        size = self.model.frame_size
+        images = torch.zeros(1, 3, *size, device=self.device)
+        boxes = torch.tensor([[0.0, 0.0, size[1] / 2, size[0] / 2]], device=self.device)
         embeddings = None
         if self.model.frozen_shape is not None:  # if cached, what is frozen stays on the CPU
             embeddings = images.new_zeros(1, *self.model.frozen_shape)
@@ -356,7 +356,7 @@ class Trainer:
             else:  # clicks reach other parameters, and these only in the loss
                 draws = boxes.new_zeros(1, self.prompts.corrections + 1, 2)
                 total, _ = forward(
-                    input_sizes=torch.full((1, 2), size, device=self.device),
+                    input_sizes=torch.tensor([size], device=self.device),
                     loss=self.loss,
                     targets=torch.full((1, 1, 1), 255, dtype=torch.uint8, device=self.device),
                     windows=boxes,

@@ -99,7 +99,7 @@ def mask_losses(
       cell counts as the cells that it fills most. It is 1 where both are empty.
 
     Args:
-        mask_logits: float [M, S/4, S/4].
+        mask_logits: float [M, H/4, W/4].
         iou_predicted: float [M].
         targets: uint8 [M, G, G], the share of each cell of the window that the object covers,
             times 255.
@@ -146,7 +146,7 @@ def best_of_masks(
     predicted IoU of all masks is trained, because it chooses among them when the model is used.
 
     Args:
-        mask_logits: float [M, K, S/4, S/4].
+        mask_logits: float [M, K, H/4, W/4].
         iou_predicted: float [M, K].
         loss: Of one mask for each object.
         iou_weight: The weight that the IoU's loss has in the total of `loss`.
@@ -212,7 +212,7 @@ def mask_sums(mask_logits: Tensor, targets: Tensor, windows: Tensor, extents: Te
     """The sums over window and surroundings of each mask that the losses are made of.
 
     Args:
-        mask_logits: float [M, s, s], in cells of 4 x 4 px.
+        mask_logits: float [M, s, s'], in cells of 4 x 4 px.
         targets: uint8 [M, G, G], 0 to 255.
         windows: float32 [M, 4], x0 y0 x1 y1, px.
         extents: float32 [M, 2], height and width of each mask's image inside the frame, px.
@@ -240,7 +240,7 @@ class _MaskSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, windows: Tensor, extents: Tensor) -> Any:
-        dtype, sizes = _at_least_float32(logits), (targets.shape[-1], logits.shape[-1])
+        dtype, sizes = _at_least_float32(logits), (targets.shape[-1], *logits.shape[1:])
         geometry = Geometry.from_windows(windows.to(dtype), extents.to(dtype), *sizes)
         ctx.save_for_backward(logits, targets, *geometry)
         sums = logits.new_zeros(6, len(logits), dtype=dtype)
@@ -271,7 +271,7 @@ def _at_least_float32(logits: Tensor) -> torch.dtype:
 
 
 def mask_chunks(logits: Tensor, targets: Tensor) -> Iterator[slice]:
-    """The masks [M, s, s] and targets [M, G, G] to compute with at once, a few at a time."""
+    """The masks [M, s, s'] and targets [M, G, G] to compute with at once, a few at a time."""
     at_once = CELLS_AT_ONCE.get(targets.device.type, CELLS_AT_ONCE_ELSEWHERE)
     cells = max(1, logits.shape[1:].numel(), targets.shape[1:].numel())
     step = max(1, at_once // cells)
@@ -283,8 +283,8 @@ class Geometry(NamedTuple):
 
     Attributes:
         inside: [M, 2, G], the length in px of each row and column of a window that is image.
-        of_image: [M, 2, s], the same of the decoder's cells.
-        of_window: [M, 2, s], of the decoder's cells, the length that is image and window.
+        of_image: [M, 2, n], the same of the decoder's cells; n is the larger of s and s'.
+        of_window: [M, 2, n], of the decoder's cells, the length that is image and window.
         start: [M, 2], where a window begins, px.
         cell: [M, 2], the size of its cells, px.
     """
@@ -296,8 +296,11 @@ class Geometry(NamedTuple):
     cell: Tensor
 
     @classmethod
-    def from_windows(cls, windows: Tensor, extents: Tensor, size: int, low: int) -> "Geometry":
-        """Of windows of G = `size` cells, in the letters of `mask_sums`; `low` is s."""
+    def from_windows(
+        cls, windows: Tensor, extents: Tensor, size: int, rows: int, columns: int
+    ) -> "Geometry":
+        """Of windows of G = `size` cells, in the letters of `mask_sums`; s `rows`, s' `columns`."""
+        low = max(rows, columns)
         start, end = windows.reshape(-1, 2, 2).flip(2).unbind(1)  # along y, then x: [M, 2]
         cell = (end - start) / size
         zeros, fours = torch.zeros_like(start), torch.full_like(start, LOW_CELL)
@@ -322,8 +325,11 @@ class Grids:
         """See `mask_sums`; of m masks."""
         self.logits = logits.to(_at_least_float32(logits))
         self.targets, self.geometry = targets, geometry
-        sizes = targets.shape[-1], logits.shape[-1]
-        self.weights = _interpolation_weights(geometry.start, geometry.cell, *sizes)
+        centres = cell_centres(geometry.start, geometry.cell, targets.shape[-1])
+        self.weights = tuple(
+            _interpolation_weights(centres[:, axis], low)
+            for axis, low in enumerate(logits.shape[1:])
+        )
 
     def window(self) -> "_Cells":
         """The cells of the windows, with the logits interpolated at their centres."""
@@ -332,7 +338,7 @@ class Grids:
 
     def window_logits(self) -> Tensor:
         """The logits at the centres of the windows' cells, [m, G, G]."""
-        rows, columns = self.weights.unbind(1)
+        rows, columns = self.weights
         with full_precision(self.logits.device):
             return rows @ self.logits @ columns.transpose(1, 2)
 
@@ -343,12 +349,13 @@ class Grids:
     def surroundings(self) -> tuple[Tensor, Tensor]:
         """The decoder's logits, and the area of each cell outside of the window, where t is 0."""
         of_image, of_window = self.geometry.of_image, self.geometry.of_window
-        return self.logits, outer_product(of_image).sub_(outer_product(of_window))
+        cells = self.logits.shape[1:]
+        return self.logits, outer_product(of_image, *cells).sub_(outer_product(of_window, *cells))
 
     def interpolation_backward(self, gradient: Tensor) -> Tensor:
         """From a gradient in the cells of the windows, [m, G, G], to that of the logits."""
         # A matrix product, as the interpolation is: on a GPU it adds in a fixed order.
-        rows, columns = self.weights.unbind(1)
+        rows, columns = self.weights
         with full_precision(gradient.device):
             return rows.transpose(1, 2) @ gradient @ columns
 
@@ -361,9 +368,9 @@ def _overlaps(start: Tensor, cell: Tensor, size: int, low: Tensor, high: Tensor)
     return edges.clamp_(low[..., None], high[..., None]).diff()
 
 
-def outer_product(lengths: Tensor) -> Tensor:
-    """From something along y and x, [m, 2, n], to its products in all cells, [m, n, n]."""
-    return lengths[:, 0, :, None] * lengths[:, 1, None, :]
+def outer_product(lengths: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
+    """From something along y and x, [m, 2, n], to products: [m, n, n], or [m, rows, columns]."""
+    return lengths[:, 0, :rows, None] * lengths[:, 1, None, :columns]
 
 
 def cell_centres(start: Tensor, cell: Tensor, size: int) -> Tensor:
@@ -372,12 +379,12 @@ def cell_centres(start: Tensor, cell: Tensor, size: int) -> Tensor:
     return start[..., None] + (numbers + 0.5) * cell[..., None]
 
 
-def _interpolation_weights(start: Tensor, cell: Tensor, size: int, low: int) -> Tensor:
-    # Bilinear, one axis at a time: [m, 2, size, low], the weight of each logit at the centre of
-    # each cell. Logits are at the centres of cells of LOW_CELL; beyond the outermost ones, the
-    # nearest counts, as in torch's `interpolate`.
-    at = (cell_centres(start, cell, size) / LOW_CELL - 0.5).clamp_(0, low - 1)
-    logits = torch.arange(low, device=start.device, dtype=start.dtype)
+def _interpolation_weights(centres: Tensor, low: int) -> Tensor:
+    # Bilinear, along one axis: [m, size, low], the weight of each logit at places [m, size], px.
+    # Logits are at the centres of cells of LOW_CELL; beyond the outermost ones, the nearest counts,
+    # as in torch's `interpolate`.
+    at = (centres / LOW_CELL - 0.5).clamp_(0, low - 1)
+    logits = torch.arange(low, device=centres.device, dtype=centres.dtype)
     return (1 - (at[..., None] - logits).abs_()).clamp_(min=0)
 
 

@@ -112,7 +112,7 @@ def test_a_flip_stays_left_of_the_padding() -> None:
 def _reference(mask: np.ndarray, frame: Frame) -> np.ndarray:
     # cv2.INTER_AREA to the input frame, zero-padded: the share of each input pixel.
     height, width = frame.input_size
-    padded = np.zeros((frame.image_size,) * 2, dtype=np.float64)
+    padded = np.zeros(frame.size, dtype=np.float64)
     area = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
     padded[:height, :width] = area[:, :: -1 if frame.flipped else 1]
     return padded
@@ -337,3 +337,35 @@ def test_a_mask_outside_of_the_crop_leaves_nothing() -> None:
     # 12.8 rows and 25.6 columns are visible; of the pixel at the corner 0.8 * 0.6, under a half.
     shown = draw_mask(crop_of(np.ones((30, 30)), top=40, left=40), frame, "input")
     assert shown.sum() == shown[51:, :26].sum() == 255 * (13 * 26 - 1)
+
+
+@given(height=SIDES, width=SIDES, frame=st.sampled_from([(768, 1024), (256, 192), (16, 512)]))
+def test_images_just_fit_into_a_rectangle(height: int, width: int, frame: tuple[int, int]) -> None:
+    placed = make_frame((height, width), frame, resize_mode="pad")
+    (h, w), (frame_height, frame_width) = placed.input_size, frame
+    assert h <= frame_height and w <= frame_width and not placed.is_cropped
+    assert h == frame_height or w == frame_width  # one side is filled
+    scale = min(frame_height / height, frame_width / width)
+    assert abs(h - height * scale) <= 0.5 + 1e-6 or h == 1
+    assert abs(w - width * scale) <= 0.5 + 1e-6 or w == 1
+
+
+def test_rectangle_of_a_shape_is_its_part_of_the_square() -> None:
+    # 4:3 in 4:3: the same pixels as in the padded square; boxes are where they are there.
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    part, whole = (
+        make_frame((48, 64), size, resize_mode="pad", flipped=True) for size in ((96, 128), 128)
+    )
+    pixels, padded = resize_image(image, part), resize_image(image, whole)
+    assert pixels.shape == (96, 128, 3) and padded.shape == (128, 128, 3)
+    np.testing.assert_array_equal(pixels, padded[:96])
+    boxes = np.array([[1.0, 2, 30, 40]])
+    np.testing.assert_array_equal(boxes_to_input(boxes, part), boxes_to_input(boxes, whole))
+
+
+def test_rectangle_is_filled_by_squash_and_cropped_by_zoom() -> None:
+    assert make_frame((50, 50), (96, 128), resize_mode="squash").input_size == (96, 128)
+    zoomed = make_frame((48, 64), (96, 128), resize_mode="pad", zoom=2.0, crop_at=(0.99, 0.99))
+    assert zoomed.resized_size == (192, 256) and zoomed.input_size == (96, 128)
+    assert zoomed.offset == (96, 127)
+    np.testing.assert_allclose(visible_box(zoomed), [31.75, 24, 63.75, 48])

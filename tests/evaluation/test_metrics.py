@@ -127,7 +127,6 @@ def test_iou_equals_that_of_stock_postprocess_masks(
         [crop_of(truth) for truth in truths],
         input_size=input_size,
         original_size=original_size,
-        image_size=S,
     )
     expected = [iou_of(mask, truth) for mask, truth in zip(masks, truths, strict=True)]
     assert ious.dtype == torch.float64
@@ -144,7 +143,7 @@ def test_positive_logits_in_the_padding_do_not_count() -> None:
     logits[:, 34:] = 5  # the image is 128 high: 32 rows of cells
     truth = np.zeros((50, 100), bool)
     truth[10:20, 30:40] = True
-    arguments = {"input_size": (128, S), "original_size": (50, 100), "image_size": S}
+    arguments = {"input_size": (128, S), "original_size": (50, 100)}
     assert original_masks_iou(logits, [crop_of(truth)], **arguments).item() == 0
     logits[:, :32] = 1
     iou = original_masks_iou(logits, [crop_of(truth)], **arguments).item()
@@ -152,14 +151,10 @@ def test_positive_logits_in_the_padding_do_not_count() -> None:
 
 
 def test_no_masks_have_no_ious() -> None:
-    none = original_masks_iou(
-        torch.zeros(0, 64, 64), [], input_size=(S, S), original_size=(9, 9), image_size=S
-    )
+    none = original_masks_iou(torch.zeros(0, 64, 64), [], input_size=(S, S), original_size=(9, 9))
     assert none.shape == (0,)
     with pytest.raises(ValueError):
-        original_masks_iou(
-            torch.zeros(2, 64, 64), [], input_size=(S, S), original_size=(9, 9), image_size=S
-        )
+        original_masks_iou(torch.zeros(2, 64, 64), [], input_size=(S, S), original_size=(9, 9))
 
 
 def test_the_upsampling_matrix_averages() -> None:

@@ -23,7 +23,7 @@ def grids_of(windows: np.ndarray, frame: Frame, resolution: str) -> TargetGrids:
         return TargetGrids(windows, WINDOW_CELLS, is_binary=False, min_cell_pixels=2.0)
     grids = make_grids(windows, frame, resolution="input")
     if resolution == "cells":
-        grids = replace(grids, side=frame.image_size // LOW_CELL, is_binary=False)
+        grids = replace(grids, side=max(frame.size) // LOW_CELL, is_binary=False)
     return grids
 
 

@@ -164,7 +164,7 @@ def test_sam_is_wrapped_without_copying(tiny: Sam) -> None:
 
 
 def test_inside_image_at_pixels_is_one_or_zero() -> None:
-    inside = inside_image(torch.tensor([[2, 3]]), 4)
+    inside = inside_image(torch.tensor([[2, 3]]), 4, 4)
     assert inside.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]]
     assert inside.dtype == torch.float32
 

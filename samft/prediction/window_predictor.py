@@ -59,20 +59,23 @@ class WindowPredictor:
         """Takes the image that `predict` is about; windows are encoded when a prompt needs them.
 
         Args:
-            image: uint8 [H, W, 3]; or a file, of which only windows are read, as training read it.
+            image: uint8 [H, W, 3]; or a file, of which only windows are read, as training read it,
+                but not turned as EXIF says.
             image_format: `RGB` or `BGR`, of an array.
 
         Raises:
             ImageError: The file cannot be used.
-            ValueError: `image_format` is neither.
+            ValueError: `image_format` is neither, or the image is no such array.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', not {image_format!r}.")
         self.reset_image()
         if isinstance(image, (str, Path)):
             self._source = open_source(Path(image), pixels=self._pixels)
-        else:
-            self._source = DecodedImage(image if image_format == "RGB" else image[..., ::-1])
+            return
+        _check_pixels(image)
+        # A copy: windows are cut later, when the caller may have drawn masks on the image.
+        self._source = DecodedImage((image if image_format == "RGB" else image[..., ::-1]).copy())
 
     def predict(
         self,
@@ -164,6 +167,18 @@ class WindowPredictor:
         return whole
 
 
+def _check_pixels(image: Any) -> None:
+    # Other types would be taken for 8 bits in silence, or fail somewhere within torchvision.
+    is_image = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3
+    if not (is_image and image.size and image.dtype == np.uint8):
+        facts = [str(getattr(image, name)) for name in ("dtype", "shape") if hasattr(image, name)]
+        what = " ".join(facts) or type(image).__name__
+        raise ValueError(
+            f"image: it must be a NumPy array, uint8 [height, width, 3], not {what}: take "
+            "np.array(image.convert('RGB')) of a PIL image, or give the file itself."
+        )
+
+
 def _to_prompt(
     point_coords: NDArray[np.floating] | None,
     point_labels: NDArray[np.integer] | None,
@@ -171,15 +186,21 @@ def _to_prompt(
 ) -> PointPrompt:
     if point_coords is None and box is None:
         raise ValueError("give a box or points: windows are chosen by where the object is.")
-    if (point_coords is None) != (point_labels is None):
+    coords = np.zeros((0, 2)) if point_coords is None else np.asarray(point_coords).reshape(-1, 2)
+    labels = np.zeros(0) if point_labels is None else np.asarray(point_labels).reshape(-1)
+    if len(coords) != len(labels):
         raise ValueError("point_labels: give one for each of point_coords.")
-    points = np.zeros((0, 3))
-    if point_coords is not None and point_labels is not None:
-        points = np.column_stack([np.asarray(point_coords).reshape(-1, 2), point_labels])
-    corners = NO_BOX if box is None else np.asarray(box).reshape(-1)
+    if not np.isfinite(coords).all():
+        raise ValueError("point_coords: they must be finite numbers.")
+    points = np.column_stack([coords, labels]).astype(np.float64)
+    if box is None:
+        return PointPrompt(points, np.array(NO_BOX))
+    corners = np.asarray(box, dtype=np.float64).reshape(-1)
     if len(corners) != 4:
         raise ValueError("box: it is x0, y0, x1, y1 of one object; call predict for each.")
-    return PointPrompt(points.astype(np.float64), np.array(corners, dtype=np.float64))
+    if not (np.isfinite(corners).all() and (corners[2:] > corners[:2]).all()):
+        raise ValueError("box: it is x0, y0, x1, y1, finite numbers with x1 > x0 and y1 > y0.")
+    return PointPrompt(points, corners)
 
 
 def load_predictor(

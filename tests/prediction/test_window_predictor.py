@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from segment_anything import SamPredictor
 
 import samft
@@ -113,6 +114,16 @@ def test_the_sidecars_view_and_a_file_are_used(tmp_path: Path) -> None:
         np.testing.assert_array_equal(given.predict(**prompt)[0], saved.predict(**prompt)[0])
 
 
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_what_is_drawn_on_the_image_later_is_not_seen(image_format: str) -> None:
+    predictor, image = load_predictor(PACKAGED_TINY, view=TILES), IMAGE.copy()
+    predictor.set_image(image, image_format)
+    expected = predictor.predict(**PROMPTS[0], return_logits=True)[0]
+    predictor.set_image(image, image_format)
+    image[:] = 255
+    np.testing.assert_array_equal(predictor.predict(**PROMPTS[0], return_logits=True)[0], expected)
+
+
 def test_a_window_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = load_predictor(PACKAGED_TINY, view=TILES)
     predictor.set_image(IMAGE)
@@ -132,13 +143,47 @@ def test_it_may_be_the_first_thing_that_a_program_asks_for() -> None:
     assert done.stdout == "load_predictor\n"
 
 
+@pytest.mark.parametrize("view", [View(), TILES])
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (IMAGE.astype(np.float32), "float32"),
+        (IMAGE.astype(np.uint16) * 200, "uint16"),
+        (IMAGE > 100, "bool"),
+        (IMAGE[..., 0], r"\(300, 420\)"),
+        (np.dstack([IMAGE, IMAGE[..., :1]]), r"\(300, 420, 4\)"),
+        (IMAGE.transpose(2, 0, 1), r"\(3, 300, 420\)"),
+        (IMAGE[:0], r"\(0, 420, 3\)"),
+        (Image.fromarray(IMAGE), "Image"),
+    ],
+)
+def test_what_is_no_8_bit_image_is_one_sentence(view: View, image: Any, what: str) -> None:
+    predictor = load_predictor(PACKAGED_TINY, view=view)
+    with pytest.raises(ValueError, match=f"image: it must be .* not .*{what}"):
+        predictor.set_image(image)
+    with pytest.raises(RuntimeError, match="set_image"):
+        predictor.predict(box=PROMPTS[0]["box"])
+
+
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
         ({}, "give a box or points"),
         ({"box": np.array([500.0, 10, 540, 40])}, "box: it lies outside"),
         ({"box": np.zeros((2, 4))}, "box: it is x0, y0, x1, y1 of one object"),
+        ({"box": np.array([np.nan, 10, 40, 40])}, "box: it is x0, y0, x1, y1, finite"),
+        ({"box": np.array([0, 10, np.inf, 40])}, "box: it is x0, y0, x1, y1, finite"),
+        ({"box": np.array([40.0, 40, 10, 10])}, "box: .* with x1 > x0"),
         ({"point_coords": np.array([[1.0, 2]])}, "point_labels: give one for each"),
+        ({"box": PROMPTS[0]["box"], "point_labels": np.array([1])}, "point_labels: give one"),
+        (
+            {"point_coords": np.array([[1.0, 2], [3, 4]]), "point_labels": np.array([1])},
+            "point_labels: give one for each",
+        ),
+        (
+            {"point_coords": np.array([[np.nan, 2]]), "point_labels": np.array([1])},
+            "point_coords: they must be finite",
+        ),
         (
             {"point_coords": np.array([[1.0, 900]]), "point_labels": np.array([1])},
             "point_coords: all lie outside",

@@ -1,10 +1,13 @@
 """What windows are worth: whole images, tiles and windows around objects, at equal steps.
 
     python -m benchmarks.views --output_dir DIR [--datasets hbn_flakes defects] [--seeds 0 1 2]
+        [--image_steps 450]
 
 Trains the decoder of `vit_tiny` at 256 px with each view, from the same weights and with as many
 windows as images in a step, and compares the masks of the best checkpoints object by object, each
-at the original resolution. A run that is in the folder is not run again.
+at the original resolution. With `--image_steps`, whole images are also trained on for so many
+steps, since the windows of an image take longer to encode and to validate; the table has the time
+of each run, from its start to its report. A run that is in the folder is not run again.
 """
 
 import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
@@ -130,18 +133,37 @@ def read_scores(folder: Path) -> ObjectScores:
     return ObjectScores.from_json(json.loads((folder / "objects.json").read_text())[str(step)])
 
 
-def compare_views(folder: Path, dataset: str, seeds: Sequence[int]) -> list[str]:
-    """A row for each view: means over objects and seeds, and the difference to whole images."""
+def name_run(dataset: str, view: str, seed: int, *, image_steps: int | None = None) -> str:
+    """The folder of a run; of `image`, with the number of its steps if it has one of its own."""
+    steps = f"_{image_steps}" if image_steps else ""
+    return f"{dataset}-{view}{steps}-{seed}"
+
+
+def compare_views(
+    folder: Path, dataset: str, seeds: Sequence[int], *, image_steps: int | None = None
+) -> list[str]:
+    """A row for each view: means over objects and seeds, and the difference to whole images.
+
+    Args:
+        folder: Of the runs.
+        dataset: That they were trained on.
+        seeds: Of runs that are all there.
+        image_steps: Of the runs that saw whole images for longer, for a row of their own.
+    """
+    names = {view: [name_run(dataset, view, seed) for seed in seeds] for view in KINDS}
+    if image_steps:
+        names[f"image, {image_steps} steps"] = [
+            name_run(dataset, "image", seed, image_steps=image_steps) for seed in seeds
+        ]
     runs = {
-        view: [read_scores(folder / f"{dataset}-{view}-{seed}") for seed in seeds] for view in KINDS
+        view: [read_scores(folder / name) for name in of_view] for view, of_view in names.items()
     }
     rows = []
     for view, tables in runs.items():
         pairs = [compare_objects(a, b) for a, b in zip(runs["image"], tables, strict=True)]
         change = np.mean([pair.change for pair in pairs], axis=0)
         summaries = [
-            json.loads((folder / f"{dataset}-{view}-{seed}" / "summary.json").read_text())
-            for seed in seeds
+            json.loads((folder / name / "summary.json").read_text()) for name in names[view]
         ]
         result = mean_change(change, pairs[0].before.image_ids, seed=0)
         interval = " to ".join(f"{end:+.3f}" for end in result["interval"] or ())
@@ -152,7 +174,9 @@ def compare_views(folder: Path, dataset: str, seeds: Sequence[int]) -> list[str]
         windows = summaries[0]["data"]["val"].get("windows", summaries[0]["data"]["val"]["images"])
         difference = "" if view == "image" else f"{result['difference']:+.3f} ({interval})"
         numbers = [f"{number:.3f}" for number in (fill, before, after)]
-        cells = [f"`{dataset}`", f"`{view}`", str(windows), *numbers, difference]
+        seconds = np.mean([one["wall_seconds"] for one in summaries])
+        label = f"`{view}`" if view in KINDS else view
+        cells = [f"`{dataset}`", label, str(windows), *numbers, difference, f"{seconds:.0f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -164,18 +188,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--datasets", nargs="+", default=["hbn_flakes", "defects"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--image_steps", type=int, help="of more runs with whole images")
     args = parser.parse_args(argv)
     rows = []
     for dataset in args.datasets:
         locate = drawn_dataset("defects", write_defects)
         if dataset != "defects":
             locate = DATASETS[dataset].locate
+        data, longer = locate(args.output_dir), args.image_steps
         for seed, view in itertools.product(args.seeds, KINDS):
-            folder = args.output_dir / f"{dataset}-{view}-{seed}"
-            data = locate(args.output_dir)
+            folder = args.output_dir / name_run(dataset, view, seed)
             train_view(data, folder, view=view, seed=seed, steps=args.steps)
-        rows += compare_views(args.output_dir, dataset, args.seeds)
-    head = "| data | view | windows | box fill | untouched | tuned | tuned, less `image` |"
+        for seed in args.seeds if longer else ():
+            folder = args.output_dir / name_run(dataset, "image", seed, image_steps=longer)
+            train_view(data, folder, view="image", seed=seed, steps=longer)
+        rows += compare_views(args.output_dir, dataset, args.seeds, image_steps=longer)
+    head = (
+        "| data | view | windows | box fill | untouched | tuned | tuned, less `image` | seconds |"
+    )
     print(markdown_table(head, rows))
     print(describe_machine(torch.device("cpu")))
 

@@ -34,6 +34,7 @@ def write_run(folder: Path, ious: list[float], **counts: int) -> None:
     folder.mkdir()
     summary = {"best_step": 5, "best_val_per_mask_iou": np.mean(ious), "box_fill_iou": 0.25}
     summary |= {"baseline_val_per_mask_iou": 0.125, "data": {"val": {"images": 2, **counts}}}
+    summary["wall_seconds"] = 10 * len(ious)
     (folder / "summary.json").write_text(json.dumps(summary))
     columns = {"image_ids": [1, 1, 2], "object_ids": [1, 2, 3], "iou_actual": ious}
     for name in ("areas", "iou_predicted", "iou_box_fill"):
@@ -47,10 +48,15 @@ def test_the_table_compares_objects_over_seeds(tmp_path) -> None:
             gain = 0.0 if view == "image" else 0.25 + 0.5 * seed
             counts = {} if view == "image" else {"windows": 7}
             write_run(tmp_path / f"set-{view}-{seed}", [gain, gain, gain], **counts)
-    image, tiles, _ = compare_views(tmp_path, "set", [0, 1])
-    assert image == "| `set` | `image` | 2 | 0.250 | 0.125 | 0.000 |  |"
-    row = "| `set` | `tiles` | 7 | 0.250 | 0.125 | 0.500 | +0.500 (+0.500 to +0.500) |"
+    for seed in (0, 1):
+        write_run(tmp_path / f"set-image_9-{seed}", [0.125] * 3)
+    image, tiles, _, longer = compare_views(tmp_path, "set", [0, 1], image_steps=9)
+    assert image == "| `set` | `image` | 2 | 0.250 | 0.125 | 0.000 |  | 30 |"
+    row = "| `set` | `tiles` | 7 | 0.250 | 0.125 | 0.500 | +0.500 (+0.500 to +0.500) | 30 |"
     assert tiles == row
+    start = "| `set` | image, 9 steps | 2 | 0.250 | 0.125 | 0.125 | +0.125 (+0.125"
+    assert longer.startswith(start)
+    assert len(compare_views(tmp_path, "set", [0, 1])) == 3
 
 
 @pytest.mark.parametrize("view", KINDS)

@@ -192,7 +192,7 @@ def train_with_samft(config: TrainConfig, *, loss: LossFunction | None = None) -
     prepare_cache(config, model, splits, progress=progress, should_stop=lambda: False)
     trainer = build_trainer(config, model, progress=progress)
     trainer.loss = loss or trainer.loss
-    batches, _ = build_loaders(config, splits, start_step=0, device=model.sam.device)
+    batches, *_ = build_loaders(config, splits, start_step=0, device=model.sam.device)
     train(
         trainer,
         batches,

@@ -14,7 +14,7 @@ from samft.errors import ConfigError
 from samft.recipes.train import run
 from samft.runtime.device import process_settings_restored
 from samft.runtime.files import read_json
-from samft.runtime.metrics_file import FILE_NAME, read_metrics_file
+from samft.runtime.metrics_file import FILE_NAME, GENERAL_PREFIX, read_metrics_file
 from samft.runtime.signals import (
     StopRequest,
     check_launch_environment,
@@ -129,7 +129,8 @@ def _check_unused(config: TrainConfig, custom: CustomParts) -> list[str]:
     )
     holds_out = "val" not in own and config.data_root is None and config.val_annotations is None
     if "train" in own and ("val" in own or holds_out) and not has_test_files:
-        why |= dict.fromkeys(_OF_FILES, " and ".join(f"{split}_data" for split in own))
+        unused = _OF_FILES[:1] if config.general_data_root is not None else _OF_FILES
+        why |= dict.fromkeys(unused, " and ".join(f"{split}_data" for split in own))
     if "train" in own:
         why["group_by"] = "train_data"
     if custom.loss is not None:
@@ -152,6 +153,12 @@ def _read_result(config: TrainConfig, summary: dict[str, Any]) -> FinetuneResult
         lines = read_metrics_file(Path(config.output_dir).expanduser() / FILE_NAME).whole
         first = next((one.record for one in lines if one.record["split"] == "val"), {})
         baseline = _to_numbers({name: first[name] for name in first if name in scores})
+    if (general := summary.get("general")) and general["since_step"]:
+        # Other images than at first: what both have in common is scored at the end.
+        for numbers, name in ((scores, "after"), (baseline, "before")):
+            for metric in [each for each in numbers if each.startswith(GENERAL_PREFIX)]:
+                del numbers[metric]
+            numbers[f"{GENERAL_PREFIX}per_mask_iou"] = general[name]
     return FinetuneResult(None if best is None else Path(best), scores, baseline, summary)
 
 

@@ -83,6 +83,13 @@ class TrainConfig:
         None, "COCO file to score at the end, instead of data_root", metavar="FILE"
     )
     test_images: str | None = _data(None, "folder of the images of test_annotations", metavar="DIR")
+    general_data_root: str | None = _data(
+        None,
+        "dataset folder of other data, everyday photographs say, that the model should not get "
+        "worse on: its val split, or all of it where there is one COCO file only, at most 500 "
+        "images; scored at each validation, it chooses nothing",
+        metavar="DIR",
+    )
     category_names: str | None = _data(
         None, "train and validate on these classes only, separated by commas", metavar="A,B"
     )
@@ -129,10 +136,7 @@ class TrainConfig:
         metavar="R,G,B",
     )
     page: int | None = _data(
-        None,
-        "of stacks and animations, the page to use, counted from 1",
-        at_least=1,
-        metavar="N",
+        None, "of stacks and animations, the page to use, counted from 1", at_least=1, metavar="N"
     )
     view: str = _data(
         "image",

@@ -86,6 +86,34 @@ def find_test_split(data_root: Path) -> tuple[Path, Path] | None:
     return find_split(data_root, "test", flags="--test_split NAME, or none") if has_one else None
 
 
+def find_general_set(data_root: Path) -> tuple[Path, Path]:
+    """The validation split of another dataset or, where that has one COCO file only, all of it.
+
+    Args:
+        data_root: The dataset's folder, `general_data_root`.
+
+    Raises:
+        DataError: There is no such folder, no such file, or more than one.
+    """
+    if not data_root.is_dir():
+        what = "is no folder" if data_root.exists() else "does not exist"
+        raise DataError(
+            f"general_data_root: {data_root} {what}: give the folder of a dataset, laid out as "
+            "that of data_root."
+        )
+    try:
+        if named := _find_by_name(data_root, "val"):
+            return named
+        splits = list_splits(data_root)
+        if len(splits) == 1:
+            return splits[0].annotations, splits[0].images
+        return find_split(
+            data_root, "val", flags="a folder with a validation split, or with a single COCO file"
+        )
+    except DataError as error:
+        raise DataError(f"general_data_root: {error}") from error
+
+
 def _find_by_name(data_root: Path, split: str) -> tuple[Path, Path] | None:
     for name in _SPLIT_NAMES.get(split, (split,)):
         beside = data_root / name / "_annotations.coco.json"

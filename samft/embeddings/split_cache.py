@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,6 +176,7 @@ class SplitCache:
         records: For each store, its records, by digest.
         slots: For each store, the slot of an image's embedding, stored or missing, by digest.
         missing: The images to encode.
+        earlier: Caches of other splits in the same stores, which encode theirs before.
     """
 
     dataset: Coco2MaskDataset
@@ -184,6 +186,12 @@ class SplitCache:
     records: list[dict[bytes, EmbeddingRecord]] = field(default_factory=list)
     slots: list[dict[bytes, int]] = field(default_factory=list)
     missing: list[MissingImage] = field(default_factory=list)
+    earlier: Sequence["SplitCache"] = ()
+
+    @property
+    def folders(self) -> set[Path]:
+        """The folders of its stores."""
+        return {store.folder for store in self.stores}
 
     @property
     def missing_bytes(self) -> int:
@@ -194,17 +202,25 @@ class SplitCache:
         """Finds the stored embeddings, and assigns free slots to the missing ones. Collective.
 
         Only rank 0 reads the records, so that all ranks assign the same slots. Damaged embeddings
-        are missing; of large caches, that shows only when they are read.
+        are missing; of large caches, that shows only when they are read. Of a store that an earlier
+        cache has, both have the same records and slots: what one encodes the other only reads.
 
         Args:
             should_stop: Asked between embeddings; the rest of them is not verified then.
         """
-        records = [store.read_records() for store in self.stores] if distributed.is_main() else None
-        self.records = distributed.broadcast(records)
+        known = {
+            store.folder: (records, slots)
+            for cache in self.earlier
+            for store, records, slots in zip(cache.stores, cache.records, cache.slots, strict=True)
+        }
+        new = [store for store in self.stores if store.folder not in known]
+        read = [store.read_records() for store in new] if distributed.is_main() else None
+        for store, records in zip(new, distributed.broadcast(read), strict=True):
+            slots = {digest: record.slot for digest, record in records.items()}
+            known[store.folder] = records, slots
+        self.records = [known[store.folder][0] for store in self.stores]
+        self.slots = [known[store.folder][1] for store in self.stores]
         self._forget_damaged(should_stop)
-        self.slots = [
-            {digest: record.slot for digest, record in records.items()} for records in self.records
-        ]
         free = [_free_slots(slots) for slots in self.slots]
         self.missing = []
         for row in range(len(self.files.digests)):
@@ -239,7 +255,7 @@ class SplitCache:
         ]
         damaged = [each for of_rank in distributed.all_gather(damaged) for each in of_rank]
         for k, record in damaged:
-            del self.records[k][record.digest]
+            del self.records[k][record.digest], self.slots[k][record.digest]
         for k, store in enumerate(self.stores) if distributed.is_main() else ():
             if slots := [record.slot for other, record in damaged if other == k]:
                 LOGGER.warning(
@@ -252,14 +268,19 @@ class SplitCache:
 
     def mark_bad_images(self, reasons: dict[int, str]) -> None:
         """Marks images that could not be decoded, given by row, and their copies as unusable."""
-        by_digest = {self.files.digest_of(row): reason for row, reason in reasons.items()}
-        for row in range(len(self.files.digests)) if reasons else ():
+        self._mark_digests({self.files.digest_of(row): why for row, why in reasons.items()})
+
+    def _mark_digests(self, by_digest: dict[bytes, str]) -> None:
+        for row in range(len(self.files.digests)) if by_digest else ():
             if (digest := self.files.digest_of(row)) in by_digest:
                 self.files.bad_images.setdefault(row, by_digest[digest])
 
     def attach_to_dataset(self) -> None:
         """Gives the embeddings to the dataset, which from now on reads no pixels."""
         files = self.files
+        for cache in self.earlier:  # which has tried to decode images of both
+            bad = cache.files.bad_images
+            self._mark_digests({cache.files.digest_of(row): why for row, why in bad.items()})
         slots = np.full((len(files.digests), len(self.stores)), -1, dtype=np.int64)
         checksums = np.zeros(slots.shape, dtype=np.uint32)
         for row in range(len(slots)):

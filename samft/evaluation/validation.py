@@ -34,6 +34,7 @@ from samft.models.prompted_sam import PromptedSam, original_masks
 from samft.models.prompts import Prompts
 from samft.runtime import heartbeat
 from samft.runtime.device import exact_float32
+from samft.runtime.metrics_file import GENERAL_PREFIX
 from samft.training.custom import MaskMetric
 from samft.training.engine import LOSS_NAMES
 from samft.training.losses import LossFunction
@@ -127,6 +128,7 @@ class Validation:
         selection: The masks that were kept for pictures, of all ranks.
         bad_images: This rank's images that could not be read: name, reason.
         rates: Speed, for the log.
+        general: That of the same weights on the general set; None if there is none.
     """
 
     metrics: dict[str, float]
@@ -135,6 +137,18 @@ class Validation:
     selection: MaskSelection | None = None
     bad_images: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    general: "Validation | None" = None
+
+    @property
+    def general_metrics(self) -> dict[str, float]:
+        """The metrics of the general set, by names of their own; empty without one."""
+        metrics = self.general.metrics if self.general else {}
+        return {f"{GENERAL_PREFIX}{name}": value for name, value in metrics.items()}
+
+    @property
+    def named_metrics(self) -> dict[str, float]:
+        """`metrics` and `general_metrics`."""
+        return self.metrics | self.general_metrics
 
 
 @torch.no_grad()
@@ -146,6 +160,7 @@ def validate(
     loss: LossFunction,
     custom_metrics: Mapping[str, MaskMetric] | None = None,
     selection: MaskSelection | None = None,
+    source: str = "",
     should_stop: Callable[[], bool] = lambda: False,
     waiting: Waiting = contextlib.nullcontext,
 ) -> Validation:
@@ -162,6 +177,7 @@ def validate(
         loss: `losses.mask_losses` with its weights set.
         custom_metrics: By name, further numbers of each mask, whose means are among the metrics.
         selection: Every mask is added to it; it decides which to keep.
+        source: What errors put before "image", "general " say: other images may have equal ids.
         should_stop: Called before each image on every rank; all stop if it is true on any.
         waiting: Entered to wait for batches; raises `StopInterrupt` to end the wait.
 
@@ -181,10 +197,11 @@ def validate(
     rows: list[ObjectScores] = []
     bad_images: dict[str, str] = {}
     for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
-        heartbeat.set_activity("validating on image", partial(list, batch.image_ids))
+        heartbeat.set_activity(f"validating on {source}image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read
-            with explain_out_of_memory(partial(describe_image, batch), advice=_MEMORY_ADVICE):
+            describe = partial(describe_image, batch, source)
+            with explain_out_of_memory(describe, advice=_MEMORY_ADVICE):
                 for scores, objects in score_image(
                     model, batch, loss=loss, custom_metrics=custom, selection=selection
                 ):
@@ -198,9 +215,9 @@ def validate(
     return Validation(metrics, metrics.pop("box_fill_iou"), table, selection, bad_images)
 
 
-def describe_image(batch: Batch) -> str:
-    """The image of a batch of one, for an error that needs memory for it."""
-    return f"for image {batch.image_ids[0]} with {batch.num_masks} objects"
+def describe_image(batch: Batch, source: str = "") -> str:
+    """The image of a batch of one, for an error that needs memory for it; see `validate`."""
+    return f"for {source}image {batch.image_ids[0]} with {batch.num_masks} objects"
 
 
 def score_image(

@@ -312,17 +312,18 @@ def build_trainer(
 
 def build_loaders(
     config: TrainConfig, splits: Splits, *, start_step: int, device: torch.device
-) -> tuple[BatchLoader, BatchLoader]:
+) -> tuple[BatchLoader, BatchLoader, BatchLoader | None]:
     """Builds this rank's loaders.
 
     Args:
         config: The configuration.
-        splits: The two datasets.
+        splits: The datasets.
         start_step: The global batch to begin with, see `Progress.position`.
         device: This process's device.
 
     Returns:
-        Endless training batches, and this rank's share of the validation images, one a batch.
+        Endless training batches; this rank's share of the validation images, one a batch; and of
+        the general set, if there is one.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     shared: dict[str, Any] = {
@@ -341,7 +342,8 @@ def build_loaders(
         repeats=count_repeats(splits.train.subset, config.repeat_threshold),
         **shared,
     )
-    return batches, val_loader(splits.val, **shared)
+    general = val_loader(splits.general, **shared) if splits.general else None
+    return batches, val_loader(splits.val, **shared), general
 
 
 def disk_bytes(model: PromptedSam, config: TrainConfig) -> int:

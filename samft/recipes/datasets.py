@@ -1,8 +1,7 @@
-"""The datasets of a run, read and checked as configured: to train, to validate, and to test."""
+"""The datasets of a run, read and checked: to train, to validate, to test, and a general set."""
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,29 +15,37 @@ from numpy.typing import NDArray
 from samft import distributed
 from samft.cli import link_folders, name_image_size
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
-from samft.coco.layout import find_split, find_test_split
+from samft.coco.layout import find_general_set, find_split, find_test_split
 from samft.coco.problems import NOTE, WARNING
 from samft.coco.subset import (
     CocoSubset,
     choose_objects,
-    find_shared,
-    find_siblings,
     read_coco,
     see_through_windows,
-    split_by_hash,
 )
 from samft.config import TrainConfig
 from samft.config_checks import trains_whole_encoder
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.map_style import DatasetIndex
 from samft.data.samplers import repeat_factors
+from samft.data.split_overlaps import (
+    hold_out_images,
+    remove_seen_images,
+    remove_validated_images,
+    warn_of_known_images,
+    warn_of_siblings,
+)
 from samft.errors import DataError
-from samft.images.names import encode_name, group_of
+from samft.evaluation.automatic import sample_images
+from samft.images.names import encode_name
 from samft.images.pixels import PixelFormat
 from samft.runtime.logs import LOGGER
-from samft.views.windows import View
+from samft.views.windows import WHOLE, View
 
 _MAX_LOGGED = 100  # names of images that could not be read
+# Of the general set. The mean change of so many is known to .01 or so, and the whole of COCO's
+# validation split would take ten times as long at every validation.
+MOST_GENERAL_IMAGES = 500
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Splits:
         val: Not augmented, with masks at the original resolution.
         test: As `val`, of images that are in neither; it is scored once, at the end. None: there is
             none.
+        general: As `val`, of other data, whose images are seen whole; None: there is none.
         counts: For each split: `images`, their `windows` if any, `masks`, `skipped` by reason,
             `bad_images` by name, and `frame` where outlines are in another one than the pixels.
         fingerprint: Of the training images, see `hash_data`; a resumed run must have the same.
@@ -59,6 +67,7 @@ class Splits:
     train: Coco2MaskDataset
     val: Coco2MaskDataset
     test: Coco2MaskDataset | None
+    general: Coco2MaskDataset | None
     counts: dict[str, dict[str, Any]]
     fingerprint: str
     view: View
@@ -66,7 +75,12 @@ class Splits:
     @property
     def _datasets(self) -> list[Coco2MaskDataset]:
         # In the order of `counts`.
-        return [self.train, self.val, *([self.test] if self.test else [])]
+        return [self.train, self.val, *filter(None, (self.test, self.general))]
+
+    @cached_property
+    def general_fingerprint(self) -> str:
+        """Of the general set, see `hash_data`; empty if there is none."""
+        return hash_data(self.general.subset) if self.general else ""
 
     @property
     def pixels(self) -> PixelFormat:
@@ -75,8 +89,10 @@ class Splits:
 
     def use_pixels(self, pixels: PixelFormat) -> None:
         """Takes the ranges of the run that is resumed, instead of those that were measured."""
+        for dataset in self._datasets:  # the run may have had another test split or general set
+            pixels = dataset.subset.measure_pixels(pixels)
         for dataset in self._datasets:
-            dataset.subset = dataset.subset.with_pixels(pixels)
+            dataset.subset = _with_pixels(dataset.subset, pixels)
 
     @property
     def are_of_one_file(self) -> bool:
@@ -89,6 +105,11 @@ class Splits:
         splits = {"train": self.train, "val": self.val}
         return {split: _measure_objects(dataset) for split, dataset in splits.items()}
 
+    def _role_of(self, dataset: Coco2MaskDataset) -> str:
+        if dataset is self.test:
+            return "scored once, at the end of the run"
+        return "other data, scored at each validation"
+
     def log_counts(self) -> None:
         """Logs the number of images and masks, what was left out or repaired, what is small."""
         for dataset, (split, counts) in zip(self._datasets, self.counts.items(), strict=True):
@@ -100,9 +121,9 @@ class Splits:
                 f" in {counts['windows']} windows" if "windows" in counts else "",
                 counts["masks"],
                 f"; left out: {skipped}" if skipped else "",
-                "; scored once, at the end of the run" if dataset is self.test else "",
+                f"; {self._role_of(dataset)}" if dataset in (self.test, self.general) else "",
             )
-            if dataset is self.test or not self.are_of_one_file:
+            if dataset in (self.test, self.general) or not self.are_of_one_file:
                 _log_problems(dataset.subset, counts["bad_images"])
         if self.view.has_windows:
             LOGGER.info("images are seen through %s", self.view.describe())
@@ -124,6 +145,11 @@ class Splits:
         advice = advise_on_small_objects(self.small_objects)
         if advice and distributed.is_main():  # a warning is for the other ranks' logs, too
             LOGGER.warning("%s", advice)
+
+
+def _with_pixels(subset: CocoSubset, pixels: PixelFormat) -> CocoSubset:
+    # Whether images are only ever read in windows is a matter of the split.
+    return subset.with_pixels(replace(pixels, in_windows=subset.index.pixels.in_windows))
 
 
 def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
@@ -170,18 +196,23 @@ def load_splits(
     val_split = find_val_split(config, own)
     if val_split == "train":
         assert config.val_fraction is not None
-        train_subset, val_subset = _hold_out(train_subset, config.val_fraction, config.group_by)
+        train_subset, val_subset = hold_out_images(
+            train_subset, config.val_fraction, group_by=config.group_by
+        )
     else:
         val_subset = _read_split(config, "val", own)
-        _warn_of_siblings(train_subset, val_subset, config.group_by, split="validation")
+        warn_of_siblings(train_subset, val_subset, group_by=config.group_by, split="validation")
         if config.val_fraction is not None:
             LOGGER.warning("val_fraction is not used: there is a validation split")
-    train_subset = _remove_shared_images(train_subset, val_subset)
+    train_subset = remove_validated_images(train_subset, val_subset)
     subsets = {"train": train_subset, "val": val_subset}
     used = {"train", val_split} - own.keys()
     own_files = {_find_files(config, split)[0].resolve() for split in used}
     if test_subset := _load_test_subset(config, **subsets, files=own_files):
         subsets["test"] = test_subset
+    if config.general_data_root is not None:
+        root = Path(config.general_data_root).expanduser()
+        subsets["general"] = _load_general_subset(config, root, **subsets)
     return _build_splits(config, subsets)
 
 
@@ -190,19 +221,23 @@ def _build_splits(config: TrainConfig, subsets: dict[str, CocoSubset]) -> Splits
     pixels = subsets["train"].index.pixels
     for subset in subsets.values():
         pixels = subset.measure_pixels(pixels)
-    subsets = {split: subset.with_pixels(pixels) for split, subset in subsets.items()}
+    subsets = {split: _with_pixels(subset, pixels) for split, subset in subsets.items()}
     view = view_of(config)
     datasets, counts = {}, {}
     for split, subset in subsets.items():
-        seen = see_through_windows(subset, view, training=split == "train")
+        through = WHOLE if split == "general" else view
+        seen = see_through_windows(subset, through, training=split == "train")
         datasets[split] = _build_dataset(seen, config, training=split == "train")
         counts[split] = _count_subset(seen)
     if config.on_bad_image == "skip":
-        _refuse_unreadable(datasets["val"])
+        _refuse_unreadable(datasets["val"], _NO_VALIDATION)
+        if "general" in datasets:
+            _refuse_unreadable(datasets["general"], _NO_GENERAL_SET)
     return Splits(
         train=datasets["train"],
         val=datasets["val"],
         test=datasets.get("test"),
+        general=datasets.get("general"),
         counts=counts,
         fingerprint=hash_data(datasets["train"].subset),
         view=view,
@@ -215,7 +250,16 @@ def view_of(config: TrainConfig) -> View:
     return View(config.view, tile_size, config.tile_overlap, config.view_context)
 
 
-def _refuse_unreadable(val: Coco2MaskDataset) -> None:
+# What is wrong where no image can be used: the images, the consequence, what to do.
+_NO_VALIDATION = (
+    "validation images",
+    ", so nothing would tell which checkpoint is best",
+    "name another validation split, or set val_fraction.",
+)
+_NO_GENERAL_SET = ("images of general_data_root", "", "name another folder, or leave it out.")
+
+
+def _refuse_unreadable(val: Coco2MaskDataset, consequence: tuple[str, str, str]) -> None:
     # Nearly always the first image can be decoded, so that this takes no time.
     bad_images: dict[str, str] = {}
     for i in range(len(val)):
@@ -223,10 +267,10 @@ def _refuse_unreadable(val: Coco2MaskDataset) -> None:
         if not bad_of_sample:
             return
         bad_images |= bad_of_sample
+    images, so, advice = consequence
     raise DataError(
-        f"none of the {len(val)} validation images can be used, so nothing would tell which "
-        f"checkpoint is best (the first: {next(iter(bad_images.values()))}) Replace them, or name "
-        "another validation split, or set val_fraction."
+        f"none of the {len(val)} {images} can be used{so} (the first: "
+        f"{next(iter(bad_images.values()))}) Replace them, or {advice}"
     )
 
 
@@ -264,8 +308,19 @@ def _load_test_subset(
             raise
         LOGGER.info("test_split auto: nothing is scored at the end of the run: %s", error)
         return None
-    _warn_of_siblings(train, subset, config.group_by, split="test")
-    return _remove_seen_images(subset, train, val)
+    warn_of_siblings(train, subset, group_by=config.group_by, split="test")
+    return remove_seen_images(subset, train, val)
+
+
+def _load_general_subset(config: TrainConfig, root: Path, **others: CocoSubset) -> CocoSubset:
+    # Of all classes, as they are not those of data_root, and of images as a whole.
+    files = find_general_set(root)
+    whole = _read_subset(replace(config, category_names=None, view="image"), files, root=root)
+    subset = sample_images(whole, MOST_GENERAL_IMAGES, seed=0)  # the same in all runs
+    num_left_out = whole.num_images - subset.num_images
+    counts = whole.counts | ({"image-not-drawn": num_left_out} if num_left_out else {})
+    warn_of_known_images(subset, {split: others[split] for split in ("train", "val")})
+    return replace(subset, counts=counts)
 
 
 def _find_test_files(config: TrainConfig) -> tuple[Path, Path] | None:
@@ -276,24 +331,6 @@ def _find_test_files(config: TrainConfig) -> tuple[Path, Path] | None:
             root = config.data_root
             return None if root is None else find_test_split(Path(root).expanduser())
     return _find_files(config, "test")
-
-
-def _remove_seen_images(test: CocoSubset, train: CocoSubset, val: CocoSubset) -> CocoSubset | None:
-    seen = np.union1d(find_shared(test, train), find_shared(test, val))
-    if not len(seen):
-        return test
-    LOGGER.warning(
-        "%d of %d images of the test split are also trained or validated on, so they are not "
-        "scored as test images (%s%s)",
-        len(seen),
-        test.num_images,
-        ", ".join(test.file_name(i) for i in seen[:5]),
-        ", ..." if len(seen) > 5 else "",
-    )
-    if len(seen) == test.num_images:
-        return None
-    kept = test.select(np.setdiff1d(np.arange(test.num_images), seen))
-    return replace(kept, counts={**test.counts, "image-in-train-or-val": len(seen)})
 
 
 def find_val_split(config: TrainConfig, own: Collection[str]) -> str:
@@ -330,13 +367,17 @@ def _read_split(config: TrainConfig, split: str, own: Mapping[str, DatasetIndex]
     )
 
 
-def _read_subset(config: TrainConfig, files: tuple[Path, Path]) -> CocoSubset:
+def _read_subset(
+    config: TrainConfig, files: tuple[Path, Path], *, root: Path | None = None
+) -> CocoSubset:
+    if root is None and config.data_root is not None:
+        root = Path(config.data_root).expanduser()
     pixels = PixelFormat.parse(
         pixel_range=config.pixel_range, channels=config.channels, page=config.page
     )
     return read_coco(
         *files,
-        root=None if config.data_root is None else Path(config.data_root).expanduser(),
+        root=root,
         allow_links=link_folders(config.allow_links),
         crowds=config.crowds,
         pixels=replace(pixels, in_windows=view_of(config).has_windows),
@@ -357,71 +398,6 @@ def _find_files(config: TrainConfig, split: str) -> tuple[Path, Path]:
         getattr(config, f"{split}_split"),
         flags=f"--{split}_split NAME, or --{split}_annotations FILE and --{split}_images DIR",
     )
-
-
-def _hold_out(
-    whole: CocoSubset, val_fraction: float, group_by: str
-) -> tuple[CocoSubset, CocoSubset]:
-    train_subset, val_subset = split_by_hash(whole, val_fraction, group_by=group_by)
-    groups = Counter(group_of(whole.file_name(i), group_by) for i in range(whole.num_images))
-    del groups[None]
-    groups = Counter({name: number for name, number in groups.items() if number > 1})
-    if groups:
-        LOGGER.info(
-            "group_by %s: %d images are in %d groups, each of which stays on one side (%s: %d)",
-            group_by,
-            groups.total(),
-            len(groups),
-            *groups.most_common(1)[0],
-        )
-    LOGGER.info(
-        "no validation split: %d of %d images are held out by the hash of their file name (%s%s)",
-        val_subset.num_images,
-        whole.num_images,
-        ", ".join(val_subset.file_name(i) for i in range(min(val_subset.num_images, 5))),
-        ", ..." if val_subset.num_images > 5 else "",
-    )
-    return train_subset, val_subset
-
-
-def _warn_of_siblings(train: CocoSubset, other: CocoSubset, group_by: str, *, split: str) -> None:
-    if not (train.index.has_files and other.index.has_files):
-        return
-    # Folders of one name, as the splits have them, say nothing.
-    siblings = find_siblings(train, other, group_by="none" if group_by == "folder" else group_by)
-    if len(siblings):
-        advice = ", or leave out the validation split and set val_fraction"
-        LOGGER.warning(
-            "%d training images are, by their names, of one group with %s images (%s, group_by "
-            "%s): %s scores will be better than on new pictures; split the originals%s",
-            len(siblings),
-            split,
-            train.file_name(int(siblings[0])),
-            group_by,
-            split,
-            advice if split == "validation" else "",
-        )
-
-
-def _remove_shared_images(train: CocoSubset, val: CocoSubset) -> CocoSubset:
-    shared = find_shared(train, val)
-    if len(shared) in (0, train.num_images):
-        if len(shared):
-            LOGGER.warning(
-                "EVERY TRAINING IMAGE IS ALSO IN THE VALIDATION SPLIT: validation scores tell how "
-                "well the model remembers these images, and nothing about new ones"
-            )
-        return train
-    code = "image-in-train-and-val"
-    names = ", ".join(train.file_name(i) for i in shared[:5])
-    LOGGER.warning(
-        "%d training images are also in the validation split, so they are not trained on (%s%s)",
-        len(shared),
-        names,
-        ", ..." if len(shared) > 5 else "",
-    )
-    kept = train.select(np.setdiff1d(np.arange(train.num_images), shared))
-    return replace(kept, counts={**train.counts, code: len(shared)})
 
 
 def _count_subset(subset: CocoSubset) -> dict[str, Any]:

@@ -149,15 +149,19 @@ def _extrapolate(config: TrainConfig, splits: Splits, trial: "_TrialRun") -> For
         masks_per_second=float(images * masks / step),
         encoding_seconds=cache.num_images * measured.encode_seconds / world_size if cache else 0.0,
         training_seconds=steps * step,
-        validation_seconds=num_validations
-        * -(-len(splits.val) // world_size)
-        * measured.val_seconds
+        validation_seconds=num_validations * _validation_images(splits) * measured.val_seconds
         + _test_seconds(splits, measured),
         saving_seconds=num_validations * measured.save_seconds,
         embedding_bytes=cache.num_bytes if cache else 0,
         checkpoint_bytes=disk_bytes(trial.model, config),
         free_bytes=shutil.disk_usage(trial.output_dir).free,
     )
+
+
+def _validation_images(splits: Splits) -> int:
+    # Of the process that has most.
+    datasets = [splits.val, *([splits.general] if splits.general else [])]
+    return sum(-(-len(dataset) // distributed.get_world_size()) for dataset in datasets)
 
 
 def _test_seconds(splits: Splits, measured: "_Measurements") -> float:

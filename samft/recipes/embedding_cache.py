@@ -1,6 +1,7 @@
 """Decides from the configuration whether to cache embeddings, and fills the cache."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ from samft.runtime.output_dir import create_writable_dir
 from samft.training.engine import Progress
 
 _LOCK_NAME = "lock"  # of the folder of all stores
+_NUM_OWN = 2  # plans and caches of a run without a general set: training and validation
 
 
 def cache_dir_of(config: TrainConfig) -> Path:
@@ -50,7 +52,7 @@ def prepare_cache(
     progress: Progress,
     should_stop: ShouldStop,
 ) -> bool:
-    """Gives both datasets the embeddings of their images, encoding what is missing. Collective.
+    """Gives the datasets the embeddings of their images, encoding what is missing. Collective.
 
     See `open_cache` and `EmbeddingCache.fill`, between which a run can still be refused.
     """
@@ -70,7 +72,7 @@ class EmbeddingCache:
     ) -> None:
         """Starts without a cache; `open` finds it."""
         self.config, self.model, self.should_stop = config, model, should_stop
-        self._is_stopped = False
+        self._is_stopped, self._has_all = False, False
         self._plans: list[_StorePlan] = []
         self._caches: list[SplitCache] = []
         self._lock = ExitStack()
@@ -91,9 +93,10 @@ class EmbeddingCache:
             return
         for cache in caches:
             cache.find_missing(should_stop=self.should_stop)
-        if _has_room(caches, cache_dir, config):
-            self._plans, self._caches = plans, caches
-        else:
+        num_kept = _choose_caches(caches, cache_dir, config)
+        self._plans, self._caches = plans[:num_kept], caches[:num_kept]
+        self._has_all = num_kept == len(caches)
+        if not num_kept:
             self.close()
 
     def close(self) -> None:
@@ -103,7 +106,8 @@ class EmbeddingCache:
     def fill(self) -> bool:
         """Encodes what is missing, and gives all to the datasets. Collective.
 
-        Afterwards the image encoder is on the CPU for good, and other runs may use the folder.
+        Afterwards other runs may use the folder, and the image encoder is on the CPU for good,
+        unless there is no room for the embeddings of the general set.
 
         Returns:
             Whether training may begin; False if stopped, with what was encoded so far recorded.
@@ -121,7 +125,8 @@ class EmbeddingCache:
             cache.attach_to_dataset()
         distributed.barrier()  # rank 0 holds the lock until all ranks have mapped the files
         self.close()
-        self.model.unload_encoder()
+        if self._has_all:
+            self.model.unload_encoder()
         return True
 
 
@@ -267,7 +272,8 @@ def _try_lock(cache_dir: Path) -> BinaryIO | None:
 
 
 def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> list[_StorePlan]:
-    # Collective. The plan of the training split, then that of the validation split.
+    # Collective. The plan of the training split, that of the validation split, and that of the
+    # general set if there is one.
     device = model.sam.device
     blocks = None if model.encoder_is_frozen else model.num_frozen_blocks
     own_digest = hash_encoder(model.sam, blocks=blocks) if distributed.is_main() else ""
@@ -296,20 +302,21 @@ def _plan_stores(config: TrainConfig, model: PromptedSam, splits: Splits) -> lis
         return _StorePlan(dataset, amp_dtype, keys, stores)
 
     flips = (False,) if config.augment == "none" else (False, True)
+    validated = [splits.val, *([splits.general] if splits.general else [])]
     return [
         plan_split(splits.train, pick_amp_dtype(config.amp, device), flips),
-        plan_split(splits.val, None, (False,)),  # in float32, as all validation
+        *(plan_split(dataset, None, (False,)) for dataset in validated),  # in float32, as always
     ]
 
 
 def _is_worth_caching(config: TrainConfig, plans: list[_StorePlan]) -> bool:
     # By the configuration and the sizes of the splits alone, before any image is read: whether the
-    # same command caches, and so what it learns, must not depend on what a cache holds by now.
+    # same command caches, and so what it learns, must not depend on what a cache holds by now, nor
+    # on the general set.
+    own = plans[:_NUM_OWN]
     num_validations = -(-config.steps // config.metrics_interval) + 1
-    without_cache = config.steps * images_per_step(config) + num_validations * len(
-        plans[-1].dataset
-    )
-    with_cache = sum(len(plan.dataset) * len(plan.stores) for plan in plans)
+    without_cache = config.steps * images_per_step(config) + num_validations * len(own[-1].dataset)
+    with_cache = sum(len(plan.dataset) * len(plan.stores) for plan in own)
     is_worth = with_cache <= without_cache
     if not is_worth:
         LOGGER.info(
@@ -322,8 +329,14 @@ def _is_worth_caching(config: TrainConfig, plans: list[_StorePlan]) -> bool:
 
 
 def _estimate_missing(plans: list[_StorePlan]) -> CacheEstimate:
-    stores = [(len(plan.dataset), store) for plan in plans for store in plan.stores]
-    missing = [(max(0, images - store.num_records), store.slot_bytes) for images, store in stores]
+    images: Counter[Path] = Counter()
+    stores = {store.folder: store for plan in plans for store in plan.stores}
+    for plan in plans:  # two of them may have one store
+        images.update({store.folder: len(plan.dataset) for store in plan.stores})
+    missing = [
+        (max(0, images[folder] - store.num_records), store.slot_bytes)
+        for folder, store in stores.items()
+    ]
     return CacheEstimate(sum(count for count, _ in missing), sum(n * size for n, size in missing))
 
 
@@ -331,14 +344,16 @@ def _open_caches(
     plans: list[_StorePlan], *, on_bad_image: str, should_stop: ShouldStop
 ) -> list[SplitCache] | None:
     # Collective. Hashes all images; None if asked to stop meanwhile.
-    caches = []
+    caches: list[SplitCache] = []
     for plan in plans:
         digests = hash_images(
             plan.dataset.subset, on_bad_image=on_bad_image, should_stop=should_stop
         )
         if digests is None:
             return None
-        caches.append(SplitCache(plan.dataset, plan.amp_dtype, plan.stores, digests))
+        cache = SplitCache(plan.dataset, plan.amp_dtype, plan.stores, digests)
+        cache.earlier = [other for other in caches if other.folders & cache.folders]
+        caches.append(cache)
     return caches
 
 
@@ -362,19 +377,43 @@ def _check_shared_disk(plans: list[_StorePlan]) -> None:
             )
 
 
-def _has_room(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) -> bool:
-    # Collective. Deletes the embeddings of other runs if that makes enough room.
+def _choose_caches(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) -> int:
+    # Collective. How many, from the first on, there is room for: all, all but the general set's, or
+    # with `auto` none. The general set decides on no other, as training must not depend on it.
+    why_not = _make_room(caches, cache_dir, config)
+    if why_not is not None and len(caches) > _NUM_OWN:
+        LOGGER.warning(
+            "the embeddings of general_data_root are not cached, because %s has no room: %s",
+            cache_dir,
+            why_not,
+        )
+        caches = caches[:_NUM_OWN]
+        why_not = _make_room(caches, cache_dir, config)
+    if why_not is None:
+        return len(caches)
+    if config.cache_embeddings == "auto":
+        LOGGER.warning("cache_embeddings auto: off, because %s has no room: %s", cache_dir, why_not)
+        return 0
+    raise ConfigError(
+        f"cache_dir: {cache_dir} has no room for the embeddings: {why_not}. Make room, name "
+        "another folder, raise cache_max_gib, or take `--cache_embeddings off`."
+    )
+
+
+def _make_room(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) -> str | None:
+    # Collective. Why there is no room, or None. Deletes the embeddings of other runs if that makes
+    # enough of it.
     needed = sum(cache.missing_bytes for cache in caches)
     limit = int(config.cache_max_gib * GIB)
 
-    def make_room() -> str | None:
+    def evict_others() -> str | None:
         own = {store.folder.name for cache in caches for store in cache.stores}
         try:
             return evict_unused_stores(cache_dir, own=own, needed=needed, limit=limit)
         except OSError as error:
             raise cache_write_error(cache_dir, error) from error
 
-    why_not = run_on_all_ranks(lambda: make_room() if distributed.is_main() else None)
+    why_not = run_on_all_ranks(lambda: evict_others() if distributed.is_main() else None)
     why_not = distributed.broadcast(why_not)
     if why_not is None:
         missing = sum(len(cache.missing) for cache in caches)
@@ -386,14 +425,7 @@ def _has_room(caches: list[SplitCache], cache_dir: Path, config: TrainConfig) ->
             cache_dir,
             f"; {format_gib(needed)} will be added" if missing else "",
         )
-        return True
-    if config.cache_embeddings == "auto":
-        LOGGER.warning("cache_embeddings auto: off, because %s has no room: %s", cache_dir, why_not)
-        return False
-    raise ConfigError(
-        f"cache_dir: {cache_dir} has no room for the embeddings: {why_not}. Make room, name "
-        "another folder, raise cache_max_gib, or take `--cache_embeddings off`."
-    )
+    return why_not
 
 
 def _encode_missing(

@@ -3,6 +3,9 @@
 The images of that split take no part in a choice, neither of weights nor of the best checkpoint, so
 what they score is what new images of the kind will. It is no reason to fail a run: what goes wrong
 on any rank is logged, and starting the finished run again tries it again.
+
+So is the general set, where its validations do not have both scores, because a resumed run was
+given another one.
 """
 
 import time
@@ -56,59 +59,108 @@ def score_test_split(run: TrainingRun) -> tuple[dict[str, Any] | None, bool]:
 
     Returns:
         `images` and `masks` scored; mean IoU `before` and `after`, and of filling each box,
-        `box_fill`; the 95 % `interval` of the mean change; `bad_images`, those that could not be
-        read; and `fingerprint` of the split. None if there is no test split, no checkpoint, or no
-        number. And whether they are new.
+        `box_fill`; the 95 % `interval` of the mean change; how many objects `gained` and `lost`,
+        see `Comparison`; `bad_images`, those that could not be read; and `fingerprint` of the
+        split. None if there is no test split, no checkpoint, or no number. And whether they are
+        new.
     """
-    best = run.checkpointer.top_k.best
-    best = distributed.broadcast(best[0] if best else None)
-    test = run.splits.test
+    best, test = _best_checkpoint(run), run.splits.test
     if test is None or best is None:
         return None, False
-    earlier: dict[str, Any] | None = distributed.broadcast(_read_earlier(run, best, test))
+    return _score_once(run, best, test, what="test split")
+
+
+def score_general_set(run: TrainingRun) -> tuple[dict[str, Any] | None, bool]:
+    """The scores of the general set, from its validations if these have both. Collective.
+
+    Args:
+        run: With its last step taken and everything saved.
+
+    Returns:
+        As `score_test_split`, and `since_step`, the first whose validation was on these images.
+    """
+    best, general = _best_checkpoint(run), run.splits.general
+    if general is None or best is None:
+        return None, False
+    since = run.progress.general_since
+    validated: dict[str, Any] | None = distributed.broadcast(_compare_validations(run, best))
+    if validated is not None:
+        return {**validated, "since_step": since}, False
+    scores, is_new = _score_once(run, best, general, what="general set")
+    return scores and {**scores, "since_step": since}, is_new
+
+
+def _best_checkpoint(run: TrainingRun) -> Checkpoint | None:
+    ranked = run.checkpointer.top_k.best
+    best: Checkpoint | None = distributed.broadcast(ranked[0] if ranked else None)
+    return best
+
+
+def _compare_validations(run: TrainingRun, best: Checkpoint) -> dict[str, Any] | None:
+    # None unless both were on these images, and the scores of both are known.
+    scores = run.images.per_object_log
+    before, after = scores.read_general(0), scores.read_general(best.step)
+    if run.progress.general_since or before is None or after is None:
+        return None
+    comparison = compare_objects(before, after)
+    if not len(comparison.before):
+        return None
+    fingerprint = run.splits.general_fingerprint
+    return {**_summarise(comparison), "bad_images": {}, "fingerprint": fingerprint}
+
+
+def _score_once(
+    run: TrainingRun, best: Checkpoint, dataset: Coco2MaskDataset, *, what: str
+) -> tuple[dict[str, Any] | None, bool]:
+    # Unless an earlier start of the run has. And whether that is new.
+    key = what.split()[0]
+    earlier = distributed.broadcast(_read_earlier(run, best, dataset, key=key))
     if earlier is not None:
         return earlier, False
     LOGGER.info(
-        "scoring the test split with the untouched weights and with %s: %d images, %d masks "
-        "(`--test_split none` leaves it out)",
+        "scoring the %s with the untouched weights and with %s: %d images, %d masks%s",
+        what,
         best.name,
-        test.subset.num_images,
-        test.subset.num_objects,
+        dataset.subset.num_images,
+        dataset.subset.num_objects,
+        " (`--test_split none` leaves it out)" if key == "test" else "",
     )
     try:
-        return _score(run, best, test), True
+        return _score(run, best, dataset, key=key), True
     except StopInterrupt:
         reason = "the run was asked to stop"
     except UserError as error:
         reason = str(error)
     LOGGER.warning(
-        "the test split was not scored: %s. All else of the run is complete; the same command "
-        "scores it",
+        "the %s was not scored: %s. All else of the run is complete; the same command scores it",
+        what,
         reason.rstrip("."),
     )
     return None, False
 
 
 def _read_earlier(
-    run: TrainingRun, best: Checkpoint, test: Coco2MaskDataset
+    run: TrainingRun, best: Checkpoint, dataset: Coco2MaskDataset, *, key: str
 ) -> dict[str, Any] | None:
     # Of the same checkpoint, on the same images.
     try:
         summary = read_json(run.output_dir / SUMMARY_NAME)
-        earlier: dict[str, Any] | None = summary["test"]
+        earlier: dict[str, Any] | None = summary[key]
         scored = Checkpoint(best.name, summary["best_step"], summary["best_val_per_mask_iou"])
-        if earlier and scored == best and earlier["fingerprint"] == hash_data(test.subset):
+        if earlier and scored == best and earlier["fingerprint"] == hash_data(dataset.subset):
             return earlier
     except (OSError, ValueError, LookupError, TypeError):  # none, or not ours
         pass
     return None
 
 
-def _score(run: TrainingRun, best: Checkpoint, test: Coco2MaskDataset) -> dict[str, Any]:
+def _score(
+    run: TrainingRun, best: Checkpoint, dataset: Coco2MaskDataset, *, key: str
+) -> dict[str, Any]:
     config = run.config
     models = run_on_all_ranks(lambda: _build_models(run, best))
     loader = val_loader(
-        test,
+        dataset,
         num_workers=config.num_workers,
         rank=distributed.get_rank(),
         world_size=distributed.get_world_size(),
@@ -126,11 +178,11 @@ def _score(run: TrainingRun, best: Checkpoint, test: Coco2MaskDataset) -> dict[s
             waiting=run.stop.waiting,
         )
     for reason in bad_images.values():
-        LOGGER.info("test, left out: %s", reason)
+        LOGGER.info("%s, left out: %s", key, reason)
     if not len(tables[0]):
         raise DataError("none of its images can be read")
     scores = _summarise(compare_objects(*tables))
-    return {**scores, "bad_images": bad_images, "fingerprint": hash_data(test.subset)}
+    return {**scores, "bad_images": bad_images, "fingerprint": hash_data(dataset.subset)}
 
 
 def _summarise(comparison: Comparison[ObjectScores]) -> dict[str, Any]:
@@ -142,6 +194,8 @@ def _summarise(comparison: Comparison[ObjectScores]) -> dict[str, Any]:
         "after": float(after.iou_actual.mean()),
         "box_fill": float(before.iou_box_fill.mean()),
         "interval": mean_change(comparison.change, before.image_ids, seed=0)["interval"],
+        "gained": comparison.num_gained,
+        "lost": comparison.num_lost,
     }
 
 
@@ -266,7 +320,7 @@ def _score_batch(
 ) -> None:
     if not batch.num_masks:  # the image cannot be read
         return
-    if models[0].frozen_shape is not None:
+    if models[0].frozen_shape is not None and batch.embeddings is None:
         on_device = batch.to(models[0].sam.device, non_blocking=True)
         frozen = models[0].encode_frozen(on_device.images, on_device.input_sizes)
         batch = replace(batch, embeddings=frozen)

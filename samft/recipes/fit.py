@@ -21,6 +21,7 @@ from samft.reports.validation_images import ValidationImages
 from samft.runtime import heartbeat
 from samft.runtime.device import peak_memory_gib
 from samft.runtime.logs import LOGGER, RunLog, format_duration
+from samft.runtime.metrics_file import GENERAL_PREFIX
 from samft.runtime.signals import StopInterrupt
 from samft.training.engine import Trainer, train
 from samft.training.optim import gather_state, get_learning_rate
@@ -36,6 +37,7 @@ class TrainingRun(RunParts):
         trainer: Takes optimizer steps with its model.
         train_batches: This rank's endless micro-batches, from the next step on.
         val_batches: This rank's share of the validation images.
+        general_batches: This rank's share of the general set; None if there is none.
     """
 
     log: RunLog
@@ -43,6 +45,7 @@ class TrainingRun(RunParts):
     trainer: Trainer
     train_batches: BatchLoader
     val_batches: BatchLoader
+    general_batches: BatchLoader | None
 
 
 def fit(run: TrainingRun) -> bool:
@@ -64,6 +67,7 @@ def fit(run: TrainingRun) -> bool:
         # Loader workers are forked, and a thread that writes a checkpoint or draws does not survive
         # that: so they start before the first save, and load while step 0 is validated.
         run.train_batches.start_workers()
+        _check_general_set(run)
         if not progress.baseline:
             _validate_initial_weights(run)
         if progress.pending:  # the run was stopped within the validation of this step
@@ -96,17 +100,40 @@ def fit(run: TrainingRun) -> bool:
     return finished
 
 
+def _check_general_set(run: TrainingRun) -> None:
+    # A run that goes on with another general set has no scores of it at step 0.
+    progress, fingerprint = run.progress, run.splits.general_fingerprint
+    if progress.general_set == fingerprint:
+        return
+    if progress.baseline:
+        progress.general_since = run.logged_step + 1
+        own = {n: v for n, v in progress.baseline.items() if not n.startswith(GENERAL_PREFIX)}
+        progress.baseline = own
+        if fingerprint:
+            LOGGER.warning(
+                "general_data_root: these images are others than before: what metrics.jsonl has of "
+                "steps up to %d is not of them. At the end of the run, the untouched and the best "
+                "weights are scored on them",
+                run.logged_step,
+            )
+    progress.general_set = fingerprint
+
+
 def _validate_initial_weights(run: TrainingRun) -> None:
     # Step 0: what the untouched checkpoint scores, which every later validation is compared with.
     validation = _validate_model(run)
     if not math.isfinite(validation.metrics["per_mask_iou"]):
-        reasons = "; ".join(list(run.progress.bad_images.get("val", {}).values())[:3])
         raise DataError(
             "the validation before the first step gives no number, so nothing would tell which "
-            f"checkpoint is best: {reasons or 'no object was scored'}. Check the validation split."
+            f"checkpoint is best: {_why_no_number(run, 'val')}. Check the validation split."
+        )
+    if validation.general and not math.isfinite(validation.general.metrics["per_mask_iou"]):
+        raise DataError(
+            f"general_data_root: the untouched weights have no score on it: "
+            f"{_why_no_number(run, 'general')}. Check these images, or leave it out."
         )
     _log_validation(run, validation)
-    run.progress.baseline = validation.metrics
+    run.progress.baseline = validation.named_metrics
     run.progress.box_fill_iou = validation.box_fill_iou
     LOGGER.info(
         "step 0: val_per_mask_iou %.4f before training, %s, which takes each prompt's rectangle "
@@ -114,8 +141,18 @@ def _validate_initial_weights(run: TrainingRun) -> None:
         validation.metrics["per_mask_iou"],
         describe_against_box_fill(validation.metrics["per_mask_iou"], validation.box_fill_iou),
     )
+    if validation.general:
+        LOGGER.info(
+            "step 0: general_per_mask_iou %.4f before training, on the data of general_data_root",
+            validation.general.metrics["per_mask_iou"],
+        )
     _save_state(run, validation)
     _call_callbacks(run, {}, validation)
+
+
+def _why_no_number(run: TrainingRun, split: str) -> str:
+    reasons = list(run.progress.bad_images.get(split, {}).values())
+    return "; ".join(reasons[:3]) or "no object was scored"
 
 
 def _log_step(run: TrainingRun, taken: bool, image_ids: list[int]) -> None:
@@ -151,6 +188,7 @@ def _finish_interval(run: TrainingRun) -> None:
         view=run.splits.view.to_json(),
         adapter=describe_adapter(run.config),
     )
+    sidecar["metrics"] |= validation.general_metrics
     if run.custom.loss_name is not None:
         sidecar["loss"] = run.custom.loss_name
     run.progress.pending = {}
@@ -160,16 +198,26 @@ def _finish_interval(run: TrainingRun) -> None:
     seconds_left = (run.config.steps - step) * (time.monotonic() - run.started_at) / max(step, 1)
     LOGGER.info(
         "step %d/%d: loss %.4f, train IoU %.4f, val IoU %.4f (%+.4f since step 0), "
-        "%.1f images/s, %s left",
+        "%s%.1f images/s, %s left",
         step,
         run.config.steps,
         train_metrics["loss"],
         train_metrics["per_mask_iou"],
         score,
         score - run.progress.baseline["per_mask_iou"],
+        _describe_general(run, validation),
         train_metrics["images_per_second"],
         format_duration(seconds_left),
     )
+
+
+def _describe_general(run: TrainingRun, validation: Validation) -> str:
+    if validation.general is None:
+        return ""
+    name = f"{GENERAL_PREFIX}per_mask_iou"
+    score, before = validation.general_metrics[name], run.progress.baseline.get(name)
+    since = "" if before is None else f" ({score - before:+.4f})"
+    return f"general IoU {score:.4f}{since}, "
 
 
 def _count_stale(run: TrainingRun, score: float) -> None:
@@ -195,7 +243,7 @@ def _call_callbacks(
     # run on all ranks.
     if not run.custom.callbacks:
         return
-    lines = {"train": train_metrics, "val": {**validation.metrics, **validation.rates}}
+    lines = {"train": train_metrics, "val": {**validation.named_metrics, **validation.rates}}
     numbers = {
         f"{split}/{name}": value for split, line in lines.items() for name, value in line.items()
     }
@@ -210,18 +258,22 @@ def _call_callbacks(
 
 def _validate_model(run: TrainingRun) -> Validation:
     start = time.monotonic()
+    validate_on = partial(
+        validate,
+        run.model,
+        loss=run.trainer.loss,
+        custom_metrics=run.custom.metrics,
+        should_stop=lambda: bool(run.stop),
+        waiting=run.stop.waiting,
+    )
     with run.trainer.validated_weights():
-        validation = validate(
-            run.model,
-            run.val_batches,
-            loss=run.trainer.loss,
-            custom_metrics=run.custom.metrics,
-            selection=run.images.new_selection(),
-            should_stop=lambda: bool(run.stop),
-            waiting=run.stop.waiting,
-        )
-    seconds = time.monotonic() - start
+        validation = validate_on(run.val_batches, selection=run.images.new_selection())
+        seconds = time.monotonic() - start
+        if run.general_batches is not None:
+            validation.general = validate_on(run.general_batches, source="general ")
     _collect_bad_images(run, "val", validation.bad_images)
+    if validation.general:
+        _collect_bad_images(run, "general", validation.general.bad_images)
     counts = run.splits.counts["val"]
     rates = {
         "lr": get_learning_rate(run.trainer.optimizer),
@@ -233,7 +285,8 @@ def _validate_model(run: TrainingRun) -> Validation:
 
 
 def _log_validation(run: TrainingRun, validation: Validation) -> None:
-    run.log.write_metrics(run.progress.step, "val", {**validation.metrics, **validation.rates})
+    line = {**validation.named_metrics, **validation.rates}
+    run.log.write_metrics(run.progress.step, "val", line)
 
 
 def _collect_bad_images(run: TrainingRun, split: str, bad_images: dict[str, str]) -> None:

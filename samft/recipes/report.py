@@ -61,6 +61,7 @@ class RunReport:
         images: The pictures and the scores of single objects of its validations.
         best: The best checkpoint; None if there is none.
         test: See `final_test.score_test_split`.
+        general: See `final_test.score_general_set`.
         has_news: Whether this start of the run has validated or tested; False: an earlier one had
             finished it.
         custom: What the caller has brought along.
@@ -73,6 +74,7 @@ class RunReport:
     best: Checkpoint | None
     custom: CustomParts
     test: dict[str, Any] | None = None
+    general: dict[str, Any] | None = None
     has_news: bool = True
 
     @cached_property
@@ -101,6 +103,7 @@ class RunReport:
             small_objects=self.splits.small_objects,
             comparison=self.comparison,
             test=self.test,
+            general=self.general,
         )
 
     def write(

@@ -19,8 +19,8 @@ from samft.training.optim import cut_warmup, learning_rate_factor
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
 # batch_size and accumulate_steps, the product with the number of processes is kept.
 FREE_ON_RESUME = frozenset(
-    """data_root train_split val_split test_split train_annotations train_images
-    val_annotations val_images test_annotations test_images batch_size accumulate_steps
+    """data_root train_split val_split test_split train_annotations train_images val_annotations
+    val_images test_annotations test_images general_data_root batch_size accumulate_steps
     metrics_interval patience output_dir num_workers cache_embeddings cache_dir cache_dtype
     cache_max_gib save_top_k resume device stop_after debug on_bad_image allow_links attention
     decoder deterministic mask_chunk compile cuda_graphs activation_checkpointing

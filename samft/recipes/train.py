@@ -21,7 +21,7 @@ from samft.models.lora import load_adapter_state, merge_adapters
 from samft.recipes.build import build_loaders, build_trainer, images_per_step
 from samft.recipes.dry_run import dry_run
 from samft.recipes.embedding_cache import EmbeddingCache, open_cache
-from samft.recipes.final_test import SUMMARY_NAME, score_test_split
+from samft.recipes.final_test import SUMMARY_NAME, score_general_set, score_test_split
 from samft.recipes.fit import TrainingRun, fit
 from samft.recipes.prepare import RunParts, prepare, write_run_status
 from samft.recipes.report import RunReport, dataset_name
@@ -134,7 +134,7 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
             trainer.average.restore(resume.state.pop("own_values"))
         if trainer.anchor is not None:
             trainer.anchor.restore(resume.state.pop("start_values"))
-    train_batches, val_batches = build_loaders(
+    train_batches, val_batches, general_batches = build_loaders(
         config, splits, start_step=parts.progress.position, device=parts.device
     )
     if config.probe_memory:
@@ -153,6 +153,7 @@ def start(parts: RunParts, log: RunLog, cache: EmbeddingCache) -> TrainingRun | 
         trainer=trainer,
         train_batches=train_batches,
         val_batches=val_batches,
+        general_batches=general_batches,
     )
 
 
@@ -170,7 +171,8 @@ def finish(training: TrainingRun) -> dict[str, Any]:
     """
     config, progress = training.config, training.progress
     merge_adapters(training.model.sam)  # it gets other weights below, by SAM's own keys
-    test, is_new = score_test_split(training)
+    test, has_new_test = score_test_split(training)
+    general, has_new_general = score_general_set(training)
     ranked = training.checkpointer.top_k.best
     progress.wall_seconds = time.monotonic() - training.started_at
     report = RunReport(
@@ -181,7 +183,8 @@ def finish(training: TrainingRun) -> dict[str, Any]:
         best=ranked[0] if ranked else None,
         custom=training.custom,
         test=test,
-        has_news=training.images.has_validation or is_new,
+        general=general,
+        has_news=training.images.has_validation or has_new_test or has_new_general,
     )
     summary: dict[str, Any] = distributed.broadcast(report.summarise(progress))
     if distributed.is_main():

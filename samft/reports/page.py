@@ -27,6 +27,7 @@ from samft.reports.charts import (
     line_chart,
 )
 from samft.reports.click_pictures import ClickRow
+from samft.runtime.metrics_file import GENERAL_PREFIX
 
 _QUALITY = 92  # of JPEG: an outline of one pixel needs it
 _ROWS_SHOWN = 15  # of a table of groups; the others are folded away
@@ -195,6 +196,8 @@ class Figure(NamedTuple):
 
 def _figures(page: ReportPage) -> list[Figure]:
     figures = [_iou_figure(page)]
+    if _general_points(page, "per_mask_iou"):
+        figures.append(_general_figure(page))
     if any(line.get("loss") is not None for line in page.metrics):
         figures.append(_loss_figure(page))
     return figures + (comparison_figures(page.comparison) if page.comparison else [])
@@ -239,13 +242,36 @@ def _iou_figure(page: ReportPage) -> Figure:
     return Figure("IoU", Markup(chart), legend)
 
 
+def _general_points(page: ReportPage, name: str) -> list[tuple[float, float]]:
+    # Of these images only: a resumed run may have been given others.
+    general = page.summary["general"]
+    points = _metric_points(page, "val", f"{GENERAL_PREFIX}{name}")
+    return [point for point in points if general and point[0] >= general["since_step"]]
+
+
+def _general_figure(page: ReportPage) -> Figure:
+    points, before = _general_points(page, "per_mask_iou"), page.summary["general"]["before"]
+    lines = [
+        ChartLine("baseline", "baseline", [(0, before), (points[-1][0], before)]),
+        ChartLine("general set", "after", points),
+    ]
+    chart = line_chart(lines, title="IoU of the general set by step", labels=("step", ""))
+    legend = [("after", "general set"), ("baseline", "untouched")]
+    remark = "Other data, that of general_data_root: what falls here is forgotten."
+    return Figure("IoU of the general set", Markup(chart), legend, remark)
+
+
 def _loss_figure(page: ReportPage) -> Figure:
     lines = [
         ChartLine("train", "train", _metric_points(page, "train", "loss")),
         ChartLine("val", "after", _metric_points(page, "val", "loss")),
     ]
+    legend = [("after", "validation"), ("train", "training")]
+    if general := _general_points(page, "loss"):
+        lines.append(ChartLine("general set", "before", general))
+        legend.append(("before", "general set"))
     chart = line_chart(lines, title="loss by step", labels=("step", ""))
-    return Figure("Loss", Markup(chart), [("after", "validation"), ("train", "training")])
+    return Figure("Loss", Markup(chart), legend)
 
 
 def _metric_points(page: ReportPage, split: str, name: str) -> list[tuple[float, float]]:

@@ -1,5 +1,6 @@
 """The summary of a run: summary.json, the verdict and advice for a bad one, the last log lines."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from samft.runtime.logs import LOGGER, WITH_COMMANDS, format_duration
 from samft.runtime.own_files import TENSORBOARD
 from samft.training.engine import Progress
 
+ANCHOR_WEIGHT = 30  # of those measured, the largest gain on the tuned data (docs/experiments.md)
 LOST_SHARE = 0.1  # a larger share of objects that lost is a warning, even if the mean rose
 
 
@@ -36,6 +38,7 @@ def summarise_run(
     small_objects: dict[str, SmallObjects],
     comparison: Comparison | None,
     test: dict[str, Any] | None = None,
+    general: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -50,21 +53,19 @@ def summarise_run(
         comparison: Of the objects' scores at step 0 and at the best step, if both are known.
         test: The scores of the test split, if there is one: `images`, `masks`, `before`, `after`,
             `box_fill`, `interval`, `bad_images`.
+        general: Those of the general set, if there is one, and how many objects `gained` and `lost`
+            more than `LOST_IOU`.
     """
     before, after = progress.baseline["per_mask_iou"], best.score if best else None
     box_fill_iou = progress.box_fill_iou
     regressions = find_regressions(before, after, box_fill_iou=box_fill_iou, comparison=comparison)
     regressions += find_test_regressions(test) if test else []
-    advice = suggest_changes(
-        config,
-        progress,
-        best=best,
-        defaults=defaults,
-        small_objects=small_objects,
-    )
+    parts: dict[str, Any] = {"best": best, "defaults": defaults, "small_objects": small_objects}
+    advice = suggest_changes(config, progress, **parts) if regressions else []
+    forgotten = find_general_regressions(general) if general else []
     return {
-        "got_worse": regressions,
-        "what_to_try": advice if regressions else [],
+        "got_worse": regressions + forgotten,
+        "what_to_try": advice + (suggest_forgetting_less(config) if forgotten else []),
         "best_step": best.step if best else None,
         "best_val_per_mask_iou": after,
         "baseline_val_per_mask_iou": before,
@@ -78,16 +79,19 @@ def summarise_run(
         "skipped_steps": progress.skipped_steps,
         "objects": _count_changes(comparison) if comparison else None,
         "test": test,
+        "general": general,
         "too_small": {split: asdict(small) for split, small in small_objects.items()},
-        "data": _count_data(counts, progress, test),
+        "data": _count_data(counts, progress, test=test, general=general),
     }
 
 
 def _count_data(
-    counts: dict[str, dict[str, Any]], progress: Progress, test: dict[str, Any] | None
+    counts: dict[str, dict[str, Any]], progress: Progress, **scored: dict[str, Any] | None
 ) -> dict[str, dict[str, Any]]:
     # With the images that turned out bad only while they were used.
-    bad_images = {**progress.bad_images, "test": test["bad_images"] if test else {}}
+    bad_images = dict(progress.bad_images)
+    for split, scores in scored.items():
+        bad_images[split] = bad_images.get(split, {}) | (scores["bad_images"] if scores else {})
     return {
         split: {**own, "bad_images": {**own["bad_images"], **bad_images.get(split, {})}}
         for split, own in counts.items()
@@ -160,6 +164,55 @@ def find_test_regressions(test: dict[str, Any]) -> list[str]:
         against = describe_against_box_fill(after, box_fill_iou)
         regressions.append(f"On the test split, the masks score {after:.4f}, {against}.")
     return regressions
+
+
+def find_general_regressions(general: dict[str, Any]) -> list[str]:
+    """What a run has forgotten of other data, in a sentence; empty where that may be chance.
+
+    Args:
+        general: See `summarise_run`.
+    """
+    before, after, lost = general["before"], general["after"], general["lost"]
+    interval = general["interval"]
+    fell = after < before and (interval is None or interval[1] < 0)
+    share = describe_share(lost, general["masks"])
+    many = f"{share} lost more than {LOST_IOU} IoU; {general['gained']:,} gained as much."
+    if fell:
+        chance = describe_interval(general, before="; the mean change ")
+        return [
+            f"On the general set, the data of general_data_root, IoU fell from {before:.4f} to "
+            f"{after:.4f}{chance}. Of it, {many}"
+        ]
+    if lost > LOST_SHARE * general["masks"]:
+        return [f"On the general set, the data of general_data_root, {many}"]
+    return []
+
+
+def suggest_forgetting_less(config: dict[str, Any]) -> list[str]:
+    """Suggests what to do about other data that a run has got worse on.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        A sentence each, what was measured to keep most first (docs/experiments.md, Forgetting).
+    """
+    advice, weight = [], config["anchor_weight"]
+    rate = max(config["learning_rate"], config["encoder_learning_rate"] or 0)
+    stronger = 3 * weight or ANCHOR_WEIGHT
+    if stronger * rate > 1:  # further than the whole way back, which is refused
+        stronger = math.floor(1 / rate)
+    if stronger > weight:
+        advice.append(
+            f"Against forgetting: --anchor_weight {stronger:g}, which pulls the weights to their "
+            f"start; where it was measured, {ANCHOR_WEIGHT} kept most of the other data and cost "
+            "none of the gain."
+        )
+    advice.append(
+        "Without another training: samft average, of the weights before and after, which scores "
+        "the points between them on any data and keeps the best."
+    )
+    return advice
 
 
 def suggest_changes(
@@ -290,6 +343,20 @@ def _log_test(test: dict[str, Any]) -> None:
     )
 
 
+def _log_general(general: dict[str, Any]) -> None:
+    LOGGER.info(
+        f"general set: per_mask_iou %.4f -> %.4f on %d masks of %d images, of which %d gained more "
+        f"than {LOST_IOU} IoU and %d lost as much%s",
+        general["before"],
+        general["after"],
+        general["masks"],
+        general["images"],
+        general["gained"],
+        general["lost"],
+        describe_interval(general, before="; the mean change "),
+    )
+
+
 def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str]) -> None:
     """Logs the scores, the files and the next commands of a run, and last what got worse, if any.
 
@@ -323,6 +390,8 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
         )
     if summary["test"]:
         _log_test(summary["test"])
+    if summary["general"]:
+        _log_general(summary["general"])
     num_bad_images = sum(len(counts["bad_images"]) for counts in summary["data"].values())
     if num_bad_images:
         LOGGER.warning("%d images could not be used; summary.json names them all", num_bad_images)

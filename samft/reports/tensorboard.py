@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from samft.runtime.logs import LOGGER, Tracker
-from samft.runtime.metrics_file import scalars_of
+from samft.runtime.metrics_file import GENERAL_PREFIX, scalars_of
 from samft.runtime.own_files import TENSORBOARD
 
 
@@ -129,6 +129,6 @@ class TensorBoard(Tracker):
 
 def _group_of(name: str) -> str:
     # Of charts. What is validated comes first, what only tells of the machine last.
-    if name.startswith("loss"):
+    if name.removeprefix(GENERAL_PREFIX).startswith("loss"):
         return "loss"
     return "iou" if "iou" in name else "run"

@@ -32,6 +32,7 @@ from samft.runtime.files import read_json, write_text
 from samft.runtime.logs import LOGGER, RunLog
 
 FILE_NAME = "objects.json"
+_GENERAL = "general"  # of each step, beside the columns: those of the general set
 BEFORE, AFTER, BEFORE_AFTER = "before.png", "after.png", "before_after.png"
 NUM_FIXED = NUM_WORST = 16  # objects on a picture
 GOOD_IOU = 0.75  # masks from here on are positives in the precision-recall curve of predicted IoU
@@ -59,16 +60,25 @@ class PerObjectLog:
             start_step: The step at which the run starts; later entries are dropped.
         """
         self.path = folder / FILE_NAME
-        steps = _read_steps(resumed_from / FILE_NAME)
+        steps, general = _read_steps(resumed_from / FILE_NAME)
         self._steps = {step: scores for step, scores in steps.items() if step <= start_step}
+        self._general = {step: general[step] for step in general if step in self._steps}
 
-    def record_scores(self, step: int, objects: ObjectScores) -> bool:
+    def record_scores(
+        self, step: int, objects: ObjectScores, *, general: ObjectScores | None = None
+    ) -> bool:
         """Writes the scores of a validation if it is that of step 0 or the best after it.
+
+        Args:
+            step: Optimizer steps done.
+            objects: Of the validation split, which alone decides.
+            general: Of the general set, if there is one.
 
         Returns:
             Whether it is the best after step 0; of equal ones the earlier is.
         """
         self._steps.pop(step, None)  # a resumed run may repeat a step
+        self._general.pop(step, None)
         steps = {**self._steps, step: objects}
         best_steps = self._rank_steps(steps)
         is_best = bool(best_steps) and best_steps[0] == step
@@ -76,7 +86,11 @@ class PerObjectLog:
             return False
         kept = {0, *best_steps[:_NUM_BEST]}
         self._steps = {number: steps[number] for number in sorted(steps) if number in kept}
+        tables = {**self._general, **({} if general is None else {step: general})}
+        self._general = {n: scores for n, scores in tables.items() if n in kept}
         document: dict[int, Any] = {n: scores.to_json() for n, scores in self._steps.items()}
+        for number, scores in self._general.items():
+            document[number][_GENERAL] = scores.to_json()
         try:
             write_text(self.path, json.dumps(document) + "\n")
         except OSError as error:
@@ -92,17 +106,24 @@ class PerObjectLog:
         """The scores at a step; None if they were not kept."""
         return None if step is None else self._steps.get(step)
 
+    def read_general(self, step: int | None) -> ObjectScores | None:
+        """Those of the general set at a step; None if they were not kept."""
+        return None if step is None else self._general.get(step)
 
-def _read_steps(path: Path) -> dict[int, ObjectScores]:
-    # The scores of each step that are whole; what is not is logged.
+
+def _read_steps(path: Path) -> tuple[dict[int, ObjectScores], dict[int, ObjectScores]]:
+    # The scores of each step that are whole, and of the general set; what is not is logged.
     steps: dict[int, ObjectScores] = {}
+    general: dict[int, ObjectScores] = {}
     if not path.exists():
-        return steps
+        return steps, general
     damaged = []
     try:
         for step, columns in read_json(path).items():
             try:
                 steps[int(step)] = ObjectScores.from_json(columns)
+                if _GENERAL in columns:
+                    general[int(step)] = ObjectScores.from_json(columns[_GENERAL])
             except ValueError:
                 damaged.append(f"the scores of step {step[:20]}")
     except (OSError, ValueError, AttributeError):
@@ -113,7 +134,7 @@ def _read_steps(path: Path) -> dict[int, ObjectScores]:
             path,
             " and ".join(damaged),
         )
-    return steps
+    return steps, general
 
 
 def choose_fixed(subset: CocoSubset, num: int = NUM_FIXED) -> NDArray[np.int64]:
@@ -187,7 +208,8 @@ class ValidationImages:
             return
         self.has_validation = True
         objects, selection = validation.objects, validation.selection
-        is_best = self.per_object_log.record_scores(step, objects)
+        general = validation.general.objects if validation.general else None
+        is_best = self.per_object_log.record_scores(step, objects, general=general)
         masks = (selection.fixed.get(self._object_key(k)) for k in self.fixed.tolist())
         fixed = self._draw_masks(filter(None, masks), f"step {step}: the same objects each time")
         worst = self._draw_masks(selection.worst, f"step {step}: the worst of all, by IoU")

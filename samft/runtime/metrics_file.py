@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FILE_NAME = "metrics.jsonl"
+GENERAL_PREFIX = "general_"  # of the names of the general set's metrics, in lines of validation
 _MAX_STEP = 2**53  # from here on JSON readers disagree about whole numbers
 
 

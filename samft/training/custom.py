@@ -20,6 +20,7 @@ from torch import Tensor
 from samft import distributed
 from samft.data.map_style import MapStyleDataset
 from samft.errors import ConfigError
+from samft.runtime.metrics_file import GENERAL_PREFIX
 from samft.training.losses import LossFunction, MaskLosses
 
 # (mask, truth), bool [H, W] each, in the pixels of the original image, to a number.
@@ -90,7 +91,10 @@ class CustomParts:
         for name, metric in self.metrics.items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name):
                 problems.append(f"metrics: {name!r} is no name such as 'dice_2'.")
-            elif name in _TAKEN_NAMES:
+            elif name.removeprefix(GENERAL_PREFIX) in {
+                *_TAKEN_NAMES,
+                *(set(self.metrics) - {name}),
+            }:
                 problems.append(f"metrics: '{name}' is a number of samft's own: choose another.")
             if not callable(metric):
                 problems.append(f"metrics: {name!r} is not callable.")

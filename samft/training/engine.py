@@ -76,6 +76,9 @@ class Progress:
         best_score: The highest validation score so far, but for that of step 0.
         stale_validations: Validations since then.
         ended_early: Whether a callback has ended the run before its last step.
+        general_set: Fingerprint of the general set, see `Splits`; empty: there is none.
+        general_since: The first step that was validated on it; later than 0 where a resumed run was
+            given another one.
     """
 
     step: int = 0
@@ -94,6 +97,8 @@ class Progress:
     best_score: float = -math.inf
     stale_validations: int = 0
     ended_early: bool = False
+    general_set: str = ""
+    general_since: int = 0
 
     def add_bad_images(self, split: str, bad_images: dict[str, str]) -> dict[str, str]:
         """Adds images that could not be read; returns those that were not known yet."""

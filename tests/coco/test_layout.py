@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from samft.coco.layout import find_split
+from samft.coco.layout import find_general_set, find_split
 from samft.errors import DataError
 
 
@@ -80,6 +80,49 @@ def test_a_missing_split_names_what_is_there(
     with pytest.raises(DataError, match=message) as error:
         find_split(tmp_path, split, flags="--this NAME")
     assert str(error.value).endswith("Give --this NAME.")
+
+
+@pytest.mark.parametrize(
+    ("files", "annotations", "images"),
+    [
+        (["train/_annotations.coco.json", "valid/_annotations.coco.json"], 1, "valid"),
+        (
+            ["annotations/instances_train2017.json", "annotations/instances_val2017.json"],
+            1,
+            "val2017",
+        ),
+        (["Validation/labels.json", "Train/labels.json"], 0, "Validation"),
+        (["_annotations.coco.json"], 0, ""),
+        (["train/_annotations.coco.json"], 0, "train"),
+        (["annotations/instances_default.json"], 0, ""),
+    ],
+)
+def test_a_general_set_is_the_validation_split_or_the_only_file(
+    tmp_path: Path, files: list[str], annotations: int, images: str
+) -> None:
+    _touch_files(tmp_path, *files)
+    (tmp_path / images).mkdir(exist_ok=True)
+    assert find_general_set(tmp_path) == (tmp_path / files[annotations], tmp_path / images)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train.json", "test.json"], "no split val .* Give a folder with a validation split, or"),
+        (["Val.json", "validation.json"], "more than one split for 'val'"),
+        (["labels/a.txt", "data.yaml"], "It holds YOLO's labels"),
+    ],
+)
+def test_a_general_set_that_is_not_clear_is_refused(
+    tmp_path: Path, files: list[str], message: str
+) -> None:
+    _touch_files(tmp_path, *files)
+    with pytest.raises(DataError, match=f"^general_data_root: .*{message}"):
+        find_general_set(tmp_path)
+    with pytest.raises(DataError, match="^general_data_root: .*nowhere does not exist: give"):
+        find_general_set(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="^general_data_root: .*is no folder: give"):
+        find_general_set(tmp_path / files[0])
 
 
 def test_files_of_other_tools_are_named(tmp_path: Path) -> None:

@@ -238,3 +238,43 @@ def test_copies_of_a_broken_image_are_broken(split: Path) -> None:
     cache.mark_bad_images({0: "zero is broken"})
     assert cache.files.bad_images[0] == cache.files.bad_images[6] == "zero is broken"
     assert cache.files.bad_images.keys() == {0, 3, 6}
+
+
+def test_two_splits_in_one_store_take_no_slot_of_each_other(split: Path) -> None:
+    first, second = split_cache(split), split_cache(split)
+    images = second.files.digests
+    images[[1, 2, 4]] = images[[1, 2, 4]][:, ::-1]  # other images; 0, 5 and 6 are in both
+    second.earlier = [first]
+    write_entries(first, 0, {1: 0, 4: 3})
+    for cache in (first, second):
+        cache.find_missing()
+    assert first.missing == [(0, (0, 1)), (1, (1,)), (2, (0, 1)), (4, (1,)), (5, (0, 1))]
+    assert second.missing == [(row, (0, 1)) for row in (1, 2, 4)]
+    for k in (0, 1):
+        slots = list(second.slots[k].values())
+        assert second.slots[k] is first.slots[k] and len(set(slots)) == len(slots) == 8
+    first.mark_bad_images({5: "five is broken"})
+    for cache in (first, second):
+        for image in cache.missing:
+            for k in image.stores if image.row != 5 else ():
+                digest = cache.files.digest_of(image.row)
+                record = EmbeddingRecord(cache.slots[k][digest], digest, (1, 1), 0)
+                cache.records[k][digest] = record  # as the pass does
+    second.attach_to_dataset()
+    assert second.dataset.embeddings is not None
+    assert second.dataset.embeddings.bad_images.keys() == {3, 5}
+
+
+def test_what_is_damaged_in_a_shared_store_is_missing_once(split: Path) -> None:
+    first, second = split_cache(split), split_cache(split)
+    second.files.digests[1] = second.files.digests[1][::-1]
+    second.earlier = [first]
+    write_entries(first, 0, {row: row for row in (0, 1, 2, 4, 5)})
+    write_entries(second, 0, {1: 6})
+    for slot in (2, 6):  # an image of both, and one of the second
+        first.stores[0].write(slot, np.full((8, 4, 4), 9, np.float16))
+    for cache in (first, second):
+        cache.find_missing()
+    assert [image.row for image in first.missing if 0 in image.stores] == [2]
+    assert [image.row for image in second.missing if 0 in image.stores] == [1]
+    assert sorted(first.slots[0].values()) == [0, 1, 2, 3, 4, 5]

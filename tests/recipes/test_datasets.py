@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+import torch
 
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import a_config, write_data
 from samft.errors import DataError
+from samft.recipes import datasets
 from samft.recipes.datasets import count_repeats, load_splits
 
 
@@ -367,3 +371,61 @@ def test_a_test_split_of_seen_images_only_is_none(tmp_path, caplog):
     root = with_test_split(tmp_path, seed=2)  # as val
     assert load_splits(a_config(root)).test is None
     assert "3 of 3 images of the test split are also trained or validated on" in caplog.text
+
+
+# The general set
+
+
+def with_general_set(root: Path, **changes: Any) -> Path:
+    write_coco(root / "general", 6, split="photos", seed=4, **changes)
+    return root / "general"
+
+
+def test_a_general_set_is_of_all_classes_and_seen_whole(data, tmp_path):
+    general = with_general_set(tmp_path)
+    document = json.loads((general / "photos/_annotations.coco.json").read_text())
+    document["categories"] = [{"id": 1, "name": "something else"}]
+    (general / "photos/_annotations.coco.json").write_text(json.dumps(document))
+    windows = {"view": "tiles", "tile_size": 32, "category_names": "thing"}
+    splits = load_splits(a_config(data, general_data_root=general, **windows))
+    alone = load_splits(a_config(data, **windows))
+    assert alone.general is None and alone.general_fingerprint == ""
+    assert splits.general is not None and not splits.general.training
+    assert splits.general.subset.windows is None and splits.val.subset.windows is not None
+    assert splits.counts["general"]["masks"] == 1 + 4 + 2 + 7 + 3 + 1
+    assert splits.general_fingerprint and splits.fingerprint == alone.fingerprint
+    assert {k: v for k, v in splits.counts.items() if k != "general"} == alone.counts
+
+
+def test_of_a_large_general_set_the_same_images_are_drawn(data, tmp_path, monkeypatch):
+    general = with_general_set(tmp_path)
+    monkeypatch.setattr(datasets, "MOST_GENERAL_IMAGES", 4)
+    drawn = [load_splits(a_config(data, general_data_root=general, seed=n)) for n in (0, 1)]
+    first, second = (names(each.general) for each in drawn)
+    assert len(first) == 4 and first == second
+    assert drawn[0].counts["general"]["skipped"] == {"image-not-drawn": 2}
+
+
+def test_images_that_are_trained_or_validated_on_are_a_warning(data, tmp_path, caplog):
+    general = with_general_set(tmp_path)
+    shutil.copy(data / "train/image_3.png", general / "photos/image_5.png")
+    splits = load_splits(a_config(data, general_data_root=general))
+    assert splits.counts["general"]["images"] == 6
+    (text,) = (one for one in caplog.messages if "general_data_root" in one)
+    assert "1 of its 6 images are also in the train split (image_5.png)" in text
+    caplog.clear()
+    load_splits(a_config(data, general_data_root=data))
+    (text,) = (one for one in caplog.messages if "general_data_root" in one)
+    assert "ALL of its 5 images are also in the val split" in text
+
+
+def test_ranges_of_pixels_that_a_resumed_run_lacks_are_measured(data, tmp_path):
+    general = with_general_set(tmp_path)
+    before = load_splits(a_config(data)).pixels
+    for path in general.rglob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path)).astype(np.uint16) * 257)
+    splits = load_splits(a_config(data, general_data_root=general))
+    measured = splits.pixels
+    splits.use_pixels(before)
+    assert splits.pixels == measured and not before.ranges and measured.ranges
+    assert not splits.general[0].bad_images and splits.general[0].image.dtype == torch.uint8

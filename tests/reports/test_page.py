@@ -59,6 +59,7 @@ def a_page(name: str = "plain", **changes: Any) -> ReportPage:
             "change": {"difference": 0.15, "interval": [0.1, 0.2]},
         },
         "test": None,
+        "general": None,
         "data": {"train": counts, "val": counts},
     }
     page = ReportPage(
@@ -162,6 +163,30 @@ def test_the_test_split_is_shown_where_there_is_one() -> None:
     assert "4,500 masks of 1,200 images of the test split" in shown
     assert "lies between \u22120.100 and +0.020 (95 %, by drawing" in shown
     assert "again and again): it may be chance." in shown
+
+
+def test_the_general_set_is_shown_where_there_is_one() -> None:
+    page = a_page()
+    assert "general set" not in Reader(render(page)).text
+    general = {"images": 300, "masks": 4500, "before": 0.41, "after": 0.36, "box_fill": 0.2}
+    general |= {"interval": [-0.1, -0.02], "lost": 1234, "gained": 5, "since_step": 0}
+    lines = [
+        {"step": step, "split": "val", "general_per_mask_iou": iou, "general_loss": 1 - iou}
+        for step, iou in ((0, 0.41), (5, 0.39), (10, 0.36))
+    ]
+    for since, num_points in ((0, 3), (5, 2), (11, 0)):
+        summary = {**page.summary, "general": {**general, "since_step": since}}
+        text = render(replace(page, summary=summary, metrics=[*page.metrics, *lines]))
+        curves = [
+            part.split('"')[0] for part in text.split('<polyline class="line after" points="')
+        ]
+        assert (num_points in [len(points.split()) for points in curves]) == (since < 11)
+        assert ("IoU of the general set by step" in text) == (since < 11)
+    shown = " ".join(Reader(text).text.split())
+    assert "general set: IoU before 0.410 IoU after 0.360 \u22120.050 filling each box" in shown
+    assert "objects that lost over 0.1 1,234 of 4,500" in shown
+    assert "4,500 masks of 300 images of other data" in shown
+    assert "lies between \u22120.100 and \u22120.020 (95 %, by drawing" in shown
 
 
 def test_missing_parts_are_explained() -> None:

@@ -100,3 +100,28 @@ def test_a_full_disk_is_logged_and_not_raised(
     log = open_log(tmp_path)
     assert log.record_scores(5, rows(0.5)) and log.read(5) is not None
     assert "No space left on device" in caplog.text
+
+
+def test_the_general_set_is_kept_with_the_steps_of_validation(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step, iou in ((0, 0.5), (10, 0.6), (20, 0.8), (30, 0.7), (40, 0.9)):
+        log.record_scores(step, rows(iou), general=rows(1 - iou))  # which decides on nothing
+    assert set(json.loads((tmp_path / FILE_NAME).read_text())) == {"0", "20", "40"}
+    again = open_log(tmp_path, start_step=20)
+    for kept in (log, again):
+        scores = kept.read_general(20)
+        assert scores is not None and scores.iou_actual.tolist() == pytest.approx([0.2, 0.2])
+    assert log.read_general(10) is None and again.read_general(40) is None
+    assert again.record_scores(30, rows(0.95)) and again.read_general(30) is None  # without one
+    before = open_log(tmp_path, start_step=30).read_general(0)
+    assert before is not None and before.iou_actual.tolist() == [0.5, 0.5]
+
+
+def test_damaged_scores_of_the_general_set_cost_no_others(tmp_path: Path, caplog: Any) -> None:
+    open_log(tmp_path).record_scores(0, rows(0.5), general=rows(0.4))
+    document = json.loads((tmp_path / FILE_NAME).read_text())
+    document["0"]["general"]["areas"] = [1.0]
+    (tmp_path / FILE_NAME).write_text(json.dumps(document))
+    log = open_log(tmp_path)
+    assert log.read(0) is not None and log.read_general(0) is None
+    assert "the scores of step 0 left out" in caplog.text

@@ -15,11 +15,13 @@ from samft.commands import shell_command
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores
 from samft.reports.summary import (
+    find_general_regressions,
     find_regressions,
     find_test_regressions,
     log_summary,
     next_commands,
     suggest_changes,
+    suggest_forgetting_less,
     summarise_run,
 )
 from samft.reports.validation_images import BEFORE_AFTER
@@ -69,6 +71,7 @@ def a_summary(folder: Path, **changes: Any) -> dict[str, Any]:
             "change": {"difference": 0.15, "interval": [0.1, 0.2]},
         },
         "test": None,
+        "general": None,
         "data": {"train": {"bad_images": {}}, "val": {"bad_images": {}}},
         **changes,
     }
@@ -169,6 +172,74 @@ def test_a_worse_test_split_is_part_of_the_verdict() -> None:
     better = summarise_run(progress, best, **parts, test=a_test(0.6, 0.7))
     assert better["got_worse"] == better["what_to_try"] == []
     assert summarise_run(progress, best, **parts)["test"] is None
+
+
+def a_general_set(after: float, **changes: Any) -> dict[str, Any]:
+    scores = {**a_test(0.5, after), "gained": 1, "lost": 0, "interval": [-0.2, -0.1]}
+    return {**scores, **changes}
+
+
+@pytest.mark.parametrize(
+    ("general", "expected"),
+    [
+        (a_general_set(0.4), "from 0.5000 to 0.4000; the mean change on other images like these"),
+        (a_general_set(0.49, interval=[-0.03, 0.01]), ""),  # it may be chance
+        (a_general_set(0.49, interval=[-0.03, 0.0]), ""),
+        (a_general_set(0.4, interval=None), "from 0.5000 to 0.4000. Of it, 0 of 20 objects (0%)"),
+        (a_general_set(0.55, interval=[0.01, 0.1], lost=2), ""),  # a tenth is not more than that
+        (a_general_set(0.55, interval=[0.01, 0.1], lost=3), "3 of 20 objects (15%) lost more"),
+        (a_general_set(0.4, lost=7), "Of it, 7 of 20 objects (35%) lost more than 0.1 IoU; 1 gain"),
+    ],
+)
+def test_what_is_forgotten_is_described_unless_it_may_be_chance(
+    general: dict[str, Any], expected: str
+) -> None:
+    sentences = find_general_regressions(general)
+    assert len(sentences) == bool(expected)
+    for text in sentences:
+        assert text.startswith("On the general set, ") and expected in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "--anchor_weight 30,"),
+        ({"anchor_weight": 30.0}, "--anchor_weight 90,"),
+        ({"learning_rate": 0.07}, "--anchor_weight 14,"),  # 1 / 0.07 and more are refused
+        ({"learning_rate": 1e-3, "encoder_learning_rate": 0.07}, "--anchor_weight 14,"),
+        ({"learning_rate": 0.07, "anchor_weight": 14.0}, ""),
+        ({"anchor_weight": 0.1}, "--anchor_weight 0.3,"),
+    ],
+)
+def test_advice_against_forgetting_names_the_anchor_then_averages(
+    changes: dict[str, Any], expected: str
+) -> None:
+    *anchor, average = suggest_forgetting_less({**CONFIG, **changes})
+    assert "samft average" in average and len(anchor) == bool(expected)
+    for text in anchor:
+        assert expected in text
+        weight = float(text.split("--anchor_weight ")[1].split(",")[0])
+        given = {**CONFIG, "model_type": "vit_b", "checkpoint_path": "auto", "data_root": "D"}
+        settings = {**given, **changes, "anchor_weight": weight}
+        assert TrainConfig(**settings).check() == []
+
+
+def test_what_is_forgotten_is_part_of_the_verdict_with_advice_of_its_own() -> None:
+    best = Checkpoint("10-0.75.ckpt", 10, 0.75)
+    progress = Progress(step=20, baseline={"per_mask_iou": 0.5}, box_fill_iou=0.3)
+    progress.bad_images = {"general": {"c.png": "cut short"}}
+    parts: dict[str, Any] = {"folder": Path("run"), "config": CONFIG, "comparison": None}
+    parts |= {"defaults": DEFAULTS, "small_objects": ROOMY}
+    parts["counts"] = {"general": {"images": 5, "bad_images": {"a.png": "image-empty"}}}
+    general = a_general_set(0.4, bad_images={"b.png": "cut short"})
+    worse = summarise_run(progress, best, **parts, general=general)
+    assert len(worse["got_worse"]) == 1 and worse["general"] == general
+    assert worse["what_to_try"] == suggest_forgetting_less(CONFIG)
+    assert set(worse["data"]["general"]["bad_images"]) == {"a.png", "b.png", "c.png"}
+    both = summarise_run(progress, best, **parts, general=general, test=a_test(0.75, 0.7))
+    assert len(both["got_worse"]) == 2 and both["what_to_try"][-2:] == worse["what_to_try"]
+    kept = summarise_run(progress, best, **parts, general=a_general_set(0.6, interval=[0.05, 0.2]))
+    assert kept["got_worse"] == kept["what_to_try"] == []
 
 
 def test_the_summary_holds_the_verdict_and_advice() -> None:
@@ -306,6 +377,16 @@ def test_the_log_has_the_scores_of_the_test_split(tmp_path, caplog):
         "test split: per_mask_iou 0.5000 -> 0.7000 on 20 masks of 4 images, 0.1000 above filling "
         "each box (0.6000); the mean change on other images like these is -0.250 to -0.125 (95 % "
         "interval)"
+    )
+
+
+def test_the_log_has_the_scores_of_the_general_set(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="samft"):
+        log_summary(a_summary(tmp_path, general=a_general_set(0.4, lost=7)), tmp_path, commands=[])
+    assert caplog.messages[2] == (
+        "general set: per_mask_iou 0.5000 -> 0.4000 on 20 masks of 4 images, of which 1 gained "
+        "more than 0.1 IoU and 7 lost as much; the mean change on other images like these is "
+        "-0.200 to -0.100 (95 % interval)"
     )
 
 

@@ -50,6 +50,13 @@ def test_train_and_val_share_charts_and_iou_and_losses_come_first(tmp_path: Path
     assert groups == ["iou", "loss", "run"]  # TensorBoard unfolds the first two
 
 
+def test_the_general_set_has_charts_among_those_of_iou_and_losses(tmp_path: Path) -> None:
+    with closing(a_board(tmp_path)) as board:
+        board.add_scalars(5, "val", {"general_per_mask_iou": 0.5, "general_loss_dice": 0.25})
+    tags = read_events(tmp_path, "val").Tags()["scalars"]
+    assert set(tags) == {"iou/general_per_mask_iou", "loss/general_loss_dice"}
+
+
 def test_what_is_no_curve_makes_no_chart(tmp_path: Path) -> None:
     settings = {"seed": 0, "val_fraction": None, "amp": "off"}
     with closing(a_board(tmp_path, settings=settings)) as board:

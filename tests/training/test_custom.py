@@ -124,6 +124,8 @@ def test_a_function_that_refers_to_itself_and_one_without_source_have_names() ->
 PROBLEMS = [
     ({"loss": 3}, "loss: int is not callable."),
     ({"metrics": {"per_mask_iou": max}}, "metrics: 'per_mask_iou' is a number of samft's own"),
+    ({"metrics": {"general_loss": max}}, "metrics: 'general_loss' is a number of samft's own"),
+    ({"metrics": {"dice": max, "general_dice": max}}, "metrics: 'general_dice' is a number of"),
     ({"metrics": {"a b": max}}, "metrics: 'a b' is no name such as 'dice_2'."),
     ({"metrics": {"dice": None}}, "metrics: 'dice' is not callable."),
     ({"callbacks": [max, "x"]}, "callbacks: str is not callable."),

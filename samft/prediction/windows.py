@@ -29,7 +29,14 @@ from samft.prediction.predictors import (
 from samft.runtime.logs import progress_bar
 from samft.views.mapping import boxes_to_window, points_to_window
 from samft.views.regions import ImageSource, open_source
-from samft.views.windows import View, WindowObjects, best_windows, list_windows, view_objects
+from samft.views.windows import (
+    View,
+    WindowObjects,
+    best_windows,
+    held_shares,
+    list_windows,
+    view_objects,
+)
 
 _BAR_DELAY = 2.0  # seconds that an image may take before it gets a bar of its own
 
@@ -138,7 +145,8 @@ def group_prompts(prompts: Prompts, size: tuple[int, int], view: View) -> Window
     """The window that each prompt is seen through, as validation chooses it for a box.
 
     An object with points is where its box and its points are. If that is more than a window holds,
-    and no point of the object is in the window, it is where its first point is.
+    and neither the box nor, without one, a point of the object is in the window, it is where its
+    box is, or its first point.
 
     Args:
         prompts: See `predict_windows`.
@@ -152,7 +160,7 @@ def group_prompts(prompts: Prompts, size: tuple[int, int], view: View) -> Window
     chosen = windows[best_windows(extents, windows)]
     for k, one in enumerate(prompts):
         if not _is_seen(one, chosen[k]):
-            extents[k] = np.tile(_points_of_object(one)[0], 2)
+            extents[k] = one.box if one.has_box else np.tile(_points_of_object(one)[0], 2)
     return view_objects(extents, size, view)
 
 
@@ -175,7 +183,9 @@ def _are_inside(points: NDArray[np.float64], window: NDArray[np.int64]) -> NDArr
 
 
 def _is_seen(prompt: PointPrompt, window: NDArray[np.int64]) -> bool:
-    return prompt.has_box or bool(_are_inside(_points_of_object(prompt), window).any())
+    if prompt.has_box:
+        return bool(held_shares(prompt.box, window[None])[0, 0] > 0)
+    return bool(_are_inside(_points_of_object(prompt), window).any())
 
 
 def prompts_to_window(prompts: Prompts, numbers: list[int], window: NDArray[np.int64]) -> Any:

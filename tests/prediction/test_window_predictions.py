@@ -144,6 +144,13 @@ def test_an_object_of_points_far_apart_is_where_one_of_them_is() -> None:
     assert ((points[:2, 1] >= y0) & (points[:2, 1] < y1)).any()
 
 
+def test_an_object_whose_points_are_far_from_its_box_is_where_its_box_is() -> None:
+    box = np.array([500.0, 350, 540, 390])
+    points = np.array([[520.0, 370, 1], [10, 10, 1]])
+    seen = group_prompts([PointPrompt(points, box)], (HEIGHT, WIDTH), TILES)
+    assert (seen.windows[0, :2] <= box[:2]).all() and (box[2:] <= seen.windows[0, 2:]).all()
+
+
 def test_automatic_masks_of_one_tile_are_those_of_the_image(
     picture: tuple[Path, np.ndarray, np.ndarray],
 ) -> None:

@@ -22,16 +22,18 @@ from omegaconf import OmegaConf
 
 from samft.cli import CommandParser, add_links_flag, run_command, user_path
 from samft.coco.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
-from samft.coco.layout import describe_folder
+from samft.coco.layout import describe_folder, find_general_set
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import (
+    GENERAL,
     TEST,
     TRAIN,
     VAL,
     CheckedSplit,
     check_split,
     check_splits,
+    compare_general_set,
     compute_statistics,
     measure_views,
     suggest_view,
@@ -96,6 +98,12 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
     add("--val_split", default=VAL, metavar="NAME", help="default val, or valid or validation")
     add("--annotations", type=user_path, metavar="FILE", help="check this file alone")
     add("--images", type=user_path, metavar="DIR", help="its images")
+    add(
+        "--general_data_root",
+        type=user_path,
+        metavar="DIR",
+        help="also check this dataset of other data, as for samft train",
+    )
     add("--image_size", type=int, default=1024, metavar="PX", help="model input; default 1024")
     add(
         "--on_bad_image",
@@ -134,6 +142,18 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
 
 def _check_dataset(options: argparse.Namespace) -> Splits:
     pixels = PixelFormat.parse(**pixel_flags(options))
+    splits = _check_own_splits(options, pixels)
+    root = options.general_data_root
+    if root is not None:
+        annotations, images = find_general_set(root)
+        train = next(iter(splits.values())).index
+        general = _check_file(annotations, images, root, options, train.pixels if train else pixels)
+        compare_general_set(general, splits)
+        splits[GENERAL] = general
+    return splits
+
+
+def _check_own_splits(options: argparse.Namespace, pixels: PixelFormat) -> Splits:
     if options.annotations is None:
         return check_splits(
             options.data_root,
@@ -146,19 +166,29 @@ def _check_dataset(options: argparse.Namespace) -> Splits:
             decode=options.decode,
         )
     # Beside --annotations, --data_root says how far symbolic links of images may lead.
-    split = check_split(
-        options.annotations,
-        options.images,
-        root=options.data_root,
+    path = options.annotations
+    split = _check_file(path, options.images, options.data_root, options, pixels)
+    beside_images = path.name.startswith("_annotations")
+    return {path.resolve().parent.name if beside_images else path.stem: split}
+
+
+def _check_file(
+    annotations: Path,
+    images: Path,
+    root: Path | None,
+    options: argparse.Namespace,
+    pixels: PixelFormat,
+) -> CheckedSplit:
+    return check_split(
+        annotations,
+        images,
+        root=root,
         allow_links=options.allow_links,
         pixels=pixels,
         decode=options.decode,
         image_size=options.image_size,
         crowds=options.crowds,
     )
-    path = options.annotations
-    beside_images = path.name.startswith("_annotations")
-    return {path.resolve().parent.name if beside_images else path.stem: split}
 
 
 def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path]:
@@ -188,6 +218,8 @@ def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path
         return {}
     targets = {}
     for name, split in splits.items():
+        if name == GENERAL:  # whose copy no flag of a training would take
+            continue
         home = split.annotations.parent if options.annotations else options.data_root
         targets[name] = options.fix / split.annotations.relative_to(home)
         if targets[name].exists():
@@ -214,7 +246,7 @@ def _print_report(splits: Splits, options: argparse.Namespace) -> None:
     small_objects = {
         name: split.statistics.small
         for name, split in splits.items()
-        if split.statistics and (name != TEST or options.annotations)
+        if split.statistics and name != GENERAL and (name != TEST or options.annotations)
     }
     if advice_on_size := advise_on_small_objects(small_objects):
         _print_lines(["", advice_on_size])
@@ -282,6 +314,10 @@ def _write_repaired_copies(
         if split.index is None:
             _print_lines([f"fix: {name} cannot be read, so there is no repaired copy of it"])
             continue
+        if name == GENERAL:
+            alone = shell_command("check", "--data_root", options.general_data_root, "--fix", "DIR")
+            _print_lines([f"fix: {name} has no copy here: `{alone}` writes one, to be put there"])
+            continue
         target = targets[name]
         with _naming_flag("fix", target):
             try:
@@ -315,6 +351,8 @@ def _next_commands(
         role = TRAIN if options.annotations else name
         if role != TEST:
             arguments += [f"--{role}_annotations", target, f"--{role}_images", images]
+    if options.general_data_root:
+        root += ["--general_data_root", options.general_data_root]
     if arguments:
         lines += ["to train:", _shell_line("train", *root, *arguments)]
     return lines
@@ -408,6 +446,7 @@ def _data_settings(options: argparse.Namespace) -> dict[str, Any]:
         "data_root": options.data_root,
         "train_annotations": options.annotations,
         "train_images": options.images,
+        "general_data_root": options.general_data_root,
     }
     settings: dict[str, Any] = {name: str(p.absolute()) for name, p in paths.items() if p}
     if options.allow_links:

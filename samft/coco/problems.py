@@ -60,6 +60,7 @@ KINDS = {
         NOTE,
         "named as a copy of a picture that is in the validation split, too: scores are too good",
     ),
+    "image-in-general-set": (WARNING, "also in another split: it says nothing of other data"),
     "image-exif-rotated": (FACT, "EXIF asks for a rotation; not applied, as in COCO's annotations"),
     "image-pixel-type": (FACT, "not 8 bits a value; mapped to 8 bits as pixel_range says"),
     "image-without-objects": (FACT, "no usable object; not trained on"),

@@ -5,7 +5,7 @@ Imports no torch.
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.views.windows import KINDS, View
 
-TRAIN, VAL, TEST = "train", "val", "test"
+TRAIN, VAL, TEST, GENERAL = "train", "val", "test", "general_data_root"
 
 COVERED = 0.99  # share of the images that the suggested max_masks_per_image suffices for
 _COCO_SIZES = {"small": 0, "medium": 32**2, "large": 96**2}  # px, from that area on
@@ -273,6 +273,17 @@ def _compare_splits(train: CheckedSplit, val: CheckedSplit) -> None:
         copies = find_siblings(subset, select_objects(val.index), group_by="auto")
         names = [subset.file_name(i) for i in np.setdiff1d(copies, shared).tolist()]
         train.problems.add("image-copies-in-train-and-val", *names)
+
+
+def compare_general_set(general: CheckedSplit, others: Mapping[str, CheckedSplit]) -> None:
+    """Adds to the problems of a general set the images that other splits have, too."""
+    shared: set[str] = set()
+    for other in others.values():
+        if general.index and other.index:
+            subset = select_objects(general.index)
+            places = find_shared(subset, select_objects(other.index))
+            shared |= {subset.file_name(i) for i in places.tolist()}
+    general.problems.add("image-in-general-set", *sorted(shared))
 
 
 def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:

@@ -38,13 +38,13 @@ from samft.data.split_overlaps import (
 from samft.errors import DataError
 from samft.evaluation.automatic import sample_images
 from samft.images.names import encode_name
-from samft.images.pixels import PixelFormat
+from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.logs import LOGGER
 from samft.views.windows import WHOLE, View
 
 _MAX_LOGGED = 100  # names of images that could not be read
-# Of the general set. The mean change of so many is known to .01 or so, and the whole of COCO's
-# validation split would take ten times as long at every validation.
+# Of the general set: the whole of COCO's validation split would take ten times as long, at every
+# validation, and 55 images gave the mean change to .01 (docs/experiments.md, Forgetting).
 MOST_GENERAL_IMAGES = 500
 
 
@@ -217,8 +217,10 @@ def load_splits(
 
 
 def _build_splits(config: TrainConfig, subsets: dict[str, CocoSubset]) -> Splits:
-    # Of the training images; only what does not occur in them is measured on the others.
-    pixels = subsets["train"].index.pixels
+    # Of the training images; only what does not occur in them is measured on the others. A caller's
+    # own dataset is 8-bit RGB, and says nothing of the files of others.
+    files = [subset.index for subset in subsets.values() if subset.index.has_files]
+    pixels = files[0].pixels if files else PLAIN
     for subset in subsets.values():
         pixels = subset.measure_pixels(pixels)
     subsets = {split: _with_pixels(subset, pixels) for split, subset in subsets.items()}

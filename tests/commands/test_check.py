@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -389,3 +390,42 @@ def test_errors_in_the_table_are_what_refuses(good: Path) -> None:
         main(["--data_root", str(good)])
     assert "on_bad_image" not in str(raised.value) and "--fix" in str(raised.value)
     assert KINDS["image-id-ambiguous"][0] == ERROR
+
+
+@pytest.fixture
+def general(good: Path, tmp_path: Path) -> Path:
+    """Other data, one of whose images is validated on, and one of whose objects has no mask."""
+    file = write_coco(tmp_path / "general", 3, seed=7)
+    document = json.loads(file.read_text())
+    document["annotations"][0]["segmentation"] = []
+    file.write_text(json.dumps(document))
+    shutil.copy(good / "val/image_2.png", file.parent / "image_1.png")
+    return tmp_path / "general"
+
+
+def test_a_general_set_is_checked_too(
+    good: Path, general: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--data_root", str(good), "--general_data_root", str(general)]
+    suggested = tmp_path / "mine.yaml"
+    report = main([*argv, "--fix", str(tmp_path / "fixed"), "--suggest", str(suggested)])
+    assert list(report["splits"]) == ["train", "val", "general_data_root"]
+    of_general = codes(report["splits"]["general_data_root"])
+    assert (of_general["mask-missing"], of_general["image-in-general-set"]) == (1, 1)
+    assert report["warnings"] == 2 and report["errors"] == 0
+    printed = capsys.readouterr().out
+    assert f"general_data_root: {general}/train/_annotations.coco.json" in printed
+    assert "fix: general_data_root has no copy here: `" in printed
+    (command,) = commands_in(printed, "train")[:1]
+    assert command[command.index("--general_data_root") + 1] == str(general)
+    assert not [path for path in (tmp_path / "fixed").rglob("*") if "general" in str(path.name)]
+    assert f"general_data_root: {general}\n" in suggested.read_text()
+
+
+def test_a_general_set_that_cannot_be_used_is_an_error(good: Path, general: Path) -> None:
+    (general / "train/image_0.png").unlink()
+    argv = ["--data_root", str(good), "--general_data_root"]
+    with pytest.raises(DataError, match=r"trained on \(general_data_root: image-missing 1\)"):
+        main([*argv, str(general)])
+    with pytest.raises(DataError, match="^general_data_root: .* does not exist: give the folder"):
+        main([*argv, str(general / "nowhere")])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from helpers import REPOSITORY
+from helpers.coco_files import write_coco
 from helpers.documentation import SMALL_FLAGS, Runner, smaller_exports, smaller_trainings
 from helpers.tiny_checkpoint import tiny_sam
 from samft.checkpoints.top_k import save_tensors
@@ -44,6 +45,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(best, path)
     shutil.copy(best.with_suffix(".json"), run / "1500-0.83.json")
     shutil.copy(next((data / "val").glob("*.jpg")), folder / "PHOTO.jpg")
+    write_coco(folder / "PHOTOS", 2, split="val")
     shutil.copytree(data / "val", folder / "FOLDER")
     (folder / "FOLDER" / "_annotations.coco.json").rename(folder / "COCO.json")
     (folder / "results.json").write_text(json.dumps(detections(folder / "COCO.json")))

@@ -3,9 +3,12 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 import samft
@@ -13,6 +16,7 @@ from helpers.cached_runs import cached_arguments, counted_encodings
 from helpers.coco_files import write_coco
 from helpers.equal_metrics import check_equal_metrics
 from helpers.gloo_pool import GlooPool
+from helpers.own_datasets import Discs
 from helpers.short_runs import (
     a_config,
     arguments,
@@ -23,6 +27,7 @@ from helpers.short_runs import (
     train_here,
     write_data,
 )
+from samft.errors import ConfigError
 from samft.recipes import final_test
 from samft.recipes.datasets import load_splits
 from samft.runtime.metrics_file import GENERAL_PREFIX
@@ -304,3 +309,34 @@ def test_finetune_gives_its_scores(data: Path, other: Path, run: Path, tmp_path:
     assert result.scores[IOU] == pytest.approx(general["after"], abs=1e-12)
     assert result.baseline[IOU] == pytest.approx(general["before"], abs=1e-12)
     assert seen[0][f"val/{IOU}"] == result.baseline[IOU]
+
+
+def test_beside_own_datasets_it_is_read_as_the_settings_say(other: Path, tmp_path: Path) -> None:
+    root = tmp_path / "other"
+    shutil.copytree(other, root)
+    for path in root.rglob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path)).astype(np.uint16) * 100)
+    settings = {**SHORT, "steps": 2, "general_data_root": root, "pixel_range": "0,25500"}
+    config = replace(a_config(Path("unused"), tmp_path / "run", **settings), data_root=None)
+    own = {"train_data": Discs(4), "val_data": Discs(2, seed=1)}
+    result = samft.finetune(config, **own)  # ids and names are equal here, too
+    general = result.summary["general"]
+    assert general["masks"] == 17
+    assert general["after"] == pytest.approx(evaluated(str(result.best_checkpoint), root), abs=1e-6)
+    with pytest.raises(ConfigError, match="data_root: has no effect with train_data and val_data"):
+        samft.finetune(replace(config, data_root=str(root)), **own)
+    with pytest.raises(ConfigError, match="pixel_range: has no effect with train_data and val_dat"):
+        samft.finetune(replace(config, general_data_root=None), **own)
+
+
+def test_tokens_that_enter_the_first_trained_block_are_cached_for_it_too(
+    data: Path, other: Path, tmp_path: Path
+) -> None:
+    settings = {**SHORT, "train_blocks": 1, "batch_size": 1, "cache_dtype": "float32"}
+    for name, cache in (("off", "off"), ("on", "on")):
+        argv = arguments(data, tmp_path / name, **settings, general_data_root=other)
+        train_here([*argv, "--cache_embeddings", cache])
+    check_equal_metrics(tmp_path / "on", tmp_path / "off")
+    pairs = zip(*(read_metrics(tmp_path / name, "val") for name in ("on", "off")), strict=True)
+    assert all(ours[IOU] == pytest.approx(theirs[IOU], abs=1e-6) for ours, theirs in pairs)
+    assert (tmp_path / "on/embeddings").is_dir()

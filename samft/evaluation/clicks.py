@@ -58,7 +58,7 @@ def next_click(
     """
     window = _union(mask.extent, truth.extent)
     predicted, true = _pixels_within(mask, window), _pixels_within(truth, window)
-    missed, wrong = (_distances(error) for error in (true & ~predicted, predicted & ~true))
+    missed, wrong = (_squared_distances(error) for error in (true & ~predicted, predicted & ~true))
     left, top = window[:2]
     for click in clicked:
         # One inside of the window: outside of both masks nothing is wrong, now and later.
@@ -108,17 +108,19 @@ def _pixels_within(mask: CroppedMask, window: tuple[int, int, int, int]) -> NDAr
     return pixels
 
 
-def _distances(region: NDArray[np.bool_]) -> NDArray[np.float32]:
-    # Of each pixel from the nearest that is not in the region, or is outside of the window.
-    distances = np.zeros(region.shape, dtype=np.float32)
+def _squared_distances(region: NDArray[np.bool_]) -> NDArray[np.float64]:
+    # Of each pixel from the nearest that is not in the region, or is outside of the window. These
+    # are whole numbers; OpenCV's roots differ in their last bits by where in memory the mask lies,
+    # and which of several pixels is the first would differ with them.
+    squares = np.zeros(region.shape)
     rows, columns = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
     if len(rows):
         # Of the rectangle around the region alone: the transform is what takes long.
         part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         padded = np.pad(region[part].view(np.uint8), 1)
         transformed = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        distances[part] = transformed[1:-1, 1:-1]
-    return distances
+        squares[part] = np.rint(transformed[1:-1, 1:-1].astype(np.float64) ** 2)
+    return squares
 
 
 def points_to_input(points: NDArray[np.integer], frame: Frame) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from samft.evaluation.clicks import (
     Click,
     ClickExamples,
     ClickSession,
+    centre_point,
     clicks_needed,
     next_click,
     score_clicks,
@@ -135,6 +137,23 @@ HALF, WHOLE, SMALL = rectangle(0, 0, 16, 64), rectangle(0, 0, 32, 64), rectangle
 
 def session_of(painter: Painter, boxes: torch.Tensor | None = None) -> ClickSession:
     return ClickSession(painter, boxes, [WHOLE, SMALL, WHOLE], FRAME)
+
+
+def test_of_pixels_that_are_as_deep_the_first_is_clicked() -> None:
+    # To the whole number of the squared distance: roots in float32 are equal by chance only.
+    rng, num_ties = np.random.default_rng(0), 0
+    for _ in range(400):
+        drawn = np.zeros((80, 80), dtype=np.uint8)
+        axes, angle = rng.integers(3, 30, 2).tolist(), float(rng.uniform(0, 180))
+        cv2.ellipse(drawn, (40, 40), axes, angle, 0, 360, 1, -1)
+        crop = crop_of(drawn.astype(bool))
+        padded = np.pad(crop.mask, 1)
+        inside, outside = np.argwhere(padded), np.argwhere(~padded)
+        squares = ((inside[:, None] - outside) ** 2).sum(2).min(1)
+        num_ties += (squares == squares.max()).sum() > 1
+        y, x = (inside[squares.argmax()] - 1 + (crop.top, crop.left)).tolist()
+        assert centre_point(crop) == (x, y)
+    assert num_ties > 100
 
 
 def test_all_clicks_the_box_and_the_last_logits_are_given() -> None:

@@ -162,7 +162,7 @@ def read_run(folder: Path) -> NDArray[np.float64]:
     objects = find_objects(index, first.keys())
     sizes = index.sizes[np.searchsorted(index.first_object, objects, side="right") - 1]
     sides = shorter_sides(index.boxes[objects], sizes, resize_mode=config.resize_mode)
-    cells = sides * config.image_size / CELL
+    cells = sides * int(config.image_size) / CELL
     return np.stack([cells, first.iou_box_fill, first.iou_actual, last.iou_actual], axis=1)
 
 

@@ -66,12 +66,12 @@ class Runner:
         start = time.process_time()  # CPU seconds: the machine may have other work
         model = self.lab.train_recipe(request)
         train_seconds = time.process_time() - start
-        key = request.dataset, config.image_size
+        key = request.dataset, int(config.image_size)
         if key not in self.scorers:
             val_subset = self.lab.read_splits(request, config).val.subset
             self.scorers[key] = Scorer(
                 val_subset,
-                image_size=config.image_size,
+                image_size=int(config.image_size),
                 with_clicks=self.with_clicks,
                 automatic=self.automatic,
             )

@@ -144,7 +144,7 @@ class Laboratory:
 
     def read_splits(self, request: RunRequest, config: TrainConfig) -> Splits:
         """The datasets of a run, for scoring and for the original's loader."""
-        key = request.dataset, config.image_size
+        key = request.dataset, int(config.image_size)
         if key not in self.splits:
             self.splits[key] = load_splits(config)
         return self.splits[key]
@@ -162,9 +162,9 @@ class Laboratory:
     def _train_original(self, request: RunRequest, config: TrainConfig) -> PromptedSam:
         model = build_model(config, load_weights(config, quiet=True), torch.device("cpu"))
         train_subset = self.read_splits(request, config).train.subset
-        samples = OriginalSamples(train_subset, image_size=config.image_size)
+        samples = OriginalSamples(train_subset, image_size=int(config.image_size))
         if request.frozen:  # all frozen runs have the same encoder, so embeddings stay valid
-            key = request.dataset, config.image_size
+            key = request.dataset, int(config.image_size)
             samples = self.original_samples.setdefault(key, samples)
         train_original(
             model,

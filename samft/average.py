@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samft.cli import CommandParser, run_command, user_path
+from samft.cli import CommandParser, parse_image_size, run_command, user_path
 from samft.commands import shell_command
 from samft.ending import end_process
 from samft.errors import CheckpointError, ConfigError, escape_unprintable
@@ -197,7 +197,7 @@ def _read_ends(
     # The weights of A and B, and what model they are of.
     from samft.models.sam import identify_model, read_state
     from samft.weights.averages import differing_names
-    from samft.weights.saved_settings import recorded_resize_mode
+    from samft.weights.saved_settings import recorded_resize_mode, saved_rectangle
 
     first, second = options.checkpoint
     states = read_state(first), read_state(second)
@@ -219,7 +219,11 @@ def _read_ends(
         )
     modes = [recorded_resize_mode(path) for path in options.checkpoint]
     mode = _same_setting("resizes images", options, [one or modes[0] or modes[1] for one in modes])
-    metadata = {"model_type": model_type, "image_size": image_size, "resize_mode": mode or "pad"}
+    shapes = [saved_rectangle(path) or image_size for path in options.checkpoint]
+    if None in modes:  # a checkpoint that says nothing, as Meta's, goes with the other one
+        shapes = [shapes[modes[0] is None]] * 2
+    shape = _same_setting("sees images of the size", options, shapes)
+    metadata = {"model_type": model_type, "image_size": shape, "resize_mode": mode or "pad"}
     return states, metadata
 
 
@@ -232,7 +236,7 @@ def _read_formats(
     from samft.weights.saved_settings import saved_view, view_of
 
     saying = [path for path in options.checkpoint if saved_view(path)] or options.checkpoint
-    flags, size = view_flags(options), metadata["image_size"]
+    flags, size = view_flags(options), max(parse_image_size(metadata["image_size"]))
     views = [view_of(path, flags, image_size=size) for path in (saying[0], saying[-1])]
     view = _same_setting("sees images", options, views)
     formats = [replace(one, in_windows=view.has_windows) for one in pixel_formats(options)]
@@ -398,7 +402,7 @@ def _make_sidecar(
     from samft.recipes.evaluate import describe_data
     from samft.runtime.checkpoint_paths import find_weights_file
     from samft.runtime.files import sha256_of
-    from samft.weights.saved_settings import saved_config
+    from samft.weights.saved_settings import record_image_size, saved_config
 
     weight = scores[best]["weight"]
     shares = (round(1 - weight, 12), weight)
@@ -407,6 +411,7 @@ def _make_sidecar(
     config = next((one for one in configs if one is not None), None)
     return {
         **metadata,
+        **record_image_size(metadata["image_size"]),
         "pixels": subset.index.pixels.to_json(),
         "metrics": {SCORE: scores[best]["per_mask_iou"]},
         "average": {

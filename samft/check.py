@@ -20,7 +20,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from samft.cli import CommandParser, add_links_flag, run_command, user_path
+from samft.cli import (
+    CommandParser,
+    add_links_flag,
+    image_size_problem,
+    run_command,
+    simplest_image_size,
+    user_path,
+)
 from samft.coco.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
 from samft.coco.layout import describe_folder, find_general_set
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
@@ -104,7 +111,13 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="also check this dataset of other data, as for samft train",
     )
-    add("--image_size", type=int, default=1024, metavar="PX", help="model input; default 1024")
+    add(
+        "--image_size",
+        type=simplest_image_size,
+        default=1024,
+        metavar="PX",
+        help="model input, or 1024x768 say, as for samft train; default 1024",
+    )
     add(
         "--on_bad_image",
         choices=("error", "skip"),
@@ -135,8 +148,8 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         raise ConfigError("--annotations and --images go together: give both, or --data_root.")
     if not (options.data_root or options.annotations):
         raise ConfigError("nothing to check: give --data_root, or --annotations and --images.")
-    if options.image_size < 16 or options.image_size % 16:
-        raise ConfigError(f"--image_size: {options.image_size} must be a multiple of 16.")
+    if problem := image_size_problem(options.image_size):
+        raise ConfigError(f"--image_size: {problem}.")
     return options
 
 

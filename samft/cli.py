@@ -151,7 +151,7 @@ def parse_image_size(value: int | str) -> tuple[int, int]:
     """Height and width of the model's input: of its side, or of `WIDTHxHEIGHT` as cameras say it.
 
     Raises:
-        ValueError: It is neither, or a side is no multiple of 16.
+        ValueError: It is neither.
 
     Example:
         >>> parse_image_size(1024), parse_image_size("1024x768")
@@ -163,21 +163,34 @@ def parse_image_size(value: int | str) -> tuple[int, int]:
             f"'{value}' is neither a number of pixels, such as 1024, nor WIDTHxHEIGHT with a small "
             "x and no spaces, such as 1024x768"
         )
-    width, height = (int(side) for side in (match[1], match[2] or match[1]))
-    nearest = [max(16, round(side / 16) * 16) for side in (width, height)]
-    if [width, height] != nearest:
-        whole = match[2] is None
-        problem = "is no multiple of 16" if whole else "has a side that is no multiple of 16"
-        raise ValueError(
-            f"{value} {problem}; the nearest is {name_image_size((nearest[1], nearest[0]))}"
-        )
-    return height, width
+    return int(match[2] or match[1]), int(match[1])
 
 
 def name_image_size(size: tuple[int, int]) -> int | str:
     """What `parse_image_size` reads as this height and width: one number of a square."""
     height, width = size
     return width if height == width else f"{width}x{height}"
+
+
+def image_size_problem(value: Any) -> str | None:
+    """What is wrong with an image size, as a phrase; None if a model can have it."""
+    try:
+        size = parse_image_size(value)
+    except ValueError as error:
+        return str(error)
+    height, width = (max(16, round(side / 16) * 16) for side in size)
+    if (height, width) == size:
+        return None
+    problem = "is no multiple of 16" if size[0] == size[1] else "has a side of no multiple of 16"
+    return f"{value} {problem}; the nearest is {name_image_size((height, width))}"
+
+
+def simplest_image_size(value: Any) -> int | str:
+    """An image size as `name_image_size` names it; of a value that is none, its text."""
+    try:
+        return name_image_size(parse_image_size(value))
+    except ValueError:
+        return str(value)
 
 
 def user_path(text: str) -> Path:

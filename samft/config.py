@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
-from samft.cli import ALL_LINKS, LINKS_HELP
+from samft.cli import ALL_LINKS, LINKS_HELP, simplest_image_size
 from samft.config_checks import find_conflicts
 from samft.settings import check_fields, parse_settings, setting
 
@@ -206,12 +206,13 @@ class TrainConfig:
     lora_decoder: bool = _model(
         False, "adapters in the mask decoder's attentions, too, whose own weights are frozen"
     )
-    image_size: int = _model(
+    image_size: int | str = _model(
         1024,
         "side of the model's input in pixels, a multiple of 16; smaller is faster, but loses small "
-        "objects",
+        "objects. For images of one shape also WIDTHxHEIGHT, 1024x768 say, which saves the padding",
         most_used=True,
         metavar="PX",
+        convert=simplest_image_size,
     )
     freeze_prompt_encoder: bool = _model(False, "do not train the prompt encoder")
     freeze_mask_decoder: bool = _model(False, "do not train the mask decoder")
@@ -253,7 +254,7 @@ class TrainConfig:
     )
     resize_mode: str = _prompts(
         "pad",
-        "fit images to image_size: pad: longest side, then zeros, as SAM does; squash: to a square",
+        "fit images to image_size: pad: longest side, then zeros, as SAM does; squash: fill it",
         choices=("pad", "squash"),
     )
     steps: int = _optimisation(1500, "number of optimizer steps", most_used=True, at_least=1)

@@ -7,7 +7,13 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from samft.cli import parse_channels, parse_pixel_range
+from samft.cli import (
+    image_size_problem,
+    name_image_size,
+    parse_channels,
+    parse_image_size,
+    parse_pixel_range,
+)
 
 ADAPTER_TARGETS = ("q", "k", "v", "proj", "mlp")  # as in models/lora.py
 MAX_OVERLAP = 0.9  # of tiles; with more there would be hundreds of them for each object
@@ -74,11 +80,7 @@ def _check_combinations(config: Any) -> list[str]:
     )
     if are_frozen and not _trained_apart(config):
         problems.append("freeze_*: all three parts are frozen, so nothing would be trained.")
-    if config.image_size < 16 or config.image_size % 16:
-        near = max(16, round(config.image_size / 16) * 16)
-        problems.append(
-            f"image_size: {config.image_size} is no multiple of 16; the nearest is {near}."
-        )
+    problems += _check_image_size(config)
     if config.val_fraction is not None and not 0 < config.val_fraction < 1:
         problems.append(f"val_fraction: {config.val_fraction} must lie between 0 and 1.")
     if problem := pattern_problem(config.group_by):
@@ -89,6 +91,24 @@ def _check_combinations(config: Any) -> list[str]:
         problems.append(f"repeat_threshold: {config.repeat_threshold} must lie between 0 and 1.")
     problems += _check_rates(config) + _check_prompts(config) + _check_adapters(config)
     return problems + _check_cache(config)
+
+
+def _check_image_size(config: Any) -> list[str]:
+    if problem := image_size_problem(config.image_size):
+        return [f"image_size: {problem}."]
+    problems, size = [], parse_image_size(config.image_size)
+    named = name_image_size(size)
+    if isinstance(named, str) and config.view != "image":
+        problems.append(
+            f"image_size: {named} is for whole images, and view '{config.view}' shows square "
+            f"windows: take image_size {max(size)}, or view 'image'."
+        )
+    if isinstance(named, str) and config.attention == "stock":
+        problems.append(
+            f"image_size: {named} does not go with attention 'stock', which knows square images "
+            f"only: take attention 'fast', or image_size {max(size)}."
+        )
+    return problems
 
 
 def _trained_apart(config: Any) -> list[str]:

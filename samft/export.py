@@ -231,6 +231,18 @@ def _print_checkpoint(tuned: "TunedCheckpoint") -> None:
             "the checkpoint was trained with resize_mode squash, but every program that reads SAM "
             "pads: its masks will differ from the validated ones."
         )
+    _warn_of_rectangle(tuned)
+
+
+def _warn_of_rectangle(tuned: "TunedCheckpoint") -> None:
+    from samft.weights.saved_settings import saved_rectangle
+
+    if rectangle := saved_rectangle(tuned.path):
+        _print_warning(
+            f"the checkpoint was trained at image_size {rectangle}, but every program that reads "
+            f"SAM pads to a square, here {tuned.image_size} px: its masks will differ from the "
+            "validated ones. Evaluate the written file (samft evaluate), which scores it padded."
+        )
 
 
 def _warn_of_new_size(

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -41,6 +41,7 @@ def setting(
     at_least: Any = None,
     metavar: str | None = None,
     value_alone: str | None = None,
+    convert: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A field of a dataclass of settings: one attribute, YAML key and flag.
 
@@ -54,6 +55,8 @@ def setting(
         at_least: The lowest number allowed.
         metavar: What `--help` shows for the value; None: by the field's type.
         value_alone: The value of the flag if none follows it; None: one has to.
+        convert: Makes a value of what was given, where the field's type alone does not say how; it
+            leaves what it does not understand for `check`.
     """
     metadata = {
         "help": help,
@@ -64,6 +67,7 @@ def setting(
         "at_least": at_least,
         "metavar": metavar,
         "value_alone": value_alone,
+        "convert": convert,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -279,6 +283,8 @@ def _assign_value(
         value = None
     if isinstance(value, bool) and "off" in field.metadata["choices"]:
         value = "on" if value else "off"  # YAML reads a bare off as false
+    if field.metadata["convert"]:
+        value = field.metadata["convert"](value)
     try:
         OmegaConf.update(merged, field.name, value)
     except OmegaConfBaseException:

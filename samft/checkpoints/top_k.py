@@ -22,6 +22,7 @@ from samft.runtime.files import (
     write_json,
 )
 from samft.runtime.own_files import ADAPTER_SUFFIX, is_checkpoint
+from samft.weights.saved_settings import record_image_size
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
@@ -209,7 +210,9 @@ def make_sidecar(
         The content of the sidecar, except the SHA-256 that `TopK.save_if_better` adds.
     """
     return {
-        **{name: config[name] for name in ("model_type", "image_size", "resize_mode")},
+        "model_type": config["model_type"],
+        **record_image_size(config["image_size"]),
+        "resize_mode": config["resize_mode"],
         **{name: config[name] for name in ("prompts", "correction_rounds", "multimask")},
         "pixels": pixels,
         "view": view,

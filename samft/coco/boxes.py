@@ -288,6 +288,13 @@ class SmallObjects:
         """Whether they are still many at the suggested size, so that only windows would help."""
         return self.num_small_then > FEW_SMALL * self.num_objects
 
+    def count(self, objects: str) -> str:
+        """How many objects, called so, are too small, as a phrase."""
+        return (
+            f"{self.num_small:,} of {self.num_objects:,} {objects} ({self.share:.1%}) are too "
+            f"small for image_size {self.image_size}"
+        )
+
     def advise(self, objects: str) -> str:
         """How many objects are too small, and what to do, as a phrase for where they are many.
 
@@ -295,9 +302,8 @@ class SmallObjects:
             objects: What to call the objects.
         """
         text = (
-            f"{self.num_small:,} of {self.num_objects:,} {objects} ({self.share:.1%}) are too "
-            f"small for image_size {self.image_size}: the shorter side of their box is under "
-            f"{MIN_CELLS * CELL} px there, {MIN_CELLS} cells of the decoder's masks, where filling "
+            f"{self.count(objects)}: the shorter side of their box is under {MIN_CELLS * CELL} px "
+            f"there, {MIN_CELLS} cells of the decoder's masks, where filling "
             "the box tends to be better than the mask"
         )
         if self.in_windows:
@@ -333,12 +339,15 @@ def find_small_objects(
     side = max(frame_size)
     sides = shorter_sides(boxes, sizes, resize_mode=resize_mode, frame_size=frame_size)
     suggested = suggest_image_size(sides, at_least=side, longest_side=int(sizes.max(initial=0)))
-    height, width = (-(-one * suggested // side // 16) * 16 for one in frame_size)
+    larger = image_size
+    if suggested > side:
+        height, width = (-(-one * suggested // side // 16) * 16 for one in frame_size)
+        larger = name_image_size((height, width))
     return SmallObjects(
         image_size=image_size,
         num_objects=len(boxes),
         num_small=_count_small(sides, side),
-        suggested_image_size=name_image_size((height, width)),
+        suggested_image_size=larger,
         num_small_then=_count_small(sides, suggested),
     )
 
@@ -382,6 +391,22 @@ def shorter_sides(
     if resize_mode == "pad":  # both axes are scaled as the one that fills the input
         full = full.max(axis=1, keepdims=True)
     return np.asarray((widths_heights / full).min(axis=1))
+
+
+def longer_sides(
+    boxes: NDArray[np.floating], sizes: NDArray[np.integer], image_size: int | str
+) -> NDArray[np.float64]:
+    """The longer side of each box [n, 4] at the model's input, px: float64 [n].
+
+    Args:
+        boxes: x0 y0 x1 y1, px, original frame.
+        sizes: [n, 2], H, W of the objects' images, px, which are padded.
+        image_size: See `cli.parse_image_size`.
+    """
+    frame_size = parse_image_size(image_size)
+    side = max(frame_size)
+    longest = (sizes * (side / np.array(frame_size))).max(axis=1, initial=1)
+    return np.asarray((boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0) / longest * side)
 
 
 def suggest_image_size(sides: NDArray[np.float64], *, at_least: int, longest_side: int) -> int:

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.boxes import CELL, FEW_SMALL, MIN_CELLS, SmallObjects, find_small_objects
+from samft.cli import parse_image_size
+from samft.coco.boxes import (
+    CELL,
+    FEW_SMALL,
+    MIN_CELLS,
+    SmallObjects,
+    find_small_objects,
+    longer_sides,
+)
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.json_reader import UnusableFile
@@ -51,7 +59,7 @@ class Statistics:
         object_sides: From a range of px to objects whose box has its longer side in it, at the
             model's input.
         classes: From name to objects, most frequent first; ids of one name are one class.
-        image_size: The model's input that the sides refer to, px.
+        image_size: The model's input that the sides refer to.
         num_vanishing: Objects whose longer side at the input is under 4 px, less than one cell of
             the decoder's masks.
         small: Objects that are too small at the input, and the suggested `image_size`.
@@ -69,7 +77,7 @@ class Statistics:
     object_sizes: dict[str, int]
     object_sides: dict[str, int]
     classes: dict[str, int]
-    image_size: int
+    image_size: int | str
     num_vanishing: int
     small: SmallObjects
     most_objects: int
@@ -162,7 +170,7 @@ def check_splits(
     *,
     train_split: str,
     val_split: str,
-    image_size: int,
+    image_size: int | str,
     allow_links: Sequence[Path] = (),
     crowds: str = "auto",
     pixels: PixelFormat = PLAIN,
@@ -174,7 +182,7 @@ def check_splits(
         data_root: The dataset's folder.
         train_split: Name of the training split.
         val_split: Name of the validation split.
-        image_size: The model's input that sizes of objects refer to, px.
+        image_size: The model's input that sizes of objects refer to, see `cli.parse_image_size`.
         allow_links: See `index_file`.
         crowds: See `entries.mark_crowds`.
         pixels: See `index_file`.
@@ -222,7 +230,7 @@ def check_split(
     allow_links: Sequence[Path] = (),
     pixels: PixelFormat = PLAIN,
     decode: bool = False,
-    image_size: int,
+    image_size: int | str,
     crowds: str = "auto",
 ) -> CheckedSplit:
     """Checks one annotation file; that it cannot be read is a problem like any other.
@@ -234,7 +242,7 @@ def check_split(
         allow_links: See `index_file`.
         pixels: See `index_file`.
         decode: See `index_file`.
-        image_size: The model's input that sizes of objects refer to, px.
+        image_size: The model's input that sizes of objects refer to, see `cli.parse_image_size`.
         crowds: See `entries.mark_crowds`.
     """
     try:
@@ -261,18 +269,16 @@ def _unreadable_split(annotations: Path, images: Path, code: str, error: DataErr
 
 
 def _compare_splits(train: CheckedSplit, val: CheckedSplit) -> None:
-    name = val.images.name
-    if name.startswith("valid"):
-        val.problems.add("split-name", name)
+    if val.images.name.startswith("valid"):
+        val.problems.add("split-name", val.images.name)
     if train.index and val.index:
         subset = select_objects(train.index)
         shared = find_shared(subset, select_objects(val.index))
         train.shared_rows = subset.rows[shared]
-        names = [subset.file_name(i) for i in shared.tolist()]
-        train.problems.add("image-in-train-and-val", *names)
-        copies = find_siblings(subset, select_objects(val.index), group_by="auto")
-        names = [subset.file_name(i) for i in np.setdiff1d(copies, shared).tolist()]
-        train.problems.add("image-copies-in-train-and-val", *names)
+        train.problems.add("image-in-train-and-val", *map(subset.file_name, shared.tolist()))
+        siblings = find_siblings(subset, select_objects(val.index), group_by="auto")
+        copies = np.setdiff1d(siblings, shared)
+        train.problems.add("image-copies-in-train-and-val", *map(subset.file_name, copies.tolist()))
 
 
 def compare_general_set(general: CheckedSplit, others: Mapping[str, CheckedSplit]) -> None:
@@ -286,21 +292,18 @@ def compare_general_set(general: CheckedSplit, others: Mapping[str, CheckedSplit
     general.problems.add("image-in-general-set", *sorted(shared))
 
 
-def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:
+def compute_statistics(index: CocoIndex, *, image_size: int | str) -> Statistics:
     """Counts images and objects of a checked file.
 
     Args:
         index: The checked file.
-        image_size: Longer side of the model's input, px.
+        image_size: The model's input, see `cli.parse_image_size`.
     """
     row_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     plain = np.flatnonzero(index.flags & CROWD == 0)
-    usable = np.flatnonzero(~index.bad)
-    per_image = np.bincount(row_of[plain], minlength=index.num_images)[usable]
-    boxes = index.boxes[plain]
-    # Shares of the image's longer side, so that a model's input scales them.
-    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, initial=0)
-    sides = sides / index.sizes[row_of[plain]].max(axis=1, initial=1)
+    per_image = np.bincount(row_of[plain], minlength=index.num_images)[~index.bad]
+    boxes, sizes = index.boxes[plain], index.sizes[row_of[plain]]
+    sides = longer_sides(boxes, sizes, image_size)
     filled = per_image[per_image > 0]
     return Statistics(
         num_images=index.num_images,
@@ -309,11 +312,11 @@ def compute_statistics(index: CocoIndex, *, image_size: int) -> Statistics:
         num_crowds=len(index.flags) - len(plain),
         objects_per_image=_count_by_powers_of_two(per_image),
         object_sizes=_count_coco_sizes(index.areas[plain]),
-        object_sides=_count_sides(sides * image_size),
+        object_sides=_count_sides(sides),
         classes=_count_classes(index, plain),
         image_size=image_size,
-        num_vanishing=int((sides * image_size < CELL).sum()),
-        small=find_small_objects(boxes, index.sizes[row_of[plain]], image_size=image_size),
+        num_vanishing=int((sides < CELL).sum()),
+        small=find_small_objects(boxes, sizes, image_size=image_size),
         most_objects=int(per_image.max(initial=0)),
         max_masks_per_image=suggest_max_masks(filled),
         views=measure_views(index, image_size=image_size),
@@ -345,24 +348,25 @@ class ViewFacts:
         }
 
 
-def measure_views(index: CocoIndex, *, image_size: int) -> tuple[ViewFacts, ...]:
+def measure_views(index: CocoIndex, *, image_size: int | str) -> tuple[ViewFacts, ...]:
     """What each kind of view shows of objects, in windows as large as the model's input.
 
     Args:
         index: The checked file; of many images, `_SAMPLED_IMAGES` are looked at, evenly spaced.
-        image_size: The model's input, px.
+        image_size: The model's input for whole images; windows are of the square around it.
     """
     subset = select_objects(index)
     number = min(subset.num_images, _SAMPLED_IMAGES)
     subset = subset.select(np.unique(np.linspace(0, subset.num_images - 1, number).astype(int)))
     facts = []
     for kind in KINDS if subset.num_objects else ():
-        view = View(kind, tile_size=image_size)
+        view = View(kind, tile_size=max(parse_image_size(image_size)))
         seen = see_through_windows(subset, view)
+        size = view.tile_size if view.has_windows else image_size
         boxes = np.concatenate([seen.visible_boxes(i) for i in range(seen.num_images)])
         sizes = np.repeat(seen.sizes, np.diff(seen.first_object), axis=0)
-        small = find_small_objects(boxes, sizes, image_size=image_size)
-        longer = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / sizes.max(axis=1) * image_size
+        small = find_small_objects(boxes, sizes, image_size=size)
+        longer = longer_sides(boxes, sizes, size)
         mean = seen.num_images / subset.num_images
         facts.append(ViewFacts(view, mean, small.share, float((longer < CELL).mean())))
     return tuple(facts)
@@ -470,7 +474,7 @@ def suggestion_lines(statistics: Statistics) -> list[str]:
 
 
 def _view_lines(statistics: Statistics) -> list[str]:
-    lines = [f"objects by view, in windows of {statistics.image_size} px:"]
+    lines = [f"objects by view, in windows of {statistics.views[0].view.tile_size} px:"]
     for facts in statistics.views:
         lines.append(
             f"  {facts.view.kind:8} {facts.windows_per_image:6.1f} windows an image, "

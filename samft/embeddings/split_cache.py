@@ -45,7 +45,7 @@ class CacheKey:
     """All that an embedding depends on except the image."""
 
     encoder: str  # from `hash_encoder`, of all that is frozen
-    image_size: int
+    image_size: int | str  # see `cli.parse_image_size`
     resize_mode: str
     exact: bool  # decoded and resized as SamPredictor does it; otherwise as training does
     flipped: bool

@@ -110,7 +110,7 @@ def open_tuned_checkpoint(path: Path, *, adapter: Path | None = None) -> TunedCh
     Raises:
         CheckpointError: The checkpoint cannot be read or is no SAM, or the adapter does not fit.
     """
-    sam, model_type, image_size, resize_mode = open_checkpoint(path)
+    sam, model_type, _, resize_mode = open_checkpoint(path)  # of a rectangle, too, the square
     if adapter is not None:
         tensors, settings = read_adapter(adapter, base=find_weights_file(path))
         load_state(sam, apply_adapter(sam.state_dict(), tensors, settings), source=adapter)
@@ -122,7 +122,8 @@ def open_tuned_checkpoint(path: Path, *, adapter: Path | None = None) -> TunedCh
             pass
     sidecar = {"resize_mode": resize_mode} | (sidecar if isinstance(sidecar, dict) else {})
     pixels = saved_pixels(path) or PLAIN
-    return TunedCheckpoint(path, sam, model_type, image_size, sidecar, pixels)
+    side = sam.image_encoder.img_size
+    return TunedCheckpoint(path, sam, model_type, side, sidecar, pixels)
 
 
 def model_to_write(tuned: TunedCheckpoint, format: str) -> Sam:

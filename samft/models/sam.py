@@ -35,7 +35,7 @@ from samft.runtime.files import matches_sidecar
 from samft.runtime.logs import LOGGER
 from samft.weights.checkpoint_files import read_checkpoint_file
 from samft.weights.huggingface_names import from_huggingface_names
-from samft.weights.saved_settings import saved_pixels, saved_resize_mode
+from samft.weights.saved_settings import saved_pixels, saved_rectangle, saved_resize_mode
 from samft.weights.state_dicts import HUGGINGFACE_POSITIONS, POSITIONS, find_state, to_float32
 
 PATCH_SIZE = 16
@@ -398,28 +398,36 @@ class OpenedSam(NamedTuple):
     Attributes:
         sam: At the image size that it was tuned for.
         model_type: A key of `MODEL_SHAPES`.
-        image_size: S.
+        image_size: S; or `WIDTHxHEIGHT`, see `build_sam`.
         resize_mode: `pad` or `squash`; `pad`, SAM's own, if it is not recorded.
     """
 
     sam: Sam
     model_type: str
-    image_size: int
+    image_size: int | str
     resize_mode: str
 
 
-def open_checkpoint(path: Path, *, attention: str = "stock") -> OpenedSam:
+def open_checkpoint(path: Path, *, attention: str = "stock", as_trained: bool = False) -> OpenedSam:
     """Builds the model of a checkpoint, at its image size, and loads its weights.
 
     Args:
         path: See `load_sam`.
-        attention: See `build_sam`.
+        attention: See `build_sam`; `fast` is for a rectangle, too.
+        as_trained: Whether to build what was trained where the sidecar says that this was no
+            square, instead of the square.
 
     Raises:
         CheckpointError: The file cannot be read or is not a SAM.
     """
     state = read_state(path)
-    model_type, image_size = identify_model(state, source=path)
+    model_type, side = identify_model(state, source=path)
+    image_size = (as_trained and saved_rectangle(path)) or side
+    if max(parse_image_size(image_size)) != side:
+        raise CheckpointError(
+            f"{path} has positions for {side} px, but its sidecar says {image_size}: copy both "
+            "from the same run."
+        )
     sam = build_sam(model_type, image_size, attention=attention)
     load_state(sam, state, source=path)
     return OpenedSam(sam, model_type, image_size, saved_resize_mode(path))
@@ -429,7 +437,7 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
     """Loads a SAM checkpoint of any type and image size, ready for `SamPredictor`.
 
     Model type and image size follow from the shapes of the tensors. The sidecar of a checkpoint of
-    samft is read only to warn about a resize mode that `SamPredictor` does not have.
+    samft is read only to warn about a resize mode or a shape that `SamPredictor` does not have.
 
     Args:
         path: Meta's `.pth`, a `.ckpt` of samft, or `last.ckpt`.
@@ -448,10 +456,21 @@ def load_sam(path: str | Path, *, device: str | torch.device = "cpu") -> Sam:
         256
     """
     opened = open_checkpoint(Path(path))
+    if rectangle := saved_rectangle(path):
+        warnings.warn(
+            f"{path} was tuned at image_size {rectangle}; SamPredictor pads to a square, so its "
+            "masks will differ from the validated ones: samft.load_predictor sees the rectangle.",
+            stacklevel=2,
+        )
+    warn_of_squash(path, opened)
+    return opened.sam.to(device).eval()
+
+
+def warn_of_squash(path: str | Path, opened: OpenedSam) -> None:
+    """Warns where a checkpoint saw other images in training than `SamPredictor` shows it."""
     if opened.resize_mode == "squash":
         warnings.warn(
             f"{path} was tuned with resize_mode 'squash'; SamPredictor pads, so its masks will "
             "differ from the validated ones.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return opened.sam.to(device).eval()

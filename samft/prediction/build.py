@@ -33,7 +33,7 @@ def build_predictor(
     """
     chosen = pick_device(device)
     check_device(chosen)
-    sam, *_, resize_mode = open_checkpoint(checkpoint, attention="fast")
+    sam, *_, resize_mode = open_checkpoint(checkpoint, attention="fast", as_trained=True)
     model = PromptedSam(sam.to(chosen).requires_grad_(False))
     amp_dtype = pick_amp_dtype(amp, chosen)
     if task.prompts is not None and task.prompts.points is None:

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from samft.images.pixels import PLAIN, PixelFormat
-from samft.models.sam import load_sam
+from samft.models.mask_generator import make_predictor
+from samft.models.sam import load_sam, open_checkpoint, warn_of_squash
 from samft.prediction.points import NO_BOX, PointPrompt
 from samft.prediction.windows import group_prompts, prompts_to_window
 from samft.views.regions import DecodedImage, ImageSource, open_source
 from samft.views.windows import View
-from samft.weights.saved_settings import saved_pixels, view_of
+from samft.weights.saved_settings import saved_pixels, saved_rectangle, view_of
 
 _KEPT_WINDOWS = 16  # whose embeddings are kept: 4 MB each at 1024 px
 _STATE = ("features", "original_size", "input_size", "is_image_set")  # of a `SamPredictor`
@@ -40,7 +40,7 @@ class WindowPredictor:
     def __init__(self, model: Sam, view: View, pixels: PixelFormat = PLAIN) -> None:
         """Wraps a model without copying it; see `load_predictor`."""
         self.model, self.view = model, view
-        self._pixels, self._stock = pixels, SamPredictor(model)
+        self._pixels, self._stock = pixels, make_predictor(model)
         self.reset_image()
 
     @property
@@ -224,7 +224,12 @@ def load_predictor(
         >>> masks.shape, predictor.window.tolist()
         ((3, 96, 128), [0, 0, 128, 96])
     """
-    sam = load_sam(path, device=device)
+    if saved_rectangle(path) is None:
+        sam = load_sam(path, device=device)
+    else:  # which `load_sam` and stock's attention do not know
+        opened = open_checkpoint(Path(path), attention="fast", as_trained=True)
+        warn_of_squash(path, opened)
+        sam = opened.sam.to(device)
     if view is None:
         view = view_of(Path(path), {}, image_size=sam.image_encoder.img_size)
     pixels = saved_pixels(path) or PLAIN

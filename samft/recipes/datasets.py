@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft import distributed
-from samft.cli import link_folders, name_image_size
+from samft.cli import link_folders, name_image_size, parse_image_size
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_general_set, find_split, find_test_split
 from samft.coco.problems import NOTE, WARNING
@@ -40,6 +40,7 @@ from samft.evaluation.automatic import sample_images
 from samft.images.names import encode_name
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.runtime.logs import LOGGER
+from samft.views.fitting import describe_misfits
 from samft.views.windows import WHOLE, View
 
 _MAX_LOGGED = 100  # names of images that could not be read
@@ -134,16 +135,15 @@ class Splits:
             LOGGER.info("%s", line)
         for split, small in self.small_objects.items():
             if small.num_small and not small.are_many:
-                LOGGER.info(
-                    "%s: %d of %d objects (%.1f%%) are too small for image_size %s",
-                    split,
-                    small.num_small,
-                    small.num_objects,
-                    100 * small.share,
-                    small.image_size,
-                )
-        advice = advise_on_small_objects(self.small_objects)
-        if advice and distributed.is_main():  # a warning is for the other ranks' logs, too
+                LOGGER.info("%s: %s", split, small.count("objects"))
+        if distributed.is_main():  # a warning is for the other ranks' logs, too
+            self._log_warnings()
+
+    def _log_warnings(self) -> None:
+        for dataset, split in zip(self._datasets, self.counts, strict=True):
+            if misfits := describe_misfits(dataset.subset.sizes, dataset.frame_size):
+                LOGGER.warning("%s: %s", split, misfits)
+        if advice := advise_on_small_objects(self.small_objects):
             LOGGER.warning("%s", advice)
 
 
@@ -248,7 +248,7 @@ def _build_splits(config: TrainConfig, subsets: dict[str, CocoSubset]) -> Splits
 
 def view_of(config: TrainConfig) -> View:
     """How a configuration has images seen."""
-    tile_size = config.tile_size or config.image_size
+    tile_size = config.tile_size or max(parse_image_size(config.image_size))
     return View(config.view, tile_size, config.tile_overlap, config.view_context)
 
 

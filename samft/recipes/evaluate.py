@@ -138,7 +138,7 @@ def _evaluate_checkpoints(
         seen = subset.with_pixels(subset.measure_pixels(pixels))
         clicking = _build_clicking(path, subset, options)
         model, metadata = run_on_all_ranks(partial(load_model, path, device))
-        view = view_of(path, view_flags(options), image_size=metadata["image_size"])
+        view = view_of(path, view_flags(options), image_size=max(model.frame_size))
         metadata["view"] = view.to_json()
         if view.has_windows:
             LOGGER.info("%s: images are seen through %s", path, view.describe())
@@ -399,8 +399,9 @@ def load_model(path: Path, device: torch.device) -> tuple[PromptedSam, dict[str,
     Raises:
         CheckpointError: The file cannot be read or is not a SAM.
     """
-    sam, model_type, image_size, resize_mode = open_checkpoint(path, attention="fast")
-    LOGGER.info("%s: %s at %d px, %s", path, model_type, image_size, resize_mode)
+    opened = open_checkpoint(path, attention="fast", as_trained=True)
+    sam, model_type, image_size, resize_mode = opened
+    LOGGER.info("%s: %s at %s px, %s", path, model_type, image_size, resize_mode)
     metadata = {
         "checkpoint": str(path),
         "model_type": model_type,

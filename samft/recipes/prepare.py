@@ -273,15 +273,15 @@ def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_pl
     if not distributed.is_main():
         host_checks.check_open_files(config.num_workers)
         return
-    side = config.image_size
-    cells = side**2 if config.loss_resolution == "input" else WINDOW_CELLS**2
+    height, width = model.frame_size
+    cells = max(height, width) ** 2 if config.loss_resolution == "input" else WINDOW_CELLS**2
     host_checks.check_host(
         model.sam.device,
         output_dir,
         needed=disk_bytes(model, config),
         replaces_existing=in_place or not holds_previous_run(output_dir),
         num_workers=min(config.num_workers, usable_cores()),
-        batch_bytes=config.batch_size * (3 * side**2 + config.max_masks_per_image * cells),
+        batch_bytes=config.batch_size * (3 * height * width + config.max_masks_per_image * cells),
     )
 
 

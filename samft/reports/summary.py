@@ -22,6 +22,7 @@ from samft.reports.validation_images import BEFORE_AFTER
 from samft.runtime.logs import LOGGER, WITH_COMMANDS, format_duration
 from samft.runtime.own_files import TENSORBOARD
 from samft.training.engine import Progress
+from samft.weights.saved_settings import saved_rectangle
 
 ANCHOR_WEIGHT = 30  # of those measured, the largest gain on the tuned data (docs/experiments.md)
 LOST_SHARE = 0.1  # a larger share of objects that lost is a warning, even if the mean rose
@@ -314,7 +315,9 @@ def next_commands(
 
 
 def loading_line(checkpoint: str) -> str:
-    """A line of Python that loads a checkpoint."""
+    """A line of Python that loads a checkpoint; stock's predictor would pad a rectangle."""
+    if saved_rectangle(checkpoint):
+        return f"from samft import load_predictor; predictor = load_predictor({checkpoint!r})"
     return f"from samft import load_sam; sam = load_sam({checkpoint!r})"
 
 

@@ -3,6 +3,13 @@
 Imports no torch.
 """
 
+import numpy as np
+from numpy.typing import NDArray
+
+from samft.cli import name_image_size
+
+_MUCH_SMALLER = 0.95  # of the scale in a square; rounding to whole cells of 16 px takes less
+
 Size = tuple[int, int]  # H, W, px
 
 
@@ -39,3 +46,26 @@ def fit_size(
     down, across = fit_scales(original_size, frame_size, resize_mode=resize_mode, zoom=zoom)
     height, width = original_size
     return max(1, int(height * down + 0.5)), max(1, int(width * across + 0.5))
+
+
+def describe_misfits(sizes: NDArray[np.integer], frame_size: Size) -> str | None:
+    """How many images a rectangle shows smaller than the square of its longer side would.
+
+    Args:
+        sizes: [n, 2], H, W of the images, px.
+        frame_size: H, W of the model's input.
+
+    Returns:
+        A phrase; None where there are none, as in a square.
+    """
+    longer = max(frame_size)
+    full = np.maximum(sizes, 1)
+    shares = (np.array(frame_size) / full).min(axis=1) / (longer / full.max(axis=1))
+    smaller = shares[shares < _MUCH_SMALLER]
+    if not len(smaller):
+        return None
+    return (
+        f"{len(smaller):,} of {len(sizes):,} images ({len(smaller) / len(sizes):.1%}) are of "
+        f"another shape than image_size {name_image_size(frame_size)}, which shows them smaller "
+        f"than {longer} would, down to {smaller.min():.0%} of the size"
+    )

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from samft.cli import parse_image_size
+from samft.errors import ConfigError
 from samft.images.pixels import PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.views.windows import View
@@ -40,6 +42,28 @@ def saved_pixels(path: str | Path) -> PixelFormat | None:
     return PixelFormat.from_json(_saved_metadata(Path(path), "pixels").get("pixels"))
 
 
+def saved_rectangle(path: str | Path) -> str | None:
+    """The `image_size` that a checkpoint was trained at, where that is not square: 1024x768, say.
+
+    Args:
+        path: A checkpoint. Its sidecar records it, or the file itself if it is a `last.ckpt`. An
+            export is the model of a square, as all who read it take it.
+    """
+    saved = _saved_metadata(Path(path), "rectangle")
+    size = saved.get("rectangle") or saved.get("image_size")
+    try:
+        height, width = parse_image_size(str(size))
+    except ValueError:  # not recorded
+        return None
+    return None if height == width else str(size)
+
+
+def record_image_size(image_size: int | str) -> dict[str, Any]:
+    """The entries of a sidecar for an image size: what older readers know, and its shape."""
+    size = parse_image_size(image_size)
+    return {"image_size": max(size), "rectangle": image_size if size[0] != size[1] else None}
+
+
 def saved_view(path: str | Path) -> View | None:
     """How images were seen in training; None if it is not recorded.
 
@@ -56,10 +80,19 @@ def view_of(path: str | Path, flags: Mapping[str, Any], *, image_size: int = 102
         path: A checkpoint or an export.
         flags: See `view_flags`.
         image_size: Side of the model's input: of a window, too, where nothing says another.
+
+    Raises:
+        ConfigError: Windows are wanted of a checkpoint for whole images that are not square.
     """
     saved = saved_view(path)
     view = saved if saved and saved.has_windows else View(tile_size=image_size)
-    return view.completed(flags)
+    view = view.completed(flags)
+    if view.has_windows and (rectangle := saved_rectangle(path)):
+        raise ConfigError(
+            f"--view: {path} was tuned at image_size {rectangle}, for whole images of this shape, "
+            "and windows are square: leave --view out, or take a checkpoint of a square image_size."
+        )
+    return view
 
 
 class SavedPrompts(NamedTuple):

@@ -114,3 +114,25 @@ def test_the_split_that_needs_most_is_named() -> None:
     for splits in ({"train": bad, "val": worse}, {"val": worse, "train": good}):
         assert str(advise_on_small_objects(splits)).startswith("2 of 4 val objects (50.0%)")
     assert str(advise_on_small_objects({"train": bad, "val": good})).startswith("3 of 8 train")
+
+
+def test_rectangle_scales_objects_as_it_fits_images() -> None:
+    # 4:3 in 4:3 as in the square of the longer side; portrait in landscape at 3/4 of that.
+    boxes = boxes_of((10, 30), (10, 30), (30, 10))
+    sizes = np.array([[480, 640], [640, 480], [480, 640]])
+    shares = shorter_sides(boxes, sizes, resize_mode="pad", frame_size=(96, 128))
+    np.testing.assert_allclose(shares, [10 / 640, 7.5 / 640, 10 / 640])
+    squashed = shorter_sides(boxes[:1], sizes[:1], resize_mode="squash", frame_size=(64, 128))
+    np.testing.assert_allclose(squashed, min(10 / 640, 30 / 480 / 2))
+    square = shorter_sides(boxes, sizes, resize_mode="pad", frame_size=(128, 128))
+    np.testing.assert_array_equal(square, shorter_sides(boxes, sizes, resize_mode="pad"))
+
+
+def test_suggested_rectangle_keeps_its_shape() -> None:
+    sizes = np.array([[480, 640]] * 4)
+    small = find_small_objects(boxes_of(*[(5, 50)] * 4), sizes, image_size="256x192")
+    # 8 px are 5 of 640 at 1024 px.
+    assert (small.suggested_image_size, small.suggested_side) == ("1024x768", 1024)
+    assert "--image_size 1024x768 leaves 0 of them, at 16.0 times" in small.advise("objects")
+    flat = find_small_objects(boxes_of(*[(5, 50)] * 4), sizes, image_size="256x48")
+    assert flat.suggested_image_size == "1024x192"  # at most 1024, as the images have 640

@@ -16,7 +16,7 @@ from samft.cli import CommandParser, link_folders
 from samft.config import TrainConfig, parse_config
 from samft.errors import ConfigError
 from samft.recipes.resume import FREE_ON_RESUME, changed_settings
-from samft.settings import to_yaml
+from samft.settings import convert_values, to_yaml
 
 REQUIRED = ["--data_root", "data", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
 
@@ -348,6 +348,9 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     assert text.startswith(f"the configuration has {len(expected)} problems\n")
 
 
+NO_SIZES = ("1024x", "x768", "1024X768", "1024*768", "9x9x9", "-64", "6.4e1", "64x48px", "٦٤")
+
+
 @pytest.mark.parametrize(
     "flags, problem",
     [
@@ -361,6 +364,14 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
         ("--clip_grad_norm inf", "clip_grad_norm: inf must be at least 0."),
         ("--image_size 100", "image_size: 100 is no multiple of 16; the nearest is 96."),
         ("--image_size 0", "image_size: 0 is no multiple of 16; the nearest is 16."),
+        (
+            "--image_size 100x64",
+            "image_size: 100x64 has a side of no multiple of 16; the nearest is",
+        ),
+        ("--image_size 0x768", "image_size: 0x768 has a side of no multiple of 16; the nearest is"),
+        *((f"--image_size={size}", f"image_size: '{size}' is neither") for size in NO_SIZES),
+        ("--image_size 64x48 --attention stock", "image_size: 64x48 does not go with attention"),
+        ("--image_size 64x48 --view tiles", "64x48 is for whole images, and view 'tiles' shows"),
         ("--model_type vit_bb", "'vit_bb' is none of vit_h, vit_l, vit_b, vit_tiny."),
         ("--val_fraction 1", "val_fraction: 1.0 must lie between 0 and 1."),
         ("--box_jitter 0.6", "box_jitter: 0.6 must be at most 0.5."),
@@ -601,3 +612,23 @@ def test_links_are_allowed_into_folders_or_anywhere(tmp_path: Path) -> None:
     required = ["--data_root", "d", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
     assert parse_config([*required, "--allow_links"]).allow_links == "all"
     assert parse_config(["--allow_links", "/pool", *required]).allow_links == "/pool"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1024x768", "1024x768"), ("'768x1024'", "768x1024"), ("512x512", 512), ("'512'", 512)],
+)
+def test_image_size_may_be_a_rectangle(tmp_path: Path, text: str, size: int | str) -> None:
+    config = parse_yaml(tmp_path, f"image_size: {text}\n", *REQUIRED)
+    assert config.image_size == size and type(config.image_size) is type(size)
+    assert config == parse_config([*REQUIRED, "--image_size", text.strip("'")])
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "again.yaml")]) == config
+    made = dataclasses.replace(parse_config(REQUIRED), image_size=text.strip("'"))
+    assert made.check() == [] and convert_values(made)[0].image_size == size
+
+
+@pytest.mark.parametrize("value", ["[64, 48]", "64 x 48", "64.0", "true", "null", "''"])
+def test_image_size_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="image_size: '.*' is neither a number of pixels"):
+        parse_yaml(tmp_path, f"image_size: {value}\n", *REQUIRED)

@@ -246,12 +246,8 @@ def suggest_changes(
     if of_size := advise_on_small_objects(small_objects):
         advice.append(f"A larger image size: {of_size}.")
     advice.append(_suggest_rate_or_steps(config, progress, best=best, defaults=defaults))
-    if not config["freeze_image_encoder"]:
-        advice.append(
-            "--freeze_image_encoder: with few images, an encoder that is trained forgets what it "
-            "had learnt before."
-        )
-    if best is not None and best.step <= config["metrics_interval"]:
+    advice += _suggest_freezing(config)
+    if best is not None and best.step <= config["metrics_interval"] > 1:
         advice.append(
             "A smaller --metrics_interval: the first validation was the best, so there may be a "
             "better checkpoint before it."
@@ -260,8 +256,22 @@ def suggest_changes(
         "A look at the objects that lost most: if their annotated outlines are wrong (samft check "
         "--pictures), correct them; the model was right before."
     )
-    advice.append("More images, or --augment scale.")
+    can_scale = config["augment"] != "scale" and config["cache_embeddings"] != "on"
+    advice.append(f"More images{', or --augment scale' * can_scale}.")
     return advice
+
+
+def _suggest_freezing(config: dict[str, Any]) -> list[str]:
+    # With what is refused beside it, and nothing where it would leave nothing to train.
+    if config["freeze_image_encoder"] or config["freeze_mask_decoder"]:
+        return []
+    of_encoder = ("train_blocks", "encoder_learning_rate", "lora_rank", "lora_alpha")
+    given = [f"--{name}" for name in (*of_encoder, "lora_decoder") if config[name]]
+    instead = f" instead of {' and '.join(given)}" if given else ""
+    return [
+        f"--freeze_image_encoder{instead}: with few images, an encoder that is trained forgets "
+        "what it had learnt before."
+    ]
 
 
 def _suggest_rate_or_steps(

@@ -292,6 +292,25 @@ def advice_for(
         ({"learning_rate": 1.0}, 0.7, 500, ["--learning_rate 0.0001."], ["earlier"]),
         ({"freeze_image_encoder": True}, 0.7, 500, [], ["--freeze_image_encoder"]),
         ({}, 0.7, 50, ["the first validation was the best"], []),
+        ({"metrics_interval": 1}, 0.7, 1, [], ["--metrics_interval"]),
+        ({"freeze_mask_decoder": True}, 0.7, 500, [], ["--freeze_image_encoder"]),
+        ({}, 0.7, 500, ["More images, or --augment scale."], []),
+        ({"augment": "scale"}, 0.7, 500, ["More images."], ["--augment"]),
+        ({"cache_embeddings": "on"}, 0.7, 500, ["More images."], ["--augment"]),
+        (
+            {"train_blocks": 2, "encoder_learning_rate": 1e-5},
+            0.7,
+            500,
+            ["--freeze_image_encoder instead of --train_blocks and --encoder_learning_rate:"],
+            [],
+        ),
+        (
+            {"lora_rank": 2, "lora_decoder": True},
+            0.7,
+            500,
+            ["--freeze_image_encoder instead of --lora_rank and --lora_decoder:"],
+            [],
+        ),
     ],
 )
 def test_advice_fits_the_run(

@@ -246,11 +246,20 @@ def _read_formats(
 def _same_setting(what: str, options: argparse.Namespace, values: list[Any]) -> Any:
     if values[0] != values[1]:
         first, second = options.checkpoint
+        both = "; ".join(_describe_setting(value) for value in values)
         raise CheckpointError(
-            f"{first} {what} in another way than {second} ({values[0]}; {values[1]}): an average "
-            "would be of models that see different images. Tune both alike."
+            f"{first} {what} in another way than {second} ({both}): an average would be of models "
+            "that see different images. Tune both alike."
         )
     return values[0]
+
+
+def _describe_setting(value: Any) -> str:
+    # Of a view or a pixel format what a sidecar has, anything else as it is.
+    if not hasattr(value, "to_json"):
+        return str(value)
+    entries = value.to_json().items()
+    return ", ".join(f"{name} {entry}" for name, entry in entries if entry not in (None, {}))
 
 
 def _score_points(

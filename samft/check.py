@@ -308,10 +308,12 @@ def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
     )
     readable = any(split.index for split in splits.values())
     advice = " `--fix DIR` writes repaired copies." if readable and not options.fix else ""
-    if any(counts.keys() & NO_MASKS for counts in errors.values()):
+    # Where no image of a split can be used, that is why it has no object, and no rest to train on.
+    pairs = [(bool(c.keys() & NO_MASKS), bool(c.keys() & BAD_IMAGES)) for c in errors.values()]
+    if (True, False) in pairs:
         predict = shell_command("predict", "--annotations", "FILE", "--images", "DIR")
         advice = f" `{predict}` makes masks from boxes."
-    if any(counts.keys() & BAD_IMAGES for counts in errors.values()):
+    if (False, True) in pairs:
         advice += " `--on_bad_image skip` leaves bad images out, here and in training."
     if any(split.problems.has_links_outside for split in splits.values()):
         advice += " `--allow_links DIR` opens those behind links into a folder that you trust."

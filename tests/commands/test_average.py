@@ -88,12 +88,12 @@ def test_an_adapter_is_no_checkpoint(ends) -> None:
     [
         (
             {"view": {"kind": "tiles", "tile_size": 64}},
-            "sees images in another way than",
+            r"sees images in another way than .*\(kind image; kind tiles, tile_size 64, .*\)",
         ),
         ({"resize_mode": "squash"}, r"resizes images in another way than .*\(pad; squash\)"),
         (
             {"pixels": {"pixel_range": "full", "ranges": {}, "channels": None, "page": None}},
-            "reads images in another way than",
+            r"reads images in another way than .*\(pixel_range auto; pixel_range full\)",
         ),
     ],
 )

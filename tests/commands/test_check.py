@@ -215,6 +215,17 @@ def test_a_broken_set_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert data["train"]["bad_images"] == data["val"]["bad_images"] == data["val"]["skipped"] == {}
 
 
+def test_images_that_are_all_bad_are_not_said_to_have_boxes_only(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for image in (good / "train").glob("*.png"):
+        image.unlink()
+    assert run_command(main, ["--data_root", str(good)]) == 2
+    error = capsys.readouterr().err
+    assert "no-objects" in error and "image-missing" in error
+    assert "masks from boxes" not in error and "on_bad_image" not in error
+
+
 def test_bad_images_may_be_skipped(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (good / "train" / "image_1.png").unlink()
     argv = ["--data_root", str(good)]

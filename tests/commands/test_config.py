@@ -100,6 +100,7 @@ OTHER: dict[str, Any] = {
     "val_images": "v",
     "test_annotations": "w.json",
     "test_images": "w",
+    "general_data_root": "/elsewhere",
     "val_fraction": 0.25,
     "max_masks_per_image": 8,
     "box_jitter": 0.0,

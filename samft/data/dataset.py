@@ -230,7 +230,7 @@ class Coco2MaskDataset(Dataset[Sample]):
                 raise ValueError("Coco2MaskDataset needs annotations, or a subset.")
             subset = read_coco(Path(annotations), Path(image_folder))
         self.subset = subset
-        self.frame_size = parse_image_size(image_size)
+        self.image_size, self.frame_size = image_size, parse_image_size(image_size)
         self.resize_mode = resize_mode
         self.training = training
         self.max_masks_per_image = max_masks_per_image

@@ -16,7 +16,7 @@ from samft.errors import CheckpointError, ConfigError
 from samft.models.image_encoder import checkpoint_activations, compile_blocks
 from samft.models.lora import AdapterSettings, add_adapters
 from samft.models.prompted_sam import PromptedSam
-from samft.models.sam import build_sam, identify_model, load_state, read_state
+from samft.models.sam import RectangleSam, build_sam, identify_model, load_state, read_state
 from samft.models.trainable import freeze, unreached_by
 from samft.recipes.datasets import Splits, count_repeats
 from samft.runtime.device import pick_amp_dtype
@@ -110,6 +110,13 @@ def build_model(
     sam = build_sam(config.model_type, config.image_size, attention=config.attention)
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
+    if isinstance(sam, RectangleSam):
+        LOGGER.info(
+            "image_size %s: scores are of images of this shape; programs that read SAM pad them to "
+            "%d px, which samft evaluate scores with an export",
+            config.image_size,
+            max(sam.frame_size),
+        )
     frozen, unreachable = _freeze_as_configured(sam, config)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and _compiling_pays(device)):

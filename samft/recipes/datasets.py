@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft import distributed
-from samft.cli import link_folders, name_image_size, parse_image_size
+from samft.cli import link_folders, parse_image_size
 from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_general_set, find_split, find_test_split
 from samft.coco.problems import NOTE, WARNING
@@ -158,7 +158,7 @@ def _measure_objects(dataset: Coco2MaskDataset) -> SmallObjects:
     small = find_small_objects(
         subset.index.boxes[objects],
         np.repeat(subset.sizes, np.diff(subset.first_object), axis=0)[places],
-        image_size=name_image_size(dataset.frame_size),
+        image_size=dataset.image_size,
         resize_mode=dataset.resize_mode,
     )
     return replace(small, in_windows=subset.windows is not None)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from samft.cli import parse_image_size
+from samft.cli import image_size_problem, parse_image_size
 from samft.errors import ConfigError
 from samft.images.pixels import PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
@@ -50,12 +50,11 @@ def saved_rectangle(path: str | Path) -> str | None:
             export is the model of a square, as all who read it take it.
     """
     saved = _saved_metadata(Path(path), "rectangle")
-    size = saved.get("rectangle") or saved.get("image_size")
-    try:
-        height, width = parse_image_size(str(size))
-    except ValueError:  # not recorded
+    size = str(saved.get("rectangle") or saved.get("image_size"))
+    if image_size_problem(size):  # not recorded, or damaged
         return None
-    return None if height == width else str(size)
+    height, width = parse_image_size(size)
+    return None if height == width else size
 
 
 def record_image_size(image_size: int | str) -> dict[str, Any]:

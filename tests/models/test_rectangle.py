@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 from segment_anything.modeling import Sam
@@ -273,3 +274,11 @@ def test_predictor_fits_images_of_any_shape(size: tuple[int, int]) -> None:
     height, width = mask.mask.shape
     whole[mask.top : mask.top + height, mask.left : mask.left + width] = mask.mask
     assert (whole == masks[0]).mean() > 0.999
+
+    # Once more, as people correct masks: with a click, and the last logits.
+    click = {"point_coords": np.array([[2.0, 3.0]]), "point_labels": np.array([1])}
+    _, _, again = predictor.predict(**click, mask_input=low, multimask_output=False)
+    points = torch.tensor([[[2.0 * frame.scale_x, 3.0 * frame.scale_y]]])
+    prompts = Prompts(None, points, torch.ones(1, 1, dtype=torch.int64), torch.from_numpy(low))
+    logits, _ = model.decode(embedding, prompts, torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(torch.from_numpy(again), logits, atol=1e-4, rtol=1e-4)

@@ -25,8 +25,9 @@ from helpers.short_runs import (
     train_here,
 )
 from samft import average, export, predict
+from samft.errors import CheckpointError, ConfigError
 from samft.images.decoder import read_image
-from samft.models.sam import build_sam, load_state, read_state
+from samft.models.sam import build_sam, load_state, open_checkpoint, read_state
 from samft.recipes.datasets import load_splits
 
 pytestmark = pytest.mark.run
@@ -100,6 +101,18 @@ def test_sidecar_keeps_the_side_for_its_readers(trained: Path) -> None:
     assert (sidecar["image_size"], sidecar["rectangle"]) == (64, "64x48")
     assert sidecar["config"]["image_size"] == "64x48"
     assert "image_size: 64x48\n" in (trained / "config.yaml").read_text()
+
+
+def test_sidecar_of_another_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(best_file(trained).read_bytes())
+    for rectangle, image_size in (("128x96", None), ("64x60", 64), ([64, 48], 64), (None, 64)):
+        (tmp_path / "copy.json").write_text(json.dumps({"rectangle": rectangle}))
+        if image_size is None:
+            with pytest.raises(CheckpointError, match="positions for 64 px, but its sidecar says"):
+                open_checkpoint(copy, attention="fast", as_trained=True)
+        else:  # damaged, or none
+            assert open_checkpoint(copy, as_trained=True).image_size == image_size
 
 
 def test_stock_reads_the_square(trained: Path) -> None:
@@ -196,9 +209,9 @@ def test_commands_predict_in_the_rectangle(data: Path, trained: Path, tmp_path: 
 def test_windows_of_a_rectangle_are_refused(data: Path, trained: Path, tmp_path: Path) -> None:
     flags = ["--checkpoint", str(best_file(trained)), "--view", "tiles", "--device", "cpu"]
     places = ["--images", str(data / "val"), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(samft.errors.ConfigError, match="image_size 64x48, for whole images"):
+    with pytest.raises(ConfigError, match="image_size 64x48, for whole images"):
         predict.main([*flags, *places])
-    with pytest.raises(samft.errors.ConfigError, match="windows are square"):
+    with pytest.raises(ConfigError, match="windows are square"):
         evaluate(best_file(trained), data, "--view", "objects")
 
 

@@ -97,7 +97,7 @@ def compare_sizes(options: argparse.Namespace) -> str:
     for part in options.parts:
         make = partial(make_part, options.model_type, part=part, boxes=options.boxes)
         steps = {str(size): make(size) for size in sizes}
-        measuring = MeasureOptions(rounds=options.rounds)
+        measuring = MeasureOptions(options.rounds, warm_up=options.warm_up)
         taken = time_interleaved(steps, options=measuring, device=CPU)
         square, rectangle = (float(np.median(taken[str(size)])) for size in sizes)
         whole, saved = (measure_peak(options, size, part) for size in sizes)
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--boxes", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm_up", type=int, default=1)
     parser.add_argument("--peak_alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.peak_alone:

@@ -9,6 +9,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from samft import distributed
+from samft.cli import name_image_size
 from samft.config import TrainConfig
 from samft.data.loaders import BatchLoader, train_loader, val_loader
 from samft.data.map_style import DatasetIndex, index_datasets
@@ -110,13 +111,7 @@ def build_model(
     sam = build_sam(config.model_type, config.image_size, attention=config.attention)
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
-    if isinstance(sam, RectangleSam):
-        LOGGER.info(
-            "image_size %s: scores are of images of this shape; programs that read SAM pad them to "
-            "%d px, which samft evaluate scores with an export",
-            config.image_size,
-            max(sam.frame_size),
-        )
+    _log_shape(sam)
     frozen, unreachable = _freeze_as_configured(sam, config)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and _compiling_pays(device)):
@@ -152,6 +147,16 @@ def build_model(
             f": {', '.join(unreachable)}" if config.debug else " (--debug lists them)",
         )
     return model
+
+
+def _log_shape(sam: Sam) -> None:
+    if isinstance(sam, RectangleSam):
+        LOGGER.info(
+            "image_size %s: scores are of images of this shape; programs that read SAM pad them to "
+            "%d px, which samft evaluate scores with an export",
+            name_image_size(sam.frame_size),
+            max(sam.frame_size),
+        )
 
 
 def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], list[str]]:

@@ -109,6 +109,7 @@ def _check_general_set(run: TrainingRun) -> None:
         progress.general_since = run.logged_step + 1
         own = {n: v for n, v in progress.baseline.items() if not n.startswith(GENERAL_PREFIX)}
         progress.baseline = own
+        progress.bad_images.pop("general", None)
         if fingerprint and distributed.is_main():  # a warning is for the other ranks' logs, too
             LOGGER.warning(
                 "general_data_root: these images are others than before: what metrics.jsonl has of "

@@ -198,21 +198,21 @@ def suggest_forgetting_less(config: dict[str, Any]) -> list[str]:
     Returns:
         A sentence each, what was measured to keep most first (docs/experiments.md, Forgetting).
     """
-    advice, weight = [], config["anchor_weight"]
+    advice = [
+        "Against forgetting, without another training: samft average, of the weights before and "
+        "after. Where it was measured, with a share of 0.7 of the tuned ones nothing was lost of "
+        "other data, at about the same gain."
+    ]
+    weight, stronger = config["anchor_weight"], 3 * config["anchor_weight"] or ANCHOR_WEIGHT
     rate = max(config["learning_rate"], config["encoder_learning_rate"] or 0)
-    stronger = 3 * weight or ANCHOR_WEIGHT
     if stronger * rate > 1:  # further than the whole way back, which is refused
         stronger = math.floor(1 / rate)
     if stronger > weight:
         advice.append(
-            f"Against forgetting: --anchor_weight {stronger:g}, which pulls the weights to their "
-            f"start; where it was measured, {ANCHOR_WEIGHT} kept most of the other data and cost "
-            "none of the gain."
+            f"In another training: --anchor_weight {stronger:g}, which pulls the weights to their "
+            f"start. Where it was measured, {ANCHOR_WEIGHT} kept half or more of what was lost "
+            "without it, at about the same gain."
         )
-    advice.append(
-        "Without another training: samft average, of the weights before and after, which scores "
-        "the points between them on any data and keeps the best."
-    )
     return advice
 
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -28,9 +29,10 @@ from helpers.short_runs import (
     write_data,
 )
 from samft.errors import ConfigError
-from samft.recipes import final_test
+from samft.recipes import final_test, fit
 from samft.recipes.datasets import load_splits
 from samft.runtime.metrics_file import GENERAL_PREFIX
+from samft.training.engine import Progress
 
 pytestmark = pytest.mark.run
 
@@ -175,6 +177,24 @@ def test_a_resumed_run_is_scored_anew_on_another_one(
 
     monkeypatch.setattr(final_test, "_score", fail)
     assert train_here(argv)["general"] == general  # once
+
+
+def test_nothing_of_an_earlier_one_is_taken_for_another_ones() -> None:
+    bad = {"val": {"a.png": "cut short"}, "general": {"a.png": "cut short"}}
+    progress = Progress(general_set="one", baseline={"per_mask_iou": 0.5, IOU: 0.4}, bad_images=bad)
+    for fingerprint, logged_step, since in (
+        ("one", 7, 0),
+        ("two", 7, 8),
+        ("", 9, 10),
+        ("two", 9, 10),
+    ):
+        splits = SimpleNamespace(general_fingerprint=fingerprint)
+        fit._check_general_set(
+            SimpleNamespace(progress=progress, splits=splits, logged_step=logged_step)  # type: ignore
+        )
+        assert (progress.general_set, progress.general_since) == (fingerprint, since)
+        assert set(progress.baseline) == {"per_mask_iou", *[IOU] * (not since)}
+        assert set(progress.bad_images) == {"val", *["general"] * (not since)}
 
 
 # With a cache of embeddings

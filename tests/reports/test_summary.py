@@ -211,10 +211,10 @@ def test_what_is_forgotten_is_described_unless_it_may_be_chance(
         ({"anchor_weight": 0.1}, "--anchor_weight 0.3,"),
     ],
 )
-def test_advice_against_forgetting_names_the_anchor_then_averages(
+def test_advice_against_forgetting_names_averages_then_the_anchor(
     changes: dict[str, Any], expected: str
 ) -> None:
-    *anchor, average = suggest_forgetting_less({**CONFIG, **changes})
+    average, *anchor = suggest_forgetting_less({**CONFIG, **changes})
     assert "samft average" in average and len(anchor) == bool(expected)
     for text in anchor:
         assert expected in text

@@ -92,13 +92,14 @@ def main(argv: list[str]) -> dict[str, Any]:
             opset=options.opset,
         )
         if sidecar is not None:
-            write_json(sidecar, {"pixels": tuned.pixels.to_json()})
-            _print_line(f"wrote {sidecar}: how pixel values become 8 bits; keep it beside the file")
+            seen = {"pixels": tuned.pixels.to_json(), "view": tuned.view.to_json()}
+            write_json(sidecar, seen)
+            _print_line(f"wrote {sidecar}: how images are read and seen; keep it beside the file")
     except OSError as error:
         raise ConfigError(f"--output: {options.output} cannot be written ({error}).") from error
     report = _print_output(options.output, difference, seconds=time.perf_counter() - start)
     counts = _count_automatic_masks(sam, base, samples)
-    _print_history(options.checkpoint)
+    _print_history(tuned.record)
     return report | {"automatic_masks": counts}
 
 
@@ -194,11 +195,11 @@ def _check_output(options: argparse.Namespace) -> None:
 def _sidecar_to_write(tuned: "TunedCheckpoint", options: argparse.Namespace) -> Path | None:
     # A .pth holds weights and nothing else; how its images are read then lies beside it.
     sidecar: Path = options.output.with_suffix(".json")
-    if options.format != "pth" or tuned.pixels == PLAIN:
+    if options.format != "pth" or (tuned.pixels == PLAIN and not tuned.view.has_windows):
         return None
     if sidecar.exists() and not options.force:
         raise ConfigError(
-            f"--output: {sidecar}, which would say how pixel values become 8 bits, exists: choose "
+            f"--output: {sidecar}, which would say how images are read and seen, exists: choose "
             "another path, or replace it with --force."
         )
     return sidecar
@@ -231,13 +232,19 @@ def _print_checkpoint(tuned: "TunedCheckpoint") -> None:
             "the checkpoint was trained with resize_mode squash, but every program that reads SAM "
             "pads: its masks will differ from the validated ones."
         )
+    if tuned.view.has_windows:
+        _print_warning(
+            f"the checkpoint was trained on {tuned.view.describe()}, but other programs show it "
+            "whole images, and small objects of large ones are lost: give them windows of that "
+            "size. samft predict, evaluate and load_predictor take the windows by themselves."
+        )
     _warn_of_rectangle(tuned)
 
 
 def _warn_of_rectangle(tuned: "TunedCheckpoint") -> None:
     from samft.weights.saved_settings import saved_rectangle
 
-    if rectangle := saved_rectangle(tuned.path):
+    if rectangle := saved_rectangle(tuned.record):
         _print_warning(
             f"the checkpoint was trained at image_size {rectangle}, but every program that reads "
             f"SAM pads to a square, here {tuned.image_size} px: its masks will differ from the "

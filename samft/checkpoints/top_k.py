@@ -1,6 +1,7 @@
 """The best k checkpoints of a run: flat state dicts with SAM's own keys, and JSON sidecars."""
 
 import errno
+import json
 import math
 import shutil
 import subprocess
@@ -47,6 +48,11 @@ def write_tensors(state: dict[str, Any], file: BinaryIO) -> None:
         raise OSError(f"the disk may be full ({error})") from error
 
 
+# Entries of a sidecar that an adapter file has as well; those of an export.
+_RECORDED = (
+    *("image_size", "rectangle", "resize_mode", "pixels", "view"),
+    *("prompts", "correction_rounds", "multimask", "step", "metrics"),
+)
 SCORE = "val_per_mask_iou"  # the metric of a sidecar that checkpoints are ranked by
 
 
@@ -113,7 +119,7 @@ class TopK:
         if not known and (path.exists() or path.with_suffix(".json").exists()):
             _check_sidecar(path)
         if adapter:
-            _write_adapter(path.with_suffix(ADAPTER_SUFFIX), adapter, sidecar["adapter"])
+            _write_adapter(path.with_suffix(ADAPTER_SUFFIX), adapter, sidecar)
         write_checkpoint(path, tensors, sidecar)
         # Only now, when the new one is on the disk with its sidecar, may others be deleted: a kill
         # or a full disk before this line leaves the k best that there were. A kill after it, before
@@ -181,8 +187,14 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], sidecar: dict[str, 
         write_json(sidecar_path, {**sidecar, "sha256": digest})
 
 
-def _write_adapter(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    text = {name: str(value) for name, value in metadata.items()}
+def _write_adapter(path: Path, tensors: dict[str, Tensor], sidecar: dict[str, Any]) -> None:
+    # With what an export records of the training, since the file travels without its sidecar.
+    recorded = {**sidecar["adapter"], **{name: sidecar.get(name) for name in _RECORDED}}
+    text = {
+        name: json.dumps(value) if isinstance(value, dict) else str(value)
+        for name, value in recorded.items()
+        if value is not None
+    }
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, text)
     write_atomically(path, lambda file: file.write(content))
 

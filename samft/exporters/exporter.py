@@ -40,9 +40,14 @@ from samft.models.sam import (
 )
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.runtime.files import read_json, sha256_of, staging_path
-from samft.views.windows import View
+from samft.views.windows import WHOLE, View
 from samft.weights.download import find_local_weights
-from samft.weights.saved_settings import saved_pixels
+from samft.weights.saved_settings import (
+    saved_config,
+    saved_pixels,
+    saved_resize_mode,
+    saved_view,
+)
 
 AT_META_SIZE = ("pth", "xanylabeling")  # formats whose readers know no other image size
 
@@ -58,6 +63,7 @@ class TunedCheckpoint:
         image_size: Side of the model input, px.
         sidecar: Content of the sidecar; empty if there is none.
         pixels: How values of images became 8 bits in training.
+        adapter: The adapter file that was merged into it, which then records the training.
     """
 
     path: Path
@@ -66,6 +72,17 @@ class TunedCheckpoint:
     image_size: int
     sidecar: dict[str, Any] = field(default_factory=dict)
     pixels: PixelFormat = PLAIN
+    adapter: Path | None = None
+
+    @property
+    def record(self) -> Path:
+        """The file whose sidecar or header records the training."""
+        return self.adapter or self.path
+
+    @property
+    def view(self) -> View:
+        """How images were seen in training."""
+        return saved_view(self.record) or WHOLE
 
     def metadata(self, *, image_size: int) -> dict[str, str]:
         """The metadata of an exported file.
@@ -81,8 +98,8 @@ class TunedCheckpoint:
             "samft_version": samft.__version__,
             "pixels": json.dumps(self.pixels.to_json()),
         }
-        if (view := View.from_json(self.sidecar.get("view"))) and view.has_windows:
-            metadata["view"] = json.dumps(view.to_json())
+        if self.view.has_windows:
+            metadata["view"] = json.dumps(self.view.to_json())
         if "step" in self.sidecar:
             metadata["step"] = str(self.sidecar["step"])
         if "metrics" in self.sidecar:
@@ -94,7 +111,9 @@ class TunedCheckpoint:
         return metadata
 
     def find_base(self) -> Path | None:
-        """The checkpoint that training started from, if the sidecar names it and it is here."""
+        """The checkpoint that training started from, if it is known and here."""
+        if self.adapter is not None:
+            return self.path
         config = self.sidecar.get("config")
         source = config.get("checkpoint_path") if isinstance(config, dict) else None
         return find_local_weights(str(source), self.model_type) if source else None
@@ -110,20 +129,43 @@ def open_tuned_checkpoint(path: Path, *, adapter: Path | None = None) -> TunedCh
     Raises:
         CheckpointError: The checkpoint cannot be read or is no SAM, or the adapter does not fit.
     """
-    sam, model_type, _, resize_mode = open_checkpoint(path)  # of a rectangle, too, the square
+    sam, model_type, _, _ = open_checkpoint(path)  # of a rectangle, too, the square
+    record, sidecar = path, _read_sidecar(path)
     if adapter is not None:
-        tensors, settings = read_adapter(adapter, base=find_weights_file(path))
-        load_state(sam, apply_adapter(sam.state_dict(), tensors, settings), source=adapter)
+        record, sidecar = adapter, _read_recorded(adapter)
+        sam = _merge_adapter(sam, adapter, base=path)
+    sidecar = {"resize_mode": saved_resize_mode(record), **sidecar}
+    pixels, side = saved_pixels(record) or PLAIN, sam.image_encoder.img_size
+    return TunedCheckpoint(path, sam, model_type, side, sidecar, pixels, adapter)
+
+
+def _read_sidecar(path: Path) -> dict[str, Any]:
     sidecar: Any = {}
     if path.suffix == ".ckpt":
         try:
             sidecar = read_json(path.with_suffix(".json"))
         except (OSError, ValueError):
             pass
-    sidecar = {"resize_mode": resize_mode} | (sidecar if isinstance(sidecar, dict) else {})
-    pixels = saved_pixels(path) or PLAIN
-    side = sam.image_encoder.img_size
-    return TunedCheckpoint(path, sam, model_type, side, sidecar, pixels)
+    return sidecar if isinstance(sidecar, dict) else {}
+
+
+def _read_recorded(adapter: Path) -> dict[str, Any]:
+    # What a sidecar would have; of an adapter of before such things were recorded, nothing.
+    recorded = saved_config(adapter)
+    if recorded is None:
+        return {}
+    metrics = json.loads(recorded.get("metrics", "{}"))
+    return {"step": recorded["step"], "metrics": metrics, "config": recorded}
+
+
+def _merge_adapter(sam: Sam, adapter: Path, *, base: Path) -> Sam:
+    # The base's model with the adapter, at the image size that the adapter was trained at.
+    tensors, settings = read_adapter(adapter, base=find_weights_file(base))
+    recorded, (model_type, side) = saved_config(adapter) or {}, identify_model(sam.state_dict())
+    merged = build_sam(model_type, int(recorded.get("image_size", side)))
+    load_state(merged, sam.state_dict(), source=base)
+    load_state(merged, apply_adapter(merged.state_dict(), tensors, settings), source=adapter)
+    return merged.eval()
 
 
 def model_to_write(tuned: TunedCheckpoint, format: str) -> Sam:

@@ -22,6 +22,8 @@ from samft.export import FOLDERS, FORMATS, main
 from samft.exporters import automatic_masks, huggingface, onnx
 from samft.exporters.verification import bitwise_equal, predict_boxes, synthetic_sample
 from samft.models.sam import load_sam
+from samft.views.windows import View
+from samft.weights.saved_settings import saved_view
 
 slow = pytest.mark.skipif(not os.environ.get("SAMFT_SLOW"), reason="slow: set SAMFT_SLOW=1")
 # One of them is for a program with a window: tests/exporters/test_xanylabeling.py
@@ -88,6 +90,19 @@ def test_a_checkpoint_of_another_size_is_resized_for_pth(
     predictor.set_image(sample.image)
     masks, _, low = predictor.predict(box=sample.boxes[0], multimask_output=False)
     assert masks.shape == (1, *sample.image.shape[:2]) and low.shape == (1, size // 4, size // 4)
+
+
+def test_windows_go_with_a_pth_and_are_warned_of(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("samft.exporters.exporter.META_SIZE", SIZE)
+    view = View("tiles", tile_size=48, tile_overlap=0.5)
+    output = tmp_path / "tuned.pth"
+    main(flags(write_tiny(tmp_path, view=view.to_json()), "pth", output))
+    assert saved_view(output) == view
+    assert "trained on tiles of 48 px" in capsys.readouterr().err
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    main(flags(write_tiny(whole, view={"kind": "image"}), "pth", whole / "tuned.pth"))
+    assert not (whole / "tuned.json").exists() and "trained on" not in capsys.readouterr().err
 
 
 def documented_snippets() -> dict[str, str]:

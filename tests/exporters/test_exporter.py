@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
 from helpers.tiny_checkpoint import SIZE, tiny_sam, write_tiny
+from samft.checkpoints.top_k import TopK, make_sidecar
+from samft.config import TrainConfig
 from samft.errors import CheckpointError, ExportError
 from samft.exporters import exporter, weight_files
 from samft.exporters.exporter import (
@@ -27,8 +31,28 @@ from samft.exporters.verification import (
     synthetic_sample,
 )
 from samft.images.pixels import PixelFormat
-from samft.models.sam import load_sam
+from samft.models.lora import (
+    AdapterSettings,
+    adapter_state,
+    adapter_tensors,
+    add_adapters,
+    merged_state,
+)
+from samft.models.sam import build_sam, load_sam, load_state
+from samft.models.trainable import constant_names, freeze
+from samft.runtime.files import sha256_of
+from samft.views.windows import WHOLE, View
 from samft.weights.download import PACKAGED_TINY
+from samft.weights.saved_settings import (
+    SavedPrompts,
+    saved_pixels,
+    saved_prompts,
+    saved_resize_mode,
+    saved_view,
+)
+
+TILES = View("tiles", tile_size=48, tile_overlap=0.5)
+DEEP = PixelFormat(ranges=(("uint16", 5.0, 900.0),))
 
 
 def export_tiny(output: Path, *, format: str = "pth") -> Difference:
@@ -140,3 +164,73 @@ def test_the_base_is_opened_at_the_models_size_and_must_be_of_its_type(tmp_path)
     torch.save(state, other)
     with pytest.raises(CheckpointError, match="does not fit"):
         load_base(other, tiny_sam())
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A base at 128 px, an adapter that was trained on it at 64 px, and the weights it makes."""
+    base, settings = tmp_path / "base.pth", AdapterSettings(2, 4.0, decoder=True)
+    sam = build_sam("vit_tiny", 128)
+    torch.save(sam.state_dict(), base)
+    tuned = build_sam("vit_tiny", 64)
+    load_state(tuned, sam.state_dict())
+    freeze(tuned, ["image_encoder"])
+    add_adapters(tuned, settings)
+    for name, parameter in tuned.named_parameters():
+        if name.endswith(".up"):
+            parameter.data.normal_(0, 0.05)
+    merged, low_rank = merged_state(tuned), adapter_state(tuned)
+    tensors = adapter_tensors(merged, low_rank, constant=constant_names(tuned))
+    config = {**vars(TrainConfig(model_type="vit_tiny", image_size=64, resize_mode="squash"))}
+    config |= {"prompts": "mixed", "multimask": "best", "correction_rounds": 7}
+    described = {"rank": 2, "alpha": 4.0, "targets": ",".join(settings.targets)}
+    sidecar = make_sidecar(
+        config,
+        step=30,
+        metrics={"per_mask_iou": 0.5},
+        pixels=DEEP.to_json(),
+        view=TILES.to_json(),
+        adapter={**described, "base_sha256": sha256_of(base)},
+    )
+    TopK(tmp_path, k=1).save_if_better(merged, score=0.5, sidecar=sidecar, adapter=tensors)
+    (best,) = tmp_path.glob("*.ckpt")
+    return base, best.with_suffix(".adapter.safetensors"), merged
+
+
+def test_a_merged_adapter_is_the_checkpoint_and_says_how_it_was_trained(
+    adapter: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    base, file, expected = adapter
+    tuned = open_tuned_checkpoint(base, adapter=file)
+    assert tuned.image_size == 64 and tuned.find_base() == base
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tuned.sam.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
+    output = tmp_path / "merged.safetensors"
+    weight_files.write_safetensors(tuned.sam, output, tuned.metadata(image_size=64))
+    for written in (output, file):
+        assert saved_view(written) == TILES and saved_pixels(written) == DEEP
+        assert saved_resize_mode(written) == "squash"
+        assert saved_prompts(written) == SavedPrompts(boxes_only=False, three_masks=True)
+    assert tuned.metadata(image_size=64)["metrics"] == '{"val_per_mask_iou": 0.5}'
+
+
+def test_an_adapter_that_records_nothing_of_its_training_is_merged_at_the_size_of_its_base(
+    adapter: tuple[Path, Path, dict[str, torch.Tensor]],
+) -> None:
+    base, file, _ = adapter
+    with safe_open(file, "pt") as opened:
+        names = ("rank", "alpha", "targets", "base_sha256")
+        metadata = {name: opened.metadata()[name] for name in names}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    save_file(tensors, file, metadata=metadata)
+    tuned = open_tuned_checkpoint(base, adapter=file)
+    assert (tuned.image_size, tuned.view, tuned.pixels) == (128, WHOLE, PixelFormat())
+    assert tuned.sidecar["resize_mode"] == "pad"
+
+
+def test_what_was_exported_keeps_its_windows_when_it_is_exported_again(tmp_path: Path) -> None:
+    checkpoint, output = write_tiny(tmp_path, view=TILES.to_json()), tmp_path / "a.safetensors"
+    tuned = open_tuned_checkpoint(checkpoint)
+    weight_files.write_safetensors(tuned.sam, output, tuned.metadata(image_size=SIZE))
+    again = open_tuned_checkpoint(output).metadata(image_size=SIZE)
+    assert json.loads(again["view"]) == TILES.to_json()

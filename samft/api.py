@@ -38,7 +38,8 @@ class FinetuneResult:
     Attributes:
         best_checkpoint: For `samft.load_sam`, and whatever reads SAM's checkpoints; None if no
             validation gave a number, and of a dry run.
-        scores: Validation metrics of that checkpoint, a caller's own among them.
+        scores: Validation metrics of that checkpoint, a caller's own among them, and those of a
+            general set, which begin with `general_`.
         baseline: The same of the untouched checkpoint, at step 0.
         summary: What `summary.json` holds; of a dry run, the forecast.
     """

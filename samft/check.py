@@ -24,6 +24,7 @@ from samft.cli import (
     CommandParser,
     add_links_flag,
     image_size_problem,
+    parse_image_size,
     run_command,
     simplest_image_size,
     user_path,
@@ -59,6 +60,7 @@ from samft.suggested_settings import (
     Suggestion,
     suggest_settings,
 )
+from samft.views.fitting import describe_misfits
 
 Splits = dict[str, CheckedSplit]  # by their names in the report
 _is_own_report = has_keys("image_size", "errors", "warnings", "notes", "splits")
@@ -252,6 +254,9 @@ def _print_report(splits: Splits, options: argparse.Namespace) -> None:
         suggest = name == TRAIN or options.annotations is not None
         pixels = split.index.pixels.lines() if split.index else []
         _print_lines(["", title, "=" * len(title), *split.lines(suggest=suggest), *pixels])
+        frame_size = parse_image_size(options.image_size)
+        if split.index and (misfits := describe_misfits(split.index.sizes, frame_size)):
+            _print_lines([misfits])
     if options.data_root and not options.annotations and VAL not in splits:
         there = describe_folder(options.data_root)
         advice = f"name one (--val_split), or train with --val_fraction; {there} is there"

@@ -141,7 +141,8 @@ class Splits:
 
     def _log_warnings(self) -> None:
         for dataset, split in zip(self._datasets, self.counts, strict=True):
-            if misfits := describe_misfits(dataset.subset.sizes, dataset.frame_size):
+            misfits = describe_misfits(dataset.subset.sizes, dataset.frame_size)
+            if misfits and dataset.resize_mode == "pad":  # squashed, they fill it
                 LOGGER.warning("%s: %s", split, misfits)
         if advice := advise_on_small_objects(self.small_objects):
             LOGGER.warning("%s", advice)

@@ -252,6 +252,20 @@ def test_the_report_of_a_good_set(good: Path, capsys: pytest.CaptureFixture[str]
     assert train["annotations"] == str(good / "train" / "_annotations.coco.json")
 
 
+def test_rectangle_is_measured_as_images_fit_into_it(good: Path, tmp_path: Path, capsys) -> None:
+    report = main(["--data_root", str(good), "--image_size", "64x48"])
+    text = " ".join(capsys.readouterr().out.split())
+    index = load_splits(a_config(good, image_size="64x48")).train.subset.index
+    portrait = int((index.sizes[:, 0] > 0.8 * index.sizes[:, 1]).sum())
+    assert report["image_size"] == "64x48" and portrait
+    assert f"{portrait} of {index.num_images} images" in text
+    assert "are of another shape than image_size 64x48" in text
+    square = main(["--data_root", str(good), "--image_size", "64"])
+    assert "another shape" not in capsys.readouterr().out
+    small, fewer = (one["splits"]["train"]["too_small"]["objects"] for one in (report, square))
+    assert small >= fewer
+
+
 def test_small_objects_get_the_advice_of_a_training_run(
     good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +305,8 @@ def test_a_missing_validation_split_is_reported(
         (["--data_root", "x", "--images", "y"], "go together"),
         (["--data_root", "x", "--image_size", "100"], "multiple of 16"),
         (["--data_root", "x", "--image_size", "0"], "multiple of 16"),
+        (["--data_root", "x", "--image_size", "64x50"], "a side of no multiple of 16"),
+        (["--data_root", "x", "--image_size", "64x"], "nor WIDTHxHEIGHT"),
     ],
 )
 def test_wrong_flags(argv: list[str], word: str) -> None:

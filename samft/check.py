@@ -251,7 +251,7 @@ def _is_among_data(target: Path, splits: Splits, root: Path | None) -> bool:
 def _print_report(splits: Splits, options: argparse.Namespace) -> None:
     for name, split in splits.items():
         title = f"{name}: {split.annotations}"
-        suggest = name == TRAIN or options.annotations is not None
+        suggest = name == TRAIN or (options.annotations is not None and name != GENERAL)
         pixels = split.index.pixels.lines() if split.index else []
         _print_lines(["", title, "=" * len(title), *split.lines(suggest=suggest), *pixels])
         frame_size = parse_image_size(options.image_size)

@@ -449,6 +449,15 @@ def test_a_general_set_is_checked_too(
     assert f"general_data_root: {general}\n" in suggested.read_text()
 
 
+def test_a_general_set_is_checked_beside_a_single_file(
+    good: Path, general: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--annotations", str(good / "train/_annotations.coco.json")]
+    files += ["--images", str(good / "train"), "--general_data_root", str(general)]
+    assert list(main(files)["splits"]) == ["train", "general_data_root"]
+    assert capsys.readouterr().out.count("suggested max_masks_per_image") == 1
+
+
 def test_a_general_set_that_cannot_be_used_is_an_error(good: Path, general: Path) -> None:
     (general / "train/image_0.png").unlink()
     argv = ["--data_root", str(good), "--general_data_root"]

@@ -28,10 +28,13 @@ from helpers.short_runs import (
     train_here,
     write_data,
 )
-from samft.errors import ConfigError
+from samft.errors import ConfigError, RunStopped
+from samft.evaluation.validation import Validation
 from samft.recipes import final_test, fit
 from samft.recipes.datasets import load_splits
 from samft.runtime.metrics_file import GENERAL_PREFIX
+from samft.runtime.signals import StopRequest
+from samft.train import main
 from samft.training.engine import Progress
 
 pytestmark = pytest.mark.run
@@ -145,6 +148,29 @@ def test_a_resumed_run_goes_on_with_it(data: Path, other: Path, run: Path, tmp_p
     argv = arguments(data, tmp_path, **SHORT, general_data_root=other)
     assert command_here([*argv, "--stop_after", "3"]) == 75
     assert command_here(argv) == 0
+    check_equal_metrics(tmp_path, run, rel=0)
+    assert summary_of(tmp_path)["general"] == summary_of(run)["general"]
+
+
+def test_a_stop_while_it_is_scored_loses_nothing(
+    data: Path, other: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, stop, validate = arguments(data, tmp_path, **SHORT), StopRequest(), fit.validate
+    argv += ["--general_data_root", str(other)]
+    sources: list[str] = []
+
+    def interrupt(*inputs: Any, **options: Any) -> Validation:
+        sources.append(options.get("source", ""))
+        if sources == ["", "general ", "", "general "]:  # of step 2
+            stop.received.append("SIGTERM")
+        return validate(*inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "validate", interrupt)
+        with pytest.raises(RunStopped):
+            main(argv, stop=stop)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0]
+    train_here(argv)
     check_equal_metrics(tmp_path, run, rel=0)
     assert summary_of(tmp_path)["general"] == summary_of(run)["general"]
 

@@ -58,6 +58,7 @@ from samft.suggested_settings import (
     SMALLEST_IMAGE_SIZE,
     Facts,
     Suggestion,
+    Windows,
     suggest_settings,
 )
 from samft.views.fitting import describe_misfits
@@ -444,7 +445,11 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
     indices = [split.index for split in (train, val) if split and split.index]
     small = [compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small for index in indices]
     worst = max(small, key=lambda one: one.suggested_side)
-    views = measure_views(train.index, image_size=SAM_IMAGE_SIZE)
+    views = {
+        size: Windows(seen.view.kind, seen.windows_per_image)
+        for size in (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
+        if (seen := suggest_view(measure_views(train.index, image_size=size)))
+    }
     return Facts(
         num_images=numbers.num_images_with_objects,
         num_objects=numbers.num_objects,
@@ -456,7 +461,7 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
         memory_gib=host_memory_gib(),
         cores=usable_cores(),
         disk_gib=shutil.disk_usage(folder).free / 2**30,
-        view=suggest_view(views).kind if worst.are_many_then else "image",
+        views=views,
     )
 
 

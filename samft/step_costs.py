@@ -1,4 +1,4 @@
-"""What a training step takes, by model: memory, and seconds of a CPU core; estimates.
+"""What a training step takes, by model: memory, and seconds of a CPU core; and how many to take.
 
 All are scaled from what was measured on a CPU (docs/benchmarks.md); nothing is of a GPU. Imports no
 torch.
@@ -11,6 +11,7 @@ DECODER, LORA, LAST_HALF, ALL = range(4)  # what is trained, from little to all
 
 _DECODER_GIB = 1.44  # a cached step of vit_b at 1024 px, one image: docs/benchmarks.md
 _ENCODER_GIB = 4.2  # of activations of vit_b's encoder, everything trained: docs/benchmarks.md
+_MAX_TIMES_SEEN = 200  # an image in a run
 VIT_B_ENCODING = 19  # core seconds an image at 1024 px: 9.6 s on two cores (docs/benchmarks.md)
 
 
@@ -65,3 +66,14 @@ def memory_gib(model_type: str, trained: int, *, image_size: int, batch_size: in
     activations = _DECODER_GIB + _ENCODER_GIB * model.relative_activations * passed
     weights = model.parameters * 1e6 * (4 + 12 * moved) / 2**30
     return weights + batch_size * pixels * activations
+
+
+def justified_steps(num_images: int, images_per_step: int) -> int:
+    """How many steps so many images, or windows of images, are worth.
+
+    The images of a run grow with the square root of their number, from 1,000 for 5 of them; but
+    each is seen at least once, and at most `_MAX_TIMES_SEEN` times.
+    """
+    images = 1000 * math.sqrt(num_images / 5)
+    images = min(max(images, num_images), _MAX_TIMES_SEEN * num_images)
+    return max(1, round(images / images_per_step))

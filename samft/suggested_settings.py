@@ -13,7 +13,8 @@ Sources, by author and year:
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from samft.step_costs import (
@@ -24,6 +25,7 @@ from samft.step_costs import (
     LORA,
     VIT_B_ENCODING,
     StepCosts,
+    justified_steps,
     memory_gib,
 )
 
@@ -33,7 +35,6 @@ _LORA_RANK = 8
 # Images from which on more is trained: halfway, as factors, between 5, 50, 500 and 5,000.
 _MORE_TRAINED = {LORA: 16, LAST_HALF: 158, ALL: 1581}
 _OBJECTS_OF_AN_IMAGE = 4  # fewer an image count as fewer images
-_MAX_VIEWS = 200  # of an image in a run
 _MAX_VAL_IMAGES, _VAL_SHARE = 500, 0.2
 _NUM_VALIDATIONS, _NUM_VALIDATIONS_CPU, _PATIENCE = 20, 6, 5
 
@@ -48,6 +49,18 @@ _FEW_IMAGES_STEPS = 300  # of vit_tiny on 14 images, as measured in docs/experim
 _MASKS_ON_A_CPU = 16
 _VIT_B_CORES, _VIT_B_GIB = 8, 16
 _VIT_B_ENCODING_SECONDS = 3600
+
+
+class Windows(NamedTuple):
+    """Windows of the images, instead of images.
+
+    Attributes:
+        kind: `tiles` or `objects`.
+        per_image: Their mean number.
+    """
+
+    kind: str
+    per_image: float
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,8 @@ class Facts:
         memory_gib: Of the host.
         cores: CPU cores that may be used.
         disk_gib: Free where the run will write.
-        view: `tiles` or `objects` where no image size keeps most objects, but windows of as many px
-            as the model's input do; see `coco.statistics.suggest_view`.
+        views: By a model's own input size, px: the windows of that size that are better than
+            shrunken images, if any; see `coco.statistics.suggest_view`.
     """
 
     num_images: int
@@ -80,7 +93,7 @@ class Facts:
     memory_gib: float
     cores: int
     disk_gib: float
-    view: str = "image"
+    views: Mapping[int, Windows] = field(default_factory=dict)
 
     @property
     def num_train_images(self) -> int:
@@ -131,6 +144,7 @@ class _Plan:
             default=DECODER,
         )
         self.model_type = self._pick_model(wanted)
+        self.windows = facts.views.get(self.model.image_size)
         self.image_size = self._pick_image_size()
         self.trained = self._pick_trained(wanted)
         self.wanted = wanted
@@ -144,6 +158,11 @@ class _Plan:
     @property
     def images_per_step(self) -> int:
         return self.batch_size * self.accumulate_steps * max(self.facts.num_gpus, 1)
+
+    @property
+    def num_inputs(self) -> int:
+        # Training images, or their windows.
+        return round(self.facts.num_train_images * (self.windows.per_image if self.windows else 1))
 
     @property
     def num_validations(self) -> int:
@@ -173,7 +192,7 @@ class _Plan:
         return need <= _USABLE_MEMORY * self.total_gib
 
     def _pick_model(self, wanted: int) -> str:
-        size = max(1024, self.facts.image_size)
+        size = 1024 if 1024 in self.facts.views else max(1024, self.facts.image_size)
         for model_type in ("vit_h", "vit_l"):
             if self._fits(model_type, wanted, size):
                 return model_type
@@ -181,7 +200,7 @@ class _Plan:
 
     def _pick_image_size(self) -> int:
         wanted = self.model.image_size
-        if self.facts.view == "image":  # windows show the pixels as they are
+        if self.windows is None:  # windows show the pixels as they are
             wanted = max(wanted, self.facts.image_size)
         sizes = range(wanted, SMALLEST_IMAGE_SIZE - 1, -64)
         fitting = (size for size in sizes if self._fits(self.model_type, DECODER, size))
@@ -208,7 +227,7 @@ class _Plan:
         return batch_size, images // batch_size
 
     def _pick_steps(self) -> int:
-        return _justified_steps(self.facts.num_train_images, self.images_per_step)
+        return justified_steps(self.num_inputs, self.images_per_step)
 
     def _suggest_validation(self) -> list[Suggestion]:
         facts = self.facts
@@ -229,13 +248,14 @@ class _Plan:
         ]
 
     def _suggest_view(self) -> list[Suggestion]:
-        if self.facts.view == "image":
+        if self.windows is None:
             return []
         why = (
-            "shrunk to any image_size, over a quarter of the objects are too small; windows of "
-            "image_size px of the image show them as large as they are"
+            f"over a quarter of the objects are too small in an image of {self.image_size} px; "
+            f"{self.windows.per_image:.1f} windows an image show them as they are, which gained "
+            "vit_tiny .04 to .24 IoU on real data (docs/experiments.md)"
         )
-        return [Suggestion("view", self.facts.view, why)]
+        return [Suggestion("view", self.windows.kind, why)]
 
     def _suggest_model(self) -> list[Suggestion]:
         return [
@@ -255,7 +275,7 @@ class _Plan:
 
     def _image_size_reason(self) -> str:
         kept, own = self.facts.image_size, self.model.image_size
-        if self.facts.view != "image":
+        if self.windows is not None:
             return f"{self.model_type} was pre-trained at this size"
         if self.image_size < kept:
             return f"{kept} px would keep the small objects, but memory or time are short"
@@ -267,9 +287,8 @@ class _Plan:
         return f"{self.model_type} was pre-trained at this size, and the objects are large enough"
 
     def _suggest_trained(self) -> list[Suggestion]:
-        count = (
-            f"{self.facts.num_train_images:,} training images, {self.facts.num_objects:,} objects"
-        )
+        images, objects = self.facts.num_train_images, self.facts.num_objects
+        count = f"{images:,} training images, {objects:,} objects"
         less = "; more would not fit" if self.trained < self.wanted else ""
         if self.trained == DECODER:
             why = (
@@ -278,10 +297,8 @@ class _Plan:
             )
             return [Suggestion("freeze_image_encoder", True, why)]
         if self.trained == LORA:
-            why = (
-                f"{count}: adapters in all blocks of the encoder, beside the decoder; both, with "
-                "adapters, did best on 17 radiology datasets (Gu et al., 2025)"
-            )
+            why = f"{count}: adapters in all blocks of the encoder, beside the decoder; both, with "
+            why += "adapters, did best on 17 radiology datasets (Gu et al., 2025)"
             return [Suggestion("lora_rank", _LORA_RANK, why)]
         if self.trained == LAST_HALF:
             why = f"{count}{less}: the last half of the encoder's blocks, {self._half_reason()}"
@@ -311,11 +328,11 @@ class _Plan:
         ]
 
     def _suggest_steps(self) -> list[Suggestion]:
-        views = self.steps * self.images_per_step / self.facts.num_train_images
+        times = self.steps * self.images_per_step / self.num_inputs
         why = (
-            f"each image is seen {views:.3g} times. vit_b tuned on 1 to 10 images was best after "
-            "150 to 2,150 steps, on LIVECell after 25,000 (Archit et al., 2025); between, images "
-            "seen grow with the square root of their number (not measured)"
+            f"each is seen {times:.3g} times. vit_b on 1 to 10 images was best after 150 to 2,150 "
+            "steps, on LIVECell after 25,000 (Archit et al., 2025); between, images seen grow with "
+            "the square root of their number (not measured)"
         )
         return [Suggestion("steps", self.steps, why)]
 
@@ -354,13 +371,13 @@ class _Plan:
         if self.trained not in (DECODER, LAST_HALF):
             return []
         room = max(1, math.floor(_USABLE_DISK * self.facts.disk_gib))
-        why = f"half of the {self.facts.disk_gib:,.0f} GiB that are free; the images take about "
-        why += f"{self._cache_gib():.2g} GiB"
+        free, taken = self.facts.disk_gib, self._cache_gib()
+        why = f"half of the {free:,.0f} GiB that are free; the images take about {taken:.2g} GiB"
         return [Suggestion("cache_max_gib", float(min(room, 100)), why)]
 
     def _cache_gib(self) -> float:
-        # Both views of a training image, one of a validation image
-        images = 2 * self.facts.num_train_images + self.facts.num_val_images
+        # Both mirror images of a training image or window, one of a validation image
+        images = self.num_inputs * (2 + self.facts.num_val_images / self.facts.num_train_images)
         tokens = self.model.width / 256 if self.trained == LAST_HALF else 1.0
         mib = _EMBEDDING_MIB * tokens * (self.image_size / 1024) ** 2
         return images * mib / 1024
@@ -401,7 +418,8 @@ class _CpuPlan(_Plan):
         return _CPU_SECONDS * self.facts.cores, seconds
 
     def _masks_of_a_step(self) -> float:
-        return min(_MASKS_ON_A_CPU, self.facts.num_objects / max(self.facts.num_images, 1))
+        objects = self.facts.num_objects * self.facts.num_train_images / self.num_inputs
+        return min(_MASKS_ON_A_CPU, objects / max(self.facts.num_images, 1))
 
     def _pick_model(self, wanted: int) -> str:
         facts = self.facts
@@ -460,10 +478,7 @@ class _CpuPlan(_Plan):
         return [Suggestion("learning_rate", 1e-4, why)]
 
     def _half_reason(self) -> str:
-        return (
-            "which gained most with 20 images (docs/experiments.md); what comes before is computed "
-            "only once"
-        )
+        return "as measured (docs/experiments.md); what comes before is computed only once"
 
     def _suggest_prompts(self) -> list[Suggestion]:
         prompts, masks = super()._suggest_prompts()
@@ -483,11 +498,3 @@ class _CpuPlan(_Plan):
             f"{super()._pick_steps():,} steps"
         )
         return [Suggestion("steps", self.steps, why)]
-
-
-def _justified_steps(num_images: int, images_per_step: int) -> int:
-    # The images of a run grow with the square root of the number of images, from 1,000 for 5 of
-    # them; but each is seen at least once, and at most `_MAX_VIEWS` times.
-    images = 1000 * math.sqrt(num_images / 5)
-    images = min(max(images, num_images), _MAX_VIEWS * num_images)
-    return max(1, round(images / images_per_step))

@@ -38,6 +38,7 @@ COVERED = 0.99  # share of the images that the suggested max_masks_per_image suf
 _COCO_SIZES = {"small": 0, "medium": 32**2, "large": 96**2}  # px, from that area on
 _SIDES = (CELL, 8, 16, 32, 64, 128, 256, 512)  # px
 _TOP_CLASSES = 20
+_WEIGHTS = {"objects": 1, "tiles": 2}  # of windows: one around objects is worth two tiles
 _SAMPLED_IMAGES = 1000  # whose objects are looked at through windows, which takes about a second
 
 _LINE_WIDTH = 120  # characters
@@ -91,6 +92,7 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
+        suggested = suggest_view(self.views)
         return {
             "images": self.num_images,
             "images_with_objects": self.num_images_with_objects,
@@ -109,7 +111,7 @@ class Statistics:
             "suggestions": {
                 "max_masks_per_image": self.max_masks_per_image,
                 "image_size": self.small.suggested_image_size,
-                "view": suggest_view(self.views).kind,
+                "view": suggested.view.kind if suggested else "image",
             },
         }
 
@@ -372,21 +374,20 @@ def measure_views(index: CocoIndex, *, image_size: int | str) -> tuple[ViewFacts
     return tuple(facts)
 
 
-def suggest_view(views: Sequence[ViewFacts]) -> View:
-    """Whole images unless many objects are too small in them; else the fewest windows that help.
+def suggest_view(views: Sequence[ViewFacts]) -> ViewFacts | None:
+    """Windows, if many objects are too small in whole images and half as many or fewer in them.
 
     Args:
         views: From `measure_views`.
 
     Returns:
-        Of those under which the share of objects that are too small is at most half as large as in
-        whole images, the one with the fewest windows; `View()` where there is none.
+        Windows around `objects`, which cut none and scored more than tiles (docs/experiments.md);
+        `tiles` where there are less than half as many. None: whole images.
     """
-    shares = {facts.view.kind: facts.small_share for facts in views}
-    if shares.get("image", 0) <= FEW_SMALL:
-        return View()
-    helpful = [facts for facts in views if facts.small_share <= shares["image"] / 2]
-    return min(helpful, key=lambda facts: facts.windows_per_image).view if helpful else View()
+    share = views[0].small_share if views else 0.0  # of whole images
+    helpful = [one for one in views if share > FEW_SMALL and one.small_share <= share / 2]
+    cost = {one.view.kind: one.windows_per_image * _WEIGHTS[one.view.kind] for one in helpful}
+    return min(helpful, key=lambda one: cost[one.view.kind], default=None)
 
 
 def suggest_max_masks(per_image: NDArray[np.int64]) -> int:
@@ -481,9 +482,8 @@ def _view_lines(statistics: Statistics) -> list[str]:
             f"{facts.small_share:5.1%} of the objects too small (shorter side under "
             f"{MIN_CELLS * CELL} px), {facts.vanishing_share:5.1%} vanish"
         )
-    view = suggest_view(statistics.views)
-    if view.has_windows:
-        lines.append(f"suggested view: {view.kind} (`--view {view.kind}`, see docs/views.md)")
+    if one := suggest_view(statistics.views):
+        lines.append(f"suggested view: {one.view.kind} (`--view {one.view.kind}`, docs/views.md)")
     return lines
 
 

@@ -144,7 +144,7 @@ def test_views_are_measured_in_windows_of_the_models_input(wide: CocoIndex) -> N
         "vanishing": 0.0,
     }
     lines = suggestion_lines(statistics)
-    assert lines[-1].startswith("suggested view: tiles (`--view tiles`")
+    assert lines[-1].startswith("suggested view: objects (`--view objects`")
     assert any(
         line.startswith("  image       1.0 windows an image, 100.0% of the objects too small")
         for line in lines
@@ -152,24 +152,26 @@ def test_views_are_measured_in_windows_of_the_models_input(wide: CocoIndex) -> N
 
 
 @pytest.mark.parametrize(
-    ("shares", "suggested"),
+    ("shares", "windows", "suggested"),
     [
-        ((0.25, 0.0, 0.0), "image"),  # few are too small
-        ((0.5, 0.26, 0.3), "image"),  # windows help too little
-        ((0.5, 0.25, 0.3), "tiles"),
-        ((0.5, 0.3, 0.1), "objects"),
-        ((0.5, 0.1, 0.1), "objects"),  # fewer windows
+        ((0.25, 0.0, 0.0), (9, 4), None),  # few are too small
+        ((0.5, 0.26, 0.3), (9, 4), None),  # windows help too little
+        ((0.0, 0.0, 0.0), (9, 4), None),
+        ((0.5, 0.25, 0.3), (9, 4), "tiles"),
+        ((0.5, 0.3, 0.1), (9, 4), "objects"),
+        ((0.5, 0.1, 0.1), (9, 17), "objects"),  # they cut none
+        ((0.5, 0.1, 0.1), (9, 19), "tiles"),  # less than half as many
     ],
 )
-def test_a_view_is_suggested_that_keeps_objects_and_has_few_windows(shares, suggested) -> None:
-    kinds = zip(("image", "tiles", "objects"), (1, 9, 4), shares, strict=True)
-    views = [ViewFacts(View(kind), windows, share, 0.0) for kind, windows, share in kinds]
-    assert suggest_view(views).kind == suggested
+def test_windows_are_suggested_that_keep_objects(shares, windows, suggested) -> None:
+    kinds = zip(("image", "tiles", "objects"), (1, *windows), shares, strict=True)
+    view = suggest_view([ViewFacts(View(kind), many, share, 0.0) for kind, many, share in kinds])
+    assert (view and view.view.kind) == suggested
 
 
 def test_without_objects_nothing_is_suggested(wide: CocoIndex) -> None:
     none = replace(wide, flags=np.full_like(wide.flags, CROWD))
-    assert measure_views(none, image_size=64) == () and suggest_view(()) == View()
+    assert measure_views(none, image_size=64) == () and suggest_view(()) is None
 
 
 def test_of_many_images_some_are_looked_at(index: CocoIndex, monkeypatch) -> None:

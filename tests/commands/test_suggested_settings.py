@@ -20,8 +20,8 @@ from samft.coco.boxes import find_small_objects
 from samft.config import MODEL_TYPES, TrainConfig, parse_config
 from samft.errors import ConfigError
 from samft.runtime import device
-from samft.step_costs import ALL, DECODER, LAST_HALF, LORA, memory_gib
-from samft.suggested_settings import SMALLEST_IMAGE_SIZE, Facts, suggest_settings
+from samft.step_costs import ALL, DECODER, LAST_HALF, LORA, justified_steps, memory_gib
+from samft.suggested_settings import SMALLEST_IMAGE_SIZE, Facts, Windows, suggest_settings
 
 IMAGES = (2, 5, 18, 50, 177, 500, 5_000, 100_000)
 OBJECTS = (1, 9, 1_000)  # in an image
@@ -143,13 +143,20 @@ def test_smaller_objects_never_get_a_smaller_image() -> None:
 
 
 @pytest.mark.parametrize("machine", ["here", "24 GB"])
-def test_windows_are_suggested_where_no_image_size_keeps_the_objects(machine: str) -> None:
+def test_windows_as_large_as_the_models_input_are_suggested(machine: str) -> None:
     gpus, gpu_gib, memory, cores = MACHINES[machine]
-    facts = Facts(50, 450, 9, 16, 1984, gpus, gpu_gib, memory, cores, 500.0, view="tiles")
-    settings = settings_for(facts)
-    assert settings["view"] == "tiles"
-    assert settings["image_size"] == (1024 if gpus else 256)
-    assert "view" not in settings_for(replace(facts, view="image"))
+    facts = Facts(50, 450, 9, 16, 1984, gpus, gpu_gib, memory, cores, 500.0)
+    own, other = (1024, 256) if gpus else (256, 1024)
+    views = {own: Windows("objects", 4.0)}
+    settings = settings_for(replace(facts, views=views))
+    assert (settings["view"], settings["image_size"]) == ("objects", own)
+    # Steps are of windows, of which there are more than images.
+    images = settings["batch_size"] * settings.get("accumulate_steps", 1) * max(gpus, 1)
+    if gpus:
+        assert settings["steps"] == justified_steps(200, images)
+    for views in ({}, {other: Windows("objects", 4.0)}):
+        settings = settings_for(replace(facts, views=views))
+        assert "view" not in settings and settings["image_size"] > own
 
 
 def test_the_view_of_the_file_is_that_of_the_data(
@@ -170,7 +177,7 @@ def test_the_view_of_the_file_is_that_of_the_data(
         write_suggested(tmp_path / name, tmp_path / f"{name}.yaml").view
         for name in ("small", "large")
     ]
-    assert views == ["image", "tiles"]
+    assert views == ["image", "objects"]
 
 
 @pytest.mark.parametrize(

@@ -445,11 +445,8 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
     indices = [split.index for split in (train, val) if split and split.index]
     small = [compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small for index in indices]
     worst = max(small, key=lambda one: one.suggested_side)
-    views = {
-        size: Windows(seen.view.kind, seen.windows_per_image)
-        for size in (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
-        if (seen := suggest_view(measure_views(train.index, image_size=size)))
-    }
+    sizes = (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
+    seen = {size: suggest_view(measure_views(train.index, image_size=size)) for size in sizes}
     return Facts(
         num_images=numbers.num_images_with_objects,
         num_objects=numbers.num_objects,
@@ -461,7 +458,7 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
         memory_gib=host_memory_gib(),
         cores=usable_cores(),
         disk_gib=shutil.disk_usage(folder).free / 2**30,
-        views=views,
+        views={k: Windows(one.view.kind, one.windows_per_image) for k, one in seen.items() if one},
     )
 
 

@@ -65,12 +65,11 @@ def read_numbers(path: Path) -> NDArray[Any]:
     """
     try:
         content = read_file(path)
-        numbers = tifffile.imread(io.BytesIO(content)) if is_tiff(content) else _decode(content)
+        numbers = _decode_tiff(content) if is_tiff(content) else _decode(content)
     except UnusableImage as error:
         raise DataError(f"{path} {error.sentence}") from error
     except Exception as error:  # whatever the decoders raise for a damaged file
         raise DataError(f"{path} cannot be read as a label image ({error}).") from error
-    numbers = np.squeeze(numbers)
     if numbers.ndim == 3 and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]  # grey, saved as colours
     if numbers.dtype.kind == "f" and (numbers == np.rint(numbers)).all():
@@ -82,6 +81,16 @@ def read_numbers(path: Path) -> NDArray[Any]:
             "bits with the number of the object in each pixel."
         )
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers
+
+
+def _decode_tiff(content: bytes) -> NDArray[Any]:
+    with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+        series = tiff.series[0]
+        numbers, axes = series.asarray(), series.axes
+    # An image may be one pixel high or wide, so only other axes of length 1 are dropped.
+    lengths = zip(axes, numbers.shape, strict=True)
+    single = [k for k, (axis, length) in enumerate(lengths) if axis not in "YX" and length == 1]
+    return np.squeeze(numbers, axis=tuple(single))
 
 
 def _decode(content: bytes) -> NDArray[Any]:

@@ -1,0 +1,31 @@
+"""The numbers of a label image, whatever its format and shape."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from samft.errors import DataError
+from samft.interchange.labelled import read_numbers
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 7), (7, 1), (1, 1), (1, 3), (3, 1)])
+def test_an_image_of_one_pixel_across_keeps_its_shape(shape: tuple[int, int], tmp_path) -> None:
+    numbers = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
+    small = numbers.astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", numbers, compression="zlib")
+    tifffile.imwrite(tmp_path / "b.tif", numbers[None], imagej=True)
+    Image.fromarray(small).save(tmp_path / "c.png")
+    Image.fromarray(np.repeat(small[..., None], 3, axis=2)).save(tmp_path / "d.png")
+    for name in ("a.tif", "b.tif", "c.png", "d.png"):
+        np.testing.assert_array_equal(read_numbers(tmp_path / name), numbers, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 7), (2, 1, 7)])
+def test_a_stack_is_no_label_image(shape: tuple[int, ...], tmp_path: Path) -> None:
+    numbers = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
+    tifffile.imwrite(tmp_path / "a.tif", numbers, photometric="minisblack")
+    with pytest.raises(DataError, match="holds colours or fractions"):
+        read_numbers(tmp_path / "a.tif")

@@ -16,7 +16,7 @@ def test_an_image_of_one_pixel_across_keeps_its_shape(shape: tuple[int, int], tm
     numbers = np.arange(1, 1 + np.prod(shape), dtype=np.uint16).reshape(shape)
     small = numbers.astype(np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", numbers, compression="zlib")
-    tifffile.imwrite(tmp_path / "b.tif", numbers[None], imagej=True)
+    tifffile.imwrite(tmp_path / "b.tif", numbers, imagej=True)
     Image.fromarray(small).save(tmp_path / "c.png")
     Image.fromarray(np.repeat(small[..., None], 3, axis=2)).save(tmp_path / "d.png")
     for name in ("a.tif", "b.tif", "c.png", "d.png"):

@@ -137,11 +137,10 @@ def test_two_processes_score_each_of_its_objects_once(
     assert gloo2.run(command_here, argv) == [0, 0]
     for ours, theirs in zip(read_metrics(tmp_path, "val"), read_metrics(run, "val"), strict=True):
         assert ours[IOU] == pytest.approx(theirs[IOU], abs=1e-6 if not ours["step"] else 1e-3)
-    general = summary_of(tmp_path)["general"]
-    assert (general["masks"], general["fingerprint"]) == (
-        17,
-        summary_of(run)["general"]["fingerprint"],
-    )
+    summary, expected = summary_of(tmp_path), summary_of(run)["general"]
+    general = summary["general"]
+    assert (general["masks"], general["fingerprint"]) == (17, expected["fingerprint"])
+    assert general["after"] == pytest.approx(evaluated(summary["best_checkpoint"], other), abs=1e-6)
 
 
 def test_a_resumed_run_goes_on_with_it(data: Path, other: Path, run: Path, tmp_path: Path) -> None:

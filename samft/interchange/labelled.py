@@ -16,6 +16,7 @@ from samft.errors import DataError
 from samft.images.files import inspect_image
 from samft.images.limits import SENTENCES, UnusableImage, check_size
 from samft.images.names import IMAGE_SUFFIXES
+from samft.images.orientation import turned_size
 from samft.images.tiff import is_tiff
 from samft.runtime.files import read_file
 
@@ -110,6 +111,15 @@ def image_size(path: Path) -> tuple[int, int]:
         reason = SENTENCES.get(facts.problem, ("is no file", ""))[0]
         raise DataError(f"{path} {reason}.")
     return facts.height, facts.width
+
+
+def viewed_size(path: Path) -> tuple[int, int]:
+    """H, W of an image file, px, as viewers show it: turned as EXIF says.
+
+    Raises:
+        DataError: It cannot be used.
+    """
+    return turned_size(image_size(path), inspect_image(path).orientation)
 
 
 def check_sizes(image: Path, labels: Path, size: tuple[int, int]) -> None:

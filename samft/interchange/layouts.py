@@ -23,6 +23,7 @@ from samft.interchange.labelled import (
     mask_object,
     objects_of_numbers,
     read_numbers,
+    viewed_size,
 )
 from samft.runtime.files import read_file
 
@@ -162,7 +163,8 @@ def _read_yolo_image(image: Path, names: dict[int, str], split: str) -> Labelled
     places = [k for k, part in enumerate(parts) if part == "images"]
     if places:
         parts[places[-1]] = "labels"
-    height, width = image_size(image)
+    # Shares of the sides of the view: YOLO's readers turn images, as `exif_size` of ultralytics.
+    height, width = viewed_size(image)
     labelled = LabelledImage(image, (height, width), split=split)
     text_file = Path(*parts) / f"{image.stem}.txt"
     lines = text_file.read_text().splitlines() if text_file.is_file() else []
@@ -218,8 +220,7 @@ def read_labelme(source: Path) -> Iterator[LabelledImage]:
             raise DataError(f"{file} is no JSON file of LabelMe ({error}).") from error
         if not image.is_file():
             image = file.parent / image.name
-        height, width = image_size(image)
-        labelled = LabelledImage(image, (height, width))
+        labelled = LabelledImage(image, _labelme_size(image, document))
         groups: dict[tuple[str, Any], list[list[float]]] = {}
         for number, shape in enumerate(shapes, start=1):
             where = f"{file}, shape {number}"
@@ -232,6 +233,12 @@ def read_labelme(source: Path) -> Iterator[LabelledImage]:
                 groups[key] = outline
             labelled.objects.append(LabelledObject(name, outline, where))
         yield labelled
+
+
+def _labelme_size(image: Path, document: dict[str, Any]) -> tuple[int, int]:
+    # LabelMe shows an image as EXIF turns it, and writes the size of that.
+    stored, written = image_size(image), (document.get("imageHeight"), document.get("imageWidth"))
+    return stored if written == stored else viewed_size(image)
 
 
 def _read_shape(shape: Any, where: str) -> tuple[str, CroppedMask | list[list[float]]]:

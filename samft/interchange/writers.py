@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,21 @@ from typing import BinaryIO
 
 import numpy as np
 import tifffile
+from numpy.typing import NDArray
 
 from samft.coco.entries import CROWD
 from samft.coco.index import CocoIndex
 from samft.coco.problems import WARNING
 from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.errors import ConfigError, DataError
+from samft.images.files import inspect_image
 from samft.images.limits import check_size
+from samft.images.orientation import (
+    UPRIGHT,
+    inverse_orientation,
+    turn_back_points,
+    turned_size,
+)
 from samft.interchange.coco_writer import DatasetWriter
 from samft.interchange.labelled import LabelledImage
 from samft.interchange.outlines import trace_outlines
@@ -183,6 +191,23 @@ def write_label_images(index: CocoIndex, output: Path) -> Converted:
     return converted
 
 
+def _yolo_shares(
+    index: CocoIndex, row: int, path: Path
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    # From points of an image's outlines, px, to shares of the sides of the view that EXIF turns,
+    # which is what YOLO's readers see, also where outlines are on the stored pixels.
+    height, width = index.sizes[row].tolist()
+    is_turned = index.orientations[row] != UPRIGHT
+    orientation = UPRIGHT if is_turned else inspect_image(path).orientation
+    view_height, view_width = turned_size((height, width), orientation)
+
+    def to_shares(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        back = inverse_orientation(orientation)  # the stored image, as a view of the view
+        return turn_back_points(points, back, size=(height, width)) / [view_width, view_height]
+
+    return to_shares
+
+
 def write_yolo(index: CocoIndex, output: Path, *, link: bool) -> Converted:
     """Writes data.yaml, images/train and labels/train as YOLO reads them.
 
@@ -203,8 +228,7 @@ def write_yolo(index: CocoIndex, output: Path, *, link: bool) -> Converted:
     paths = [index.image_folder / index.file_name(row) for row in range(index.num_images)]
     _copy_images(paths, pictures, link=link)
     for row, path in enumerate(paths):
-        height, width = index.sizes[row].tolist()
-        lines = []
+        to_view, lines = _yolo_shares(index, row, path), []
         for k, mask in _masks_of(index, row):
             segmentation = index.segmentations[k]
             polygons = segmentation if isinstance(segmentation, list) else trace_outlines(mask)
@@ -215,7 +239,7 @@ def write_yolo(index: CocoIndex, output: Path, *, link: bool) -> Converted:
             if int(index.categories[k]) not in keys:
                 raise DataError(f"object {index.object_ids[k]} has no class, which YOLO needs.")
             for polygon in polygons:
-                shares = np.asarray(polygon, dtype=float).reshape(-1, 2) / [width, height]
+                shares = to_view(np.asarray(polygon, dtype=float).reshape(-1, 2))
                 numbers = " ".join(f"{share:.{_DIGITS}g}" for share in shares.ravel())
                 lines.append(f"{keys.index(int(index.categories[k]))} {numbers}\n")
         (texts / f"{path.stem}.txt").write_text("".join(lines))

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 
 from helpers.coco_files import write_coco
@@ -176,6 +176,72 @@ def test_yolo_there_and_back(tmp_path: Path) -> None:
     # What was written is read again, once: its data.yaml names one folder for both splits.
     flags = ("--from", "yolo", "--source", tmp_path / "back", "--output_dir", tmp_path / "again")
     assert convert(*flags)["images"] == {"train": 1}
+
+
+def save_turned(path: Path, view: np.ndarray, orientation: int) -> None:
+    """Stores an image so that EXIF's orientation, 6 or 8, turns it into the view."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.rot90(view, 1 if orientation == 6 else -1)
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
+    with Image.open(path) as image:
+        assert np.abs(np.array(ImageOps.exif_transpose(image)).astype(int) - view).max() < 40
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+@pytest.mark.parametrize("layout", ["yolo", "labelme"])
+def test_outlines_are_on_the_view_that_exif_turns(
+    layout: str, orientation: int, tmp_path: Path
+) -> None:
+    view, box = np.zeros((60, 90, 3), np.uint8), [12.0, 20.0, 40.0, 28.0]
+    view[20:28, 12:40] = 255
+    x0, y0, x1, y1 = box
+    corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+    source = tmp_path / "in"
+    if layout == "yolo":
+        save_turned(source / "images" / "train" / "a.jpg", view, orientation)
+        (source / "labels" / "train").mkdir(parents=True)
+        numbers = " ".join(map(str, (corners / [90, 60]).ravel()))
+        (source / "labels" / "train" / "a.txt").write_text(f"0 {numbers}\n")
+        (source / "data.yaml").write_text("train: images/train\nval: images/train\nnames: [a]\n")
+    else:
+        save_turned(source / "a.jpg", view, orientation)
+        shapes = [{"label": "a", "points": corners.tolist()}]
+        document = {"imagePath": "a.jpg", "shapes": shapes, "imageHeight": 60, "imageWidth": 90}
+        (source / "a.json").write_text(json.dumps(document))
+    convert("--from", layout, "--source", source, "--output_dir", tmp_path / "out")
+    annotations = tmp_path / "out" / "train" / "_annotations.coco.json"
+    content = json.loads(annotations.read_text())
+    assert (content["images"][0]["height"], content["images"][0]["width"]) == (60, 90)
+    assert content["annotations"][0]["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0])
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_yolo_gets_outlines_of_stored_pixels_on_the_view(orientation: int, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    view = np.zeros((60, 90, 3), np.uint8)
+    view[20:28, 12:40] = 255
+    save_turned(folder / "a.jpg", view, orientation)
+    stored = np.rot90(view[..., 0] > 0, 1 if orientation == 6 else -1)
+    ys, xs = np.nonzero(stored)
+    x0, y0, x1, y1 = (int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    annotation = {
+        **{"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 224},
+        **{"bbox": [x0, y0, x1 - x0, y1 - y0]},
+        **{"segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]},
+    }
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 90, "width": 60}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    (folder / "a.json").write_text(json.dumps(document))
+    flags = ("--to", "yolo", "--source", folder / "a.json", "--images", folder)
+    convert(*flags, "--output_dir", tmp_path / "out")
+    _, *numbers = (tmp_path / "out" / "labels" / "train" / "a.txt").read_text().split()
+    points = np.array(numbers, float).reshape(-1, 2) * [90, 60]
+    assert [*points.min(0), *points.max(0)] == pytest.approx([12, 20, 40, 28])
 
 
 def test_labelme_shapes(tmp_path: Path) -> None:

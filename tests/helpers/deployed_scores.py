@@ -1,6 +1,7 @@
 """What stock `SamPredictor` scores with a checkpoint: what is deployed."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +14,11 @@ from segment_anything import SamPredictor  # isort: skip
 
 def deployed_iou(checkpoint: Path, annotations: Path, images: Path) -> float:
     """The mean IoU of `SamPredictor`, box by box on the original images, on a CPU."""
-    predictor = SamPredictor(samft.load_sam(checkpoint))
+    return predictor_iou(SamPredictor(samft.load_sam(checkpoint)), annotations, images)
+
+
+def predictor_iou(predictor: Any, annotations: Path, images: Path) -> float:
+    """The mean IoU of any predictor with the calls of `SamPredictor`, box by box."""
     coco = COCO(annotations)
     ious = []
     for image_id, image in coco.imgs.items():

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
 
 import samft
 from helpers.cached_runs import cached_arguments, encodings_of
 from helpers.coco_files import write_coco
+from helpers.deployed_scores import predictor_iou
 from helpers.equal_metrics import check_equal_metrics
 from helpers.short_runs import (
     a_config,
@@ -66,27 +66,14 @@ def evaluate(checkpoint: Path, data: Path, *flags: str) -> dict[str, Any]:
     return evaluate_here([*places, "--num_workers", "0", "--device", "cpu", *flags])
 
 
-def predictor_iou(checkpoint: Path, root: Path) -> float:
-    """The mean IoU of `load_predictor`, box by box on the original images."""
-    predictor = samft.load_predictor(checkpoint)
-    coco, ious = COCO(root / "val/_annotations.coco.json"), []
-    for image_id, image in coco.imgs.items():
-        predictor.set_image(root / "val" / image["file_name"])
-        for entry in coco.imgToAnns[image_id]:
-            x, y, width, height = entry["bbox"]
-            box = np.array([x, y, x + width, y + height])
-            mask = predictor.predict(box=box, multimask_output=False)[0][0]
-            truth = coco.annToMask(entry).astype(bool)
-            ious.append((mask & truth).sum() / (mask | truth).sum())
-    return float(np.mean(ious))
-
-
 def test_what_is_validated_is_what_is_deployed(data: Path, trained: Path) -> None:
     best = best_file(trained)
     logged = json.loads((trained / "summary.json").read_text())["best_val_per_mask_iou"]
     for checkpoint in (best, trained / "last.ckpt"):
         assert evaluate(checkpoint, data)["per_mask_iou"] == pytest.approx(logged, abs=1e-6)
-    assert predictor_iou(best, data) == pytest.approx(logged, abs=1e-3)
+    predictor, annotations = samft.load_predictor(best), data / "val/_annotations.coco.json"
+    deployed = predictor_iou(predictor, annotations, data / "val")
+    assert deployed == pytest.approx(logged, abs=1e-3)
     padded = evaluate(Path(export_of(best, trained / "padded.safetensors")), data)
     assert padded["image_size"] == 64 and padded["per_mask_iou"] != pytest.approx(logged, abs=1e-5)
 

@@ -258,6 +258,8 @@ class SmallObjects:
             that of `image_size`, at which no more than `FEW_SMALL` of the objects are small, or the
             largest that `suggest_image_size` tries; `image_size` itself where no more are small.
         num_small_then: Objects that are small at the suggested size.
+        num_small_in_windows: Those that are small in windows of `image_size` px of the images,
+            which are not shrunk.
         in_windows: Images are seen through windows, which a smaller `tile_size` enlarges.
     """
 
@@ -266,6 +268,7 @@ class SmallObjects:
     num_small: int
     suggested_image_size: int | str
     num_small_then: int
+    num_small_in_windows: int
     in_windows: bool = False
 
     @property
@@ -284,9 +287,10 @@ class SmallObjects:
         return self.num_small > FEW_SMALL * self.num_objects
 
     @property
-    def are_many_then(self) -> bool:
-        """Whether they are still many at the suggested size, so that only windows would help."""
-        return self.num_small_then > FEW_SMALL * self.num_objects
+    def would_windows_help(self) -> bool:
+        """Whether windows show half of the small objects large enough; a rectangle has none."""
+        height, width = parse_image_size(self.image_size)
+        return height == width and self.num_small_in_windows <= self.num_small / 2
 
     def count(self, objects: str) -> str:
         """How many objects, called so, are too small, as a phrase."""
@@ -308,15 +312,23 @@ class SmallObjects:
         )
         if self.in_windows:
             return f"{text}; a smaller --tile_size enlarges them"
+        either = ""
+        if self.would_windows_help:
+            text += (
+                f"; windows of {self.image_size} px of the images (--view objects) leave "
+                f"{self.num_small_in_windows:,} of them, each at the time and memory of an image"
+            )
+            either = "or "
         if self.suggested_image_size != self.image_size:
             new, own = map(parse_image_size, (self.suggested_image_size, self.image_size))
             cost = new[0] * new[1] / (own[0] * own[1])
             text += (
-                f"; --image_size {self.suggested_image_size} leaves {self.num_small_then:,} of "
-                f"them, at {cost:.1f} times the time and memory of an image"
+                f"; {either}--image_size {self.suggested_image_size} leaves "
+                f"{self.num_small_then:,} of them, at {cost:.1f} times the time and memory of an "
+                "image"
             )
-        if self.are_many_then:
-            text += "; or see the images through windows (--view tiles or objects)"
+        if not self.would_windows_help and self.num_small_then > FEW_SMALL * self.num_objects:
+            text += "; or enlarge them: --view objects with a --tile_size below image_size"
         return text
 
 
@@ -349,6 +361,7 @@ def find_small_objects(
         num_small=_count_small(sides, side),
         suggested_image_size=larger,
         num_small_then=_count_small(sides, suggested),
+        num_small_in_windows=int(((boxes[:, 2:] - boxes[:, :2]).min(1) < MIN_CELLS * CELL).sum()),
     )
 
 

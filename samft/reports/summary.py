@@ -244,7 +244,7 @@ def suggest_changes(
             f"than {config['loss_resolution']} where both were measured."
         )
     if of_size := advise_on_small_objects(small_objects):
-        advice.append(f"A larger image size: {of_size}.")
+        advice.append(f"Larger objects: {of_size}.")
     advice.append(_suggest_rate_or_steps(config, progress, best=best, defaults=defaults))
     advice += _suggest_freezing(config)
     if best is not None and best.step <= config["metrics_interval"] > 1:

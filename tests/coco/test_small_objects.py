@@ -81,16 +81,27 @@ def test_advice_names_the_size_and_its_price() -> None:
     assert advice.startswith("7 of 8 val objects (87.5%) are too small for image_size 256: ")
     assert f"under {SMALLEST} px there, {MIN_CELLS} cells" in advice
     assert advice.endswith(
-        "; --image_size 512 leaves 1 of them, at 4.0 times the time and memory of an image"
+        "; windows of 256 px of the images (--view objects) leave 1 of them, each at the time and "
+        "memory of an image; or --image_size 512 leaves 1 of them, at 4.0 times the time and "
+        "memory of an image"
     )
 
 
-def test_where_no_size_suffices_the_images_are_to_be_cut() -> None:
+@pytest.mark.parametrize(("image_size", "helps"), [(256, True), ("256x256", True), ("256x192", 0)])
+def test_windows_are_advised_where_they_show_half_of_the_small_objects(image_size, helps) -> None:
+    sizes = np.full((4, 2), 2560)
+    for small, named in ((2, helps), (3, False)):  # of 4 objects, in windows of 256 px
+        boxes = boxes_of(*[(5, 50)] * small, *[(SMALLEST, 50)] * (4 - small))
+        advice = find_small_objects(boxes, sizes, image_size=image_size).advise("objects")
+        assert (f"--view objects) leave {small} of them" in advice) == named
+
+
+def test_where_no_size_suffices_objects_are_to_be_enlarged() -> None:
     sizes = np.full((2, 2), 4000)
     tiny = find_small_objects(boxes_of((4, 4), (4, 4)), sizes, image_size=1024)
     assert tiny.suggested_image_size == 2048
     assert tiny.advise("objects").endswith(
-        "; or see the images through windows (--view tiles or objects)"
+        "; or enlarge them: --view objects with a --tile_size below image_size"
     )
     assert "--image_size 2048 leaves 2 of them, at 4.0 times" in tiny.advise("objects")
     largest = find_small_objects(boxes_of((4, 4)), sizes[:1], image_size=2048)
@@ -106,9 +117,9 @@ def test_in_windows_a_smaller_window_enlarges() -> None:
 
 
 def test_the_split_that_needs_most_is_named() -> None:
-    good = SmallObjects(256, 8, 2, 256, 2)
-    bad = SmallObjects(256, 8, 3, 320, 2)
-    worse = SmallObjects(256, 4, 2, 512, 1)
+    good = SmallObjects(256, 8, 2, 256, 2, 2)
+    bad = SmallObjects(256, 8, 3, 320, 2, 3)
+    worse = SmallObjects(256, 4, 2, 512, 1, 2)
     assert advise_on_small_objects({}) is None
     assert advise_on_small_objects({"train": good, "val": good}) is None
     for splits in ({"train": bad, "val": worse}, {"val": worse, "train": good}):

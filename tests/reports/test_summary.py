@@ -31,10 +31,10 @@ CONFIG = {**vars(TrainConfig()), "image_size": 256}
 
 
 DEFAULTS = vars(TrainConfig())
-ROOMY = {"val": SmallObjects(256, 20, 5, 256, 5)}  # a quarter is too small, which is not many
+ROOMY = {"val": SmallObjects(256, 20, 5, 256, 5, 5)}  # a quarter is too small, which is not many
 CRAMPED = {
-    "train": SmallObjects(256, 40, 12, 320, 9),
-    "val": SmallObjects(256, 20, 15, 512, 4),
+    "train": SmallObjects(256, 40, 12, 320, 9, 12),
+    "val": SmallObjects(256, 20, 15, 512, 4, 15),
 }
 
 
@@ -266,6 +266,7 @@ def test_the_summary_holds_the_verdict_and_advice() -> None:
         "num_small": 5,
         "suggested_image_size": 256,
         "num_small_then": 5,
+        "num_small_in_windows": 5,
         "in_windows": False,
     }
     progress.box_fill_iou = 0.6
@@ -346,7 +347,7 @@ def test_advice_names_the_loss_then_the_image_size_then_the_rate() -> None:
         small_objects=CRAMPED,
     )
     assert loss.startswith("The default --loss_resolution window:")
-    assert size.startswith("A larger image size: 15 of 20 val objects (75.0%) are too small")
+    assert size.startswith("Larger objects: 15 of 20 val objects (75.0%) are too small")
     assert "--image_size 512 leaves 4 of them, at 4.0 times the time" in size
     assert rate.startswith("A lower learning rate:")
 

@@ -107,8 +107,19 @@ def render(page: ReportPage) -> str:
             commands=[split_command(command) for command in page.commands],
             data_rows=_data_rows(page.summary["data"]),
             rows_shown=_ROWS_SHOWN,
+            same_as=_name_equal_predictor(page),
         )
     )
+
+
+def _name_equal_predictor(page: ReportPage) -> str:
+    # Whose masks the scores are of: those of stock SAM only where images are seen as it sees them.
+    changed = {name: value for name, value, _ in page.settings}
+    if changed.get("view", "image") != "image":
+        return "segment_anything's own SamPredictor on the same windows (samft.load_predictor)"
+    if changed.get("resize_mode") == "squash" or "x" in str(changed.get("image_size", "")):
+        return "samft predict; other programs pad images to a square"
+    return "segment_anything's own SamPredictor"
 
 
 def template_environment() -> jinja2.Environment:

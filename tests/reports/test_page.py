@@ -121,6 +121,22 @@ def test_names_cannot_inject_markup() -> None:
     assert "{{ 7 * 7 }}{% raw %}&amp;" in hostile.text
 
 
+@pytest.mark.parametrize(
+    ("setting", "program"),
+    [
+        (("steps", 5, 9), "segment_anything's own SamPredictor."),
+        (("image_size", 512, 1024), "segment_anything's own SamPredictor."),
+        (("view", "tiles", "image"), "segment_anything's own SamPredictor on the same windows"),
+        (("view", "objects", "image"), "segment_anything's own SamPredictor on the same windows"),
+        (("resize_mode", "squash", "pad"), "samft predict; other programs pad images to a square."),
+        (("image_size", "512x384", 1024), "samft predict; other programs pad images to a square."),
+    ],
+)
+def test_it_says_which_program_gets_the_same_score(setting, program) -> None:
+    text = " ".join(Reader(render(a_page(settings=[setting]))).text.split())
+    assert f"the same number that the checkpoint gets in {program}" in text
+
+
 def test_a_warning_is_the_first_thing_on_the_page() -> None:
     page = a_page()
     worse = {**page.summary, "got_worse": [f"IoU fell. {HOSTILE}"], "what_to_try": ["--steps 1"]}

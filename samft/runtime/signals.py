@@ -101,7 +101,7 @@ class _Helper:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._process, self.is_busy = 0, True
 
-    def start(self, call: Callable[[], Any]) -> "queue.SimpleQueue[Any]":
+    def start(self, call: Callable[[], Any]) -> "queue.Queue[Any]":
         """Calls a function in the thread; the queue gets what it returns, and its error or None."""
         if self.is_busy or self._process != os.getpid():  # no thread survives a fork
             self._calls, self._process = queue.SimpleQueue(), os.getpid()
@@ -109,7 +109,9 @@ class _Helper:
                 target=_answer_calls, args=(self._calls,), name="loading", daemon=True
             ).start()
         self.is_busy = True
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # Not a SimpleQueue, whose `get` waits forever, not until its timeout, where a signal comes
+        # within it and the handler ends after it, as on a busy host (seen with Python 3.11).
+        answer: queue.Queue[Any] = queue.Queue()
         self._calls.put((call, answer))
         return answer
 

@@ -16,6 +16,7 @@ import pytest
 
 from samft.errors import ConfigError, UserError
 from samft.runtime.signals import (
+    POLL_SECONDS,
     STOP_SIGNALS,
     StopInterrupt,
     StopRequest,
@@ -55,6 +56,26 @@ def test_a_signal_ends_a_wait_at_once(number: signal.Signals) -> None:
         assert time.monotonic() - start < WAIT_SECONDS / 2
         assert stop.received == [number.name]
         assert call_interruptibly(lambda: 3) == 3  # by another thread: the first still waits
+    released.set()
+
+
+def test_a_signal_ends_a_wait_however_late_its_handler_ends() -> None:
+    released = threading.Event()
+    with stop_on_signal() as stop:
+
+        def handle_late(number: int, frame: Any) -> None:
+            end = time.monotonic() + 2 * POLL_SECONDS  # as where others have the processor
+            while time.monotonic() < end:
+                pass
+            stop.record_signal(number)
+
+        signal.signal(signal.SIGTERM, handle_late)
+        timer = threading.Timer(POLL_SECONDS / 2, send_signal, [signal.SIGTERM])
+        with pytest.raises(StopInterrupt), stop.waiting():
+            timer.start()
+            call_interruptibly(lambda: released.wait(WAIT_SECONDS))
+        timer.join()
+        assert stop.received == ["SIGTERM"]
     released.set()
 
 

@@ -12,13 +12,11 @@ The exit code is 0 for a dataset that can be trained on, 2 for one that cannot.
 import argparse
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import starmap
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from samft.cli import (
     CommandParser,
@@ -39,11 +37,11 @@ from samft.coco.statistics import (
     TRAIN,
     VAL,
     CheckedSplit,
+    Statistics,
     check_split,
     check_splits,
     compare_general_set,
     compute_statistics,
-    measure_views,
     suggest_view,
 )
 from samft.commands import shell_command, shell_program
@@ -54,6 +52,7 @@ from samft.images.pixels import PixelFormat
 from samft.reports.contact_sheets import write_sheets
 from samft.runtime.files import write_json, write_text
 from samft.runtime.own_files import has_keys
+from samft.settings import commented_yaml
 from samft.suggested_settings import (
     SMALLEST_IMAGE_SIZE,
     Facts,
@@ -406,6 +405,7 @@ def _write_suggestions(splits: Splits, options: argparse.Namespace) -> None:
         *suggest_settings(facts),
     ]
     settings = {one.setting: one.value for one in suggestions}
+    reasons = [(one.reason, {one.setting: one.value}) for one in suggestions]
     if problems := TrainConfig(**settings).check():
         raise ConfigError(f"--suggest: {' '.join(problems)}")
     command = shell_command("train", "--config", path)
@@ -413,23 +413,9 @@ def _write_suggestions(splits: Splits, options: argparse.Namespace) -> None:
         each_gpu = f"--nproc_per_node={facts.num_gpus}"
         command = shell_program("torchrun", each_gpu, "-m", "samft.train", "--config", path)
     title = f"Suggested by samft check for this dataset and this machine. To train: {command}"
-    parts = [f"{_to_comment(title)}\n", *(_yaml_of(one) for one in suggestions)]
     with _naming_flag("suggest", path):
-        write_text(path, "\n".join(parts))
+        write_text(path, "\n".join([commented_yaml(title), *starmap(commented_yaml, reasons)]))
     _print_lines(["", f"suggested: {options.suggest}", "to train:", f"  {command}"])
-
-
-def _yaml_of(suggestion: Suggestion) -> str:
-    reason = f"{_to_comment(suggestion.reason)}\n" if suggestion.reason else ""
-    return reason + OmegaConf.to_yaml({suggestion.setting: suggestion.value})
-
-
-def _to_comment(text: str) -> str:
-    # Characters that would end a line are escaped.
-    plain = escape_unprintable(text).replace("\n", r"\n")
-    return textwrap.fill(
-        plain, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-    )
 
 
 def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Path) -> Facts:
@@ -442,17 +428,20 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
             "--suggest: there is one image with objects and no validation split: a training takes "
             "another image to validate on."
         )
-    indices = [split.index for split in (train, val) if split and split.index]
-    small = [compute_statistics(index, image_size=SMALLEST_IMAGE_SIZE).small for index in indices]
-    worst = max(small, key=lambda one: one.suggested_side)
-    sizes = (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
-    seen = {size: suggest_view(measure_views(train.index, image_size=size)) for size in sizes}
+    at_size = {
+        size: _statistics_at(train, size, with_views=True)
+        for size in (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
+    }
+    small = [at_size[SMALLEST_IMAGE_SIZE].small]
+    if val and val.index:
+        small.append(_statistics_at(val, SMALLEST_IMAGE_SIZE, with_views=False).small)
+    seen = {size: suggest_view(one.views) for size, one in at_size.items()}
     return Facts(
         num_images=numbers.num_images_with_objects,
         num_objects=numbers.num_objects,
         num_val_images=val.statistics.num_images_with_objects if val and val.statistics else 0,
         most_masks=numbers.max_masks_per_image,
-        image_size=worst.suggested_side,
+        image_size=max(one.suggested_side for one in small),
         num_gpus=len(gpus),
         gpu_gib=min(gpus, default=0.0),
         memory_gib=host_memory_gib(),
@@ -460,6 +449,14 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
         disk_gib=shutil.disk_usage(folder).free / 2**30,
         views={k: Windows(one.view.kind, one.windows_per_image) for k, one in seen.items() if one},
     )
+
+
+def _statistics_at(split: CheckedSplit, image_size: int, *, with_views: bool) -> Statistics:
+    # Those of the report, if they are of this size.
+    assert split.index and split.statistics
+    if split.statistics.image_size == image_size:
+        return split.statistics
+    return compute_statistics(split.index, image_size=image_size, with_views=with_views)
 
 
 def _data_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,18 +3,21 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from samft.cli import CommandParser
-from samft.errors import ConfigError
+from samft.errors import ConfigError, escape_unprintable
 from samft.suggestions import suggest_nearest
 
 MOST_USED = "most used"
+_COMMENT_WIDTH = 100  # characters
 
 
 class CheckedSettings(Protocol):
@@ -161,6 +164,19 @@ def parse_settings(cls: type[Config], argv: list[str], *, command: str, descript
 def to_yaml(config: CheckedSettings) -> str:
     """The configuration as YAML; `--config` of it gives the same configuration back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def commented_yaml(comment: str, settings: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Lines of YAML under a comment, in which characters that would end a line are escaped.
+
+    Args:
+        comment: One line or more; empty: none.
+        settings: By name.
+    """
+    plain = escape_unprintable(comment).replace("\n", r"\n")
+    lines = textwrap.wrap(plain, _COMMENT_WIDTH - len("# "), break_on_hyphens=False)
+    values = OmegaConf.to_yaml(dict(settings)) if settings else ""
+    return "".join(f"# {line}\n" for line in lines) + values
 
 
 def has_settings(path: Path, config: CheckedSettings) -> bool:

@@ -294,12 +294,15 @@ def compare_general_set(general: CheckedSplit, others: Mapping[str, CheckedSplit
     general.problems.add("image-in-general-set", *sorted(shared))
 
 
-def compute_statistics(index: CocoIndex, *, image_size: int | str) -> Statistics:
+def compute_statistics(
+    index: CocoIndex, *, image_size: int | str, with_views: bool = True
+) -> Statistics:
     """Counts images and objects of a checked file.
 
     Args:
         index: The checked file.
         image_size: The model's input, see `cli.parse_image_size`.
+        with_views: Whether `views` are measured, too.
     """
     row_of = np.repeat(np.arange(index.num_images), np.diff(index.first_object))
     plain = np.flatnonzero(index.flags & CROWD == 0)
@@ -321,7 +324,7 @@ def compute_statistics(index: CocoIndex, *, image_size: int | str) -> Statistics
         small=find_small_objects(boxes, sizes, image_size=image_size),
         most_objects=int(per_image.max(initial=0)),
         max_masks_per_image=suggest_max_masks(filled),
-        views=measure_views(index, image_size=image_size),
+        views=measure_views(index, image_size=image_size) if with_views else (),
     )
 
 
@@ -461,14 +464,11 @@ def suggestion_lines(statistics: Statistics) -> list[str]:
         f"suggested max_masks_per_image: {masks} (enough for all objects of 99 % of the images"
         f"{more}; of more objects each epoch draws others)"
     ]
-    if statistics.num_vanishing:
-        lines.append(
-            f"at image_size {size} {statistics.num_vanishing:,} objects "
-            f"({statistics.vanishing_share:.1%}) vanish: longer side under {CELL} px, less than "
-            "one cell of the decoder's masks"
-        )
-    else:
-        lines.append(f"at image_size {size} no object vanishes")
+    vanishing, share = "no object vanishes", statistics.vanishing_share
+    if share:
+        vanishing = f"{statistics.num_vanishing:,} objects ({share:.1%}) vanish: longer side under "
+        vanishing += f"{CELL} px, less than one cell of the decoder's masks"
+    lines.append(f"at image_size {size} {vanishing}")
     if any(facts.small_share for facts in statistics.views):
         lines += _view_lines(statistics)
     return lines

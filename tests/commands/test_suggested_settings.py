@@ -15,8 +15,11 @@ from PIL import Image
 from helpers import REPOSITORY
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import train_here
+from samft import check
 from samft.check import main
+from samft.coco import statistics
 from samft.coco.boxes import find_small_objects
+from samft.coco.index import CocoIndex
 from samft.config import MODEL_TYPES, TrainConfig, parse_config
 from samft.errors import ConfigError
 from samft.runtime import device
@@ -243,6 +246,33 @@ def test_the_file_of_single_annotations_names_them(
     assert config.output_dir == str(tmp_path / "mine-run") and config.pixel_range == "full"
     assert "the smallest GPU has 15 GiB" in path.read_text()
     assert "--nproc_per_node=2" in path.read_text().replace("\n# ", " ")
+
+
+@pytest.mark.parametrize("image_size", ["1024", "256", "64x48"])
+def test_nothing_is_measured_twice(
+    image_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, of_views, root = [], [], tmp_path / "data"
+    for split in ("train", "val"):
+        write_coco(root, 3, split=split, seed=len(split))
+
+    def compute(index: CocoIndex, *, image_size: Any, **options: Any) -> statistics.Statistics:
+        measured.append((index.image_folder.name, image_size))
+        return compute_stock(index, image_size=image_size, **options)
+
+    def measure(index: CocoIndex, *, image_size: Any) -> tuple[statistics.ViewFacts, ...]:
+        of_views.append((index.image_folder.name, image_size))
+        return measure_stock(index, image_size=image_size)
+
+    compute_stock, measure_stock = statistics.compute_statistics, statistics.measure_views
+    for module in (statistics, check):
+        monkeypatch.setattr(module, "compute_statistics", compute)
+        monkeypatch.setattr(module, "measure_views", measure, raising=False)
+    write_suggested(root, tmp_path / "mine.yaml", "--image_size", image_size)
+    given = int(image_size) if image_size.isdigit() else image_size
+    views = {("train", given), ("val", given), ("train", 256), ("train", 1024)}
+    assert sorted(of_views, key=str) == sorted(views, key=str)
+    assert sorted(measured, key=str) == sorted(views | {("val", 256)}, key=str)
 
 
 def test_one_image_alone_is_refused(tmp_path: Path) -> None:

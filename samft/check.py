@@ -28,7 +28,7 @@ from samft.cli import (
     user_path,
 )
 from samft.coco.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
-from samft.coco.layout import describe_folder, find_general_set
+from samft.coco.layout import describe_folder, find_general_set, general_copy_files
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import (
@@ -224,7 +224,7 @@ def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path
         raise ConfigError(f"--suggest: {options.suggest} exists: choose another name.")
     for flag in ("fix", "pictures"):
         target = getattr(options, flag)
-        if target and _is_among_data(target.resolve(), splits, options.data_root):
+        if target and _is_among_data(target.resolve(), splits, options):
             raise ConfigError(
                 f"--{flag}: {target} lies among the data, where nothing is written: choose a "
                 "folder elsewhere."
@@ -233,18 +233,20 @@ def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path
         return {}
     targets = {}
     for name, split in splits.items():
-        if name == GENERAL:  # whose copy no flag of a training would take
-            continue
         home = split.annotations.parent if options.annotations else options.data_root
-        targets[name] = options.fix / split.annotations.relative_to(home)
+        if name == GENERAL:  # which is a folder, and so is its copy
+            targets[name], _ = general_copy_files(options.fix / GENERAL)
+        else:
+            targets[name] = options.fix / split.annotations.relative_to(home)
         if targets[name].exists():
             raise ConfigError(f"--fix: {targets[name]} exists: choose another folder.")
     return targets
 
 
-def _is_among_data(target: Path, splits: Splits, root: Path | None) -> bool:
-    data_folders = [split.images for split in splits.values()] + ([root] if root else [])
-    inside = any(target.is_relative_to(folder.resolve()) for folder in data_folders)
+def _is_among_data(target: Path, splits: Splits, options: argparse.Namespace) -> bool:
+    roots = [root for root in (options.data_root, options.general_data_root) if root]
+    folders = [*roots, *(split.images for split in splits.values())]
+    inside = any(target.is_relative_to(folder.resolve()) for folder in folders)
     return inside or target in {split.annotations.resolve().parent for split in splits.values()}
 
 
@@ -334,10 +336,6 @@ def _write_repaired_copies(
         if split.index is None:
             _print_lines([f"fix: {name} cannot be read, so there is no repaired copy of it"])
             continue
-        if name == GENERAL:
-            alone = shell_command("check", "--data_root", options.general_data_root, "--fix", "DIR")
-            _print_lines([f"fix: {name} has no copy here: `{alone}` writes one, to be put there"])
-            continue
         target = targets[name]
         with _naming_flag("fix", target):
             try:
@@ -345,13 +343,17 @@ def _write_repaired_copies(
                     split.index,
                     split.annotations,
                     target=target,
-                    root=options.data_root,
+                    root=options.general_data_root if name == GENERAL else options.data_root,
                     allow_links=options.allow_links,
                     without=split.shared_rows,
                 )
             except DataError as error:
                 _print_lines([f"fix: {name}: {error}"])
                 continue
+            if name == GENERAL:
+                _, link = general_copy_files(options.fix / GENERAL)
+                link.parent.mkdir(exist_ok=True)
+                link.symlink_to(split.images.resolve(), target_is_directory=True)
         written[name] = target
         counts = f"{repaired.num_images:,} images, {repaired.num_objects:,} annotations"
         _print_lines([f"fix: {target} ({counts})"])
@@ -362,19 +364,21 @@ def _next_commands(
     splits: Splits, written: dict[str, Path], options: argparse.Namespace
 ) -> list[str]:
     # How to check the copies, and how to train on them.
-    root = ["--data_root", options.data_root] if options.data_root else []
+    general = options.fix / GENERAL if GENERAL in written else options.general_data_root
+    roots = {"data_root": options.data_root, GENERAL: general}
+    train = [part for name, root in roots.items() if root for part in (f"--{name}", root)]
+    can_train = GENERAL in written and not options.annotations
     lines = ["to check again:"] * bool(written)
-    arguments: list[Any] = []
     for name, target in written.items():
-        images = splits[name].images
-        lines.append(_shell_line("check", *root, "--annotations", target, "--images", images))
+        images, root = splits[name].images, general if name == GENERAL else options.data_root
+        home = ["--data_root", root] if root else []
+        lines.append(_shell_line("check", *home, "--annotations", target, "--images", images))
         role = TRAIN if options.annotations else name
-        if role != TEST:
-            arguments += [f"--{role}_annotations", target, f"--{role}_images", images]
-    if options.general_data_root:
-        root += ["--general_data_root", options.general_data_root]
-    if arguments:
-        lines += ["to train:", _shell_line("train", *root, *arguments)]
+        if role not in (TEST, GENERAL):
+            train += [f"--{role}_annotations", target, f"--{role}_images", images]
+            can_train = True
+    if can_train:
+        lines += ["to train:", _shell_line("train", *train)]
     return lines
 
 

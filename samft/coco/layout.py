@@ -114,6 +114,14 @@ def find_general_set(data_root: Path) -> tuple[Path, Path]:
         raise DataError(f"general_data_root: {error}") from error
 
 
+def general_copy_files(folder: Path) -> tuple[Path, Path]:
+    """Where `find_general_set` finds a copy of one: its COCO file, and a link to its images.
+
+    The link is not `val`: through it, a COCO file beside the images would be found, not the copy.
+    """
+    return folder / "annotations" / "instances_val.json", folder / "images" / "val"
+
+
 def _find_by_name(data_root: Path, split: str) -> tuple[Path, Path] | None:
     for name in _SPLIT_NAMES.get(split, (split,)):
         beside = data_root / name / "_annotations.coco.json"

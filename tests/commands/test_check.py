@@ -5,9 +5,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helpers.broken_coco import write_broken
@@ -16,7 +18,7 @@ from helpers.short_runs import a_config, arguments, train_here
 from samft.check import main
 from samft.cli import run_command
 from samft.coco.boxes import advise_on_small_objects
-from samft.coco.problems import ERROR, FACT, KINDS
+from samft.coco.problems import ERROR, FACT, KINDS, WARNING
 from samft.commands import shell_command
 from samft.errors import ConfigError, DataError
 from samft.recipes.datasets import load_splits
@@ -442,11 +444,46 @@ def test_a_general_set_is_checked_too(
     assert report["warnings"] == 2 and report["errors"] == 0
     printed = capsys.readouterr().out
     assert f"general_data_root: {general}/train/_annotations.coco.json" in printed
-    assert "fix: general_data_root has no copy here: `" in printed
-    (command,) = commands_in(printed, "train")[:1]
-    assert command[command.index("--general_data_root") + 1] == str(general)
-    assert not [path for path in (tmp_path / "fixed").rglob("*") if "general" in str(path.name)]
     assert f"general_data_root: {general}\n" in suggested.read_text()
+
+
+def test_a_general_set_is_repaired_into_a_folder_that_training_takes(
+    good: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Also where the original lies beside its images, as here, or in the folder of the dataset."""
+    monkeypatch.chdir(tmp_path)
+    in_the_root = tmp_path / "of_one_file"
+    shutil.copytree(general / "train", in_the_root / "images")
+    (in_the_root / "images/_annotations.coco.json").rename(in_the_root / "labels.json")
+    (in_the_root / "images/val").mkdir()  # a folder of images like the name of a split
+    for root in (general, in_the_root):
+        fixed = Path("fixed", root.name)
+        before = sorted(root.rglob("*"))
+        main(["--data_root", str(good), "--general_data_root", str(root), "--fix", str(fixed)])
+        printed = capsys.readouterr().out
+        assert sorted(root.rglob("*")) == before
+        (command,) = commands_in(printed, "train")
+        copy = Path(command[command.index("--general_data_root") + 1])
+        assert copy.is_relative_to(fixed) and command[command.index("--data_root") + 1] == str(good)
+        *_, again = commands_in(printed, "check")
+        assert main(again)["warnings"] == 0
+        config = a_config(good, general_data_root=str(copy))
+        repaired, stock = (
+            load_splits(replace(config, general_data_root=str(one))).general for one in (copy, root)
+        )
+        assert repaired.subset.index.problems.count(WARNING) == 0
+        assert stock.subset.index.problems.count(WARNING) == 1
+        assert len(repaired) == len(stock) == 2
+        assert np.array_equal(repaired[0].image, stock[0].image)
+
+
+@pytest.mark.parametrize("place", ["fixed", "train/fixed"])
+def test_nothing_is_written_into_a_general_set(good: Path, general: Path, place: str) -> None:
+    before = sorted(general.rglob("*"))
+    argv = ["--data_root", str(good), "--general_data_root", str(general)]
+    with pytest.raises(ConfigError, match="among the data"):
+        main([*argv, "--fix", str(general / place)])
+    assert sorted(general.rglob("*")) == before
 
 
 def test_a_general_set_is_checked_beside_a_single_file(

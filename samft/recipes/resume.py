@@ -14,6 +14,7 @@ from samft.config import TrainConfig
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
 from samft.runtime.logs import LOGGER
+from samft.training.custom import CustomParts
 from samft.training.optim import cut_warmup, learning_rate_factor
 
 # Settings that may differ when a run is resumed, because they do not change what is learnt. Of
@@ -53,7 +54,11 @@ class ResumePoint:
 
 
 def find_resume_point(
-    config: TrainConfig, output_dir: Path, fingerprint: str, *, loss_name: str | None = None
+    config: TrainConfig,
+    output_dir: Path,
+    fingerprint: str,
+    *,
+    custom: CustomParts | None = None,
 ) -> ResumePoint | None:
     """Reads the state to resume from and checks that it is of the same configuration.
 
@@ -61,7 +66,7 @@ def find_resume_point(
         config: The configuration as the user gave it.
         output_dir: The output folder.
         fingerprint: Of the training data, see `Splits`.
-        loss_name: See `CustomParts`.
+        custom: What a caller of `finetune` brings along; None: nothing.
 
     Returns:
         The state; None for a fresh start.
@@ -70,6 +75,7 @@ def find_resume_point(
         CheckpointError: There are states, but all are damaged; or `resume` names no good file.
         ConfigError: The run in the folder differs in a way that matters; a table says how.
     """
+    custom = custom or CustomParts()
     point = _read_resume_point(config, output_dir)
     if point is None:
         return None
@@ -78,14 +84,14 @@ def find_resume_point(
     if saved != fingerprint:
         rows.append(f"{'training data':24} {saved[:12]:24} {fingerprint[:12]}")
     saved_loss = point.state.get("loss")  # of a caller, which no setting names
-    if saved_loss != loss_name:
-        names = [name or "samft's own" for name in (saved_loss, loss_name)]
+    if saved_loss != custom.loss_name:
+        names = [name or "samft's own" for name in (saved_loss, custom.loss_name)]
         rows.append(f"{'loss':24} {names[0]:24} {names[1]}")
     changed = {row.split()[0] for row in rows}
     if rows and changed <= _OF_SCHEDULE and _kept_schedule(config, point):
         return point
     if changed == {"steps"}:
-        _refuse_more_steps(point, config)
+        _refuse_more_steps(point, config, custom)
     if rows:
         raise _other_configuration(point.path, rows)
     return point
@@ -147,7 +153,7 @@ def _rate_factor(settings: dict[str, Any], step: int) -> float:
     )
 
 
-def _refuse_more_steps(point: ResumePoint, config: TrainConfig) -> None:
+def _refuse_more_steps(point: ResumePoint, config: TrainConfig, custom: CustomParts) -> None:
     # The rates of the steps that were taken are not those of a longer run: more steps are another.
     saved_steps, best, taken = (
         point.state["config"]["steps"],
@@ -160,12 +166,16 @@ def _refuse_more_steps(point: ResumePoint, config: TrainConfig) -> None:
     is_finished = taken == saved_steps
     state = "is finished: it has taken its" if is_finished else f"has taken {taken} of its"
     finish = "" if is_finished else f", or finish it with `--steps {saved_steps}`"
-    command = shell_command(
-        *("train", "--config", folder / "config.yaml"),
-        *("--checkpoint_path", folder / TopK.from_list(best)[0].name),
-        *("--steps", config.steps - taken),
-        *("--output_dir", f"{config.output_dir.rstrip('/')}-more"),
-    )
+    changes = {
+        "checkpoint_path": str(folder / TopK.from_list(best)[0].name),
+        "steps": config.steps - taken,
+        "output_dir": f"{config.output_dir.rstrip('/')}-more",
+    }
+    flags = [part for name, value in changes.items() for part in (f"--{name}", value)]
+    command = shell_command("train", "--config", folder / "config.yaml", *flags)
+    if custom.has_any:  # which only the caller's program has
+        values = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        command = f"config = dataclasses.replace(config, {values})"
     raise ConfigError(
         f"the run in {folder} {state} {saved_steps} steps, and its learning rate "
         f"({config.lr_schedule}) was scheduled for them. To go on from its best checkpoint, start "

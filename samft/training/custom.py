@@ -65,6 +65,11 @@ class CustomParts:
         """See `describe_function`; None for samft's own loss."""
         return None if self.loss is None else describe_function(self.loss)
 
+    @property
+    def has_any(self) -> bool:
+        """Whether anything is brought along, so that no command can repeat the run."""
+        return any((self.datasets, self.loss, self.metrics, self.callbacks))
+
     def check_agreement(self) -> None:
         """Checks that all ranks have brought the same along. Collective: every rank must call.
 

@@ -1,5 +1,6 @@
 """Which state a run goes on from, what is refused, and how a step is divided anew."""
 
+import dataclasses
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from samft.recipes.resume import (
     keep_images_per_step,
     keep_schedule,
 )
+from samft.training.custom import CustomParts
 
 pytestmark = pytest.mark.run
 
@@ -187,6 +189,30 @@ def test_more_steps_of_a_finished_run_are_another_run(tmp_path: Path) -> None:
     assert "--steps 6 --output_dir" in str(caught.value) and "`--steps 20`" in str(caught.value)
     with pytest.raises(ConfigError, match="another configuration"):
         find(more, tmp_path / "run", {**stopped, "best": []})  # none to go on from
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"train_data": [3]}, {"val_data": [3]}, {"metrics": {"dice": max}}, {"callbacks": [print]}],
+    ids=str,
+)
+def test_more_steps_of_a_callers_own_run_are_asked_for_in_python(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "it's a run"
+    config = a_config(DATA, output_dir=str(folder))
+    best = [{"name": "2-0.75.ckpt", "step": 2, "score": 0.75}]
+    folder.mkdir()
+    save_last(folder, a_state(config, progress={"step": config.steps}, best=best))
+    more = replace(config, steps=config.steps + 5)
+    with pytest.raises(ConfigError, match="is finished") as caught:
+        find_resume_point(more, folder, "abc", custom=CustomParts(**parts))
+    assert "samft train" not in str(caught.value)
+    names: dict[str, Any] = {"config": more, "dataclasses": dataclasses}
+    exec(str(caught.value).splitlines()[1].strip(), names)  # as the caller would write it
+    assert names["config"] == replace(
+        more, checkpoint_path=f"{folder}/2-0.75.ckpt", steps=5, output_dir=f"{folder}-more"
+    )
 
 
 CONSTANT: dict[str, Any] = {"lr_schedule": "constant", "warmup_steps": 0}

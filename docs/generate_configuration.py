@@ -14,8 +14,9 @@ INTRODUCTION = """\
 Each setting is a flag of `python -m samft.train` (and of `torchrun -m samft.train` and
 `bash launch.sh`), a key of the YAML file named by `--config`, and an attribute of
 `samft.config.TrainConfig`, all with the same name. A flag wins over its YAML key, and that over the
-default. Switches are `--x` and `--no-x` on the command line, `true` and `false` in YAML. An unknown
-key is an error that names the nearest one.
+default. Switches are `--x` and `--no-x` on the command line, `true` and `false` in YAML; other
+values are read as those of flags, so that `010` is 10. An unknown key is an error that names the
+nearest one.
 
 Every run writes its settings to `config.yaml` in its `output_dir`; `--config` of that file repeats
 it. `configs/` has ready-made files.

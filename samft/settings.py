@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -179,6 +180,30 @@ def commented_yaml(comment: str, settings: Mapping[str, Any] = MappingProxyType(
     return "".join(f"# {line}\n" for line in lines) + values
 
 
+class _TextLoader(yaml.SafeLoader):
+    # Knows no type of plain values but null.
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML document holds: plain values as they are written, but for null, which is None.
+
+    Else YAML 1.1 would take 010 for 8, 0x768 for 1896, 1:30 for 90, and a class named no for False.
+
+    Raises:
+        Exception: It is no YAML, or has a key twice.
+
+    Example:
+        >>> read_yaml("{steps: 010, image_size: 0x768, names: [on, no], seed: null}")
+        {'steps': '010', 'image_size': '0x768', 'names': ['on', 'no'], 'seed': None}
+    """
+    as_typed = OmegaConf.to_container(OmegaConf.create(text), resolve=False)  # refuses keys twice
+    return _TextLoader(text).get_single_data() or as_typed
+
+
 def has_settings(path: Path, config: CheckedSettings) -> bool:
     """Whether `--config` of a file, which may be anything, gives this configuration."""
     argv = ["--config", str(path)]
@@ -290,6 +315,9 @@ def _unknown_flags(unknown: list[str], known: Iterable[str]) -> list[str]:
     ]
 
 
+_SWITCHES = {**dict.fromkeys(("true", "yes"), "on"), **dict.fromkeys(("false", "no"), "off")}
+
+
 def _assign_value(
     merged: Any, field: dataclasses.Field[Any], value: Any, *, source: str
 ) -> list[str]:
@@ -297,8 +325,8 @@ def _assign_value(
     annotation = str(field.type)
     if "None" in annotation and str(value).lower() in ("none", "null", ""):
         value = None
-    if isinstance(value, bool) and "off" in field.metadata["choices"]:
-        value = "on" if value else "off"  # YAML reads a bare off as false
+    if "off" in field.metadata["choices"]:  # a switch, or once was one
+        value = _SWITCHES.get(str(value).lower(), value)
     if field.metadata["convert"]:
         value = field.metadata["convert"](value)
     try:
@@ -314,7 +342,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ConfigError(f"--config: there is no file {path}.")
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        loaded = read_yaml(path.read_text(encoding="utf-8"))
     except Exception as error:  # OmegaConf passes on what the YAML parser raises
         message = " ".join(str(error).split())
         raise ConfigError(f"--config: {path} is not readable as YAML: {message}") from error

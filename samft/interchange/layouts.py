@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from PIL import Image
 
 from samft.coco.segmentation import CroppedMask
@@ -26,6 +25,7 @@ from samft.interchange.labelled import (
     viewed_size,
 )
 from samft.runtime.files import read_file
+from samft.settings import read_yaml
 
 # What annotators append to the name of an image for its labels, such as Cellpose.
 _ENDINGS = ("_cp_masks", "_masks", "_mask", "_labels", "_label")
@@ -148,11 +148,11 @@ def read_yolo(source: Path) -> Iterator[LabelledImage]:
 
 def _read_data_yaml(file: Path) -> tuple[dict[str, Any], dict[int, str]]:
     try:
-        settings: Any = OmegaConf.to_container(OmegaConf.create(read_file(file).decode()))
+        settings = read_yaml(read_file(file).decode())
         names = settings["names"]
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
         return settings, {int(key): str(name) for key, name in pairs}
-    except Exception as error:  # OmegaConf passes on what the YAML parser raises
+    except Exception as error:  # whatever the YAML parser raises
         raise DataError(
             f"{file} cannot be read ({error}): it should have train, val and names, as YOLO's do."
         ) from error

@@ -445,10 +445,17 @@ def test_a_wrong_value_is_refused_with_a_sentence(flags: str, problem: str) -> N
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("steps: true", "steps: 'True' is not a whole number."),
+        ("steps: true", "steps: 'true' is not a whole number."),
+        ("steps: 1:30", "steps: '1:30' is not a whole number."),
+        ("steps: 1e3", "steps: '1e3' is not a whole number."),
+        ("seed: 0x10", "seed: '0x10' is not a whole number."),
+        ("learning_rate: 1:30", "learning_rate: '1:30' is not a number."),
+        ("debug: 1:30", "debug: '1:30' is not yes or no."),
+        ("image_size: 0x768", "image_size: 0x768 has a side of no multiple of 16; the nearest is "),
+        ("channels: 0b11", "channels: '0b11' is not one or three band numbers"),
         ("steps: null", "steps: 'None' is not a whole number."),
-        ("steps: [1]", "steps: '[1]' is not a whole number."),
-        ("data_root: {a: 1}", "data_root: '{'a': 1}' is not text."),
+        ("steps: [one]", "steps: '['one']' is not a whole number."),
+        ("data_root: {a: b}", "data_root: '{'a': 'b'}' is not text."),
         ("debug: perhaps", "debug: 'perhaps' is not yes or no."),
         ("amp: on", "amp: 'on' is none of auto, off, bf16, fp16."),
         ("- steps", "must hold `key: value` lines."),
@@ -460,7 +467,39 @@ def test_a_wrong_file_is_refused_with_a_sentence(tmp_path: Path, text: str, prob
     with pytest.raises(ConfigError) as caught:
         parse_yaml(tmp_path, text)
     assert problem in str(caught.value)
-    assert "config.yaml" in str(caught.value) or text == "amp: on"
+    of_values = ("amp: on", "image_size: 0x768", "channels: 0b11")
+    assert "config.yaml" in str(caught.value) or text in of_values
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["010", "1_000", "1:30", "0x768", "0b11", "+5", "1e-4", "1E3", "on", "no", "2017-01-01"],
+)
+def test_text_in_a_file_is_what_is_written_there(tmp_path: Path, value: str) -> None:
+    names = ("test_split", "train_split", "category_names", "output_dir")
+    config = parse_yaml(tmp_path, "".join(f"{name}: {value}\n" for name in names))
+    assert {getattr(config, name) for name in names} == {value}
+    with_quotes = parse_yaml(tmp_path, "".join(f"{name}: '{value}'\n" for name in names))
+    flags = [part for name in names for part in (f"--{name}", value)]
+    assert with_quotes == config == parse_config([*REQUIRED, *flags])
+
+
+def test_numbers_in_a_file_are_those_of_flags(tmp_path: Path) -> None:
+    config = parse_yaml(
+        tmp_path, "steps: 010\nseed: 1_000\nlearning_rate: +1.5E-3\nwarmup_steps: 0"
+    )
+    assert (config.steps, config.seed, config.learning_rate) == (10, 1000, 0.0015)
+    assert config == parse_config(
+        [*REQUIRED, *"--steps 010 --seed 1_000 --learning_rate +1.5E-3 --warmup_steps 0".split()]
+    )
+
+
+def test_anchors_and_null_mean_in_a_file_what_they_mean_in_yaml(tmp_path: Path) -> None:
+    config = parse_yaml(
+        tmp_path, "train_split: &name no\nval_split: *name\nval_fraction: ~\npage:\n"
+    )
+    assert (config.train_split, config.val_split) == ("no", "no")
+    assert config.val_fraction is None and config.page is None
 
 
 def test_explicit_files_need_no_data_root() -> None:

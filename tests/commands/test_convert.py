@@ -178,6 +178,18 @@ def test_yolo_there_and_back(tmp_path: Path) -> None:
     assert convert(*flags)["images"] == {"train": 1}
 
 
+def test_classes_of_yolo_are_called_as_they_are_written(tmp_path: Path) -> None:
+    """Not False and 8, which YAML takes them for."""
+    write_yolo(tmp_path / "yolo")
+    file = tmp_path / "yolo/data.yaml"
+    for names in ("[no, 010]", "{0: no, 1: 010}"):
+        file.write_text(f"train: images/train\nval: images/val\nnames: {names}\n")
+        out = tmp_path / f"out-{len(names)}"
+        convert("--from", "yolo", "--source", file.parent, "--output_dir", out)
+        document = json.loads((out / "val/_annotations.coco.json").read_text())
+        assert [one["name"] for one in document["categories"]] == ["010", "no"]
+
+
 def save_turned(path: Path, view: np.ndarray, orientation: int) -> None:
     """Stores an image so that EXIF's orientation, 6 or 8, turns it into the view."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -309,7 +309,7 @@ def build_trainer(
         loss=build_loss(config, loss),
         prompts=PromptSchedule(
             config.prompts,
-            iou_weight=config.loss_iou_weight,
+            iou_weight=config.loss_iou_weight if loss is None else None,
             seed=config.seed,
             **_rounds_of(config),
         ),

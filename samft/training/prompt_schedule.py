@@ -11,7 +11,8 @@ from functools import partial
 from torch import Tensor
 
 from samft.data.samplers import ROUND_STREAM, generator_of
-from samft.training.losses import LossFunction, best_of_masks
+from samft.training.losses import LossFunction
+from samft.training.multimask import best_of_masks
 from samft.training.rounds import Rounds
 
 
@@ -25,7 +26,7 @@ class PromptSchedule:
         mask_prompt: Probability that such a round has the last mask as a prompt.
         multimask: `off`, or `best`: a step that begins with a point gives three masks of it, the
             best of which is trained.
-        iou_weight: Weight of the IoU's loss, see `losses.best_of_masks`.
+        iou_weight: Weight of the IoU's loss; None: not known; see `multimask.best_of_masks`.
         seed: Of the draws.
     """
 
@@ -33,7 +34,7 @@ class PromptSchedule:
     corrections: int = 0
     mask_prompt: float = 0.5
     multimask: str = "off"
-    iou_weight: float = 1.0
+    iou_weight: float | None = 1.0
     seed: int = 0
 
     @property

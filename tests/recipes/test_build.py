@@ -11,8 +11,11 @@ from helpers.short_runs import a_config, write_data
 from samft import distributed
 from samft.errors import CheckpointError, DataError, SharedError
 from samft.models.image_encoder import CheckpointedEncoder, FastBlock
+from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.recipes import build
+from samft.training.engine import Progress
+from samft.training.losses import MaskLosses, mask_losses
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -186,3 +189,34 @@ def test_debug_lists_the_tensors_that_box_prompts_do_not_reach(data, caplog):
     frozen = next(text for text in caplog.messages if "box prompts do not reach them" in text)
     assert "prompt_encoder.not_a_point_embed.weight" in frozen
     assert "mask_decoder.output_hypernetworks_mlps.3.layers.2.bias" in frozen
+
+
+# An own loss
+
+
+def untrained_iou(mask_logits: torch.Tensor, iou: torch.Tensor, **truth: Any) -> MaskLosses:
+    return mask_losses(mask_logits, iou, **truth, iou_weight=0.0)
+
+
+def test_an_own_loss_chooses_the_best_of_three_masks_whatever_its_total_has_of_the_iou(
+    tmp_path: Path,
+) -> None:
+    """A good mask of a rightly predicted IoU, and an empty one whose prediction is far off."""
+    config = a_config(tmp_path, tmp_path, prompts="point", multimask="best")
+    model = PromptedSam(build_sam("vit_tiny", 64))
+    trainer = build.build_trainer(config, model, progress=Progress(), loss=untrained_iou)
+    assert trainer.prompts is not None
+    rounds = trainer.prompts.rounds_at(0, click_draws=torch.zeros(1, 8, 2), loss=trainer.loss)
+    assert rounds.multimask_loss is not None
+    logits, iou = torch.zeros(1, 2, 16, 16), torch.tensor([[1.0, 1.0]])
+    logits[0, 0], logits[0, 1] = 2.0, -1e-3
+    truth: dict[str, Any] = {
+        "targets": torch.full((1, 8, 8), 255, dtype=torch.uint8),
+        "windows": torch.tensor([[0.0, 0.0, 64.0, 64.0]]),
+        "image_index": torch.zeros(1, dtype=torch.int64),
+        "input_sizes": torch.tensor([[64, 64]]),
+    }
+    losses = rounds.multimask_loss(logits, iou, **truth)
+    good = untrained_iou(logits[:, 0], iou[:, 0], **truth)
+    torch.testing.assert_close(losses.total, good.total)
+    torch.testing.assert_close(losses.dice, good.dice)

@@ -17,7 +17,7 @@ from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze
 from samft.training import losses as losses_module
-from samft.training.losses import MaskLosses, best_of_masks, mask_losses
+from samft.training.losses import MaskLosses, mask_losses
 
 S = 64  # the model frame; logits are 16 x 16
 LOW = S // 4
@@ -390,72 +390,3 @@ def test_two_ranks_have_the_gradients_of_one_process(gloo2: GlooPool) -> None:
             tolerance = 1e-7 + 1e-5 * gradient.abs().max().item()
             torch.testing.assert_close(batched[name], gradient, atol=tolerance, rtol=1e-4)
     assert sum(gradient.abs().max() > 1e-3 for gradient in alone.values()) > 100
-
-
-def three_masks() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Three masks each of four objects in two images."""
-    generator = torch.Generator().manual_seed(8)
-    logits = 3 * torch.randn(4, 3, LOW, LOW, generator=generator)
-    targets = torch.randint(0, 256, (4, 8, 8), generator=generator, dtype=torch.uint8)
-    inputs = {
-        "targets": targets,
-        "windows": torch.tensor([[4.0, 8.0, 40.0, 50.0]]) + torch.arange(4.0)[:, None],
-        "image_index": torch.tensor([0, 1, 1, 0]),
-        "input_sizes": torch.tensor([[S, S], [40, S]]),
-    }
-    return logits, torch.rand(4, 3, generator=generator), inputs
-
-
-def squared_dice(mask_logits: Tensor, iou_predicted: Tensor, **inputs: Tensor) -> MaskLosses:
-    """A loss of somebody else's, which prefers other masks."""
-    losses = mask_losses(mask_logits, iou_predicted, **inputs, focal_weight=0.0, iou_weight=2.0)
-    return losses._replace(total=losses.total - 2 * losses.dice.square())
-
-
-@pytest.mark.parametrize(("loss", "iou_weight"), [(mask_losses, 1.0), (squared_dice, 2.0)])
-def test_the_best_of_three_masks_is_trained_and_the_predicted_iou_of_all(
-    loss: Any, iou_weight: float
-) -> None:
-    logits, iou_predicted, inputs = three_masks()
-    logits.requires_grad_()
-    iou_predicted.requires_grad_()
-    losses = best_of_masks(logits, iou_predicted, loss=loss, iou_weight=iou_weight, **inputs)
-    losses.total.sum().backward()
-    assert logits.grad is not None and iou_predicted.grad is not None
-
-    input_sizes = inputs.pop("input_sizes")
-    best_masks = []
-    for k in range(4):
-        own = {name: rows[k : k + 1] for name, rows in inputs.items()}
-        leaves = [logits[k, n].detach().requires_grad_() for n in range(3)]
-        ious = [iou_predicted[k, n].detach().requires_grad_() for n in range(3)]
-        of_masks = [
-            loss(mask[None], iou[None], input_sizes=input_sizes, **own)
-            for mask, iou in zip(leaves, ious, strict=True)
-        ]
-        parts = [(of.total - iou_weight * of.iou).item() for of in of_masks]
-        best = parts.index(min(parts))
-        iou = sum(of.iou for of in of_masks) / 3
-        total = of_masks[best].total - iou_weight * of_masks[best].iou + iou_weight * iou
-        total.sum().backward()
-        torch.testing.assert_close(losses.total[k], total[0])
-        torch.testing.assert_close(losses.iou[k], iou[0])
-        for name in ("focal", "dice", "iou_actual"):
-            assert getattr(losses, name)[k] == getattr(of_masks[best], name)[0]
-        for n in range(3):
-            expected = leaves[n].grad if n == best else torch.zeros_like(leaves[n])
-            torch.testing.assert_close(logits.grad[k, n], expected)
-            torch.testing.assert_close(iou_predicted.grad[k, n], ious[n].grad)
-        best_masks.append(best)
-    assert len(set(best_masks)) > 1
-
-
-def test_the_best_of_one_mask_has_the_losses_of_that_mask() -> None:
-    logits, iou_predicted, inputs = three_masks()
-    best = best_of_masks(
-        logits[:, :1], iou_predicted[:, :1], loss=mask_losses, iou_weight=1.0, **inputs
-    )
-    for actual, expected in zip(
-        best, mask_losses(logits[:, 0], iou_predicted[:, 0], **inputs), strict=True
-    ):
-        torch.testing.assert_close(actual, expected)

@@ -14,7 +14,8 @@ from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze, unreached_by
 from samft.training.clicks import first_clicks, next_clicks
-from samft.training.losses import MaskLosses, best_of_masks, mask_losses
+from samft.training.losses import MaskLosses, mask_losses
+from samft.training.multimask import best_of_masks
 from samft.training.prompt_schedule import PromptSchedule
 
 S = 64

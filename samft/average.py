@@ -237,8 +237,9 @@ def _read_formats(
 
     saying = [path for path in options.checkpoint if saved_view(path)] or options.checkpoint
     flags, size = view_flags(options), max(parse_image_size(metadata["image_size"]))
-    views = [view_of(path, flags, image_size=size) for path in (saying[0], saying[-1])]
-    view = _same_setting("sees images", options, views)
+    first, view = (view_of(path, flags, image_size=size) for path in (saying[0], saying[-1]))
+    if not first.shows_as(view):
+        _same_setting("sees images", options, [first, view])
     formats = [replace(one, in_windows=view.has_windows) for one in pixel_formats(options)]
     return view, _same_setting("reads images", options, formats)
 

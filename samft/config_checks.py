@@ -4,7 +4,7 @@ Imports no torch, as `config.py`, whose `TrainConfig.check` calls this.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from samft.cli import (
@@ -19,6 +19,43 @@ ADAPTER_TARGETS = ("q", "k", "v", "proj", "mlp")  # as in models/lora.py
 MAX_OVERLAP = 0.9  # of tiles; with more there would be hundreds of them for each object
 MAX_DECAY_FRACTION = 0.9  # the warm-up has up to a tenth of the steps
 GROUPINGS = ("auto", "folder", "none")  # the values of `group_by` that are no pattern
+
+
+# Settings that have no effect beside some values of others: when they have one.
+_HAS_EFFECT: dict[str, Callable[[Any], bool]] = {
+    "tile_size": lambda config: config.view != "image",
+    "tile_overlap": lambda config: config.view == "tiles",
+    "view_context": lambda config: config.view == "objects",
+    "lora_alpha": lambda config: config.lora_rank is not None,
+    "lora_targets": lambda config: config.lora_rank is not None,
+    "mask_prompt": lambda config: config.num_corrections > 0,
+    "decay_fraction": lambda config: config.lr_schedule == "wsd",
+    "layer_decay": lambda config: not config.freeze_image_encoder or bool(_trained_apart(config)),
+    # With augment scale, the colours are drawn after the boxes.
+    "box_jitter": lambda config: config.prompts != "point" or config.augment == "scale",
+    "val_fraction": lambda config: config.val_annotations is None,
+    "group_by": lambda config: config.val_fraction is not None and config.val_annotations is None,
+}
+# Settings whose default depends on others: what they are where they are not given.
+_DEFAULTS: dict[str, Callable[[Any], Any]] = {
+    "tile_size": lambda config: max(parse_image_size(config.image_size)),
+    "lora_alpha": lambda config: config.lora_rank,
+    "correction_rounds": lambda config: config.num_corrections,
+    "encoder_learning_rate": lambda config: config.learning_rate,
+}
+
+
+def has_effect(name: str, config: Any) -> bool:
+    """Whether a setting changes what is learnt or seen, beside the other settings of a `config`."""
+    return name not in _HAS_EFFECT or _HAS_EFFECT[name](config)
+
+
+def effective_value(name: str, config: Any) -> Any:
+    """The value by which a setting acts: None without effect, else as given, or its default."""
+    if not has_effect(name, config):
+        return None
+    value = getattr(config, name)
+    return _DEFAULTS[name](config) if value is None and name in _DEFAULTS else value
 
 
 def pattern_problem(group_by: str) -> str | None:

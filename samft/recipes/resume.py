@@ -11,6 +11,7 @@ from samft.checkpoints.top_k import TopK
 from samft.checkpoints.training_state import LAST_NAME, load_latest, load_state_file, run_dir_of
 from samft.commands import shell_command
 from samft.config import TrainConfig
+from samft.config_checks import effective_value
 from samft.errors import ConfigError
 from samft.recipes.build import images_per_step
 from samft.runtime.logs import LOGGER
@@ -254,6 +255,9 @@ def keep_images_per_step(config: TrainConfig, point: ResumePoint) -> TrainConfig
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     """The settings that forbid to resume a run, because they change what is learnt.
 
+    One that has no effect, such as `decay_fraction` without wsd, forbids nothing; nor does one that
+    is only spelled out, such as a `lora_alpha` as large as the rank.
+
     Args:
         saved: The configuration of the saved run, as plain values.
         config: The configuration to resume it with.
@@ -261,10 +265,13 @@ def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[str]:
     Returns:
         Lines of a table: setting, its value in the saved run, its value now.
     """
-    rows = []
-    for field in dataclasses.fields(config):
-        # A version of samft without the setting did what its default does.
-        before, now = saved.get(field.name, field.default), getattr(config, field.name)
-        if field.name not in FREE_ON_RESUME and before != now:
-            rows.append(f"{field.name:24} {before!s:24} {now}")
-    return rows
+    # A version of samft without a setting did what its default does.
+    names = [field.name for field in dataclasses.fields(config)]
+    before = TrainConfig(**{name: saved[name] for name in names if name in saved})
+    return [
+        f"{name:24} {getattr(before, name)!s:24} {getattr(config, name)}"
+        for name in names
+        if name not in FREE_ON_RESUME
+        and getattr(before, name) != getattr(config, name)
+        and effective_value(name, before) != effective_value(name, config)
+    ]

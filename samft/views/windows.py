@@ -7,12 +7,13 @@ the image. Imports no torch.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.config_checks import MAX_OVERLAP
+from samft.config_checks import MAX_OVERLAP, has_effect
 
 KINDS = ("image", "tiles", "objects")
 _FIELDS = {"view": "kind", "view_context": "context"}  # by setting, where the names differ
@@ -69,6 +70,18 @@ class View:
         """The view with the settings that were given as flags, by name, instead of its own."""
         names = {_FIELDS.get(name, name): value for name, value in flags.items()}
         return replace(self, **names)
+
+    def shows_as(self, other: "View") -> bool:
+        """Whether both show the same of every image: settings without effect make no difference."""
+        return self._effective() == other._effective()
+
+    def _effective(self) -> tuple[Any, ...]:
+        settings = {"view": self.kind, **asdict(self)}
+        names = {field: name for name, field in _FIELDS.items()}
+        return tuple(
+            value if has_effect(names.get(field, field), SimpleNamespace(**settings)) else None
+            for field, value in asdict(self).items()
+        )
 
     def describe(self) -> str:
         """One phrase for the log."""

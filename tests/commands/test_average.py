@@ -118,6 +118,21 @@ def test_a_checkpoint_that_does_not_say_sees_images_as_the_other(ends, tiled: in
     assert read.in_windows and read.pixel_range == "full"
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tiles", "context"), ("objects", "tile_overlap"), ("image", "tile_size")]
+)
+def test_views_that_differ_where_it_has_no_effect_are_alike(ends, kind: str, name: str) -> None:
+    values = {"context": (2.0, 3.5), "tile_overlap": (0.0, 0.5), "tile_size": (64, 128)}
+    for end, seed, value in zip(ends, (0, 1), values[name], strict=True):
+        view = {"kind": kind, "tile_size": 64, name: value}
+        write_tiny(end.parent, sam=tiny_sam(seed=seed), view=view)
+    options = average._parse_options([*map(str, ends), "--data_root", ".", "--output", "a.pth"])
+    seen, _ = average._read_formats(options, {"image_size": 64})
+    assert seen.kind == kind
+    if kind != "image":  # as that of the tuned one, for automatic masks of its tiles, say
+        assert getattr(seen, name) == values[name][1]
+
+
 def over_a_sidecar(ends: tuple[Path, Path]) -> Path:
     return ends[1].with_suffix(".pth")
 

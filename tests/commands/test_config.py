@@ -227,11 +227,12 @@ def test_rounds_of_corrections_follow_from_the_prompts(
 
 @pytest.mark.parametrize("name", ["prompts", "correction_rounds", "mask_prompt", "multimask"])
 def test_another_way_to_prompt_is_another_run(name: str) -> None:
-    saved = dataclasses.asdict(parse_config(REQUIRED))
-    config = dataclasses.replace(parse_config(REQUIRED), **{name: OTHER[name]})
+    base = dataclasses.replace(parse_config(REQUIRED), **EFFECTIVE.get(name, {}))
+    saved = dataclasses.asdict(base)
+    config = dataclasses.replace(base, **{name: OTHER[name]})
     assert [row.split()[0] for row in changed_settings(saved, config)] == [name]
     del saved[name]  # of a run of an earlier version, which had boxes only
-    assert changed_settings(saved, parse_config(REQUIRED)) == []
+    assert changed_settings(saved, base) == []
     assert [row.split()[0] for row in changed_settings(saved, config)] == [name]
 
 
@@ -595,14 +596,80 @@ def test_changed_settings_are_those_that_change_what_is_learnt() -> None:
     assert rows == [["learning_rate", "0.0001", "0.5"], ["seed", "0", "3"]]
 
 
+# Of settings that some values of others leave without effect: values with which they have one.
+EFFECTIVE: dict[str, dict[str, Any]] = {
+    "tile_size": {"view": "tiles"},
+    "tile_overlap": {"view": "tiles"},
+    "view_context": {"view": "objects"},
+    "lora_alpha": {"lora_rank": 4},
+    "lora_targets": {"lora_rank": 4},
+    "mask_prompt": {"correction_rounds": 2},
+    "decay_fraction": {"lr_schedule": "wsd"},
+    "layer_decay": {"freeze_image_encoder": False},
+    "box_jitter": {"prompts": "mixed"},
+    "val_fraction": {"val_annotations": None},
+    "group_by": {"val_fraction": 0.2},
+}
+# And values with which they have none.
+WITHOUT_EFFECT: dict[str, dict[str, Any]] = {
+    "tile_overlap": {"view": "objects"},
+    "view_context": {"view": "tiles"},
+    "lora_targets": {"lora_rank": None},
+    "mask_prompt": {"prompts": "mixed", "correction_rounds": 0},
+    "decay_fraction": {"lr_schedule": "cosine"},
+    "layer_decay": {"freeze_image_encoder": True},
+    "box_jitter": {"prompts": "point"},
+    "val_fraction": {"val_annotations": "a.json", "val_images": "images"},
+    "group_by": {"val_fraction": None},
+}
+
+
 def test_each_field_is_either_free_on_resume_or_held() -> None:
-    config = parse_config(REQUIRED)
-    saved = dataclasses.asdict(config)
     assert FREE_ON_RESUME < set(OTHER)
     for name, value in OTHER.items():
+        config = dataclasses.replace(parse_config(REQUIRED), **EFFECTIVE.get(name, {}))
+        saved = dataclasses.asdict(config)
         if value != saved[name]:
             rows = changed_settings(saved, dataclasses.replace(config, **{name: value}))
-            assert len(rows) == (name not in FREE_ON_RESUME), name
+            assert [row.split()[0] for row in rows] == [name] * (name not in FREE_ON_RESUME)
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_setting_without_effect_forbids_no_resume(name: str) -> None:
+    config = dataclasses.replace(parse_config(REQUIRED), **WITHOUT_EFFECT[name])
+    assert config.check() == []
+    changed = dataclasses.replace(config, **{name: OTHER[name]})
+    assert changed != config and changed.check() == []
+    assert changed_settings(dataclasses.asdict(config), changed) == []
+    assert changed_settings(dataclasses.asdict(changed), config) == []
+
+
+@pytest.mark.parametrize(
+    ("others", "name", "value"),
+    [
+        ({"view": "tiles", "image_size": 512}, "tile_size", 512),
+        ({"lora_rank": 8}, "lora_alpha", 8.0),
+        ({"prompts": "mixed"}, "correction_rounds", 7),
+        ({}, "correction_rounds", 0),
+        ({"learning_rate": 3e-4}, "encoder_learning_rate", 3e-4),
+    ],
+)
+def test_a_default_that_is_spelled_out_forbids_no_resume(
+    others: dict[str, Any], name: str, value: Any
+) -> None:
+    config = dataclasses.replace(parse_config(REQUIRED), **others)
+    spelled_out = dataclasses.replace(config, **{name: value})
+    assert changed_settings(dataclasses.asdict(config), spelled_out) == []
+    assert changed_settings(dataclasses.asdict(spelled_out), config) == []
+    other = dataclasses.replace(config, **{name: value * 2 or 1})
+    (row,) = changed_settings(dataclasses.asdict(config), other)
+    assert row.split()[0] == name
+
+
+def test_what_makes_a_setting_effective_is_named_with_it() -> None:
+    saved = dataclasses.asdict(parse_config(REQUIRED))
+    config = dataclasses.replace(parse_config(REQUIRED), view="tiles", tile_overlap=0.5)
+    assert [row.split()[0] for row in changed_settings(saved, config)] == ["view", "tile_overlap"]
 
 
 def test_a_setting_that_the_saved_run_did_not_have_had_its_default() -> None:

@@ -16,6 +16,7 @@ from helpers.short_runs import (
     arguments,
     command_here,
     read_metrics,
+    read_weights,
     train_here,
     write_data,
 )
@@ -213,6 +214,23 @@ def test_more_steps_of_a_callers_own_run_are_asked_for_in_python(
     assert names["config"] == replace(
         more, checkpoint_path=f"{folder}/2-0.75.ckpt", steps=5, output_dir=f"{folder}-more"
     )
+
+
+def test_settings_without_effect_change_no_bit_of_a_run_nor_its_resume(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    base = {"steps": 4, "metrics_interval": 4, "prompts": "point", "correction_rounds": 0}
+    base |= {"freeze_image_encoder": True, "multimask": "best"}
+    others = {"box_jitter": 0.4, "layer_decay": 0.5, "mask_prompt": 0.1, "decay_fraction": 0.9}
+    others |= {"lora_targets": "mlp", "view_context": 4.0, "tile_overlap": 0.0}
+    others |= {"group_by": "folder"}
+    argv = arguments(data, tmp_path / "run", **base)
+    assert command_here([*argv, "--stop_after", "2"]) == 75
+    train_here(arguments(data, tmp_path / "run", **base, **others))
+    train_here(arguments(data, tmp_path / "straight", **base))
+    resumed, straight = (read_weights(tmp_path / name) for name in ("run", "straight"))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    steps = [line["step"] for line in read_metrics(tmp_path / "run", "val")]
+    assert steps == [0, 4]  # resumed, and not begun anew
 
 
 CONSTANT: dict[str, Any] = {"lr_schedule": "constant", "warmup_steps": 0}

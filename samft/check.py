@@ -44,6 +44,7 @@ from samft.coco.statistics import (
     compute_statistics,
     suggest_view,
 )
+from samft.coco.subset import select_objects, split_by_hash
 from samft.commands import shell_command, shell_program
 from samft.config import TrainConfig
 from samft.errors import ConfigError, DataError, escape_unprintable, fold_for_terminal
@@ -427,15 +428,13 @@ def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Pat
 
     assert train.index and train.statistics
     numbers, gpus = train.statistics, gpu_memories_gib()
-    if val is None and numbers.num_images_with_objects < 2:
-        raise ConfigError(
-            "--suggest: there is one image with objects and no validation split: a training takes "
-            "another image to validate on."
-        )
-    at_size = {
-        size: _statistics_at(train, size, with_views=True)
-        for size in (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
-    }
+    if val is None:
+        try:  # as the run will; any share asks for as many groups
+            split_by_hash(select_objects(train.index), 0.5, group_by="auto")
+        except DataError as error:
+            raise ConfigError(f"--suggest: {error}") from error
+    sizes = (SMALLEST_IMAGE_SIZE, SAM_IMAGE_SIZE)
+    at_size = {size: _statistics_at(train, size, with_views=True) for size in sizes}
     small = [at_size[SMALLEST_IMAGE_SIZE].small]
     if val and val.index:
         small.append(_statistics_at(val, SMALLEST_IMAGE_SIZE, with_views=False).small)

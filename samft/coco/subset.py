@@ -468,11 +468,13 @@ def split_by_hash(
         groups.setdefault(name if group is None else group, set()).add(name)
     folder = subset.index.image_folder
     if len(groups) < 2:
-        one = "image" if sum(map(len, groups.values())) < 2 else f"group by group_by {group_by}"
-        raise DataError(
-            f"{folder} has {len(groups)} {one} with objects: holding out a share for validation "
-            "takes at least two."
-        )
+        alone = f"{folder} has one image with objects, and holding out a share for validation takes"
+        if subset.num_images > 1:
+            alone = (
+                f"all images with objects in {folder} are of one group by group_by {group_by}, as "
+                "copies of a picture are, and holding out whole groups for validation takes"
+            )
+        raise DataError(f"{alone} at least two: give images to validate on.")
     ordered = sorted(groups, key=lambda name: hashlib.sha256(encode_name(name)).digest())
     sizes = np.cumsum([len(groups[name]) for name in ordered])
     wanted = min(max(round(val_fraction * sizes[-1]), 1), sizes[-1] - 1)

@@ -433,7 +433,7 @@ def test_groups_are_folders_or_what_a_pattern_finds(
 
 def test_one_group_alone_cannot_be_shared_out(tmp_path: Path) -> None:
     subset = _copies(tmp_path, ["a.png", "b.png"])
-    with pytest.raises(DataError, match="1 group by group_by folder"):
+    with pytest.raises(DataError, match="one group by group_by folder"):
         split_by_hash(subset, 0.5, group_by="folder")
 
 

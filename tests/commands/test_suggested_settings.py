@@ -283,6 +283,20 @@ def test_one_image_alone_is_refused(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_copies_of_one_picture_alone_are_refused_as_the_run_would(tmp_path: Path) -> None:
+    root, path = tmp_path / "data", tmp_path / "mine.yaml"
+    file = write_coco(root, 3)
+    document = json.loads(file.read_text())
+    for number, entry in enumerate(document["images"]):
+        copy = f"cat_jpg.rf.{number}{'0' * 31}.jpg"
+        (file.parent / entry["file_name"]).rename(file.parent / copy)
+        entry["file_name"] = copy
+    file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="--suggest: all images .* are of one group"):
+        main(["--data_root", str(root), "--suggest", str(path)])
+    assert not path.exists()
+
+
 def test_a_name_that_yaml_or_a_line_could_break_is_kept(tmp_path: Path) -> None:
     root = tmp_path / "a: b # c\n- d"
     write_coco(root, 4)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -149,13 +150,8 @@ def parse_settings(cls: type[Config], argv: list[str], *, command: str, descript
         else:
             problems.append(f"{file}: {key}: no such key.{suggest_nearest(str(key), fields)}")
     for key, value in flags.items():
-        problems += _assign_value(merged, fields[key], value, source="--")
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
-        message = str(error).splitlines()[0]
-        raise ConfigError(f"the configuration cannot be resolved: {message}.") from error
-    assert isinstance(config, cls)
+        problems += _assign_value(merged, fields[key], _literal(value), source="--")
+    config = _resolve(merged, cls, source=file or "the configuration")
     raise_for_problems(
         problems + config.check(), hint=f"\n`{parser.prog} --help` lists every flag."
     )
@@ -164,7 +160,9 @@ def parse_settings(cls: type[Config], argv: list[str], *, command: str, descript
 
 def to_yaml(config: CheckedSettings) -> str:
     """The configuration as YAML; `--config` of it gives the same configuration back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    literal = {name: _literal(value) for name, value in values.items()}
+    return OmegaConf.to_yaml(OmegaConf.structured(type(config)(**literal)))
 
 
 def commented_yaml(comment: str, settings: Mapping[str, Any] = MappingProxyType({})) -> str:
@@ -176,7 +174,8 @@ def commented_yaml(comment: str, settings: Mapping[str, Any] = MappingProxyType(
     """
     plain = escape_unprintable(comment).replace("\n", r"\n")
     lines = textwrap.wrap(plain, _COMMENT_WIDTH - len("# "), break_on_hyphens=False)
-    values = OmegaConf.to_yaml(dict(settings)) if settings else ""
+    literal = {name: _literal(value) for name, value in settings.items()}
+    values = OmegaConf.to_yaml(literal) if settings else ""
     return "".join(f"# {line}\n" for line in lines) + values
 
 
@@ -226,10 +225,27 @@ def convert_values(config: Config) -> tuple[Config, list[str]]:
     OmegaConf.set_readonly(merged, False)
     problems = []
     for field in dataclasses.fields(config):
-        problems += _assign_value(merged, field, getattr(config, field.name), source="")
-    converted = OmegaConf.to_object(merged)
-    assert isinstance(converted, type(config))
-    return converted, problems
+        value = _literal(getattr(config, field.name))
+        problems += _assign_value(merged, field, value, source="")
+    return _resolve(merged, type(config), source="the configuration"), problems
+
+
+def _literal(value: Any) -> Any:
+    # To OmegaConf, ${...} refers to a setting or a variable. In a file it may; else it is text.
+    text = str(value) if isinstance(value, Path) else value
+    if not isinstance(text, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def _resolve(merged: Any, cls: type[Config], *, source: str) -> Config:
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # ${...} that leads nowhere, or its ??? for "missing"
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"{source} cannot be resolved: {message}.") from error
+    assert isinstance(config, cls)
+    return config
 
 
 def raise_for_problems(problems: list[str], *, hint: str = "") -> None:

@@ -16,7 +16,7 @@ from samft.cli import CommandParser, link_folders
 from samft.config import TrainConfig, parse_config
 from samft.errors import ConfigError
 from samft.recipes.resume import FREE_ON_RESUME, changed_settings
-from samft.settings import convert_values, to_yaml
+from samft.settings import commented_yaml, convert_values, to_yaml
 
 REQUIRED = ["--data_root", "data", "--model_type", "vit_tiny", "--checkpoint_path", "auto"]
 
@@ -300,6 +300,25 @@ def test_yaml_of_a_configuration_repeats_it(tmp_path: Path, values: dict[str, An
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+@pytest.mark.parametrize("name", ["a${steps}", r"a\${absent}", "${", r"\\${oc.env:HOME}\b"])
+def test_a_path_may_have_what_omegaconf_takes_for_a_reference(tmp_path: Path, name: str) -> None:
+    config = parse_config([*REQUIRED, "--data_root", name])
+    assert config.data_root == name
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "again.yaml")]) == config
+    for text in (name, Path(name)):
+        in_python: Any = {"data_root": text}
+        assert convert_values(dataclasses.replace(config, **in_python)) == (config, [])
+    (tmp_path / "one.yaml").write_text(commented_yaml("", {"data_root": name}))
+    flags = ["--config", str(tmp_path / "one.yaml"), *REQUIRED[2:]]
+    assert parse_config(flags) == config
+
+
+def test_a_file_may_refer_to_its_other_settings(tmp_path: Path) -> None:
+    text = "output_dir: runs/a\ncache_dir: ${output_dir}/cache\n"
+    assert parse_yaml(tmp_path, text).cache_dir == "runs/a/cache"
+
+
 def test_trackers_are_one_or_several() -> None:
     for value in ("tensorboard", "none", "wandb, mlflow", "trackio,tensorboard,trackio"):
         assert parse_config([*REQUIRED, "--trackers", value]).trackers == value
@@ -435,7 +454,6 @@ NO_SIZES = ("1024x", "x768", "1024X768", "1024*768", "9x9x9", "-64", "6.4e1", "6
         ("--steps", "argument --steps: expected one argument"),
         ("--debug=1", "ignored explicit argument '1'"),
         ("--config absent.yaml", "--config: there is no file absent.yaml."),
-        ("--data_root ${absent}", "cannot be resolved: Interpolation key 'absent' not found."),
         ("--data_root ???", "cannot be resolved: "),
     ],
 )
@@ -446,6 +464,7 @@ def test_a_wrong_value_is_refused_with_a_sentence(flags: str, problem: str) -> N
 @pytest.mark.parametrize(
     "text, problem",
     [
+        ("output_dir: ${absent}", "cannot be resolved: Interpolation key 'absent' not found."),
         ("steps: true", "steps: 'true' is not a whole number."),
         ("steps: 1:30", "steps: '1:30' is not a whole number."),
         ("steps: 1e3", "steps: '1e3' is not a whole number."),

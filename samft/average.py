@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 POINTS = tuple(k / 10 for k in range(11))
 MOST_POINTS = 101
-_COLUMNS = ("IoU", "boundary", "box +-10%", "point", "harmed")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -101,6 +100,13 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
         "always among them (default: 0,0.1,...,1)",
     )
     add_split_flags(group.add_argument)
+    group.add_argument(
+        "--general_data_root",
+        type=user_path,
+        metavar="DIR",
+        help="folder of other data, as for samft train, that is scored at all points and chooses "
+        "none; none: no such data (default: that of the tuned checkpoint's run)",
+    )
     add_selection_flags(parser.add_argument_group("which objects").add_argument)
     group = parser.add_argument_group("output and computation")
     group.add_argument(
@@ -167,7 +173,9 @@ def _average_checkpoints(
     from samft import distributed
     from samft.coco.subset import see_through_windows
     from samft.distributed import run_on_all_ranks
+    from samft.evaluation.tables import summarise_line
     from samft.recipes.evaluate import find_files, read_subset
+    from samft.weights.averages import best_point
 
     ends, metadata = run_on_all_ranks(lambda: _read_ends(options))
     view, pixels = run_on_all_ranks(lambda: _read_formats(options, metadata))
@@ -177,16 +185,19 @@ def _average_checkpoints(
         lambda: read_subset(options, annotations, images=images, pixels=pixels)
     )
     subset = subset.with_pixels(subset.measure_pixels(pixels))
+    general = run_on_all_ranks(lambda: _read_general_set(options, pixels, subset))
     through = see_through_windows(subset, view)
     tables = _score_points(ends, metadata, through, options, device)
+    of_general = _score_points(ends, metadata, general, options, device) if general else []
     ious = [float(objects.iou_actual.mean()) for objects in tables]
     best = best_point(ious, options.points)
     sidecar: dict[str, Any] = {}
     lines: list[str] = []
     if distributed.is_main():
-        scores = _describe_points(tables, options)
-        sidecar = _make_sidecar(scores, best, metadata, subset, options)
-        lines = _format_table(scores, best, metadata, subset, options)
+        scores = summarise_line(options.points, tables, of_general)
+        subsets = [subset, *([general] if general else [])]
+        sidecar = _make_sidecar(scores, best, metadata, subsets, options)
+        lines = _format_report(scores, best, metadata, subsets, options)
     run_on_all_ranks(lambda: _write_best(ends, options.points[best], sidecar, options))
     return sidecar, lines
 
@@ -197,7 +208,7 @@ def _read_ends(
     # The weights of A and B, and what model they are of.
     from samft.models.sam import identify_model, read_state
     from samft.weights.averages import differing_names
-    from samft.weights.saved_settings import recorded_resize_mode, saved_rectangle
+    from samft.weights.saved_settings import recorded_resize_mode, same_setting, saved_rectangle
 
     first, second = options.checkpoint
     states = read_state(first), read_state(second)
@@ -218,11 +229,13 @@ def _read_ends(
             f"{first} and {second} hold the same weights: there is nothing to average."
         )
     modes = [recorded_resize_mode(path) for path in options.checkpoint]
-    mode = _same_setting("resizes images", options, [one or modes[0] or modes[1] for one in modes])
+    mode = same_setting(
+        "resizes images", options.checkpoint, [one or modes[0] or modes[1] for one in modes]
+    )
     shapes = [saved_rectangle(path) or image_size for path in options.checkpoint]
     if None in modes:  # a checkpoint that says nothing, as Meta's, goes with the other one
         shapes = [shapes[modes[0] is None]] * 2
-    shape = _same_setting("sees images of the size", options, shapes)
+    shape = same_setting("sees images of the size", options.checkpoint, shapes)
     metadata = {"model_type": model_type, "image_size": shape, "resize_mode": mode or "pad"}
     return states, metadata
 
@@ -233,34 +246,15 @@ def _read_formats(
     # How both see images; one that does not say, as the other.
     from samft.recipes.evaluate import pixel_formats
     from samft.views.flags import view_flags
-    from samft.weights.saved_settings import saved_view, view_of
+    from samft.weights.saved_settings import same_setting, saved_view, view_of
 
     saying = [path for path in options.checkpoint if saved_view(path)] or options.checkpoint
     flags, size = view_flags(options), max(parse_image_size(metadata["image_size"]))
     first, view = (view_of(path, flags, image_size=size) for path in (saying[0], saying[-1]))
     if not first.shows_as(view):
-        _same_setting("sees images", options, [first, view])
+        same_setting("sees images", options.checkpoint, [first, view])
     formats = [replace(one, in_windows=view.has_windows) for one in pixel_formats(options)]
-    return view, _same_setting("reads images", options, formats)
-
-
-def _same_setting(what: str, options: argparse.Namespace, values: list[Any]) -> Any:
-    if values[0] != values[1]:
-        first, second = options.checkpoint
-        both = "; ".join(_describe_setting(value) for value in values)
-        raise CheckpointError(
-            f"{first} {what} in another way than {second} ({both}): an average would be of models "
-            "that see different images. Tune both alike."
-        )
-    return values[0]
-
-
-def _describe_setting(value: Any) -> str:
-    # Of a view or a pixel format what a sidecar has, anything else as it is.
-    if not hasattr(value, "to_json"):
-        return str(value)
-    entries = value.to_json().items()
-    return ", ".join(f"{name} {entry}" for name, entry in entries if entry not in (None, {}))
+    return view, same_setting("reads images", options.checkpoint, formats)
 
 
 def _score_points(
@@ -362,16 +356,6 @@ def _with_weights(model: "PromptedSam", state: "State") -> "PromptedSam":
     return PromptedSam(sam, decoder=model.decoder, mask_chunk=model.boxes_at_once())
 
 
-def best_point(ious: Sequence[float], weights: Sequence[float]) -> int:
-    """The position of the highest IoU; among equal ones of the lowest weight, the least changed.
-
-    Args:
-        ious: Mean IoU of each point.
-        weights: Of the second checkpoint.
-    """
-    return max(range(len(ious)), key=lambda k: (ious[k], -weights[k]))
-
-
 def _load_both(sam: "Sam", ends: "tuple[State, State]", options: argparse.Namespace) -> None:
     # So that weights that are not finite are named by their file.
     from samft.models.sam import load_state
@@ -380,29 +364,35 @@ def _load_both(sam: "Sam", ends: "tuple[State, State]", options: argparse.Namesp
         load_state(sam, state, source=path)
 
 
-def _describe_points(
-    tables: "list[EvaluatedObjects]", options: argparse.Namespace
-) -> list[dict[str, float]]:
-    from samft.evaluation.object_scores import compare_objects
+def _read_general_set(
+    options: argparse.Namespace, pixels: "PixelFormat", split: "CocoSubset"
+) -> "CocoSubset | None":
+    # Other data, to see what is forgotten of it; None: there is none.
+    from samft.errors import DataError
+    from samft.recipes.evaluate import read_general_subset
+    from samft.runtime.logs import LOGGER
+    from samft.weights.saved_settings import saved_config
 
-    return [
-        {
-            "weight": weight,
-            "per_mask_iou": float(objects.iou_actual.mean()),
-            "boundary_iou": float(objects.iou_boundary.mean()),
-            "iou_jitter_10": float(objects.iou_jitter_10.mean()),
-            "iou_point": float(objects.iou_point.mean()),
-            "objects_harmed": compare_objects(tables[0], objects).num_lost,
-        }
-        for weight, objects in zip(options.points, tables, strict=True)
-    ]
+    root: Path | None = options.general_data_root
+    if root is not None:
+        known = {"scored": split}
+        is_none = str(root) == "none"
+        return None if is_none else read_general_subset(options, root, pixels=pixels, known=known)
+    saved = [(saved_config(path) or {}).get("general_data_root") for path in options.checkpoint]
+    if not (name := saved[1] or saved[0]):
+        return None
+    try:
+        return read_general_subset(options, user_path(name), pixels=pixels, known={"scored": split})
+    except DataError as error:  # the data of that run may not be here
+        LOGGER.warning("%s It is not scored; --general_data_root names another.", error)
+        return None
 
 
 def _make_sidecar(
     scores: list[dict[str, float]],
     best: int,
     metadata: dict[str, Any],
-    subset: "CocoSubset",
+    subsets: "Sequence[CocoSubset]",
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     import torch
@@ -422,8 +412,11 @@ def _make_sidecar(
     return {
         **metadata,
         **record_image_size(metadata["image_size"]),
-        "pixels": subset.index.pixels.to_json(),
-        "metrics": {SCORE: scores[best]["per_mask_iou"]},
+        "pixels": subsets[0].index.pixels.to_json(),
+        "metrics": {
+            SCORE: scores[best]["per_mask_iou"],
+            **{name: scores[best][name] for name in scores[best] if name == "general_per_mask_iou"},
+        },
         "average": {
             "checkpoints": [
                 {
@@ -434,7 +427,8 @@ def _make_sidecar(
                 for path, share in zip(options.checkpoint, shares, strict=True)
             ],
             "data": describe_data(options),
-            "images": subset.num_images,
+            "images": subsets[0].num_images,
+            **({"general": _describe_images(subsets[1])} if subsets[1:] else {}),
             "points": scores,
         },
         **({"config": config} if config is not None else {}),
@@ -444,32 +438,35 @@ def _make_sidecar(
     }
 
 
-def _format_table(
+def _describe_images(subset: "CocoSubset") -> dict[str, Any]:
+    return {
+        "images_folder": str(subset.index.image_folder),
+        "images": subset.num_images,
+        "masks": subset.num_objects,
+    }
+
+
+def _format_report(
     scores: list[dict[str, float]],
     best: int,
     metadata: dict[str, Any],
-    subset: "CocoSubset",
+    subsets: "Sequence[CocoSubset]",
     options: argparse.Namespace,
 ) -> list[str]:
+    from samft.evaluation.tables import format_line
     from samft.recipes.evaluate import describe_data
 
     model = "{model_type}, {image_size} px, {resize_mode}".format(**metadata)
     first, second = options.checkpoint
-    counts = f"{subset.num_images:,} images, {subset.num_objects:,} masks"
-    lines = [f"{describe_data(options)}: {counts}", f"A  {first} ({model})", f"B  {second}", ""]
-    lines.append(f"{'share of B':10}" + "".join(f"{name:>11}" for name in _COLUMNS))
-    for number, point in enumerate(scores):
-        weight, *means, harmed = point.values()
-        cells = "".join(f"{value:>11.4f}" for value in means)
-        mark = "  best" if number == best else ""
-        lines.append(f"{weight:<10g}{cells}{harmed:>11}{mark}")
+    counts = [f"{subset.num_images:,} images, {subset.num_objects:,} masks" for subset in subsets]
+    general = [f"general set {subset.index.image_folder}: {counts[1]}" for subset in subsets[1:]]
+    lines = [f"{describe_data(options)}: {counts[0]}", *general]
+    lines += [f"A  {first} ({model})", f"B  {second}", "", *format_line(scores, best)]
     ends = {0: "A itself", len(scores) - 1: "B itself"}
     what = f", {ends[best]}" if best in ends else ""
     command = shell_command("evaluate", "--checkpoint", first, options.output, "--split", "test")
     return [
         *lines,
-        "",
-        "harmed: objects whose IoU is more than .1 lower than with A",
         f"written: {options.output}{what}. Its score has chosen it: another split tells how good "
         f"it is (`{command} ...`)",
     ]

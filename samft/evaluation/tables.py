@@ -5,7 +5,7 @@
 columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,14 @@ _PROMPT_LABELS = {
     "jitter_20": "box, sides off by up to 20 %",
     "point": "one point at the centre",
     "point_multimask": "  the best of three masks for it",
+}
+_LINE_COLUMNS = {  # of a table of averages
+    "per_mask_iou": "IoU",
+    "boundary_iou": "boundary",
+    "iou_jitter_10": "box +-10%",
+    "iou_point": "point",
+    "objects_harmed": "harmed",
+    "general_per_mask_iou": "general",
 }
 _AP_LABELS = {
     "ap": "AP",
@@ -97,6 +105,62 @@ def summarise_scores(
         "calibration": calibration(objects.iou_predicted, objects.iou_actual),
         **({"clicks": summarise_clicks(objects, seed=seed)} if has_clicks(objects) else {}),
     }
+
+
+def summarise_line(
+    weights: Sequence[float],
+    tables: Sequence[EvaluatedObjects],
+    general: Sequence[EvaluatedObjects] = (),
+) -> list[dict[str, float]]:
+    """The scores of averages of two models, A and B.
+
+    Args:
+        weights: Of B in each average; the first is 0, A itself, since which objects are harmed.
+        tables: Of each average.
+        general: The same on a general set, if there is one.
+
+    Returns:
+        Of each average its `weight`, and scores by the keys of `_LINE_COLUMNS`.
+    """
+    points = [
+        {
+            "weight": weight,
+            "per_mask_iou": float(objects.iou_actual.mean()),
+            "boundary_iou": float(objects.iou_boundary.mean()),
+            "iou_jitter_10": float(objects.iou_jitter_10.mean()),
+            "iou_point": float(objects.iou_point.mean()),
+            "objects_harmed": compare_objects(tables[0], objects).num_lost,
+        }
+        for weight, objects in zip(weights, tables, strict=True)
+    ]
+    for point, objects in zip(points, general, strict=bool(general)):
+        point["general_per_mask_iou"] = float(objects.iou_actual.mean())
+        point["general_objects_harmed"] = compare_objects(general[0], objects).num_lost
+    return points
+
+
+def format_line(points: Sequence[dict[str, float]], best: int) -> list[str]:
+    """A table of averages for a terminal, and what its columns mean.
+
+    Args:
+        points: From `summarise_line`.
+        best: The position of the one that is written.
+    """
+    names = [name for name in _LINE_COLUMNS if name in points[0]]
+    lines = [f"{'share of B':10}" + "".join(f"{_LINE_COLUMNS[name]:>10}" for name in names)]
+    for number, point in enumerate(points):
+        texts = (f"{point[name]:.4f}" if "iou" in name else f"{point[name]}" for name in names)
+        mark = "  best" if number == best else ""
+        lines.append(f"{point['weight']:<10g}" + "".join(f"{text:>10}" for text in texts) + mark)
+    lines += ["", "harmed: objects whose IoU is more than .1 lower than with A"]
+    if "general_per_mask_iou" in names:
+        first, chosen, last = (points[k]["general_per_mask_iou"] for k in (0, best, -1))
+        lines.append(
+            f"general: IoU on the general set, which chooses none: {first:.4f} with A, {last:.4f} "
+            f"with B, {chosen:.4f} with the best ({chosen - first:+.4f} since A; harmed "
+            f"{points[best]['general_objects_harmed']})"
+        )
+    return lines
 
 
 def summary_statistics(values: Floats) -> dict[str, float]:

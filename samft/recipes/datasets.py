@@ -319,10 +319,20 @@ def _load_general_subset(config: TrainConfig, root: Path, **others: CocoSubset) 
     # Of all classes, as they are not those of data_root, and of images as a whole.
     files = find_general_set(root)
     whole = _read_subset(replace(config, category_names=None, view="image"), files, root=root)
-    subset = sample_images(whole, MOST_GENERAL_IMAGES, seed=0)  # the same in all runs
+    return choose_general_images(whole, {split: others[split] for split in ("train", "val")})
+
+
+def choose_general_images(whole: CocoSubset, known: Mapping[str, CocoSubset]) -> CocoSubset:
+    """The images of a general set that are scored, the same in all runs and commands.
+
+    Args:
+        whole: All of its images, with objects of all classes.
+        known: The other splits, by name; images that are also in them are warned of.
+    """
+    subset = sample_images(whole, MOST_GENERAL_IMAGES, seed=0)
     num_left_out = whole.num_images - subset.num_images
     counts = whole.counts | ({"image-not-drawn": num_left_out} if num_left_out else {})
-    warn_of_known_images(subset, {split: others[split] for split in ("train", "val")})
+    warn_of_known_images(subset, known)
     return replace(subset, counts=counts)
 
 

@@ -15,7 +15,7 @@ import torch
 
 import samft
 from samft import distributed
-from samft.coco.layout import find_split
+from samft.coco.layout import find_general_set, find_split
 from samft.coco.subset import CocoSubset, read_coco, see_through_windows, split_by_hash
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import BatchLoader, val_loader
@@ -49,6 +49,7 @@ from samft.models.mask_generator import MaskGenerator
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import open_checkpoint
 from samft.prediction.flags import generator_settings
+from samft.recipes.datasets import choose_general_images
 from samft.reports.click_pictures import ExampleMasks
 from samft.reports.drawing import image_row_of
 from samft.reports.evaluation_files import (
@@ -281,6 +282,29 @@ def read_subset(
     for line in subset.index.problems.frame_lines():
         LOGGER.info("  %s", line)
     return subset
+
+
+def read_general_subset(
+    options: argparse.Namespace, root: Path, *, pixels: PixelFormat, known: dict[str, CocoSubset]
+) -> CocoSubset:
+    """Reads a general set as a training does: its images as wholes, with objects of all classes.
+
+    Args:
+        options: See `read_subset`; what names or selects a split is not used.
+        root: The folder of the general set.
+        pixels: How images are read.
+        known: See `choose_general_images`.
+
+    Raises:
+        DataError: The data cannot be used.
+    """
+    annotations, images = find_general_set(root)
+    own = {"data_root": root, "category_names": None, "val_fraction": None}
+    changed = argparse.Namespace(**{**vars(options), **own})
+    pixels = replace(pixels, in_windows=False)
+    whole = read_subset(changed, annotations, images=images, pixels=pixels)
+    subset = choose_general_images(whole, known)
+    return subset.with_pixels(subset.measure_pixels(pixels))
 
 
 def _saved_group_by(checkpoint: Path) -> str:

@@ -3,7 +3,7 @@
 Source: Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, arXiv:2109.01903.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,3 +51,13 @@ def differing_names(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -
 def have_same_encoder(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     """Whether the image encoders of two SAMs are equal to the bit."""
     return not any(name.startswith(_ENCODER) for name in differing_names(first, second))
+
+
+def best_point(ious: Sequence[float], weights: Sequence[float]) -> int:
+    """The position of the highest IoU; among equal ones of the lowest weight, the least changed.
+
+    Args:
+        ious: Mean IoU of each point.
+        weights: Of the second checkpoint.
+    """
+    return max(range(len(ious)), key=lambda k: (ious[k], -weights[k]))

@@ -1,14 +1,14 @@
 """What a checkpoint records of its training: how images were resized and read, and the prompts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from samft.cli import image_size_problem, parse_image_size
-from samft.errors import ConfigError
+from samft.errors import CheckpointError, ConfigError
 from samft.images.pixels import PixelFormat
 from samft.runtime.checkpoint_paths import find_weights_file
 from samft.views.windows import View
@@ -92,6 +92,34 @@ def view_of(path: str | Path, flags: Mapping[str, Any], *, image_size: int = 102
             "and windows are square: leave --view out, or take a checkpoint of a square image_size."
         )
     return view
+
+
+def same_setting(what: str, paths: Sequence[Path], values: Sequence[Any]) -> Any:
+    """The value of a setting that both of two checkpoints were trained with.
+
+    Args:
+        what: What a checkpoint does by it: "resizes images".
+        paths: The checkpoints.
+        values: Of each.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    if values[0] != values[1]:
+        both = "; ".join(_describe_setting(value) for value in values)
+        raise CheckpointError(
+            f"{paths[0]} {what} in another way than {paths[1]} ({both}): an average would be of "
+            "models that see different images. Tune both alike."
+        )
+    return values[0]
+
+
+def _describe_setting(value: Any) -> str:
+    # Of a view or a pixel format what a sidecar has, anything else as it is.
+    if not hasattr(value, "to_json"):
+        return str(value)
+    entries = value.to_json().items()
+    return ", ".join(f"{name} {entry}" for name, entry in entries if entry not in (None, {}))
 
 
 class SavedPrompts(NamedTuple):

@@ -110,6 +110,8 @@ def test_two_processes_train_and_evaluate(data: Path, tmp_path: Path) -> None:
     assert scores["per_mask_iou"] == pytest.approx(expected, abs=1e-12)
     where = ("--data_root", str(data), "--device", "cpu", "--output", str(tmp_path / "mean.pth"))
     ends = (str(write_tiny(tmp_path, sam=tiny_sam())), summary["best_checkpoint"])
+    where += ("--general_data_root", str(data))
     command("samft.average", *ends, *where, "--points", "0,1", processes=2)
     points = json.loads((tmp_path / "mean.json").read_text())["average"]["points"]
-    assert points[1]["per_mask_iou"] == pytest.approx(expected, abs=1e-12)
+    for name in ("per_mask_iou", "general_per_mask_iou"):
+        assert points[1][name] == pytest.approx(expected, abs=1e-12)

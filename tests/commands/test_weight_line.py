@@ -10,14 +10,15 @@ import torch
 
 from helpers.coco_files import write_coco
 from helpers.tiny_checkpoint import SIZE, tiny_sam
-from samft.average import best_point, evaluate_line
+from samft.average import evaluate_line
 from samft.coco.subset import read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset
 from samft.data.loaders import val_loader
 from samft.evaluation.evaluator import evaluate_split
+from samft.evaluation.tables import format_line
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import load_state
-from samft.weights.averages import average_states
+from samft.weights.averages import average_states, best_point
 
 WEIGHTS = (0.0, 0.25, 1.0)
 
@@ -67,3 +68,31 @@ def test_the_best_point_is_the_least_changed_among_equals() -> None:
     assert best_point([0.5, 0.7, 0.7, 0.6], [0.0, 0.3, 0.6, 1.0]) == 1
     assert best_point([0.7, 0.7], [1.0, 0.0]) == 1
     assert best_point([0.1, 0.2, 0.3], [0.0, 0.5, 1.0]) == 2
+
+
+def test_the_table_has_what_averages_forget_of_a_general_set() -> None:
+    points = [
+        {"weight": weight, "per_mask_iou": iou, "boundary_iou": 0.5, "iou_jitter_10": 0.5}
+        | {"iou_point": 0.25, "objects_harmed": 7}
+        for weight, iou in ((0.0, 0.5), (0.5, 0.75), (1.0, 0.7))
+    ]
+    head, *rows = format_line(points, 1)[:4]
+    assert head.split() == [
+        "share",
+        "of",
+        "B",
+        "IoU",
+        "boundary",
+        "box",
+        "+-10%",
+        "point",
+        "harmed",
+    ]
+    assert rows[1].split() == ["0.5", "0.7500", "0.5000", "0.5000", "0.2500", "7", "best"]
+    for point, general, harmed in zip(points, (0.8, 0.76, 0.6), (0, 3, 9), strict=True):
+        point |= {"general_per_mask_iou": general, "general_objects_harmed": harmed}
+    head, *rows = format_line(points, 1)[:4]
+    assert head.endswith("   general") and rows[1].endswith("    0.7600  best")
+    assert max(map(len, rows)) <= 80
+    (line,) = (line for line in format_line(points, 1) if line.startswith("general:"))
+    assert "0.8000 with A, 0.6000 with B, 0.7600 with the best (-0.0400 since A; harmed 3)" in line

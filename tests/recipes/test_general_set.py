@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import cv2
 import numpy as np
@@ -28,7 +30,9 @@ from helpers.short_runs import (
     train_here,
     write_data,
 )
-from samft.errors import ConfigError, RunStopped
+from helpers.tiny_checkpoint import tiny_sam, write_tiny
+from samft import average
+from samft.errors import ConfigError, DataError, RunStopped
 from samft.evaluation.validation import Validation
 from samft.recipes import final_test, fit
 from samft.recipes.datasets import load_splits
@@ -385,3 +389,68 @@ def test_tokens_that_enter_the_first_trained_block_are_cached_for_it_too(
     pairs = zip(*(read_metrics(tmp_path / name, "val") for name in ("on", "off")), strict=True)
     assert all(ours[IOU] == pytest.approx(theirs[IOU], abs=1e-6) for ours, theirs in pairs)
     assert (tmp_path / "on/embeddings").is_dir()
+
+
+def averaged(
+    tuned: Path, data: Path, folder: Path, *flags: str
+) -> tuple[dict[str, Any], str, list[float]]:
+    """The sidecar of an average with random weights, these, and their and its general IoU."""
+    random = str(write_tiny(folder, sam=tiny_sam()))
+    argv = [random, str(tuned), "--data_root", str(data), "--device", "cpu", "--num_workers", "0"]
+    sidecar = average.main([*argv, "--points", "0.5", "--output", str(folder / "mean.pth"), *flags])
+    assert json.loads((folder / "mean.json").read_text()) == {**sidecar, "sha256": ANY}
+    return sidecar, random, [point.get(IOU, math.nan) for point in sidecar["average"]["points"]]
+
+
+def test_averages_are_scored_on_the_general_set_of_the_tuned_run(
+    data: Path, other: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = Path(summary_of(run)["best_checkpoint"])
+    sidecar, random, scores = averaged(tuned, data, tmp_path)
+    assert scores[2] == pytest.approx(summary_of(run)["general"]["after"], abs=1e-12)
+    assert scores[0] == evaluated(random, other) and scores[1] not in (scores[0], scores[2])
+    number = {0: 0, 0.5: 1, 1: 2}[sidecar["average"]["checkpoints"][1]["weight"]]
+    assert sidecar["metrics"][IOU] == scores[number]
+    assert evaluated(str(tmp_path / "mean.pth"), other) == scores[number]
+    general = {"images_folder": str(other / "val"), "images": 5, "masks": 17}
+    assert sidecar["average"]["general"] == general
+    text = capsys.readouterr().out
+    assert f"general set {other / 'val'}: 5 images, 17 masks" in text
+    assert f"{scores[0]:.4f} with A, {scores[2]:.4f} with B, {scores[number]:.4f} with the" in text
+    # It chooses nothing, and none is the same without it.
+    alone, _, none = averaged(tuned, data, tmp_path, "--general_data_root", "none", "--force")
+    assert alone["average"]["checkpoints"] == sidecar["average"]["checkpoints"]
+    assert np.isnan(none).all() and "general" not in alone["average"]
+    assert "general" not in capsys.readouterr().out
+
+
+def test_a_general_set_is_seen_whole_and_with_all_classes_by_averages_too(
+    data: Path, other: Path, tmp_path: Path
+) -> None:
+    windows = {"view": "tiles", "tile_size": 32, "category_names": "thing"}
+    document = json.loads((other / "val/_annotations.coco.json").read_text())
+    document["categories"] = [{"id": one["id"], "name": "other"} for one in document["categories"]]
+    (tmp_path / "other").mkdir()
+    shutil.copytree(other / "val", tmp_path / "other/val")
+    (tmp_path / "other/val/_annotations.coco.json").write_text(json.dumps(document))
+    flags = {**SHORT, **windows, "general_data_root": tmp_path / "other"}
+    train_here(arguments(data, tmp_path / "run", **flags))
+    tuned = Path(summary_of(tmp_path / "run")["best_checkpoint"])
+    _, _, scores = averaged(tuned, data, tmp_path, "--category_names", "thing")
+    assert scores[2] == pytest.approx(summary_of(tmp_path / "run")["general"]["after"], abs=1e-12)
+
+
+def test_a_general_set_that_is_not_here_keeps_no_average_from_being_written(
+    data: Path, other: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned = shutil.copy(summary_of(run)["best_checkpoint"], tmp_path / "tuned.ckpt")
+    sidecar = json.loads(Path(summary_of(run)["best_checkpoint"]).with_suffix(".json").read_text())
+    sidecar["config"]["general_data_root"] = str(tmp_path / "elsewhere")
+    tuned.with_suffix(".json").write_text(json.dumps(sidecar))
+    _, _, scores = averaged(tuned, data, tmp_path)
+    assert np.isnan(scores).all()
+    assert "elsewhere does not exist" in caplog.text and "It is not scored" in caplog.text
+    with pytest.raises(DataError, match="general_data_root: .*nowhere does not exist"):
+        averaged(tuned, data, tmp_path, "--general_data_root", str(tmp_path / "nowhere"), "--force")
+    _, _, scores = averaged(tuned, data, tmp_path, "--general_data_root", str(other), "--force")
+    assert scores[2] == pytest.approx(summary_of(run)["general"]["after"], abs=1e-12)

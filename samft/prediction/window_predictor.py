@@ -20,7 +20,7 @@ from samft.prediction.points import NO_BOX, PointPrompt
 from samft.prediction.windows import group_prompts, prompts_to_window
 from samft.views.regions import DecodedImage, ImageSource, open_source
 from samft.views.windows import View
-from samft.weights.saved_settings import saved_pixels, saved_rectangle, view_of
+from samft.weights.saved_settings import check_view, saved_pixels, saved_rectangle, view_of
 
 _KEPT_WINDOWS = 16  # whose embeddings are kept: 4 MB each at 1024 px
 _STATE = ("features", "original_size", "input_size", "is_image_set")  # of a `SamPredictor`
@@ -215,6 +215,7 @@ def load_predictor(
 
     Raises:
         CheckpointError: The file cannot be read or is not a SAM.
+        ConfigError: Windows are wanted of a checkpoint for whole images that are not square.
 
     Example:
         >>> from importlib.resources import files
@@ -224,6 +225,8 @@ def load_predictor(
         >>> masks.shape, predictor.window.tolist()
         ((3, 96, 128), [0, 0, 128, 96])
     """
+    if view is not None:
+        check_view(view, path, name="view")
     if saved_rectangle(path) is None:
         sam = load_sam(path, device=device)
     else:  # which `load_sam` and stock's attention do not know

@@ -86,12 +86,27 @@ def view_of(path: str | Path, flags: Mapping[str, Any], *, image_size: int = 102
     saved = saved_view(path)
     view = saved if saved and saved.has_windows else View(tile_size=image_size)
     view = view.completed(flags)
+    check_view(view, path, name="--view")
+    return view
+
+
+def check_view(view: View, path: str | Path, *, name: str) -> None:
+    """Refuses windows of a checkpoint for whole images that are not square.
+
+    Args:
+        view: How images are to be seen.
+        path: The checkpoint.
+        name: What asked for it, for the error.
+
+    Raises:
+        ConfigError: It has windows, and the checkpoint was tuned on rectangles.
+    """
     if view.has_windows and (rectangle := saved_rectangle(path)):
         raise ConfigError(
-            f"--view: {path} was tuned at image_size {rectangle}, for whole images of this shape, "
-            "and windows are square: leave --view out, or take a checkpoint of a square image_size."
+            f"{name}: {path} was tuned at image_size {rectangle}, for whole images of this shape, "
+            f"and windows are square: leave {name} out, or take a checkpoint of a square "
+            "image_size."
         )
-    return view
 
 
 def same_setting(what: str, paths: Sequence[Path], values: Sequence[Any]) -> Any:

@@ -29,6 +29,7 @@ from samft.errors import CheckpointError, ConfigError
 from samft.images.decoder import read_image
 from samft.models.sam import build_sam, load_state, open_checkpoint, read_state
 from samft.recipes.datasets import load_splits
+from samft.views.windows import View
 
 pytestmark = pytest.mark.run
 
@@ -200,6 +201,10 @@ def test_windows_of_a_rectangle_are_refused(data: Path, trained: Path, tmp_path:
         predict.main([*flags, *places])
     with pytest.raises(ConfigError, match="windows are square"):
         evaluate(best_file(trained), data, "--view", "objects")
+    for kind in ("tiles", "objects"):
+        with pytest.raises(ConfigError, match=r"^view: .* at image_size 64x48.*: leave view out"):
+            samft.load_predictor(best_file(trained), view=View(kind, tile_size=48))
+    assert samft.load_predictor(best_file(trained), view=View("image")).model.device.type == "cpu"
 
 
 def test_averages_keep_the_rectangle(data: Path, trained: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from samft.prediction.predictors import PredictedMask, Predictor, PreparedImage
     from samft.prediction.windows import WindowedImage
 
-_NUM_NAMED = 3  # bad images in an error
+_NUM_NAMED = 3  # images in an error or a warning
 _UNLESS_SAVED = "; a checkpoint of samft says it by itself"
 
 
@@ -334,11 +334,11 @@ def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[st
         _print_line(f"images are seen through {view.describe()}")
     folder, start = options.output_dir, time.monotonic()
     rows: list[int] = []
-    counts: dict[str, Any] = {"images": 0, "masks": 0, "images_left_out": {}}
+    counts: dict[str, Any] = {"images": 0, "masks": 0, "images_left_out": {}, "objects_cut": {}}
 
     def write_rows(file: BinaryIO, dataset: PredictedDataset | None) -> None:
         writer = ResultsWriter(file)
-        for row, entries in _predict_rows(task, predictor, view, options):
+        for row, entries in _predict_rows(task, predictor, view, options, counts["objects_cut"]):
             if isinstance(entries, DataError):
                 counts["images_left_out"][task.images.names[row]] = str(entries)
                 continue
@@ -394,8 +394,9 @@ def _predict_rows(
     predictor: "Predictor",
     view: View,
     options: argparse.Namespace,
+    objects_cut: dict[str, int],
 ) -> Iterator[tuple[int, list[dict[str, Any]] | DataError]]:
-    # Yields the row of each image with its masks, or with why it cannot be read.
+    # Yields the row of each image with its masks, or why it cannot be read; counts cut objects.
     from samft.prediction.predictors import predict_images
     from samft.prediction.windows import predict_through_windows
 
@@ -418,6 +419,8 @@ def _predict_rows(
                 fields={**task.result_fields(row, number), **one.extra_fields},
             )
             numbered[number] = entry, one.mask if pictures else None
+            if one.is_cut:
+                objects_cut[images.names[row]] = objects_cut.get(images.names[row], 0) + 1
         entries = [entry for _, (entry, _) in sorted(numbered.items())]
         drawn = [mask for _, (_, mask) in sorted(numbered.items()) if mask is not None]
         labels = overlay_labels(entries, task.category_names)
@@ -468,6 +471,13 @@ def _print_summary(counts: dict[str, Any], options: argparse.Namespace, *, secon
     for name in (MASKS, OVERLAYS):
         if getattr(options, name):
             _print_line(f"{name}: {options.output_dir / name}")
+    if cut := counts["objects_cut"]:
+        more = ", ..." if len(cut) > _NUM_NAMED else ""
+        _print_warning(
+            f"{sum(cut.values()):,} objects reach beyond the windows that they were seen through "
+            f"({', '.join(list(cut)[:_NUM_NAMED])}{more}): their masks end there, and points "
+            "beyond are not used. A larger --tile_size, or --view objects, shows them whole."
+        )
     if not counts["masks"]:
         _print_warning(
             "no mask was found: lower --pred_iou_thresh and --stability_score_thresh, or give boxes"

@@ -59,6 +59,7 @@ class PredictedMask:
         extra_fields: Further fields of its COCO result.
         number: Of its prompt, or of the mask where there are no prompts, among those of the image;
             None: masks come in this order.
+        is_cut: The object reaches beyond the window that it was seen through.
     """
 
     mask: CroppedMask
@@ -66,6 +67,7 @@ class PredictedMask:
     iou_predicted: float
     extra_fields: dict[str, float] = field(default_factory=dict)
     number: int | None = None
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)

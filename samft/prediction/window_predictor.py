@@ -3,6 +3,7 @@
 import samft.runtime.torchvision_compat  # noqa: F401  (before torchvision is imported)
 
 # isort: split
+import warnings
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.mask_generator import make_predictor
 from samft.models.sam import load_sam, open_checkpoint, warn_of_squash
 from samft.prediction.points import NO_BOX, PointPrompt
-from samft.prediction.windows import group_prompts, prompts_to_window
+from samft.prediction.windows import group_prompts, prompts_to_window, reaches_beyond
 from samft.views.regions import DecodedImage, ImageSource, open_source
 from samft.views.windows import View
 from samft.weights.saved_settings import check_view, saved_pixels, saved_rectangle, view_of
@@ -89,7 +90,8 @@ class WindowPredictor:
         """The masks of one object, as `SamPredictor.predict` on the window that shows it best.
 
         Args:
-            point_coords: [P, 2], x y, px of the image. Those outside of the window are left out.
+            point_coords: [P, 2], x y, px of the image. Those outside of the window are left out; of
+                the object's own, that is a warning.
             point_labels: [P], 1 for points of the object, 0 for others.
             box: [4], x0 y0 x1 y1, px of the image; cut at the window's edges.
             mask_input: [1, H/4, W/4], the logits of the last prediction; its window is used again.
@@ -138,6 +140,12 @@ class WindowPredictor:
             raise ValueError("box: it lies outside of the image, or of the window of mask_input.")
         if not (moved.has_box or len(moved.points)):
             raise ValueError("point_coords: all lie outside of the image, or of the last window.")
+        if reaches_beyond(prompt, self.window):
+            warnings.warn(
+                f"the object reaches beyond its window, {self.window.tolist()}: masks end at its "
+                "edge, and points beyond it are not used. A larger tile_size shows more.",
+                stacklevel=3,
+            )
         return {
             "point_coords": moved.points[:, :2] if len(moved.points) else None,
             "point_labels": moved.points[:, 2].astype(int) if len(moved.points) else None,

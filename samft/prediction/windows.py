@@ -16,7 +16,7 @@ from samft.evaluation.tiled_masks import generate_in_tiles
 from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT
 from samft.images.pixels import PLAIN, PixelFormat
-from samft.prediction.points import PointPrompt
+from samft.prediction.points import MAX_OVERHANG, PointPrompt
 from samft.prediction.predictors import (
     AutomaticPredictor,
     Finished,
@@ -202,6 +202,21 @@ def _point_prompt_to_window(prompt: PointPrompt, window: NDArray[np.int64]) -> P
     return PointPrompt(points, box)
 
 
+def reaches_beyond(prompt: NDArray[np.float64] | PointPrompt, window: NDArray[np.int64]) -> bool:
+    """Whether a window [4] shows a part only of the object that a box [4], or points, are about.
+
+    The mask ends at the edge of the window, then, and points beyond it are not used. Points of
+    something else say nothing of the object: where they are out of sight, nothing is lost.
+    """
+    if isinstance(prompt, PointPrompt):
+        own = prompt.points[prompt.points[:, 2] == 1, :2]
+        if not _are_inside(own, window).all():
+            return True
+        prompt = prompt.box
+    low, high = prompt[:2] < window[:2] - MAX_OVERHANG, prompt[2:] > window[2:] + MAX_OVERHANG
+    return bool(low.any() or high.any())  # not of NaN, where there is no box
+
+
 def _to_image(
     predicted: PredictedMask,
     window: NDArray[np.int64],
@@ -220,7 +235,8 @@ def _to_image(
         box = predicted.box_original
     crop = predicted.mask
     mask = replace(crop, top=top + crop.top, left=left + crop.left)
-    return replace(predicted, mask=mask, box_original=box, number=number)
+    is_cut = reaches_beyond(prompt, window)
+    return replace(predicted, mask=mask, box_original=box, number=number, is_cut=is_cut)
 
 
 def _predict_tiles(

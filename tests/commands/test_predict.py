@@ -66,7 +66,8 @@ def load(annotations: Path, results: Path) -> tuple[COCO, COCO]:
 def test_annotations_give_a_mask_for_each_object(coco: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     counts = predict(output, "--images", coco.parent, "--annotations", coco, "--num_workers", 2)
-    assert counts == {"images": 4, "masks": 14, "images_left_out": {}, "boxes_left_out": {}}
+    nothing = {"images_left_out": {}, "boxes_left_out": {}, "objects_cut": {}}
+    assert counts == {"images": 4, "masks": 14, **nothing}
     truth, predicted = load(coco, output / "results.json")
     assert sorted(one["annotation_id"] for one in predicted.anns.values()) == sorted(truth.anns)
     for one in predicted.anns.values():
@@ -217,10 +218,16 @@ def test_windows_give_the_same_objects_in_the_frame_of_the_image(
     sidecar = {"view": tiles, "sha256": hashlib.sha256(tuned.read_bytes()).hexdigest()}
     tuned.with_suffix(".json").write_text(json.dumps(sidecar))
     flags = ("--images", coco.parent, "--annotations", coco, "--num_workers", 2)
-    predict(tmp_path / "saved", *flags, "--masks", "--format", "coco", checkpoint=tuned)
-    assert "through tiles of 32 px that overlap by 8 px" in capsys.readouterr().out
+    cut = predict(tmp_path / "saved", *flags, "--masks", "--format", "coco", checkpoint=tuned)
+    printed = capsys.readouterr()
+    assert "through tiles of 32 px that overlap by 8 px" in printed.out
+    number, names = sum(cut["objects_cut"].values()), ", ".join(list(cut["objects_cut"])[:3])
+    assert 0 < number < cut["masks"]
+    assert f"{number} objects reach beyond the windows" in printed.err and names in printed.err
     predict(tmp_path / "given", *flags, "--view", "tiles", "--tile_size", 32)
-    predict(tmp_path / "whole", *flags, "--view", "image", checkpoint=tuned)
+    capsys.readouterr()
+    counts = predict(tmp_path / "whole", *flags, "--view", "image", checkpoint=tuned)
+    assert not counts["objects_cut"] and "beyond" not in capsys.readouterr().err
     predict(tmp_path / "plain", *flags)
     saved, given, whole, plain = (
         rows_of(tmp_path / name) for name in ("saved", "given", "whole", "plain")

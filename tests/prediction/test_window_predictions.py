@@ -21,7 +21,12 @@ from samft.prediction.predictors import (
     PointPredictor,
     PredictedMask,
 )
-from samft.prediction.windows import WindowedImage, group_prompts, predict_through_windows
+from samft.prediction.windows import (
+    WindowedImage,
+    group_prompts,
+    predict_through_windows,
+    reaches_beyond,
+)
 from samft.views.windows import View, best_windows, tile_windows
 from samft.weights.download import PACKAGED_TINY
 
@@ -134,6 +139,46 @@ def test_points_outside_of_the_window_are_left_out(
     ys, xs = np.nonzero(paste(masks[0]))
     extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else [0, 0, 0, 0]
     assert list(masks[0].box_original) == extent
+
+
+@pytest.mark.parametrize(
+    ("points", "box", "is_cut"),
+    [
+        ([[10, 10, 1], [99, 99, 1]], NO_BOX, False),
+        ([[10, 10, 1], [100, 50, 1]], NO_BOX, True),  # a click of the object, which is not used
+        ([[10, 10, 1], [300, 50, 0]], NO_BOX, False),  # of something else: nothing is lost
+        ([[-1, 10, 1]], (10, 10, 20, 20), True),
+        ([], (0, 0, 100, 100), False),
+        ([], (-1, 0, 101, 100), False),  # as annotations have it
+        ([], (0, 0, 102, 100), True),
+        ([], (0, -2, 100, 100), True),
+    ],
+)
+def test_an_object_is_cut_where_a_part_of_it_is_not_shown(
+    points: list[list[float]], box: tuple[float, ...], is_cut: bool
+) -> None:
+    window, corners = np.array([0, 0, 100, 100]), np.array(box, dtype=float)
+    prompt = PointPrompt(np.array(points, dtype=float).reshape(-1, 3), corners)
+    assert reaches_beyond(prompt, window) == is_cut
+    assert (
+        reaches_beyond(
+            PointPrompt(prompt.points + [50, 7, 0], corners + np.tile([50, 7], 2)),
+            window + np.tile([50, 7], 2),
+        )
+        == is_cut
+    )
+    if not points:
+        assert reaches_beyond(corners, window) == is_cut
+
+
+def test_masks_say_whether_their_objects_are_cut(
+    picture: tuple[Path, np.ndarray, np.ndarray],
+) -> None:
+    path, _, boxes = picture
+    large = np.array([[20.0, 20, 300, 100]])
+    predictor = BoxPredictor(PromptedSam(open_checkpoint(PACKAGED_TINY, attention="fast").sam))
+    masks = predict(predictor, path, np.concatenate([boxes, large]))
+    assert [one.number for one in masks if one.is_cut] == [len(boxes)]
 
 
 def test_an_object_of_points_far_apart_is_where_one_of_them_is() -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,25 @@ def test_a_mask_input_is_seen_through_its_own_window() -> None:
     outside = np.ones(SIZE, bool)
     outside[window[1] : window[3], window[0] : window[2]] = False
     assert (masks[0][outside] == -np.inf).all() and np.isfinite(masks[0][~outside]).all()
+
+
+def test_clicks_that_the_window_does_not_show_are_warned_of() -> None:
+    predictor = load_predictor(PACKAGED_TINY, view=TILES)
+    predictor.set_image(IMAGE)
+    inside, beyond = np.array([150.0, 110]), np.array([290.0, 250])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # What is not the object may be anywhere.
+        expected = predictor.predict(np.stack([inside, beyond]), np.array([1, 0]))[0]
+    with pytest.warns(UserWarning, match="beyond its window, .* points beyond it are not") as seen:
+        masks, _, logits = predictor.predict(np.stack([inside, beyond]), np.array([1, 1]))
+    assert seen[0].filename == __file__
+    np.testing.assert_array_equal(masks, expected)
+    with pytest.warns(UserWarning, match="points beyond it are not used"):  # a click that corrects
+        points, labels = np.stack([inside, beyond]), np.array([1, 1])
+        predictor.predict(points, labels, mask_input=logits[:1])
+    with pytest.warns(UserWarning, match="masks end at its edge"):
+        predictor.predict(box=np.array([20.0, 20, 250, 60]))
 
 
 def test_the_sidecars_view_and_a_file_are_used(tmp_path: Path) -> None:

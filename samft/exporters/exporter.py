@@ -46,6 +46,7 @@ from samft.weights.saved_settings import (
     saved_config,
     saved_pixels,
     saved_resize_mode,
+    saved_training,
     saved_view,
 )
 
@@ -61,7 +62,7 @@ class TunedCheckpoint:
         sam: With its weights, at the image size that it was trained at, in eval mode.
         model_type: A key of `MODEL_SHAPES`.
         image_size: Side of the model input, px.
-        sidecar: Content of the sidecar; empty if there is none.
+        sidecar: Content of the sidecar, or what the file records of itself; empty if nothing does.
         pixels: How values of images became 8 bits in training.
         adapter: The adapter file that was merged into it, which then records the training.
     """
@@ -132,9 +133,9 @@ def open_tuned_checkpoint(path: Path, *, adapter: Path | None = None) -> TunedCh
     sam, model_type, _, _ = open_checkpoint(path)  # of a rectangle, too, the square
     record, sidecar = path, _read_sidecar(path)
     if adapter is not None:
-        record, sidecar = adapter, _read_recorded(adapter)
+        record, sidecar = adapter, {}
         sam = _merge_adapter(sam, adapter, base=path)
-    sidecar = {"resize_mode": saved_resize_mode(record), **sidecar}
+    sidecar = {"resize_mode": saved_resize_mode(record), **saved_training(record), **sidecar}
     pixels, side = saved_pixels(record) or PLAIN, sam.image_encoder.img_size
     return TunedCheckpoint(path, sam, model_type, side, sidecar, pixels, adapter)
 
@@ -147,15 +148,6 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
         except (OSError, ValueError):
             pass
     return sidecar if isinstance(sidecar, dict) else {}
-
-
-def _read_recorded(adapter: Path) -> dict[str, Any]:
-    # What a sidecar would have; of an adapter of before such things were recorded, nothing.
-    recorded = saved_config(adapter)
-    if recorded is None:
-        return {}
-    metrics = json.loads(recorded.get("metrics", "{}"))
-    return {"step": recorded["step"], "metrics": metrics, "config": recorded}
 
 
 def _merge_adapter(sam: Sam, adapter: Path, *, base: Path) -> Sam:

@@ -172,10 +172,33 @@ def saved_config(path: Path) -> dict[str, Any] | None:
     """
     saved = _saved_metadata(path, "config")
     config = saved.get("config", saved)
-    # Of a run, or of an export of its checkpoint; an export of Meta's has neither.
-    if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step"}:
+    # Of a run, or of an export of its checkpoint; an export of Meta's has none of these.
+    if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step", "prompts"}:
         return None
     return config
+
+
+def saved_training(path: Path) -> dict[str, Any]:
+    """What is known of a checkpoint's training: `config`, and perhaps `step` and `metrics`.
+
+    Args:
+        path: A checkpoint, an average of checkpoints, an export or an adapter.
+
+    Returns:
+        Empty if it was not trained by samft.
+    """
+    config = saved_config(path)
+    if config is None:
+        return {}
+    saved = _saved_metadata(path, "config")
+    training: dict[str, Any] = {name: saved[name] for name in ("step", "metrics") if name in saved}
+    training["config"] = config
+    if isinstance(training.get("metrics"), str):  # of safetensors
+        try:
+            training["metrics"] = json.loads(training["metrics"])
+        except ValueError:
+            del training["metrics"]
+    return training
 
 
 def describe_point_prompts(path: Path, *, automatic: bool) -> list[str]:

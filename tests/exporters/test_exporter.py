@@ -228,6 +228,45 @@ def test_an_adapter_that_records_nothing_of_its_training_is_merged_at_the_size_o
     assert tuned.sidecar["resize_mode"] == "pad"
 
 
+def test_what_was_exported_or_averaged_says_how_it_was_trained_when_it_is_exported(
+    tmp_path: Path,
+) -> None:
+    config = {"checkpoint_path": "auto", "prompts": "box", "multimask": "off"}
+    checkpoint, output = write_tiny(tmp_path, config=config), tmp_path / "a.safetensors"
+    tuned = open_tuned_checkpoint(checkpoint)
+    expected = tuned.metadata(image_size=SIZE)
+    assert {"step", "metrics", "prompts", "multimask"} <= expected.keys()
+    weight_files.write_safetensors(tuned.sam, output, expected)
+    average = tmp_path / "average.pth"
+    torch.save(tuned.sam.state_dict(), average)
+    sidecar = json.loads(checkpoint.with_suffix(".json").read_text())
+    of_average = {name: sidecar[name] for name in ("metrics", "config", "resize_mode")}
+    average.with_suffix(".json").write_text(json.dumps(of_average))
+    last = tmp_path / "last.ckpt"  # whose sidecar has digests alone
+    torch.save({"config": sidecar["config"], "model": tuned.sam.state_dict()}, last)
+    last.with_suffix(".json").write_text(json.dumps({"sha256": sha256_of(last)}))
+    for path, absent in ((output, set()), (average, {"step"}), (last, {"step", "metrics"})):
+        again = open_tuned_checkpoint(path).metadata(image_size=SIZE)
+        names = expected.keys() - absent - {"source_sha256"}
+        assert {name: again.get(name) for name in names} == {n: expected[n] for n in names}
+        written = tmp_path / "again.safetensors"
+        weight_files.write_safetensors(tuned.sam, written, again)
+        assert saved_prompts(written) == saved_prompts(checkpoint) == SavedPrompts(True, False)
+
+
+@pytest.mark.parametrize("name", ["tuned.ckpt", "base.pth", "plain.safetensors"])
+def test_a_file_that_is_no_adapter_is_refused_as_one(
+    adapter: tuple[Path, Path, dict[str, torch.Tensor]], name: str
+) -> None:
+    base, file, merged = adapter
+    path = {"tuned.ckpt": next(base.parent.glob("*.ckpt")), "base.pth": base}.get(name)
+    if path is None:
+        path = base.with_name(name)
+        save_file(merged, path)
+    with pytest.raises(CheckpointError, match="is no adapter file of samft"):
+        open_tuned_checkpoint(base, adapter=path)
+
+
 def test_what_was_exported_keeps_its_windows_when_it_is_exported_again(tmp_path: Path) -> None:
     checkpoint, output = write_tiny(tmp_path, view=TILES.to_json()), tmp_path / "a.safetensors"
     tuned = open_tuned_checkpoint(checkpoint)

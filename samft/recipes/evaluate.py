@@ -61,7 +61,12 @@ from samft.reports.evaluation_files import (
 )
 from samft.reports.validation_images import choose_fixed
 from samft.runtime import heartbeat, host_checks
-from samft.runtime.device import check_device, log_hidden_gpus, pick_device
+from samft.runtime.device import (
+    check_device,
+    freed_memory_kept,
+    log_hidden_gpus,
+    pick_device,
+)
 from samft.runtime.heartbeat import explain_distributed_errors
 from samft.runtime.logs import LOGGER, format_duration, logging_to_terminal, progress_bar
 from samft.views.flags import view_flags
@@ -112,6 +117,7 @@ def joined_group(wanted: str, *, step_seconds: float = STEP_SECONDS) -> Iterator
         distributed.process_group(
             partial(pick_device, wanted), step_seconds=step_seconds
         ) as device,
+        freed_memory_kept(device),
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(),
     ):

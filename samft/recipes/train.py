@@ -31,6 +31,7 @@ from samft.runtime import heartbeat
 from samft.runtime.device import (
     check_device,
     deterministic_algorithms,
+    freed_memory_kept,
     pick_amp_dtype,
     pick_device,
 )
@@ -72,6 +73,7 @@ def run(
     with (
         deterministic_algorithms(config.deterministic),
         _joined_group(config, output_dir, stop) as device,
+        freed_memory_kept(device),
         logging_to_terminal(distributed.get_rank()),
         heartbeat.posting(stop),
         contextlib.ExitStack() as open_until_end,

@@ -1,9 +1,12 @@
 """The device of a process on hosts that are described to it: what PyTorch, driver and files say."""
 
+import ctypes
 import fnmatch
 import logging
 import os
+import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,3 +252,40 @@ def test_deterministic_algorithms_are_on_within_and_only_there(
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.benchmark
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
+
+
+COUNT_FAULTS = """
+import resource, torch
+from samft.runtime.device import freed_memory_kept
+
+def faults_of_tensors():
+    torch.zeros(2**24).zero_()  # 64 MiB; the first one's pages are new in any case
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(2**24).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+device = torch.device("{device}")
+before = faults_of_tensors()
+with freed_memory_kept(device):
+    within = faults_of_tensors()
+print(before, within, faults_of_tensors())
+"""
+
+
+def count_faults(device: str) -> list[int]:
+    """Page faults of five large tensors, one after the other: before, within and after."""
+    command = [sys.executable, "-c", COUNT_FAULTS.format(device=device)]
+    return [int(number) for number in subprocess.check_output(command).split()]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt")
+def test_freed_memory_is_kept_within_the_block_only() -> None:
+    pages = 5 * 2**26 // resource.getpagesize()
+
+    before, within, after = count_faults("cpu")
+
+    assert within < pages / 100
+    # With huge pages there are fewer faults, but there are some for each tensor.
+    assert before >= 5 and after >= 5 and min(before, after) > 10 * within
+    assert min(count_faults("cuda")) >= 5

@@ -17,7 +17,6 @@ import samft
 from samft import distributed
 from samft.checkpoints.top_k import Checkpoint, git_commit
 from samft.config import TrainConfig
-from samft.data.map_style import DatasetIndex
 from samft.evaluation.click_curves import compare_clicks, summarise_clicks
 from samft.evaluation.object_scores import (
     Comparison,
@@ -104,6 +103,7 @@ class RunReport:
             comparison=self.comparison,
             test=self.test,
             general=self.general,
+            has_files=self.splits.val.subset.index.has_files,
         )
 
     def write(
@@ -138,7 +138,7 @@ class RunReport:
         if self.best is None:
             return []
         config, checkpoint = self.config, str(self.output_dir / self.best.name)
-        if isinstance(self.splits.val.subset.index, DatasetIndex):  # no command can read these
+        if not self.splits.val.subset.index.has_files:  # no command can read these
             return [loading_line(checkpoint)]
         split, (annotations, images) = find_val_files(config)
         data = ["--annotations", str(annotations), "--images", str(images)]

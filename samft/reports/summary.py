@@ -40,6 +40,7 @@ def summarise_run(
     comparison: Comparison | None,
     test: dict[str, Any] | None = None,
     general: dict[str, Any] | None = None,
+    has_files: bool = True,
 ) -> dict[str, Any]:
     """The content of `summary.json`.
 
@@ -56,17 +57,20 @@ def summarise_run(
             `box_fill`, `interval`, `bad_images`.
         general: Those of the general set, if there is one, and how many objects `gained` and `lost`
             more than `LOST_IOU`.
+        has_files: Whether validation data are files, which commands can read.
     """
     before, after = progress.baseline["per_mask_iou"], best.score if best else None
     box_fill_iou = progress.box_fill_iou
     regressions = find_regressions(before, after, box_fill_iou=box_fill_iou, comparison=comparison)
     regressions += find_test_regressions(test) if test else []
     parts: dict[str, Any] = {"best": best, "defaults": defaults, "small_objects": small_objects}
+    parts["has_files"] = has_files
     advice = suggest_changes(config, progress, **parts) if regressions else []
     forgotten = find_general_regressions(general) if general else []
     return {
         "got_worse": regressions + forgotten,
-        "what_to_try": advice + (suggest_forgetting_less(config) if forgotten else []),
+        "what_to_try": advice
+        + (suggest_forgetting_less(config, has_files=has_files) if forgotten else []),
         "best_step": best.step if best else None,
         "best_val_per_mask_iou": after,
         "baseline_val_per_mask_iou": before,
@@ -189,19 +193,21 @@ def find_general_regressions(general: dict[str, Any]) -> list[str]:
     return []
 
 
-def suggest_forgetting_less(config: dict[str, Any]) -> list[str]:
+def suggest_forgetting_less(config: dict[str, Any], *, has_files: bool = True) -> list[str]:
     """Suggests what to do about other data that a run has got worse on.
 
     Args:
         config: The run's configuration.
+        has_files: See `summarise_run`.
 
     Returns:
         A sentence each, what was measured to keep most first (docs/experiments.md, Forgetting).
     """
+    of_files = "" if has_files else ", with the validation data as a COCO dataset"
     advice = [
         "Against forgetting, without another training: samft average, of the weights before and "
-        "after. Where it was measured, with a share of 0.7 of the tuned ones nothing was lost of "
-        "other data, at about the same gain."
+        f"after{of_files}. Where it was measured, with a share of 0.7 of the tuned ones nothing "
+        "was lost of other data, at about the same gain."
     ]
     weight, stronger = config["anchor_weight"], 3 * config["anchor_weight"] or ANCHOR_WEIGHT
     rate = max(config["learning_rate"], config["encoder_learning_rate"] or 0)
@@ -223,6 +229,7 @@ def suggest_changes(
     best: Checkpoint | None,
     defaults: dict[str, Any],
     small_objects: dict[str, SmallObjects],
+    has_files: bool = True,
 ) -> list[str]:
     """Suggests what to change after a run that is no success.
 
@@ -232,6 +239,7 @@ def suggest_changes(
         best: Its best checkpoint after step 0, if there is one.
         defaults: The default configuration.
         small_objects: Of each split.
+        has_files: See `summarise_run`.
 
     Returns:
         A sentence each, what changed measured scores most first (docs/experiments.md): the
@@ -252,9 +260,10 @@ def suggest_changes(
             "A smaller --metrics_interval: the first validation was the best, so there may be a "
             "better checkpoint before it."
         )
+    look = " (samft check --pictures)" * has_files
     advice.append(
-        "A look at the objects that lost most: if their annotated outlines are wrong (samft check "
-        "--pictures), correct them; the model was right before."
+        f"A look at the objects that lost most: if their annotated outlines are wrong{look}, "
+        "correct them; the model was right before."
     )
     can_scale = config["augment"] != "scale" and config["cache_embeddings"] != "on"
     advice.append(f"More images{', or --augment scale' * can_scale}.")

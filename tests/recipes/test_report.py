@@ -33,7 +33,7 @@ def commands(data: Path, **changes: object) -> list[list[str]]:
         num_images=len(links),
         path=links.__getitem__,
         file_name=lambda i: links[i].name,
-        index=None,
+        index=SimpleNamespace(has_files=True),
     )
     splits: Any = SimpleNamespace(val=SimpleNamespace(subset=val))
     best = Checkpoint("1-0.50.ckpt", 1, 0.5)

@@ -238,6 +238,12 @@ def test_what_is_forgotten_is_part_of_the_verdict_with_advice_of_its_own() -> No
     assert set(worse["data"]["general"]["bad_images"]) == {"a.png", "b.png", "c.png"}
     both = summarise_run(progress, best, **parts, general=general, test=a_test(0.75, 0.7))
     assert len(both["got_worse"]) == 2 and both["what_to_try"][-2:] == worse["what_to_try"]
+    own = summarise_run(
+        progress, best, **parts, general=general, test=a_test(0.75, 0.7), has_files=False
+    )["what_to_try"]
+    assert len(own) == len(both["what_to_try"]) and "samft check" in " ".join(both["what_to_try"])
+    assert "samft check" not in " ".join(own)
+    assert "average, of the weights before and after, with the validation data as a COCO" in own[-2]
     kept = summarise_run(progress, best, **parts, general=a_general_set(0.6, interval=[0.05, 0.2]))
     assert kept["got_worse"] == kept["what_to_try"] == []
 

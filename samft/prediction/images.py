@@ -34,7 +34,7 @@ class ImageList:
         orientations: uint8 [N], how images are turned when decoded, as EXIF numbers it; 1: not.
         bad: Row of each unreadable image -> the reason.
         pixels: How the values of the images become 8 bits.
-        notes: What is said of the frame of outlines in the COCO file.
+        notes: What is said of the frame of outlines in the COCO file, or of images to be turned.
         text_ids: From those in `ids` to the file's own, where these are no whole numbers.
     """
 
@@ -91,7 +91,18 @@ def list_images(
     sizes = np.array([(fact.height, fact.width) for fact in facts], dtype=np.int32)
     upright = np.full(len(files), UPRIGHT, dtype=np.uint8)
     ids = np.arange(1, len(files) + 1)
-    return ImageList(names, files, ids, sizes, upright, bad, pixels)
+    turned = [names[row] for row in good if facts[row].orientation != UPRIGHT]
+    notes = [_describe_turned(turned, len(good))] if turned else []
+    return ImageList(names, files, ids, sizes, upright, bad, pixels, notes)
+
+
+def _describe_turned(turned: list[str], num_images: int) -> str:
+    return (
+        f"{len(turned):,} of {num_images:,} images with an EXIF orientation ({turned[0]}): viewers "
+        "apply it, and a prediction does not. The model sees the stored pixels, and boxes, points "
+        "and masks are on these. For what a viewer shows, store the files upright "
+        "(PIL.ImageOps.exif_transpose)."
+    )
 
 
 def _image_files(path: Path, allow_links: Sequence[Path]) -> Iterator[tuple[Path, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.coco_files import write_coco, write_json
 from samft.errors import DataError
@@ -48,6 +49,18 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path: Path) -> None:
         1: "the image file is cut short",
         2: "the file is no image (HTML, text, a Git LFS pointer, ...)",
     }
+
+
+def test_images_that_viewers_turn_are_listed_as_stored_with_a_note(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    assert list_images([tmp_path]).notes == []
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "b.jpg", exif=exif)
+    images = list_images([tmp_path])
+    assert images.sizes.tolist() == [[20, 30], [20, 30]]
+    (note,) = images.notes
+    assert "1 of 2 images with an EXIF orientation (b.jpg)" in note and "stored pixels" in note
 
 
 def test_paths_without_images_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 
+from samft.errors import ConfigError
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.models.mask_generator import make_predictor
 from samft.models.sam import load_sam, open_checkpoint, warn_of_squash
@@ -223,7 +224,8 @@ def load_predictor(
 
     Raises:
         CheckpointError: The file cannot be read or is not a SAM.
-        ConfigError: Windows are wanted of a checkpoint for whole images that are not square.
+        ConfigError: `view` is no view; or it has windows, and the checkpoint is for whole images
+            that are not square.
 
     Example:
         >>> from importlib.resources import files
@@ -234,6 +236,9 @@ def load_predictor(
         ((3, 96, 128), [0, 0, 128, 96])
     """
     if view is not None:
+        if not isinstance(view, View):
+            kind = type(view).__name__
+            raise ConfigError(f"view: give a samft.views.windows.View('tiles'), say, not a {kind}.")
         check_view(view, path, name="view")
     if saved_rectangle(path) is None:
         sam = load_sam(path, device=device)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft.config_checks import MAX_OVERLAP, has_effect
+from samft.errors import ConfigError
 
 KINDS = ("image", "tiles", "objects")
 _FIELDS = {"view": "kind", "view_context": "context"}  # by setting, where the names differ
@@ -46,6 +47,21 @@ class View:
     tile_overlap: float = 0.25
     context: float = 2.0
 
+    def __post_init__(self) -> None:
+        """Refuses what is no view.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
+        side, numbers = self.tile_size, (self.tile_overlap, self.context)
+        sound = isinstance(side, (int, np.integer)) and side >= 1 and self.kind in KINDS
+        sound = sound and all(isinstance(number, (int, float)) for number in numbers)
+        if not (sound and 0 <= self.tile_overlap <= MAX_OVERLAP and self.context >= 1):
+            raise ConfigError(
+                f"view: {self} cannot be: kind is one of {', '.join(KINDS)}, tile_size a whole "
+                f"number above 0, tile_overlap from 0 to {MAX_OVERLAP}, and context at least 1."
+            )
+
     @property
     def has_windows(self) -> bool:
         """Whether images are seen in parts."""
@@ -59,11 +75,8 @@ class View:
     def from_json(value: Any) -> "View | None":
         """What `to_json` returned; None for anything else."""
         try:
-            view = View(**value)
-            sound = view.kind in KINDS and isinstance(view.tile_size, int) and view.tile_size >= 1
-            sound = sound and view.context >= 1
-            return view if sound and 0 <= view.tile_overlap <= MAX_OVERLAP else None
-        except TypeError:
+            return View(**value)
+        except (TypeError, ConfigError):
             return None
 
     def completed(self, flags: Mapping[str, Any]) -> "View":

@@ -17,6 +17,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 
 import samft
+from samft.errors import ConfigError
 from samft.models.sam import load_sam
 from samft.prediction.window_predictor import load_predictor
 from samft.views.windows import View
@@ -98,6 +99,12 @@ def test_a_mask_input_is_seen_through_its_own_window() -> None:
     outside = np.ones(SIZE, bool)
     outside[window[1] : window[3], window[0] : window[2]] = False
     assert (masks[0][outside] == -np.inf).all() and np.isfinite(masks[0][~outside]).all()
+
+
+@pytest.mark.parametrize("view", ["tiles", {"kind": "tiles"}, View])
+def test_what_is_no_view_is_one_sentence(view: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^view: give a samft\.views\.windows\.View"):
+        load_predictor(PACKAGED_TINY, view=view)
 
 
 def test_clicks_that_the_window_does_not_show_are_warned_of() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 
 from samft.errors import ConfigError
@@ -39,6 +40,13 @@ def test_a_view_comes_back_from_json(view) -> None:
 )
 def test_what_is_no_view_is_none(value) -> None:
     assert View.from_json(value) is None
+    if isinstance(value, dict) and "side" not in value:
+        with pytest.raises(ConfigError, match="^view: .* cannot be: kind is one of image, tiles"):
+            View(**value)
+
+
+def test_the_side_of_a_view_may_be_a_number_of_numpys() -> None:
+    assert View("tiles", np.int64(64)) == View("tiles", 64)
 
 
 def test_the_sidecar_says_how_images_were_seen(tmp_path) -> None:

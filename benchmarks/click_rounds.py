@@ -18,6 +18,7 @@ from benchmarks.measure import MeasureOptions, time_interleaved
 from benchmarks.tables import format_speedups, markdown_table
 from benchmarks.variants import LOSS_TOLERANCE, Variants, Workload, random_sam, samft_trainer
 from samft.data.dataset import Batch
+from samft.models.chunked_loss import ChunkLoss
 from samft.models.prompted_sam import PromptedSam
 from samft.models.trainable import freeze, unreached_by
 from samft.runtime.device import exact_float32
@@ -101,25 +102,26 @@ def _image_loss(
     trainer: Trainer, batch: Batch, image: int, rounds: Rounds, *, weight: float
 ) -> float:
     # Forward and backward of one image's objects, round by round; its part of the mean loss.
-    sam, total = trainer.model.sam, 0.0
-    assert batch.embeddings is not None and batch.click_draws is not None
+    sam, total, embeddings = trainer.model.sam, 0.0, batch.embeddings
+    assert embeddings is not None and batch.click_draws is not None
     inputs: dict[str, Tensor] = {
         "targets": batch.targets,
         "windows": batch.windows,
         "image_index": batch.image_index,
         "input_sizes": batch.input_sizes,
     }
-    boxes, points, masks = batch.boxes, None, None
+    boxes, masks = None if rounds.from_point else batch.boxes, None
+    points: tuple[Tensor, Tensor] | None = None
     if rounds.from_point:
         click = first_clicks(batch.click_draws[:, 0], **inputs)
         points = (click.points[:, None], click.labels[:, None])
-    for number in range(rounds.count):
-        sparse, dense = sam.prompt_encoder(
-            points=points, boxes=None if rounds.from_point else boxes, masks=masks
-        )
-        three = rounds.multimask_loss if number == 0 else None
+
+    def add(
+        share: float, *, three: ChunkLoss | None = None, **prompts: Any
+    ) -> tuple[float, Tensor]:
+        sparse, dense = sam.prompt_encoder(**prompts)
         logits, iou = sam.mask_decoder(
-            image_embeddings=batch.embeddings[image : image + 1],
+            image_embeddings=embeddings[image : image + 1],
             image_pe=sam.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
@@ -131,16 +133,23 @@ def _image_loss(
             if three is not None
             else trainer.loss(logits[:, 0], iou[:, 0], **inputs)
         )
-        loss = losses[0].sum() * (weight / rounds.count)
+        loss = losses[0].sum() * (weight * share)
         loss.backward()
-        total += loss.item()
+        return loss.item(), logits.detach()[best]
+
+    shares = rounds.shares()
+    for number in range(rounds.count):
+        three = rounds.multimask_loss if number == 0 else None
+        loss, last = add(shares[number], three=three, points=points, boxes=boxes, masks=masks)
+        total += loss
         if number + 1 == rounds.count:
             break
-        last = logits.detach()[best]
         click = next_clicks(last, batch.click_draws[:, number + 1], **inputs)
         more = (click.points[:, None], click.labels[:, None])
         points = more if points is None else _join_points(points, more)
         masks = last[:, None] if rounds.mask_prompts[number] else None
+    if rounds.with_box:
+        total += add(shares[-1], points=None, boxes=batch.boxes, masks=None)[0]
     return total
 
 

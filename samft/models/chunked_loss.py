@@ -225,7 +225,7 @@ class RoundInputs(NamedTuple):
 
 
 class LossRounds(Protocol):
-    """Several rounds of prompts, of which the loss is the mean; see `training.rounds`."""
+    """Several rounds of prompts, of which the loss is a mean; see `training.rounds`."""
 
     def sum_losses(
         self,

@@ -343,13 +343,13 @@ class PromptedSam(nn.Module):
             windows: float32 [M, 4], the rectangles that the targets cover, for the loss.
             gradient: float32 scalar, what the sum of the loss is going to be multiplied by before
                 backward; None: 1. Any is right, but in float16 small gradients could be lost.
-            rounds: For a loss that is the mean over several rounds, or that begins with points;
+            rounds: For a loss that is a mean over several rounds, or that begins with points;
                 None: one round, with the boxes.
 
         Returns:
             Mask logits [M, H/4, W/4] and predicted IoU [M]; or, with a loss, the sum of its first
             tensor, and the tensors that it returns, [M] each, without a gradient. With `rounds`,
-            these are means over the rounds, and followed by those of the first and the last round.
+            these are weighted means over the rounds, followed by those of the first and the last.
         """
         embeddings = self.embed(images, input_sizes, cached=embeddings)
         if loss is None:

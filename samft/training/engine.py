@@ -39,7 +39,7 @@ from samft.training.optim import get_learning_rate, set_learning_rate
 from samft.training.prompt_schedule import PromptSchedule
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
-# With clicks, losses are means over the rounds of a step; these are of the first and last round.
+# With clicks, losses are weighted means over the rounds of a step; of the first and the last:
 ROUND_NAMES = ("first_round_iou", "last_round_iou")
 MEMORY_ADVICE = (
     "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "

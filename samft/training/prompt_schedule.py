@@ -62,5 +62,6 @@ class PromptSchedule:
             click_draws,
             mask_prompts=tuple(draw < self.mask_prompt for draw in draws[1:]),
             from_point=from_point,
+            with_box=from_point and self.prompts == "mixed",
             multimask_loss=best if from_point and self.multimask == "best" else None,
         )

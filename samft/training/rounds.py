@@ -28,6 +28,11 @@ from samft.models.prompts import Prompts
 from samft.models.two_way_transformer import Tensors
 from samft.training.clicks import first_clicks, next_clicks
 
+# The corrections' share of the loss: by the number of masks it would be 7 of 8, and what a first
+# prompt gets from one click or box would be trained least (docs/experiments.md).
+CORRECTIONS_SHARE = 0.5
+BOX_SHARE = 0.25  # of a box that is answered beside a first point
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -38,6 +43,7 @@ class Rounds:
         mask_prompts: Of each of the R rounds after the first, whether it has the last logits as a
             prompt, too.
         from_point: Whether the first round begins with a point in each object, not with its box.
+        with_box: Whether the box alone is answered, too, in a step that begins with a point.
         multimask_loss: The first round gives three masks of each object, [m, 3, s, s], and this is
             their `ChunkLoss`; the one with the highest predicted IoU is corrected. None: one mask.
     """
@@ -45,12 +51,21 @@ class Rounds:
     draws: Tensor
     mask_prompts: tuple[bool, ...]
     from_point: bool = False
+    with_box: bool = False
     multimask_loss: ChunkLoss | None = None
 
     @property
     def count(self) -> int:
         """R + 1."""
         return len(self.mask_prompts) + 1
+
+    def shares(self) -> list[float]:
+        """The share of each mask in the loss: of each round, and then of the box's own."""
+        corrections = self.count - 1
+        of_rounds = 1 - BOX_SHARE * self.with_box
+        first = of_rounds * (1 - CORRECTIONS_SHARE) if corrections else of_rounds
+        others = [(of_rounds - first) / corrections] * corrections if corrections else []
+        return [first, *others, *[BOX_SHARE] * self.with_box]
 
     def sum_losses(
         self,
@@ -60,7 +75,7 @@ class Rounds:
         loss_inputs: LossInputs,
         gradient: Tensor,
     ) -> tuple[Tensor, Tensors]:
-        """The losses of all objects, means over the rounds; see `chunked_loss.LossRounds`.
+        """The losses of all objects, weighted means over the rounds; see `chunked_loss.LossRounds`.
 
         Returns:
             The sum of the loss over objects, and what `RoundsStep.add_chunk` returns, of all.
@@ -113,27 +128,50 @@ class RoundsStep(ChunkedStep):
         """Adds the gradients of a chunk of objects to the sums, in place.
 
         Returns:
-            The losses of each object, means over the rounds; then those of the first round, and
-            those of the last.
+            The losses of each object, means over the rounds by their shares; then those of the
+            first round, and those of the last.
         """
         leaves = self.slice_inputs(tensors, chunk)
-        needed = [leaf.requires_grad for leaf in leaves.flatten()]
-        # Each round has its share of the mean.
-        gradient = self.gradient / self.rounds.count
-        prompts = self._first_prompts(chunk)
+        shares, prompts = self.rounds.shares(), self._first_prompts(chunk)
         values_of_rounds: list[Tensors] = []
         for number in range(self.rounds.count):
-            with torch.enable_grad():
-                values, mask_logits = self._decode_round(leaves, prompts, chunk, number)
-            if any(needed):
-                gradients = gradients_of(values[0], leaves.flatten(), needed, gradient)
-                self.accumulate(sums, self.layout.regroup(gradients), chunk)
-            values_of_rounds.append(tuple(value.detach() for value in values))
+            three = self.rounds.multimask_loss if number == 0 else None
+            values, mask_logits = self._add_prompts(
+                sums, leaves, prompts, chunk, share=shares[number], loss_of_three=three
+            )
+            values_of_rounds.append(values)
             if number + 1 < self.rounds.count:
-                prompts = self._next_prompts(prompts, mask_logits.detach(), chunk, number + 1)
-        columns = zip(*values_of_rounds, strict=True)
-        means = tuple(torch.stack(column).mean(0) for column in columns)
-        return (*means, *values_of_rounds[0], *values_of_rounds[-1])
+                prompts = self._next_prompts(prompts, mask_logits, chunk, number + 1)
+        first, last = values_of_rounds[0], values_of_rounds[-1]
+        if self.rounds.with_box:
+            box = Prompts(boxes=self.inputs.boxes[chunk])
+            values, _ = self._add_prompts(sums, leaves, box, chunk, share=shares[-1])
+            values_of_rounds.append(values)
+        means = tuple(
+            torch.stack([share * value for share, value in zip(shares, column, strict=True)]).sum(0)
+            for column in zip(*values_of_rounds, strict=True)
+        )
+        return (*means, *first, *last)
+
+    def _add_prompts(
+        self,
+        sums: Groups[Tensor | None],
+        leaves: Groups[Tensor],
+        prompts: Prompts,
+        chunk: slice,
+        *,
+        share: float,
+        loss_of_three: ChunkLoss | None = None,
+    ) -> tuple[Tensors, Tensor]:
+        """Adds the gradients of one mask of each object; returns its losses and its logits."""
+        with torch.enable_grad():
+            values, mask_logits = self._decode(leaves, prompts, chunk, loss_of_three)
+        flat = leaves.flatten()
+        needed = [leaf.requires_grad for leaf in flat]
+        if any(needed):
+            gradients = gradients_of(values[0], flat, needed, self.gradient * share)
+            self.accumulate(sums, self.layout.regroup(gradients), chunk)
+        return tuple(value.detach() for value in values), mask_logits.detach()
 
     def empty_sums(self, tensors: Groups[Tensor]) -> Groups[Tensor | None]:
         """Zeros for all that is trained: the prompts of this step may not reach some of it."""
@@ -164,12 +202,15 @@ class RoundsStep(ChunkedStep):
         masks = mask_logits if self.rounds.mask_prompts[number - 1] else None
         return replace(prompts.add_points(points[:, None], labels[:, None]), masks=masks)
 
-    def _decode_round(
-        self, leaves: Groups[Tensor], prompts: Prompts, chunk: slice, number: int
+    def _decode(
+        self,
+        leaves: Groups[Tensor],
+        prompts: Prompts,
+        chunk: slice,
+        loss_of_three: ChunkLoss | None,
     ) -> tuple[Tensors, Tensor]:
         """The losses [m] of a round, and the logits [m, s, s] that the next one corrects."""
         decoder, inputs = self.decoder, self.loss_inputs.rows(chunk)._asdict()
-        loss = self.rounds.multimask_loss if number == 0 else None
         num_images, num_shared = self.num_maskless
         own = slice(num_images) if prompts.masks is None else slice(num_images, None)
         own_shared = slice(num_shared) if prompts.masks is None else slice(num_shared, None)
@@ -178,10 +219,10 @@ class RoundsStep(ChunkedStep):
             tuple(leaves.per_image[own]),
             tuple(leaves.shared[own_shared]),
             prompts.embed(self.inputs.prompt_encoder),
-            multimask=loss is not None,
+            multimask=loss_of_three is not None,
         )
-        if loss is None:
+        if loss_of_three is None:
             return self.loss(mask_logits, iou_predicted, **inputs), mask_logits
-        values = loss(mask_logits, iou_predicted, **inputs)
+        values = loss_of_three(mask_logits, iou_predicted, **inputs)
         rows = torch.arange(len(mask_logits), device=mask_logits.device)
         return values, mask_logits.detach()[rows, iou_predicted.detach().argmax(1)]

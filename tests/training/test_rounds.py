@@ -137,8 +137,23 @@ def run_stock(
             points = torch.cat([points, point[:, None]], 1)
             labels = torch.cat([labels, label[:, None]], 1)
             masks = logits.detach()[:, None] if rounds.mask_prompts[number] else None
-        means = [sum(of) / len(of_rounds) for of in zip(*of_rounds, strict=True)]
-        rows.append([*means, *of_rounds[0], *of_rounds[-1]])
+        # Half of the loss is the first mask's, half that of the corrections together.
+        first, *corrections = of_rounds
+        means = [(f + sum(c) / ROUNDS) / 2 for f, *c in zip(first, *corrections, strict=True)]
+        if prompts.prompts == "mixed" and rounds.from_point:  # and a quarter is the box's
+            sparse, dense = sam.prompt_encoder(
+                points=None, boxes=given["boxes"][k, None], masks=None
+            )
+            logits, iou = sam.mask_decoder(
+                image_embeddings=embeddings[image, None],
+                image_pe=sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=False,
+            )
+            of_box = mask_losses(logits[:, 0], iou[:, 0], **own)
+            means = [0.75 * mean + 0.25 * b for mean, b in zip(means, of_box, strict=True)]
+        rows.append([*means, *first, *corrections[-1]])
         total = total + means[0].sum()
     (total * 0.5).backward()
     values = [torch.cat(column).detach() for column in zip(*rows, strict=True)]
@@ -159,7 +174,23 @@ SCHEDULES = [
     schedule("box", mask_prompt=1.0),
     schedule("point"),
     schedule("point", multimask="best"),
+    PromptSchedule("mixed", ROUNDS, multimask="best", seed=1),  # from a point at position 5
 ]
+
+
+def test_mixed_prompts_begin_with_a_point_here() -> None:
+    # So that the loop over stock modules answers boxes beside points.
+    rounds = SCHEDULES[-1].rounds_at(5, click_draws=torch.zeros(1, 4, 2), loss=mask_losses)
+    assert rounds.from_point and rounds.shares() == pytest.approx([3 / 8, *[1 / 8] * 3, 1 / 4])
+
+
+def test_without_corrections_a_first_point_and_the_box_share_the_loss() -> None:
+    none = torch.zeros(1, 1, 2)
+    mixed = PromptSchedule("mixed", 0)
+    rounds = [mixed.rounds_at(n, click_draws=none, loss=mask_losses) for n in range(9)]
+    expected = {True: [0.75, 0.25], False: [1.0]}
+    assert all(one.shares() == expected[one.from_point] for one in rounds)
+    assert len({one.from_point for one in rounds}) == 2
 
 
 @pytest.mark.parametrize("decoder", ["fast", "stock"])

@@ -226,14 +226,14 @@ class TrainConfig:
     prompts: str = _prompts(
         "box",
         "what a training step begins with: box: the boxes; point: one point in each object; mixed: "
-        "one or the other, by a draw for each step. Validation is with boxes in any case",
+        "a draw for each step, and boxes beside points. Validation is with boxes in any case",
         choices=("box", "point", "mixed"),
     )
     correction_rounds: int | None = _prompts(
         None,
         "rounds of a step after the first, each with one more click where the last mask is wrong; "
-        "the loss is the mean over rounds, which each take about as long as the first (default: 7 "
-        "with prompts mixed, else 0)",
+        "half of the loss is theirs, and each takes about as long as the first (default: 7 with "
+        "prompts mixed, else 0)",
         at_least=0,
         metavar="N",
     )

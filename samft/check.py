@@ -314,7 +314,7 @@ def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
         f"{name}: {', '.join(f'{code} {number:,}' for code, number in counts.items())}"
         for name, counts in errors.items()
     )
-    readable = any(split.index for split in splits.values())
+    readable = any(splits[name].index for name in errors)
     advice = " `--fix DIR` writes repaired copies." if readable and not options.fix else ""
     # Where no image of a split can be used, that is why it has no object, and no rest to train on.
     pairs = [(bool(c.keys() & NO_MASKS), bool(c.keys() & BAD_IMAGES)) for c in errors.values()]

@@ -316,6 +316,13 @@ def test_wrong_flags(argv: list[str], word: str) -> None:
         main(argv)
 
 
+def test_a_missing_training_split_is_not_said_to_be_repaired(tmp_path: Path) -> None:
+    write_coco(tmp_path, 2, split="val")
+    with pytest.raises(DataError, match=r"train: json-missing 1") as caught:
+        main(["--data_root", str(tmp_path)])
+    assert "--fix" not in str(caught.value)
+
+
 def test_a_missing_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--annotations", str(tmp_path / "none.json"), "--images", str(tmp_path)]
     assert run_command(main, argv) == 2

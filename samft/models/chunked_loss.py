@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from samft.models.mask_decoder import DecoderImplementation
-from samft.models.prompts import PromptEmbeddings
+from samft.models.prompts import DenseEmbedding, PromptEmbeddings
 from samft.models.two_way_transformer import Tensors
 
 # Bytes a box takes for each channel of each image token: the slope of a step's peak memory over the
@@ -58,7 +58,7 @@ def auto_mask_chunk(num_values: int, device_type: str, *, free_memory: float) ->
 
 
 # The first three of `DecoderInputs`.
-ImageInputs = tuple[Tensor, Tensor, Tensor | None]
+ImageInputs = tuple[Tensor, Tensor, DenseEmbedding]
 
 
 class DecoderInputs(NamedTuple):
@@ -67,13 +67,13 @@ class DecoderInputs(NamedTuple):
     Attributes:
         image_embeddings: float [N, C, h, w].
         image_pe: float [1, C, h, w], the dense positional encoding.
-        no_mask_embedding: float [1, C, 1, 1]; None where the prompts have masks.
+        dense_embedding: With what prompts, with masks or without, add to image embeddings.
         prompts: Of M prompts.
     """
 
     image_embeddings: Tensor
     image_pe: Tensor
-    no_mask_embedding: Tensor | None
+    dense_embedding: DenseEmbedding
     prompts: PromptEmbeddings
 
 

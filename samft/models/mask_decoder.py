@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from samft.models.prompts import PromptEmbeddings
+from samft.models.prompts import DenseEmbedding, PromptEmbeddings
 from samft.models.two_way_transformer import Tensors, prepare_two_way, run_two_way
 
 
@@ -37,16 +37,15 @@ class DecoderImplementation(NamedTuple):
     """One way to compute the decoder, in two functions.
 
     Attributes:
-        prepare: (decoder, image_embeddings [N, C, h, w], image_pe [1, C, h, w], no_mask_embedding)
-            to tensors [N, ...] of each image, and tensors that all images share. The last argument
-            is SAM's embedding of no mask [1, C, 1, 1]; None for prompts that have masks.
+        prepare: (decoder, image_embeddings [N, C, h, w], image_pe [1, C, h, w], `DenseEmbedding`)
+            to tensors [N, ...] of each image, and tensors that all images share.
         decode: (decoder, those of the image of each prompt [M, ...] or of the one image of all
             [1, ...], the shared ones, `PromptEmbeddings`, multimask=...) to mask logits [M, 4h, 4w]
             and predicted IoU [M], of mask token 0; with multimask [M, 3, 4h, 4w] and [M, 3], of the
             other mask tokens.
     """
 
-    prepare: Callable[[MaskDecoder, Tensor, Tensor, Tensor | None], tuple[Tensors, Tensors]]
+    prepare: Callable[[MaskDecoder, Tensor, Tensor, DenseEmbedding], tuple[Tensors, Tensors]]
     decode: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -54,12 +53,11 @@ def prepare_stock(
     decoder: MaskDecoder,
     image_embeddings: Tensor,
     image_pe: Tensor,
-    no_mask_embedding: Tensor | None,
+    dense_embedding: DenseEmbedding,
 ) -> tuple[Tensors, Tensors]:
     """What `decode_stock` needs of each image, and of all; see `DecoderImplementation`."""
-    if no_mask_embedding is not None:
-        image_embeddings = image_embeddings + no_mask_embedding
-    return (image_embeddings,), (image_pe,)
+    no_mask, mask_matrix = dense_embedding
+    return (image_embeddings + no_mask[:, None, None],), (image_pe, mask_matrix)
 
 
 def decode_stock(
@@ -74,10 +72,11 @@ def decode_stock(
 
     Source: `segment_anything/modeling/mask_decoder.py`, `predict_masks`.
     """
-    (source,), (image_pe,) = image, shared
+    (source,), (image_pe, mask_matrix) = image, shared
     source = source.expand(len(prompts.sparse), -1, -1, -1)
-    if prompts.dense is not None:
-        source = source + prompts.dense
+    if prompts.mask_features is not None:
+        weight, bias = mask_matrix[:, :-1, None, None], mask_matrix[:, -1]
+        source = source + F.conv2d(prompts.mask_features, weight, bias)
     tokens = _all_tokens(decoder, prompts.sparse)
     queries, keys = decoder.transformer(source, image_pe.expand_as(source), tokens)
     upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(source.shape))
@@ -124,10 +123,10 @@ def prepare_fast(
     decoder: MaskDecoder,
     image_embeddings: Tensor,
     image_pe: Tensor,
-    no_mask_embedding: Tensor | None,
+    dense_embedding: DenseEmbedding,
 ) -> tuple[Tensors, Tensors]:
     """What `decode_fast` needs of each image, and of all; see `DecoderImplementation`."""
-    return prepare_two_way(decoder.transformer, image_embeddings, image_pe, no_mask_embedding)
+    return prepare_two_way(decoder.transformer, image_embeddings, image_pe, dense_embedding)
 
 
 def decode_fast(
@@ -145,7 +144,7 @@ def decode_fast(
         tokens,
         image,
         shared,
-        masks=prompts.dense,
+        mask_features=prompts.mask_features,
         num_used=1 + _wanted_heads(decoder, multimask).stop,
     )
     hyper, iou_predicted = _output_heads(decoder, queries, multimask=multimask)

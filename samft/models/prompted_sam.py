@@ -35,7 +35,7 @@ from samft.models.frozen_encoder import (
     version_of,
 )
 from samft.models.mask_decoder import choose_decoder
-from samft.models.prompts import PromptEmbeddings, Prompts
+from samft.models.prompts import DenseEmbedding, PromptEmbeddings, Prompts
 from samft.models.two_way_transformer import Tensors
 from samft.runtime.device import (
     exact_float32,
@@ -241,9 +241,9 @@ class PromptedSam(nn.Module):
         tokens = prompts.embed_tokens(prompt_encoder)
 
         def embed(chunk: slice) -> PromptEmbeddings:
-            # An embedded mask is as large as an embedded image: not of all prompts at once.
-            masks = prompts.rows(chunk).embed_masks(prompt_encoder)
-            return PromptEmbeddings(tokens[chunk], masks)
+            # Not of all prompts at once: masks are embedded at a fourth of the frame's resolution.
+            features = prompts.rows(chunk).embed_masks(prompt_encoder)
+            return PromptEmbeddings(tokens[chunk], features)
 
         decoder = self._box_decoder(image_index, mask_chunk or self.boxes_at_once())
         return decoder.decode(self._image_inputs(embeddings, prompts), embed, multimask=multimask)
@@ -287,8 +287,8 @@ class PromptedSam(nn.Module):
     def _image_inputs(self, embeddings: Tensor, prompts: Prompts) -> ImageInputs:
         with full_precision(embeddings.device):
             image_pe = self._dense_pe()
-        no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        return embeddings, image_pe, no_mask if prompts.masks is None else None
+        all_masked, encoder = prompts.masks is not None, self.sam.prompt_encoder
+        return embeddings, image_pe, DenseEmbedding.of(encoder, all_masked=all_masked)
 
     def _dense_pe(self) -> Tensor:
         # A function of one matrix, computed again only when that matrix was moved (another tensor)

@@ -22,17 +22,46 @@ class PromptEmbeddings(NamedTuple):
 
     Attributes:
         sparse: float [M, T, C], the tokens of the points and of the box of each prompt.
-        dense: float [M, C, h, w], what each mask adds to the image embedding; None where prompts
-            have no masks, and all add SAM's "no mask" embedding.
+        mask_features: float [M, F, h, w], of the mask of each prompt, what enters the last layer of
+            its embedding, see `DenseEmbedding`; None where prompts have no masks.
     """
 
     sparse: Tensor
-    dense: Tensor | None = None
+    mask_features: Tensor | None = None
 
     def rows(self, chunk: slice) -> "PromptEmbeddings":
         """Those of some of the prompts."""
-        dense = None if self.dense is None else self.dense[chunk]
-        return PromptEmbeddings(self.sparse[chunk], dense)
+        features = None if self.mask_features is None else self.mask_features[chunk]
+        return PromptEmbeddings(self.sparse[chunk], features)
+
+
+class DenseEmbedding(NamedTuple):
+    """What prompts add to image embeddings: all the same constant, and those with masks more.
+
+    The last layer of stock's `mask_downscaling` is a convolution of kernel 1, at each place a
+    matrix W of F = 16 features f, and a bias b. A mask adds W f + b, which is the constant c of no
+    mask, and [W, b - c] times the features and a one.
+
+    Attributes:
+        no_mask: float [C], c.
+        mask_matrix: float [C, F + 1], [W, b - c].
+    """
+
+    no_mask: Tensor
+    mask_matrix: Tensor
+
+    @classmethod
+    def of(cls, prompt_encoder: PromptEncoder, *, all_masked: bool = False) -> "DenseEmbedding":
+        """That of a prompt encoder, a function of its parameters.
+
+        Args:
+            prompt_encoder: The stock module.
+            all_masked: Whether all prompts have masks, so that c is not reached: it is taken as a
+                number, as its gradient would be zero but for rounding.
+        """
+        no_mask, last = prompt_encoder.no_mask_embed.weight[0], prompt_encoder.mask_downscaling[-1]
+        no_mask = no_mask.detach() if all_masked else no_mask
+        return cls(no_mask, torch.cat([last.weight[..., 0, 0], (last.bias - no_mask)[:, None]], 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +138,8 @@ class Prompts:
         Args:
             prompt_encoder: The stock module, whose parameters are used.
         """
-        return PromptEmbeddings(self.embed_tokens(prompt_encoder), self.embed_masks(prompt_encoder))
+        features = self.embed_masks(prompt_encoder)
+        return PromptEmbeddings(self.embed_tokens(prompt_encoder), features)
 
     def embed_tokens(self, prompt_encoder: PromptEncoder) -> Tensor:
         """The tokens of points and boxes, float [M, T, C]; see `embed`.
@@ -131,7 +161,7 @@ class Prompts:
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens, 1)
 
     def embed_masks(self, prompt_encoder: PromptEncoder) -> Tensor | None:
-        """What the masks add to image embeddings, float [M, C, h, w]; see `embed`.
+        """The features of the masks, float [M, F, h, w]; see `PromptEmbeddings`.
 
         Raises:
             ValueError: They are not of the resolution that the decoder predicts.
@@ -146,8 +176,9 @@ class Prompts:
             )
         weight = prompt_encoder.no_mask_embed.weight
         with full_precision(weight.device):
-            embedded: Tensor = prompt_encoder.mask_downscaling(self.masks[:, None].to(weight.dtype))
-        return embedded
+            layers = prompt_encoder.mask_downscaling[:-1]  # of the last, see `DenseEmbedding`
+            features: Tensor = layers(self.masks[:, None].to(weight.dtype))
+        return features
 
     def _given(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -23,23 +23,34 @@ differs. Two steps make it cheap:
    tokens then takes L C (H T) multiplications instead of L C I: 56 against 128 a value. With many
    tokens (see `MOST_TO_ABSORB`) it would take more, and stock's layers run.
 
-2. Compute once per image what depends on the image only. In the first layer x_l is the same for all
-   prompts of an image, unless they have masks: it is projected once, and its prompts compare in d
-   dimensions, cheaper still.
+2. Compute once per image what depends on the image only. In the first layer, image tokens of a
+   prompt are those of its image, with what SAM adds where there is no mask: y_l, which is projected
+   to d dimensions once. A mask adds few channels more, x_l = y_l + U m_l, with U [C, F + 1] the
+   same for all prompts and the mask's features m_l (`DenseEmbedding`), so each sum gets a small
+   term more:
 
-Shapes: M prompts, N images, H heads, T tokens, d = I / H, L = h w image tokens, C channels.
+       score_tl  = (W_k (y_l + p_l) + b_k) . q_t  +  m_l . (U^T W_k^T q_t)
+       output_t  = sum_l a_tl (W_v y_l + b_v)     +  W_v U (sum_l a_tl m_l)
+
+   and so the other way round, where output_l also has the residual's U m_l.
+
+Shapes: M prompts, N images, H heads, T tokens, d = I / H, L = h w image tokens, C channels, F
+features of masks.
 
 Source: `segment_anything/modeling/transformer.py`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from segment_anything.modeling import TwoWayTransformer
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from samft.models.prompts import DenseEmbedding
 
 Tensors = tuple[Tensor, ...]
 
@@ -53,7 +64,7 @@ def prepare_two_way(
     transformer: TwoWayTransformer,
     image_embeddings: Tensor,
     image_pe: Tensor,
-    no_mask_embedding: Tensor | None,
+    dense_embedding: DenseEmbedding,
 ) -> tuple[Tensors, Tensors]:
     """What `run_two_way` needs of each image, and of all.
 
@@ -61,26 +72,23 @@ def prepare_two_way(
         transformer: The stock module, whose parameters are used.
         image_embeddings: float [N, C, h, w].
         image_pe: float [1, C, h, w].
-        no_mask_embedding: float [1, C, 1, 1], for prompts without masks; None for those with.
+        dense_embedding: With what prompts add to image embeddings.
 
     Returns:
-        Of each image: tokens [N, L, C] and, without masks, keys, values and queries of the first
-        layer, each [N, H, d, L]. Shared: positions [1, h, w, C]; of each layer whose image tokens
-        differ from prompt to prompt keys and queries of the positions, and the last attention's
-        keys, each [H, d, L].
+        Of each image, with the embedding of no mask: tokens [N, L, C]; keys, values and queries of
+        the first layer, each [N, H, d, L]. Shared: positions [1, h, w, C]; `mask_matrix`; of each
+        later layer keys and queries of the positions, and the last attention's keys, each
+        [H, d, L].
     """
-    layers = list(transformer.layers)
-    projected: Tensors = ()
-    if no_mask_embedding is not None:
-        image_embeddings = image_embeddings + no_mask_embedding
-    image = image_embeddings.flatten(2)  # [N, C, L]: tokens are columns
+    first, *later = transformer.layers
+    no_mask, mask_matrix = dense_embedding
+    image = (image_embeddings + no_mask[:, None, None]).flatten(2)  # [N, C, L]: tokens are columns
     positions = image_pe.flatten(2).to(image.dtype)
-    if no_mask_embedding is not None:
-        # Step 2: in the first layer, W (x_l + p_l) + b is computed as it stands, once per image.
-        projected = _project_image(layers.pop(0), image, positions)
-    # Step 1: of layers where x_l differs from prompt to prompt, only W p_l + b.
-    shared = [positions.transpose(1, 2).unflatten(1, image_pe.shape[2:])]
-    for layer in layers:
+    # Step 2: in the first layer, W (x_l + p_l) + b is computed as it stands, once per image.
+    projected = _project_image(first, image, positions)
+    # Step 1: of later layers, where x_l differs from prompt to prompt, only W p_l + b.
+    shared = [positions.transpose(1, 2).unflatten(1, image_pe.shape[2:]), mask_matrix]
+    for layer in later:
         to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         shared += [_project_columns(positions, to_image.k_proj, to_image)[0]]
         shared += [_project_columns(positions, to_token.q_proj, to_token)[0]]
@@ -95,7 +103,7 @@ def run_two_way(
     image: Tensors,
     shared: Tensors,
     *,
-    masks: Tensor | None,
+    mask_features: Tensor | None,
     num_used: int,
 ) -> tuple[Tensor, Tensor]:
     """`TwoWayTransformer.forward`, with its names: `queries` are tokens, `keys` image tokens.
@@ -105,18 +113,22 @@ def run_two_way(
         tokens: float [M, T, C]; also added to queries as their "positions", as in stock.
         image: Of the image of each prompt, see `prepare_two_way`.
         shared: See `prepare_two_way`.
-        masks: float [M, C, h, w], the embedded mask of each prompt; None where they have none.
+        mask_features: float [M, F, h, w], see `DenseEmbedding`; None where prompts have no masks.
         num_used: How many of the tokens, from the first on, are wanted.
 
     Returns:
         The tokens that are used, float [M, num_used, C], and the image tokens, float [M, L, C].
     """
-    (keys, *projected), (positions, *position_terms, last_term) = image, shared
-    if masks is not None:
-        keys = (keys + masks.flatten(2).transpose(1, 2)).contiguous()
+    positions, mask_matrix, *position_terms, last_term = shared
+    masks = None
+    if mask_features is not None:
+        masks = _Masks.of(mask_features, mask_matrix)
+        # Of the only image, too: no prompt has the image tokens of another.
+        image = tuple(tensor.expand(len(tokens), *tensor.shape[1:]) for tensor in image)
     if _is_absorbing_cheaper(transformer, tokens):
-        queries, keys = _run_layers(transformer, tokens, keys, projected, position_terms)
+        queries, keys = _run_layers(transformer, tokens, image, position_terms, masks=masks)
     else:
+        keys = image[0] if masks is None else masks.add_to(image[0])
         queries, positions = tokens, positions.flatten(1, 2)
         for layer in transformer.layers:
             queries, keys = layer(queries, keys, query_pe=tokens, key_pe=positions)
@@ -128,6 +140,42 @@ def run_two_way(
     return transformer.norm_final_attn(queries + attended), keys
 
 
+class _Masks(NamedTuple):
+    """What the masks of M prompts add to their image tokens: U m_l (step 2).
+
+    Attributes:
+        features: float [M, F + 1, L], m_l, of which the last is one.
+        matrix: float [C, F + 1], U.
+    """
+
+    features: Tensor
+    matrix: Tensor
+
+    @classmethod
+    def of(cls, mask_features: Tensor, mask_matrix: Tensor) -> "_Masks":
+        """Of `run_two_way`'s arguments."""
+        return cls(F.pad(mask_features.flatten(2), (0, 0, 0, 1), value=1.0), mask_matrix)
+
+    def add_to(self, image: Tensor) -> Tensor:
+        """Image tokens y_l, [M, L, C], to x_l."""
+        return image + self.features.transpose(1, 2) @ self.matrix.T
+
+    def scores(self, heads: Tensor, linear: nn.Linear) -> Tensor:
+        """m_l . (U^T W^T q_t), of a projection W: heads [M, H, T, d] to [M, H, T, L]."""
+        absorbed = torch.einsum("mhtd,hdf->mhtf", heads, self._project(linear, heads.shape[1]))
+        return (absorbed.flatten(1, 2) @ self.features).unflatten(1, heads.shape[1:3])
+
+    def means(self, weights: Tensor, linear: nn.Linear) -> Tensor:
+        """W U (sum_l a_tl m_l), of a projection W: weights [M, H, T, L] to [M, H, T, d]."""
+        means = weights.flatten(1, 2) @ self.features.transpose(1, 2)
+        by_head = means.unflatten(1, weights.shape[1:3])
+        return torch.einsum("mhtf,hdf->mhtd", by_head, self._project(linear, weights.shape[1]))
+
+    def _project(self, linear: nn.Linear, num_heads: int) -> Tensor:
+        """W U by heads, [H, d, F + 1]."""
+        return (linear.weight @ self.matrix).unflatten(0, (num_heads, -1))
+
+
 def _is_absorbing_cheaper(transformer: TwoWayTransformer, tokens: Tensor) -> bool:
     attention = transformer.final_attn_token_to_image
     return attention.num_heads * tokens.shape[1] <= MOST_TO_ABSORB * attention.internal_dim
@@ -136,19 +184,17 @@ def _is_absorbing_cheaper(transformer: TwoWayTransformer, tokens: Tensor) -> boo
 def _run_layers(
     transformer: TwoWayTransformer,
     tokens: Tensor,
-    keys: Tensor,
-    projected: Sequence[Tensor],
+    image: Tensors,
     position_terms: Sequence[Tensor],
+    *,
+    masks: _Masks | None,
 ) -> tuple[Tensor, Tensor]:
     """All layers, with projections that the prompt tokens absorb."""
     first, *later = transformer.layers
     terms = zip(position_terms[::2], position_terms[1::2], strict=True)
     # Stock's first layer has `skip_first_layer_pe`: no positions, and no residual either.
     queries = first.norm1(first.self_attn(tokens, tokens, tokens))
-    if projected:
-        queries, keys = _attend_to_images(first, queries, tokens, keys, projected)
-    else:
-        queries, keys = _attend_both_ways(first, queries, tokens, keys, next(terms))
+    queries, keys = _attend_to_images(first, queries, tokens, image, masks=masks)
 
     # From here on image tokens are those of a prompt, not of an image: project the prompt tokens.
     for layer in later:
@@ -175,16 +221,17 @@ def _attend_to_images(
     layer: TwoWayAttentionBlock,
     queries: Tensor,
     tokens: Tensor,
-    keys: Tensor,
-    projected: Sequence[Tensor],
+    image: Tensors,
+    *,
+    masks: _Masks | None,
 ) -> tuple[Tensor, Tensor]:
     """The rest of a layer after its self-attention, with image tokens that are projected."""
-    image_keys, image_values, image_queries = projected
+    image_tokens, *keys_and_values, image_queries = image
     to_image, to_token = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-    attended = _token_to_image_projected(to_image, queries + tokens, image_keys, image_values)
+    attended = _token_to_image_projected(to_image, queries + tokens, *keys_and_values, masks=masks)
     queries = _update_tokens(layer, queries, attended)
     keys = _image_to_token_projected(
-        to_token, queries + tokens, queries, image=keys, queries=image_queries
+        to_token, queries + tokens, queries, image=image_tokens, queries=image_queries, masks=masks
     )
     return queries, layer.norm4(keys)
 
@@ -237,7 +284,7 @@ def _join_boxes(tokens: Tensor, image: Tensor) -> Tensor:
 
 
 def _token_to_image_projected(
-    attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor
+    attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor, *, masks: _Masks | None
 ) -> Tensor:
     """Tokens attend to image tokens that are projected.
 
@@ -246,13 +293,20 @@ def _token_to_image_projected(
         tokens: float [M, T, C], with positions.
         keys: float [M, H, d, L], or [1, H, d, L].
         values: As the keys.
+        masks: Of the prompts, if they have any.
 
     Returns:
         float [M, T, C].
     """
     rows = _join_boxes(tokens, keys)
-    weights = (_scaled_heads(rows, attention.q_proj, attention) @ keys).softmax(-1)
-    attended = weights.to(values.dtype) @ values.transpose(2, 3)
+    heads = _scaled_heads(rows, attention.q_proj, attention)
+    scores = heads @ keys
+    if masks is not None:
+        scores = scores + masks.scores(heads, attention.k_proj)
+    weights = scores.softmax(-1).to(values.dtype)
+    attended = weights @ values.transpose(2, 3)
+    if masks is not None:
+        attended = attended + masks.means(weights, attention.v_proj)
     return attention.out_proj(attended.transpose(1, 2).flatten(2)).reshape(tokens.shape)
 
 
@@ -281,7 +335,13 @@ def _token_to_image_absorbed(
 
 
 def _image_to_token_projected(
-    attention: Attention, tokens: Tensor, values: Tensor, *, image: Tensor, queries: Tensor
+    attention: Attention,
+    tokens: Tensor,
+    values: Tensor,
+    *,
+    image: Tensor,
+    queries: Tensor,
+    masks: _Masks | None,
 ) -> Tensor:
     """Image tokens attend to tokens, from projected queries; with the residual.
 
@@ -291,15 +351,23 @@ def _image_to_token_projected(
         values: float [M, T, C], the tokens without positions.
         image: float [M, L, C], or [1, L, C], what the result is added to.
         queries: float [M, H, d, L], or [1, H, d, L], those of the image tokens.
+        masks: Of the prompts, if they have any.
 
     Returns:
         float [M, L, C].
     """
     rows = _join_boxes(tokens, queries)
-    scores = _scaled_heads(rows, attention.k_proj, attention) @ queries
+    heads = _scaled_heads(rows, attention.k_proj, attention)
+    scores = heads @ queries
     by_box = scores.unflatten(2, (-1, tokens.shape[1])).transpose(1, 2).flatten(0, 1)
+    if masks is not None:
+        by_box = by_box + masks.scores(heads, attention.q_proj)
     weights = by_box.softmax(2).flatten(1, 2)  # over the tokens of each head
-    return _add_product(image, weights.transpose(1, 2), _project_values(attention, values))
+    outputs = _project_values(attention, values)
+    if masks is not None:  # the residual's part of them, by the same product
+        weights = torch.cat([weights, masks.features], 1)
+        outputs = torch.cat([outputs, masks.matrix.T.expand(len(outputs), -1, -1)], 1)
+    return _add_product(image, weights.transpose(1, 2), outputs)
 
 
 def _image_to_token_absorbed(

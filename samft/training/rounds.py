@@ -10,7 +10,6 @@ of the prompt encoder counts among the parameters of the step, like the decoder'
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from samft.models.chunked_loss import (
     gradients_of,
     sum_of_losses,
 )
-from samft.models.prompts import Prompts
+from samft.models.prompts import DenseEmbedding, Prompts
 from samft.models.two_way_transformer import Tensors
 from samft.training.clicks import first_clicks, next_clicks
 
@@ -81,27 +80,22 @@ class Rounds:
             The sum of the loss over objects, and what `RoundsStep.add_chunk` returns, of all.
         """
         decoder, prompt_encoder = inputs.decoder, inputs.prompt_encoder
-        prepare = partial(decoder.implementation.prepare, decoder.module)
-        image, no_mask = inputs[2:4], prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        per_image, shared = prepare(*image, no_mask)
-        with_masks = prepare(*image, None) if any(self.mask_prompts) else ((), ())
+        # Of all rounds, with masks and without.
+        per_image, shared = decoder.implementation.prepare(
+            decoder.module,
+            inputs.image_embeddings,
+            inputs.image_pe,
+            DenseEmbedding.of(prompt_encoder),
+        )
         modules = (decoder.module, prompt_encoder)
         groups = Groups(
-            per_image=[*per_image, *with_masks[0]],
+            per_image=list(per_image),
             per_box=[],
-            shared=[*shared, *with_masks[1]],
+            shared=list(shared),
             parameters=[p for module in modules for p in module.parameters() if p.requires_grad],
         )
-        step = RoundsStep(
-            decoder,
-            loss,
-            loss_inputs,
-            gradient,
-            groups.layout(),
-            rounds=self,
-            inputs=inputs,
-            num_maskless=(len(per_image), len(shared)),
-        )
+        layout = groups.layout()
+        step = RoundsStep(decoder, loss, loss_inputs, gradient, layout, rounds=self, inputs=inputs)
         return sum_of_losses(step, groups)
 
 
@@ -109,18 +103,13 @@ class Rounds:
 class RoundsStep(ChunkedStep):
     """What is done with a chunk of objects, in all its rounds.
 
-    The tensors per image, and those that are shared, are those of prompts without masks, and then
-    those of prompts with masks, if there are any.
-
     Attributes:
         rounds: Of all objects.
         inputs: Of all images and objects.
-        num_maskless: How many tensors per image, and how many shared ones, are of the first kind.
     """
 
     rounds: Rounds
     inputs: RoundInputs
-    num_maskless: tuple[int, int]
 
     def add_chunk(
         self, sums: Groups[Tensor | None], tensors: Groups[Tensor], chunk: slice
@@ -211,13 +200,10 @@ class RoundsStep(ChunkedStep):
     ) -> tuple[Tensors, Tensor]:
         """The losses [m] of a round, and the logits [m, s, s] that the next one corrects."""
         decoder, inputs = self.decoder, self.loss_inputs.rows(chunk)._asdict()
-        num_images, num_shared = self.num_maskless
-        own = slice(num_images) if prompts.masks is None else slice(num_images, None)
-        own_shared = slice(num_shared) if prompts.masks is None else slice(num_shared, None)
         mask_logits, iou_predicted = decoder.implementation.decode(
             decoder.module,
-            tuple(leaves.per_image[own]),
-            tuple(leaves.shared[own_shared]),
+            tuple(leaves.per_image),
+            tuple(leaves.shared),
             prompts.embed(self.inputs.prompt_encoder),
             multimask=loss_of_three is not None,
         )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from samft.models.mask_decoder import FAST, STOCK, choose_decoder
 from samft.models.prompted_sam import PromptedSam
@@ -199,15 +200,21 @@ def convert(sam: Sam, dtype: torch.dtype) -> None:
 
 
 def compare_gradients(
-    sam: Sam, kind: str, *, multimask: bool, mask_chunk: int, relative: float
+    sam: Sam,
+    kind: str,
+    *,
+    multimask: bool,
+    mask_chunk: int,
+    relative: float,
+    counts: tuple[int, ...] = RAGGED,
 ) -> None:
     size, dtype = sam.image_encoder.img_size, sam.mask_decoder.iou_token.weight.dtype
     # A ReLU whose input is zero but for rounding may pass a gradient in one and not in the other.
     activation = nn.GELU if dtype == torch.float32 else nn.ReLU
     for layer in sam.mask_decoder.transformer.layers:
         layer.mlp.act = activation()
-    start, index = make_embeddings(sam, 3).to(dtype), index_of(RAGGED)
-    prompts = make_prompts(kind, 4, size=size)
+    start, index = make_embeddings(sam, len(counts)).to(dtype), index_of(counts)
+    prompts = make_prompts(kind, sum(counts), size=size)
     stock = gradients_of(
         sam, start, lambda e: decode_stock(sam, e, prompts, index, multimask=multimask)
     )
@@ -243,14 +250,57 @@ def test_gradients_equal_those_of_the_stock_decoder(
     compare_gradients(small_sam, kind, **options)
 
 
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("kind", ["box", "mask", "box, 7 points, mask"])
+@pytest.mark.parametrize("mask_chunk", [1, 3, 64])
+def test_gradients_of_the_only_image_equal_those_of_the_stock_decoder(
+    small_sam: Sam, kind: str, mask_chunk: int, multimask: bool
+) -> None:
+    options = {"mask_chunk": mask_chunk, "relative": 1e-4, "multimask": multimask}
+    compare_gradients(small_sam, kind, counts=(4,), **options)
+
+
+@pytest.mark.parametrize("counts", [RAGGED, (4,)])
+@pytest.mark.parametrize(("part", "others"), [("prompt_encoder", 83), ("mask_decoder", 10)])
+def test_gradients_beside_a_frozen_part_are_those_beside_a_trained_one(
+    small_sam: Sam, counts: tuple[int, ...], part: str, others: int
+) -> None:
+    start, index = make_embeddings(small_sam, len(counts)), index_of(counts)
+    prompts, model = make_prompts("3 points, mask", 4, size=32), PromptedSam(small_sam)
+    decode = lambda embeddings: model.decode(embeddings, prompts, index)  # noqa: E731
+    expected = gradients_of(small_sam, start, decode)
+    getattr(small_sam, part).requires_grad_(False)
+    gradients = gradients_of(small_sam, start, decode)
+    assert set(gradients) == {name for name in expected if not name.startswith(part)}
+    assert len(gradients) > others
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("num_images", [1, 4])
+def test_a_mask_prompt_costs_few_multiplications(num_images: int) -> None:
+    sam = make_sam("vit_tiny", size=128)
+    index = torch.arange(num_images).repeat_interleave(8 // num_images)
+
+    def count(kind: str) -> int:
+        prompts = make_prompts(kind, 8, size=128)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            PromptedSam(sam).decode(make_embeddings(sam, num_images), prompts, index)
+        return counter.get_total_flops()
+
+    assert count("box, 7 points, mask") < 1.1 * count("box, 7 points")
+
+
 # Points without a box are followed by a token of no point: 1 to 9 tokens.
 @pytest.mark.parametrize("num_points", range(9))
 def test_any_number_of_tokens(
     small_sam: Sam, monkeypatch: pytest.MonkeyPatch, num_points: int
 ) -> None:
     monkeypatch.setitem(KINDS, "points", (num_points,))
-    compare_masks(small_sam, "fast", "points", counts=RAGGED, mask_chunk=64, multimask=False)
-    compare_gradients(small_sam, "points", multimask=False, mask_chunk=64, relative=1e-4)
+    monkeypatch.setitem(KINDS, "points, mask", (num_points, "mask"))
+    for kind in ("points", "points, mask"):
+        compare_masks(small_sam, "fast", kind, counts=RAGGED, mask_chunk=64, multimask=False)
+        compare_gradients(small_sam, kind, multimask=False, mask_chunk=64, relative=1e-4)
 
 
 @pytest.mark.run
@@ -266,7 +316,7 @@ def test_gradients_of_a_wider_decoder_equal_those_of_stock(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["box", "8 points", "3 points, mask"])
+@pytest.mark.parametrize("kind", ["box", "8 points", "3 points, mask", "30 points, mask"])
 def test_half_precision_is_as_accurate_as_stock(sam: Sam, dtype: torch.dtype, kind: str) -> None:
     start, index, prompts = make_embeddings(sam, 3), index_of(RAGGED), make_prompts(kind, 4)
     exact, _ = decode_stock(sam, start, prompts, index)

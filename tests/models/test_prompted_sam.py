@@ -252,7 +252,7 @@ def test_masks_are_embedded_a_chunk_at_a_time_and_boxes_at_once() -> None:
     chunks: list[int] = []
     encoder, index = model.sam.prompt_encoder, torch.zeros(7, dtype=torch.int64)
     note = lambda _, inputs: chunks.append(len(inputs[0]))  # noqa: E731
-    encoder.mask_downscaling.register_forward_pre_hook(note)
+    encoder.mask_downscaling[0].register_forward_pre_hook(note)
     encoder.register_forward_pre_hook(lambda *_: chunks.append(0))
     boxes = torch.tensor([[8.0, 8, 40, 40]]).expand(7, -1)
     masks = torch.randn(7, 16, 16)

@@ -8,7 +8,7 @@ from segment_anything.modeling import PromptEncoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samft.models.prompts import Prompts
+from samft.models.prompts import DenseEmbedding, Prompts
 from samft.models.sam import build_sam
 
 SIZE = 64
@@ -32,6 +32,19 @@ def encoder() -> PromptEncoder:
     return build_sam("vit_tiny", SIZE).prompt_encoder
 
 
+def embed_ours(encoder: PromptEncoder, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """As stock's, from the parts that a decoder takes."""
+    embedded = Prompts(**given).embed(encoder)
+    with_masks = embedded.mask_features is not None
+    no_mask, matrix = DenseEmbedding.of(encoder, all_masked=with_masks)
+    if embedded.mask_features is None:
+        shape = (len(embedded.sparse), -1, *encoder.image_embedding_size)
+        return embedded.sparse, no_mask[None, :, None, None].expand(shape)
+    features = torch.cat([embedded.mask_features, torch.ones(3, 1, 4, 4)], 1)
+    masks = torch.einsum("cf,mfhw->mchw", matrix, features)
+    return embedded.sparse, no_mask[:, None, None] + masks
+
+
 def embed_stock(encoder: PromptEncoder, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     points = (given["points"], given["labels"]) if "points" in given else None
     masks = given["masks"][:, None] if "masks" in given else None
@@ -44,23 +57,34 @@ def test_embeddings_are_those_of_stock_to_the_bit(
     encoder: PromptEncoder, kind: str, autocast: bool
 ) -> None:
     given = GIVEN[kind]
-    sparse, dense = embed_stock(encoder, given)
+    sparse, _ = embed_stock(encoder, given)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         embedded = Prompts(**given).embed(encoder)
     assert torch.equal(embedded.sparse, sparse)
     if "masks" in given:
-        assert embedded.dense is not None and torch.equal(embedded.dense, dense)
-    else:  # stock repeats the "no mask" embedding
-        assert embedded.dense is None
+        features = encoder.mask_downscaling[:-1](given["masks"][:, None])
+        assert embedded.mask_features is not None
+        assert torch.equal(embedded.mask_features, features)
+    else:
+        assert embedded.mask_features is None
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_what_is_added_to_image_embeddings_is_what_stock_adds(
+    encoder: PromptEncoder, kind: str
+) -> None:
+    (_, stock), (_, ours) = embed_stock(encoder, GIVEN[kind]), embed_ours(encoder, GIVEN[kind])
+    assert stock.abs().max() > 0.1
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", GIVEN)
 def test_gradients_are_those_of_stock(encoder: PromptEncoder, kind: str) -> None:
     given, gradients = GIVEN[kind], []
-    for embedded in (embed_stock(encoder, given), Prompts(**given).embed(encoder)):
+    for embedded in (embed_stock(encoder, given), embed_ours(encoder, given)):
         encoder.zero_grad(set_to_none=True)
-        tensors = embedded if "masks" in given else embedded[:1]
-        sum((t * torch.linspace(-1, 2, t.numel()).view(t.shape)).sum() for t in tensors).backward()
+        weighted = [t * torch.linspace(-1, 2, t.numel()).view(t.shape) for t in embedded]
+        sum(tensor.sum() for tensor in weighted).backward()
         gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
     stock, ours = gradients
     assert set(ours) == set(stock) and (len(ours) > 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.saved_bytes import SavedBytes
+from samft.models.chunked_loss import BoxDecoder
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze, unreached_by
@@ -215,6 +216,19 @@ def test_the_only_image_is_decoded_as_beside_others(start: PromptedSam) -> None:
     assert_same(alone, run_rounds(start, prompts, index=index, mask_chunk=64))
 
 
+def test_rounds_with_masks_take_the_image_tensors_of_those_without(
+    start: PromptedSam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    rows_of_boxes = BoxDecoder.rows_of_boxes
+    monkeypatch.setattr(
+        BoxDecoder, "rows_of_boxes", lambda *given: calls.append(1) or rows_of_boxes(*given)
+    )
+    for mask_prompt in (0.0, 1.0):
+        run_rounds(start, schedule("box", mask_prompt=mask_prompt))
+    assert len(calls) == 2 * 4  # tokens, keys, values and queries, once for all rounds of a chunk
+
+
 def run_single(start: PromptedSam, *, in_rounds: bool) -> LossesAndGradients:
     if in_rounds:
         return run_rounds(start, PromptSchedule("box", 0))
@@ -323,6 +337,11 @@ def test_saved_bytes_grow_with_neither_rounds_nor_objects(start: PromptedSam) ->
     # A round has one token more than the one before it, but nothing of the one before it.
     fewer_rounds = peak_saved_bytes(start, PromptSchedule("point", 1), 4)
     assert one_chunk < 1.3 * fewer_rounds
+
+
+def test_rounds_with_masks_save_few_bytes_more(start: PromptedSam) -> None:
+    without = peak_saved_bytes(start, schedule("box", mask_prompt=0.0), 4)
+    assert peak_saved_bytes(start, schedule("box", mask_prompt=1.0), 4) < 1.1 * without
 
 
 def test_steps_are_drawn_from_the_seed_and_the_position() -> None:

@@ -284,7 +284,7 @@ def test_a_mask_prompt_costs_few_multiplications(num_images: int) -> None:
 
     def count(kind: str) -> int:
         prompts = make_prompts(kind, 8, size=128)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
             PromptedSam(sam).decode(make_embeddings(sam, num_images), prompts, index)
         return counter.get_total_flops()
 

@@ -239,8 +239,8 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
 
     The C library gives blocks of 32 MiB and more, and what is free at the end of its heap, back to
     the system at once. A step takes the same again, and each of its pages costs a fault: with
-    `vit_b` at 1024 px an eighth of the time (docs/benchmarks.md). The peak of memory stays, but
-    the process keeps it until the end of the block. Other C libraries than glibc are left alone.
+    `vit_b` an eighth to a fifth of the time. For it the heap has gaps, some memory more where the
+    number of boxes changes (docs/benchmarks.md). Other C libraries than glibc are left alone.
 
     Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
     """

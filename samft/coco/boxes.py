@@ -29,6 +29,9 @@ MAX_ROUNDING = 2  # px; a box that differs less from the mask's extent is the ma
 _SAME_SIZE, SAME_SHARE = 2, 0.01  # px, share: sizes that differ less are the same
 _OVERHANG, _OVERHANG_SHARE = 3.0, 0.03  # px; share of the image's side
 _MOST = 20_000  # objects whose numbers are weighed
+_SHARE_UNITS = (1, 100, 1000)  # shares, percent as of Label Studio, and per mille
+_PERCENT = np.full((1, 2), 100, dtype=np.int32)
+_LARGER = 1.1  # times a unit are the sides of images whose numbers may be in it
 _FULL = 0.9  # share of an image that a box covers which says nothing about its mask
 
 CELL = 4  # px of the model's input: one cell of the decoder's masks
@@ -173,6 +176,43 @@ def scale_corners(
 ) -> NDArray[np.float64]:
     """Boxes x0 y0 x1 y1 [n, 4], scaled and moved by factors of x and y, and shifts: [n, 4]."""
     return corners * np.tile(factors[:, :2], 2) + np.tile(factors[:, 2:], 2)
+
+
+def share_units(numbers: Numbers, sizes: NDArray[np.int32]) -> list[int]:
+    """What sides of images may be in the numbers of a file, if those are shares of the sides.
+
+    Args:
+        numbers: K objects, all those that can be told from garbage.
+        sizes: int32 [N, 2], H, W of all images, px.
+
+    Returns:
+        Of 1, 100 and 1000, those that all objects fit into, and that are less than the images.
+    """
+    if not len(numbers.rows) or numbers.is_rle.any():
+        return []
+    extents, sides = numbers.extents, sizes[numbers.rows]
+    fit = [
+        unit
+        for unit in _SHARE_UNITS
+        if (sides > _LARGER * unit).all() and not leaves_image(100 / unit * extents, _PERCENT).any()
+    ]
+    # Whole numbers are pixels, or those of a bitmap.
+    return [unit for unit in fit if unit > 1 or (extents % 1 > 0).any(1).mean() > 0.5]
+
+
+def ways_to_fit(
+    stretched: NDArray[np.float64], sizes: NDArray[np.int32]
+) -> list[NDArray[np.float64]]:
+    """Ways in which images came to their sizes H, W [N, 2]: factors and shifts, float64 [N, 4].
+
+    Where the shape changed: stretched, or with a border at the right and below, or on both sides.
+    """
+    if (np.abs(stretched[:, 0] / stretched[:, 1] - 1) <= 2 * SAME_SHARE).all():
+        return [stretched]
+    corner, middle = stretched.copy(), stretched.copy()
+    corner[:, :2] = middle[:, :2] = stretched[:, :2].min(axis=1, keepdims=True)
+    middle[:, 2:] = sizes[:, ::-1] / 2 * (1 - middle[:, :2] / stretched[:, :2])
+    return [stretched, corner, middle]
 
 
 def sizes_differ(sizes: NDArray[np.integer], others: NDArray[np.integer]) -> NDArray[np.bool_]:

@@ -22,10 +22,12 @@ from samft.coco.boxes import (
     boxes_agree,
     leaves_image,
     scale_corners,
+    share_units,
     sizes_differ,
     spread,
     tell_of_masks,
     to_corners,
+    ways_to_fit,
 )
 from samft.coco.image_entries import Images
 from samft.coco.json_reader import UNSET, ObjectEntry, Raw, read_entries
@@ -71,6 +73,7 @@ class OutlineFrame:
         turned: Whether they are drawn on the view that EXIF gives: those images are turned.
         scales: float64 [N, 4], by image: factors for x and y, and px then added; None: no scaling.
         scaled_boxes: Whether the boxes are in the frame of the outlines, and scaled with them.
+        unit: What a side of an image is in the numbers of outlines that are shares; 0: they are px.
         layout: How run lengths are written, a key of `LAYOUTS`.
         reasons: By code of `problems.KINDS`, how much a hypothesis explains, as a phrase.
     """
@@ -78,6 +81,7 @@ class OutlineFrame:
     turned: bool = False
     scales: NDArray[np.float64] | None = None
     scaled_boxes: bool = True
+    unit: int = 0
     layout: str = PLAIN
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -304,7 +308,7 @@ def _find_place(
             by_sizes = _choose_by_sizes(some, numbers.take(moved), images)
             chosen = 0 if 0 in viable else chosen
             if by_sizes is not None:
-                chosen, why = viable[by_sizes], ", and the sizes in the JSON say so"
+                chosen, why = viable[by_sizes], ", and the sizes say so"
     if chosen == 0 or against[chosen] > 2.5 * _FEW * n:
         return None
     phrase = f"explains {n - against[chosen]} of {n} objects, plain {n - against[0]}{why}"
@@ -324,7 +328,8 @@ def _with_reasons(hypothesis: _Proposal, phrase: str, images: Images) -> Outline
         ]
         factor = texts[0] if texts[0] == texts[1] else f"{texts[0]} (x) and {texts[1]} (y)"
         border = " and into a border" if hypothesis.factors[:, 2:].any() else ""
-        reasons["frame-scaled"] = f"by {factor}{border}; {phrase}"
+        code = "frame-shares" if hypothesis.frame.unit else "frame-scaled"
+        reasons[code] = f"by {factor}{border}; {phrase}"
     return replace(hypothesis.frame, reasons=reasons)
 
 
@@ -335,26 +340,17 @@ def _list_candidates(frame: OutlineFrame, numbers: Numbers, images: Images) -> I
         same = replace(frame, turned=turned)
         yield _weigh(same, numbers, sizes, np.tile(_UNSCALED, (len(sizes), 1)))
         stretched = _factors_of_sizes(numbers, images, sizes)
-        for factors in _ways_to_fit(stretched, sizes) if _moves(stretched[used]).any() else ():
-            scaled = replace(same, scales=factors)
+        ways = [(0, each) for each in ways_to_fit(stretched, sizes)]
+        ways = ways if _moves(stretched[used]).any() else []
+        for unit in share_units(numbers, sizes):
+            ways.append((unit, np.pad(sizes[:, ::-1] / unit, ((0, 0), (0, 2)))))
+        for unit, factors in ways:
+            scaled = replace(same, scales=factors, unit=unit)
             both = [
                 _weigh(replace(scaled, scaled_boxes=with_boxes), numbers, sizes, factors)
                 for with_boxes in (True, False)
             ]
             yield min(both, key=lambda one: int(one.against.sum()))
-
-
-def _ways_to_fit(
-    stretched: NDArray[np.float64], sizes: NDArray[np.int32]
-) -> list[NDArray[np.float64]]:
-    # Where the shape of images changed: stretched, or with a border at the right and below, or on
-    # both sides.
-    if (np.abs(stretched[:, 0] / stretched[:, 1] - 1) <= 2 * SAME_SHARE).all():
-        return [stretched]
-    corner, middle = stretched.copy(), stretched.copy()
-    corner[:, :2] = middle[:, :2] = stretched[:, :2].min(axis=1, keepdims=True)
-    middle[:, 2:] = sizes[:, ::-1] / 2 * (1 - middle[:, :2] / stretched[:, :2])
-    return [stretched, corner, middle]
 
 
 def _weigh(
@@ -398,6 +394,8 @@ def _choose_by_sizes(candidates: list[_Proposal], numbers: Numbers, images: Imag
     rows = np.unique(numbers.rows)
     oblong = rows[images.sizes[rows, 0] != images.sizes[rows, 1]]
     for k, one in enumerate(candidates):
+        if one.frame.unit > 1:  # what lies in the corner of all images may belong there
+            continue
         if one.frame.scales is not None:
             # All outlines lie in the corner of the image that they would fill if it was enlarged:
             # a chance of 1 : 20 at most.

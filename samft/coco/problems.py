@@ -67,6 +67,7 @@ KINDS = {
     # the frame of outlines and boxes
     "frame-exif-turned": (NOTE, "outlines are on the view that EXIF turns; images are turned too"),
     "frame-scaled": (NOTE, "images were resized after labelling; outlines are scaled to them"),
+    "frame-shares": (NOTE, "outlines are in shares of the images' sides; read as pixels"),
     "frame-unknown": (
         ERROR,
         "outlines lie outside of their images, and neither EXIF nor sizes in the JSON say why: "

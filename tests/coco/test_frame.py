@@ -162,6 +162,41 @@ def test_images_resized_after_labelling(scaled: str, seed: int, tmp_path: Path) 
         assert agreement(index, drawn, change.border) > 0.75
 
 
+@pytest.mark.parametrize("boxes", ["shares", "px", "none"])
+@pytest.mark.parametrize("unit", [1, 100, 1000])
+def test_outlines_in_shares_of_the_image(unit: int, boxes: str, tmp_path: Path) -> None:
+    drawn = draw_set(0, size=(1300, 1200) if unit == 1000 else (180, 140))
+    path = write_set(tmp_path / "a", drawn, Change())
+    document = json.loads(path.read_text())
+    for one in document["annotations"]:
+        image = document["images"][one["image_id"] - 1]
+        sides = np.array([image["width"], image["height"]] * 2) / unit
+        one["segmentation"] = [
+            (np.reshape(one["segmentation"], (-1, 2)) / sides[:2]).ravel().tolist()
+        ]
+        one["bbox"] = (one["bbox"] / sides).tolist() if boxes == "shares" else one["bbox"]
+        if boxes == "none":
+            del one["bbox"]
+    path.write_text(json.dumps(document))
+    index = open_set(path)
+    assert index.problems["frame-shares"] == 1 and not index.problems.errors()
+    assert agreement(index, drawn) > 0.85
+    copy = tmp_path / "copy.json"
+    write_repaired(index, path, target=copy)
+    fixed = index_file(copy, path.parent, cache=tmp_path / "cache")
+    assert fixed.frame == {} and agreement(fixed, drawn) > 0.85
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_objects_in_the_corner_of_all_images_are_no_shares(seed: int, tmp_path: Path) -> None:
+    drawn = draw_set(seed, size=(90, 90))
+    for number, view in enumerate(drawn.views):
+        drawn.views[number] = np.pad(view, ((0, 200), (0, 200), (0, 0)), constant_values=40)
+        drawn.masks[number] = [np.pad(mask, ((0, 200), (0, 200))) for mask in drawn.masks[number]]
+    index = open_set(write_set(tmp_path / "a", drawn, Change()))
+    assert index.frame == {} and agreement(index, drawn) > 0.85
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("boxes", ["xywh", "none"])
 @pytest.mark.parametrize("layout", ["size-swapped", "by-rows", "by-rows-size-swapped"])

@@ -42,7 +42,7 @@ def add_selection_flags(add: Callable[..., Any]) -> None:
     add(
         "--group_by",
         metavar="auto|folder|none|REGEX",
-        help="as in training, for --val_fraction (default: that of the first checkpoint, or auto)",
+        help="as in training, for --val_fraction (default: that of the checkpoints, or auto)",
     )
     add("--category_names", metavar="A,B", help="only objects of these classes (default: all)")
     add(

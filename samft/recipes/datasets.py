@@ -79,6 +79,11 @@ class Splits:
         return [self.train, self.val, *filter(None, (self.test, self.general))]
 
     @cached_property
+    def val_fingerprint(self) -> str:
+        """Of the validation images, see `hash_data`; a resumed run must have the same."""
+        return hash_data(self.val.subset)
+
+    @cached_property
     def general_fingerprint(self) -> str:
         """Of the general set, see `hash_data`; empty if there is none."""
         return hash_data(self.general.subset) if self.general else ""

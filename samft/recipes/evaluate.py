@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from samft.coco.subset import CocoSubset, read_coco, see_through_windows, split_
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import BatchLoader, val_loader
 from samft.distributed import run_on_all_ranks
-from samft.errors import DataError
+from samft.errors import ConfigError, DataError
 from samft.evaluation.automatic import (
     AutomaticScores,
     ImageMasks,
@@ -73,6 +72,7 @@ from samft.views.flags import view_flags
 from samft.views.windows import View
 from samft.weights.saved_settings import (
     describe_point_prompts,
+    saved_config,
     saved_pixels,
     saved_prompts,
     view_of,
@@ -276,7 +276,7 @@ def read_subset(
     )
     skipped = ", ".join(f"{code} {number:,}" for code, number in subset.counts.items())
     if options.val_fraction is not None:
-        group_by = options.group_by or _saved_group_by(options.checkpoint[0])
+        group_by = options.group_by or _saved_group_by(options.checkpoint)
         _, subset = split_by_hash(subset, options.val_fraction, group_by=group_by)
     LOGGER.info(
         "%s: %d images, %d masks%s",
@@ -313,13 +313,17 @@ def read_general_subset(
     return subset.with_pixels(subset.measure_pixels(pixels))
 
 
-def _saved_group_by(checkpoint: Path) -> str:
-    # A run from before there was such a setting had no groups.
-    try:
-        config = json.loads(checkpoint.with_suffix(".json").read_text())["config"]
-        return str(config.get("group_by", "none"))
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
-        return "auto"
+def _saved_group_by(checkpoints: Sequence[Path]) -> str:
+    # As their trainings held images out; a run from before there was such a setting had no groups.
+    configs = [saved_config(path) or {} for path in checkpoints]
+    # An export says something of its training, but not this.
+    of_runs = [str(one.get("group_by", "none")) for one in configs if "checkpoint_path" in one]
+    if len(set(of_runs)) > 1:
+        raise ConfigError(
+            f"--group_by: the checkpoints were trained with different ones ({', '.join(of_runs)}), "
+            "so that some have seen what others were validated on: give one."
+        )
+    return of_runs[0] if of_runs else "auto"
 
 
 def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace) -> Clicking:

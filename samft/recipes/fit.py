@@ -319,6 +319,7 @@ def _save_state(
                 "warmup_steps": run.config.warmup_steps,  # see `keep_schedule`
                 "global_batch": images_per_step(run.config),
                 "fingerprint": run.splits.fingerprint,
+                "val_fingerprint": run.splits.val_fingerprint,
                 "loss": run.custom.loss_name,
                 "pixels": run.splits.pixels.to_json(),
                 "view": run.splits.view.to_json(),

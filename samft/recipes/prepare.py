@@ -180,7 +180,13 @@ def _check_and_build(
         if tracker in EXTRAS:
             require_extra(tracker, what=f"--trackers {tracker}")
     splits = load_splits(requested, own)
-    resume = find_resume_point(requested, output_dir, splits.fingerprint, custom=custom)
+    resume = find_resume_point(
+        requested,
+        output_dir,
+        splits.fingerprint,
+        val_fingerprint=splits.val_fingerprint,
+        custom=custom,
+    )
     config = requested
     if resume:
         config = keep_schedule(keep_images_per_step(requested, resume), resume)

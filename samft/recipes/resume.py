@@ -59,6 +59,7 @@ def find_resume_point(
     output_dir: Path,
     fingerprint: str,
     *,
+    val_fingerprint: str | None = None,
     custom: CustomParts | None = None,
 ) -> ResumePoint | None:
     """Reads the state to resume from and checks that it is of the same configuration.
@@ -67,6 +68,8 @@ def find_resume_point(
         config: The configuration as the user gave it.
         output_dir: The output folder.
         fingerprint: Of the training data, see `Splits`.
+        val_fingerprint: Of the validation data, on which the baseline and the best checkpoints were
+            scored; None: not compared.
         custom: What a caller of `finetune` brings along; None: nothing.
 
     Returns:
@@ -81,9 +84,9 @@ def find_resume_point(
     if point is None:
         return None
     rows = changed_settings(point.state["config"], config)
-    saved = point.state["fingerprint"]
-    if saved != fingerprint:
-        rows.append(f"{'training data':24} {saved[:12]:24} {fingerprint[:12]}")
+    rows += _changed_data("training data", point.state["fingerprint"], fingerprint)
+    # Of a state that is older than this entry, nothing is known.
+    rows += _changed_data("validation data", point.state.get("val_fingerprint"), val_fingerprint)
     saved_loss = point.state.get("loss")  # of a caller, which no setting names
     if saved_loss != custom.loss_name:
         names = [name or "samft's own" for name in (saved_loss, custom.loss_name)]
@@ -196,6 +199,13 @@ def _read_resume_point(config: TrainConfig, output_dir: Path) -> ResumePoint | N
         return None
     path = Path(config.resume).expanduser()
     return ResumePoint(load_state_file(path), path, [])
+
+
+def _changed_data(name: str, saved: str | None, now: str | None) -> list[str]:
+    # Lines of a table, as of `changed_settings`.
+    if saved is None or now is None or saved == now:
+        return []
+    return [f"{name:24} {saved[:12]:24} {now[:12]}"]
 
 
 def _other_configuration(path: Path, rows: list[str]) -> ConfigError:

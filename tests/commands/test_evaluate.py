@@ -299,6 +299,25 @@ def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
     (best,) = best_files(folder)
     logged = {line["step"]: line["per_mask_iou"] for line in read_metrics(folder, "val")}
     assert report["per_mask_iou"] == pytest.approx(logged[int(best.name.split("-")[0])], abs=1e-6)
+    # The grouping is that of the training, whatever stands beside the tuned weights.
+    held_out: dict[str, Any] = {"split": "train", "val_fraction": 0.3}
+    for path in (best, folder / "last.ckpt"):
+        assert (
+            evaluate_here(arguments_for(one_split, PACKAGED_TINY, path, **held_out))["images"] == 4
+        )
+
+
+def test_held_out_by_different_groups_there_is_no_common_split(
+    data: Path, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    ours, theirs = (shutil.copy(best_files(trained)[0], tmp_path / f"{n}.ckpt") for n in "ab")
+    sidecar = json.loads(best_files(trained)[0].with_suffix(".json").read_text())
+    for path, group_by in ((ours, "auto"), (theirs, "folder")):
+        changed = {**sidecar, "config": {**sidecar["config"], "group_by": group_by}}
+        path.with_suffix(".json").write_text(json.dumps(changed))
+    argv = arguments_for(data, ours, theirs, split="train", val_fraction=0.3)
+    assert run_command(evaluate_here, argv) == 2
+    assert "different ones (auto, folder)" in capsys.readouterr().err
 
 
 def copy_without(data: Path, folder: Path, name: str) -> Path:

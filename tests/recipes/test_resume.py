@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import TESTS
+from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 from helpers.short_runs import (
     a_config,
@@ -23,7 +24,7 @@ from helpers.short_runs import (
 from samft.checkpoints.training_state import FORMAT_VERSION, LAST_NAME, save_last
 from samft.commands import shell_command
 from samft.config import TrainConfig
-from samft.errors import CheckpointError, ConfigError
+from samft.errors import EXIT_STOPPED, EXIT_USAGE, CheckpointError, ConfigError
 from samft.recipes.resume import (
     ResumePoint,
     find_resume_point,
@@ -46,7 +47,7 @@ def a_state(config: TrainConfig, **changes: Any) -> dict[str, Any]:
 def find(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePoint | None:
     for state in states:
         save_last(folder, state)
-    return find_resume_point(config, folder, "abc")
+    return find_resume_point(config, folder, "abc", val_fingerprint="def")
 
 
 def find_existing(config: TrainConfig, folder: Path, *states: dict[str, Any]) -> ResumePoint:
@@ -63,6 +64,21 @@ def test_a_run_of_the_same_configuration_is_resumed(tmp_path: Path) -> None:
     point = find_existing(config, tmp_path, a_state(config))
     assert point.state == {"format": FORMAT_VERSION, **a_state(config)}
     assert (point.path, point.output_dir, point.problems) == (tmp_path / LAST_NAME, tmp_path, [])
+
+
+def test_another_validation_split_is_refused_as_its_scores_are_no_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_coco(write_data(tmp_path / "data", num_train=4, num_val=2), 2, seed=5, split="other")
+    settings = {"steps": 4, "metrics_interval": 2, "trackers": "none"}
+    argv = arguments(tmp_path / "data", tmp_path / "run", **settings)
+    assert command_here([*argv, "--stop_after", "2"]) == EXIT_STOPPED
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert command_here([*argv, "--val_split", "other"]) == EXIT_USAGE
+    assert "validation data" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "data" / "val").rename(tmp_path / "data" / "valid")  # moved, it is the same
+    assert command_here(argv) == 0
 
 
 def test_never_and_an_empty_folder_start_a_new_run(tmp_path: Path) -> None:
@@ -156,6 +172,7 @@ def test_restarted_by_torchrun_a_run_resumes_its_own_state_before_the_path(
         ({"learning_rate": 2e-3}, {}, ("learning_rate", "0.001", "0.002")),
         ({"image_size": 128}, {}, ("image_size", "64", "128")),
         ({}, {"fingerprint": "xyz"}, ("training data", "xyz", "abc")),
+        ({}, {"val_fingerprint": "uvw"}, ("validation data", "uvw", "def")),
     ],
     ids=lambda value: ",".join(value),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from samft import distributed
 from samft.checkpoints.async_saver import Checkpointer
-from samft.checkpoints.top_k import TopK
+from samft.checkpoints.top_k import Checkpoint, TopK
 from samft.checkpoints.training_state import LAST_NAME
 from samft.cli import EXTRAS, require_extra
 from samft.config import TrainConfig
@@ -199,9 +199,10 @@ def _check_and_build(
     model = build_model(config, _load_initial_weights(config, resume, stop), device)
     progress = _restore_progress(resume)
     in_place = _resumes_in_place(resume, output_dir)
-    if not (in_place and progress.step >= config.steps):  # a finished run writes nothing more
+    is_finished = progress.step >= config.steps
+    if not (in_place and is_finished):  # it writes nothing more
         _check_host(config, model, output_dir, in_place)
-    best = TopK.from_list(resume.state["best"]) if resume else []
+    best = _list_best(resume, with_missing=is_finished) if resume else []
     return RunParts(
         config=config,
         requested_config=requested,
@@ -222,6 +223,18 @@ def _check_and_build(
         custom=custom,
         started_at=time.monotonic() - progress.wall_seconds,
     )
+
+
+def _list_best(resume: ResumePoint, *, with_missing: bool) -> list[Checkpoint]:
+    # One that was moved or deleted would keep the ones after it, if not better, from being saved.
+    listed = TopK.from_list(resume.state["best"])
+    missing = [each for each in listed if not (resume.output_dir / each.name).is_file()]
+    if with_missing or not missing:
+        return listed
+    if distributed.is_main():
+        names = ", ".join(each.name for each in missing)
+        LOGGER.info("resume: %s is not there any more, and counts no longer as a best one", names)
+    return [each for each in listed if each not in missing]
 
 
 def _check_names(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.short_runs import a_config, arguments, train_here, write_data
+from helpers.short_runs import a_config, arguments, command_here, train_here, write_data
+from samft.errors import EXIT_STOPPED
 from samft.recipes.prepare import RunParts, prepare
 from samft.runtime.signals import StopRequest
 
@@ -57,6 +58,19 @@ def test_a_resumed_model_has_the_saved_weights_and_the_state_no_longer_holds_the
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved["model"].items())
     assert parts.resume is not None and parts.source_dir == finished
     assert parts.resume.state.keys() == saved.keys() - {"model"}
+
+
+def test_a_best_checkpoint_that_is_gone_keeps_no_later_one_from_being_saved(
+    data: Path, tmp_path: Path
+) -> None:
+    # Scores stay what they were, and of equal ones the earlier is kept, as long as it is there.
+    settings = {"steps": 4, "metrics_interval": 2, "learning_rate": 1e-12}
+    argv = arguments(data, tmp_path, **settings)
+    assert command_here([*argv, "--stop_after", "2"]) == EXIT_STOPPED
+    (best,) = tmp_path.glob("2-*.ckpt")
+    best.unlink()
+    summary = train_here(argv)
+    assert summary["best_step"] == 4 and Path(summary["best_checkpoint"]).is_file()
 
 
 def test_the_first_reason_to_stop_is_given(data: Path, tmp_path: Path) -> None:

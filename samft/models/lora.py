@@ -176,10 +176,14 @@ def load_adapter_state(sam: Sam, state: Mapping[str, Tensor]) -> None:
 
 
 def merge_adapters(sam: Sam) -> None:
-    """Makes an ordinary model of one with adapters, in place: the sums become its weights."""
+    """Makes an ordinary model of one with adapters, in place: the sums become its weights.
+
+    They count as trained, as the adapters were: for the rest of the run the same is frozen.
+    """
     for module in list(sam.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            module.get_parameter("weight").requires_grad_(True)
 
 
 def adapter_tensors(

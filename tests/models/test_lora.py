@@ -66,6 +66,16 @@ def test_the_merged_model_predicts_the_same(attention: str, decoder: str) -> Non
     assert all(torch.equal(tensor, state[name]) for name, tensor in sam.state_dict().items())
 
 
+@pytest.mark.parametrize("last_blocks", [None, 1])
+def test_merging_freezes_nothing_that_its_adapters_trained(last_blocks: int | None) -> None:
+    sam = adapted(AdapterSettings(4, 8.0, last_blocks=last_blocks))
+    model = PromptedSam(sam)
+    before = model.encoder_is_frozen, model.num_frozen_blocks, model.frozen_shape
+    merge_adapters(sam)
+    after = model.encoder_is_frozen, model.num_frozen_blocks, model.frozen_shape
+    assert after == before and not after[0]
+
+
 def test_new_adapters_change_nothing() -> None:
     torch.manual_seed(2)
     sam = build_sam("vit_tiny", S)

@@ -115,6 +115,7 @@ def test_two_processes_with_a_cache_learn_the_same(
     assert [code for code, _ in results] == [0, 0]
     assert sum(number for _, number in results) == 2 * NUM_TRAIN + NUM_VAL
     check_equal_metrics(tmp_path, adapted, rel=1e-3)
+    assert (tmp_path / "report.html").exists()  # whose pictures come from what is cached, too
 
 
 def test_checkpointed_activations_change_nothing(data: Path, adapted: Path, tmp_path: Path) -> None:

@@ -144,13 +144,11 @@ def _list_images(entries: list[Raw], folder: ImageFolder, *, problems: Problems)
     row_of: dict[int | str, int] = {}
     row_of_name: dict[str, int] = {}
     decoded = list(read_entries(entries, ImageEntry))
-    places = folder.find_all(
-        entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
-    )
+    places = folder.find_all(entry.name for entry in decoded if entry and entry.name)
     for position, entry in enumerate(decoded):
         image_id = None if entry is None else to_key(entry.id)
-        name = None if entry is None else entry.file_name
-        if entry is None or image_id is None or not isinstance(name, str) or not name.strip():
+        name = None if entry is None else entry.name
+        if entry is None or image_id is None or name is None:
             problems.add("image-malformed", f"entry {position}")
             continue
         if isinstance(image_id, str):

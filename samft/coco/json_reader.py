@@ -42,8 +42,16 @@ class ImageEntry(msgspec.Struct):
 
     id: Any = UNSET
     file_name: Any = UNSET
+    filename: Any = UNSET
+    coco_url: Any = UNSET
     height: Any = UNSET
     width: Any = UNSET
+
+    @property
+    def name(self) -> str | None:
+        """Where the file is; LVIS has only its URL."""
+        names = (self.file_name, self.filename, self.coco_url)
+        return next((one for one in names if isinstance(one, str) and one.strip()), None)
 
 
 class ObjectEntry(msgspec.Struct):
@@ -374,6 +382,7 @@ def _to_number(raw: Any) -> float | None:
 
 
 def _to_point(raw: Any) -> list[float] | None:
+    raw = raw[0] if isinstance(raw, list) and len(raw) == 1 else raw  # of OpenCV's contours
     if isinstance(raw, dict):
         raw = [raw.get("x", raw.get("X")), raw.get("y", raw.get("Y"))]
     elif isinstance(raw, str):

@@ -156,14 +156,12 @@ class _RepairedImages:
         rows = {name: row for row, name in enumerate(index.file_names())}
         row_of: dict[int | str, int] = {}  # image id -> row
         decoded = list(read_entries(raw, ImageEntry))
-        places = folder.find_all(
-            entry.file_name for entry in decoded if entry and isinstance(entry.file_name, str)
-        )
+        places = folder.find_all(entry.name for entry in decoded if entry and entry.name)
         for position, entry in enumerate(decoded):
             image_id = None if entry is None else to_key(entry.id)
-            if entry is None or image_id is None or not isinstance(entry.file_name, str):
+            if entry is None or image_id is None or entry.name is None:
                 continue
-            row = rows.get(places[entry.file_name][0])
+            row = rows.get(places[entry.name][0])
             if row is None:
                 continue
             if row_of.setdefault(image_id, row) != row:

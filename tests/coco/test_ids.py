@@ -83,6 +83,21 @@ def test_image_ids_of_any_kind_are_used(tmp_path: Path, images: tuple[Any, Any])
     assert index.image_ids_as_written() == [to_key(one) for one in images]
 
 
+@pytest.mark.parametrize("field", ["coco_url", "filename"])
+def test_images_without_a_file_name_are_found_by_what_names_them(
+    tmp_path: Path, field: str
+) -> None:
+    place = "http://images.cocodataset.org/train2017/" if field == "coco_url" else ""
+    (tmp_path / "a.png").write_bytes(encode_image(0))
+    document = {"images": [{"id": 1, field: f"{place}a.png"}], "annotations": [square(1, 1)]}
+    (tmp_path / "a.json").write_text(json.dumps(document))  # as LVIS: only the URL of COCO
+    index = index_file(tmp_path / "a.json", tmp_path, cache=tmp_path / "cache")
+    assert index.file_names() == ["a.png"] and index.object_ids.tolist() == [1]
+    target = tmp_path / "fixed.json"
+    write_repaired(index, tmp_path / "a.json", target=target)
+    assert json.loads(target.read_text())["images"][0]["file_name"] == "a.png"
+
+
 @pytest.mark.parametrize("ids", [("a", "b", "c"), (2**64, 2**65, 2**66), (0.5, 1.5, 2.5)])
 def test_object_ids_of_any_kind_are_used(tmp_path: Path, ids: tuple[Any, ...]) -> None:
     objects = [square(ids[0], 1), square(ids[1], 1), square(ids[1], 1), square(ids[1], 2)]

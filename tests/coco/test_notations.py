@@ -29,6 +29,8 @@ NOTATIONS = {
     "pairs": PAIRS,
     "closed pairs": [*PAIRS, PAIRS[0]],
     "polygons of pairs": [PAIRS],
+    "contour of OpenCV": [[pair] for pair in PAIRS],
+    "contours of OpenCV": [[[pair] for pair in PAIRS]],
     "points": POINTS,
     "polygons of points": [POINTS],
     "nested once too often": [[SQUARE]],

@@ -28,6 +28,7 @@ MAX_ROUNDING = 2  # px; a box that differs less from the mask's extent is the ma
 
 _SAME_SIZE, SAME_SHARE = 2, 0.01  # px, share: sizes that differ less are the same
 _OVERHANG, _OVERHANG_SHARE = 3.0, 0.03  # px; share of the image's side
+_FEWEST_BEYOND = 3  # objects
 _MOST = 20_000  # objects whose numbers are weighed
 _SHARE_UNITS = (1, 100, 1000)  # shares, percent as of Label Studio, and per mille
 _PERCENT = np.full((1, 2), 100, dtype=np.int32)
@@ -235,6 +236,13 @@ def leaves_image(extents: NDArray[np.float64], sizes: NDArray[np.int32]) -> NDAr
     full = sizes[:, ::-1].astype(np.float64)
     room = np.maximum(_OVERHANG, _OVERHANG_SHARE * full)
     return np.asarray(((extents[:, :2] < -room) | (extents[:, 2:] > full + room)).any(1))
+
+
+def have_y_first(extents: NDArray[np.float64], sizes: NDArray[np.int32]) -> bool:
+    """Whether outlines of extents x0 y0 x1 y1 [n, 4] fit images of H, W [n, 2] as rows, columns."""
+    beyond = leaves_image(extents, sizes).sum()
+    fit = not leaves_image(extents[:, [1, 0, 3, 2]], sizes).any()
+    return bool(fit and beyond >= max(_FEWEST_BEYOND, 0.1 * len(extents)))
 
 
 def boxes_agree(extents: NDArray[np.float64], corners: NDArray[np.float64]) -> NDArray[np.bool_]:

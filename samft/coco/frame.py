@@ -20,6 +20,7 @@ from samft.coco.boxes import (
     Numbers,
     box_forms,
     boxes_agree,
+    have_y_first,
     leaves_image,
     scale_corners,
     share_units,
@@ -472,12 +473,13 @@ def _judge_frame(
     for code, reason in frame.reasons.items():
         problems.add(code, reason)
     numbers = numbers.take(numbers.has_mask)
-    full = images.sizes[numbers.rows][:, ::-1]
+    sizes, n = images.sizes[numbers.rows], len(numbers.rows)
+    if not numbers.is_rle.any() and have_y_first(numbers.extents, sizes):
+        problems.add("frame-y-first", f"{n:,} objects")
     centres = numbers.extents.reshape(-1, 2, 2).mean(axis=1)
-    beyond = int((centres > full).any(1).sum())
+    beyond = int((centres > sizes[:, ::-1]).any(1).sum())
     # Outlines that were not cut when an image was cut into tiles leave it on all sides.
     before = int((centres < 0).any(1).sum())
-    n = len(numbers.rows)
     if beyond >= max(_FEWEST, _MANY * n) and 4 * before < beyond:
         problems.add("frame-unknown", f"{beyond:,} of {n:,} objects")
         return

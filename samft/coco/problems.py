@@ -73,6 +73,7 @@ KINDS = {
         "outlines lie outside of their images, and neither EXIF nor sizes in the JSON say why: "
         "give the images that were labelled, or their width and height in the JSON",
     ),
+    "frame-y-first": (ERROR, "outlines have rows before columns (y, x): write x before y"),
     "rle-size-swapped": (NOTE, "RLE 'size' is width, height; read so"),
     "rle-by-rows": (NOTE, "RLE is counted along rows; read so"),
     "boxes-unlike-masks": (

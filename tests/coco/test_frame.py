@@ -231,6 +231,17 @@ def test_boxes_are_not_replaced_by_those_of_garbage(tmp_path: Path) -> None:
         read_coco(path, path.parent)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_outlines_of_rows_and_columns_are_refused(seed: int, tmp_path: Path) -> None:
+    path = write_set(tmp_path / "a", draw_set(seed, size=(120, 60)), Change(boxes="none"))
+    document = json.loads(path.read_text())
+    for one in document["annotations"]:
+        one["segmentation"] = [np.reshape(one["segmentation"], (-1, 2))[:, ::-1].ravel().tolist()]
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match="frame-y-first.*write x before y"):
+        read_coco(path, path.parent)
+
+
 def test_outlines_that_nothing_explains_are_refused(tmp_path: Path) -> None:
     change = Change(factor=0.4, json_size="file")
     path = write_set(tmp_path / "a", draw_set(0, size=(240, 180)), change)

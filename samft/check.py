@@ -13,7 +13,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,12 @@ from samft.cli import (
     user_path,
 )
 from samft.coco.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
-from samft.coco.layout import describe_folder, find_general_set, general_copy_files
+from samft.coco.layout import (
+    describe_folder,
+    find_general_set,
+    find_split,
+    general_copy_files,
+)
 from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import (
@@ -139,12 +144,7 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
     add("--json", type=user_path, metavar="FILE", help="write the report to this file too")
     add("--fix", type=user_path, metavar="DIR", help="write repaired annotation files there")
     add("--pictures", type=user_path, metavar="DIR", help="write contact sheets of objects there")
-    add(
-        "--suggest",
-        type=user_path,
-        metavar="FILE",
-        help="write a configuration for this dataset and this machine there",
-    )
+    add("--suggest", type=user_path, metavar="FILE", help="write suggested settings to this file")
     add("--debug", action="store_true", help="show tracebacks of user errors too")
     options = parser.parse_args(argv)
     if bool(options.annotations) != bool(options.images):
@@ -208,11 +208,7 @@ def _check_file(
 
 
 def _find_targets(splits: Splits, options: argparse.Namespace) -> dict[str, Path]:
-    """Paths of the repaired copies, in the layout of the dataset; checks all places to write to.
-
-    Raises:
-        ConfigError: A place is among the data, or a copy's exists.
-    """
+    # Of the repaired copies, in the layout of the dataset; refuses places that must not be written.
     sources = {split.annotations.resolve() for split in splits.values()}
     if options.json and options.json.resolve() in sources:
         raise ConfigError(f"--json: {options.json} is an annotation file: choose another name.")
@@ -296,14 +292,12 @@ def _errors_of(splits: Splits, options: argparse.Namespace) -> dict[str, dict[st
 
 
 def _verdict_line(report: dict[str, Any]) -> str:
-    kinds = ("errors", "warnings", "notes")
-    verdict = "can be trained on"
-    if report["errors"]:
-        verdict = "cannot be trained on"
-    elif not any(report[kind] for kind in kinds):
+    counts = {kind: report[kind] for kind in ("errors", "warnings", "notes")}
+    verdict = "cannot be trained on" if counts["errors"] else "can be trained on"
+    if not any(counts.values()):
         verdict = "clean"
-    counts = ", ".join(f"{kind} {report[kind]:,}" for kind in kinds)
-    return f"verdict: {verdict} ({counts})"
+    listed = ", ".join(f"{kind} {number:,}" for kind, number in counts.items())
+    return f"verdict: {verdict} ({listed})"
 
 
 def _raise_for_errors(splits: Splits, options: argparse.Namespace) -> None:
@@ -373,18 +367,15 @@ def _next_commands(
     for name, target in written.items():
         images, root = splits[name].images, general if name == GENERAL else options.data_root
         home = ["--data_root", root] if root else []
-        lines.append(_shell_line("check", *home, "--annotations", target, "--images", images))
+        check = shell_command("check", *home, "--annotations", target, "--images", images)
+        lines.append(f"  {check}")
         role = TRAIN if options.annotations else name
         if role not in (TEST, GENERAL):
             train += [f"--{role}_annotations", target, f"--{role}_images", images]
             can_train = True
     if can_train:
-        lines += ["to train:", _shell_line("train", *train)]
+        lines += ["to train:", f"  {shell_command('train', *train)}"]
     return lines
-
-
-def _shell_line(name: str, *arguments: Any) -> str:
-    return f"  {shell_command(name, *arguments)}"
 
 
 def _write_pictures(splits: Splits, folder: Path) -> None:
@@ -400,9 +391,10 @@ def _write_suggestions(splits: Splits, options: argparse.Namespace) -> None:
     # Only of splits that can be trained on, so all of them are read.
     path = options.suggest.absolute()
     train = next(iter(splits.values())) if options.annotations else splits[TRAIN]
+    val = _read_val_split(options) if options.annotations else splits.get(VAL)
     with _naming_flag("suggest", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = _collect_facts(train, splits.get(VAL), folder=path.parent)
+        facts = _collect_facts(train, val, folder=path.parent)
     output_dir = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-run")
     suggestions = [
         *(Suggestion(name, value, "") for name, value in _data_settings(options).items()),
@@ -421,6 +413,15 @@ def _write_suggestions(splits: Splits, options: argparse.Namespace) -> None:
     with _naming_flag("suggest", path):
         write_text(path, "\n".join([commented_yaml(title), *starmap(commented_yaml, reasons)]))
     _print_lines(["", f"suggested: {options.suggest}", "to train:", f"  {command}"])
+
+
+def _read_val_split(options: argparse.Namespace) -> CheckedSplit | None:
+    # That of --data_root beside --annotations: a run on these would find it.
+    root, pixels = options.data_root, PixelFormat.parse(**pixel_flags(options))
+    with suppress(DataError):
+        if root:
+            return _check_file(*find_split(root, options.val_split), root, options, pixels)
+    return None
 
 
 def _collect_facts(train: CheckedSplit, val: CheckedSplit | None, *, folder: Path) -> Facts:

@@ -209,7 +209,7 @@ def test_ready_made_recipes_are_what_is_suggested(images: int, kind: int) -> Non
 
 
 def write_suggested(root: Path, path: Path, *flags: str) -> TrainConfig:
-    main(["--data_root", str(root), "--suggest", str(path), *flags])
+    main(["--data_root", str(root), *flags, "--suggest", str(path)])
     return parse_config(["--config", str(path)])
 
 
@@ -246,6 +246,19 @@ def test_the_file_of_single_annotations_names_them(
     assert config.output_dir == str(tmp_path / "mine-run") and config.pixel_range == "full"
     assert "the smallest GPU has 15 GiB" in path.read_text()
     assert "--nproc_per_node=2" in path.read_text().replace("\n# ", " ")
+
+
+@pytest.mark.parametrize("folder", ["extra", "val"])  # a file in val is trained on all the same
+def test_single_annotations_are_validated_on_the_split_of_the_folder(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "gpu_memories_gib", lambda: [])
+    root, file = tmp_path / "data", write_coco(tmp_path / "more", 3, split=folder)
+    write_coco(root, 3, split="valid", seed=1)
+    flags = ["--annotations", str(file), "--images", str(file.parent)]
+    assert write_suggested(root, tmp_path / "both.yaml", *flags).val_fraction is None
+    main([*flags, "--suggest", str(tmp_path / "alone.yaml")])
+    assert parse_config(["--config", str(tmp_path / "alone.yaml")]).val_fraction == 0.2
 
 
 @pytest.mark.parametrize("image_size", ["1024", "256", "64x48"])

@@ -224,11 +224,14 @@ def describe_point_prompts(path: Path, *, automatic: bool) -> list[str]:
 
 
 def _saved_metadata(path: Path, key: str) -> dict[str, Any]:
-    # Of the sidecar, of the header of safetensors, or of `last.ckpt`; empty if none can be read.
+    # Of the header of safetensors, else the sidecar or `last.ckpt`; empty if none can be read.
     try:
         path = find_weights_file(path)
+        metadata: dict[str, Any] = dict(read_metadata(path))
         sidecar = path.with_suffix(".json")
-        metadata = json.loads(sidecar.read_text()) if sidecar.is_file() else read_metadata(path)
+        # A JSON file beside an export may be the sidecar of the checkpoint that was exported.
+        if not metadata.keys() - {"format"} and sidecar.is_file():
+            metadata = json.loads(sidecar.read_text())
         if key not in metadata and path.suffix == ".ckpt":
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             own = {name: state.get(name) for name in _STRUCTURED}

@@ -47,6 +47,7 @@ from samft.weights.saved_settings import (
     SavedPrompts,
     saved_pixels,
     saved_prompts,
+    saved_rectangle,
     saved_resize_mode,
     saved_view,
 )
@@ -252,6 +253,24 @@ def test_what_was_exported_or_averaged_says_how_it_was_trained_when_it_is_export
         written = tmp_path / "again.safetensors"
         weight_files.write_safetensors(tuned.sam, written, again)
         assert saved_prompts(written) == saved_prompts(checkpoint) == SavedPrompts(True, False)
+
+
+@pytest.mark.parametrize("other", ['{"view": null, "rectangle": "64x48"}', "[]", "no JSON"])
+def test_an_export_is_what_it_says_whatever_json_file_lies_beside_it(
+    other: str, tmp_path: Path
+) -> None:
+    checkpoint, output = write_tiny(tmp_path, view=TILES.to_json()), tmp_path / "a.safetensors"
+    tuned = open_tuned_checkpoint(checkpoint)
+    weight_files.write_safetensors(tuned.sam, output, tuned.metadata(image_size=SIZE))
+    output.with_suffix(".json").write_text(other)
+    assert saved_view(output) == TILES and saved_rectangle(output) is None
+
+
+def test_a_safetensors_file_that_says_nothing_is_what_its_sidecar_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    weight_files.write_safetensors(tiny_sam(), path, {})
+    path.with_suffix(".json").write_text(json.dumps({"view": TILES.to_json()}))
+    assert saved_view(path) == TILES
 
 
 @pytest.mark.parametrize("name", ["tuned.ckpt", "base.pth", "plain.safetensors"])

@@ -173,7 +173,7 @@ def _refuse_more_steps(point: ResumePoint, config: TrainConfig, custom: CustomPa
     changes = {
         "checkpoint_path": str(folder / TopK.from_list(best)[0].name),
         "steps": config.steps - taken,
-        "output_dir": f"{config.output_dir.rstrip('/')}-more",
+        "output_dir": str(_folder_beside(Path(config.output_dir))),
     }
     flags = [part for name, value in changes.items() for part in (f"--{name}", value)]
     command = shell_command("train", "--config", folder / "config.yaml", *flags)
@@ -187,6 +187,12 @@ def _refuse_more_steps(point: ResumePoint, config: TrainConfig, custom: CustomPa
         f"output_dir, or with `--resume never`{finish}. A run with `--lr_schedule constant` can be "
         "given more steps at any time, and one with wsd before its rate falls."
     )
+
+
+def _folder_beside(folder: Path) -> Path:
+    # "run-more" beside "run", but "more" in ".", "..", "~" and "/", which have no name to add to.
+    has_name = folder.name not in ("", "..", "~")
+    return folder.with_name(f"{folder.name}-more") if has_name else folder / "more"
 
 
 def _read_resume_point(config: TrainConfig, output_dir: Path) -> ResumePoint | None:

@@ -210,6 +210,21 @@ def test_more_steps_of_a_finished_run_are_another_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("output_dir", "wanted"),
+    [(".", "more"), ("..", "../more"), ("run/", "run-more"), ("~/run", "'~/run-more'")],
+)
+def test_more_steps_go_to_a_folder_that_can_be_seen(
+    output_dir: str, wanted: str, tmp_path: Path
+) -> None:
+    config = a_config(DATA, output_dir=output_dir)
+    best = [{"name": "2-0.75.ckpt", "step": 2, "score": 0.75}]
+    done = a_state(config, progress={"step": config.steps}, best=best)
+    with pytest.raises(ConfigError, match="is finished") as caught:
+        find(replace(config, steps=config.steps + 5), tmp_path, done)
+    assert str(caught.value).splitlines()[1].endswith(f"--output_dir {wanted}")
+
+
+@pytest.mark.parametrize(
     "parts",
     [{"train_data": [3]}, {"val_data": [3]}, {"metrics": {"dice": max}}, {"callbacks": [print]}],
     ids=str,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
+from unicodedata import normalize
 
 import msgspec
 import numpy as np
@@ -140,7 +141,7 @@ def read_points(file: Path, images: ImageList) -> list[PointedObject]:
 
     Args:
         file: A list of objects with image, points, labels, box and id; see `_FORM`.
-        images: Those that the file may name, by file name.
+        images: Those that the file may name, by file name in any Unicode form.
 
     Raises:
         DataError: The file cannot be read, has another form, or names or points at what is not
@@ -150,7 +151,8 @@ def read_points(file: Path, images: ImageList) -> list[PointedObject]:
     objects = []
     for number, entry in enumerate(_read_entries(file), start=1):
         source = f"--points: in {file}, object {number}"
-        prompt, row = _check_entry(entry, source), row_of.get(entry.image)
+        prompt = _check_entry(entry, source)
+        row = row_of.get(entry.image, row_of.get(normalize("NFC", entry.image)))
         if row is None:
             raise DataError(
                 f"{source} is of {entry.image}, which is none of the images, or the name of "
@@ -165,11 +167,14 @@ def read_points(file: Path, images: ImageList) -> list[PointedObject]:
 
 
 def _rows_by_name(images: ImageList) -> dict[str, int]:
-    # By the name in results, or without folders where that is unique.
+    # By the name in results; where unique, also without folders, and in the composed Unicode form.
     bare = [PurePath(name).name for name in images.names]
-    counts = Counter(bare)
-    unique = {name: row for row, name in enumerate(bare) if counts[name] == 1}
-    return unique | {name: row for row, name in enumerate(images.names)}
+    row_of: dict[str, int] = {}
+    for names in (bare, images.names):
+        for spelled in ([normalize("NFC", name) for name in names], names):
+            counts = Counter(spelled)
+            row_of |= {name: row for row, name in enumerate(spelled) if counts[name] == 1}
+    return row_of
 
 
 def _read_entries(file: Path) -> list[_Entry]:

@@ -3,7 +3,8 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import cv2
 import numpy as np
@@ -23,6 +24,7 @@ from samft.prediction.points import PointPrompt
 from samft.prediction.predictors import PointPredictor
 
 NONE = [np.nan] * 4
+Form = Literal["NFC", "NFD"]
 
 
 @pytest.fixture
@@ -69,6 +71,24 @@ def test_images_without_objects_are_not_predicted_on(folder: Path) -> None:
     assert build_task(paths, points_file=folder / "points.json").rows == [1]
     write_points(folder, [entry(image=str(folder / "b.png"))])
     assert build_task(paths, points_file=folder / "points.json").rows == [1]
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_are_found_in_either_unicode_form(tmp_path: Path, on_disk: Form, form: Form) -> None:
+    for name in ("a.png", "z\u00e9bre.png"):
+        cv2.imwrite(str(tmp_path / normalize(on_disk, name)), np.full((20, 30, 3), 90, np.uint8))
+    entries = [entry(image=normalize(form, "z\u00e9bre.png"))]
+    assert build_task([tmp_path], points_file=write_points(tmp_path, entries)).rows == [1]
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_two(tmp_path: Path) -> None:
+    names = sorted(normalize(form, "z\u00e9bre.png") for form in ("NFC", "NFD"))
+    for name in names:
+        cv2.imwrite(str(tmp_path / name), np.full((20, 30, 3), 90, np.uint8))
+    for row, name in enumerate(names):
+        points = write_points(tmp_path, [entry(image=name)])
+        assert build_task([tmp_path], points_file=points).rows == [row]
 
 
 def test_points_of_the_command_line_are_of_one_object_in_every_image(folder: Path) -> None:

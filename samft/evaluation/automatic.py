@@ -4,7 +4,6 @@ The masks are those of SAM's automatic mask generator, on a sample of images, ea
 predicted IoU. COCOeval matches masks and objects, one to one; crowd regions are ignored as it does.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from segment_anything.utils.amg import coco_encode_rle
 from samft.coco.segmentation import encode_cropped
 from samft.coco.subset import CocoSubset
 from samft.data.dataset import Batch
-from samft.data.loaders import Waiting, lockstep
+from samft.data.loaders import lockstep
 from samft.data.samplers import SUBSET_STREAM, generator_of
 from samft.distributed import all_gather
 from samft.errors import explain_out_of_memory
@@ -88,8 +87,6 @@ def generate_split(
     *,
     view: View = WHOLE,
     on_image: Callable[[], object] = lambda: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    waiting: Waiting = contextlib.nullcontext,
 ) -> list[ImageMasks]:
     """Generates the masks of images. Collective: every rank must call.
 
@@ -99,19 +96,16 @@ def generate_split(
         batches: This rank's share of them, one per batch, with their true masks.
         view: How images are seen; where it has windows, masks are those of tiles.
         on_image: Called after each image of this rank.
-        should_stop: See `loaders.lockstep`.
-        waiting: See `loaders.lockstep`.
 
     Returns:
         The images of all ranks that can be read, by image id.
 
     Raises:
-        StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
     rows = {subset.image_id(row): row for row in range(subset.num_images)}
     images = []
-    for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
+    for batch in lockstep(batches):
         heartbeat.set_activity("generating masks of image", partial(list, batch.image_ids))
         if batch.num_masks:  # 0 if the image cannot be read
             row = rows[batch.image_ids[0]]

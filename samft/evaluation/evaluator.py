@@ -5,7 +5,6 @@ boxes, and from single points; where it is wanted, they are corrected by clicks.
 to scores and run lengths at once.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from samft.coco.segmentation import CroppedMask, encode_cropped
 from samft.data.dataset import Batch
-from samft.data.loaders import Waiting, lockstep
+from samft.data.loaders import lockstep
 from samft.data.samplers import PROMPT_STREAM, generator_of
 from samft.data.transfers import send_to
 from samft.data.transforms import Frame, jitter_boxes
@@ -114,8 +113,6 @@ def evaluate_split(
     seed: int = 0,
     clicking: Clicking = Clicking(),
     on_image: Callable[[], object] = lambda: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    waiting: Waiting = contextlib.nullcontext,
 ) -> tuple[EvaluatedObjects, dict[str, str]]:
     """Scores a model on every mask of a split. Collective: every rank must call.
 
@@ -128,25 +125,16 @@ def evaluate_split(
         seed: Of the jittered boxes.
         clicking: How objects are corrected by clicks; its examples are those of all ranks then.
         on_image: Called after each image of this rank.
-        should_stop: See `loaders.lockstep`.
-        waiting: See `loaders.lockstep`.
 
     Returns:
         The rows of all ranks, in the order of image and object; and the images that could not be
         read: name, reason.
 
     Raises:
-        StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
     (objects,), bad_images = evaluate_models(
-        [model],
-        batches,
-        seed=seed,
-        clicking=clicking,
-        on_image=on_image,
-        should_stop=should_stop,
-        waiting=waiting,
+        [model], batches, seed=seed, clicking=clicking, on_image=on_image
     )
     return objects, bad_images
 
@@ -160,8 +148,6 @@ def evaluate_models(
     seed: int = 0,
     clicking: Clicking = Clicking(),
     on_image: Callable[[], object] = lambda: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    waiting: Waiting = contextlib.nullcontext,
 ) -> tuple[list[EvaluatedObjects], dict[str, str]]:
     """As `evaluate_split`, for several models that see images alike, in one pass over these.
 
@@ -174,19 +160,16 @@ def evaluate_models(
         seed: Of the jittered boxes.
         clicking: Its examples are of the first model's masks, so give one model with examples.
         on_image: Called after each image of this rank.
-        should_stop: See `loaders.lockstep`.
-        waiting: See `loaders.lockstep`.
 
     Returns:
         The rows of each model, and the images that could not be read.
 
     Raises:
-        StopInterrupt: Any rank was asked to stop.
         UserError: An image cannot be read, on any rank.
     """
     parts: list[list[EvaluatedObjects]] = [[] for _ in models]
     bad_images: dict[str, str] = {}
-    for batch in lockstep(batches, should_stop=should_stop, waiting=waiting):
+    for batch in lockstep(batches):
         heartbeat.set_activity("evaluating image", partial(list, batch.image_ids))
         bad_images.update(batch.bad_images)
         if batch.num_masks:  # 0 if the image cannot be read

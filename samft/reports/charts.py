@@ -203,19 +203,21 @@ def calibration_chart(
 
 
 def bin_means(
-    predicted: NDArray[np.float64], actual: NDArray[np.float64], *, num: int = 10
+    predicted: NDArray[np.float64], actual: NDArray[np.float64]
 ) -> list[tuple[float, float]]:
-    """Mean predicted and mean actual IoU of the masks in each bin of the predicted one.
+    """Mean predicted and mean actual IoU of the masks in each tenth of the predicted one.
 
     Args:
         predicted: float64 [K]; clipped to 0..1.
         actual: float64 [K].
-        num: Bins of equal width from 0 to 1; those without a mask are left out.
+
+    Returns:
+        The means, by predicted IoU; tenths without a mask are left out.
     """
     clipped = np.clip(np.nan_to_num(predicted), 0, 1)
-    bins = np.minimum((clipped * num).astype(int), num - 1)
-    counts = np.bincount(bins, minlength=num)
-    sums = [np.bincount(bins, weights=values, minlength=num) for values in (clipped, actual)]
+    bins = np.minimum((clipped * 10).astype(int), 9)
+    counts = np.bincount(bins, minlength=10)
+    sums = [np.bincount(bins, weights=values, minlength=10) for values in (clipped, actual)]
     return [
         (float(sums[0][i] / counts[i]), float(sums[1][i] / counts[i]))
         for i in np.flatnonzero(counts)

@@ -1,4 +1,4 @@
-"""The way of boxes, points and masks from an image to a window of it, and back.
+"""The way of boxes, points and masks from an image to a window of it.
 
 Coordinates have pixel edges at whole numbers. Windows are moved by whole pixels only, so that what
 comes back is what went in, to the bit. Imports no torch.
@@ -17,31 +17,12 @@ def boxes_to_window(boxes: NDArray[np.floating], window: Windows) -> NDArray[np.
     return np.asarray((corners - low).reshape(-1, 4))
 
 
-def boxes_to_image(boxes: NDArray[np.floating], window: Windows) -> NDArray[np.float64]:
-    """Boxes [K, 4] of a window [4], in px of the image."""
-    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4) + np.tile(window[:2], 2)
-
-
 def points_to_window(points: NDArray[np.floating], window: Windows) -> NDArray[np.float64]:
     """Points [..., 2] x y of the image, in px of a window [4], which they may exceed."""
     return np.asarray(points, dtype=np.float64) - window[:2]
-
-
-def points_to_image(points: NDArray[np.floating], window: Windows) -> NDArray[np.float64]:
-    """Points [..., 2] x y of a window [4], in px of the image."""
-    return np.asarray(points, dtype=np.float64) + window[:2]
 
 
 def cut_window(image: NDArray[np.generic], window: Windows) -> NDArray[np.generic]:
     """The part of an image or a mask [H, W, ...] that a window [4] shows; a view of it."""
     x0, y0, x1, y1 = window.tolist()
     return image[y0:y1, x0:x1]
-
-
-def paste_window(
-    mask: NDArray[np.bool_], window: Windows, size: tuple[int, int]
-) -> NDArray[np.bool_]:
-    """A mask of a window [4], bool [h, w], in its image: bool [H, W]."""
-    whole = np.zeros(size, dtype=bool)
-    cut_window(whole, window)[:] = mask
-    return whole

@@ -68,7 +68,7 @@ def read_checkpoint_file(path: Path) -> CheckpointContent:
         num_bytes = path.stat().st_size
         if path.name.endswith(INDEX_SUFFIX) and head.lstrip().startswith(b"{"):
             return _read_parts(path)
-        if _is_safetensors(head, path):
+        if _is_safetensors(head):
             return CheckpointContent(*_read_safetensors(path, num_bytes))
         is_torch = head.startswith((b"PK\x03\x04", b"\x80"))
         what = _describe_archive(path) if zipfile.is_zipfile(path) else None
@@ -89,7 +89,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def _is_safetensors(head: bytes, path: Path) -> bool:
+def _is_safetensors(head: bytes) -> bool:
     length = int.from_bytes(head[:8], "little")
     return head[8:9] == b"{" and 2 <= length <= _MAX_HEADER_BYTES
 

@@ -65,7 +65,7 @@ class RunParts:
         device: This process's device.
         stop: Tells whether a signal has asked to stop.
         deadline: When to stop before the job's time limit, in seconds since 1970; inf: never.
-        splits: The two datasets.
+        splits: The datasets.
         resume: The state to resume from; None for a fresh start. Its large entries are popped
             where they are loaded, which frees their memory.
         model: On its device, with its weights, its frozen parts frozen.
@@ -303,7 +303,13 @@ def _check_host(config: TrainConfig, model: PromptedSam, output_dir: Path, in_pl
 
 
 def write_run_status(
-    output_dir: Path, state: str, step: int, *, exit_code: int | None = None, reason: str = ""
+    output_dir: Path,
+    state: str,
+    step: int,
+    *,
+    exit_code: int | None = None,
+    reason: str = "",
+    is_own: bool = True,
 ) -> None:
     """Writes status.json on rank 0; see `write_status`.
 
@@ -313,11 +319,13 @@ def write_run_status(
         step: Optimizer steps done.
         exit_code: What the process is about to exit with; None while it runs.
         reason: One sentence.
+        is_own: Whether the folder is this run's; else its status.json is that of another run, and
+            only launch.sh is told.
     """
     if distributed.is_main():
         last = output_dir / LAST_NAME
         write_status(
-            output_dir,
+            output_dir if is_own else None,
             state=state,
             step=step,
             exit_code=exit_code,

@@ -42,7 +42,6 @@ from samft.runtime.output_dir import (
     archive_previous_run,
     create_writable_dir,
     lock_output_dir,
-    write_status,
 )
 from samft.runtime.own_files import CONFIG_NAME
 from samft.runtime.signals import StopRequest
@@ -313,17 +312,14 @@ def _record_early_stop(parts: RunParts) -> RunStopped:
     # Collective. An earlier run that a fresh start would have archived keeps its files and status.
     why = parts.stop_reason() or "another process was asked to stop"
     reason = f"{why}: before the first step; run the same command again to start."
-    if distributed.is_main():
-        last = parts.output_dir / LAST_NAME
-        is_own = parts.resumes_in_place or not last.exists()
-        write_status(
-            parts.output_dir if is_own else None,
-            state="preempted",
-            step=parts.progress.step,
-            exit_code=EXIT_STOPPED,
-            reason=reason,
-            last_checkpoint=str(last) if last.exists() else None,
-        )
+    write_run_status(
+        parts.output_dir,
+        "preempted",
+        parts.progress.step,
+        exit_code=EXIT_STOPPED,
+        reason=reason,
+        is_own=parts.resumes_in_place or not (parts.output_dir / LAST_NAME).exists(),
+    )
     distributed.barrier()  # torchrun kills the other processes when the first one exits
     return RunStopped(reason)
 
@@ -352,19 +348,18 @@ def _record_failure(
             LOGGER.error("the run ends: %s", reason, extra={} if is_late else FILES_ONLY)
         if parts is not None and not isinstance(error, KeyboardInterrupt):
             _finish_saving(parts.checkpointer)
-        if distributed.is_main() and not isinstance(error, RunStopped):
+        if not isinstance(error, RunStopped):
             with contextlib.suppress(OSError):  # the full disk, say, that ended the run
-                last = output_dir / LAST_NAME
                 # A refused start must not overwrite the status of the run that the folder holds,
-                # or that is writing into it. launch.sh gets the status in any case.
-                is_own = is_locked and (parts is not None or not last.exists())
-                write_status(
-                    output_dir if is_own else None,
-                    state="failed",
-                    step=parts.progress.step if parts else 0,
+                # or that is writing into it.
+                is_first = parts is not None or not (output_dir / LAST_NAME).exists()
+                write_run_status(
+                    output_dir,
+                    "failed",
+                    parts.progress.step if parts else 0,
                     exit_code=exit_code(error),
                     reason=reason,
-                    last_checkpoint=str(last) if last.exists() else None,
+                    is_own=is_locked and is_first,
                 )
         raise
 

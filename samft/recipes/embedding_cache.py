@@ -191,7 +191,7 @@ def estimate_cache(
     Args:
         config: The configuration.
         model: On its device, with its frozen parts frozen.
-        splits: The two datasets.
+        splits: The datasets.
         progress: How far the run has come.
 
     Returns:

@@ -39,7 +39,8 @@ from samft.training.optim import get_learning_rate, set_learning_rate
 from samft.training.prompt_schedule import PromptSchedule
 
 LOSS_NAMES = ("loss", "loss_focal", "loss_dice", "loss_iou", "per_mask_iou")
-# With clicks, losses are weighted means over the rounds of a step; of the first and the last:
+# With clicks, `LOSS_NAMES` are means over the rounds, weighted as the loss is. Besides, the IoU of
+# the first and of the last round:
 ROUND_NAMES = ("first_round_iou", "last_round_iou")
 MEMORY_ADVICE = (
     "Lower batch_size (and raise accumulate_steps), max_masks_per_image, image_size or mask_chunk, "

@@ -137,8 +137,8 @@ def _validate_initial_weights(run: TrainingRun) -> None:
     run.progress.baseline = validation.named_metrics
     run.progress.box_fill_iou = validation.box_fill_iou
     LOGGER.info(
-        "step 0: val_per_mask_iou %.4f before training, %s, which takes each prompt's rectangle "
-        "for the mask and needs no model",
+        "step 0: val_per_mask_iou %.4f before training, %s, which takes the box as the mask and "
+        "needs no model",
         validation.metrics["per_mask_iou"],
         describe_against_box_fill(validation.metrics["per_mask_iou"], validation.box_fill_iou),
     )

@@ -96,8 +96,7 @@ def click_figures(
                 [
                     *_describe_needed([curve[start.name] for curve in curves], names),
                     *(_describe_change(changes[start.name]) if changes else ()),
-                    "The bands are 95 % intervals of each mean, by drawing the images again and "
-                    "again.",
+                    "The bands are 95 % intervals of each mean, bootstrapped over images.",
                 ]
             ),
         )

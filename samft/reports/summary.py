@@ -186,7 +186,7 @@ def find_general_regressions(general: dict[str, Any]) -> list[str]:
         chance = describe_interval(general, before="; the mean change ")
         return [
             f"On the general set, the data of general_data_root, IoU fell from {before:.4f} to "
-            f"{after:.4f}{chance}. Of it, {many}"
+            f"{after:.4f}{chance}. {many}"
         ]
     if lost > LOST_SHARE * general["masks"]:
         return [f"On the general set, the data of general_data_root, {many}"]

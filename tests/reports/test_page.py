@@ -177,8 +177,8 @@ def test_the_test_split_is_shown_where_there_is_one() -> None:
         "test split: IoU before 0.410 IoU after 0.360 \u22120.050 filling each box 0.200" in shown
     )
     assert "4,500 masks of 1,200 images of the test split" in shown
-    assert "lies between \u22120.100 and +0.020 (95 %, by drawing" in shown
-    assert "again and again): it may be chance." in shown
+    assert "lies between \u22120.100 and +0.020 (95 % interval" in shown
+    assert "bootstrap over images): it may be chance." in shown
 
 
 def test_the_general_set_is_shown_where_there_is_one() -> None:
@@ -202,7 +202,7 @@ def test_the_general_set_is_shown_where_there_is_one() -> None:
     assert "general set: IoU before 0.410 IoU after 0.360 \u22120.050 filling each box" in shown
     assert "objects that lost over 0.1 1,234 of 4,500" in shown
     assert "4,500 masks of 300 images of other data" in shown
-    assert "lies between \u22120.100 and \u22120.020 (95 %, by drawing" in shown
+    assert "lies between \u22120.100 and \u22120.020 (95 % interval" in shown
 
 
 def test_missing_parts_are_explained() -> None:

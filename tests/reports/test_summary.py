@@ -185,10 +185,10 @@ def a_general_set(after: float, **changes: Any) -> dict[str, Any]:
         (a_general_set(0.4), "from 0.5000 to 0.4000; the mean change on other images like these"),
         (a_general_set(0.49, interval=[-0.03, 0.01]), ""),  # it may be chance
         (a_general_set(0.49, interval=[-0.03, 0.0]), ""),
-        (a_general_set(0.4, interval=None), "from 0.5000 to 0.4000. Of it, 0 of 20 objects (0%)"),
+        (a_general_set(0.4, interval=None), "from 0.5000 to 0.4000. 0 of 20 objects (0%)"),
         (a_general_set(0.55, interval=[0.01, 0.1], lost=2), ""),  # a tenth is not more than that
         (a_general_set(0.55, interval=[0.01, 0.1], lost=3), "3 of 20 objects (15%) lost more"),
-        (a_general_set(0.4, lost=7), "Of it, 7 of 20 objects (35%) lost more than 0.1 IoU; 1 gain"),
+        (a_general_set(0.4, lost=7), "7 of 20 objects (35%) lost more than 0.1 IoU; 1 gain"),
     ],
 )
 def test_what_is_forgotten_is_described_unless_it_may_be_chance(

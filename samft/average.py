@@ -118,7 +118,7 @@ def _parse_options(argv: list[str]) -> argparse.Namespace:
     )
     group.add_argument("--force", action="store_true", help="replace an earlier file at --output")
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of jittered boxes (default: 0)"
+        "--seed", type=int, default=0, metavar="N", help="seed of jittered boxes (default: 0)"
     )
     add_computation_flags(group.add_argument)
     options = parser.parse_args(argv)

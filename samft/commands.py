@@ -14,12 +14,12 @@ from pathlib import Path
 # Each is the module samft.NAME, which `samft NAME` runs as `python -m samft.NAME` does.
 COMMANDS = {
     "demo": "write a small COCO dataset to try things on",
-    "convert": "make a dataset of label images, YOLO, LabelMe, VOC; or back",
-    "check": "list what is wrong with a dataset, and repair it",
+    "convert": "make a COCO dataset of label images, YOLO, LabelMe or VOC, or back",
+    "check": "list what is wrong with a dataset, and write repaired annotations",
     "train": "tune Segment Anything on a dataset",
     "evaluate": "score checkpoints on every object of a split",
     "average": "average untouched and tuned weights, and keep the best",
-    "predict": "write the masks of images, from boxes or without",
+    "predict": "write masks for images, from boxes, clicks or automatic",
     "export": "write a checkpoint for other programs",
 }
 

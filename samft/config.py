@@ -52,9 +52,9 @@ class TrainConfig:
     )
     group_by: str = _data(
         "auto",
-        "images that val_fraction keeps on one side, and that are warned of in both splits; auto: "
-        "Roboflow's copies of a picture (NAME.rf.HASH.jpg); folder; none; or a regular expression "
-        "whose first group in brackets names them",
+        "images that val_fraction keeps together, and that are warned of where two splits share "
+        "them; auto: Roboflow's copies of a picture (NAME.rf.HASH.jpg); folder; none; or a regular "
+        "expression whose first group in brackets names them",
         metavar="auto|folder|none|REGEX",
     )
     train_split: str = _data("train", "name of the training split", metavar="NAME")
@@ -101,8 +101,8 @@ class TrainConfig:
     )
     crowds: str = _data(
         "auto",
-        "objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: all; use: "
-        "none",
+        "objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: leave out "
+        "all; use: use all",
         choices=("auto", "leave_out", "use"),
     )
     max_masks_per_image: int = _data(
@@ -150,7 +150,7 @@ class TrainConfig:
     )
     tile_overlap: float = _data(0.25, "overlap of tiles, as a share of tile_size", at_least=0)
     view_context: float = _data(
-        2.0, "with view objects, size of a window, in sizes of an object, at least", at_least=1
+        2.0, "with view objects, how many times as large as its object a window is", at_least=1
     )
     model_type: str | None = _model(
         None,
@@ -373,7 +373,7 @@ class TrainConfig:
     )
     mask_chunk: int | None = _speed(
         None,
-        "boxes to decode at once, which limits memory; not given: by the free memory",
+        "boxes to decode at once, which limits memory; not given: as many as fit into free memory",
         at_least=1,
     )
     cache_embeddings: str = _speed(

@@ -1,19 +1,24 @@
-"""Makes a dataset of samft from the layouts of other tools, or the reverse.
+"""Makes a COCO dataset from the layouts of other tools, or the reverse.
 
-    python -m samft.convert --from labels --source MASKS --images IMAGES --output_dir OUT
-    python -m samft.convert --from yolo --source DATASET --output_dir OUT
-    python -m samft.convert --to labels --source COCO.json --images IMAGES --output_dir OUT
+    samft convert --from labels --source MASKS --images DIR --output_dir OUT
+    samft convert --from yolo --source DATASET --output_dir OUT
+    samft convert --to labels --source COCO.json --images DIR --output_dir OUT
 
---from labels: label images, one whole number for each object (PNG or TIFF of
-8, 16 or 32 bits, named as the images are; Cellpose, ilastik, QuPath);
-masks: a folder for each image with a picture of each object's mask;
-yolo: data.yaml, images and text files of outlines; labelme: its JSON files;
-voc: JPEGImages, SegmentationObject, SegmentationClass, ImageSets.
-OUT/SPLIT/_annotations.coco.json and the images beside it are written.
+--from writes OUT/SPLIT/_annotations.coco.json with the images beside it, and reads
 
---to labels: a TIFF for each image, pixel value k is its k-th object; yolo:
-data.yaml, images, outlines. Objects that are left out, or that the target
-cannot hold wholly, are named.
+    labels   label images, in each pixel the number of its object: PNG or TIFF
+             of 8, 16 or 32 bits, named as the images (Cellpose, QuPath)
+    masks    a folder for each image, with a picture of each object's mask
+    yolo     data.yaml, images, and text files of outlines
+    labelme  its JSON files
+    voc      JPEGImages, SegmentationObject, SegmentationClass, ImageSets
+
+--to reads a COCO file, and writes
+
+    labels   a TIFF for each image; pixel value k is its k-th object
+    yolo     data.yaml, images, and text files of outlines
+
+Objects that are left out, or that the layout cannot hold wholly, are named.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Writes a small COCO dataset to try the trainer on.
+"""Writes a small COCO dataset to try things on.
 
     samft demo --output_dir D
 
-Painted butterflies and flowers (`samft.images.synthetic`), in seconds, the same for a seed, with
-every form of annotation that COCO has: polygons of one part and of many, compressed and
-uncompressed RLE, a crowd, an image without objects.
+Painted butterflies and flowers, the same for the same seed, with every form of annotation that COCO
+has: polygons of one part and of many, compressed and uncompressed RLE, a crowd, an image without
+objects.
 """
 
 import json
@@ -82,13 +82,12 @@ def main(argv: list[str]) -> Path:
         UserError: As `write_demo`.
     """
     parser = CommandParser("demo", __doc__)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
-        "--images", type=int, default=40, help="a quarter of them for validation; default 40"
-    )
-    parser.add_argument("--size", type=int, default=320, help="side in pixels; default 320")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    add, images = parser.add_argument, "number of images, a quarter for validation; default 40"
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="folder to write to")
+    add("--seed", type=int, default=0, metavar="N", help="another seed draws others; default 0")
+    add("--images", type=int, default=40, metavar="N", help=images)
+    add("--size", type=int, default=320, metavar="PX", help="side of the images; default 320")
+    add("--debug", action="store_true", help="show tracebacks of user errors too")
     arguments = parser.parse_args(argv)
     num_val = arguments.images // 4
     folder = write_demo(

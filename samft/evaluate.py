@@ -130,7 +130,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of jittered boxes, of the images of --automatic, and of intervals (default: 0)",
+        help="seed of jittered boxes, of the sample of --automatic and of intervals (default: 0)",
     )
     add_computation_flags(group.add_argument)
 

@@ -2,12 +2,17 @@
 
     samft export --checkpoint best.ckpt --format onnx --output tuned
 
-Formats: pth, a file like Meta's, at 1024 px; safetensors, a file with the same
-keys; onnx, a folder with encoder.onnx and decoder.onnx; xanylabeling, a folder
-with the two ONNX files and the YAML that X-AnyLabeling and AnyLabeling load;
-huggingface, a folder for transformers' SamModel. What was written is loaded again, and is kept only
-if its masks for boxes equal the checkpoint's. The automatic mask generator is
-tried as well, because fine-tuning on boxes can leave it without masks.
+Formats:
+
+    pth           a file like Meta's, always at 1024 px
+    safetensors   a file with the same keys, at the checkpoint's image_size
+    onnx          a folder with encoder.onnx and decoder.onnx
+    xanylabeling  a folder with two ONNX files and the YAML that X-AnyLabeling
+                  and AnyLabeling load, always at 1024 px
+    huggingface   a folder for SamModel of transformers
+
+What was written is loaded again, and is kept only if its masks for boxes equal the checkpoint's.
+Automatic masks are compared as well, because training on boxes alone can lose them.
 """
 
 import argparse

@@ -127,13 +127,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     return counts
 
 
-# The command line.
-
-
 def _parse_options(argv: list[str]) -> argparse.Namespace:
-    parser = CommandParser("predict", __doc__)
-    _add_input_flags(parser.add_argument)
-    _add_output_flags(parser.add_argument)
+    usage = "%(prog)s --checkpoint FILE --images PATH ...\n    --output_dir DIR [--FLAG VALUE ...]"
+    parser = CommandParser("predict", __doc__, usage=usage)
+    _add_input_flags(parser.add_argument_group("checkpoint and images").add_argument)
+    _add_prompt_flags(parser.add_argument_group("prompts").add_argument)
+    add_generator_flags(parser.add_argument_group("automatic masks").add_argument)
+    _add_output_flags(parser.add_argument_group("output and computation").add_argument)
     options = parser.parse_args(argv)
     _check_options(options)
     return options
@@ -157,6 +157,11 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
         "its file names are relative to",
     )
     add("--annotations", type=user_path, metavar="FILE", help="COCO file that lists the images")
+    add_pixel_flags(add, of=_UNLESS_SAVED)
+    add_view_flags(add, default="default as in training")
+
+
+def _add_prompt_flags(add: Callable[..., Any]) -> None:
     add(
         "--boxes",
         type=user_path,
@@ -186,10 +191,7 @@ def _add_input_flags(add: Callable[..., Any]) -> None:
         "else; repeatable: all of them, and one --box, are of one object of every image",
     )
     add("--points", type=user_path, metavar="FILE", help="JSON file of objects, see above")
-    add_pixel_flags(add, of=_UNLESS_SAVED)
-    add_view_flags(add, default="default as in training")
     add("--automatic", action="store_true", help="automatic masks even if --annotations has boxes")
-    add_generator_flags(add)
 
 
 def _add_output_flags(add: Callable[..., Any]) -> None:
@@ -323,9 +325,6 @@ def _check_outputs(task: PredictionTask, options: argparse.Namespace) -> None:
 
 def _picture_writer(options: argparse.Namespace) -> PictureWriter:
     return PictureWriter(options.output_dir, masks=options.masks, overlays=options.overlays)
-
-
-# Prediction.
 
 
 def _write_outputs(task: PredictionTask, options: argparse.Namespace) -> dict[str, Any]:

@@ -110,15 +110,15 @@ GENERATOR_SETTINGS = (
         "stability_score_thresh",
         "X",
         "0.95",
-        "leave out masks that change more with their cutoff: stability is the IoU of a mask cut "
-        "off stability_score_offset above and below its edge",
+        "leave out masks of a lower stability: the IoU of the mask cut off at logits of "
+        "stability_score_offset and of minus that",
     ),
-    GeneratorSetting("stability_score_offset", "X", "1", "see there; in units of logits", 0),
+    GeneratorSetting("stability_score_offset", "X", "1", "see stability_score_thresh; logits", 0),
     GeneratorSetting(
         "box_nms_thresh",
         "X",
         "0.7",
-        "of masks whose boxes have a higher IoU only the best is kept",
+        "of masks whose boxes have a higher IoU, keep only the best",
         0,
         1,
     ),
@@ -126,7 +126,7 @@ GENERATOR_SETTINGS = (
         "crop_n_layers",
         "N",
         "0",
-        "also look at crops, which shows small objects larger: 1 adds 4 crops, 2 adds 16 to these; "
+        "also look at crops, which show small objects larger: 1 adds 4 crops, 2 adds 16 to these; "
         "each is encoded",
         0,
         8,
@@ -164,7 +164,7 @@ def add_generator_flags(add: Callable[..., Any]) -> None:
             f"--{setting.name}",
             type=setting.parse,
             metavar=setting.metavar,
-            help=f"automatic masks: {setting.help}; default {setting.default}",
+            help=f"{setting.help}; default {setting.default}",
         )
 
 

@@ -56,8 +56,8 @@ def add_selection_flags(add: Callable[..., Any]) -> None:
         "--crowds",
         choices=("auto", "leave_out", "use"),
         default="auto",
-        help="objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: all; "
-        "use: none (default: auto)",
+        help="objects with iscrowd 1: auto: leave out those that look like crowds; leave_out: "
+        "leave out all; use: use all (default: auto)",
     )
     add(
         "--on_bad_image",

@@ -33,7 +33,7 @@ def add_view_flags(add: Callable[..., Any], *, default: str) -> None:
         "--view_context",
         type=float,
         metavar="FACTOR",
-        help=f"with objects, size of a window, in sizes of an object, at least; {default}",
+        help=f"with objects, how many times as large as its object a window is; {default}",
     )
 
 

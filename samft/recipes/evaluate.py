@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from samft.coco.subset import CocoSubset, read_coco, see_through_windows, split_
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import BatchLoader, val_loader
 from samft.distributed import run_on_all_ranks
-from samft.errors import ConfigError, DataError
+from samft.errors import DataError
 from samft.evaluation.automatic import (
     AutomaticScores,
     ImageMasks,
@@ -72,7 +72,7 @@ from samft.views.flags import view_flags
 from samft.views.windows import View
 from samft.weights.saved_settings import (
     describe_point_prompts,
-    saved_config,
+    held_out_by,
     saved_pixels,
     saved_prompts,
     view_of,
@@ -263,21 +263,22 @@ def read_subset(
     Raises:
         DataError: The data cannot be used.
     """
-    subset = read_coco(
+    read = partial(
+        read_coco,
         annotations,
         images,
         root=options.data_root,
         allow_links=options.allow_links,
-        crowds=options.crowds,
         pixels=pixels,
         on_bad_image=options.on_bad_image,
-        category_names=(options.category_names or "").split(","),
-        min_mask_area=options.min_mask_area,
     )
+    subset = read(**_choosing(vars(options)))
     skipped = ", ".join(f"{code} {number:,}" for code, number in subset.counts.items())
     if options.val_fraction is not None:
-        group_by = options.group_by or _saved_group_by(options.checkpoint)
-        _, subset = split_by_hash(subset, options.val_fraction, group_by=group_by)
+        by = held_out_by(options.checkpoint, vars(options))
+        whole = read(**_choosing(by))
+        _, held_out = split_by_hash(whole, options.val_fraction, group_by=by["group_by"])
+        subset = _select_images(subset, held_out)
     LOGGER.info(
         "%s: %d images, %d masks%s",
         annotations,
@@ -313,17 +314,21 @@ def read_general_subset(
     return subset.with_pixels(subset.measure_pixels(pixels))
 
 
-def _saved_group_by(checkpoints: Sequence[Path]) -> str:
-    # As their trainings held images out; a run from before there was such a setting had no groups.
-    configs = [saved_config(path) or {} for path in checkpoints]
-    # An export says something of its training, but not this.
-    of_runs = [str(one.get("group_by", "none")) for one in configs if "checkpoint_path" in one]
-    if len(set(of_runs)) > 1:
-        raise ConfigError(
-            f"--group_by: the checkpoints were trained with different ones ({', '.join(of_runs)}), "
-            "so that some have seen what others were validated on: give one."
+def _choosing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    # The arguments of `read_coco` that choose objects.
+    names = (settings["category_names"] or "").split(",")
+    return {"category_names": names, **{n: settings[n] for n in ("min_mask_area", "crowds")}}
+
+
+def _select_images(subset: CocoSubset, chosen: CocoSubset) -> CocoSubset:
+    names = {chosen.file_name(i) for i in range(chosen.num_images)}
+    rows = [i for i in range(subset.num_images) if subset.file_name(i) in names]
+    if not rows:
+        raise DataError(
+            "--val_fraction: none of the images that are held out has an object that was chosen: "
+            "leave out --category_names or --min_mask_area."
         )
-    return of_runs[0] if of_runs else "auto"
+    return subset.select(rows)
 
 
 def _build_clicking(path: Path, subset: CocoSubset, options: argparse.Namespace) -> Clicking:

@@ -15,6 +15,8 @@ from samft.views.windows import View
 from samft.weights.checkpoint_files import read_metadata
 
 _STRUCTURED = ("pixels", "view")  # entries that are no plain values
+# Settings that decide which images a training holds out, and what they were before there were such.
+_HELD_OUT_BY = {"group_by": "none", "category_names": None, "min_mask_area": 0.0, "crowds": "auto"}
 
 
 def saved_resize_mode(path: Path) -> str:
@@ -176,6 +178,38 @@ def saved_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict) or not config.keys() & {"checkpoint_path", "step", "prompts"}:
         return None
     return config
+
+
+def held_out_by(paths: Sequence[Path], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which images are held out, of those with chosen objects, as in training.
+
+    Args:
+        paths: Checkpoints; those that were trained with `val_fraction` say it.
+        flags: Decide where none of these does, by the names of `TrainConfig`; `group_by` always,
+            unless it is None.
+
+    Returns:
+        `group_by`, and the settings that choose objects.
+
+    Raises:
+        ConfigError: The trainings have held out different images.
+    """
+    given = {"group_by": flags["group_by"]} if flags["group_by"] else {}
+    configs = [saved_config(path) or {} for path in paths]
+    of_runs = [
+        {name: config.get(name, before) for name, before in _HELD_OUT_BY.items()} | given
+        for config in configs
+        if config.get("val_fraction") is not None
+    ]
+    if any(one != of_runs[0] for one in of_runs):
+        texts = [", ".join(f"{name} {value}" for name, value in one.items()) for one in of_runs]
+        raise ConfigError(
+            f"--val_fraction: the checkpoints' trainings held out different images "
+            f"({'; '.join(dict.fromkeys(texts))}), so that some have seen what others were "
+            "validated on: evaluate each by itself."
+        )
+    without = {name: flags[name] for name in _HELD_OUT_BY} | {"group_by": "auto"} | given
+    return of_runs[0] if of_runs else without
 
 
 def saved_training(path: Path) -> dict[str, Any]:

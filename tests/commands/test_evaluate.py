@@ -299,25 +299,55 @@ def test_images_that_a_training_held_out(data: Path, tmp_path: Path) -> None:
     (best,) = best_files(folder)
     logged = {line["step"]: line["per_mask_iou"] for line in read_metrics(folder, "val")}
     assert report["per_mask_iou"] == pytest.approx(logged[int(best.name.split("-")[0])], abs=1e-6)
-    # The grouping is that of the training, whatever stands beside the tuned weights.
+    # Held out as by the training, whatever stands beside its weights, and whatever is scored.
     held_out: dict[str, Any] = {"split": "train", "val_fraction": 0.3}
     for path in (best, folder / "last.ckpt"):
-        assert (
-            evaluate_here(arguments_for(one_split, PACKAGED_TINY, path, **held_out))["images"] == 4
-        )
+        argv = arguments_for(one_split, PACKAGED_TINY, path, **held_out)
+        assert evaluate_here(argv)["images"] == 4
 
 
-def test_held_out_by_different_groups_there_is_no_common_split(
+def test_other_objects_are_scored_on_the_images_that_the_training_held_out(
+    data: Path, trained: Path, tmp_path: Path
+) -> None:
+    path, root = tmp_path / "best.ckpt", tmp_path / "data"
+    write_copy(best_files(trained)[0], path, {"val_fraction": 0.3})
+    shutil.copytree(data / "train", root / "train")
+
+    def images_of(**flags: Any) -> set[str]:
+        argv = arguments_for(root, path, split="train", val_fraction=0.3, **flags)
+        evaluate_here([*argv, "--output", str(tmp_path / "scores.json")])
+        with (tmp_path / "scores.objects.csv").open(newline="") as file:
+            return {row["image_id"] for row in csv.DictReader(file)}
+
+    first, *others = sorted(images_of())
+    annotations = root / "train" / "_annotations.coco.json"
+    document = json.loads(annotations.read_text())
+    document["categories"] = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+    for entry in document["annotations"]:
+        entry["category_id"] = 2 if str(entry["image_id"]) in others else 1
+    annotations.write_text(json.dumps(document))
+    assert images_of(category_names="a") == {first}
+
+
+def test_held_out_otherwise_there_are_no_common_images(
     data: Path, trained: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    ours, theirs = (shutil.copy(best_files(trained)[0], tmp_path / f"{n}.ckpt") for n in "ab")
-    sidecar = json.loads(best_files(trained)[0].with_suffix(".json").read_text())
-    for path, group_by in ((ours, "auto"), (theirs, "folder")):
-        changed = {**sidecar, "config": {**sidecar["config"], "group_by": group_by}}
-        path.with_suffix(".json").write_text(json.dumps(changed))
-    argv = arguments_for(data, ours, theirs, split="train", val_fraction=0.3)
+    paths = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    for path, group_by in zip(paths, ("auto", "folder"), strict=True):
+        write_copy(best_files(trained)[0], path, {"val_fraction": 0.3, "group_by": group_by})
+    argv = arguments_for(data, *paths, split="train", val_fraction=0.3)
     assert run_command(evaluate_here, argv) == 2
-    assert "different ones (auto, folder)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "group_by auto" in error and "group_by folder" in error
+    assert run_command(evaluate_here, [*argv, "--group_by", "none"]) == 0
+
+
+def write_copy(checkpoint: Path, copy: Path, config: dict[str, Any]) -> None:
+    """A copy of a checkpoint, of a training with other settings."""
+    shutil.copy(checkpoint, copy)
+    sidecar = json.loads(checkpoint.with_suffix(".json").read_text())
+    changed = {**sidecar, "config": {**sidecar["config"], **config}}
+    copy.with_suffix(".json").write_text(json.dumps(changed))
 
 
 def copy_without(data: Path, folder: Path, name: str) -> Path:

@@ -118,6 +118,8 @@ def _check_combinations(config: Any) -> list[str]:
     if are_frozen and not _trained_apart(config):
         problems.append("freeze_*: all three parts are frozen, so nothing would be trained.")
     problems += _check_image_size(config)
+    if not (config.loss_focal_weight or config.loss_dice_weight or config.loss_iou_weight):
+        problems.append("loss_*_weight: all three weights are 0, so nothing would be learnt.")
     if config.val_fraction is not None and not 0 < config.val_fraction < 1:
         problems.append(f"val_fraction: {config.val_fraction} must lie between 0 and 1.")
     if problem := pattern_problem(config.group_by):

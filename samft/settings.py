@@ -20,6 +20,7 @@ from samft.suggestions import suggest_nearest
 
 MOST_USED = "most used"
 _COMMENT_WIDTH = 100  # characters
+_TOO_LARGE = 2**63  # for whole numbers of NumPy and PyTorch
 
 
 class CheckedSettings(Protocol):
@@ -98,7 +99,7 @@ def split_names(value: str) -> list[str]:
 
 
 def check_fields(config: Any) -> list[str]:
-    """One sentence for each setting that is none of its choices, too low, or not UTF-8."""
+    """One sentence for each setting that is none of its choices, out of range, or not UTF-8."""
     problems = []
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
@@ -118,6 +119,8 @@ def check_fields(config: Any) -> list[str]:
         if isinstance(value, (int, float)) and at_least is not None:
             if not at_least <= value < float("inf"):
                 problems.append(f"{field.name}: {value} must be at least {at_least}.")
+            elif isinstance(value, int) and value >= _TOO_LARGE:
+                problems.append(f"{field.name}: {value} must be below 2^63.")
     return problems
 
 

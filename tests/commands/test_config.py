@@ -378,6 +378,12 @@ NO_SIZES = ("1024x", "x768", "1024X768", "1024*768", "9x9x9", "-64", "6.4e1", "6
         ("--steps abc", "--steps: 'abc' is not a whole number."),
         ("--steps 2.5", "--steps: '2.5' is not a whole number."),
         ("--steps 0", "steps: 0 must be at least 1."),
+        (f"--seed {2**63}", f"seed: {2**63} must be below 2^63."),
+        (f"--view tiles --tile_size {10**20}", f"tile_size: {10**20} must be below 2^63."),
+        (
+            "--loss_focal_weight 0 --loss_dice_weight 0 --loss_iou_weight 0",
+            "loss_*_weight: all three weights are 0, so nothing would be learnt.",
+        ),
         ("--learning_rate fast", "--learning_rate: 'fast' is not a number."),
         ("--learning_rate 0", "learning_rate: 0.0 must be above 0."),
         ("--learning_rate nan", "learning_rate: nan must be above 0."),

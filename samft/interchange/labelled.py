@@ -13,7 +13,7 @@ from PIL import Image
 
 from samft.coco.segmentation import CroppedMask
 from samft.errors import DataError
-from samft.images.files import inspect_image
+from samft.images.files import JPEG_START, inspect_image
 from samft.images.limits import SENTENCES, UnusableImage, check_size
 from samft.images.names import IMAGE_SUFFIXES
 from samft.images.orientation import turned_size
@@ -62,7 +62,7 @@ def read_numbers(path: Path) -> NDArray[Any]:
         An array of integers [H, W].
 
     Raises:
-        DataError: The file cannot be read, or holds colours or fractions.
+        DataError: The file cannot be read, is a JPEG, or holds colours or fractions.
     """
     try:
         content = read_file(path)
@@ -71,6 +71,11 @@ def read_numbers(path: Path) -> NDArray[Any]:
         raise DataError(f"{path} {error.sentence}") from error
     except Exception as error:  # whatever the decoders raise for a damaged file
         raise DataError(f"{path} cannot be read as a label image ({error}).") from error
+    if content.startswith(JPEG_START):
+        raise DataError(
+            f"{path} is a JPEG, which changes numbers near the borders of objects: save the labels "
+            "as PNG or TIFF where they were drawn."
+        )
     if numbers.ndim == 3 and (numbers == numbers[..., :1]).all():
         numbers = numbers[..., 0]  # grey, saved as colours
     if numbers.dtype.kind == "f" and (numbers == np.rint(numbers)).all():
@@ -138,7 +143,7 @@ def check_sizes(image: Path, labels: Path, size: tuple[int, int]) -> None:
 
 
 def objects_of_numbers(
-    numbers: NDArray[Any], *, name: str, source: Path, background: Iterable[int] = (0,)
+    numbers: NDArray[Any], *, name: str, source: Path, background: Iterable[int] = ()
 ) -> list[LabelledObject]:
     """One object for each number in a label image, ascending.
 
@@ -146,14 +151,14 @@ def objects_of_numbers(
         numbers: Integers [H, W].
         name: The class.
         source: The file.
-        background: Numbers that are no object.
+        background: Numbers that are no object; negative ones never are.
     """
     values, flat = np.unique(numbers, return_inverse=True)
     places = flat.reshape(numbers.shape)
     ignored = set(background)
     objects = []
     for k, value in enumerate(values.tolist()):
-        if value not in ignored:
+        if value > 0 and value not in ignored:
             objects.append(LabelledObject(name, _crop(places == k), f"{source}, value {value}"))
     return objects
 
@@ -167,10 +172,10 @@ def _crop(mask: NDArray[np.bool_]) -> CroppedMask:
 
 
 def mask_object(path: Path, *, name: str) -> tuple[LabelledObject, tuple[int, int]]:
-    """The object that a picture of one mask shows, where it is not 0; and H, W of the picture."""
+    """The object that a picture of one mask shows, where it is above 0; and H, W of the picture."""
     numbers = read_numbers(path)
     height, width = numbers.shape
-    return LabelledObject(name, _crop(numbers != 0), str(path)), (height, width)
+    return LabelledObject(name, _crop(numbers > 0), str(path)), (height, width)
 
 
 def find_images(folder: Path) -> dict[str, Path]:
@@ -183,7 +188,9 @@ def find_images(folder: Path) -> dict[str, Path]:
         raise DataError(f"there is no folder {folder}: check the path.")
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+        # macOS leaves files such as "._a.png" beside the image "a.png".
+        is_hidden = path.name.startswith(".")
+        if is_hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             continue
         if path.stem in images:
             raise DataError(

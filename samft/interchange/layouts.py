@@ -133,17 +133,23 @@ def read_yolo(source: Path) -> Iterator[LabelledImage]:
     root = file.parent / str(settings.get("path") or "")
     root = root if root.is_dir() else file.parent  # some name a place on another machine
     read: set[Path] = set()
+    num_texts = 0
     for split in ("train", "val", "test"):
         entry = settings.get(split)
         for folder in entry if isinstance(entry, list) else [entry] if entry else []:
-            place = root / str(folder)
+            folder = str(folder).replace("\\", "/")
+            place = root / folder
             if not place.is_dir():  # Roboflow writes ../train/images
-                place = file.parent / str(folder).removeprefix("../")
+                place = file.parent / folder.removeprefix("../")
             # YOLO needs a val, so datasets without one name their images for training twice.
             images = {} if place.resolve() in read else find_images(place)
             read.add(place.resolve())
             for image in images.values():
-                yield _read_yolo_image(image, names, split)
+                text_file = _yolo_text(image)
+                num_texts += text_file.is_file()
+                yield _read_yolo_image(image, text_file, names, split)
+    if read and not num_texts:
+        raise DataError(f"no image of {file} has outlines: there is no {text_file}, for one.")
 
 
 def _read_data_yaml(file: Path) -> tuple[dict[str, Any], dict[int, str]]:
@@ -158,16 +164,23 @@ def _read_data_yaml(file: Path) -> tuple[dict[str, Any], dict[int, str]]:
         ) from error
 
 
-def _read_yolo_image(image: Path, names: dict[int, str], split: str) -> LabelledImage:
+def _yolo_text(image: Path) -> Path:
+    # Beside the image, where there is one, as of Darknet.
     parts = list(image.parent.parts)
     places = [k for k, part in enumerate(parts) if part == "images"]
     if places:
         parts[places[-1]] = "labels"
+    beside = image.with_suffix(".txt")
+    return beside if beside.is_file() else Path(*parts) / f"{image.stem}.txt"
+
+
+def _read_yolo_image(
+    image: Path, text_file: Path, names: dict[int, str], split: str
+) -> LabelledImage:
     # Shares of the sides of the view: YOLO's readers turn images, as `exif_size` of ultralytics.
     height, width = viewed_size(image)
     labelled = LabelledImage(image, (height, width), split=split)
-    text_file = Path(*parts) / f"{image.stem}.txt"
-    lines = text_file.read_text().splitlines() if text_file.is_file() else []
+    lines = text_file.read_text(encoding="utf-8-sig").splitlines() if text_file.is_file() else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -302,7 +315,7 @@ def read_voc(source: Path) -> Iterator[LabelledImage]:
 
 
 def _voc_objects(numbers: np.ndarray, kinds: np.ndarray, source: Path) -> list[LabelledObject]:
-    objects = objects_of_numbers(numbers, name="", source=source, background=(0, _VOID))
+    objects = objects_of_numbers(numbers, name="", source=source, background=(_VOID,))
     named = []
     for one in objects:
         assert isinstance(one.shape, CroppedMask)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ from samft.interchange.outlines import trace_outlines
 from samft.runtime.files import write_atomically
 
 ANNOTATIONS = "_annotations.coco.json"
+_PART = 0.02  # share of a mask from which on a part counts
 _DIGITS = 9  # of YOLO's shares of a side: a millionth of a pixel in any image
 
 
@@ -87,6 +89,13 @@ def _write_split(
     converted: Converted,
 ) -> None:
     writer = DatasetWriter(file, description="converted by samft")
+    masks = [one.shape for image in group for one in image.objects]
+    in_parts = [_is_in_parts(mask) for mask in masks if isinstance(mask, CroppedMask)]
+    if 2 * sum(in_parts) > len(in_parts):
+        converted.notes.append(
+            f"{sum(in_parts):,} of {len(in_parts):,} masks are in separate parts: where a number "
+            "stands for a class, not for an object, give each object a number of its own"
+        )
     ids = {name: number for number, name in categories.items()}
     entries = []
     for number, image in enumerate(group, start=1):
@@ -109,6 +118,14 @@ def _write_split(
     split = group[0].split
     converted.images[split], converted.objects[split] = len(group), writer.num_objects
     writer.close(entries, categories)
+
+
+def _is_in_parts(mask: CroppedMask) -> bool:
+    if not mask.mask.size:
+        return False
+    _, _, measures, _ = cv2.connectedComponentsWithStats(mask.mask.astype(np.uint8))
+    areas = measures[1:, cv2.CC_STAT_AREA]
+    return bool((areas >= _PART * areas.sum()).sum() > 1)
 
 
 def _copy_images(paths: list[Path], folder: Path, *, link: bool) -> None:

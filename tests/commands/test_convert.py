@@ -99,7 +99,9 @@ def test_label_images_there_and_back(tmp_path: Path, kind: str) -> None:
     flags = ("--from", "labels", "--source", tmp_path / "labels", "--images", tmp_path / "images")
     report = convert(*flags, "--output_dir", tmp_path / "out")
     total = sum(len(np.unique(labels[labels > 0])) for labels in numbers.values())
-    assert report == {"images": {"train": 3}, "objects": {"train": total}, "notes": []}
+    # The numbers are scattered, which is said.
+    assert report["images"] == {"train": 3} and report["objects"] == {"train": total}
+    assert len(report["notes"]) == 1 and "separate parts" in report["notes"][0]
     assert_split_of_numbers(tmp_path / "out" / "train", numbers)
     annotations = tmp_path / "out" / "train" / "_annotations.coco.json"
     back = ("--to", "labels", "--source", annotations, "--images", annotations.parent)
@@ -132,7 +134,7 @@ def test_one_picture_for_each_object(tmp_path: Path) -> None:
     flags = ("--from", "masks", "--source", tmp_path / "masks", "--images", tmp_path / "images")
     report = convert(*flags, "--output_dir", tmp_path / "out")
     assert report["objects"] == {"train": len(values)}
-    assert report["notes"] == [f"left out, because it covers no pixel: {inner / 'empty.png'}"]
+    assert f"left out, because it covers no pixel: {inner / 'empty.png'}" in report["notes"]
     assert_split_of_numbers(tmp_path / "out" / "train", {"a.png": labels})
 
 
@@ -366,3 +368,32 @@ def test_faults_are_sentences_and_nothing_is_written(
     error = refused(capsys, "--from", "labelme", "--source", tmp_path, *out)
     assert "a.json, shape 1 is a polygon of 2 points, which covers no area" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("places", ["labels", "beside", "none"])
+def test_outlines_of_yolo_are_found_or_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], places: str
+) -> None:
+    data = tmp_path / "data"
+    write_image(data / "images" / "train" / "a.png")
+    (data / "data.yaml").write_text("train: images\\train\nnames: [thing]\n")
+    folder = {"labels": data / "labels" / "train", "beside": data / "images" / "train"}.get(places)
+    if folder is None:
+        error = refused(capsys, "--from", "yolo", "--source", data, "--output_dir", tmp_path / "b")
+        assert "no image of" in error and "a.txt" in error
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.txt").write_text("\ufeff0 .1 .1 .5 .1 .5 .5\n", encoding="utf-8")
+    result = convert("--from", "yolo", "--source", data, "--output_dir", tmp_path / "b")
+    assert result["objects"] == {"train": 1}
+
+
+def test_numbers_of_classes_are_noticed(tmp_path: Path) -> None:
+    numbers = np.zeros(SIZE, np.uint8)
+    numbers[2:8, 2:8] = numbers[2:8, 12:18] = 1
+    write_image(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(numbers).save(tmp_path / "masks" / "a.png")
+    places = ("--source", tmp_path / "masks", "--images", tmp_path / "images")
+    result = convert("--from", "labels", *places, "--output_dir", tmp_path / "b")
+    assert "1 of 1 masks are in separate parts" in result["notes"][0]

@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from samft.errors import DataError
-from samft.interchange.labelled import read_numbers
+from samft.interchange.labelled import find_images, objects_of_numbers, read_numbers
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 7), (7, 1), (1, 1), (1, 3), (3, 1)])
@@ -29,3 +29,21 @@ def test_a_stack_is_no_label_image(shape: tuple[int, ...], tmp_path: Path) -> No
     tifffile.imwrite(tmp_path / "a.tif", numbers, photometric="minisblack")
     with pytest.raises(DataError, match="holds colours or fractions"):
         read_numbers(tmp_path / "a.tif")
+
+
+def test_a_jpeg_is_no_label_image(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="a JPEG, which changes numbers"):
+        read_numbers(tmp_path / "a.jpg")
+
+
+def test_negative_numbers_are_no_objects() -> None:
+    numbers = np.array([[-1, 0, 3], [-1, 3, 7]])
+    objects = objects_of_numbers(numbers, name="a", source=Path("b"))
+    assert [one.source for one in objects] == ["b, value 3", "b, value 7"]
+
+
+def test_files_that_a_system_hides_are_no_images(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert list(find_images(tmp_path)) == ["a"]

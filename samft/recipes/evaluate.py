@@ -279,6 +279,14 @@ def read_subset(
         whole = read(**_choosing(by))
         _, held_out = split_by_hash(whole, options.val_fraction, group_by=by["group_by"])
         subset = _select_images(subset, held_out)
+        of_training = by["val_fraction"]
+        if of_training is not None and options.val_fraction > of_training and distributed.is_main():
+            LOGGER.warning(
+                "--val_fraction %g: the training held out %g, so that some of these images were "
+                "trained on",
+                options.val_fraction,
+                of_training,
+            )
     LOGGER.info(
         "%s: %d images, %d masks%s",
         annotations,

@@ -189,17 +189,18 @@ def held_out_by(paths: Sequence[Path], flags: Mapping[str, Any]) -> dict[str, An
             unless it is None.
 
     Returns:
-        `group_by`, and the settings that choose objects.
+        `group_by`, the settings that choose objects, and `val_fraction` of the training, the
+        smallest one of several; None without any.
 
     Raises:
         ConfigError: The trainings have held out different images.
     """
     given = {"group_by": flags["group_by"]} if flags["group_by"] else {}
-    configs = [saved_config(path) or {} for path in paths]
+    saved = [saved_config(path) or {} for path in paths]
+    configs = [config for config in saved if config.get("val_fraction") is not None]
     of_runs = [
         {name: config.get(name, before) for name, before in _HELD_OUT_BY.items()} | given
         for config in configs
-        if config.get("val_fraction") is not None
     ]
     if any(one != of_runs[0] for one in of_runs):
         texts = [", ".join(f"{name} {value}" for name, value in one.items()) for one in of_runs]
@@ -209,7 +210,8 @@ def held_out_by(paths: Sequence[Path], flags: Mapping[str, Any]) -> dict[str, An
             "validated on: evaluate each by itself."
         )
     without = {name: flags[name] for name in _HELD_OUT_BY} | {"group_by": "auto"} | given
-    return of_runs[0] if of_runs else without
+    by = of_runs[0] if of_runs else without
+    return by | {"val_fraction": min((one["val_fraction"] for one in configs), default=None)}
 
 
 def saved_training(path: Path) -> dict[str, Any]:

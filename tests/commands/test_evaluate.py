@@ -340,6 +340,10 @@ def test_held_out_otherwise_there_are_no_common_images(
     error = capsys.readouterr().err
     assert "group_by auto" in error and "group_by folder" in error
     assert run_command(evaluate_here, [*argv, "--group_by", "none"]) == 0
+    assert "trained on" not in capsys.readouterr().err
+    argv = arguments_for(data, paths[0], split="train", val_fraction=0.4)
+    assert run_command(evaluate_here, argv) == 0
+    assert "so that some of these images were trained on" in capsys.readouterr().err
 
 
 def write_copy(checkpoint: Path, copy: Path, config: dict[str, Any]) -> None:

@@ -20,13 +20,12 @@ Source: `segment_anything/modeling/mask_decoder.py`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from samft.models.prompts import DenseEmbedding, PromptEmbeddings
@@ -167,7 +166,7 @@ def _upscaled_product(
     Returns:
         float [M, K, 4h, 4w].
     """
-    first, norm, activation, second, _ = upscaling  # the last GELU is part of `_GeluProduct`
+    first, norm, activation, second, _ = upscaling
     assert isinstance(first, nn.ConvTranspose2d) and isinstance(second, nn.ConvTranspose2d)
     assert isinstance(norm, LayerNorm2d)
     num, num_masks, (height, width) = len(image), hyper.shape[1], grid
@@ -175,10 +174,11 @@ def _upscaled_product(
     quarters = F.linear(image, *_one_to_four(first)).unflatten(2, (4, -1)).flatten(1, 2)
     # Over the channels of a pixel: with channels last, an ordinary layer norm.
     quarters = F.layer_norm(quarters, (len(norm.weight),), norm.weight, norm.bias, norm.eps)
-    logits = _GeluProduct.apply(activation(quarters), *_one_to_four(second), hyper)
+    pixels = activation(F.linear(activation(quarters), *_one_to_four(second)))
+    logits = pixels.unflatten(2, (4, -1)).flatten(1, 2) @ hyper.transpose(1, 2)
     # The first map made (i, j) of (y, x), the second (k, l) of that: pixel
-    # (4y + 2i + k, 4x + 2j + l) of a mask is at [k, l, mask, y, x, i, j].
-    logits = logits.view(num, 2, 2, num_masks, height, width, 2, 2).permute(0, 3, 4, 6, 1, 5, 7, 2)
+    # (4y + 2i + k, 4x + 2j + l) is at [y, x, i, j, k, l, mask].
+    logits = logits.view(num, height, width, 2, 2, 2, 2, num_masks).permute(0, 7, 1, 3, 5, 2, 4, 6)
     return logits.reshape(num, num_masks, 4 * height, 4 * width)
 
 
@@ -187,43 +187,6 @@ def _one_to_four(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
     weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [C, C', i, j] to [i j C', C]
     assert convolution.bias is not None
     return weight, convolution.bias.repeat(4)
-
-
-class _GeluProduct(torch.autograd.Function):
-    """gelu(W x + b), four vectors for a token x, and the inner products of each with K vectors h.
-
-    Channels come before tokens, so that all but the matrix products run along thousands of tokens.
-    Written by hand because autograd would lay out the gradient of x with channels first, and what
-    comes before would have to copy it. Shapes: x [M, L, K], W [4 C, K], b [4 C], h [M, K, C]; the
-    result [M, 4, K, L].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, hyper: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias, hyper = (t.to(dtype) for t in (x, weight, bias, hyper))
-        weights = weight.expand(len(x), -1, -1)
-        inner = torch.baddbmm(bias[:, None], weights, x.transpose(1, 2)).unflatten(1, (4, -1))
-        activated = F.gelu(inner)  # [M, 4, C, L]
-        ctx.save_for_backward(x, weight, hyper, inner, activated)
-        return hyper[:, None] @ activated
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, hyper, inner, activated = ctx.saved_tensors
-        # In rows of K, so that the only mask is one column for BLAS, not the transpose of a row.
-        columns = gradient.transpose(2, 3).flatten(2).unflatten(2, (-1, hyper.shape[1]))
-        d_hyper = (activated @ columns).sum(1).transpose(1, 2)
-        # For one mask a product of columns and rows is a multiplication.
-        multiply = torch.mul if hyper.shape[1] == 1 else torch.matmul
-        d_activated = multiply(hyper.transpose(1, 2)[:, None], gradient)
-        d_inner = torch.ops.aten.gelu_backward(d_activated, inner).flatten(1, 2)
-        d_weight, d_bias = (d_inner @ x).sum(0), d_inner.sum((0, 2))
-        # As a batch: times a single matrix, the transposed would be copied into rows first.
-        d_x = d_inner.transpose(1, 2).bmm(weight.expand(len(x), -1, -1))
-        return d_x, d_weight, d_bias, d_hyper
 
 
 FAST = DecoderImplementation(prepare_fast, decode_fast)

@@ -143,8 +143,9 @@ def _find_by_likeness(data_root: Path, split: str, flags: str) -> tuple[Path, Pa
     tried = " or ".join(_SPLIT_NAMES.get(split, (split,)))
     splits = list_splits(data_root)
     fitting = [each for each in splits if role_of(each.name) == role_of(split)]
-    if not fitting and role_of(split) == "train" and len(splits) == 1 and not splits[0].name:
-        fitting = splits
+    fitting = fitting or [each for each in splits if _roles_in(each.name) == {role_of(split)}]
+    if not fitting and role_of(split) == "train" and len(splits) == 1:
+        fitting = [] if _roles_in(splits[0].name) else splits
     if len(fitting) == 1:
         annotations, images = fitting[0].annotations, fitting[0].images
         _log_once(f"split {split}: {annotations}, with the images in {images}")
@@ -166,6 +167,11 @@ def role_of(name: str) -> str:
     """`train`, `val` or `test` for a split's name in any spelling, with or without a year."""
     plain = re.sub(r"\d{4}$", "", name.casefold())
     return next((role[0] for role in _ROLES if plain in role), name.casefold())
+
+
+def _roles_in(name: str) -> set[str]:
+    # Of the words of a file's name, such as lvis_v1_train or val_fold0.
+    return {role_of(word) for word in name.split("_")} & {role[0] for role in _ROLES}
 
 
 def list_splits(data_root: Path) -> list[SplitFiles]:

@@ -48,6 +48,10 @@ def test_find_split_in_both_layouts(tmp_path: Path) -> None:
         ("train", "annotations/instances_default.json", "images", []),
         ("train", "labels/train2017.json", "train2017", ["labels/val2017.json"]),
         ("test", "annotations/test.json", "images/test", ["annotations/train.json"]),
+        ("train", "annotations/lvis_v1_train.json", ".", ["annotations/lvis_v1_val.json"]),
+        ("val", "annotations/val_fold0.json", "images", ["annotations/train_fold0.json"]),
+        ("train", "train.json", "images", ["train_small.json"]),
+        ("train", "labels_my-project_2024-01-01.json", "images", []),
     ],
 )
 def test_the_only_file_that_can_be_meant_is_taken(
@@ -64,6 +68,8 @@ def test_the_only_file_that_can_be_meant_is_taken(
     ("files", "split", "message"),
     [
         (["result.json"], "val", r"no split val or .*It holds result.json \(images in .*\)"),
+        (["coco_test_set.json"], "train", "no split train"),
+        (["train_a.json", "train_b.json"], "train", "more than one split for 'train'"),
         (["a.json", "b.json"], "train", "no split train: .* a.json .*, b.json"),
         (["Train.json", "training.json"], "train", "more than one split for 'train'"),
         (["data.yaml", "labels/train/a.txt"], "train", "YOLO's labels .data.yaml, labels/train/a"),

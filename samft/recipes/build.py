@@ -104,7 +104,8 @@ def build_model(
 
     Raises:
         CheckpointError: The weights do not fit the model.
-        ConfigError: The model has fewer blocks than are to be trained.
+        ConfigError: The model has fewer blocks than are to be trained, or is narrower than
+            `lora_rank`.
     """
     assert config.model_type is not None
     torch.manual_seed(config.seed)
@@ -168,6 +169,12 @@ def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], lis
         raise ConfigError(
             f"train_blocks: {train_blocks} is more than the {num_blocks} blocks of "
             f"{config.model_type}."
+        )
+    width = sam.image_encoder.patch_embed.proj.out_channels
+    if config.lora_rank is not None and config.lora_rank > width:
+        raise ConfigError(
+            f"lora_rank: {config.lora_rank} is more than {width}, the width of "
+            f"{config.model_type}, with which adapters can already change all of a weight."
         )
     wanted: dict[str, Any] = {
         "unreached": unreached_by(config.prompts, **_rounds_of(config)),

@@ -124,6 +124,13 @@ def test_checkpointed_activations_change_nothing(data: Path, adapted: Path, tmp_
     check_equal_metrics(tmp_path, adapted, rel=1e-5)
 
 
+def test_a_rank_above_the_width_is_one_sentence(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_here(arguments(data, tmp_path, **{**SHORT, "lora_rank": 129})) == 2
+    assert "lora_rank: 129 is more than 128, the width of vit_tiny" in capsys.readouterr().err
+
+
 def test_without_a_frozen_block_nothing_is_cached(data: Path, tmp_path: Path) -> None:
     changes = {**SHORT, "train_blocks": None, "steps": 1, "freeze_image_encoder": False}
     argv = cached_arguments(data, tmp_path, **{**changes, "cache_embeddings": "auto"})

@@ -105,11 +105,15 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError("--images: name the folder of the images.")
     if options.images and not needs_images:
         raise ConfigError(f"--images: {options.origin} says itself where its images are.")
-    if not options.source.exists() or (options.to and not options.source.is_file()):
+    source, output = options.source, options.output_dir
+    may_be_file = options.to or options.origin == "yolo"  # its data.yaml
+    if not (source.is_dir() and not options.to) and not (source.is_file() and may_be_file):
         what = "COCO file" if options.to else "folder"
-        raise DataError(f"--source: there is no {what} {options.source}: check the path.")
-    if options.output_dir.exists() and any(options.output_dir.iterdir()):
-        raise ConfigError(f"--output_dir: {options.output_dir} is not empty: name a new folder.")
+        raise DataError(f"--source: there is no {what} {source}: check the path.")
+    if options.images and not options.images.is_dir():
+        raise DataError(f"--images: there is no folder {options.images}: check the path.")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"--output_dir: {output} is not an empty folder: name a new one.")
 
 
 def _convert(options: argparse.Namespace, part: Path) -> Converted:

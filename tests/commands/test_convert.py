@@ -328,6 +328,23 @@ def test_what_a_target_cannot_hold_is_named(tmp_path: Path) -> None:
     assert yolo["objects"] == {"train": 3}
 
 
+@pytest.mark.parametrize(
+    ("layout", "named"),
+    [("masks", "source"), ("labels", "images"), ("yolo", "output_dir")],
+)
+def test_files_in_the_place_of_folders_are_named(
+    layout: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    paths = {name: tmp_path / name for name in ("source", "images")[: 1 + (layout != "yolo")]}
+    for path in paths.values():
+        path.mkdir()
+    given = {**paths, "output_dir": tmp_path / "out", named: file}
+    flags = [part for name, path in given.items() for part in (f"--{name}", path)]
+    assert f"--{named}: " in refused(capsys, "--from", layout, *flags)
+
+
 def test_faults_are_sentences_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

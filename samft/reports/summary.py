@@ -419,15 +419,17 @@ def log_summary(summary: dict[str, Any], folder: Path, *, commands: Sequence[str
         LOGGER.warning("%d images could not be used; summary.json names them all", num_bad_images)
     checkpoint = summary["best_checkpoint"]
     board = shell_program("tensorboard", "--logdir", folder, module="tensorboard.main")
-    has_board = (folder / TENSORBOARD).is_dir()
-    LOGGER.info(
-        "all results are in %s: report.html (open it in a browser), %s (the best checkpoint), "
-        "summary.json, metrics.jsonl, %s%s",
-        folder,
-        Path(checkpoint).name if checkpoint else "no best checkpoint",
-        BEFORE_AFTER,
-        f", {TENSORBOARD}/ (view with `{board}`)" if has_board else "",
-    )
+    results = {
+        "report.html": " (open it in a browser)",
+        Path(checkpoint or "").name: " (the best checkpoint)",
+        "summary.json": "",
+        "metrics.jsonl": "",
+        BEFORE_AFTER: "",
+        f"{TENSORBOARD}/": f" (view with `{board}`)",
+    }
+    # The report and the pictures are missing where they could not be written.
+    there = [name + what for name, what in results.items() if name and (folder / name).exists()]
+    LOGGER.info("all results are in %s: %s", folder, ", ".join(there))
     if commands:  # in one record, so that no time is printed before a line that is to be copied
         text = "\n".join(commands)
         LOGGER.info("to evaluate, use or load the checkpoint:\n%s", text, extra=WITH_COMMANDS)

@@ -377,7 +377,16 @@ def test_warnings_are_the_last_log_records(tmp_path, caplog):
     ]
 
 
+def test_the_log_names_no_file_that_is_not_there(tmp_path, caplog):
+    (tmp_path / "summary.json").touch()
+    with caplog.at_level(logging.INFO, logger="samft"):
+        log_summary(a_summary(tmp_path, best_checkpoint=None), tmp_path, commands=[])
+    assert f"all results are in {tmp_path}: summary.json" in caplog.messages
+
+
 def test_the_log_has_scores_files_and_next_commands(tmp_path, caplog):
+    for name in ("40-0.75.ckpt", BEFORE_AFTER, "report.html"):
+        (tmp_path / name).touch()
     with caplog.at_level(logging.INFO, logger="samft"):
         log_summary(a_summary(tmp_path), tmp_path, commands=["one", "two", "three"])
     score, objects, places, commands = caplog.messages

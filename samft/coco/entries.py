@@ -254,9 +254,8 @@ class ObjectChunk:
             self._add_ids(entry, object_id, label)
             self._add_crowd(entry.iscrowd, label)
             self._add_box(entry.bbox)
-            self.areas_json.append(
-                entry.area if isinstance(entry.area, float) else to_id(entry.area) or -1
-            )
+            area = entry.area if isinstance(entry.area, float) else to_id(entry.area)
+            self.areas_json.append(area or -1)
             self.masks.add(None if entry.segmentation is UNSET else entry.segmentation)
 
     def _add_ids(self, entry: ObjectEntry, object_id: int | str | None, label: str) -> None:
@@ -319,6 +318,7 @@ class ObjectChunk:
         sizes = self.images.sizes[rows].astype(np.float64)
         masks.refuse_foreign(sizes)
         evidence.add(rows, positions, masks=masks, boxes_xywh=boxes_xywh)
+        masks.cut_holes(np.array(self.areas_json, dtype=np.float64), sizes)
         masks.find_empty(sizes)
         boxes = self._correct_boxes(boxes_xywh, masks, sizes, problems)
         self._add_mask_problems(boxes_xywh, masks, sizes, problems)
@@ -385,7 +385,8 @@ class ObjectChunk:
             "polygon-part-left-out": masks.part_left_out,
             "polygon-flat": flat,
             "mask-notation": respelled,
-            "polygon-parts": masks.num_parts > 1,
+            "polygon-parts": (masks.num_parts > 1) & ~masks.has_holes,
+            "polygon-holes": masks.has_holes,
             "rle-size-differs": other_size,
             "polygon-leaves-image": ~is_rle & (distance_outside(masks.extents, sizes) > 1),
             "mask-tiny": masks.areas < _TINY,

@@ -131,6 +131,7 @@ KINDS = {
     "polygon-part-left-out": (NOTE, "a part of the mask is unusable; the others are used"),
     "mask-notation": (NOTE, "written in another way than COCO's (points, text, nesting); read"),
     "polygon-flat": (NOTE, "one flat list of numbers, read as one polygon"),
+    "polygon-holes": (NOTE, "'area' says that polygons inside of others are holes; read as these"),
     "polygon-leaves-image": (FACT, "polygon reaches beyond the image by more than 1 px"),
     "polygon-parts": (FACT, "mask of several polygons"),
     "rle-malformed": (WARNING, "RLE that cannot be decoded, or does not fill its size"),

@@ -29,6 +29,7 @@ LAYOUTS = {
     "by-rows": (False, True),
     "by-rows-size-swapped": (True, True),
 }
+_SMALLEST_HOLE = 0.02  # share of a mask
 _RLE = -1  # in `Segmentations`, instead of a number of polygons
 
 
@@ -120,6 +121,7 @@ class CheckedMasks:
         perimeters: float64 [n], px, the sum of the longer side of each edge; 0 for RLE.
         num_parts: int64 [n] usable polygons; 1 for RLE.
         part_left_out: bool [n], whether some polygons are unusable, but not all.
+        has_holes: bool [n], whether some polygons are read as holes of others, see `cut_holes`.
         rle_sizes: H, W of the objects that are RLE.
         segmentations: Of all n; those of objects with a code must not be read.
     """
@@ -130,7 +132,7 @@ class CheckedMasks:
         self.codes = np.full(n, "", dtype=object)
         self.extents, self.areas, self.perimeters = np.zeros((n, 4)), np.zeros(n), np.zeros(n)
         self.num_parts = np.zeros(n, dtype=np.int64)
-        self.part_left_out = np.zeros(n, dtype=bool)
+        self.part_left_out, self.has_holes = np.zeros((2, n), dtype=bool)
         self.rle_sizes = {owner: tuple(rle["size"]) for owner, rle in raw.rles.items()}
         for owner, code in raw.refused.items():
             self.codes[owner] = code
@@ -206,6 +208,30 @@ class CheckedMasks:
         own = np.sort(np.array(list(self.rle_sizes.values())).reshape(-1, 2))
         foreign = (own > _MOST_TIMES_IMAGE * np.sort(sizes[owners])).any(1)
         self.codes[owners[foreign]] = "rle-size-foreign"
+
+    def cut_holes(self, areas: NDArray[np.float64], sizes: NDArray[np.float64]) -> None:
+        """Reads polygons inside of others as their holes, where the annotated area says so.
+
+        COCO has no holes: a mask is the union of its polygons. But some exporters list the outlines
+        of holes among them, and count their pixels off the area.
+
+        Args:
+            areas: float64 [n], 'area' of the annotations, px; -1 where there is none.
+            sizes: float64 [n, 2], H, W of the images, px.
+        """
+        less = (areas > 0) & (areas < (1 - _SMALLEST_HOLE) * self.areas)
+        blocks, end = [self.segmentations.buffer], len(self.segmentations.buffer)
+        for k in np.flatnonzero(less & (self.num_parts > 1) & (self.codes == "")).tolist():
+            size = tuple(sizes[k].astype(int).tolist())
+            polygons = self.segmentations[k]
+            union, crop = count_pixels(polygons, size), _draw_even_odd(polygons, size)
+            area = int(crop.mask.sum())
+            is_nearer = 4 * abs(areas[k] - area) < abs(areas[k] - union)
+            if is_nearer and 0 < area < (1 - _SMALLEST_HOLE) * union:
+                blocks.append(_pack_rle(uncompressed_rle(crop, size)))
+                self.segmentations.starts[k], end = end, end + len(blocks[-1])
+                self.areas[k], self.has_holes[k] = area, True
+        self.segmentations = Segmentations(np.concatenate(blocks), self.segmentations.starts)
 
     def find_empty(self, sizes: NDArray[np.float64]) -> None:
         """Sets the code of masks that have no pixel in their images, and small areas exactly.
@@ -342,7 +368,7 @@ def decode_cropped(segmentation: Any, size: tuple[int, int]) -> CroppedMask:
     if isinstance(segmentation, dict):
         counts, rows = segmentation["counts"], segmentation["size"][0]
     else:
-        counts, rows = _draw_polygons([segmentation], size)[0]["counts"], height
+        counts, rows = draw_polygons([segmentation], size)[0]["counts"], height
     ends = np.cumsum(counts)
     filled = 2 * np.flatnonzero(counts[1::2]) + 1
     if len(filled) == 0:
@@ -361,43 +387,6 @@ def decode_cropped(segmentation: Any, size: tuple[int, int]) -> CroppedMask:
     flat = np.append(flat, np.zeros((right - left) * rows - len(flat), dtype=bool))
     mask = flat.reshape(right - left, rows).T[:height]
     return _crop_tightly(mask, left=left)
-
-
-@dataclass(frozen=True)
-class MaskRuns:
-    """The pixels of K masks as R vertical runs, sorted by mask, column and row."""
-
-    mask: NDArray[np.int64]  # [R], 0 to K - 1
-    column: NDArray[np.int64]  # [R] px, original frame
-    top: NDArray[np.int64]  # [R] the first pixel
-    bottom: NDArray[np.int64]  # [R] one past the last pixel
-
-    def take(self, which: NDArray[np.bool_]) -> "MaskRuns":
-        """Some of the runs."""
-        return MaskRuns(*(values[which] for values in vars(self).values()))
-
-
-def decode_runs(segmentations: Sequence[Any], size: tuple[int, int]) -> MaskRuns:
-    """Draws K segmentations of an image at once; see `decode_cropped`."""
-    outlined = [item for item in segmentations if isinstance(item, list)]
-    drawn = iter(_draw_polygons(outlined, size) if outlined else [])
-    rles = [next(drawn) if isinstance(item, list) else item for item in segmentations]
-    counts = np.concatenate([np.zeros(0, dtype=np.int64), *(rle["counts"] for rle in rles)])
-    lengths = np.array([len(rle["counts"]) for rle in rles], dtype=np.int64)
-    mask = np.repeat(np.arange(len(rles)), lengths)
-    # Where each run of equal pixels ends. Every second run is of the mask's pixels.
-    ends = np.cumsum(counts)
-    ends -= np.append(0, ends)[_starts(lengths)][mask]
-    filled = ((np.arange(len(counts)) - _starts(lengths)[mask]) % 2 == 1) & (counts > 0)
-    mask, ends, counts = mask[filled], ends[filled], counts[filled]
-    rows = np.array([rle["size"][0] for rle in rles], dtype=np.int64)[mask]
-    # Into runs within a column, and within the image.
-    first, last = (ends - counts) // rows, (ends - 1) // rows
-    run = np.repeat(np.arange(len(mask)), last - first + 1)
-    column = first[run] + np.arange(len(run)) - _starts(last - first + 1)[run]
-    top = np.maximum((ends - counts)[run] - column * rows[run], 0)
-    bottom = np.minimum(ends[run] - column * rows[run], np.minimum(rows[run], size[0]))
-    return MaskRuns(mask[run], column, top, bottom).take((column < size[1]) & (top < bottom))
 
 
 def relayout(rle: dict[str, Any], layout: str) -> dict[str, Any]:
@@ -446,17 +435,28 @@ def count_pixels(segmentation: Any, size: tuple[int, int]) -> int:
     """Number of pixels of an image of size H, W that a checked segmentation covers."""
     if isinstance(segmentation, list):  # in C: a tenth of a large file's objects come here
         return int(mask_utils.area(mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))))
-    runs = decode_runs([segmentation], size)
-    return int((runs.bottom - runs.top).sum())
+    return int(decode_cropped(segmentation, size).mask.sum())
 
 
-def _draw_polygons(objects: Sequence[Any], size: tuple[int, int]) -> list[dict[str, Any]]:
-    # As uncompressed RLE.
+def draw_polygons(objects: Sequence[Any], size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Objects of polygons as uncompressed RLE, in an image of H, W."""
     rles = mask_utils.frPyObjects([part for parts in objects for part in parts], *size)
     ends = accumulate(map(len, objects), initial=0)
     merged = [mask_utils.merge(rles[i:j]) if j > i + 1 else rles[i] for i, j in pairwise(ends)]
     decoded = counts_from_strings([rle["counts"] for rle in merged])
     return [{"size": size, "counts": counts} for counts in decoded]
+
+
+def _draw_even_odd(polygons: Sequence[Any], size: tuple[int, int]) -> CroppedMask:
+    # The pixels inside of an odd number of polygons: holes are empty, islands in them are not.
+    parts = [part for one in polygons if (part := decode_cropped([one], size)).mask.size]
+    extents = np.array([part.extent for part in parts] or [_NO_PIXELS.extent])
+    (left, top), (right, bottom) = extents[:, :2].min(0).tolist(), extents[:, 2:].max(0).tolist()
+    mask = np.zeros((bottom - top, right - left), dtype=bool)
+    for part in parts:
+        x0, y0, x1, y1 = part.extent
+        mask[y0 - top : y1 - top, x0 - left : x1 - left] ^= part.mask
+    return CroppedMask(top, left, mask)
 
 
 def _crop_tightly(mask: NDArray[np.bool_], *, left: int) -> CroppedMask:

@@ -11,11 +11,12 @@ Source: signed-area accumulation as in FreeType's `ftgrays.c` and Raph Levien's 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import MaskRuns
+from samft.coco.segmentation import draw_polygons
 
 _CHUNK_CELLS = 2**16  # of the parts that are drawn together: buffers of 512 KiB stay in a cache
 _ROUNDING = 1e-9  # cells
@@ -133,6 +134,45 @@ def rasterize(edges: Edges, areas: Floats) -> Iterator[CoveredBlock]:
             x, y = (low[part] - (left, top)).tolist()
             joined[y : y + share.shape[0], x : x + share.shape[1]] += share
         yield CoveredBlock(k, top, left, np.minimum(joined, 1, out=joined))
+
+
+@dataclass(frozen=True)
+class MaskRuns:
+    """The pixels of K masks as R vertical runs, sorted by mask, column and row."""
+
+    mask: Ints  # [R], 0 to K - 1
+    column: Ints  # [R] px, original frame
+    top: Ints  # [R] the first pixel
+    bottom: Ints  # [R] one past the last pixel
+
+    def take(self, which: NDArray[np.bool_]) -> "MaskRuns":
+        """Some of the runs."""
+        return MaskRuns(*(values[which] for values in vars(self).values()))
+
+
+def decode_runs(segmentations: Sequence[Any], size: tuple[int, int]) -> MaskRuns:
+    """Draws K segmentations of an image at once; see `segmentation.decode_cropped`."""
+    outlined = [item for item in segmentations if isinstance(item, list)]
+    drawn = iter(draw_polygons(outlined, size) if outlined else [])
+    rles = [next(drawn) if isinstance(item, list) else item for item in segmentations]
+    counts = np.concatenate([np.zeros(0, dtype=np.int64), *(rle["counts"] for rle in rles)])
+    lengths = np.array([len(rle["counts"]) for rle in rles], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    mask = np.repeat(np.arange(len(rles)), lengths)
+    # Where each run of equal pixels ends. Every second run is of the mask's pixels.
+    ends = np.cumsum(counts)
+    ends -= np.append(0, ends)[starts][mask]
+    filled = ((np.arange(len(counts)) - starts[mask]) % 2 == 1) & (counts > 0)
+    mask, ends, counts = mask[filled], ends[filled], counts[filled]
+    rows = np.array([rle["size"][0] for rle in rles], dtype=np.int64)[mask]
+    # Into runs within a column, and within the image.
+    first, last = (ends - counts) // rows, (ends - 1) // rows
+    spans = last - first + 1
+    run = np.repeat(np.arange(len(mask)), spans)
+    column = first[run] + np.arange(len(run)) - (np.cumsum(spans) - spans)[run]
+    top = np.maximum((ends - counts)[run] - column * rows[run], 0)
+    bottom = np.minimum(ends[run] - column * rows[run], np.minimum(rows[run], size[0]))
+    return MaskRuns(mask[run], column, top, bottom).take((column < size[1]) & (top < bottom))
 
 
 def rasterize_runs(

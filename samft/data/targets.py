@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import CroppedMask, MaskRuns, decode_cropped, decode_runs
-from samft.data.rasterize import polygon_edges, rasterize, rasterize_runs, round_shares
+from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.data.rasterize import (
+    MaskRuns,
+    decode_runs,
+    polygon_edges,
+    rasterize,
+    rasterize_runs,
+    round_shares,
+)
 from samft.data.transforms import Frame
 
 WINDOW_SCALE = 1.5  # sides of a window, in those of the object's box

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
@@ -15,7 +16,7 @@ from samft.coco.index import index_file
 from samft.coco.json_reader import UnusableFile
 from samft.coco.problems import FACT
 from samft.coco.repair import write_repaired
-from samft.coco.segmentation import MaskError
+from samft.coco.segmentation import MaskError, decode_cropped
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 
@@ -163,3 +164,59 @@ def test_other_files_are_named(tmp_path: Path, content: Any, named: str) -> None
         index_file(path, tmp_path, cache=tmp_path / "cache")
     assert caught.value.code == "json-not-coco"
     assert np.char.find(str(caught.value), "COCO instances file") > 0
+
+
+RING, ISLAND = [4.0, 5, 15, 5, 15, 16, 4, 16], [7.0, 8, 11, 8, 11, 12, 7, 12]
+OUTER = [1.0, 2, 21, 2, 21, 18, 1, 18]
+BESIDE = [22.0, 2, 28, 2, 28, 8, 22, 8]
+
+
+@pytest.mark.parametrize(
+    ("polygons", "area", "expected"),
+    [
+        ([OUTER, RING], 320 - 121, 320 - 121),
+        ([RING, OUTER], 320 - 121, 320 - 121),  # in any order
+        ([OUTER, RING], 199.6, 199),  # of the outlines, not of the pixels
+        ([OUTER, RING, ISLAND], 320 - 121 + 16, 320 - 121 + 16),
+        ([OUTER, RING, BESIDE], 320 - 121 + 36, 320 - 121 + 36),
+        ([OUTER, RING], 320, 320),  # as COCO has it
+        ([OUTER, RING], 320 + 121, 320),  # added up
+        ([OUTER, RING], None, 320),
+        ([OUTER, RING], 121, 320),  # of one of them
+        ([OUTER, OUTER], 320, 320),
+        ([OUTER, BESIDE], 320, 356),
+    ],
+)
+def test_polygons_inside_of_others_are_holes_where_the_area_says_so(
+    tmp_path: Path, polygons: list[list[float]], area: float | None, expected: int
+) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 30, 3), np.uint8))
+    entry = annotation(1, 1, OUTER, segmentation=polygons, bbox=[1, 2, 27, 16], area=area)
+    entry["bbox"][2] = 27 if BESIDE in polygons else 20
+    image = {"id": 1, "file_name": "a.png", "height": 20, "width": 30}
+    subset = read_coco(write_json(tmp_path / "a.json", [image], [entry]), tmp_path)
+    crop = decode_cropped(subset.index.segmentations[0], (20, 30))
+    assert crop.mask.sum() == expected
+    assert crop.extent == (1, 2, 28 if BESIDE in polygons else 21, 18)
+    parts = [mask_utils.decode(mask_utils.frPyObjects([one], 20, 30))[..., 0] for one in polygons]
+    drawn = np.zeros((20, 30), dtype=np.uint8)
+    drawn[2:18, 1 : crop.extent[2]] = crop.mask
+    has_holes = expected < np.bitwise_or.reduce(parts).sum()
+    combine = np.bitwise_xor if has_holes else np.bitwise_or
+    assert (drawn == combine.reduce(parts)).all()
+    assert [subset.index.problems[each] for each in ("polygon-parts", "polygon-holes")] == [
+        not has_holes,
+        has_holes,
+    ]
+
+
+def test_a_repaired_copy_has_holes_as_other_programs_read_them(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 30, 3), np.uint8))
+    entry = annotation(1, 1, OUTER, segmentation=[OUTER, RING], area=199)
+    image = {"id": 1, "file_name": "a.png", "height": 20, "width": 30}
+    path = write_json(tmp_path / "a.json", [image], [entry])
+    index = index_file(path, tmp_path, cache=tmp_path / "cache")
+    write_repaired(index, path, target=tmp_path / "fixed.json")
+    (repaired,) = json.loads((tmp_path / "fixed.json").read_text())["annotations"]
+    counts = mask_utils.frPyObjects(repaired["segmentation"], 20, 30)
+    assert repaired["area"] == mask_utils.area(counts) == 199 and repaired["bbox"] == entry["bbox"]

@@ -241,7 +241,7 @@ def test_an_rle_that_has_nothing_to_do_with_the_image_is_refused(
     huge = {"size": [13_000, 13_000], "counts": [5, 10, 13_000**2 - 15]}
     large = [2.0, 2, 28, 2, 28, 18, 2, 18]
     objects = [annotation(1, 1, large), annotation(2, 1, SQUARE, segmentation=huge)]
-    monkeypatch.setattr(segmentation, "decode_runs", pytest.fail)  # by its numbers alone
+    monkeypatch.setattr(segmentation, "decode_cropped", pytest.fail)  # by its numbers alone
     subset = _read_entries(tmp_path, objects)
     assert _ids(subset) == [1] and subset.counts == {"rle-size-foreign": 1}
 

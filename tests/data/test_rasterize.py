@@ -8,8 +8,7 @@ from pycocotools import mask as mask_utils
 
 import samft.data.rasterize
 from helpers.targets import rle_of
-from samft.coco.segmentation import decode_runs
-from samft.data.rasterize import polygon_edges, rasterize, rasterize_runs
+from samft.data.rasterize import decode_runs, polygon_edges, rasterize, rasterize_runs
 
 Parts = list[list[float]]
 SQUARE = [1.0, 1, 3, 1, 3, 3, 1, 3]

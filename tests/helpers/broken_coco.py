@@ -211,6 +211,9 @@ def _add_masks(train: BrokenSplit) -> None:
     part = [12.0, 3.0, 18.0, 3.0, 18.0, 9.0, 12.0, 9.0]
     both = {"segmentation": [SQUARE, part], "bbox": [2, 3, 16, 6]}
     train.add_object("polygon-parts", **both)
+    around = [2.0, 3.0, 9.0, 3.0, 9.0, 9.0, 2.0, 9.0]
+    hole = [4.0, 5.0, 7.0, 5.0, 7.0, 7.0, 4.0, 7.0]  # 42 - 6 = 36 px
+    train.add_object("polygon-holes", segmentation=[around, hole], bbox=[2, 3, 7, 6])
     train.add_object("polygon-part-left-out", segmentation=[SQUARE, [1, 2, 3]])
     train.add_object("polygon-flat", segmentation=SQUARE)
     pairs = [SQUARE[k : k + 2] for k in range(0, 8, 2)]

@@ -222,8 +222,7 @@ class CheckedMasks:
         less = (areas > 0) & (areas < (1 - _SMALLEST_HOLE) * self.areas)
         blocks, end = [self.segmentations.buffer], len(self.segmentations.buffer)
         for k in np.flatnonzero(less & (self.num_parts > 1) & (self.codes == "")).tolist():
-            size = tuple(sizes[k].astype(int).tolist())
-            polygons = self.segmentations[k]
+            polygons, size = self.segmentations[k], tuple(sizes[k].astype(int).tolist())
             union, crop = count_pixels(polygons, size), _draw_even_odd(polygons, size)
             area = int(crop.mask.sum())
             is_nearer = 4 * abs(areas[k] - area) < abs(areas[k] - union)
@@ -231,7 +230,8 @@ class CheckedMasks:
                 blocks.append(_pack_rle(uncompressed_rle(crop, size)))
                 self.segmentations.starts[k], end = end, end + len(blocks[-1])
                 self.areas[k], self.has_holes[k] = area, True
-        self.segmentations = Segmentations(np.concatenate(blocks), self.segmentations.starts)
+        if len(blocks) > 1:  # else no copy of a buffer that may be large
+            self.segmentations = Segmentations(np.concatenate(blocks), self.segmentations.starts)
 
     def find_empty(self, sizes: NDArray[np.float64]) -> None:
         """Sets the code of masks that have no pixel in their images, and small areas exactly.

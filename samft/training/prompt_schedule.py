@@ -53,7 +53,7 @@ class PromptSchedule:
             click_draws: float32 [M, corrections + 1, 2], see `Coco2MaskDataset`.
             loss: Of one mask for each object.
         """
-        draws, order = [0.0] * (self.corrections + 1), list(range(self.corrections))
+        draws, order = [0.0] * (self.corrections + 1), [0] * self.corrections
         if position is not None:
             generator = generator_of(ROUND_STREAM, self.seed, position)
             draws = generator.random(self.corrections + 1).tolist()

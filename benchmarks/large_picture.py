@@ -31,7 +31,7 @@ from benchmarks.measure import describe_machine, process_peak_gib, run_in_fresh_
 from benchmarks.predict import read_clocks
 from benchmarks.tables import markdown_table
 from samft import predict
-from samft.coco.segmentation import decode_encoded, encode_cropped
+from samft.annotations.segmentation import decode_encoded, encode_cropped
 from samft.runtime.files import write_json
 from samft.views.mapping import boxes_to_window
 from samft.views.regions import open_source

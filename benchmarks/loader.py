@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from benchmarks.baseline import BaselineDataset, BaselineSample
 from benchmarks.index import open_pycocotools
 from benchmarks.tables import format_speedups, markdown_table
+from samft.annotations.segmentation import CroppedMask, uncompressed_rle
 from samft.coco.layout import find_split
-from samft.coco.segmentation import CroppedMask, uncompressed_rle
 from samft.coco.subset import read_coco
 from samft.data.dataset import Coco2MaskDataset, Sample
 from samft.data.loaders import train_loader

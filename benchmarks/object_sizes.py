@@ -6,7 +6,7 @@
 `draw` asks what logits of a quarter of the image size can draw at all: it fits them to each true
 mask by gradient descent, beside the mask averaged over cells. `runs` asks what models draw: the
 objects of finished runs, from their `objects.json`, against filling each box. Both print a table;
-those of docs/experiments.md set `MIN_CELLS` of samft/coco/boxes.py.
+those of docs/experiments.md set `MIN_CELLS` of samft/annotations/boxes.py.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.tables import markdown_table
-from samft.coco.boxes import CELL, shorter_sides
+from samft.annotations.boxes import CELL, shorter_sides
+from samft.annotations.segmentation import CroppedMask, decode_cropped, uncompressed_rle
 from samft.coco.layout import find_split
-from samft.coco.segmentation import CroppedMask, decode_cropped, uncompressed_rle
 from samft.coco.subset import CocoSubset, read_coco
 from samft.config import parse_config
 from samft.data.targets import TargetGrids, draw_targets

@@ -34,7 +34,7 @@ from benchmarks.baseline import (
     LEARNING_RATE,
     focal_and_dice,
 )
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.subset import CocoSubset
 from samft.data.dataset import NO_PIXELS, Coco2MaskDataset, Sample
 from samft.models.prompted_sam import PromptedSam

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.procedural import make_scene
-from samft.coco.segmentation import CroppedMask, encode_cropped, uncompressed_rle
+from samft.annotations.segmentation import CroppedMask, encode_cropped, uncompressed_rle
 from samft.config import TrainConfig
 from samft.data.targets import draw_targets, make_grids
 from samft.data.transforms import make_frame

@@ -18,6 +18,8 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+from samft.annotations.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
+from samft.annotations.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.cli import (
     CommandParser,
     add_links_flag,
@@ -27,14 +29,12 @@ from samft.cli import (
     simplest_image_size,
     user_path,
 )
-from samft.coco.boxes import SAM_IMAGE_SIZE, advise_on_small_objects
 from samft.coco.layout import (
     describe_folder,
     find_general_set,
     find_split,
     general_copy_files,
 )
-from samft.coco.problems import BAD_IMAGES, NO_MASKS, NOTE, WARNING
 from samft.coco.repair import write_repaired
 from samft.coco.statistics import (
     GENERAL,

@@ -73,7 +73,7 @@ class Facts:
         num_val_images: Of the validation split; 0: there is none.
         most_masks: `max_masks_per_image` that suffices for 99 % of the images.
         image_size: The smallest model input that keeps most objects large enough, px; see
-            `coco.boxes.find_small_objects` from `SMALLEST_IMAGE_SIZE` on.
+            `annotations.boxes.find_small_objects` from `SMALLEST_IMAGE_SIZE` on.
         num_gpus: 0: a CPU trains.
         gpu_gib: Memory of the smallest of them.
         memory_gib: Of the host.

@@ -1,1 +1,1 @@
-"""A COCO annotation file: found, read, checked, indexed, repaired, described. Imports no torch."""
+"""A COCO file as a dataset: found, indexed, chosen from, repaired, described. Imports no torch."""

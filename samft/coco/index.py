@@ -23,23 +23,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.entries import (
+from samft.annotations.crowds import mark_crowds
+from samft.annotations.entries import (
     CROWD,
     Objects,
-    mark_crowds,
     read_objects,
 )
-from samft.coco.frame import OutlineFrame, read_in_frame
-from samft.coco.image_entries import (
+from samft.annotations.frame import OutlineFrame, read_in_frame
+from samft.annotations.image_entries import (
     Categories,
     Images,
     check_category_ids,
     read_categories,
     read_images,
 )
-from samft.coco.json_reader import file_digest, find_kind, load_document
-from samft.coco.problems import Problems
-from samft.coco.segmentation import Segmentations
+from samft.annotations.json_reader import file_digest, find_kind, load_document
+from samft.annotations.problems import Problems
+from samft.annotations.segmentation import Segmentations
 from samft.errors import TOO_MANY_FILES, DataError
 from samft.images.decoder import EncodedImage, open_image
 from samft.images.folder import ImageFolder
@@ -212,7 +212,7 @@ def index_file(
         cache: Folder of all indexes; by default `index` in samft's cache folder.
         pixels: Says which bands and page of the image files are used.
         decode: Decode every image file; whoever opens the index later knows what came out.
-        crowds: See `entries.mark_crowds`.
+        crowds: See `crowds.mark_crowds`.
 
     Raises:
         UnusableFile: The JSON cannot be read.
@@ -353,7 +353,7 @@ def check_file(
         folder: Where its images are.
         pixels: See `index_file`.
         decode: See `index_file`.
-        crowds: See `entries.mark_crowds`.
+        crowds: See `crowds.mark_crowds`.
 
     Returns:
         Usable images and objects, and all problems.

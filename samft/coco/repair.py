@@ -17,10 +17,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.entries import CROWD
-from samft.coco.image_entries import NO_CATEGORY
-from samft.coco.index import CocoIndex
-from samft.coco.json_reader import (
+from samft.annotations.entries import CROWD
+from samft.annotations.image_entries import NO_CATEGORY
+from samft.annotations.json_reader import (
     ImageEntry,
     ObjectEntry,
     Raw,
@@ -30,8 +29,9 @@ from samft.coco.json_reader import (
     to_key,
     value_of,
 )
-from samft.coco.problems import Problems
-from samft.coco.segmentation import CroppedMask, count_pixels, decode_cropped, encode_cropped
+from samft.annotations.problems import Problems
+from samft.annotations.segmentation import CroppedMask, count_pixels, decode_cropped, encode_cropped
+from samft.coco.index import CocoIndex
 from samft.errors import ConfigError, DataError
 from samft.images.folder import ImageFolder
 from samft.images.orientation import (

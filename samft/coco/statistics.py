@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.cli import parse_image_size
-from samft.coco.boxes import (
+from samft.annotations.boxes import (
     CELL,
     FEW_SMALL,
     MIN_CELLS,
@@ -22,11 +21,12 @@ from samft.coco.boxes import (
     find_small_objects,
     longer_sides,
 )
-from samft.coco.entries import CROWD
+from samft.annotations.entries import CROWD
+from samft.annotations.json_reader import UnusableFile
+from samft.annotations.problems import Problems
+from samft.cli import parse_image_size
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.json_reader import UnusableFile
 from samft.coco.layout import find_split
-from samft.coco.problems import Problems
 from samft.coco.subset import find_shared, find_siblings, see_through_windows, select_objects
 from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
@@ -186,7 +186,7 @@ def check_splits(
         val_split: Name of the validation split.
         image_size: The model's input that sizes of objects refer to, see `cli.parse_image_size`.
         allow_links: See `index_file`.
-        crowds: See `entries.mark_crowds`.
+        crowds: See `crowds.mark_crowds`.
         pixels: See `index_file`.
         decode: See `index_file`.
 
@@ -245,7 +245,7 @@ def check_split(
         pixels: See `index_file`.
         decode: See `index_file`.
         image_size: The model's input that sizes of objects refer to, see `cli.parse_image_size`.
-        crowds: See `entries.mark_crowds`.
+        crowds: See `crowds.mark_crowds`.
     """
     try:
         index = index_file(

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.entries import CROWD
+from samft.annotations.entries import CROWD
+from samft.annotations.problems import BAD_IMAGES, KINDS, NO_MASKS, Issue, Problems
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import BAD_IMAGES, KINDS, NO_MASKS, Issue, Problems
 from samft.commands import shell_command
 from samft.errors import DataError
 from samft.images.decoder import EncodedImage
@@ -215,7 +215,7 @@ def read_coco(
         allow_links: See `index_file`.
         cache: See `index_file`.
         pixels: See `index_file`.
-        crowds: See `entries.mark_crowds`.
+        crowds: See `crowds.mark_crowds`.
         on_bad_image: `error` refuses images that are missing or broken, `skip` leaves them out.
         category_names: Only objects of these classes are used; all if empty. Names may have been
             split at their commas.

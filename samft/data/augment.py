@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.data.transforms import Frame, make_frame, visible_box
 
 _ZOOMS = (0.5, 2.0)  # of the frame, as in large-scale jitter

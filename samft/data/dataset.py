@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.cli import parse_image_size
-from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.coco.subset import CocoSubset, Picture, read_coco
 from samft.data.augment import (
     apply_colour_jitter,

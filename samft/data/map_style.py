@@ -22,13 +22,14 @@ from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader, IterableDataset
 
 from samft import distributed
-from samft.coco.boxes import Evidence
-from samft.coco.entries import mark_crowds, read_objects
-from samft.coco.frame import OutlineFrame
-from samft.coco.image_entries import Categories, Images
+from samft.annotations.boxes import Evidence
+from samft.annotations.crowds import mark_crowds
+from samft.annotations.entries import read_objects
+from samft.annotations.frame import OutlineFrame
+from samft.annotations.image_entries import Categories, Images
+from samft.annotations.json_reader import Raw
+from samft.annotations.problems import Problems
 from samft.coco.index import CheckedFile, CocoIndex
-from samft.coco.json_reader import Raw
-from samft.coco.problems import Problems
 from samft.data.loaders import END, init_worker, iterate_loader, next_item
 from samft.errors import DataError, RunStopped
 from samft.images.decoder import EncodedImage
@@ -249,7 +250,7 @@ def index_dataset(
         name: What errors call it, such as `train_data`.
         num_workers: Processes that read, no more than there are cores; 0 reads in this one.
         on_bad_image: `error` raises for an item that the dataset raises for, `skip` leaves it out.
-        crowds: See `entries.mark_crowds`, of objects whose target has `iscrowd` 1.
+        crowds: See `crowds.mark_crowds`, of objects whose target has `iscrowd` 1.
         timeout: Seconds that a process may take to read an item; None: no limit.
         should_stop: Asked several times a second; all ranks stop if it is true on any.
 

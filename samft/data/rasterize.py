@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import draw_polygons
+from samft.annotations.segmentation import draw_polygons
 
 _CHUNK_CELLS = 2**16  # of the parts that are drawn together: buffers of 512 KiB stay in a cache
 _ROUNDING = 1e-9  # cells

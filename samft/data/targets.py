@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.data.rasterize import (
     MaskRuns,
     decode_runs,

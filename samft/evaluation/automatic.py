@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from segment_anything.utils.amg import coco_encode_rle
 
-from samft.coco.segmentation import encode_cropped
+from samft.annotations.segmentation import encode_cropped
 from samft.coco.subset import CocoSubset
 from samft.data.dataset import Batch
 from samft.data.loaders import lockstep

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.annotations.entries import CROWD
+from samft.annotations.segmentation import decode_cropped, encode_cropped
 from samft.cli import require_extra
-from samft.coco.entries import CROWD
-from samft.coco.segmentation import decode_cropped, encode_cropped
 from samft.coco.subset import CocoSubset
 from samft.evaluation.evaluator import EvaluatedObjects
 

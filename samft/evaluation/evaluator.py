@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samft.coco.segmentation import CroppedMask, encode_cropped
+from samft.annotations.segmentation import CroppedMask, encode_cropped
 from samft.data.dataset import Batch
 from samft.data.loaders import lockstep
 from samft.data.samplers import PROMPT_STREAM, generator_of

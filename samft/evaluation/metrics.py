@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samft import distributed
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.evaluation.metric_base import Metric
 
 BOUNDARY_SHARE = 0.02  # of the image's diagonal, as in the paper for COCO

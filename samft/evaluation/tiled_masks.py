@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 
-from samft.coco.segmentation import decode_cropped, encode_cropped
+from samft.annotations.segmentation import decode_cropped, encode_cropped
 from samft.models.mask_generator import MaskGenerator
 from samft.views.regions import ImageSource
 from samft.views.windows import View, tile_windows

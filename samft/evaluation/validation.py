@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
+from samft.annotations.segmentation import CroppedMask, decode_encoded, encode_cropped
 from samft.data.dataset import Batch
 from samft.data.loaders import Waiting, lockstep
 from samft.distributed import all_gather

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 
-from samft.coco.segmentation import decode_cropped
+from samft.annotations.segmentation import decode_cropped
 from samft.evaluation.metrics import cropped_iou
 from samft.exporters.verification import VerificationSample
 from samft.models.mask_generator import MaskGenerator

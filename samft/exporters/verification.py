@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.images.synthetic import draw_scene
 from samft.runtime.device import exact_float32
 

@@ -27,7 +27,7 @@ class UnusableImage(Exception):
 
 
 _REPLACE = "replace it, or remove it from the JSON"
-# By code of `coco.problems`: what is wrong, and what to do.
+# By code of `annotations.problems`: what is wrong, and what to do.
 SENTENCES = {
     "image-empty": ("is empty", _REPLACE),
     "image-not-an-image": ("is no image", _REPLACE),

@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
-from samft.coco.segmentation import CroppedMask, encode_cropped
+from samft.annotations.segmentation import CroppedMask, encode_cropped
 from samft.interchange.outlines import trace_outlines
 
 RLE, POLYGONS = "rle", "polygons"

@@ -11,7 +11,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.errors import DataError
 from samft.images.files import JPEG_START, inspect_image
 from samft.images.limits import SENTENCES, UnusableImage, check_size

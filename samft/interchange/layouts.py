@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.errors import DataError
 from samft.interchange.coco_writer import NO_CLASS
 from samft.interchange.labelled import (

@@ -15,10 +15,10 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from samft.coco.entries import CROWD
+from samft.annotations.entries import CROWD
+from samft.annotations.problems import WARNING
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.coco.index import CocoIndex
-from samft.coco.problems import WARNING
-from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.errors import ConfigError, DataError
 from samft.images.files import inspect_image
 from samft.images.limits import check_size

@@ -14,8 +14,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samft.coco.boxes import CELL
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.boxes import CELL
+from samft.annotations.segmentation import CroppedMask
 from samft.models.chunked_loss import (
     BoxDecoder,
     DecoderInputs,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.annotations.problems import KINDS, NO_MASKS, Problems
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import KINDS, NO_MASKS, Problems
 from samft.coco.subset import raise_for_errors
 from samft.errors import DataError
 from samft.images.files import ImageFacts, inspect_image, inspect_images

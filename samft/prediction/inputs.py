@@ -17,10 +17,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.entries import CROWD, NO_ID
-from samft.coco.image_entries import NO_CATEGORY as UNNAMED
-from samft.coco.index import CocoIndex
-from samft.coco.json_reader import (
+from samft.annotations.entries import CROWD, NO_ID
+from samft.annotations.image_entries import NO_CATEGORY as UNNAMED
+from samft.annotations.json_reader import (
     ObjectEntry,
     load_document,
     number_of,
@@ -28,7 +27,8 @@ from samft.coco.json_reader import (
     to_id,
     to_key,
 )
-from samft.coco.problems import WARNING, Problems
+from samft.annotations.problems import WARNING, Problems
+from samft.coco.index import CocoIndex
 from samft.errors import DataError
 from samft.images.pixels import PLAIN, PixelFormat
 from samft.interchange.coco_writer import NO_CLASS

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import (
+from samft.annotations.segmentation import (
     CroppedMask,
     decode_cropped,
     decode_encoded,

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.entries import NO_ID
+from samft.annotations.entries import NO_ID
 from samft.errors import DataError
 from samft.prediction.images import ImageList
 from samft.runtime.files import read_file

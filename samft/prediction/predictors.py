@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from samft.coco.segmentation import CroppedMask, decode_cropped, uncompressed_rle
+from samft.annotations.segmentation import CroppedMask, decode_cropped, uncompressed_rle
 from samft.data.transfers import send_to
 from samft.data.transforms import Frame, boxes_to_input, make_frame, resize_image
 from samft.errors import explain_out_of_memory

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.segmentation import decode_encoded
+from samft.annotations.segmentation import decode_encoded
 from samft.evaluation.tiled_masks import generate_in_tiles
 from samft.images.files import ImageError
 from samft.images.orientation import UPRIGHT

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from samft import distributed
+from samft.annotations.boxes import SmallObjects, advise_on_small_objects, find_small_objects
+from samft.annotations.problems import NOTE, WARNING
 from samft.cli import link_folders, parse_image_size
-from samft.coco.boxes import SmallObjects, advise_on_small_objects, find_small_objects
 from samft.coco.layout import find_general_set, find_split, find_test_split
-from samft.coco.problems import NOTE, WARNING
 from samft.coco.subset import (
     CocoSubset,
     choose_objects,

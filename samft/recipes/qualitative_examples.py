@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.config import TrainConfig
 from samft.data.dataset import Coco2MaskDataset, collate
 from samft.errors import UserError

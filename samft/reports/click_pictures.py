@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.index import CocoIndex
-from samft.coco.segmentation import decode_cropped
 from samft.evaluation.clicks import CorrectedMask
 from samft.evaluation.metrics import cropped_iou
 from samft.images.files import ImageError

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from samft.coco.entries import CROWD
+from samft.annotations.entries import CROWD
+from samft.annotations.problems import Problems
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.index import CocoIndex
-from samft.coco.problems import Problems
-from samft.coco.segmentation import CroppedMask
 from samft.errors import ConfigError
 from samft.images.files import ImageError
 from samft.reports.drawing import (

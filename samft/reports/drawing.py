@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.coco.index import CocoIndex
-from samft.coco.segmentation import CroppedMask, decode_cropped
 from samft.runtime.files import write_atomically
 from samft.runtime.own_files import mark_picture
 

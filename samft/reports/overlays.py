@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.reports.drawing import blend_colour, draw_click, largest_first, mask_colour, mask_window
 
 _PX_PER_LINE_WIDTH = 700  # a line is 1 px wide for so many px of the picture's longer side

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from samft.annotations.boxes import SmallObjects, advise_on_small_objects
 from samft.checkpoints.top_k import Checkpoint
-from samft.coco.boxes import SmallObjects, advise_on_small_objects
 from samft.commands import shell_command, shell_program
 from samft.evaluation.object_scores import (
     LOST_IOU,

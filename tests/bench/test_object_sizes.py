@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.object_sizes import averaged_iou, fit_mask, format_groups
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.data.transforms import make_frame
 
 FRAME = make_frame((64, 64), 64, resize_mode="pad")

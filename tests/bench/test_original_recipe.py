@@ -22,7 +22,7 @@ from benchmarks.original_recipe import (
     unpack_masks,
 )
 from helpers.coco_files import write_coco
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.subset import read_coco
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam

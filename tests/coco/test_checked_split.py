@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.coco_files import write_coco
-from samft.coco.problems import Problems
+from samft.annotations.problems import Problems
 from samft.coco.statistics import CheckedSplit, check_split, check_splits
 from samft.errors import DataError
 

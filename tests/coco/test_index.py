@@ -12,10 +12,10 @@ import pytest
 from helpers.broken_coco import SQUARE, encode_image
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.damage import FAULTS, REPLACEMENTS
+from samft.annotations.problems import Problems
+from samft.annotations.segmentation import Segmentations
 from samft.coco import index as coco_index
 from samft.coco.index import CocoIndex, index_file, open_index
-from samft.coco.problems import Problems
-from samft.coco.segmentation import Segmentations
 from samft.errors import DataError
 
 

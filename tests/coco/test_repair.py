@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 
 from helpers.broken_coco import BOX, HEIGHT, SQUARE, WIDTH, encode_image, rle
 from helpers.coco_files import annotation
+from samft.annotations.problems import FACT
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import FACT
 from samft.coco.repair import RepairedFile, write_repaired
 from samft.errors import ConfigError, DataError
 

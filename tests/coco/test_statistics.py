@@ -10,7 +10,7 @@ import pytest
 
 from helpers.broken_coco import HEIGHT, WIDTH, encode_image
 from helpers.coco_files import annotation, write_json
-from samft.coco.entries import CROWD
+from samft.annotations.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.statistics import (
     ViewFacts,

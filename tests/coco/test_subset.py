@@ -15,12 +15,12 @@ from pycocotools import mask as mask_utils
 
 from helpers.broken_coco import SQUARE, encode_image, write_broken
 from helpers.coco_files import annotation, write_coco, write_json
-from samft.coco import entries, segmentation
+from samft.annotations import entries, segmentation
+from samft.annotations.json_reader import value_of
+from samft.annotations.problems import BAD_IMAGES, KINDS, NO_MASKS
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.index import index_file
-from samft.coco.json_reader import value_of
 from samft.coco.layout import find_split
-from samft.coco.problems import BAD_IMAGES, KINDS, NO_MASKS
-from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import (
     CocoSubset,
     find_shared,
@@ -111,7 +111,7 @@ def test_at_least_thirty_kinds(broken: tuple[Path, dict[str, dict[str, int]]]) -
     _, expected = broken
     codes = {code for counts in expected.values() for code in counts if code in KINDS}
     assert len(codes) > 60
-    # tests/coco/test_frame.py has those of outlines in another frame.
+    # tests/annotations/test_frame.py has those of outlines in another frame.
     codes |= {code for code in KINDS if code.startswith("frame-")}
     codes |= {"rle-size-swapped", "rle-by-rows", "boxes-unlike-masks"}
     # Of those that are not in there, each has a test of its own.

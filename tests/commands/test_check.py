@@ -15,10 +15,10 @@ import pytest
 from helpers.broken_coco import write_broken
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import a_config, arguments, train_here
+from samft.annotations.boxes import advise_on_small_objects
+from samft.annotations.problems import ERROR, FACT, KINDS, WARNING
 from samft.check import main
 from samft.cli import run_command
-from samft.coco.boxes import advise_on_small_objects
-from samft.coco.problems import ERROR, FACT, KINDS, WARNING
 from samft.commands import shell_command
 from samft.errors import ConfigError, DataError
 from samft.recipes.datasets import load_splits

@@ -16,9 +16,9 @@ from helpers import REPOSITORY
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.short_runs import train_here
 from samft import check
+from samft.annotations.boxes import find_small_objects
 from samft.check import main
 from samft.coco import statistics
-from samft.coco.boxes import find_small_objects
 from samft.coco.index import CocoIndex
 from samft.config import MODEL_TYPES, TrainConfig, parse_config
 from samft.errors import ConfigError

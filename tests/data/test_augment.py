@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.data.augment import (
     ColourJitter,
     apply_colour_jitter,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from helpers.gloo_pool import GlooPool
 from helpers.own_datasets import Discs, write_as_coco
-from samft.coco.segmentation import decode_cropped
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.subset import (
     CocoSubset,
     choose_objects,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 
 from helpers.targets import draw_mask, grids_of, rle_of
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.layout import find_split
-from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import read_coco
 from samft.data.targets import (
     MIN_WINDOW,

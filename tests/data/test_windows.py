@@ -13,7 +13,7 @@ from pycocotools import mask as mask_utils
 
 from helpers.coco_files import write_coco, write_json
 from helpers.own_datasets import Discs
-from samft.coco.segmentation import decode_cropped
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.subset import (
     CocoSubset,
     choose_objects,

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from helpers.coco_files import annotation, write_coco, write_json
 from helpers.gloo_pool import GlooPool
 from helpers.tiny_checkpoint import mask_finding_sam
-from samft.coco.segmentation import CroppedMask, encode_cropped
+from samft.annotations.segmentation import CroppedMask, encode_cropped
 from samft.coco.subset import CocoSubset, read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from helpers.boundary_reference import paper_boundary_iou
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.evaluation.metrics import boundary_iou, boundary_width, mask_boundary
 
 

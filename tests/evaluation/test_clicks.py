@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.data.transforms import make_frame
 from samft.evaluation.clicks import (
     Click,

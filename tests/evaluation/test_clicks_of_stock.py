@@ -9,7 +9,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from helpers.coco_files import write_coco
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.subset import read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset, collate
 from samft.data.transforms import boxes_to_original

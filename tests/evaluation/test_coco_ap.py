@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from helpers.coco_files import annotation
 from samft import cli
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.subset import CocoSubset, read_coco
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.loaders import val_loader

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.data.transforms import make_frame
 from samft.evaluation.clicks import centre_point, points_to_input
 from samft.evaluation.evaluator import jittered_boxes

@@ -15,7 +15,7 @@ from helpers.coco_files import write_coco
 from helpers.gloo_pool import GlooPool
 from helpers.trainers import LOSS, make_trainer, unreadable
 from helpers.trainers import val_batches as small_batches
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.subset import CocoSubset, read_coco
 from samft.data.dataset import Batch, Coco2MaskDataset
 from samft.data.loaders import val_loader

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.distributed import get_rank, get_world_size
 from samft.evaluation.validation import MaskSelection
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from helpers.gloo_pool import GlooPool
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.distributed import get_rank
 from samft.evaluation.metrics import MaskMean, PerMaskIoU, box_fill_ious, cropped_iou
 from samft.models.prompted_sam import original_masks, upsampling_matrix

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from samft.coco.segmentation import CroppedMask, decode_encoded, encode_cropped
+from samft.annotations.segmentation import CroppedMask, decode_encoded, encode_cropped
 from samft.evaluation.tiled_masks import AutomaticMask, generate_in_tiles, merge_tiles
 from samft.views.regions import DecodedImage
 from samft.views.windows import View, tile_windows

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.tiny_checkpoint import mask_finding_sam
-from samft.coco.segmentation import CroppedMask, uncompressed_rle
+from samft.annotations.segmentation import CroppedMask, uncompressed_rle
 from samft.exporters import automatic_masks
 from samft.exporters.automatic_masks import compare_automatic_masks, evaluation_warnings
 from samft.exporters.verification import synthetic_sample

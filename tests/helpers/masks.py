@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 
 
 def awkward_masks(size: tuple[int, int], *, seed: int = 0) -> list[CroppedMask]:

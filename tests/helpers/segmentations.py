@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from samft.coco.segmentation import MaskError, RawMasks, decode_cropped
+from samft.annotations.mask_checks import RawMasks
+from samft.annotations.notation import MaskError
+from samft.annotations.segmentation import decode_cropped
 
 
 def check_segmentation(raw: Any) -> Any:

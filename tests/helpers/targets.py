@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from samft.coco.segmentation import CroppedMask, uncompressed_rle
+from samft.annotations.segmentation import CroppedMask, uncompressed_rle
 from samft.data.targets import WINDOW_CELLS, TargetGrids, make_grids, rasterize_ground_truth
 from samft.data.transforms import LOW_CELL, Frame
 

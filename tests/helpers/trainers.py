@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.data.dataset import Batch, Sample, collate
 from samft.data.targets import draw_targets, make_grids
 from samft.data.transforms import make_frame

@@ -11,7 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from helpers.masks import awkward_masks, whole_mask
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.interchange.coco_writer import (
     POLYGONS,
     RLE,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_utils
 
-from samft.coco.segmentation import CroppedMask, decode_cropped
+from samft.annotations.segmentation import CroppedMask, decode_cropped
 from samft.interchange.outlines import trace_outlines
 
 RING = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], bool)

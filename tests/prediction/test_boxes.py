@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.coco_files import write_coco
-from samft.coco.entries import NO_ID
+from samft.annotations.entries import NO_ID
 from samft.data.dataset import Coco2MaskDataset
 from samft.data.transforms import boxes_to_original
 from samft.errors import DataError

@@ -14,7 +14,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from helpers.tiny_checkpoint import mask_finding_sam
-from samft.coco.segmentation import decode_cropped, uncompressed_rle
+from samft.annotations.segmentation import decode_cropped, uncompressed_rle
 from samft.errors import DataError
 from samft.images.synthetic import draw_scene
 from samft.models.prompted_sam import PromptedSam

@@ -12,7 +12,7 @@ import torch
 from segment_anything import SamPredictor
 
 from helpers.coco_files import write_coco
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.errors import TrainingError
 from samft.images.decoder import read_image
 from samft.images.files import ImageError

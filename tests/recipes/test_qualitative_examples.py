@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.short_runs import arguments, train_here, write_data
-from samft.coco.segmentation import decode_cropped
+from samft.annotations.segmentation import decode_cropped
 from samft.config import TrainConfig, parse_config
 from samft.evaluation.metrics import cropped_iou
 from samft.evaluation.object_scores import Comparison, ObjectScores, compare_objects

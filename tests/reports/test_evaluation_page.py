@@ -10,8 +10,8 @@ import pytest
 from helpers.browser import CHROMIUM, chromium
 from helpers.coco_files import write_coco
 from helpers.score_rows import rows_of
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.index import CocoIndex
-from samft.coco.segmentation import decode_cropped
 from samft.coco.subset import read_coco
 from samft.evaluation.click_curves import compare_clicks, summarise_clicks
 from samft.evaluation.clicks import Click, CorrectedMask

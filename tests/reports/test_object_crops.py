@@ -16,7 +16,7 @@ from helpers.painted_objects import (
     rectangle,
     write_painted,
 )
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.reports.drawing import TILE, annotate_crop, crop_around
 
 

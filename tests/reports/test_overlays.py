@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.reports.drawing import CLICK_COLOURS, mask_colour
 from samft.reports.overlays import contrasting_colour, draw_overlay
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from samft.annotations.boxes import SmallObjects
 from samft.checkpoints.top_k import Checkpoint
-from samft.coco.boxes import SmallObjects
 from samft.commands import shell_command
 from samft.config import TrainConfig
 from samft.evaluation.object_scores import Comparison, ObjectScores

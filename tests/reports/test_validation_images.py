@@ -9,7 +9,7 @@ import pytest
 
 from helpers.coco_files import write_coco
 from helpers.trackers import a_board, read_events
-from samft.coco.segmentation import CroppedMask
+from samft.annotations.segmentation import CroppedMask
 from samft.coco.subset import CocoSubset, read_coco
 from samft.evaluation.object_scores import ObjectScores
 from samft.evaluation.validation import Validation

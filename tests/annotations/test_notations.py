@@ -12,11 +12,12 @@ from pycocotools import mask as mask_utils
 from helpers.broken_coco import BOX, SQUARE, encode_image, rle
 from helpers.coco_files import annotation, write_json
 from helpers.segmentations import check_segmentation, decode_segmentation
+from samft.annotations.json_reader import UnusableFile
+from samft.annotations.notation import MaskError
+from samft.annotations.problems import FACT
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.index import index_file
-from samft.coco.json_reader import UnusableFile
-from samft.coco.problems import FACT
 from samft.coco.repair import write_repaired
-from samft.coco.segmentation import MaskError, decode_cropped
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 

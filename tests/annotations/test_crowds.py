@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from helpers.coco_files import annotation
-from samft.coco.entries import CROWD
+from samft.annotations.entries import CROWD
 from samft.coco.index import CocoIndex, index_file
 from samft.coco.layout import find_split
 

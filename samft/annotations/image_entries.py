@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.json_reader import (
+from samft.annotations.json_reader import (
     ImageEntry,
     ObjectEntry,
     Raw,
@@ -20,7 +20,7 @@ from samft.coco.json_reader import (
     to_key,
     to_size,
 )
-from samft.coco.problems import Problems
+from samft.annotations.problems import Problems
 from samft.images.files import inspect_images
 from samft.images.folder import RESPELLED, ImageFolder
 from samft.images.orientation import UPRIGHT

@@ -5,10 +5,10 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from helpers.segmentations import check_segmentation, decode_segmentation
-from samft.coco.segmentation import (
+from samft.annotations.mask_checks import RawMasks
+from samft.annotations.notation import MaskError
+from samft.annotations.segmentation import (
     CroppedMask,
-    MaskError,
-    RawMasks,
     count_pixels,
     decode_cropped,
     encode_cropped,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from samft.coco.boxes import (
+from samft.annotations.boxes import (
     SAME_SHARE,
     Evidence,
     Numbers,
@@ -30,14 +30,14 @@ from samft.coco.boxes import (
     to_corners,
     ways_to_fit,
 )
-from samft.coco.image_entries import Images
-from samft.coco.json_reader import UNSET, ObjectEntry, Raw, read_entries
-from samft.coco.problems import Problems
-from samft.coco.segmentation import (
+from samft.annotations.image_entries import Images
+from samft.annotations.json_reader import UNSET, ObjectEntry, Raw, read_entries
+from samft.annotations.mask_checks import RawMasks
+from samft.annotations.problems import Problems
+from samft.annotations.segmentation import (
     LAYOUTS,
     PLAIN,
     CroppedMask,
-    RawMasks,
     decode_cropped,
     relayout,
     resample,

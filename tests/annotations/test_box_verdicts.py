@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from samft.coco.boxes import BOX_CODES, distance_outside, judge_boxes
-from samft.coco.problems import KINDS, NOTE
+from samft.annotations.boxes import BOX_CODES, distance_outside, judge_boxes
+from samft.annotations.problems import KINDS, NOTE
 
 SIZE = np.array([[20.0, 30.0]])  # H, W
 EXTENT = np.array([[2.0, 3.0, 8.0, 9.0]])

@@ -8,9 +8,9 @@ import pytest
 
 from helpers.broken_coco import SQUARE, encode_image
 from helpers.coco_files import annotation
+from samft.annotations.json_reader import to_id, to_key
+from samft.annotations.problems import FACT
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.json_reader import to_id, to_key
-from samft.coco.problems import FACT
 from samft.coco.repair import write_repaired
 from samft.coco.subset import find_categories
 from samft.errors import DataError

@@ -9,14 +9,9 @@ from pycocotools import mask as mask_utils
 
 from helpers.broken_coco import rle
 from helpers.segmentations import check_segmentation
-from samft.coco.json_reader import check_rle
-from samft.coco.segmentation import (
-    CroppedMask,
-    MaskError,
-    RawMasks,
-    decode_cropped,
-    encode_cropped,
-)
+from samft.annotations.mask_checks import RawMasks
+from samft.annotations.notation import MaskError, check_rle
+from samft.annotations.segmentation import CroppedMask, decode_cropped, encode_cropped
 
 SQUARE = [2.0, 3, 8, 3, 8, 9, 2, 9]
 NAN, INF = float("nan"), float("inf")

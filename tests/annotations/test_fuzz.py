@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from helpers.broken_coco import SQUARE, encode_image, rle
 from helpers.coco_files import annotation
 from helpers.segmentations import check_segmentation, decode_segmentation
+from samft.annotations.notation import MaskError
+from samft.annotations.problems import KINDS
+from samft.annotations.segmentation import decode_cropped
 from samft.coco.index import index_file
-from samft.coco.problems import KINDS
-from samft.coco.segmentation import MaskError, decode_cropped
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 

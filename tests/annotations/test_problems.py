@@ -1,4 +1,4 @@
-from samft.coco.problems import (
+from samft.annotations.problems import (
     BAD_IMAGES,
     ERROR,
     FACT,

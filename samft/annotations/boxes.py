@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from samft.annotations.mask_checks import CheckedMasks
 from samft.cli import name_image_size, parse_image_size
-from samft.coco.segmentation import CheckedMasks
 
 BOX_CODES = (
     "",

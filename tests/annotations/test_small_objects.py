@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from samft.coco.boxes import (
+from samft.annotations.boxes import (
     CELL,
     MIN_CELLS,
     SmallObjects,

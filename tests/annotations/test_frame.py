@@ -14,10 +14,10 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from helpers.drawn_sets import Change, DrawnSet, draw_set, encode, fit_into, write_set
+from samft.annotations.problems import Problems
+from samft.annotations.segmentation import PLAIN, decode_cropped, relayout, resample
 from samft.coco.index import CocoIndex, index_file
-from samft.coco.problems import Problems
 from samft.coco.repair import write_repaired
-from samft.coco.segmentation import PLAIN, decode_cropped, relayout, resample
 from samft.coco.subset import read_coco
 from samft.errors import DataError
 from samft.images.orientation import inverse_orientation, turn_pixels

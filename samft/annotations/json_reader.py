@@ -102,15 +102,32 @@ def load_document(path: Path, problems: Problems) -> Document:
         content = read_file(path)
     except OSError as error:
         raise _unreadable_file(path, error) from error
+    if content.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise UnusableFile(
+            "json-invalid", f"{path} is compressed: unpack it (gunzip, unzip) first."
+        )
     if content.startswith(codecs.BOM_UTF8):
         problems.add("json-bom", path.name)
         content = content[len(codecs.BOM_UTF8) :]
+    content = _to_utf8(path, content, problems)
     try:
         lists = msgspec.json.decode(content, type=_Lists)
         return Document(lists.images, lists.annotations, value_of(lists.categories))
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         pass
     return _load_with_json(path, content, problems)
+
+
+def _to_utf8(path: Path, content: bytes, problems: Problems) -> bytes:
+    # Programs on Windows write the code page of the machine. UTF-16 is left to Python's parser.
+    if content.isascii() or json.detect_encoding(content) != "utf-8":
+        return content
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        content = content.decode("cp1252", errors="replace").encode()
+        problems.add("json-not-utf8", path.name)
+    return content
 
 
 def _load_with_json(path: Path, content: bytes, problems: Problems) -> Document:

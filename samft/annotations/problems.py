@@ -24,6 +24,7 @@ KINDS = {
     "json-invalid": (ERROR, "not valid JSON, or cut short"),
     "json-not-coco": (ERROR, "not an object with lists 'images' and 'annotations'"),
     "json-bom": (NOTE, "the file begins with a byte-order mark, which is skipped"),
+    "json-not-utf8": (NOTE, "the text is not UTF-8 and is read as Windows-1252; check the names"),
     "json-not-standard": (NOTE, "holds values outside of standard JSON (NaN, Infinity)"),
     "no-objects": (ERROR, "no usable object"),
     "boxes-only": (ERROR, "boxes without masks: samft predict makes masks from boxes"),

@@ -53,6 +53,30 @@ def square(object_id: Any, image_id: Any, category_id: Any = 1) -> dict[str, Any
 
 
 @pytest.mark.parametrize(
+    ("encoding", "codes"),
+    [
+        ("utf-8", {}),
+        ("utf-16", {"json-not-standard": 1}),
+        ("cp1252", {"json-not-utf8": 1}),
+    ],
+)
+def test_names_are_read_in_the_encoding_of_the_program_that_wrote_them(
+    tmp_path: Path, encoding: str, codes: dict[str, int]
+) -> None:
+    (tmp_path / "größe.png").write_bytes(encode_image(0))
+    document = {
+        "images": [{"id": 1, "file_name": "größe.png", "height": 20, "width": 30}],
+        "annotations": [square(1, 1)],
+        "categories": [{"id": 1, "name": "Käfer"}],
+    }
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding=encoding)
+    index = index_file(path, tmp_path, cache=tmp_path / "cache")
+    assert names_of(index) == ["Käfer"]
+    assert {code: issue.count for code, _, issue in index.problems} == codes
+
+
+@pytest.mark.parametrize(
     ("raw", "number"),
     [
         (5, 5), (" 5 ", 5), ("-5", -5), ("5.0", 5), (5.0, 5), ("007", 7), (2**63 - 1, 2**63 - 1),

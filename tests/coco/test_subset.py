@@ -276,6 +276,8 @@ def test_the_files_size_counts_where_the_json_is_wrong(tmp_path: Path) -> None:
         ('{"images": []}', ["'annotations'"]),
         ('{"images": {}, "annotations": []}', ["'images'"]),
         ("\udcff", ["not valid JSON"]),
+        ("\x1f\udc8b\x08", ["json-invalid", "compressed"]),
+        ("PK\x03\x04", ["json-invalid", "compressed"]),
         ("[" * 100_000, ["not valid JSON"]),
         ('{"images": [], "annotations": []}', ["no-objects", "no annotations"]),
         ('{"images": [5], "annotations": []}', ["no-objects"]),

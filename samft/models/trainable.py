@@ -1,4 +1,4 @@
-"""What of a SAM is trained: what its prompts reach, but for the parts that are frozen."""
+"""What of a SAM is trained: what prompts and loss reach, but for the parts that are frozen."""
 
 from collections.abc import Iterable
 
@@ -6,26 +6,34 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
-# What only some prompts reach. In a run without these prompts it would get no gradient (and stop
-# DistributedDataParallel), or one of exactly zero (and weight decay would shrink it to nothing).
+# What only some prompts, or some losses, reach. In a run without these it would get no gradient
+# (and stop DistributedDataParallel), or one of exactly zero (and weight decay would shrink it to
+# nothing).
 _NEGATIVE_CLICK = "prompt_encoder.point_embeddings.0."
 _POSITIVE_CLICK = "prompt_encoder.point_embeddings.1."
 _BOX_CORNERS = ("prompt_encoder.point_embeddings.2.", "prompt_encoder.point_embeddings.3.")
 _PADDING_POINT = "prompt_encoder.not_a_point_embed."  # where there are points and no box
 _MASK_PROMPT = "prompt_encoder.mask_downscaling."
+_IOU_HEAD = "mask_decoder.iou_prediction_head."
 _ONE_MASK, *_THREE_MASKS = (f"mask_decoder.output_hypernetworks_mlps.{n}." for n in range(4))
 
 
 def unreached_by(
-    prompts: str, *, corrections: int = 0, mask_prompt: float = 0.0, multimask: str = "off"
+    prompts: str,
+    *,
+    corrections: int = 0,
+    mask_prompt: float = 0.0,
+    multimask: str = "off",
+    iou_loss: bool = True,
 ) -> tuple[str, ...]:
-    """How the names of the parameters begin that no prompt of a run reaches.
+    """How the names of the parameters begin that no prompt, or no loss, of a run reaches.
 
     Args:
         prompts: What a step begins with: `box`, `point` (a positive one), or `mixed`.
         corrections: Rounds with one more click each, positive or negative, and one mask.
         mask_prompt: Probability that such a round has a mask prompt.
         multimask: Masks of a single point: `off` for one, `best` for three.
+        iou_loss: Whether the predicted IoU has a part in the loss.
     """
     boxes, points = prompts in ("box", "mixed"), prompts in ("point", "mixed")
     only_three = multimask == "best" and not boxes and not corrections
@@ -35,6 +43,7 @@ def unreached_by(
         **dict.fromkeys(_BOX_CORNERS, boxes),
         _PADDING_POINT: points,
         _MASK_PROMPT: corrections > 0 and mask_prompt > 0,
+        _IOU_HEAD: iou_loss,
         _ONE_MASK: not only_three,
         **dict.fromkeys(_THREE_MASKS, points and multimask == "best"),
     }

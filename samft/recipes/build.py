@@ -90,7 +90,11 @@ def load_initial_state(config: TrainConfig) -> dict[str, Tensor]:
 
 
 def build_model(
-    config: TrainConfig, weights: dict[str, Tensor] | None, device: torch.device
+    config: TrainConfig,
+    weights: dict[str, Tensor] | None,
+    device: torch.device,
+    *,
+    own_loss: bool = False,
 ) -> PromptedSam:
     """Builds the model on its device, loads the weights, and freezes parts as configured.
 
@@ -98,6 +102,7 @@ def build_model(
         config: The configuration.
         weights: With SAM's own keys; None: random weights, which depend on the seed only.
         device: Where to train.
+        own_loss: Whether the loss is the caller's, which may reach more than the weights say.
 
     Returns:
         The model, not wrapped.
@@ -113,7 +118,8 @@ def build_model(
     if weights is not None:
         load_state(sam, weights, source=f"checkpoint_path: {config.checkpoint_path}")
     _log_shape(sam)
-    frozen, unreachable = _freeze_as_configured(sam, config)
+    iou_loss = own_loss or config.loss_iou_weight > 0
+    frozen, unreachable = _freeze_as_configured(sam, config, iou_loss=iou_loss)
     sam.image_encoder = checkpoint_activations(sam.image_encoder, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and _compiling_pays(device)):
         compile_blocks(sam.image_encoder)
@@ -142,8 +148,9 @@ def build_model(
         )
     if unreachable:
         LOGGER.info(
-            "frozen because %s prompts do not reach them: %d tensors%s",
+            "frozen because %s prompts%s do not reach them: %d tensors%s",
             config.prompts,
+            "" if iou_loss else " and the loss",
             len(unreachable),
             f": {', '.join(unreachable)}" if config.debug else " (--debug lists them)",
         )
@@ -160,7 +167,9 @@ def _log_shape(sam: Sam) -> None:
         )
 
 
-def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], list[str]]:
+def _freeze_as_configured(
+    sam: Sam, config: TrainConfig, *, iou_loss: bool
+) -> tuple[list[str], list[str]]:
     # Freezes, and adds adapters. Returns what is frozen, in words, and which parameters are so only
     # because no prompt reaches them.
     frozen = [part for part in PARTS if getattr(config, f"freeze_{part}")]
@@ -177,7 +186,7 @@ def _freeze_as_configured(sam: Sam, config: TrainConfig) -> tuple[list[str], lis
             f"{config.model_type}, with which adapters can already change all of a weight."
         )
     wanted: dict[str, Any] = {
-        "unreached": unreached_by(config.prompts, **_rounds_of(config)),
+        "unreached": unreached_by(config.prompts, iou_loss=iou_loss, **_rounds_of(config)),
         **trained_apart(config),
     }
     adapters = adapter_settings(config)

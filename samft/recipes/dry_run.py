@@ -120,7 +120,8 @@ def dry_run(
     splits = run_on_all_ranks(lambda: load_splits(config, own))
     splits.log_counts()
     weights = run_on_all_ranks(lambda: load_weights(config))
-    trial = _TrialRun(config, build_model(config, weights, device), output_dir, custom)
+    model = build_model(config, weights, device, own_loss=custom.loss is not None)
+    trial = _TrialRun(config, model, output_dir, custom)
     forecast = _combine_ranks(_extrapolate(config, splits, trial))
     log_forecast(forecast, config)
     if distributed.is_main():

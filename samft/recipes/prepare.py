@@ -196,7 +196,8 @@ def _check_and_build(
         _check_names(output_dir, resume, config=config, requested=requested)
     for problem in resume.problems if resume else ():
         LOGGER.warning("resume: %s", problem)
-    model = build_model(config, _load_initial_weights(config, resume, stop), device)
+    weights = _load_initial_weights(config, resume, stop)
+    model = build_model(config, weights, device, own_loss=custom.loss is not None)
     progress = _restore_progress(resume)
     in_place = _resumes_in_place(resume, output_dir)
     is_finished = progress.step >= config.steps

@@ -89,6 +89,21 @@ def test_the_encoder_has_the_configured_attention(data, attention):
     assert {isinstance(block, FastBlock) for block in blocks} == {attention == "fast"}
 
 
+@pytest.mark.parametrize(
+    ("weight", "own_loss", "is_trained"), [(1.0, False, True), (0.0, False, False), (0, True, True)]
+)
+def test_the_iou_head_is_frozen_where_no_loss_reaches_it(
+    data, caplog, weight, own_loss, is_trained
+):
+    # Weight decay would shrink it, and with it the predicted IoU that automatic masks go by.
+    with caplog.at_level(logging.INFO, logger="samft"):
+        config = a_config(data, checkpoint_path="random", loss_iou_weight=weight)
+        model = build.build_model(config, None, CPU, own_loss=own_loss)
+    head = model.sam.mask_decoder.iou_prediction_head
+    assert {parameter.requires_grad for parameter in head.parameters()} == {is_trained}
+    assert ("box prompts and the loss do not reach" in caplog.text) == (not is_trained)
+
+
 @pytest.mark.parametrize("how", ["none", "blocks"])
 def test_activation_checkpointing_is_as_configured(data, how):
     config = a_config(data, activation_checkpointing=how)

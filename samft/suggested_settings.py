@@ -364,7 +364,7 @@ class _Plan:
         # A mean over the last 100 steps or so is no use where they are the whole run.
         if self.steps < 1000:
             return []
-        why = "a moving average (0 to +.006 IoU in runs of 100 steps of vit_tiny: docs/experiments.md)"
+        why = "a moving average (0 to +.006 IoU in 100 steps of vit_tiny: docs/experiments.md)"
         return [Suggestion("ema_decay", 0.99, why)]
 
     def _suggest_cache(self) -> list[Suggestion]:

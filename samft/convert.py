@@ -59,6 +59,10 @@ def main(argv: list[str]) -> dict[str, Any]:
             part.mkdir()
             converted = _convert(options, part)
     except OSError as error:
+        if _is_of_source(error, output):
+            raise DataError(
+                f"--source: {error.filename} cannot be read ({error.strerror})."
+            ) from error
         raise ConfigError(f"--output_dir: {output} cannot be written ({error}).") from error
     for note in converted.notes:
         print(fold_for_terminal(escape_unprintable(note), sys.stderr), file=sys.stderr)
@@ -71,6 +75,13 @@ def main(argv: list[str]) -> dict[str, Any]:
         "images": dict(converted.images),
         "objects": dict(converted.objects),
     }
+
+
+def _is_of_source(error: OSError, output: Path) -> bool:
+    # Of two names, as of a copy, the second is what was written.
+    name = Path(error.filename2 or error.filename or output)
+    staging = str(output.parent / f".{output.name}.")  # see `staging_path`
+    return not name.is_relative_to(output) and not str(name).startswith(staging)
 
 
 def _parse_options(argv: list[str]) -> argparse.Namespace:
@@ -123,6 +134,9 @@ def _convert(options: argparse.Namespace, part: Path) -> Converted:
         converted = write_dataset(images, part, link=options.link)
         if not converted.images:
             raise DataError(f"--source: {options.source} has no image.")
+        if not sum(converted.objects.values()):
+            notes = "".join(f"; {note}" for note in converted.notes[:1])
+            raise DataError(f"--source: no image of {options.source} has an object{notes}.")
         return converted
     index = index_file(options.source, options.images)
     raise_for_errors(index.problems, options.source)

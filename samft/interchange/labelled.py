@@ -178,6 +178,17 @@ def mask_object(path: Path, *, name: str) -> tuple[LabelledObject, tuple[int, in
     return LabelledObject(name, _crop(numbers > 0), str(path)), (height, width)
 
 
+def _is_image(path: Path) -> bool:
+    # macOS leaves files such as "._a.png" beside the image "a.png".
+    is_hidden = path.name.startswith(".")
+    return not is_hidden and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def has_images(folder: Path) -> bool:
+    """Whether a folder itself holds any image file."""
+    return any(map(_is_image, folder.iterdir()))
+
+
 def find_images(folder: Path) -> dict[str, Path]:
     """The image files of a folder, by name without suffix.
 
@@ -187,11 +198,7 @@ def find_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: check the path.")
     images: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        # macOS leaves files such as "._a.png" beside the image "a.png".
-        is_hidden = path.name.startswith(".")
-        if is_hidden or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
+    for path in filter(_is_image, sorted(folder.iterdir())):
         if path.stem in images:
             raise DataError(
                 f"{images[path.stem]} and {path} differ only in their suffix, so their labels "

@@ -18,6 +18,7 @@ from samft.interchange.labelled import (
     LabelledObject,
     check_sizes,
     find_images,
+    has_images,
     image_size,
     mask_object,
     objects_of_numbers,
@@ -139,12 +140,12 @@ def read_yolo(source: Path) -> Iterator[LabelledImage]:
         for folder in entry if isinstance(entry, list) else [entry] if entry else []:
             folder = str(folder).replace("\\", "/")
             place = root / folder
-            if not place.is_dir():  # Roboflow writes ../train/images
+            if not place.exists():  # Roboflow writes ../train/images
                 place = file.parent / folder.removeprefix("../")
             # YOLO needs a val, so datasets without one name their images for training twice.
-            images = {} if place.resolve() in read else find_images(place)
+            images = [] if place.resolve() in read else _yolo_images(place)
             read.add(place.resolve())
-            for image in images.values():
+            for image in images:
                 text_file = _yolo_text(image)
                 num_texts += text_file.is_file()
                 yield _read_yolo_image(image, text_file, names, split)
@@ -162,6 +163,23 @@ def _read_data_yaml(file: Path) -> tuple[dict[str, Any], dict[int, str]]:
         raise DataError(
             f"{file} cannot be read ({error}): it should have train, val and names, as YOLO's do."
         ) from error
+
+
+def _yolo_images(place: Path) -> list[Path]:
+    # Of a folder and those below it, or of a text file that lists them, as YOLO reads them.
+    if not place.is_file():
+        below = (path for path in sorted(place.rglob("*")) if path.is_dir())
+        folders = [path for path in below if has_images(path)]
+        if not folders or has_images(place):
+            folders.insert(0, place)
+        return [image for folder in folders for image in find_images(folder).values()]
+    lines = read_file(place).decode("utf-8-sig").splitlines()
+    names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
+    images = [place.parent / name for name in names]
+    for name, image in zip(names, images, strict=True):
+        if not image.is_file():
+            raise DataError(f"{place} lists {name}, but there is no file {image}: check the path.")
+    return images
 
 
 def _yolo_text(image: Path) -> Path:

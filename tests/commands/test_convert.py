@@ -1,8 +1,10 @@
 """`samft.convert`: every layout in, masks equal; back again; what is wrong is a sentence."""
 
 import base64
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +405,68 @@ def test_outlines_of_yolo_are_found_or_missed(
     (folder / "a.txt").write_text("\ufeff0 .1 .1 .5 .1 .5 .5\n", encoding="utf-8")
     result = convert("--from", "yolo", "--source", data, "--output_dir", tmp_path / "b")
     assert result["objects"] == {"train": 1}
+
+
+@pytest.mark.parametrize("train", ["images", "train.txt", "lists/train.txt"])
+def test_images_of_yolo_are_in_folders_or_in_lists(tmp_path: Path, train: str) -> None:
+    data = tmp_path / "data"
+    for name in ("a", "b", "left_out"):
+        folder = f"{name}_folder" if train == "images" else "train"
+        write_image(data / "images" / folder / f"{name}.png")
+        text = data / "labels" / folder / f"{name}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text("0 .1 .1 .5 .1 .5 .5\n")
+    (data / "data.yaml").write_text(f"train: {train}\nval: {train}\nnames: [thing]\n")
+    if train == "images":
+        expected = {"a.png", "b.png", "left_out.png"}
+    else:
+        expected, up = {"a.png", "b.png"}, "../" * train.count("/")
+        (data / train).parent.mkdir(exist_ok=True)
+        (data / train).write_text(f"./{up}images/train/a.png\n\n{data}/images/train/b.png\r\n")
+    result = convert("--from", "yolo", "--source", data, "--output_dir", tmp_path / "b")
+    assert result["objects"] == {"train": len(expected)}
+    assert {path.name for path in (tmp_path / "b" / "train").glob("*.png")} == expected
+
+
+def test_a_list_of_yolo_names_the_image_that_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.txt").write_text("./images/gone.png\n")
+    (tmp_path / "data.yaml").write_text("train: train.txt\nnames: [thing]\n")
+    out = ("--output_dir", tmp_path / "b")
+    error = refused(capsys, "--from", "yolo", "--source", tmp_path, *out)
+    assert "train.txt lists ./images/gone.png, but there is no file" in error
+
+
+def test_masks_without_a_pixel_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "images" / "a.png")
+    cut_out = tmp_path / "masks" / "a" / "0.png"
+    cut_out.parent.mkdir(parents=True)
+    Image.new("L", SIZE[::-1]).save(cut_out)
+    flags = ("--from", "masks", "--source", tmp_path / "masks", "--images", tmp_path / "images")
+    error = refused(capsys, *flags, "--output_dir", tmp_path / "b")
+    assert "has an object" in error and str(cut_out) in error
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_cannot_be_read_is_not_called_unwritable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_yolo(tmp_path / "yolo")
+    text = tmp_path / "yolo" / "labels" / "val" / "val.txt"
+    read_text = Path.read_text
+
+    def fail(path: Path, *args: object, **given: object) -> str:
+        if path == text:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read_text(path, *args, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    out = ("--output_dir", tmp_path / "b")
+    error = refused(capsys, "--from", "yolo", "--source", tmp_path / "yolo", *out)
+    assert f"--source: {text} cannot be read (Input/output error)" in error
 
 
 def test_numbers_of_classes_are_noticed(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from samft.errors import (
 )
 from samft.suggestions import suggest_nearest
 
+_MOST = 2**53  # the largest value of a whole number in a flag
 HELP_WIDTH = 80  # columns; the same in a terminal, a pipe and a test
 
 
@@ -64,6 +65,20 @@ def _fold_commands(example: str) -> str:
     )
 
 
+def _parse_number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+
+
+def _parse_whole_number(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if abs(number := int(text)) <= _MOST:
+            return number
+    raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at most {_MOST:,}")
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `ConfigError` instead of exiting with a usage message.
 
@@ -82,6 +97,9 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        # Numbers that Python takes and no flag means: nan, inf, and more digits than arrays hold.
+        self.register("type", float, _parse_number)
+        self.register("type", int, _parse_whole_number)
         # So that --pixel_range -1000,400 is a flag and its value; argparse knows -1000 alone.
         self._negative_number_matcher = re.compile(r"-\.?\d[\d.,e+-]*$")
 

@@ -1,9 +1,11 @@
 """How a command ends: its exit code, its message, and which rank prints it."""
 
+import argparse
 import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from helpers.short_runs import COMMAND_SECONDS, clean_environment
 from helpers.terminal import terminal
-from samft.cli import exit_code, run_command
+from samft.cli import CommandParser, exit_code, run_command
 from samft.errors import (
     CheckpointError,
     ConfigError,
@@ -245,3 +247,19 @@ def test_errors_are_printed_for_the_terminal_that_they_go_to(
         run_command(command(DataError(LONG)), [])
         lines = screen.lines()
     assert lines[0] == "error: The folder" and lines[-1] == "  rename 'a split' in it."
+
+
+@pytest.mark.parametrize("flag", ["--side", "--share"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", "1" + 30 * "0", "two"])
+def test_flags_take_finite_numbers(flag: str, value: str) -> None:
+    parser = CommandParser("predict", "")
+    parser.add_argument("--side", type=int)
+    parser.add_argument("--share", type=float)
+    if (flag, value) == ("--share", "1" + 30 * "0"):
+        assert parser.parse_args([flag, value]).share == 1e30
+        return
+    with pytest.raises(ConfigError, match=f"^argument {flag}: '?{re.escape(value)}"):
+        parser.parse_args([flag, value])
+    assert parser.parse_args(["--side", "-3", "--share", "-1e3"]) == argparse.Namespace(
+        side=-3, share=-1000.0
+    )

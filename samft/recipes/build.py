@@ -133,6 +133,18 @@ def build_model(
         mask_chunk=config.mask_chunk,
         cuda_graphs=config.cuda_graphs,
     )
+    _log_trained(model, config, frozen, unreachable, iou_loss=iou_loss)
+    return model
+
+
+def _log_trained(
+    model: PromptedSam,
+    config: TrainConfig,
+    frozen: list[str],
+    unreachable: list[str],
+    *,
+    iou_loss: bool,
+) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     LOGGER.info(
@@ -154,7 +166,6 @@ def build_model(
             len(unreachable),
             f": {', '.join(unreachable)}" if config.debug else " (--debug lists them)",
         )
-    return model
 
 
 def _log_shape(sam: Sam) -> None:

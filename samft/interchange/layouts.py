@@ -174,12 +174,18 @@ def _yolo_images(place: Path) -> list[Path]:
             folders.insert(0, place)
         return [image for folder in folders for image in find_images(folder).values()]
     lines = read_file(place).decode("utf-8-sig").splitlines()
-    names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    images = [place.parent / name for name in names]
-    for name, image in zip(names, images, strict=True):
-        if not image.is_file():
-            raise DataError(f"{place} lists {name}, but there is no file {image}: check the path.")
-    return images
+    return [_find_listed(line.strip(), place) for line in lines if line.strip()]
+
+
+def _find_listed(name: str, place: Path) -> Path:
+    # Some lists name places on another machine, or begin with a folder that is not there (CVAT).
+    # Source: https://docs.cvat.ai/docs/dataset_management/formats/format-yolo-ultralytics
+    path = Path(name.replace("\\", "/"))
+    inner = (Path(*path.parts[first:]) for first in range(len(path.parts)))
+    image = next((place.parent / one for one in inner if (place.parent / one).is_file()), None)
+    if image is None:
+        raise DataError(f"{place} lists {name}, but there is no such file: check the path.")
+    return image
 
 
 def _yolo_text(image: Path) -> Path:

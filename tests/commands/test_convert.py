@@ -407,8 +407,19 @@ def test_outlines_of_yolo_are_found_or_missed(
     assert result["objects"] == {"train": 1}
 
 
-@pytest.mark.parametrize("train", ["images", "train.txt", "lists/train.txt"])
-def test_images_of_yolo_are_in_folders_or_in_lists(tmp_path: Path, train: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "place"),
+    [
+        ("images", ""),
+        ("train.txt", "images/train"),
+        ("train.txt", "./images/train"),
+        ("train.txt", "data/images/train"),  # of CVAT
+        ("train.txt", "C:\\sets\\images\\train"),
+        ("train.txt", "/content/sets/images/train"),
+        ("lists/train.txt", "../images/train"),
+    ],
+)
+def test_images_of_yolo_are_in_folders_or_in_lists(tmp_path: Path, train: str, place: str) -> None:
     data = tmp_path / "data"
     for name in ("a", "b", "left_out"):
         folder = f"{name}_folder" if train == "images" else "train"
@@ -420,9 +431,9 @@ def test_images_of_yolo_are_in_folders_or_in_lists(tmp_path: Path, train: str) -
     if train == "images":
         expected = {"a.png", "b.png", "left_out.png"}
     else:
-        expected, up = {"a.png", "b.png"}, "../" * train.count("/")
+        expected = {"a.png", "b.png"}
         (data / train).parent.mkdir(exist_ok=True)
-        (data / train).write_text(f"./{up}images/train/a.png\n\n{data}/images/train/b.png\r\n")
+        (data / train).write_text(f"{place}/a.png\n\n{data}/images/train/b.png\r\n")
     result = convert("--from", "yolo", "--source", data, "--output_dir", tmp_path / "b")
     assert result["objects"] == {"train": len(expected)}
     assert {path.name for path in (tmp_path / "b" / "train").glob("*.png")} == expected
@@ -435,7 +446,7 @@ def test_a_list_of_yolo_names_the_image_that_is_gone(
     (tmp_path / "data.yaml").write_text("train: train.txt\nnames: [thing]\n")
     out = ("--output_dir", tmp_path / "b")
     error = refused(capsys, "--from", "yolo", "--source", tmp_path, *out)
-    assert "train.txt lists ./images/gone.png, but there is no file" in error
+    assert "train.txt lists ./images/gone.png, but there is no such file" in error
 
 
 def test_masks_without_a_pixel_are_refused(

@@ -20,12 +20,13 @@ Source: `segment_anything/modeling/mask_decoder.py`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from samft.models.prompts import DenseEmbedding, PromptEmbeddings
@@ -175,11 +176,32 @@ def _upscaled_product(
     # Over the channels of a pixel: with channels last, an ordinary layer norm.
     quarters = F.layer_norm(quarters, (len(norm.weight),), norm.weight, norm.bias, norm.eps)
     pixels = activation(F.linear(activation(quarters), *_one_to_four(second)))
-    logits = pixels.unflatten(2, (4, -1)).flatten(1, 2) @ hyper.transpose(1, 2)
+    logits = _PixelProduct.apply(pixels.unflatten(2, (4, -1)).flatten(1, 2), hyper)
     # The first map made (i, j) of (y, x), the second (k, l) of that: pixel
     # (4y + 2i + k, 4x + 2j + l) is at [y, x, i, j, k, l, mask].
     logits = logits.view(num, height, width, 2, 2, 2, 2, num_masks).permute(0, 7, 1, 3, 5, 2, 4, 6)
     return logits.reshape(num, num_masks, 4 * height, 4 * width)
+
+
+class _PixelProduct(torch.autograd.Function):
+    """pixels @ hyper^T, of pixels [M, P, C] and K vectors [M, K, C].
+
+    By hand because both of autograd's products for its gradient are thin, K = 1 deep or wide, and a
+    CPU takes as long for them as for all else of the upscaling's last layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, hyper: Tensor) -> Tensor:
+        hyper = hyper.to(pixels.dtype)  # half precision, under autocast
+        ctx.save_for_backward(pixels, hyper)
+        return pixels @ hyper.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        pixels, hyper = ctx.saved_tensors
+        of_pixels = gradient * hyper if hyper.shape[1] == 1 else gradient @ hyper
+        return of_pixels, gradient.transpose(1, 2) @ pixels
 
 
 def _one_to_four(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:

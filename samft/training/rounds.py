@@ -6,8 +6,8 @@ before it: a click is a place, and a mask prompt is given as a number. So rounds
 memory.
 
 The clicks of all rounds are made, but a step takes the gradient of a drawn part of the corrections
-only: the masks of one object after five clicks and after six teach much the same, and two thirds of
-a round's time are its gradient (docs/experiments.md).
+only: the masks of one object after five clicks and after six teach much the same, and most of
+a round's time is its gradient (docs/decisions.md).
 
 Prompts are embedded within the chunk, since only then it is known where they are: what is trained
 of the prompt encoder counts among the parameters of the step, like the decoder's.

@@ -119,6 +119,7 @@ def test_at_least_thirty_kinds(broken: tuple[Path, dict[str, dict[str, int]]]) -
         "json-missing",
         "json-unreadable",
         "json-not-coco",
+        "json-not-utf8",
         *NO_MASKS,
         "categories-table",
         "image-id-ambiguous",

@@ -119,24 +119,22 @@ def _image_loss(
     def add(
         share: float, *, three: ChunkLoss | None = None, **prompts: Any
     ) -> tuple[float, Tensor]:
-        with torch.set_grad_enabled(share > 0):
-            sparse, dense = sam.prompt_encoder(**prompts)
-            logits, iou = sam.mask_decoder(
-                image_embeddings=embeddings[image : image + 1],
-                image_pe=sam.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=three is not None,
-            )
-            losses = (
-                three(logits, iou, **inputs)
-                if three is not None
-                else trainer.loss(logits[:, 0], iou[:, 0], **inputs)
-            )
-            loss = losses[0].sum() * (weight * share)
-        if share > 0:
-            loss.backward()
+        sparse, dense = sam.prompt_encoder(**prompts)
+        logits, iou = sam.mask_decoder(
+            image_embeddings=embeddings[image : image + 1],
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=three is not None,
+        )
         best = torch.arange(len(iou)), iou.detach().argmax(1)
+        losses = (
+            three(logits, iou, **inputs)
+            if three is not None
+            else trainer.loss(logits[:, 0], iou[:, 0], **inputs)
+        )
+        loss = losses[0].sum() * (weight * share)
+        loss.backward()
         return loss.item(), logits.detach()[best]
 
     shares = rounds.shares()

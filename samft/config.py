@@ -232,7 +232,7 @@ class TrainConfig:
     correction_rounds: int | None = _prompts(
         None,
         "rounds of a step after the first, each with one more click where the last mask is wrong; "
-        "half of the loss is theirs, and a step trains a drawn half of them (default: 7 with "
+        "half of the loss is theirs, and each takes about as long as the first (default: 7 with "
         "prompts mixed, else 0)",
         at_least=0,
         metavar="N",

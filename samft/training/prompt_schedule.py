@@ -15,8 +15,6 @@ from samft.training.losses import LossFunction
 from samft.training.multimask import best_of_masks
 from samft.training.rounds import Rounds
 
-TRAINED_PART = 0.5  # of the corrections of a step, rounded up
-
 
 @dataclass(frozen=True)
 class PromptSchedule:
@@ -53,17 +51,16 @@ class PromptSchedule:
             click_draws: float32 [M, corrections + 1, 2], see `Coco2MaskDataset`.
             loss: Of one mask for each object.
         """
-        draws, order = [0.0] * (self.corrections + 1), [0] * self.corrections
-        if position is not None:
+        if position is None:
+            draws = [0.0] * (self.corrections + 1)
+        else:
             generator = generator_of(ROUND_STREAM, self.seed, position)
             draws = generator.random(self.corrections + 1).tolist()
-            order = generator.permutation(self.corrections).tolist()
         from_point = self.prompts == "point" or (self.prompts == "mixed" and draws[0] < 0.5)
         best = partial(best_of_masks, loss=loss, iou_weight=self.iou_weight)
         return Rounds(
             click_draws,
             mask_prompts=tuple(draw < self.mask_prompt for draw in draws[1:]),
-            trained=tuple(place < TRAINED_PART * self.corrections for place in order),
             from_point=from_point,
             with_box=from_point and self.prompts == "mixed",
             multimask_loss=best if from_point and self.multimask == "best" else None,

@@ -5,10 +5,6 @@ taken and added up as soon as its loss is known, and nothing flows from one roun
 before it: a click is a place, and a mask prompt is given as a number. So rounds take time, but no
 memory.
 
-The clicks of all rounds are made, but a step takes the gradient of a drawn part of the corrections
-only: the masks of one object after five clicks and after six teach much the same, and most of
-a round's time is its gradient (docs/decisions.md).
-
 Prompts are embedded within the chunk, since only then it is known where they are: what is trained
 of the prompt encoder counts among the parameters of the step, like the decoder's.
 """
@@ -45,7 +41,6 @@ class Rounds:
         draws: float32 [M, R + 1, 2], for the click of each round, see `clicks.next_clicks`.
         mask_prompts: Of each of the R rounds after the first, whether it has the last logits as a
             prompt, too.
-        trained: Of each of these R rounds, whether it has a share in the loss.
         from_point: Whether the first round begins with a point in each object, not with its box.
         with_box: Whether the box alone is answered, too, in a step that begins with a point.
         multimask_loss: The first round gives three masks of each object, [m, 3, s, s], and this is
@@ -54,7 +49,6 @@ class Rounds:
 
     draws: Tensor
     mask_prompts: tuple[bool, ...]
-    trained: tuple[bool, ...]
     from_point: bool = False
     with_box: bool = False
     multimask_loss: ChunkLoss | None = None
@@ -66,10 +60,10 @@ class Rounds:
 
     def shares(self) -> list[float]:
         """The share of each mask in the loss: of each round, and then of the box's own."""
-        num_trained = sum(self.trained)
+        corrections = self.count - 1
         of_rounds = 1 - BOX_SHARE * self.with_box
-        first = of_rounds * (1 - CORRECTIONS_SHARE) if num_trained else of_rounds
-        others = [trained and (of_rounds - first) / num_trained for trained in self.trained]
+        first = of_rounds * (1 - CORRECTIONS_SHARE) if corrections else of_rounds
+        others = [(of_rounds - first) / corrections] * corrections if corrections else []
         return [first, *others, *[BOX_SHARE] * self.with_box]
 
     def sum_losses(
@@ -159,11 +153,11 @@ class RoundsStep(ChunkedStep):
         loss_of_three: ChunkLoss | None = None,
     ) -> tuple[Tensors, Tensor]:
         """Adds the gradients of one mask of each object; returns its losses and its logits."""
-        with torch.set_grad_enabled(share > 0):
+        with torch.enable_grad():
             values, mask_logits = self._decode(leaves, prompts, chunk, loss_of_three)
         flat = leaves.flatten()
         needed = [leaf.requires_grad for leaf in flat]
-        if share > 0 and any(needed):
+        if any(needed):
             gradients = gradients_of(values[0], flat, needed, self.gradient * share)
             self.accumulate(sums, self.layout.regroup(gradients), chunk)
         return tuple(value.detach() for value in values), mask_logits.detach()

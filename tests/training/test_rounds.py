@@ -5,7 +5,6 @@ import itertools
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from samft.models.chunked_loss import BoxDecoder
 from samft.models.prompted_sam import PromptedSam
 from samft.models.sam import build_sam
 from samft.models.trainable import freeze, unreached_by
-from samft.training import rounds as rounds_module
 from samft.training.clicks import first_clicks, next_clicks
 from samft.training.losses import MaskLosses, mask_losses
 from samft.training.multimask import best_of_masks
@@ -140,10 +138,9 @@ def run_stock(
             points = torch.cat([points, point[:, None]], 1)
             labels = torch.cat([labels, label[:, None]], 1)
             masks = logits.detach()[:, None] if rounds.mask_prompts[number] else None
-        # Half of the loss is the first mask's, half that of the trained corrections together.
+        # Half of the loss is the first mask's, half that of the corrections together.
         first, *corrections = of_rounds
-        trained = list(itertools.compress(corrections, rounds.trained))
-        means = [(f + sum(c) / len(c)) / 2 for f, *c in zip(first, *trained, strict=True)]
+        means = [(f + sum(c) / ROUNDS) / 2 for f, *c in zip(first, *corrections, strict=True)]
         if prompts.prompts == "mixed" and rounds.from_point:  # and a quarter is the box's
             sparse, dense = sam.prompt_encoder(
                 points=None, boxes=given["boxes"][k, None], masks=None
@@ -185,8 +182,7 @@ SCHEDULES = [
 def test_mixed_prompts_begin_with_a_point_here() -> None:
     # So that the loop over stock modules answers boxes beside points.
     rounds = SCHEDULES[-1].rounds_at(5, click_draws=torch.zeros(1, 4, 2), loss=mask_losses)
-    assert rounds.from_point and rounds.shares()[::4] == pytest.approx([3 / 8, 1 / 4])
-    assert sorted(rounds.shares()[1:4]) == pytest.approx([0, 3 / 16, 3 / 16])
+    assert rounds.from_point and rounds.shares() == pytest.approx([3 / 8, *[1 / 8] * 3, 1 / 4])
 
 
 def test_without_corrections_a_first_point_and_the_box_share_the_loss() -> None:
@@ -363,7 +359,6 @@ def test_steps_are_drawn_from_the_seed_and_the_position() -> None:
     )
     again = [rounds_at(position) for position in range(20)]
     assert [one.mask_prompts for one in again] == [one.mask_prompts for one in rounds[:20]]
-    assert [one.trained for one in again] == [one.trained for one in rounds[:20]]
     # Fewer rounds draw the same; another seed draws others.
     few = PromptSchedule("mixed", 2, 0.25, "best", seed=3)
     other = PromptSchedule("mixed", 7, 0.25, "best", seed=4)
@@ -374,38 +369,6 @@ def test_steps_are_drawn_from_the_seed_and_the_position() -> None:
     assert any(other.rounds_at(n, **draw).mask_prompts != rounds[n].mask_prompts for n in range(9))
     largest = mixed.rounds_at(None, **draw)
     assert largest.mask_prompts == (True,) * 7 and largest.multimask_loss is not None
-    assert all(largest.trained)
-
-
-@pytest.mark.parametrize(("corrections", "count"), [(0, 0), (1, 1), (2, 1), (3, 2), (7, 4)])
-def test_half_of_the_corrections_are_trained_and_each_as_often(
-    corrections: int, count: int
-) -> None:
-    prompts = PromptSchedule("box", corrections)
-    draws = torch.zeros(1, corrections + 1, 2)
-    rounds = [prompts.rounds_at(n, click_draws=draws, loss=mask_losses) for n in range(1000)]
-    assert {sum(one.trained) for one in rounds} == {count}
-    assert all(sum(one.shares()) == pytest.approx(1) for one in rounds)
-    for times in np.sum([one.trained for one in rounds], axis=0):
-        assert times == pytest.approx(1000 * count / corrections, abs=4 * 15.9)
-
-
-def test_a_correction_that_is_not_trained_takes_no_gradient(
-    start: PromptedSam, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[float] = []
-    take = rounds_module.gradients_of
-
-    def count(loss: Tensor, *args: Any) -> Any:
-        sizes.append(float(args[-1]))
-        return take(loss, *args)
-
-    monkeypatch.setattr(rounds_module, "gradients_of", count)
-    values, gradients = run_rounds(start, schedule("box"))
-    assert sizes == pytest.approx([0.5, 0.25, 0.25])
-    # The last mask is scored whether it is trained or not.
-    assert not torch.equal(values[10], values[5])
-    assert gradients
 
 
 def test_a_loss_of_ones_own_is_taken(start: PromptedSam) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -274,4 +275,19 @@ def _open_lock(path: Path) -> BinaryIO:
     # Without emptying it or following a link: what lies there may be somebody's file. For reading
     # and writing, as NFS demands for locks of both kinds, and as a pipe can be opened at once.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    return open(descriptor, "rb", buffering=0)
+    file = open(descriptor, "rb", buffering=0)
+    _locks.add(file)
+    return file
+
+
+# A lock is held until all processes that have inherited the open file have closed it: a loader's
+# worker would keep it for the seconds by which it outlives a run that was killed.
+_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+
+def _close_inherited_locks() -> None:
+    for file in list(_locks):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited_locks)

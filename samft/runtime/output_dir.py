@@ -12,7 +12,7 @@ from samft.errors import ConfigError, RunStopped
 from samft.runtime import own_files
 from samft.runtime.files import try_lock, write_json
 
-_LOCK_SECONDS = 10.0  # the last processes of a killed run may take some seconds to end
+_LOCK_SECONDS = 10.0  # a run that has been told to end may take some seconds
 
 
 def create_writable_dir(folder: Path, *, field: str = "output_dir") -> None:

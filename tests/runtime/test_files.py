@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -219,6 +220,25 @@ def test_a_run_waits_for_the_end_of_the_other(
     with lock_output_dir(tmp_path):
         assert len(waits) == 2
     other.close()
+
+
+def test_a_worker_that_outlives_the_run_keeps_no_lock(tmp_path: Path) -> None:
+    lock = try_lock(tmp_path / ".lock")
+    assert lock is not None
+    context = multiprocessing.get_context("fork")
+    ready, end = context.Event(), context.Event()
+    worker = context.Process(target=lambda: (ready.set(), end.wait()), daemon=True)
+    worker.start()
+    try:
+        assert ready.wait(60)
+        assert try_lock(tmp_path / ".lock") is None  # the worker has not given up the run's own
+        lock.close()
+        again = try_lock(tmp_path / ".lock")
+        assert again is not None and worker.is_alive()
+        again.close()
+    finally:
+        end.set()
+        worker.join()
 
 
 def test_a_folder_is_free_again_after_a_failure(tmp_path: Path) -> None:

@@ -134,7 +134,22 @@ def read_objects(
     _add_bad_images(images, lost, problems)
     objects = Objects.concatenate(chunks)
     objects.categories = categories.number(objects.categories)
-    return _make_ids_unique(objects, entries, problems, keys=keys)
+    objects = _make_ids_unique(objects, entries, problems, keys=keys)
+    _note_copies(objects, problems)
+    return objects
+
+
+def _note_copies(objects: Objects, problems: Problems) -> None:
+    # Of other ids, but equal in all else: of two exports that were joined, say.
+    numbers = np.column_stack(
+        [objects.rows, objects.areas, objects.boxes, objects.categories, objects.flags]
+    )
+    keys = (objects.categories, objects.boxes[:, 0], objects.areas, objects.rows)
+    order = np.lexsort(keys)  # keeps the order of the file
+    alike = np.flatnonzero((numbers[order[1:]] == numbers[order[:-1]]).all(1))
+    for first, k in zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True):
+        if objects.segmentations.are_equal(first, k):
+            problems.add("object-twice", f"objects {objects.ids[first]} and {objects.ids[k]}")
 
 
 def _add_bad_images(images: Images, lost: Counter[int], problems: Problems) -> None:

@@ -95,6 +95,7 @@ KINDS = {
     "annotation-image-missing": (WARNING, "no image_id"),
     "annotation-orphan": (WARNING, "its image_id is not among the images"),
     "annotation-duplicate": (WARNING, "the same entry with the same id again"),
+    "object-twice": (FACT, "two objects of an image have the same mask and class; both are used"),
     "annotation-id-missing": (NOTE, "no id; a new one is given"),
     "annotation-id-twice": (NOTE, "different objects share an id; a new one is given"),
     "annotation-id-zero": (NOTE, "object id 0, which COCOeval takes for 'no match'"),

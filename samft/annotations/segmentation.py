@@ -72,6 +72,18 @@ class Segmentations:
         """Some of the segmentations, in the order given, with the same buffer."""
         return Segmentations(self.buffer, self.starts[which])
 
+    def are_equal(self, first: int, second: int) -> bool:
+        """Whether two items have the same numbers."""
+        one, other = (self._content(int(self.starts[k])) for k in (first, second))
+        return np.array_equal(one, other)
+
+    def _content(self, start: int) -> NDArray[np.int64]:
+        kind = int(self.buffer[start])
+        if kind == _RLE:
+            return self.buffer[start : start + 4 + -(-int(self.buffer[start + 3]) // 8)]
+        first = start + 1 + kind
+        return self.buffer[start : first + int(self.buffer[start + 1 : first].sum())]
+
     def __getitem__(self, k: int) -> Any:
         if not 0 <= k < len(self):
             raise IndexError(k)

@@ -49,7 +49,7 @@ from samft.runtime.checksums import is_intact, write_checksums
 from samft.runtime.files import cache_folder, file_lock, private_temporary_folder, write_json
 from samft.runtime.logs import LOGGER
 
-FORMAT = 6  # of the files of an index; part of its name
+FORMAT = 7  # of the files of an index; part of its name
 _META = "index.json"
 _UNUSED_DAYS = 30  # an index that was not opened for so long is deleted
 _ESCAPE = "surrogatepass"  # keeps names that are not UTF-8, or that no file can have

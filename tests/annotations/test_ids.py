@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from helpers.broken_coco import SQUARE, encode_image
+from helpers.broken_coco import SQUARE, encode_image, rle
 from helpers.coco_files import annotation
 from samft.annotations.json_reader import to_id, to_key
 from samft.annotations.problems import FACT
@@ -131,6 +131,20 @@ def test_object_ids_of_any_kind_are_used(tmp_path: Path, ids: tuple[Any, ...]) -
     assert sorted(index.object_ids.tolist()) == [1, 2, 3, 4]
     assert index.problems["annotation-duplicate"] == 1
     assert index.problems["annotation-id-twice"] == 1
+
+
+def test_equal_objects_of_other_ids_are_counted(tmp_path: Path) -> None:
+    moved = [value + 1 for value in SQUARE]
+    rle_of_square = {"segmentation": rle(compressed=True)}
+    objects = [
+        *(square(1, 1), square(2, 2), square(3, 1), square(4, 1, 2), square(5, 1)),
+        *(annotation(6, 1, moved, category_id=1), {**square(7, 1), **rle_of_square}),
+        *({**square(8, 2), **rle_of_square}, {**square(9, 2), **rle_of_square}),
+    ]
+    index = build_index(tmp_path, objects, categories=THING)
+    assert index.problems["object-twice"] == 3
+    (*_, last) = index.problems.issues["object-twice"].examples
+    assert last == "objects 8 and 9" and len(index.object_ids) == 9
 
 
 @pytest.mark.parametrize(

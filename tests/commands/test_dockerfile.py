@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from helpers import REPOSITORY
-from helpers.environments import OFFLINE, copy_clone, link_packages, run, shrink_demo
+from helpers.environments import OFFLINE, copy_clone, link_packages, run, shrink_clone
 
 # Of torch's wheel for Linux, by its own metadata: Requires-Dist: cuda-toolkit[...]==13.0.3
 CUDA_OF_TORCH = {"2.13.0": "13.0"}
@@ -167,7 +167,7 @@ def test_its_steps_make_a_folder_in_which_any_user_runs_the_demo(
     root = tmp_path / "image"
     root.mkdir()
     environment = take_steps(clone, root)
-    shrink_demo(root / "samft")
+    shrink_clone(root / "samft")
     (entry,) = values_of("ENTRYPOINT")
     with only_open_folders_writable(root) as start:
         with pytest.raises(AssertionError, match="Permission denied"):

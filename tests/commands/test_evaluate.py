@@ -17,10 +17,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from helpers.coco_files import write_coco
+from helpers.preloaded import run_preloaded
 from helpers.short_runs import (
     COMMAND_SECONDS,
     arguments,
     clean_environment,
+    command_line,
     evaluate_here,
     read_metrics,
     train_here,
@@ -58,19 +60,6 @@ def arguments_for(data: Path, *checkpoints: Path, **flags: Any) -> list[str]:
     named = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     places = ["--checkpoint", *map(str, checkpoints), "--data_root", str(data)]
     return [*places, "--num_workers", "0", "--device", "cpu", *named]
-
-
-def command(argv: list[str], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    line = [sys.executable, *(launcher if processes > 1 else []), "-m", "samft.evaluate", *argv]
-    return subprocess.run(
-        line,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_SECONDS,
-        env=clean_environment(),
-        check=False,
-    )
 
 
 def test_iou_equals_the_one_in_the_training_log(data: Path, trained: Path) -> None:
@@ -248,8 +237,10 @@ def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) ->
     path = best_files(trained)[0]
     files = tmp_path / "one.json", tmp_path / "two.json"
     evaluate_here(arguments_for(data, path, output=files[0], clicks=1))
-    ended = command(arguments_for(data, path, output=files[1], clicks=1), processes=2)
-    assert ended.returncode == 0, ended.stderr
+    argv = arguments_for(data, path, output=files[1], clicks=1)
+    line = command_line(argv, processes=2, module="samft.evaluate")
+    code, output = run_preloaded(line, clean_environment(), timeout=COMMAND_SECONDS)
+    assert code == 0, output
     one, two = (json.loads(file.read_text()) for file in files)
     for name in ("seconds", "objects_file", "page_file"):
         one.pop(name), two.pop(name)
@@ -257,7 +248,7 @@ def test_two_processes_by_torchrun(data: Path, trained: Path, tmp_path: Path) ->
     for ending in ("objects.csv", "html"):
         written = [(tmp_path / f"{name}.{ending}").read_text() for name in ("one", "two")]
         assert written[0] == written[1]
-    assert ended.stdout.count("IoU, mean over masks") == 1  # rank 0 alone speaks
+    assert output.count("IoU, mean over masks") == 1  # rank 0 alone speaks
 
 
 def test_resize_mode_comes_from_the_sidecar_or_the_state(data: Path, tmp_path: Path) -> None:

@@ -127,7 +127,12 @@ def test_predict_and_a_script_give_the_same_masks(runs: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
-def test_exports_keep_it(runs: Any, tmp_path: Path, format: str) -> None:
+def test_exports_keep_it(
+    runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    # As small as the checkpoint, not Meta's 1024 px, and few automatic masks to compare.
+    monkeypatch.setattr("samft.exporters.exporter.META_SIZE", 64)
+    monkeypatch.setattr("samft.exporters.automatic_masks.POINTS_PER_SIDE", 2)
     output, checkpoint = tmp_path / f"tuned.{format}", checkpoint_of(runs, "deep")
     image = next((runs[0] / "deep" / "val").glob("*.tif"))
     argv = ["--checkpoint", checkpoint, "--format", format, "--image", image, "--output", output]

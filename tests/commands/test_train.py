@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers.coco_files import write_coco
+from helpers.preloaded import run_preloaded
 from helpers.short_runs import (
     COMMAND_SECONDS,
     arguments,
@@ -241,10 +242,11 @@ def test_command_ends_with_2_and_one_paragraph(tmp_path):
 
 
 def test_two_processes_print_an_error_once(tmp_path):
-    ended = command(arguments(tmp_path / "nowhere", tmp_path / "run"), processes=2)
-    assert ended.returncode != 0
-    assert ended.stderr.count("error: There is no dataset folder") == 1
-    assert ended.stderr.count("check --data_root") == 1
+    line = command_line(arguments(tmp_path / "nowhere", tmp_path / "run"), processes=2)
+    code, output = run_preloaded(line, clean_environment(), timeout=COMMAND_SECONDS)
+    assert code != 0
+    assert output.count("error: There is no dataset folder") == 1
+    assert output.count("check --data_root") == 1
     assert read_status(tmp_path / "run")["exit_code"] == 2
 
 

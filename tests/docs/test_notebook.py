@@ -12,7 +12,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from helpers import REPOSITORY
-from helpers.environments import OFFLINE, make_environment, run
+from helpers.environments import OFFLINE, copy_clone, make_environment, run, shrink_clone
 
 NOTEBOOK = REPOSITORY / "examples" / "tune_on_your_data.ipynb"
 # Smaller than what a reader gets, and on the CPU.
@@ -63,7 +63,10 @@ def execute(cells: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for a kernel in which samft is as it is here, and the person's settings are not."""
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    (tmp_path / "clone").mkdir()
+    clone = copy_clone(REPOSITORY, tmp_path / "clone")
+    shrink_clone(clone)
+    path = os.pathsep.join([str(clone), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path.rstrip(os.pathsep))
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "jupyter"))

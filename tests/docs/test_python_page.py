@@ -1,6 +1,5 @@
 """The loss of docs/python.md: at most 20 lines, the same on one and two processes, and resumed."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from helpers import REPOSITORY
 from helpers.documentation import read_blocks
 from helpers.own_datasets import Discs, write_as_coco
+from helpers.preloaded import run_preloaded
 from helpers.short_runs import (
     COMMAND_SECONDS,
     clean_environment,
@@ -35,18 +35,13 @@ def read_script() -> str:
     return text
 
 
-def run_script(folder: Path, name: str, *, processes: int = 1, stop: int = 0) -> str:
+def run_script(name: str, *, processes: int = 1, stop: int = 0) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    ended = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), "tversky.py"],
-        cwd=folder,
-        env=clean_environment(OUT=name, BATCH=str(2 // processes), STOP=str(stop)),
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_SECONDS,
-    )
-    assert (ended.returncode == 0) == (not stop), ended.stderr
-    return ended.stdout + ended.stderr
+    line = [sys.executable, *(launcher if processes > 1 else []), "tversky.py"]
+    variables = clean_environment(OUT=name, BATCH=str(2 // processes), STOP=str(stop))
+    code, output = run_preloaded(line, variables, timeout=COMMAND_SECONDS)
+    assert (code == 0) == (not stop), output
+    return output
 
 
 def test_the_loss_of_the_page_has_20_lines() -> None:
@@ -55,7 +50,10 @@ def test_the_loss_of_the_page_has_20_lines() -> None:
 
 
 @pytest.mark.processes
-def test_the_loss_of_the_page_on_one_and_two_processes_and_resumed(tmp_path: Path) -> None:
+def test_the_loss_of_the_page_on_one_and_two_processes_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     text = read_script()
     for large, small in SMALL.items():
         assert text.count(large) == 1
@@ -63,12 +61,10 @@ def test_the_loss_of_the_page_on_one_and_two_processes_and_resumed(tmp_path: Pat
     (tmp_path / "tversky.py").write_text(HEADER + text)
     for split, seed in (("train", 0), ("val", 1)):
         write_as_coco(Discs(6, seed=seed), tmp_path / "data", split=split)
-    assert "'per_mask_iou': " in run_script(tmp_path, "one")
-    run_script(tmp_path, "two", processes=2)
-    assert "RunStopped: stop_after 3: saved after step 3 of 4" in run_script(
-        tmp_path, "resumed", stop=3
-    )
-    run_script(tmp_path, "resumed")
+    assert "'per_mask_iou': " in run_script("one")
+    run_script("two", processes=2)
+    assert "RunStopped: stop_after 3: saved after step 3 of 4" in run_script("resumed", stop=3)
+    run_script("resumed")
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
     assert largest_difference(one, resumed) == 0.0
     assert largest_difference(one, two) < 1e-3  # Adam makes much of rounding
@@ -77,4 +73,4 @@ def test_the_loss_of_the_page_on_one_and_two_processes_and_resumed(tmp_path: Pat
     # The constants of the script are a part of the loss.
     other = (tmp_path / "tversky.py").read_text().replace("0.7, 0.3", "0.5, 0.5")
     (tmp_path / "tversky.py").write_text(other)
-    assert "holds a run of another configuration" in run_script(tmp_path, "resumed", stop=1)
+    assert "holds a run of another configuration" in run_script("resumed", stop=1)

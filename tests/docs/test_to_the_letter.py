@@ -17,7 +17,7 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from helpers import REPOSITORY
-from helpers.environments import OFFLINE, copy_clone, make_environment, run, shrink_demo
+from helpers.environments import OFFLINE, copy_clone, make_environment, run, shrink_clone
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -71,7 +71,7 @@ def follow(page: Path, folder: Path) -> str:
     """Pastes a page's blocks into one shell in a new clone; what the shell shows."""
     clone, home = copy_clone(REPOSITORY, folder / "clone"), folder / "home"
     home.mkdir()
-    shrink_demo(clone)
+    shrink_clone(clone)
     make_environment(clone / ".venv")
     blocks = [pasted(*block) for block in shown_commands(page) if is_followed(*block)]
     script = folder / "pasted.sh"

@@ -71,11 +71,20 @@ def copy_clone(repository: Path, folder: Path) -> Path:
     return folder
 
 
-def shrink_demo(clone: Path) -> None:
-    """Makes the demo of a clone a run of two small steps on the CPU; its command stays the same."""
+def shrink_clone(clone: Path) -> None:
+    """Makes the demo of a clone a run of two small steps on the CPU; its command stays the same.
+
+    Exports compare few automatic masks.
+    """
     config = clone / "configs" / "demo.yaml"
-    text = config.read_text()
     for name, value in (("image_size", 64), ("steps", 2), ("metrics_interval", 2)):
-        text, replaced = re.subn(rf"^{name}: .*$", f"{name}: {value}", text, flags=re.M)
-        assert replaced == 1, name
-    config.write_text(f"{text}device: cpu\n")
+        _replace(config, rf"^{name}: .*$", f"{name}: {value}")
+    config.write_text(f"{config.read_text()}device: cpu\n")
+    module = clone / "samft" / "exporters" / "automatic_masks.py"
+    _replace(module, r"^POINTS_PER_SIDE = \d+", "POINTS_PER_SIDE = 2")
+
+
+def _replace(path: Path, pattern: str, line: str) -> None:
+    text, replaced = re.subn(pattern, line, path.read_text(), flags=re.M)
+    assert replaced == 1, pattern
+    path.write_text(text)

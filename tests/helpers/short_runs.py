@@ -80,10 +80,10 @@ def command_here(argv: list[str]) -> int:
     return run_command(main, argv)
 
 
-def command_line(argv: list[str], *, processes: int = 1) -> list[str]:
-    """`python -m samft.train`, under torchrun for more than one process."""
+def command_line(argv: list[str], *, processes: int = 1, module: str = "samft.train") -> list[str]:
+    """`python -m samft.train`, or another command, under torchrun for more than one process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), "-m", "samft.train", *argv]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", module, *argv]
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
@@ -93,10 +93,10 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", **changes}
 
 
-def command(argv: list[str], *, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """The command in processes of its own."""
+def command(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     return subprocess.run(
-        command_line(argv, processes=processes),
+        command_line(argv),
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import MeasureOptions, time_interleaved
 from benchmarks.tables import format_speedups, markdown_table
@@ -180,6 +181,14 @@ def check_equality(steps: ClickSteps) -> float:
     return worst
 
 
+def _count_operations(step: Callable[[], Any]) -> int:
+    """Floating point operations of two steps, one that begins with points and one with boxes."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+        step()
+    return counter.get_total_flops()
+
+
 def measure_click_rounds(
     workload: Workload,
     *,
@@ -199,23 +208,26 @@ def measure_click_rounds(
     steps = ClickSteps(workload)
     note = f"Equal: losses of two steps to {check_equality(steps):.1e}."
     functions = {name: steps.step(name) for name in (STOCK, CLICKS, FIRST_ONLY, BOXES)}
+    operations = {name: _count_operations(step) for name, step in functions.items()}
     functions[f"{STOCK}, again"] = functions[STOCK]
     with freed_memory_kept(workload.device):  # as `samft.train` does
         seconds = time_interleaved(functions, options=options, device=workload.device)
     rows = []
     for name, times in seconds.items():
+        counted = operations[name.removesuffix(", again")] / operations[BOXES]
         # A mean: steps that begin with a point take longer than those that begin with a box.
         mean = statistics.fmean(times)
         ratios = (mean / statistics.fmean(seconds[base]) for base in (FIRST_ONLY, BOXES))
         cells = [f"{1e3 * mean:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        cells.append(f"{counted:.2f}")
         rows.append(f"| {name} | {' | '.join(cells)} | {format_speedups(seconds[STOCK], times)} |")
     head = (
         f"| cached step, {workload.num_images} x {workload.boxes} objects, {workload.model_type}, "
         f"{workload.image_size} px | ms | of mixed without corrections, aim {TIME_FACTOR} "
-        f"| of boxes | faster than stock, aim {STOCK_FACTOR} |"
+        f"| of boxes | operations, of boxes | faster than stock, aim {STOCK_FACTOR} |"
     )
     texts = [note, markdown_table(head, rows)]
-    figures: dict[str, Any] = {"seconds": seconds}
+    figures: dict[str, Any] = {"seconds": seconds, "operations": operations}
     if options.memory_gib:
         one_image = replace(workload, num_images=1)
         few = peak_of(replace(one_image, boxes=FEW_OBJECTS), BOXES)

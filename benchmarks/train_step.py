@@ -139,8 +139,7 @@ def run_benchmarks(args: argparse.Namespace) -> Iterator[tuple[str, BenchmarkRes
     if "boxes" in args.benchmarks:
         yield "boxes", measure_boxes(workload, options=options)
     if "clicks" in args.benchmarks:
-        several = replace(workload, num_images=_DECODER_IMAGES)
-        yield "clicks", measure_clicks(several, options=options)
+        yield "clicks", measure_clicks(workload, options=options)
 
 
 def _workload(args: argparse.Namespace, *, frozen: bool) -> Workload:

@@ -150,6 +150,8 @@ def find_problem(undisturbed: Undisturbed, case: Case) -> str | None:
         return f"other weights\n{ended.output}"
     if problem := find_other_metrics(undisturbed, case, ended.output):
         return f"{problem}\n{ended.output}"
+    if case.path.is_relative_to(case.folder / "run" / "embeddings"):
+        return None  # which an evaluation does not read
     evaluated, table = evaluate(undisturbed.data, case.folder)
     if problem := find_bad_end(undisturbed, case, evaluated):
         return f"then evaluated: {problem}"

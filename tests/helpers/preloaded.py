@@ -24,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["samft.recipes.train", "samft.recipes.evaluate", "torch.distributed.run"]
+PRELOADED = ["samft.train", "samft.recipes.train", "samft.recipes.evaluate"]
+PRELOADED += ["torch.distributed.run", "torch.utils.tensorboard"]
+PRELOADED += ["tensorboard.plugins.hparams.summary_v2"]
 
 
 def preloading_context() -> Any:

@@ -208,13 +208,14 @@ def measure_click_rounds(
     steps = ClickSteps(workload)
     note = f"Equal: losses of two steps to {check_equality(steps):.1e}."
     functions = {name: steps.step(name) for name in (STOCK, CLICKS, FIRST_ONLY, BOXES)}
+    # Of a trainer of its own: prompts are drawn anew in each step, and rows have to take the same.
+    functions[f"{STOCK}, again"] = steps.step(STOCK)
     operations = {name: _count_operations(step) for name, step in functions.items()}
-    functions[f"{STOCK}, again"] = functions[STOCK]
     with freed_memory_kept(workload.device):  # as `samft.train` does
         seconds = time_interleaved(functions, options=options, device=workload.device)
     rows = []
     for name, times in seconds.items():
-        counted = operations[name.removesuffix(", again")] / operations[BOXES]
+        counted = operations[name] / operations[BOXES]
         # A mean: steps that begin with a point take longer than those that begin with a box.
         mean = statistics.fmean(times)
         ratios = (mean / statistics.fmean(seconds[base]) for base in (FIRST_ONLY, BOXES))
